@@ -1,0 +1,81 @@
+#!/bin/sh
+# Each check finds the defect it is there for: a copy of the tree's text gets one, and the check
+# must fail, with the file or name in its message: check_the_checks.sh ROOT WORK
+set -eu
+root=$1 work=$2
+here=$root/tests/scripts
+failures=$work/failures
+
+mkdir -p "$work"
+: >"$failures"
+complain() {
+    echo "$1" | tee -a "$failures"
+}
+
+# seed CHECK EXPECTED: the header with a defect comes on standard input
+seed() {
+    check=$1 expected=$2
+    rm -rf "$work/tree"
+    mkdir -p "$work/tree/backends"
+    cat >"$work/tree/valkey_push.h"
+    cp "$root"/backends/*.c "$work/tree/backends/"
+    cp "$root/CHANGELOG.md" "$work/tree/"
+    if cmp -s "$root/valkey_push.h" "$work/tree/valkey_push.h"; then
+        complain "$check: the defect was not seeded ($expected)"
+    elif sh "$here/check_$check.sh" "$work/tree" "$work/$check" >"$work/output" 2>&1; then
+        complain "$check: missed the defect ($expected)"
+    elif ! grep -qF -- "$expected" "$work/output"; then
+        complain "$check: failed, but not for $expected:"
+        cat "$work/output"
+    fi
+}
+header=$root/valkey_push.h
+before_end='#endif /* VALKEY_PUSH_H */'
+
+# Code put behind the includes of the implementation.
+implement() {
+    awk -v code="$1" '{ print }
+        /^#define VKP_I_IMPLEMENTED/ { print "extern int vkp_seed_declared;\n" code }' "$header"
+}
+lines() { awk "BEGIN { for (i = 0; i < $1; i++) print \"    ;\" }"; }
+
+sed 's/^       >>config .*/& >>nowhere/' "$header" | seed toc '>>nowhere: 0 sections'
+awk -v end="$before_end" '$0 == end { print "/* >>surplus */" } { print }' "$header" |
+    seed toc '>>surplus: not in the table'
+awk -v end="$before_end" '$0 == end { print "\nVKP_API int vkp_seed(void);\n" } { print }' \
+    "$header" | seed contracts 'no contract: VKP_API int vkp_seed(void);'
+implement 'int seed(void); int seed(void) { return 0; }' | seed symbols 'seed'
+implement 'int vkp_i_seed(void); int vkp_i_seed(void) { return 0; }' | seed symbols 'vkp_i_seed'
+awk -v end="$before_end" '$0 == end { print "#define SEED 1" } { print }' "$header" |
+    seed macros 'SEED'
+awk -v end="$before_end" '$0 == end { print "#define VKP_I_SEED 1" } { print }' "$header" |
+    seed macros 'VKP_I_SEED'
+implement "static int vkp_i_seed(int a)
+{
+$(lines 90)
+}
+" | seed lengths 'static int vkp_i_seed(int a)'
+implement "static int vkp_i_seed(int a,
+    int b) {
+$(lines 90)
+}
+" | seed lengths 'static int vkp_i_seed(int a,'
+awk '{ print } NR == 3 { printf "%101s\n", "x" }' "$header" | seed lengths '101 columns'
+awk '{ print } NR == 3 { print "x " }' "$header" | seed lengths 'blanks at the end'
+VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
+export VKP_CMAKE_VERSION
+sed 's/^#define VKP_VERSION_PATCH .*/#define VKP_VERSION_PATCH 999/' "$header" |
+    seed version 'VKP_VERSION_STR says'
+
+# The excuse counts.
+implement "/* long: a table */
+static int vkp_i_seed(int a)
+{
+$(lines 90)
+}
+" >"$work/tree/valkey_push.h"
+if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_seed'; then
+    complain "lengths: does not accept long:"
+fi
+[ ! -s "$failures" ]
+echo "12 defects found"

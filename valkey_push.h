@@ -1,0 +1,11736 @@
+/* valkey_push.h - server pushes for C, in one header
+   SPDX-License-Identifier: MIT
+
+   Do this, in ONE source file of the program:
+       #define VKP_IMPLEMENTATION
+       #include "valkey_push.h"
+   and in every other one:
+       #include "valkey_push.h"
+   Build with one backend from backends/, and threads:
+       cc app.c backends/vkp_backend_poll.c -lpthread
+
+   A whole program (examples/subscribe.c prints what a server publishes):
+       vkp_loop_open(&loop_config, &loop);                 (a loop over a backend)
+       vkp_client_open(loop, &client_config, &client);     (on_push = your callback)
+       vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("news"));
+       vkp_loop_run(loop);
+
+   TABLE OF CONTENTS (search for the token)
+       >>manual        concepts, ownership, threads, errors, limits
+       >>config        macros that change the build
+       >>api           declarations, by noun
+           >>api-base  >>api-bytes  >>api-mpsc  >>api-oneshot  >>api-cancel  >>api-loop
+           >>api-resp  >>api-socket >>api-conn  >>api-hub      >>api-client  >>api-pushloop
+           >>api-relay
+       >>impl          implementation, lowest layer first
+           >>impl-base >>impl-sys   >>impl-park   >>impl-bytes  >>impl-mpsc  >>impl-oneshot
+           >>impl-cancel >>impl-loop >>impl-resp  >>impl-socket >>impl-conn  >>impl-hub
+           >>impl-client >>impl-pushloop >>impl-relay
+       >>licence       the licence in full
+*/
+#ifndef VALKEY_PUSH_H
+#define VALKEY_PUSH_H
+
+#ifdef VKP_IMPLEMENTATION /* before the first system header of this file */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1
+#elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* ======================================================================================
+   >>manual   Concepts
+   ======================================================================================
+   What it is for. A Valkey (or Redis) server pushes: messages of subscribed channels, keys that
+   were invalidated. This library carries those pushes to the code, thread or process that wants
+   them, and holds what such a program is made of: channels between threads, one-shot replies,
+   cancellation, an event loop over a backend, a RESP reader, ref-counted Unix sockets,
+   connections with bounded queues, a hub of subscribers, a client that reconnects, a relay.
+
+   The layers, lowest first; each uses only those above it in this list:
+       base       statuses, deadlines, env: memory, log, and the operating system in one table
+       bytes      immutable ref-counted blocks and slices of them
+       mpsc, oneshot, cancel   what threads wait for; no I/O (VKP_NO_IO keeps these alone)
+       loop       one thread's events: descriptors, timers, calls posted by other threads
+       resp       incremental reader, writer
+       socket     a listening Unix socket that lives as long as somebody refers to it
+       conn       a connection on a loop: outbox, policies, one gathered write per round
+       hub        who is subscribed to what: one frame in, one reference per subscriber out
+       client     a server connection that many threads share
+       push loop  from a channel of pushes to a hub, a connection or a callback
+       relay      all of it as a server: local clients in front, one upstream connection behind
+
+   A program of one thread opens a loop, a client on it, and runs:
+       static void on_push(void *user, const vkp_push *push)
+       {
+           if (push->kind == VKP_PUSH_MESSAGE) {
+               printf("%.*s\n", VKP_FMT(push->payload));
+           }
+       }
+   Errors aside (examples/subscribe.c has them) the rest is four calls, shown at the top.
+   A thread of its own takes the same pushes from a channel (vkp_client_config.pushes):
+       while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) { use(&push); vkp_push_unref(&push); }
+   and asks from wherever it is, with a slot on its stack:
+       vkp_oneshot slot; vkp_reply *reply;
+       if (vkp_client_command(client, &slot, "INCR", "hits", NULL) == VKP_OK &&
+           vkp_oneshot_recv(&slot, &reply, vkp_after_ms(250)) == VKP_OK) { ... vkp_reply_unref(reply); }
+
+   OWNERSHIP. Contracts use five words. takes: yours no more, unless the call fails (descriptors
+   too). borrows: until the call returns. shares: the object takes a reference of its own. gives:
+   one reference is yours to unref. views: valid until the next call that the contract names.
+   open gives a handle; ref and unref count; close ends what the object does, once, from any
+   thread, and frees nothing: the handle stays valid, and says CLOSED, until its last unref.
+   unref(NULL) does nothing. Out-parameters are written only on OK.
+
+   CONFIGS are structs: zero them (VKP_ZERO) and set what matters; every zero is a default. They
+   are copied; pointers to ops tables, backends and env are kept and must outlive the object.
+
+   THREADS. The library starts none and keeps no global state. A loop belongs to the thread inside
+   vkp_loop_run; connections, listeners, hubs and watches belong to their loop's thread. Any
+   thread may: use channels and tokens, post to a loop, push to a connection, close and unref
+   connections and clients, send commands, subscribe. Before a loop runs, one thread may set
+   everything up. For more cores run more loops; a connection stays on its loop for life.
+
+   CALLBACKS run on the loop's thread, never under a lock; any call is legal inside one unless its
+   contract says no. After an object's close returned on the loop's thread none of its callbacks
+   runs. What is written during a round leaves at its end, one system call per connection.
+
+   DEADLINES are absolute monotonic nanoseconds: vkp_after_ms(250), 0 (do not wait), VKP_FOREVER.
+
+   ERRORS. Everything that can fail returns a vkp_status that the compiler makes you look at. Nothing
+   prints, aborts or exits. A call that failed changed nothing, or says what it changed. SYS leaves
+   the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in release builds.
+   Texts for people go to env.log.
+
+   LIMITS. All queues are bounded in bytes by their configs, the reader in depth, elements, lines and
+   bytes. One block, frame or command is below 4 GiB. Host names are resolved by getaddrinfo,
+   which may block the loop's thread; addresses in digits never do.
+
+   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop may be called
+   in a handler. FORK. A child may unref what it inherited, no more; it removes no files.
+
+   SERVERS. RESP3 servers (Redis 6, Valkey) carry commands and pushes on one connection. On a RESP2
+   server the client works too, but a connection with subscriptions takes no commands (REFUSED):
+   open a second client.                                                                        */
+
+/* ======================================================================================
+   >>config   Macros
+   ======================================================================================
+   VKP_IMPLEMENTATION   unset   in ONE file: compiles the implementation there
+   VKP_STATIC           unset   everywhere it is used: all functions are static, a private copy
+   VKP_API              extern  everywhere: linkage of the functions (visibility attributes)
+   VKP_ASSERT(x)        nothing implementation: programmer's errors; the call returns INVALID too
+   VKP_NO_IO            unset   implementation: channels only, no sockets, loop, client, relay
+*/
+#ifndef VKP_API
+#ifdef VKP_STATIC
+#define VKP_API static __attribute__((unused))
+#else
+#define VKP_API extern
+#endif
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define VKP_NODISCARD __attribute__((warn_unused_result))
+#else
+#error "valkey_push.h needs GCC or Clang (builtin atomics)"
+#endif
+
+#ifdef __cplusplus
+#define VKP_ZERO \
+    {            \
+    }
+#else
+#define VKP_ZERO \
+    {            \
+        0        \
+    }
+#endif
+
+#define VKP_VERSION_MAJOR 0
+#define VKP_VERSION_MINOR 1
+#define VKP_VERSION_PATCH 0
+#define VKP_VERSION_STR "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ======================================================================================
+   >>api   Declarations
+   ======================================================================================
+   Contracts name: who owns what (takes, borrows, shares, gives, views), whether the call may
+   wait, from which threads it may come, whether it is legal inside callbacks, and its errors.
+   "Loop" as a thread means the thread inside vkp_loop_run, or any ONE thread before it runs.
+   Every pointer argument must be valid; NULL where it is not allowed gives INVALID.           */
+
+/* --------------------------------------------------------------------------------------
+   >>api-base   Status, deadlines, environment                                             */
+
+#define VKP_STATUS_MAP(X)                                                     \
+    X(VKP_OK, 0, "ok")                                                        \
+    X(VKP_ERR_INVALID, -1, "invalid argument or use")                         \
+    X(VKP_ERR_NOMEM, -2, "out of memory")                                     \
+    X(VKP_ERR_SYS, -3, "a system call failed; see errno")                     \
+    X(VKP_ERR_EMPTY, -4, "nothing there yet")                                 \
+    X(VKP_ERR_FULL, -5, "no room")                                            \
+    X(VKP_ERR_CLOSED, -6, "closed")                                           \
+    X(VKP_ERR_TIMEOUT, -7, "deadline passed")                                 \
+    X(VKP_ERR_CANCELLED, -8, "cancelled")                                     \
+    X(VKP_ERR_PROTOCOL, -9, "the peer broke the protocol")                    \
+    X(VKP_ERR_LIMIT, -10, "a configured limit was exceeded")                  \
+    X(VKP_ERR_EXISTS, -11, "exists already")                                  \
+    X(VKP_ERR_NOT_FOUND, -12, "not found")                                    \
+    X(VKP_ERR_IN_USE, -13, "in use by another process or handle")             \
+    X(VKP_ERR_DISCONNECTED, -14, "not connected to the server")               \
+    X(VKP_ERR_REFUSED, -15, "the server or this library refused the request") \
+    X(VKP_ERR_DROPPED, -16, "dropped by the queue's policy")                  \
+    X(VKP_ERR_UNSUPPORTED, -17, "not supported here")
+
+typedef enum vkp_status {
+#define VKP_I_STATUS_ENUM(name, value, text) name = value,
+    VKP_STATUS_MAP(VKP_I_STATUS_ENUM)
+#undef VKP_I_STATUS_ENUM
+} vkp_status;
+
+/* The status as a short lower-case English text; never NULL, static. Any thread. */
+VKP_API const char *vkp_status_str(vkp_status status);
+
+/* The library's version at run time, "MAJOR.MINOR.PATCH"; static. Any thread. */
+VKP_API const char *vkp_version(void);
+
+/* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
+#define VKP_FOREVER UINT64_MAX
+
+/* Now, in nanoseconds of the monotonic clock. Any thread. */
+VKP_API uint64_t vkp_now_ns(void);
+
+/* The deadline that many milliseconds from now; saturates at VKP_FOREVER. Any thread. */
+VKP_API uint64_t vkp_after_ms(uint64_t ms);
+
+typedef enum vkp_log_level {
+    VKP_LOG_DEFAULT = 0, /* as VKP_LOG_WARN */
+    VKP_LOG_ERROR = 1,
+    VKP_LOG_WARN = 2,
+    VKP_LOG_INFO = 3,
+    VKP_LOG_DEBUG = 4
+} vkp_log_level;
+
+typedef struct vkp_sys vkp_sys;
+
+/* What an object takes from the program around it. Objects keep the POINTER: an env outlives
+   every object opened with it. NULL env, and NULL members, mean the defaults.               */
+typedef struct vkp_env {
+    /* realloc with sizes: ptr NULL allocates, new_bytes 0 frees and returns NULL. Must be
+       callable from any thread. Default: the C library's. NULL for a non-zero size = failure. */
+    void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
+    /* One line, no newline, at most 512 bytes. Any thread, never under a lock. Default: none. */
+    void (*log)(void *user, vkp_log_level level, const char *text);
+    void *user;              /* handed to both */
+    vkp_log_level log_level; /* the most verbose level passed to log */
+    const vkp_sys *sys;      /* operating system; default vkp_sys_default() */
+} vkp_env;
+
+typedef struct vkp_parker vkp_parker;
+
+/* One range of a gathered write. Laid out as POSIX's struct iovec. */
+typedef struct vkp_range {
+    const void *base;
+    size_t len; /* bytes */
+} vkp_range;
+
+/* A socket address, as bind and connect take it. */
+typedef struct vkp_address {
+    uint32_t bytes; /* of storage in use */
+    uint16_t family;
+    union {
+        uint64_t align;
+        unsigned char bytes[128];
+    } storage;
+} vkp_address;
+
+/* What lstat says of a path. */
+typedef struct vkp_file_id {
+    uint64_t device;
+    uint64_t inode;
+    uint32_t uid;
+    bool is_socket;
+} vkp_file_id;
+
+/* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
+   inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
+   write may be called in a signal handler and leaves errno alone.
+   Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
+   thread.                                                                                     */
+struct vkp_sys {
+    uint64_t (*clock_ns)(void);   /* monotonic */
+    uint64_t (*random_u64)(void); /* for jitter and names, not for secrets */
+    int (*process_id)(void);
+    void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
+    void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
+    int (*socket)(int family, int type);
+    int (*bind)(int fd, const void *address, uint32_t bytes);
+    int (*listen)(int fd, int backlog);
+    int (*accept)(int fd);
+    int (*connect)(int fd, const void *address, uint32_t bytes); /* -EINPROGRESS is progress */
+    int (*socket_error)(int fd); /* takes SO_ERROR: 0 or a negated errno */
+    int (*prepare)(int fd);      /* non-blocking, close-on-exec, no SIGPIPE: for adopted sockets */
+    int (*set_nodelay)(int fd);
+    int (*peer_uid)(int fd, uint32_t *uid);
+    int (*local_port)(int fd); /* of a bound TCP socket */
+    /* Addresses of a TCP host and port, at most capacity: how many. May block on DNS for names. */
+    int (*resolve)(const char *host, const char *port, vkp_address *out, size_t capacity);
+    int64_t (*read)(int fd, void *buffer, size_t bytes);
+    int64_t (*send)(int fd, const vkp_range *ranges, size_t count); /* never SIGPIPE */
+    int64_t (*write)(int fd, const void *buffer, size_t bytes);     /* wake pipes */
+    int (*close)(int fd);
+    int (*lock_file)(const char *path); /* opens and flocks; -EWOULDBLOCK when another holds it */
+    int (*identify)(const char *path, vkp_file_id *id); /* lstat */
+    int (*chmod)(const char *path, uint32_t mode);
+    int (*unlink)(const char *path);
+    int (*wake_pair)(int fds[2]); /* [0] polls readable after a write to [1]; may be one fd */
+    int (*poll)(void *pollfds, size_t count, uint64_t deadline_ns);
+    int (*epoll_create)(void); /* -ENOSYS where there is none, as the next two */
+    int (*epoll_ctl)(int epoll_fd, int operation, int fd, void *event);
+    int (*epoll_wait)(int epoll_fd, void *events, int capacity, uint64_t deadline_ns);
+};
+
+/* The table over libc. Static. Any thread. */
+VKP_API const vkp_sys *vkp_sys_default(void);
+
+/* --------------------------------------------------------------------------------------
+   >>api-bytes   Text views, and immutable ref-counted bytes                               */
+
+/* Borrowed text: not terminated, may hold any byte. */
+typedef struct vkp_str {
+    const char *ptr;
+    size_t len; /* bytes */
+} vkp_str;
+
+/* Arguments of printf's %.*s for a vkp_str (texts above INT_MAX bytes are cut by printf). */
+#define VKP_FMT(s) (int)(s).len, (s).ptr
+
+/* A view of a terminated string; NULL gives the empty text. Any thread. */
+VKP_API vkp_str vkp_str_of(const char *text);
+
+typedef struct vkp_block vkp_block;
+
+/* A slice of an immutable block. The value holds ONE reference when block is not NULL; copying
+   the struct does not copy the reference. Block NULL: static bytes, or empty.                 */
+typedef struct vkp_bytes {
+    const uint8_t *data;
+    size_t len;
+    vkp_block *block;
+} vkp_bytes;
+
+/* Copy len bytes into a new block.
+   Owns:   borrows data; gives *out       Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (out NULL, or data NULL with len > 0, or len above 4 GiB - 1)        */
+VKP_API VKP_NODISCARD vkp_status vkp_bytes_copy(const vkp_env *env, const void *data, size_t len,
+                                                vkp_bytes *out);
+
+/* Bytes that outlive everything (string literals): no block, no count. Any thread. */
+VKP_API vkp_bytes vkp_bytes_static(const void *data, size_t len);
+
+/* One more reference to the same bytes (gives). Any thread. */
+VKP_API vkp_bytes vkp_bytes_ref(const vkp_bytes *bytes);
+
+/* A part of the bytes, with its own reference (gives); clamped to what is there. Any thread. */
+VKP_API vkp_bytes vkp_bytes_slice(const vkp_bytes *bytes, size_t offset, size_t len);
+
+/* Give the reference back and empty the value; the last one frees the block. NULL and an empty
+   value are ignored. Any thread.                                                              */
+VKP_API void vkp_bytes_unref(vkp_bytes *bytes);
+
+/* --------------------------------------------------------------------------------------
+   >>api-mpsc   Many senders, one receiver                                                 */
+
+typedef struct vkp_mpsc_tx vkp_mpsc_tx; /* any number of references, any threads */
+typedef struct vkp_mpsc_rx vkp_mpsc_rx; /* one thread at a time */
+
+typedef struct vkp_mpsc_config {
+    size_t elem_bytes;     /* bytes of one value; required */
+    size_t capacity_items; /* most values queued; 0 = unbounded */
+    size_t capacity_bytes; /* most cost queued, by cost(); 0 = unbounded; one value always fits */
+    /* Bytes that a value stands for; default elem_bytes. Called at send and at receive, under the
+       channel's lock: the same answer each time, and no call of the library.                  */
+    size_t (*cost)(const void *item);
+    void (*drop)(void *user, void *item); /* called once on each value nobody received */
+    void *user;                           /* handed to drop */
+    const vkp_env *env;
+} vkp_mpsc_config;
+
+/* Open a channel: its one receiver and the first sender.
+   Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
+   Errors: INVALID (elem_bytes 0 or above 64 KiB), NOMEM                                       */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx,
+                                               vkp_mpsc_rx **rx);
+
+/* One more sender (gives, the same pointer). Any thread. */
+VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
+
+/* One sender less. After the last one the receiver drains, then gets CLOSED. NULL is ignored.
+   Any thread.                                                                                 */
+VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx);
+
+/* Enqueue one value, waiting for room until the deadline. Waiting senders go in order of arrival.
+   Owns:   takes what *item owns (on failure it stays the caller's)
+   Blocks: until deadline_ns      Threads: any      In callbacks: would stall the loop
+   Errors: CLOSED (receiver closed), TIMEOUT, NOMEM, INVALID                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item,
+                                               uint64_t deadline_ns);
+
+/* Enqueue one value without waiting; never overtakes a waiting sender.
+   Owns:   takes what *item owns (on failure it stays the caller's)
+   Blocks: never          Threads: any          In callbacks: ok
+   Errors: FULL (at capacity), CLOSED (receiver closed), NOMEM, INVALID                        */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item);
+
+/* True once the receiver closed: sending cannot succeed any more. Any thread. */
+VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx);
+
+/* Take the oldest value, waiting until the deadline.
+   Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
+   Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns);
+
+/* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting. */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
+
+/* Take up to `capacity` values at once into the array `out`; waits only for the first.
+   *count is written on OK, at least 1. Errors as vkp_mpsc_recv.                               */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity,
+                                                    size_t *count, uint64_t deadline_ns);
+
+/* Values queued now; out of date at once while others send. Receiver's thread. */
+VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx);
+
+/* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received.
+   Idempotent. Any thread.                                                                     */
+VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
+
+/* Close, drop what is queued, stop the watch, give the receiver back. NULL is ignored.
+   Receiver's thread; the loop's while watched.                                                */
+VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);
+
+/* --------------------------------------------------------------------------------------
+   >>api-oneshot   One value, once, in the caller's memory                                 */
+
+#define VKP_ONESHOT_BYTES 48
+
+/* Lives in the receiver's memory (a stack is fine): no allocation, no handle. The fields are
+   private. The sender may use it until it sent or abandoned; the receiver until recv returned or
+   it closed. A library-side sender (vkp_client_command) detaches itself on close; with a sender
+   of your own, the memory must outlive it.                                                    */
+typedef struct vkp_oneshot {
+    uint32_t i_state;
+    uint32_t i_elem_bytes;
+    void *i_waiter;
+    void *i_owner;                              /* the sender's record, for i_detach */
+    void (*i_detach)(struct vkp_oneshot *slot); /* makes the sender forget this slot */
+    void (*i_drop)(void *user, void *item);
+    void *i_user;
+    const vkp_env *i_env;
+    union {
+        void *align_pointer;
+        uint64_t align_u64;
+        unsigned char bytes[VKP_ONESHOT_BYTES];
+    } i_value;
+} vkp_oneshot;
+
+/* Prepare the slot for one value.
+   Owns:   the caller's memory; drop (may be NULL) is called with user on a value never received
+   Blocks: never     Threads: any, before the sender sees it     In callbacks: ok
+   Errors: INVALID (elem_bytes 0 or above VKP_ONESHOT_BYTES)                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env,
+                                                  size_t elem_bytes,
+                                                  void (*drop)(void *user, void *item), void *user);
+
+/* Sender: deliver the value and wake the receiver. The slot is not touched afterwards.
+   Owns:   takes what *item owns (on CLOSED it stays the caller's)
+   Blocks: never     Threads: the sender's, once     In callbacks: ok
+   Errors: CLOSED (the receiver closed first), INVALID (sent before)                           */
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item);
+
+/* Sender: give up without a value; the receiver gets CLOSED. The slot is not touched afterwards.
+   Ignored after a send. Sender's thread.                                                      */
+VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
+
+/* Receiver: wait for the value until the deadline. Whatever it returns, the slot is closed then:
+   its memory may go (after TIMEOUT the sender gets CLOSED).
+   Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
+   Errors: CLOSED (abandoned, or closed before), TIMEOUT, INVALID                              */
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out,
+                                                  uint64_t deadline_ns);
+
+/* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
+
+/* Receiver: stop waiting; a value already there is dropped through drop. Idempotent; afterwards
+   the slot's memory may go. Receiver's thread.                                                */
+VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
+
+/* Sender: true once the receiver closed. Sender's thread, before it sent. */
+VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot);
+
+/* --------------------------------------------------------------------------------------
+   >>api-cancel   Cancellation tokens                                                      */
+
+typedef struct vkp_cancel vkp_cancel;
+
+/* Open a token; a child is cancelled with its parent (at once, if that was cancelled before), and
+   uses its parent's env.
+   Owns:   shares parent (may be NULL); gives *token   Blocks: never   Threads: any
+   Errors: NOMEM, INVALID                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent,
+                                                 vkp_cancel **token);
+
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token);
+
+/* One reference less; does not cancel. NULL is ignored. Any thread. */
+VKP_API void vkp_cancel_unref(vkp_cancel *token);
+
+/* Cancel the token and all its descendants: waits end, watches fire. Idempotent. Any thread. */
+VKP_API void vkp_cancel_trigger(vkp_cancel *token);
+
+/* True once cancelled; never becomes false again. Any thread. */
+VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token);
+
+/* Wait until cancelled: OK, or TIMEOUT. Any thread; would stall a loop. */
+VKP_API VKP_NODISCARD vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns);
+
+/* --------------------------------------------------------------------------------------
+   >>api-loop   One thread's event loop, and the backend contract                          */
+
+#define VKP_BACKEND_ABI 1u
+
+/* Interest and readiness. HUP and ERR imply both directions: readers drain before they believe
+   a hang-up.                                                                                  */
+#define VKP_READ 1u
+#define VKP_WRITE 2u
+#define VKP_HUP 4u
+#define VKP_ERR 8u
+
+/* vkp_backend.flags */
+#define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
+#define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
+
+typedef struct vkp_event {
+    uint64_t token; /* as given to watch */
+    uint32_t ready; /* VKP_READ | VKP_WRITE | VKP_HUP | VKP_ERR */
+} vkp_event;
+
+/* What a backend gets at open; valid until its close. */
+typedef struct vkp_backend_host {
+    const vkp_env *env;        /* members filled in, sys never NULL */
+    void *foreign;             /* vkp_loop_config.foreign: the program's own loop, for guests */
+    void *loop;                /* handed back in `round` */
+    void (*round)(void *loop); /* guests: run one round without waiting (loop thread only) */
+} vkp_backend_host;
+
+/* A backend is one constant struct. docs/porting-a-backend.md is its manual, tests/
+   backend_conformance.cpp its proof. All calls come from the loop's thread, except wake.      */
+typedef struct vkp_backend {
+    uint32_t abi;   /* VKP_BACKEND_ABI */
+    uint32_t flags; /* VKP_BACKEND_* */
+    const char *name;
+    vkp_status (*open)(const vkp_backend_host *host, void **state);
+    void (*close)(void *state);
+    /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
+       Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
+       INVALID (fd < 0).                                                                       */
+    vkp_status (*watch)(void *state, int fd, uint32_t interest, uint64_t token);
+    /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
+       (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
+    vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
+                       size_t *count);
+    /* Any thread or signal handler. Coalesces; a wake before a wait ends that wait at once. */
+    void (*wake)(void *state);
+    /* Guests: run a round at that deadline. NULL for backends that own the wait. */
+    vkp_status (*timer)(void *state, uint64_t deadline_ns);
+    /* In a forked child, before anything else: stop sharing kernel state with the parent. */
+    vkp_status (*after_fork)(void *state);
+    /* A descriptor that polls readable when wait would give events, or -1. */
+    int (*pollable_fd)(void *state);
+    /* VKP_BACKEND_VIRTUAL_TIME: the clock. Otherwise NULL. */
+    uint64_t (*clock_ns)(void *state);
+} vkp_backend;
+
+/* The backends of this tree; link the file of the one you use. */
+extern const vkp_backend vkp_backend_poll;  /* backends/vkp_backend_poll.c: any POSIX  */
+extern const vkp_backend vkp_backend_epoll; /* backends/vkp_backend_epoll.c: Linux     */
+extern const vkp_backend vkp_backend_null;  /* backends/vkp_backend_null.c: tests;
+                                                        virtual time, events in fd order       */
+
+typedef struct vkp_loop vkp_loop;
+
+typedef struct vkp_loop_config {
+    const vkp_backend *backend; /* required */
+    const vkp_env *env;
+    void *foreign;          /* for guest backends: the program's own loop */
+    size_t read_bytes;      /* bytes of one read; default 64 KiB, at least 1 KiB */
+    size_t events_per_wait; /* default 256 */
+} vkp_loop_config;
+
+/* Open a loop. It belongs to whichever thread runs it; one thread at a time.
+   Owns:   borrows config (keeps env and backend pointers); gives *loop
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (no backend, or a wrong ABI: logged with the files to link), NOMEM, SYS     */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **loop);
+
+/* One more reference (gives). Any thread. Connections, clients and listeners hold one each. */
+VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
+
+/* One reference less; the last one frees the loop. NULL is ignored. Any thread. */
+VKP_API void vkp_loop_unref(vkp_loop *loop);
+
+/* Close everything on the loop (connections, listeners, clients: their on_close run now), run
+   what was posted, refuse new posts. Idempotent. Loop's thread, not inside vkp_loop_run.      */
+VKP_API void vkp_loop_close(vkp_loop *loop);
+
+/* Run rounds until vkp_loop_stop. OK, INVALID (two threads, a guest backend), or SYS.
+   Calling thread becomes the loop's.                                                          */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
+
+/* One round: wait until the deadline at most (0: do not wait), dispatch, write. Loop's thread.
+   Errors: INVALID (inside a callback), SYS.                                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns);
+
+/* Make vkp_loop_run return after the round under way. Sticky until it did. Any thread, and
+   signal handlers.                                                                            */
+VKP_API void vkp_loop_stop(vkp_loop *loop);
+
+/* Call fn(user) on the loop's thread, in the order posted by each thread.
+   Owns:   user stays the caller's     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED (the loop was closed), INVALID                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user);
+
+/* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
+   (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
+VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
+
+/* The loop's clock, read once per round: nanoseconds, monotonic. Loop's thread. */
+VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
+
+/* A descriptor under watch, in the caller's memory; fields are private. */
+typedef struct vkp_watch vkp_watch;
+struct vkp_watch {
+    vkp_loop *i_loop;
+    void (*i_fn)(vkp_watch *watch, uint32_t ready);
+    int i_fd;
+    uint32_t i_slot;
+    uint32_t i_interest;
+};
+
+/* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
+   watch is stopped then). The fd stays the caller's and must stay open until the stop.
+   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_start(vkp_loop *loop, vkp_watch *watch, int fd,
+                                                 uint32_t interest,
+                                                 void (*fn)(vkp_watch *watch, uint32_t ready));
+
+/* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
+   Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_set(vkp_watch *watch, uint32_t interest);
+
+/* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
+   started or zeroed watch. Loop's thread.                                                     */
+VKP_API void vkp_watch_stop(vkp_watch *watch);
+
+/* A timer in the caller's memory; fields are private. Zero it before the first start. */
+typedef struct vkp_timer vkp_timer;
+struct vkp_timer {
+    vkp_loop *i_loop;
+    void (*i_fn)(vkp_timer *timer);
+    uint64_t i_deadline_ns;
+    uint64_t i_period_ns;
+    size_t i_index; /* place in the heap + 1; 0 = not running */
+};
+
+/* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
+   timer that fell behind fires once and goes on from now.
+   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
+VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer,
+                                                 uint64_t deadline_ns, uint64_t period_ns,
+                                                 void (*fn)(vkp_timer *timer));
+
+/* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
+VKP_API void vkp_timer_stop(vkp_timer *timer);
+
+/* Call fn(user) on the loop whenever vkp_mpsc_try_recv would not return EMPTY, as long as that
+   is so: take something, or stop the watch. One watch per receiver.
+   Owns:   shares loop     Threads: loop's     In callbacks: ok     Errors: INVALID (watched) */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop,
+                                                void (*fn)(void *user), void *user);
+
+/* Stop the watch: fn is not called again. Idempotent. Loop's thread. */
+VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
+
+/* --------------------------------------------------------------------------------------
+   >>api-resp   RESP2 and RESP3: values, reader, writer
+   Facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md).            */
+
+typedef enum vkp_type {
+    VKP_NULL = 0,
+    VKP_STRING,   /* $ + =      str, len; VKP_F_SIMPLE or VKP_F_VERBATIM tell which            */
+    VKP_ERROR,    /* - !        str, len                                                       */
+    VKP_INTEGER,  /* :          integer                                                        */
+    VKP_DOUBLE,   /* ,          str, len: the digits; vkp_value_get_double converts            */
+    VKP_BOOL,     /* #          integer 0 or 1                                                 */
+    VKP_BIGNUM,   /* (          str, len: the digits with their sign                           */
+    VKP_ARRAY,    /* *          len elements                                                   */
+    VKP_SET,      /* ~          len elements                                                   */
+    VKP_PUSH,     /* >          len elements, the first a string: its kind */
+    VKP_MAP,      /* %          len elements: key, value, key, value ... (twice the wire's n)  */
+    VKP_ATTRIBUTE /* |          as VKP_MAP; stands before the value that it annotates          */
+} vkp_type;
+
+#define VKP_F_SIMPLE 1u     /* + or -: a line */
+#define VKP_F_VERBATIM 2u   /* =: str is past the four bytes "txt:" */
+#define VKP_F_NULL_BULK 4u  /* null came as $-1 */
+#define VKP_F_NULL_ARRAY 8u /* null came as *-1 */
+/* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
+   that publishes to its own connection. Not an element: counted by nobody, passed over by the
+   walk.                                                                                       */
+#define VKP_F_OUT_OF_BAND 16u
+
+/* One value of a tree. A tree is one array in reading order: the elements of an aggregate follow
+   it, each with its own. Walk with vkp_value_first and vkp_value_next, never by index.          */
+typedef struct vkp_value {
+    uint8_t type;  /* vkp_type */
+    uint8_t flags; /* VKP_F_* */
+    uint16_t i_depth;
+    uint32_t span;       /* places in the array that it takes, its elements included */
+    uint32_t attributes; /* places back to the VKP_ATTRIBUTE that annotates it; 0 = none */
+    uint32_t i_reserved;
+    size_t len; /* bytes of str, or number of elements */
+    union {
+        const char *str; /* not terminated */
+        int64_t integer;
+        size_t i_offset;
+    } u;
+} vkp_value;
+
+/* The first element of an aggregate, or NULL; then its next sibling, or NULL after the last.
+   `parent` is the aggregate. Attributes are passed over. Any thread; views.                   */
+VKP_API const vkp_value *vkp_value_first(const vkp_value *parent);
+VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value);
+
+/* str and len of a STRING, ERROR, BIGNUM or DOUBLE; empty for everything else, NULL included.
+   Views. Any thread.                                                                          */
+VKP_API vkp_str vkp_value_str(const vkp_value *value);
+
+/* The number of a DOUBLE or an INTEGER, whatever the program's locale; 0 for the rest. Any thread. */
+VKP_API double vkp_value_get_double(const vkp_value *value);
+
+/* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
+VKP_API bool vkp_value_is(const vkp_value *value, const char *text);
+
+typedef struct vkp_resp_config {
+    uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
+    uint32_t max_elements;  /* elements of one aggregate on the wire; default 4,294,967,295 / 2 */
+    size_t max_bulk_bytes;  /* one bulk string; default 512 MiB */
+    size_t max_line_bytes;  /* one line, CRLF not counted; default 64 KiB */
+    size_t max_frame_bytes; /* one whole frame; default 1 GiB, at most 4 GiB - 1 */
+    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
+    const vkp_env *env;
+} vkp_resp_config;
+
+typedef struct vkp_resp_reader vkp_resp_reader;
+
+/* Open an incremental reader. It allocates as bytes arrive, never for what a header announces.
+   Owns:   borrows config; gives *reader   Blocks: never   Threads: any, one at a time
+   Errors: NOMEM, INVALID                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_open(const vkp_resp_config *config,
+                                                      vkp_resp_reader **reader);
+
+/* Free the reader and the values it gave. NULL is ignored. */
+VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader);
+
+/* Append bytes to the reader's own buffer.
+   Owns:   borrows data (copies)     Blocks: never     Threads: the reader's
+   Errors: NOMEM (nothing was taken), or the reader's earlier error                            */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data,
+                                                      size_t len);
+
+/* The next whole value of what was fed.
+   Owns:   *value views the reader: valid until the next call on it     Blocks: never
+   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_error), NOMEM
+   (try again)                                                                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
+                                                      const vkp_value **value);
+
+/* The same without a copy: read one value from a window of the caller's. On EMPTY call again
+   with the SAME bytes, possibly moved, and more behind them: the reader goes on where it was.
+   On OK *consumed is the length of the frame; the next window starts behind it.
+   Owns:   borrows window; *value views the window and the reader     Blocks: never
+   Errors: as vkp_resp_reader_next; not to be mixed with feed between two frames               */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *window,
+                                                      size_t len, const vkp_value **value,
+                                                      size_t *consumed);
+
+/* What was wrong and where: the byte's position since open or reset, and the reason with the
+   limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
+VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position);
+
+/* Forget the error, the buffer and the frame under way. */
+VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
+
+/* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
+   a strict reader accepted before. Any thread.                                                */
+VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len);
+
+/* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
+   kept: write everything, then look at what take returns.                                     */
+typedef struct vkp_resp_writer {
+    const vkp_env *i_env;
+    vkp_block *i_block;
+    size_t i_len;
+    vkp_status i_status;
+} vkp_resp_writer;
+
+/* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
+   strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
+VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count);
+VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
+VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
+VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);
+VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
+VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
+
+/* A whole value, in RESP3, or as a server writes it to a RESP2 client (maps and sets as arrays,
+   doubles as bulk strings, booleans as 0 and 1, null as $-1 unless it came as *-1, attributes not
+   at all).                                                                                    */
+VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol);
+
+/* End the building: the bytes, or the first error met.
+   Owns:   gives *bytes; the writer is empty again, its error forgotten
+   Errors: NOMEM, LIMIT (4 GiB), INVALID (a CR or LF in put_simple or put_error)               */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
+
+/* Drop what was built. */
+VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
+
+/* --------------------------------------------------------------------------------------
+   >>api-socket   Ref-counted listening Unix sockets                                       */
+
+typedef struct vkp_registry vkp_registry;
+typedef struct vkp_socket vkp_socket;
+
+typedef struct vkp_registry_config {
+    int backlog; /* of listen(2); default 4096, cut by the system */
+    const vkp_env *env;
+} vkp_registry_config;
+
+/* Open a registry: path -> weak reference. An object; there is no process-wide one.
+   Owns:   borrows config; gives *registry     Blocks: never     Threads: any     Errors: NOMEM */
+VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
+                                                   vkp_registry **registry);
+VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
+VKP_API void vkp_registry_unref(vkp_registry *registry); /* NULL is ignored */
+
+/* Sockets that are alive in this registry. Any thread; out of date at once. */
+VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
+
+/* Stop and unlink every socket now; handles stay valid, inactive. Returns how many. */
+VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
+
+/* Files that could not be removed at cleanup so far, and the last errno of those. */
+VKP_API size_t vkp_registry_get_unlink_failures(vkp_registry *registry, int *last_errno);
+
+/* The live socket of the path, or a new one: bound, mode 0600, listening. Atomic. Beside the file
+   stands PATH.lock, held by flock while the socket lives: a file left by a dead process is taken
+   over, one of a live process is not.
+   Owns:   gives *sock     Blocks: on the file system only     Threads: any     In callbacks: ok
+   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit
+   on Linux, 103 elsewhere), IN_USE (another process serves it), EXISTS (something that is no
+   socket of this user is there; untouched), SYS, NOMEM                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
+                                                          vkp_socket **sock);
+
+/* The live socket of the path. Gives *sock. Errors: NOT_FOUND, INVALID. Any thread. */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
+                                                         vkp_socket **sock);
+
+/* Hand over a socket that the caller bound to the path and set listening.
+   Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
+   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock),
+   INVALID (no such file, or no socket), SYS, NOMEM                                            */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
+                                                         int fd, vkp_socket **sock);
+
+VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock); /* any thread */
+
+/* One reference less. The last one stops listening, removes the file if it is still the one this
+   handle bound, and the lock file. In a forked child it removes nothing. NULL is ignored.
+   Any thread; blocks on the file system only.                                                 */
+VKP_API void vkp_socket_unref(vkp_socket *sock);
+
+/* The path (views); whether the file is there and accepts; the references. Any thread. */
+VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
+VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
+
+/* --------------------------------------------------------------------------------------
+   >>api-conn   Connections and listeners
+   Addresses: "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT".                                  */
+
+typedef struct vkp_conn vkp_conn;
+typedef struct vkp_listener vkp_listener;
+
+typedef enum vkp_close_reason {
+    VKP_CLOSE_LOCAL = 0, /* vkp_conn_close, or drained after vkp_conn_drain */
+    VKP_CLOSE_PEER,      /* end of file */
+    VKP_CLOSE_ERROR,     /* a system call failed: sys_error tells */
+    VKP_CLOSE_SLOW,      /* VKP_ON_FULL_DISCONNECT */
+    VKP_CLOSE_LOOP,      /* the loop was closed */
+    VKP_CLOSE_NOMEM      /* no memory for what was received or for the response stream */
+} vkp_close_reason;
+
+/* The reason as a short text; static, never NULL. Any thread. */
+VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
+
+/* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
+typedef enum vkp_on_full {
+    VKP_ON_FULL_WAIT = 0,    /* vkp_conn_push waits; on the loop's thread it gets FULL */
+    VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
+    VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
+    VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
+    VKP_ON_FULL_DISCONNECT   /* CLOSED; the connection closes with VKP_CLOSE_SLOW */
+} vkp_on_full;
+
+/* Callbacks of a connection, all on its loop's thread, none under a lock, none after on_close.
+   Any may be NULL. The table is kept by pointer.                                              */
+typedef struct vkp_conn_ops {
+    void (*on_open)(vkp_conn *conn, void *user); /* once, connected: may be before open returned */
+    /* Bytes arrived. Returns how many were used; the rest comes again, with more behind it.
+       `in` views the read block: keep parts with vkp_bytes_slice.                            */
+    size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
+    void (*on_drain)(vkp_conn *conn, void *user); /* the queue is empty after it had to wait */
+    /* The peer will send no more. True: keep the connection to write (end it with vkp_conn_drain or
+       vkp_conn_close); false, or no on_end: it closes with VKP_CLOSE_PEER.                   */
+    bool (*on_end)(vkp_conn *conn, void *user);
+    void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
+    /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
+       one block are kept and written as one range; vkp_resp_frame_len is one.                */
+    size_t (*frame_len)(const uint8_t *data, size_t len);
+} vkp_conn_ops;
+
+typedef struct vkp_conn_config {
+    const vkp_conn_ops *ops; /* required */
+    void *user;
+    size_t queue_frames; /* most frames queued; default 65,536 */
+    size_t queue_bytes;  /* most bytes queued; default 8 MiB. One frame always fits. */
+    size_t input_bytes;  /* most bytes kept for on_data; default 512 MiB. Beyond: closed. */
+    vkp_on_full on_full;
+    bool loop_only; /* pushes come from the loop's thread alone: saves the inbox, 200 bytes */
+} vkp_conn_config;
+
+/* The queues above have the limit each: what waits for the loop (inbox: pushed by other threads)
+   and what waits for the peer (outbox).                                                       */
+
+/* Serve a connected stream socket on the loop.
+   Owns:   takes fd (on failure it stays the caller's), shares loop; gives *conn (the loop keeps a
+   reference of its own until the close)   Blocks: never   Threads: loop's   In callbacks: ok
+   Errors: NOMEM, SYS, INVALID, CLOSED (loop)                                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
+                                               const vkp_conn_config *config, vkp_conn **conn);
+
+/* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
+   NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
+   Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+                                                  const vkp_conn_config *config, vkp_conn **conn);
+
+VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */
+VKP_API void vkp_conn_unref(vkp_conn *conn);    /* any thread; does not close; NULL is ignored */
+
+/* Push one frame, by the policy when the queue is full. On the loop's thread, and when loop_only
+   is set, it goes straight to the outbox; from other threads through the inbox.
+   Owns:   borrows frame (takes a reference of its own)
+   Blocks: until deadline_ns with VKP_ON_FULL_WAIT on other threads; else never
+   Threads: any (the loop's alone with loop_only)     In callbacks: ok
+   Errors: FULL, DROPPED, CLOSED, TIMEOUT, NOMEM, INVALID                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame,
+                                               uint64_t deadline_ns);
+
+/* Append to the response stream: in order with pushes, never dropped, not bounded by the queue's
+   limits (stop reading instead: vkp_conn_pause).
+   Owns:   borrows frame     Blocks: never     Threads: loop's     Errors: CLOSED, NOMEM       */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame);
+
+/* Stop and go on reading; on_data sees what was kept at the next round. Loop's thread. */
+VKP_API void vkp_conn_pause(vkp_conn *conn);
+VKP_API void vkp_conn_resume(vkp_conn *conn);
+
+/* Read no more, write what is queued, then close with VKP_CLOSE_LOCAL. Loop's thread. */
+VKP_API void vkp_conn_drain(vkp_conn *conn);
+
+/* Close. On the loop's thread on_close runs before it returns; from others it is posted.
+   Idempotent. Any thread.                                                                     */
+VKP_API void vkp_conn_close(vkp_conn *conn);
+
+/* Plain reads and the user pointer. Loop's thread where nothing else is said. */
+VKP_API void *vkp_conn_get_user(const vkp_conn *conn);
+VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user); /* loop's thread */
+VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn);  /* views */
+VKP_API int vkp_conn_get_fd(const vkp_conn *conn);          /* -1 when closed; loop's thread */
+VKP_API bool vkp_conn_is_open(const vkp_conn *conn);        /* any thread */
+
+typedef struct vkp_conn_stats {
+    size_t queued_frames; /* in the outbox */
+    size_t queued_bytes;
+    uint64_t dropped_frames; /* by the policy, since open */
+} vkp_conn_stats;
+VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats); /* loop's thread */
+
+typedef struct vkp_listener_config {
+    const char *address;    /* or */
+    vkp_socket *socket;     /* a ref-counted socket: shared until the listener closes */
+    vkp_registry *registry; /* for a unix: address; NULL opens one of its own */
+    vkp_conn_config conn;   /* of every connection accepted; its user is on_accept's first */
+    /* A connection was accepted, before its on_open: set its user, refuse by vkp_conn_close. */
+    void (*on_accept)(void *user, vkp_conn *conn);
+    /* Instead of a connection: take the descriptor (to hand it to another loop). */
+    void (*on_fd)(void *user, int fd);
+    int backlog; /* default 4096 */
+} vkp_listener_config;
+
+/* Listen and accept on the loop. After EMFILE and its like it pauses for 100 ms and goes on.
+   Owns:   borrows config, shares socket, registry, loop; gives *listener
+   Blocks: on the file system     Threads: loop's     In callbacks: ok
+   Errors: as vkp_socket_get_or_create; IN_USE for a port taken                                */
+VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
+                                                   const vkp_listener_config *config,
+                                                   vkp_listener **listener);
+
+/* The address with the port that the system chose, as "tcp:HOST:PORT" or "unix:PATH". Views. */
+VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
+
+/* Stop accepting; connections stay. Idempotent. Loop's thread. */
+VKP_API void vkp_listener_close(vkp_listener *listener);
+VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
+
+/* --------------------------------------------------------------------------------------
+   >>api-hub   Who is subscribed to what                                                   */
+
+typedef enum vkp_sub_kind {
+    VKP_CHANNEL = 0, /* SUBSCRIBE, exact name */
+    VKP_PATTERN,     /* PSUBSCRIBE, glob */
+    VKP_SHARD        /* SSUBSCRIBE, exact name */
+} vkp_sub_kind;
+
+/* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
+   in time linear in text x pattern at worst. Any thread.                                      */
+VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text);
+
+typedef struct vkp_hub vkp_hub;
+typedef struct vkp_hub_sub vkp_hub_sub;
+
+/* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
+typedef struct vkp_hub_member {
+    vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
+    int protocol;       /* 2 or 3: how messages are written to it */
+    uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
+    vkp_hub_sub *i_subs;
+} vkp_hub_member;
+
+typedef struct vkp_hub_config {
+    /* A name got its first member (added) or lost its last. Not inside vkp_hub_publish. */
+    void (*on_interest)(void *user, vkp_sub_kind kind, vkp_str name, bool added);
+    void *user;
+    const vkp_env *env;
+} vkp_hub_config;
+
+/* Open a hub. It belongs to one loop's thread.
+   Owns:   borrows config; gives *hub     Blocks: never     Errors: NOMEM                      */
+VKP_API VKP_NODISCARD vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **hub);
+VKP_API void vkp_hub_unref(vkp_hub *hub); /* every member has left; NULL is ignored */
+
+/* Add the member to a name. OK also when it was there (then *added is false; may be NULL).
+   Errors: NOMEM, LIMIT (a name above 4 GiB). Loop's thread.                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member,
+                                                   vkp_sub_kind kind, vkp_str name, bool *added);
+
+/* Take the member off a name. False when it was not there. Loop's thread. */
+VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                 vkp_str name);
+
+/* Take the member off everything. Loop's thread. */
+VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
+
+/* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
+   member's next change. Loop's thread.                                                        */
+VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
+
+/* Whether the member has the name. Loop's thread. */
+VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
+                                   vkp_sub_kind kind, vkp_str name);
+
+/* Deliver a message to every member of the channel and, for VKP_CHANNEL, of every pattern that
+   matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
+   as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
+VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);
+
+/* Deliver a push of a server, as it came: a message to the members of its channel, a pmessage to
+   those of its pattern (the server sends one push for each). Members of protocol 3 share the
+   received bytes. Returns deliveries tried; 0 for pushes that are no messages. Loop's thread. */
+struct vkp_push;
+VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const struct vkp_push *push);
+
+/* Members of a name; number of names; the names one by one (walk from NULL; views until the next
+   change). Loop's thread.                                                                     */
+VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name);
+VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind);
+VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name);
+
+/* --------------------------------------------------------------------------------------
+   >>api-client   A connection to a server, shared by many threads                         */
+
+typedef enum vkp_push_kind {
+    VKP_PUSH_MESSAGE = 0,  /* channel, payload */
+    VKP_PUSH_PMESSAGE,     /* pattern, channel, payload */
+    VKP_PUSH_SMESSAGE,     /* channel, payload */
+    VKP_PUSH_SUBSCRIBED,   /* channel: confirmed for the first time, or again after an outage */
+    VKP_PUSH_UNSUBSCRIBED, /* channel; also when the server took a shard channel away */
+    VKP_PUSH_INVALIDATE,   /* frame: the keys; a null instead means all of them */
+    VKP_PUSH_OTHER,        /* any other push: frame, kind's name in channel */
+    VKP_PUSH_CONNECTED,    /* the first connection stands */
+    VKP_PUSH_DISCONNECTED, /* once per outage; payload tells why */
+    VKP_PUSH_RECONNECTED,  /* the outage is over; subscriptions are on their way back */
+    VKP_PUSH_GAP,          /* all are back: messages between from_ns and to_ns may be lost */
+    VKP_PUSH_LAGGED        /* the channel of pushes was full: `missed` were dropped before this */
+} vkp_push_kind;
+
+/* The kind in lower case; static, never NULL. Any thread. */
+VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
+
+/* One push. A value: in a callback it is borrowed; out of a channel it is yours to unref. */
+typedef struct vkp_push {
+    vkp_push_kind kind;
+    vkp_sub_kind sub; /* of SUBSCRIBED, UNSUBSCRIBED and the messages */
+    vkp_bytes frame;  /* the RESP bytes as received; empty for events of the client */
+    vkp_str channel;  /* these view frame */
+    vkp_str pattern;
+    vkp_str payload;
+    uint64_t from_ns; /* GAP: monotonic times */
+    uint64_t to_ns;
+    uint64_t missed; /* LAGGED */
+} vkp_push;
+
+/* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
+VKP_API size_t vkp_push_cost(const void *push);
+
+/* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
+VKP_API void vkp_push_drop(void *user, void *push);
+
+/* Give the push's reference back and empty it. Any thread. */
+VKP_API void vkp_push_unref(vkp_push *push);
+
+/* Read a frame as a push. Messages need no allocation and no reader.
+   Owns:   *push views value and gets no reference (frame is empty)   Errors: INVALID (no push) */
+VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
+
+/* A reply: one whole value and the bytes it came in. Immutable, ref-counted. */
+typedef struct vkp_reply vkp_reply;
+VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply); /* views the reply */
+VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);        /* views, no reference */
+VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
+VKP_API void vkp_reply_unref(vkp_reply *reply); /* NULL is ignored; any thread */
+
+typedef enum vkp_client_state {
+    VKP_CLIENT_CONNECTING = 0,
+    VKP_CLIENT_READY,
+    VKP_CLIENT_WAITING, /* for the next try */
+    VKP_CLIENT_CLOSED
+} vkp_client_state;
+
+typedef struct vkp_client vkp_client;
+
+typedef struct vkp_client_config {
+    const char *address;         /* required */
+    const char *username;        /* default user when NULL */
+    const char *password;        /* none when NULL */
+    const char *name;            /* CLIENT SETNAME; none when NULL */
+    int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
+    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too */
+    uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
+    uint64_t retry_max_ms; /* default 5,000 */
+    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000 */
+    uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
+    size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
+    vkp_resp_config resp;          /* limits of the reader; lenient is set */
+    /* Pushes, on the loop's thread; the push is borrowed. Either this, or the channel. */
+    void (*on_push)(void *user, const vkp_push *push);
+    void *user;
+    vkp_mpsc_tx *pushes; /* of vkp_push; shared. A full channel drops, and LAGGED tells. */
+    const vkp_env *env;  /* default: the loop's */
+} vkp_client_config;
+
+/* Open a client and begin to connect; it reconnects until it is closed. With a password the
+   connection is refused rather than used unauthenticated.
+   Owns:   borrows config (copies texts), shares loop and pushes; gives *client
+   Blocks: on DNS for host names only    Threads: loop's    In callbacks: ok
+   Errors: INVALID, NOMEM, CLOSED (loop)                                                       */
+VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                                 vkp_client **client);
+
+VKP_API vkp_client *vkp_client_ref(vkp_client *client); /* any thread */
+VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; any thread */
+
+/* Close: commands not answered get CLOSED, then nothing is called any more. Idempotent. Any
+   thread; from others than the loop's it is posted.                                           */
+VKP_API void vkp_client_close(vkp_client *client);
+
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
+VKP_API int vkp_client_get_protocol(const vkp_client *client); /* 2, 3; 0 before; any thread */
+
+/* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
+VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
+
+/* Subscribe, once upstream however often it is asked; each call wants one unsubscribe. Survives
+   outages. SUBSCRIBED follows in the push stream.
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
+                                                      vkp_str name);
+
+/* As vkp_client_subscribe, and done(user, status) on the loop's thread, once: OK when the server
+   confirmed (at once if it had), DISCONNECTED when there is no connection (the subscription
+   stands and comes with it), REFUSED (the server said no: the subscription is gone), CLOSED.  */
+VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
+                                                           vkp_str name,
+                                                           void (*done)(void *user, vkp_status),
+                                                           void *user);
+
+/* Give up one interest; the last one unsubscribes. Errors: NOMEM, CLOSED. Any thread. A name that
+   was not subscribed is ignored.                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
+                                                        vkp_str name);
+
+/* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
+   of the server is a reply of type VKP_ERROR. The slot is initialised here. The arguments are
+   terminated strings, the last one NULL.
+   Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
+   command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
+   CLIENT REPLY, MULTI, ...), CLOSED, NOMEM, INVALID. Afterwards recv gives CLOSED when the
+   connection was lost before the reply: the command may or may not have run.                  */
+VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
+    __attribute__((sentinel));
+
+/* The same with counted arguments. */
+VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
+                                                         size_t argc, const vkp_str *argv);
+
+/* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
+   value of the LAST reply, on the loop's thread, exactly once: status OK, or DISCONNECTED or
+   CLOSED with NULL. The bytes are not inspected.
+   Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
+   Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
+typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
+                             const vkp_bytes *frame);
+VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
+                                                 uint32_t replies, vkp_reply_fn on_reply,
+                                                 void *user);
+
+/* --------------------------------------------------------------------------------------
+   >>api-pushloop   From a channel of pushes to where they are wanted                      */
+
+/* Where a push loop writes; exactly one. */
+typedef struct vkp_sink {
+    vkp_hub *hub;   /* messages are published; only on the hub's loop */
+    vkp_conn *conn; /* frames are pushed as received; events of the client are not written */
+    void (*callback)(void *user, const vkp_push *push); /* borrows */
+    void *user;
+} vkp_sink;
+
+/* Receive pushes until the channel closes, in this thread. A sink that fails (a full queue, a
+   closed connection) loses that push; the loop goes on.
+   Owns:   borrows rx, sink     Blocks: until the channel is closed and drained, or cancelled
+   Threads: any, not a hub's     Errors: CANCELLED (cancel may be NULL), INVALID
+   OK means the channel closed.                                                                */
+VKP_API VKP_NODISCARD vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink,
+                                                   vkp_cancel *cancel);
+
+typedef struct vkp_push_loop vkp_push_loop;
+
+/* The same on an event loop, batch by batch. on_end(user) once, when the channel closed; the
+   push loop is stopped then and waits for its unref.
+   Owns:   takes rx (on failure it stays the caller's), shares loop and sink.conn, views sink.hub;
+   gives *push_loop     Threads: loop's     Errors: INVALID, NOMEM                             */
+VKP_API VKP_NODISCARD vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx,
+                                                    const vkp_sink *sink,
+                                                    void (*on_end)(void *user), void *user,
+                                                    vkp_push_loop **push_loop);
+VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop); /* stops it; loop's thread */
+
+/* --------------------------------------------------------------------------------------
+   >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
+
+typedef struct vkp_relay vkp_relay;
+
+typedef struct vkp_relay_config {
+    const char *server;   /* upstream address; NULL: a stand-alone pub/sub broker */
+    const char *username; /* of the upstream connection */
+    const char *password;
+    vkp_loop *const *loops; /* connections are spread over these; at least one */
+    size_t loop_count;      /* default 1 */
+    size_t queue_frames;    /* per client, as vkp_conn_config */
+    size_t queue_bytes;
+    vkp_on_full on_full;      /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
+    size_t max_clients;       /* default 10,000 */
+    size_t max_request_bytes; /* one command; default 64 MiB */
+    const vkp_env *env;
+} vkp_relay_config;
+
+/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the
+   upstream connection and the listeners.
+   Owns:   borrows config, shares loops; gives *relay     Threads: before the loops run
+   Errors: INVALID, NOMEM, and those of vkp_client_open                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
+
+/* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
+   loops[0]'s. *bound (may be NULL) views the address with the port chosen.
+   Errors: those of vkp_listener_open                                                          */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
+                                                  const char **bound);
+
+/* Stop accepting, answer what was asked, write what is queued until the deadline, then close;
+   on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.                       */
+VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
+                             void *user);
+
+typedef struct vkp_relay_stats {
+    size_t clients;
+    uint64_t accepted;
+    uint64_t refused;     /* over max_clients */
+    uint64_t messages_in; /* from upstream or by PUBLISH */
+    uint64_t deliveries;
+    uint64_t dropped_frames;  /* by the policy */
+    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT */
+    uint64_t protocol_errors; /* clients closed for them */
+} vkp_relay_stats;
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
+
+/* Close at once, and free. The loops do not run any more (or never ran). NULL is ignored. */
+VKP_API void vkp_relay_unref(vkp_relay *relay);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* VALKEY_PUSH_H */
+
+/* ======================================================================================
+   >>impl   Implementation
+   ====================================================================================== */
+#if defined(VKP_IMPLEMENTATION) && !defined(VKP_I_IMPLEMENTED)
+#define VKP_I_IMPLEMENTED
+
+#if !defined(__linux__) && !defined(__APPLE__) && !defined(__FreeBSD__) && \
+    !defined(__OpenBSD__) && !defined(__NetBSD__) && !defined(__DragonFly__)
+#error "valkey_push.h supports Linux, macOS and the BSDs"
+#endif
+
+#ifdef __linux__
+#define VKP_I_LINUX 1
+#else
+#define VKP_I_LINUX 0
+#endif
+#ifdef __APPLE__
+#define VKP_I_APPLE 1
+#else
+#define VKP_I_APPLE 0
+#endif
+#ifdef VKP_NO_IO
+#define VKP_I_IO 0
+#else
+#define VKP_I_IO 1
+#endif
+
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#if VKP_I_LINUX
+#include <linux/futex.h>
+#include <sys/random.h>
+#include <sys/syscall.h>
+#if defined(__STRICT_ANSI__) && !defined(__USE_GNU) && defined(__GLIBC__)
+#error \
+    "define VKP_IMPLEMENTATION before the FIRST include of this file, or build with -D_GNU_SOURCE"
+#endif
+#endif
+#if VKP_I_IO
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#if VKP_I_LINUX
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ======================================================================================
+   >>impl-base   Atomics by intent, locks, memory, log
+   ======================================================================================
+   All atomics of the file go through these macros, so that a model checker can take them over
+   (VKP_I_ATOMICS_FILE). No fences: ThreadSanitizer does not see them. Where a store must be seen
+   before a later load of another variable, both sides use the SEQ forms.                      */
+#ifdef VKP_I_ATOMICS_FILE
+#include VKP_I_ATOMICS_FILE
+#else
+#define VKP_I_LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define VKP_I_LOAD_ACQ(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define VKP_I_LOAD_SEQ(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+#define VKP_I_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_STORE_REL(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+#define VKP_I_STORE_SEQ(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+#define VKP_I_XCHG(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_XCHG_SEQ(p, v) __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
+#define VKP_I_CAS(p, expected, v) \
+    __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+#define VKP_I_CAS_SEQ(p, expected, v) \
+    __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+#define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_MUTEX pthread_mutex_t
+#define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
+#define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
+#define VKP_I_LOCK(m) ((void)pthread_mutex_lock((m)))
+#define VKP_I_UNLOCK(m) ((void)pthread_mutex_unlock((m)))
+#endif
+
+#ifndef VKP_ASSERT
+#define VKP_ASSERT(condition) ((void)0)
+#endif
+
+/* A programmer's error: asserts where the program wants that, and is INVALID otherwise. */
+#define VKP_I_REQUIRE(condition)    \
+    do {                            \
+        if (!(condition)) {         \
+            VKP_ASSERT(condition);  \
+            return VKP_ERR_INVALID; \
+        }                           \
+    } while (0)
+
+#define VKP_I_CONTAINER(pointer, type, member) \
+    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
+
+#define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+VKP_API const char *vkp_status_str(vkp_status status)
+{
+#define VKP_I_STATUS_TEXT(name, value, text) \
+    if (status == (name)) {                  \
+        return text;                         \
+    }
+    VKP_STATUS_MAP(VKP_I_STATUS_TEXT)
+#undef VKP_I_STATUS_TEXT
+    return "unknown status";
+}
+
+VKP_API const char *vkp_version(void)
+{
+    return VKP_VERSION_STR;
+}
+
+static void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes, size_t new_bytes)
+{
+    (void)user;
+    (void)old_bytes;
+    if (new_bytes == 0) {
+        free(ptr);
+        return NULL;
+    }
+    return realloc(ptr, new_bytes);
+}
+
+static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL};
+
+static const vkp_env *vkp_i_env(const vkp_env *env)
+{
+    return env != NULL ? env : &vkp_i_env_default;
+}
+
+static const vkp_sys *vkp_i_sys(const vkp_env *env)
+{
+    return env->sys != NULL ? env->sys : vkp_sys_default();
+}
+
+static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
+{
+    return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
+                              : vkp_i_libc_alloc(NULL, ptr, old_bytes, new_bytes);
+}
+
+static void *vkp_i_alloc(const vkp_env *env, size_t bytes)
+{
+    return vkp_i_resize(env, NULL, 0, bytes);
+}
+
+static void *vkp_i_alloc_zero(const vkp_env *env, size_t bytes)
+{
+    void *ptr = vkp_i_alloc(env, bytes);
+    if (ptr != NULL) {
+        memset(ptr, 0, bytes);
+    }
+    return ptr;
+}
+
+static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
+{
+    if (ptr != NULL) {
+        (void)vkp_i_resize(env, ptr, bytes, 0);
+    }
+}
+
+#if VKP_I_IO
+/* Room for `need` elements in a doubling array. */
+static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_t need,
+                       size_t elem_bytes)
+{
+    size_t wanted = *capacity < 8 ? 8 : *capacity;
+    void *grown;
+    if (need <= *capacity) {
+        return true;
+    }
+    while (wanted < need) {
+        if (wanted > SIZE_MAX / 2) {
+            return false;
+        }
+        wanted *= 2;
+    }
+    if (wanted > SIZE_MAX / elem_bytes) {
+        return false;
+    }
+    grown = vkp_i_resize(env, *array, *capacity * elem_bytes, wanted * elem_bytes);
+    if (grown == NULL) {
+        return false;
+    }
+    *array = grown;
+    *capacity = wanted;
+    return true;
+}
+
+__attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
+                                                            const char *format, ...)
+{
+    char text[512];
+    va_list arguments;
+    int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
+    if (env->log == NULL || (int)level > most) {
+        return;
+    }
+    va_start(arguments, format);
+    (void)vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    env->log(env->user, level, text);
+}
+#endif
+
+VKP_API uint64_t vkp_now_ns(void)
+{
+    return vkp_sys_default()->clock_ns();
+}
+
+static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
+{
+    return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
+}
+
+VKP_API uint64_t vkp_after_ms(uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_now_ns(), ms);
+}
+
+VKP_API vkp_str vkp_str_of(const char *text)
+{
+    vkp_str view;
+    view.ptr = text;
+    view.len = text != NULL ? strlen(text) : 0;
+    return view;
+}
+
+#if VKP_I_IO
+static vkp_str vkp_i_str(const void *ptr, size_t len)
+{
+    vkp_str view;
+    view.ptr = (const char *)ptr;
+    view.len = len;
+    return view;
+}
+
+static bool vkp_i_str_equal(vkp_str a, vkp_str b)
+{
+    return a.len == b.len && (a.len == 0 || memcmp(a.ptr, b.ptr, a.len) == 0);
+}
+
+static char vkp_i_lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
+}
+
+/* Whether the view equals the terminated text, ASCII case ignored. */
+static bool vkp_i_str_is(vkp_str view, const char *text)
+{
+    size_t i;
+    for (i = 0; i < view.len; i++) {
+        if (text[i] == '\0' || vkp_i_lower(view.ptr[i]) != vkp_i_lower(text[i])) {
+            return false;
+        }
+    }
+    return text[view.len] == '\0';
+}
+
+/* A terminated copy, or NULL. Freed with vkp_i_free_text. */
+static char *vkp_i_copy_text(const vkp_env *env, const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = (char *)vkp_i_alloc(env, bytes);
+    if (copy != NULL) {
+        memcpy(copy, text, bytes);
+    }
+    return copy;
+}
+
+static void vkp_i_free_text(const vkp_env *env, char *text)
+{
+    if (text != NULL) {
+        vkp_i_free(env, text, strlen(text) + 1);
+    }
+}
+#endif
+
+/* ======================================================================================
+   >>impl-sys   The operating system behind one table
+   ======================================================================================
+   Results are >= 0 or a negated errno. This section is the only one that calls the system, and
+   knows that Linux has accept4 and eventfd, that macOS refuses MSG_NOSIGNAL, and that a futex
+   takes absolute monotonic deadlines while a condition variable may not.                      */
+
+#define VKP_I_NS_PER_S 1000000000u
+
+static uint64_t vkp_i_os_clock_ns(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t vkp_i_os_random_u64(void)
+{
+    uint64_t value = 0;
+#if VKP_I_LINUX
+    if (getrandom(&value, sizeof value, GRND_NONBLOCK) == (ssize_t)sizeof value) {
+        return value;
+    }
+#else
+    arc4random_buf(&value, sizeof value);
+    return value;
+#endif
+    /* Too early in the boot for getrandom: good enough for jitter (splitmix64 of the clock). */
+    value = vkp_i_os_clock_ns() + 0x9e3779b97f4a7c15u;
+    value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
+    value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
+    return value ^ (value >> 31);
+}
+
+static int vkp_i_os_process_id(void)
+{
+    return (int)getpid();
+}
+
+/* Parker states. */
+#define VKP_I_PARK_EMPTY 0u
+#define VKP_I_PARK_NOTIFIED 1u
+#define VKP_I_PARK_ASLEEP 2u
+
+struct vkp_parker {
+    uint32_t state; /* read and written by both sides, see park and unpark */
+#if !VKP_I_LINUX
+    pthread_mutex_t mutex;
+    pthread_cond_t condition;
+#endif
+};
+
+#if VKP_I_LINUX
+#ifdef SYS_futex
+#define VKP_I_FUTEX SYS_futex
+#else
+#define VKP_I_FUTEX SYS_futex_time64
+#endif
+
+static void vkp_i_parker_init(vkp_parker *parker)
+{
+    parker->state = VKP_I_PARK_EMPTY;
+}
+
+static void vkp_i_parker_deinit(vkp_parker *parker)
+{
+    (void)parker;
+}
+
+/* Returns once notified, at the deadline, or never early. ASLEEP tells unpark that a system call
+   is due; its exchange pairs with the loads here.                                             */
+static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
+{
+    struct timespec until;
+    uint32_t state = VKP_I_PARK_EMPTY;
+    (void)VKP_I_CAS(&parker->state, &state, VKP_I_PARK_ASLEEP);
+    until.tv_sec = (time_t)(deadline_ns / VKP_I_NS_PER_S);
+    until.tv_nsec = (long)(deadline_ns % VKP_I_NS_PER_S);
+    while (VKP_I_LOAD_ACQ(&parker->state) != VKP_I_PARK_NOTIFIED) {
+        if (deadline_ns != VKP_FOREVER && vkp_i_os_clock_ns() >= deadline_ns) {
+            return;
+        }
+        (void)syscall(VKP_I_FUTEX, &parker->state, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG,
+                      VKP_I_PARK_ASLEEP, deadline_ns == VKP_FOREVER ? NULL : &until, NULL,
+                      FUTEX_BITSET_MATCH_ANY);
+    }
+}
+
+/* The parker may be gone after the exchange: waking a stale address is harmless to a futex. */
+static void vkp_i_os_unpark(vkp_parker *parker)
+{
+    if (VKP_I_XCHG(&parker->state, VKP_I_PARK_NOTIFIED) == VKP_I_PARK_ASLEEP) {
+        (void)syscall(VKP_I_FUTEX, &parker->state, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL,
+                      0);
+    }
+}
+#else
+static void vkp_i_parker_init(vkp_parker *parker)
+{
+    parker->state = VKP_I_PARK_EMPTY;
+    (void)pthread_mutex_init(&parker->mutex, NULL);
+#if VKP_I_APPLE
+    (void)pthread_cond_init(&parker->condition, NULL);
+#else
+    {
+        pthread_condattr_t attributes;
+        (void)pthread_condattr_init(&attributes);
+        (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+        (void)pthread_cond_init(&parker->condition, &attributes);
+        (void)pthread_condattr_destroy(&attributes);
+    }
+#endif
+}
+
+static void vkp_i_parker_deinit(vkp_parker *parker)
+{
+    (void)pthread_cond_destroy(&parker->condition);
+    (void)pthread_mutex_destroy(&parker->mutex);
+}
+
+static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
+{
+    (void)pthread_mutex_lock(&parker->mutex);
+    while (VKP_I_LOAD_ACQ(&parker->state) != VKP_I_PARK_NOTIFIED) {
+        uint64_t now = vkp_i_os_clock_ns();
+        struct timespec wait;
+        if (deadline_ns == VKP_FOREVER) {
+            (void)pthread_cond_wait(&parker->condition, &parker->mutex);
+            continue;
+        }
+        if (now >= deadline_ns) {
+            break;
+        }
+#if VKP_I_APPLE
+        wait.tv_sec = (time_t)((deadline_ns - now) / VKP_I_NS_PER_S);
+        wait.tv_nsec = (long)((deadline_ns - now) % VKP_I_NS_PER_S);
+        (void)pthread_cond_timedwait_relative_np(&parker->condition, &parker->mutex, &wait);
+#else
+        wait.tv_sec = (time_t)(deadline_ns / VKP_I_NS_PER_S);
+        wait.tv_nsec = (long)(deadline_ns % VKP_I_NS_PER_S);
+        (void)pthread_cond_timedwait(&parker->condition, &parker->mutex, &wait);
+#endif
+    }
+    (void)pthread_mutex_unlock(&parker->mutex);
+}
+
+static void vkp_i_os_unpark(vkp_parker *parker)
+{
+    (void)pthread_mutex_lock(&parker->mutex);
+    VKP_I_STORE_REL(&parker->state, VKP_I_PARK_NOTIFIED);
+    (void)pthread_cond_signal(&parker->condition);
+    (void)pthread_mutex_unlock(&parker->mutex);
+}
+#endif
+
+#if VKP_I_IO
+static int vkp_i_os_result(int result)
+{
+    return result < 0 ? -errno : result;
+}
+
+static int vkp_i_os_prepare(int fd)
+{
+    int status = fcntl(fd, F_GETFL);
+    if (status < 0 || fcntl(fd, F_SETFL, status | O_NONBLOCK) < 0 ||
+        fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) {
+        return -errno;
+    }
+#ifdef SO_NOSIGPIPE
+    {
+        int on = 1;
+        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* not for every kind */
+    }
+#endif
+    return 0;
+}
+
+#if !VKP_I_LINUX
+static int vkp_i_os_prepared(int fd)
+{
+    int status;
+    if (fd < 0) {
+        return -errno;
+    }
+    status = vkp_i_os_prepare(fd);
+    if (status < 0) {
+        (void)close(fd);
+        return status;
+    }
+    return fd;
+}
+#endif
+
+static int vkp_i_os_socket(int family, int type)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+#else
+    return vkp_i_os_prepared(socket(family, type, 0));
+#endif
+}
+
+static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes)
+{
+    struct sockaddr_storage copy;
+    int on = 1;
+    if (bytes > sizeof copy) {
+        return -EINVAL;
+    }
+    memcpy(&copy, address, bytes);
+    if (copy.ss_family == AF_UNIX) {
+        (void)fchmod(fd, 0600); /* Linux gives the file this mode; elsewhere chmod follows */
+    } else {
+        (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    }
+    return vkp_i_os_result(bind(fd, (const struct sockaddr *)&copy, (socklen_t)bytes));
+}
+
+static int vkp_i_os_listen(int fd, int backlog)
+{
+    return vkp_i_os_result(listen(fd, backlog));
+}
+
+static int vkp_i_os_accept(int fd)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC));
+#else
+    return vkp_i_os_prepared(accept(fd, NULL, NULL));
+#endif
+}
+
+static int vkp_i_os_connect(int fd, const void *address, uint32_t bytes)
+{
+    struct sockaddr_storage copy;
+    if (bytes > sizeof copy) {
+        return -EINVAL;
+    }
+    memcpy(&copy, address, bytes);
+    return vkp_i_os_result(connect(fd, (const struct sockaddr *)&copy, (socklen_t)bytes));
+}
+
+static int vkp_i_os_socket_error(int fd)
+{
+    int error = 0;
+    socklen_t bytes = sizeof error;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &bytes) < 0) {
+        return -errno;
+    }
+    return -error;
+}
+
+static int vkp_i_os_set_nodelay(int fd)
+{
+    int on = 1;
+    return vkp_i_os_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
+}
+
+static int vkp_i_os_peer_uid(int fd, uint32_t *uid)
+{
+#if VKP_I_LINUX
+    struct ucred peer;
+    socklen_t bytes = sizeof peer;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) < 0) {
+        return -errno;
+    }
+    *uid = (uint32_t)peer.uid;
+#else
+    uid_t user;
+    gid_t group;
+    if (getpeereid(fd, &user, &group) < 0) {
+        return -errno;
+    }
+    *uid = (uint32_t)user;
+#endif
+    return 0;
+}
+
+static int vkp_i_os_local_port(int fd)
+{
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } local;
+    socklen_t bytes = sizeof local;
+    if (getsockname(fd, &local.any, &bytes) < 0) {
+        return -errno;
+    }
+    return local.any.sa_family == AF_INET6 ? (int)ntohs(local.v6.sin6_port)
+                                           : (int)ntohs(local.v4.sin_port);
+}
+
+/* Literals are tried first: they never ask a name server. */
+static int vkp_i_os_resolve(const char *host, const char *port, vkp_address *out, size_t capacity)
+{
+    struct addrinfo hints;
+    struct addrinfo *found = NULL;
+    struct addrinfo *each;
+    size_t count = 0;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+    if (getaddrinfo(host, port, &hints, &found) != 0) {
+        hints.ai_flags = AI_NUMERICSERV;
+        if (getaddrinfo(host, port, &hints, &found) != 0) {
+            return -ENOENT;
+        }
+    }
+    for (each = found; each != NULL && count < capacity; each = each->ai_next) {
+        if (each->ai_addrlen <= sizeof out->storage) {
+            out[count].bytes = (uint32_t)each->ai_addrlen;
+            out[count].family = (uint16_t)each->ai_family;
+            memcpy(out[count].storage.bytes, each->ai_addr, each->ai_addrlen);
+            count++;
+        }
+    }
+    freeaddrinfo(found);
+    return count > 0 ? (int)count : -ENOENT;
+}
+
+static int64_t vkp_i_os_read(int fd, void *buffer, size_t bytes)
+{
+    ssize_t got = read(fd, buffer, bytes);
+    return got < 0 ? -(int64_t)errno : (int64_t)got;
+}
+
+/* Wakes come from signal handlers: what they interrupted must find its errno again. */
+static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
+{
+    int before = errno;
+    ssize_t put = write(fd, buffer, bytes);
+    int64_t result = put < 0 ? -(int64_t)errno : (int64_t)put;
+    errno = before;
+    return result;
+}
+
+static int64_t vkp_i_os_send(int fd, const vkp_range *ranges, size_t count)
+{
+    struct msghdr message;
+    struct iovec vectors[64];
+    ssize_t put;
+    size_t i;
+    int flags = 0;
+#ifdef MSG_NOSIGNAL
+    flags = MSG_NOSIGNAL;
+#endif
+    if (count > sizeof vectors / sizeof vectors[0]) {
+        count = sizeof vectors / sizeof vectors[0];
+    }
+    for (i = 0; i < count; i++) {
+        memcpy(&vectors[i].iov_base, &ranges[i].base, sizeof ranges[i].base); /* drops const */
+        vectors[i].iov_len = ranges[i].len;
+    }
+    memset(&message, 0, sizeof message);
+    message.msg_iov = vectors;
+#if VKP_I_LINUX && defined(__GLIBC__)
+    message.msg_iovlen = count;
+#else
+    message.msg_iovlen = (int)count;
+#endif
+    put = sendmsg(fd, &message, flags);
+    return put < 0 ? -(int64_t)errno : (int64_t)put;
+}
+
+static int vkp_i_os_close(int fd)
+{
+    return vkp_i_os_result(close(fd));
+}
+
+/* The lock counts only if the locked file is still the one at the path: its last holder removes
+   it while holding the lock, so a file opened just before may be a corpse.                    */
+static int vkp_i_os_lock_file(const char *path)
+{
+    for (;;) {
+        struct stat opened;
+        struct stat named;
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        int error;
+        if (fd < 0) {
+            return -errno;
+        }
+        if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+            error = errno;
+            (void)close(fd);
+            return -error;
+        }
+        if (fstat(fd, &opened) == 0 && lstat(path, &named) == 0 && opened.st_dev == named.st_dev &&
+            opened.st_ino == named.st_ino) {
+            return fd;
+        }
+        (void)close(fd);
+    }
+}
+
+static int vkp_i_os_identify(const char *path, vkp_file_id *id)
+{
+    struct stat found;
+    if (lstat(path, &found) < 0) {
+        return -errno;
+    }
+    id->device = (uint64_t)found.st_dev;
+    id->inode = (uint64_t)found.st_ino;
+    id->uid = (uint32_t)found.st_uid;
+    id->is_socket = S_ISSOCK(found.st_mode);
+    return 0;
+}
+
+static int vkp_i_os_chmod(const char *path, uint32_t mode)
+{
+    return vkp_i_os_result(chmod(path, (mode_t)mode));
+}
+
+static int vkp_i_os_unlink(const char *path)
+{
+    return vkp_i_os_result(unlink(path));
+}
+
+static int vkp_i_os_wake_pair(int fds[2])
+{
+#if VKP_I_LINUX
+    int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (fd < 0) {
+        return -errno;
+    }
+    fds[0] = fd;
+    fds[1] = fd;
+    return 0;
+#else
+    int status;
+    int i;
+    if (pipe(fds) < 0) {
+        return -errno;
+    }
+    for (i = 0; i < 2; i++) {
+        status = vkp_i_os_prepare(fds[i]);
+        if (status < 0) {
+            (void)close(fds[0]);
+            (void)close(fds[1]);
+            return status;
+        }
+    }
+    return 0;
+#endif
+}
+
+/* Milliseconds until the deadline, rounded up so that a wait never ends early. */
+static int vkp_i_os_timeout_ms(uint64_t deadline_ns)
+{
+    uint64_t now;
+    uint64_t ms;
+    if (deadline_ns == 0) {
+        return 0;
+    }
+    if (deadline_ns == VKP_FOREVER) {
+        return -1;
+    }
+    now = vkp_i_os_clock_ns();
+    if (deadline_ns <= now) {
+        return 0;
+    }
+    ms = (deadline_ns - now + 999999u) / 1000000u;
+    return ms > (uint64_t)INT_MAX ? INT_MAX : (int)ms;
+}
+
+static int vkp_i_os_poll(void *pollfds, size_t count, uint64_t deadline_ns)
+{
+    return vkp_i_os_result(
+        poll((struct pollfd *)pollfds, (nfds_t)count, vkp_i_os_timeout_ms(deadline_ns)));
+}
+
+static int vkp_i_os_epoll_create(void)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_create1(EPOLL_CLOEXEC));
+#else
+    return -ENOSYS;
+#endif
+}
+
+static int vkp_i_os_epoll_ctl(int epoll_fd, int operation, int fd, void *event)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_ctl(epoll_fd, operation, fd, (struct epoll_event *)event));
+#else
+    (void)epoll_fd;
+    (void)operation;
+    (void)fd;
+    (void)event;
+    return -ENOSYS;
+#endif
+}
+
+static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_t deadline_ns)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_wait(epoll_fd, (struct epoll_event *)events, capacity,
+                                      vkp_i_os_timeout_ms(deadline_ns)));
+#else
+    (void)epoll_fd;
+    (void)events;
+    (void)capacity;
+    (void)deadline_ns;
+    return -ENOSYS;
+#endif
+}
+#endif /* VKP_I_IO */
+
+VKP_API const vkp_sys *vkp_sys_default(void)
+{
+#if VKP_I_IO
+    static const vkp_sys table = {
+        vkp_i_os_clock_ns,    vkp_i_os_random_u64, vkp_i_os_process_id,   vkp_i_os_park,
+        vkp_i_os_unpark,      vkp_i_os_socket,     vkp_i_os_bind,         vkp_i_os_listen,
+        vkp_i_os_accept,      vkp_i_os_connect,    vkp_i_os_socket_error, vkp_i_os_prepare,
+        vkp_i_os_set_nodelay, vkp_i_os_peer_uid,   vkp_i_os_local_port,   vkp_i_os_resolve,
+        vkp_i_os_read,        vkp_i_os_send,       vkp_i_os_write,        vkp_i_os_close,
+        vkp_i_os_lock_file,   vkp_i_os_identify,   vkp_i_os_chmod,        vkp_i_os_unlink,
+        vkp_i_os_wake_pair,   vkp_i_os_poll,       vkp_i_os_epoll_create, vkp_i_os_epoll_ctl,
+        vkp_i_os_epoll_wait};
+#else
+    static const vkp_sys table = {vkp_i_os_clock_ns,
+                                  vkp_i_os_random_u64,
+                                  vkp_i_os_process_id,
+                                  vkp_i_os_park,
+                                  vkp_i_os_unpark,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL,
+                                  NULL};
+#endif
+    return &table;
+}
+
+/* ======================================================================================
+   >>impl-park   The waiter: the one way to be woken
+   ======================================================================================
+   A waiter is a node that whoever waits links into the list of what it waits for. Whoever makes
+   the condition true unlinks it and calls wake, both under the list's lock; so a waiter that is
+   no longer linked when its owner takes the lock has been woken completely, and its memory may
+   go. wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
+   Lock order: a channel's or token's lock, then nothing (the loop's queue takes no lock).     */
+
+typedef struct vkp_i_waiter {
+    struct vkp_i_waiter *prev; /* NULL when not linked */
+    struct vkp_i_waiter *next;
+    void (*wake)(struct vkp_i_waiter *waiter);
+} vkp_i_waiter;
+
+typedef struct vkp_i_waiters { /* a ring with this as its sentinel */
+    vkp_i_waiter head;
+} vkp_i_waiters;
+
+static void vkp_i_waiters_init(vkp_i_waiters *list)
+{
+    list->head.prev = &list->head;
+    list->head.next = &list->head;
+    list->head.wake = NULL;
+}
+
+static bool vkp_i_waiters_empty(const vkp_i_waiters *list)
+{
+    return list->head.next == &list->head;
+}
+
+static void vkp_i_waiter_link(vkp_i_waiters *list, vkp_i_waiter *waiter)
+{
+    waiter->prev = list->head.prev;
+    waiter->next = &list->head;
+    list->head.prev->next = waiter;
+    list->head.prev = waiter;
+}
+
+static bool vkp_i_waiter_unlink(vkp_i_waiter *waiter)
+{
+    if (waiter->prev == NULL) {
+        return false;
+    }
+    waiter->prev->next = waiter->next;
+    waiter->next->prev = waiter->prev;
+    waiter->prev = NULL;
+    waiter->next = NULL;
+    return true;
+}
+
+static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
+{
+    while (!vkp_i_waiters_empty(list)) {
+        vkp_i_waiter *first = list->head.next;
+        (void)vkp_i_waiter_unlink(first);
+        first->wake(first);
+    }
+}
+
+/* A thread that waits: one or more of these nodes, one parker. */
+typedef struct vkp_i_thread_waiter {
+    vkp_i_waiter node;
+    const vkp_sys *sys;
+    vkp_parker *parker;
+} vkp_i_thread_waiter;
+
+static void vkp_i_thread_wake(vkp_i_waiter *waiter)
+{
+    vkp_i_thread_waiter *self = VKP_I_CONTAINER(waiter, vkp_i_thread_waiter, node);
+    self->sys->unpark(self->parker);
+}
+
+static void vkp_i_thread_waiter_init(vkp_i_thread_waiter *self, const vkp_sys *sys,
+                                     vkp_parker *parker)
+{
+    self->node.prev = NULL;
+    self->node.next = NULL;
+    self->node.wake = vkp_i_thread_wake;
+    self->sys = sys;
+    self->parker = parker;
+}
+
+static bool vkp_i_parker_notified(vkp_parker *parker)
+{
+    return VKP_I_LOAD_ACQ(&parker->state) == VKP_I_PARK_NOTIFIED;
+}
+
+/* ======================================================================================
+   >>impl-bytes   Immutable ref-counted blocks
+   ======================================================================================
+   A block is one allocation: header, then bytes. Bytes below `len` never change; whoever holds
+   the ONLY right to append (a loop's read block, a hub's encoder, a writer) writes above `len`
+   and publishes slices. Slices cross threads through queues, which order those writes.        */
+
+struct vkp_block {
+    const vkp_env *env;
+    size_t refs; /* atomic; 64 bits do not overflow */
+    size_t capacity;
+    size_t len; /* appender's: bytes in use */
+};
+
+#define VKP_I_BLOCK_MAX 0xffffffffu /* offsets inside a block are 32 bits */
+
+static uint8_t *vkp_i_block_data(vkp_block *block)
+{
+    return (uint8_t *)(block + 1);
+}
+
+static vkp_block *vkp_i_block_open(const vkp_env *env, size_t capacity)
+{
+    vkp_block *block;
+    if (capacity > VKP_I_BLOCK_MAX) {
+        return NULL;
+    }
+    block = (vkp_block *)vkp_i_alloc(env, sizeof *block + capacity);
+    if (block != NULL) {
+        block->env = env;
+        block->refs = 1;
+        block->capacity = capacity;
+        block->len = 0;
+    }
+    return block;
+}
+
+static vkp_block *vkp_i_block_ref(vkp_block *block)
+{
+    if (block != NULL) {
+        (void)VKP_I_ADD(&block->refs, 1);
+    }
+    return block;
+}
+
+static void vkp_i_block_unref(vkp_block *block)
+{
+    if (block != NULL && VKP_I_UNREF(&block->refs) == 1) {
+        vkp_i_free(block->env, block, sizeof *block + block->capacity);
+    }
+}
+
+#if VKP_I_IO
+/* Whether the caller's reference is the only one, so that the bytes may be written again. The
+   acquire pairs with the release of the other holders' unref.                                 */
+static bool vkp_i_block_is_mine(const vkp_block *block)
+{
+    return VKP_I_LOAD_ACQ(&block->refs) == 1;
+}
+
+/* Make room for `more` bytes in the caller's own unshared block (*block may be NULL). */
+static vkp_status vkp_i_block_reserve(const vkp_env *env, vkp_block **block, size_t more)
+{
+    size_t used = *block != NULL ? (*block)->len : 0;
+    size_t capacity = *block != NULL ? (*block)->capacity : 0;
+    size_t wanted;
+    vkp_block *grown;
+    if (more <= capacity - used) {
+        return VKP_OK;
+    }
+    if (more > VKP_I_BLOCK_MAX - used) {
+        return VKP_ERR_LIMIT;
+    }
+    wanted = VKP_I_MAX(used + more, VKP_I_MIN(capacity * 2, (size_t)VKP_I_BLOCK_MAX));
+    wanted = VKP_I_MAX(wanted, (size_t)64);
+    grown = vkp_i_block_open(env, wanted);
+    if (grown == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (used > 0) {
+        memcpy(vkp_i_block_data(grown), vkp_i_block_data(*block), used);
+    }
+    grown->len = used;
+    vkp_i_block_unref(*block);
+    *block = grown;
+    return VKP_OK;
+}
+#endif
+
+VKP_API vkp_status vkp_bytes_copy(const vkp_env *env, const void *data, size_t len, vkp_bytes *out)
+{
+    vkp_block *block;
+    VKP_I_REQUIRE(out != NULL && (data != NULL || len == 0) && len <= VKP_I_BLOCK_MAX);
+    block = vkp_i_block_open(vkp_i_env(env), len);
+    if (block == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (len > 0) {
+        memcpy(vkp_i_block_data(block), data, len);
+    }
+    block->len = len;
+    out->data = vkp_i_block_data(block);
+    out->len = len;
+    out->block = block;
+    return VKP_OK;
+}
+
+VKP_API vkp_bytes vkp_bytes_static(const void *data, size_t len)
+{
+    vkp_bytes bytes;
+    bytes.data = (const uint8_t *)data;
+    bytes.len = len;
+    bytes.block = NULL;
+    return bytes;
+}
+
+VKP_API vkp_bytes vkp_bytes_ref(const vkp_bytes *bytes)
+{
+    (void)vkp_i_block_ref(bytes->block);
+    return *bytes;
+}
+
+VKP_API vkp_bytes vkp_bytes_slice(const vkp_bytes *bytes, size_t offset, size_t len)
+{
+    vkp_bytes slice = vkp_bytes_ref(bytes);
+    offset = VKP_I_MIN(offset, bytes->len);
+    slice.data = bytes->data != NULL ? bytes->data + offset : NULL;
+    slice.len = VKP_I_MIN(len, bytes->len - offset);
+    return slice;
+}
+
+VKP_API void vkp_bytes_unref(vkp_bytes *bytes)
+{
+    if (bytes != NULL) {
+        vkp_i_block_unref(bytes->block);
+        *bytes = vkp_bytes_static(NULL, 0);
+    }
+}
+
+/* ======================================================================================
+   >>impl-mpsc   Many senders, one receiver
+   ======================================================================================
+   A growing ring under one mutex. The receiver's waiter is woken when a value meets an empty
+   ring; a blocked sender waits with a pointer to its value, and the RECEIVER moves that value
+   into the ring when room appears, oldest sender first: order is kept, and a try_send finding
+   senders waiting is FULL. All fields below `mutex` are guarded by it.                        */
+
+typedef struct vkp_i_channel vkp_i_channel;
+
+struct vkp_mpsc_tx {
+    vkp_i_channel *channel;
+};
+struct vkp_mpsc_rx {
+    vkp_i_channel *channel;
+};
+
+typedef struct vkp_i_blocked_sender {
+    vkp_i_thread_waiter waiter;
+    const void *item;
+    size_t cost;
+    vkp_status status; /* what the wake-up means */
+} vkp_i_blocked_sender;
+
+typedef struct vkp_i_channel_watch vkp_i_channel_watch; /* the loop section's */
+
+struct vkp_i_channel {
+    vkp_mpsc_config config;
+    vkp_mpsc_tx tx;
+    vkp_mpsc_rx rx;
+    size_t refs;    /* atomic: the senders together, and the receiver, hold one each */
+    size_t tx_refs; /* atomic */
+    VKP_I_MUTEX mutex;
+    uint8_t *ring;
+    size_t slots; /* capacity of the ring, a power of two or 0 */
+    size_t head;  /* index of the oldest value */
+    size_t count;
+    size_t cost;
+    bool closed;     /* by the receiver */
+    bool no_senders; /* the last one left */
+    vkp_i_waiters receiver;
+    vkp_i_waiters senders;
+    vkp_i_channel_watch *watch; /* loop's thread */
+};
+
+static uint8_t *vkp_i_channel_at(vkp_i_channel *channel, size_t index)
+{
+    return channel->ring + (index & (channel->slots - 1)) * channel->config.elem_bytes;
+}
+
+static size_t vkp_i_channel_cost(const vkp_i_channel *channel, const void *item)
+{
+    return channel->config.cost != NULL ? channel->config.cost(item) : channel->config.elem_bytes;
+}
+
+/* Move the values to a ring of `slots` places. */
+static bool vkp_i_channel_rehouse(vkp_i_channel *channel, size_t slots)
+{
+    const vkp_env *env = channel->config.env;
+    size_t bytes = channel->config.elem_bytes;
+    size_t first =
+        VKP_I_MIN(channel->count, channel->slots - (channel->head & (channel->slots - 1)));
+    uint8_t *ring;
+    if (slots > SIZE_MAX / bytes) {
+        return false;
+    }
+    ring = (uint8_t *)vkp_i_alloc(env, slots * bytes);
+    if (ring == NULL) {
+        return false;
+    }
+    if (channel->count > 0) {
+        memcpy(ring, vkp_i_channel_at(channel, channel->head), first * bytes);
+        memcpy(ring + first * bytes, channel->ring, (channel->count - first) * bytes);
+    }
+    vkp_i_free(env, channel->ring, channel->slots * bytes);
+    channel->ring = ring;
+    channel->slots = slots;
+    channel->head = 0;
+    return true;
+}
+
+/* Locked: append a value for which there is room by count and cost. */
+static vkp_status vkp_i_channel_append(vkp_i_channel *channel, const void *item, size_t cost)
+{
+    if (channel->count == channel->slots &&
+        !vkp_i_channel_rehouse(channel, channel->slots == 0 ? 8 : channel->slots * 2)) {
+        return VKP_ERR_NOMEM;
+    }
+    memcpy(vkp_i_channel_at(channel, channel->head + channel->count), item,
+           channel->config.elem_bytes);
+    channel->count++;
+    channel->cost += cost;
+    if (!vkp_i_waiters_empty(&channel->receiver)) {
+        vkp_i_waiters_wake_all(&channel->receiver);
+    }
+    return VKP_OK;
+}
+
+static bool vkp_i_channel_has_room(const vkp_i_channel *channel, size_t cost)
+{
+    const vkp_mpsc_config *config = &channel->config;
+    if (config->capacity_items != 0 && channel->count >= config->capacity_items) {
+        return false;
+    }
+    return config->capacity_bytes == 0 || channel->count == 0 ||
+           (channel->cost <= config->capacity_bytes &&
+            cost <= config->capacity_bytes - channel->cost);
+}
+
+/* Locked: let blocked senders in, oldest first, as far as there is room. */
+static void vkp_i_channel_admit(vkp_i_channel *channel)
+{
+    while (!vkp_i_waiters_empty(&channel->senders)) {
+        vkp_i_waiter *node = channel->senders.head.next;
+        vkp_i_blocked_sender *sender = VKP_I_CONTAINER(node, vkp_i_blocked_sender, waiter.node);
+        if (!vkp_i_channel_has_room(channel, sender->cost)) {
+            return;
+        }
+        sender->status = vkp_i_channel_append(channel, sender->item, sender->cost);
+        (void)vkp_i_waiter_unlink(node);
+        node->wake(node);
+    }
+}
+
+/* Locked: move the oldest value out. A ring that a burst made large goes when it is empty. */
+static void vkp_i_channel_take(vkp_i_channel *channel, void *out)
+{
+    const uint8_t *item = vkp_i_channel_at(channel, channel->head);
+    size_t cost = vkp_i_channel_cost(channel, item);
+    memcpy(out, item, channel->config.elem_bytes);
+    channel->head++;
+    channel->count--;
+    channel->cost = channel->count == 0 ? 0 : channel->cost - cost;
+    if (channel->count == 0 && channel->slots * channel->config.elem_bytes > 65536) {
+        vkp_i_free(channel->config.env, channel->ring, channel->slots * channel->config.elem_bytes);
+        channel->ring = NULL;
+        channel->slots = 0;
+        channel->head = 0;
+    }
+}
+
+static void vkp_i_channel_unref(vkp_i_channel *channel)
+{
+    if (VKP_I_UNREF(&channel->refs) == 1) {
+        VKP_I_MUTEX_DEINIT(&channel->mutex);
+        vkp_i_free(channel->config.env, channel->ring, channel->slots * channel->config.elem_bytes);
+        vkp_i_free(channel->config.env, channel, sizeof *channel);
+    }
+}
+
+VKP_API vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx, vkp_mpsc_rx **rx)
+{
+    vkp_i_channel *channel;
+    VKP_I_REQUIRE(config != NULL && tx != NULL && rx != NULL);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    channel = (vkp_i_channel *)vkp_i_alloc_zero(vkp_i_env(config->env), sizeof *channel);
+    if (channel == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    channel->config = *config;
+    channel->config.env = vkp_i_env(config->env);
+    channel->tx.channel = channel;
+    channel->rx.channel = channel;
+    channel->refs = 2;
+    channel->tx_refs = 1;
+    VKP_I_MUTEX_INIT(&channel->mutex);
+    vkp_i_waiters_init(&channel->receiver);
+    vkp_i_waiters_init(&channel->senders);
+    *tx = &channel->tx;
+    *rx = &channel->rx;
+    return VKP_OK;
+}
+
+VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->channel->tx_refs, 1);
+    return tx;
+}
+
+VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
+{
+    vkp_i_channel *channel;
+    if (tx == NULL) {
+        return;
+    }
+    channel = tx->channel;
+    if (VKP_I_UNREF(&channel->tx_refs) != 1) {
+        return;
+    }
+    VKP_I_LOCK(&channel->mutex);
+    channel->no_senders = true;
+    vkp_i_waiters_wake_all(&channel->receiver);
+    VKP_I_UNLOCK(&channel->mutex);
+    vkp_i_channel_unref(channel);
+}
+
+/* Locked: FULL means that waiting would help. */
+static vkp_status vkp_i_channel_try_send(vkp_i_channel *channel, const void *item, size_t cost)
+{
+    if (channel->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    if (!vkp_i_waiters_empty(&channel->senders) || !vkp_i_channel_has_room(channel, cost)) {
+        return VKP_ERR_FULL;
+    }
+    return vkp_i_channel_append(channel, item, cost);
+}
+
+VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
+{
+    vkp_i_channel *channel;
+    vkp_status status;
+    size_t cost;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    channel = tx->channel;
+    cost = vkp_i_channel_cost(channel, item);
+    VKP_I_LOCK(&channel->mutex);
+    status = vkp_i_channel_try_send(channel, item, cost);
+    VKP_I_UNLOCK(&channel->mutex);
+    return status;
+}
+
+VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t deadline_ns)
+{
+    vkp_i_channel *channel;
+    const vkp_sys *sys;
+    vkp_i_blocked_sender sender;
+    vkp_parker parker;
+    vkp_status status;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    channel = tx->channel;
+    sys = vkp_i_sys(channel->config.env);
+    sender.cost = vkp_i_channel_cost(channel, item);
+    VKP_I_LOCK(&channel->mutex);
+    status = vkp_i_channel_try_send(channel, item, sender.cost);
+    if (status != VKP_ERR_FULL || deadline_ns == 0) {
+        VKP_I_UNLOCK(&channel->mutex);
+        return status == VKP_ERR_FULL ? VKP_ERR_TIMEOUT : status;
+    }
+    sender.item = item;
+    sender.status = VKP_ERR_TIMEOUT;
+    vkp_i_parker_init(&parker);
+    vkp_i_thread_waiter_init(&sender.waiter, sys, &parker);
+    vkp_i_waiter_link(&channel->senders, &sender.waiter.node);
+    VKP_I_UNLOCK(&channel->mutex);
+
+    sys->park(&parker, deadline_ns);
+
+    VKP_I_LOCK(&channel->mutex);
+    if (vkp_i_waiter_unlink(&sender.waiter.node)) {
+        vkp_i_channel_admit(channel); /* a cheaper value behind this one may fit */
+    }
+    status = sender.status;
+    VKP_I_UNLOCK(&channel->mutex);
+    vkp_i_parker_deinit(&parker);
+    return status;
+}
+
+#if VKP_I_IO
+/* For queues that prefer the newest: when full, take the oldest value out into *evicted and try
+   once more. FULL with an eviction: the value is large, call again.                           */
+static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void *evicted,
+                                        bool *was_evicted)
+{
+    vkp_i_channel *channel = tx->channel;
+    size_t cost = vkp_i_channel_cost(channel, item);
+    vkp_status status;
+    *was_evicted = false;
+    VKP_I_LOCK(&channel->mutex);
+    status = vkp_i_channel_try_send(channel, item, cost);
+    if (status == VKP_ERR_FULL && channel->count > 0) {
+        vkp_i_channel_take(channel, evicted);
+        *was_evicted = true;
+        status = vkp_i_channel_try_send(channel, item, cost);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return status;
+}
+
+#endif
+
+VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx)
+{
+    vkp_i_channel *channel = tx->channel;
+    bool closed;
+    VKP_I_LOCK(&channel->mutex);
+    closed = channel->closed;
+    VKP_I_UNLOCK(&channel->mutex);
+    return closed;
+}
+
+/* Locked. */
+static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
+                                         size_t *count)
+{
+    size_t taken = 0;
+    while (taken < capacity && channel->count > 0) {
+        vkp_i_channel_take(channel, (uint8_t *)out + taken * channel->config.elem_bytes);
+        taken++;
+        vkp_i_channel_admit(channel);
+    }
+    if (taken > 0) {
+        *count = taken;
+        return VKP_OK;
+    }
+    return channel->closed || channel->no_senders ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+}
+
+/* The cancel section's; a receiver waits for a token beside its channel. */
+static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter);
+static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter);
+
+/* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
+static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
+                                  vkp_cancel *cancel, uint64_t deadline_ns)
+{
+    vkp_i_channel *channel = rx->channel;
+    const vkp_sys *sys = vkp_i_sys(channel->config.env);
+    for (;;) {
+        vkp_i_thread_waiter waiter;
+        vkp_i_thread_waiter cancelled;
+        vkp_parker parker;
+        vkp_status status;
+        VKP_I_LOCK(&channel->mutex);
+        status = vkp_i_channel_try_recv(channel, out, capacity, count);
+        if (status != VKP_ERR_EMPTY || deadline_ns == 0) {
+            VKP_I_UNLOCK(&channel->mutex);
+            return status == VKP_ERR_EMPTY ? VKP_ERR_TIMEOUT : status;
+        }
+        vkp_i_parker_init(&parker);
+        vkp_i_thread_waiter_init(&waiter, sys, &parker);
+        vkp_i_thread_waiter_init(&cancelled, sys, &parker);
+        vkp_i_waiter_link(&channel->receiver, &waiter.node);
+        VKP_I_UNLOCK(&channel->mutex);
+
+        if (cancel == NULL || vkp_i_cancel_join(cancel, &cancelled.node)) {
+            sys->park(&parker, deadline_ns);
+        } else {
+            status = VKP_ERR_CANCELLED;
+        }
+        if (cancel != NULL) {
+            vkp_i_cancel_leave(cancel, &cancelled.node);
+        }
+        VKP_I_LOCK(&channel->mutex);
+        (void)vkp_i_waiter_unlink(&waiter.node);
+        VKP_I_UNLOCK(&channel->mutex);
+        if (status != VKP_ERR_CANCELLED && !vkp_i_parker_notified(&parker)) {
+            deadline_ns = 0; /* one last look: a value may have come with the deadline */
+        }
+        vkp_i_parker_deinit(&parker);
+        if (status == VKP_ERR_CANCELLED) {
+            return status;
+        }
+    }
+}
+
+VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
+}
+
+VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
+                                      uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
+    return vkp_i_mpsc_recv(rx, out, capacity, count, NULL, deadline_ns);
+}
+
+VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
+{
+    vkp_status status;
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    VKP_I_LOCK(&rx->channel->mutex);
+    status = vkp_i_channel_try_recv(rx->channel, out, 1, &count);
+    VKP_I_UNLOCK(&rx->channel->mutex);
+    return status;
+}
+
+VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
+{
+    size_t count;
+    VKP_I_LOCK(&rx->channel->mutex);
+    count = rx->channel->count;
+    VKP_I_UNLOCK(&rx->channel->mutex);
+    return count;
+}
+
+VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
+{
+    vkp_i_channel *channel = rx->channel;
+    VKP_I_LOCK(&channel->mutex);
+    channel->closed = true;
+    while (!vkp_i_waiters_empty(&channel->senders)) {
+        vkp_i_waiter *node = channel->senders.head.next;
+        VKP_I_CONTAINER(node, vkp_i_blocked_sender, waiter.node)->status = VKP_ERR_CLOSED;
+        (void)vkp_i_waiter_unlink(node);
+        node->wake(node);
+    }
+    vkp_i_waiters_wake_all(&channel->receiver);
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
+{
+    vkp_i_channel *channel;
+    if (rx == NULL) {
+        return;
+    }
+    channel = rx->channel;
+#if VKP_I_IO
+    vkp_mpsc_unwatch(rx);
+#endif
+    vkp_mpsc_close(rx);
+    /* Closed: nobody appends any more, and the ring is the receiver's alone. */
+    while (channel->count > 0) {
+        if (channel->config.drop != NULL) {
+            channel->config.drop(channel->config.user, vkp_i_channel_at(channel, channel->head));
+        }
+        channel->head++;
+        channel->count--;
+    }
+    vkp_i_channel_unref(channel);
+}
+
+/* ======================================================================================
+   >>impl-oneshot   One value, once, in the caller's memory
+   ======================================================================================
+   One state word decides. Sender: value, then PENDING or WAITING -> SENT (or ABANDONED); receiver:
+   PENDING -> WAITING with its waiter in place, PENDING or WAITING -> CLOSED. The sender reads the
+   waiter BEFORE its exchange, because the slot may be gone after it; a receiver whose deadline
+   passes while a sender has already taken WAITING waits for the wake-up that is on its way.   */
+
+#define VKP_I_SLOT_PENDING 0u
+#define VKP_I_SLOT_WAITING 1u
+#define VKP_I_SLOT_SENT 2u
+#define VKP_I_SLOT_ABANDONED 3u
+#define VKP_I_SLOT_CLOSED 4u
+
+VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
+                                    void (*drop)(void *user, void *item), void *user)
+{
+    VKP_I_REQUIRE(slot != NULL && elem_bytes > 0 && elem_bytes <= VKP_ONESHOT_BYTES);
+    slot->i_state = VKP_I_SLOT_PENDING;
+    slot->i_elem_bytes = (uint32_t)elem_bytes;
+    slot->i_waiter = NULL;
+    slot->i_owner = NULL;
+    slot->i_detach = NULL;
+    slot->i_drop = drop;
+    slot->i_user = user;
+    slot->i_env = vkp_i_env(env);
+    return VKP_OK;
+}
+
+/* Leave PENDING or WAITING for `outcome` and wake the receiver; false when it closed first. */
+static bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t outcome)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    while (state == VKP_I_SLOT_PENDING || state == VKP_I_SLOT_WAITING) {
+        vkp_i_waiter *waiter = state == VKP_I_SLOT_WAITING ? (vkp_i_waiter *)slot->i_waiter : NULL;
+        if (VKP_I_CAS(&slot->i_state, &state, outcome)) {
+            if (waiter != NULL) {
+                waiter->wake(waiter);
+            }
+            return true;
+        }
+    }
+    return false;
+}
+
+VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
+{
+    uint32_t state;
+    VKP_I_REQUIRE(slot != NULL && item != NULL);
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_REQUIRE(state != VKP_I_SLOT_SENT && state != VKP_I_SLOT_ABANDONED);
+    if (state == VKP_I_SLOT_CLOSED) {
+        return VKP_ERR_CLOSED;
+    }
+    memcpy(slot->i_value.bytes, item, slot->i_elem_bytes);
+    return vkp_i_oneshot_finish(slot, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
+}
+
+VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
+{
+    (void)vkp_i_oneshot_finish(slot, VKP_I_SLOT_ABANDONED);
+}
+
+VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
+{
+    return VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_CLOSED;
+}
+
+/* The end of the receiver's side in any state but PENDING and WAITING. */
+static vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    if (state != VKP_I_SLOT_SENT) {
+        return VKP_ERR_CLOSED;
+    }
+    memcpy(out, slot->i_value.bytes, slot->i_elem_bytes);
+    return VKP_OK;
+}
+
+/* Close from PENDING or WAITING; false when the sender was first. */
+static bool vkp_i_oneshot_leave(vkp_oneshot *slot, uint32_t from)
+{
+    uint32_t state = from;
+    if (!VKP_I_CAS(&slot->i_state, &state, VKP_I_SLOT_CLOSED)) {
+        return false;
+    }
+    if (slot->i_detach != NULL) {
+        slot->i_detach(slot);
+    }
+    return true;
+}
+
+VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadline_ns)
+{
+    vkp_i_thread_waiter waiter;
+    vkp_parker parker;
+    const vkp_sys *sys;
+    uint32_t state = VKP_I_SLOT_PENDING;
+    vkp_status status;
+    VKP_I_REQUIRE(slot != NULL && out != NULL);
+    if (VKP_I_LOAD_ACQ(&slot->i_state) != VKP_I_SLOT_PENDING) {
+        return vkp_i_oneshot_take(slot, out);
+    }
+    sys = vkp_i_sys(slot->i_env);
+    vkp_i_parker_init(&parker);
+    vkp_i_thread_waiter_init(&waiter, sys, &parker);
+    slot->i_waiter = &waiter.node;
+    if (!VKP_I_CAS(&slot->i_state, &state, VKP_I_SLOT_WAITING)) {
+        status = vkp_i_oneshot_take(slot, out);
+    } else {
+        sys->park(&parker, deadline_ns);
+        if (!vkp_i_parker_notified(&parker) && vkp_i_oneshot_leave(slot, VKP_I_SLOT_WAITING)) {
+            status = VKP_ERR_TIMEOUT;
+        } else {
+            sys->park(&parker, VKP_FOREVER);
+            status = vkp_i_oneshot_take(slot, out);
+        }
+    }
+    vkp_i_parker_deinit(&parker);
+    return status;
+}
+
+VKP_API vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out)
+{
+    VKP_I_REQUIRE(slot != NULL && out != NULL);
+    if (VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_PENDING) {
+        return VKP_ERR_EMPTY;
+    }
+    return vkp_i_oneshot_take(slot, out);
+}
+
+VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
+{
+    if (vkp_i_oneshot_leave(slot, VKP_I_SLOT_PENDING)) {
+        return;
+    }
+    if (VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_SENT && slot->i_drop != NULL) {
+        slot->i_drop(slot->i_user, slot->i_value.bytes);
+    }
+    VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+}
+
+/* ======================================================================================
+   >>impl-cancel   Cancellation tokens
+   ======================================================================================
+   A tree shares one lock, owned by its root: walking it needs no lock order. A child holds a
+   reference to its parent; the parent's list of children is weak. `triggered` is written under
+   the lock and read without.                                                                  */
+
+typedef struct vkp_i_cancel_tree {
+    VKP_I_MUTEX mutex;
+    size_t refs; /* atomic: one per token */
+} vkp_i_cancel_tree;
+
+struct vkp_cancel {
+    const vkp_env *env;
+    vkp_i_cancel_tree *tree;
+    vkp_cancel *parent;
+    vkp_cancel *first_child;
+    vkp_cancel *prev_sibling;
+    vkp_cancel *next_sibling;
+    size_t refs;        /* atomic */
+    uint32_t triggered; /* atomic, release / acquire */
+    vkp_i_waiters waiters;
+};
+
+VKP_API vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent, vkp_cancel **token)
+{
+    vkp_cancel *self;
+    VKP_I_REQUIRE(token != NULL);
+    /* One env for the tree: whichever token is the last one frees the lock. */
+    env = parent != NULL ? parent->env : vkp_i_env(env);
+    self = (vkp_cancel *)vkp_i_alloc_zero(env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (parent == NULL) {
+        self->tree = (vkp_i_cancel_tree *)vkp_i_alloc_zero(env, sizeof *self->tree);
+        if (self->tree == NULL) {
+            vkp_i_free(env, self, sizeof *self);
+            return VKP_ERR_NOMEM;
+        }
+        VKP_I_MUTEX_INIT(&self->tree->mutex);
+    } else {
+        self->tree = parent->tree;
+        self->parent = vkp_cancel_ref(parent);
+    }
+    self->env = env;
+    self->refs = 1;
+    vkp_i_waiters_init(&self->waiters);
+    VKP_I_LOCK(&self->tree->mutex);
+    (void)VKP_I_ADD(&self->tree->refs, 1);
+    if (parent != NULL) {
+        self->next_sibling = parent->first_child;
+        if (parent->first_child != NULL) {
+            parent->first_child->prev_sibling = self;
+        }
+        parent->first_child = self;
+        self->triggered = VKP_I_LOAD(&parent->triggered);
+    }
+    VKP_I_UNLOCK(&self->tree->mutex);
+    *token = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token)
+{
+    (void)VKP_I_ADD(&token->refs, 1);
+    return token;
+}
+
+static void vkp_i_cancel_unlink(vkp_cancel *token)
+{
+    VKP_I_LOCK(&token->tree->mutex);
+    if (token->prev_sibling != NULL) {
+        token->prev_sibling->next_sibling = token->next_sibling;
+    } else if (token->parent != NULL) {
+        token->parent->first_child = token->next_sibling;
+    }
+    if (token->next_sibling != NULL) {
+        token->next_sibling->prev_sibling = token->prev_sibling;
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+VKP_API void vkp_cancel_unref(vkp_cancel *token)
+{
+    while (token != NULL && VKP_I_UNREF(&token->refs) == 1) {
+        vkp_cancel *parent = token->parent;
+        vkp_i_cancel_tree *tree = token->tree;
+        vkp_i_cancel_unlink(token);
+        if (VKP_I_UNREF(&tree->refs) == 1) {
+            VKP_I_MUTEX_DEINIT(&tree->mutex);
+            vkp_i_free(token->env, tree, sizeof *tree);
+        }
+        vkp_i_free(token->env, token, sizeof *token);
+        token = parent;
+    }
+}
+
+/* Locked: the next token of the subtree under `top`, parents before children. */
+static vkp_cancel *vkp_i_cancel_next(vkp_cancel *token, vkp_cancel *top)
+{
+    if (token->first_child != NULL) {
+        return token->first_child;
+    }
+    while (token != top && token->next_sibling == NULL) {
+        token = token->parent;
+    }
+    return token == top ? NULL : token->next_sibling;
+}
+
+VKP_API void vkp_cancel_trigger(vkp_cancel *token)
+{
+    vkp_cancel *each = token;
+    VKP_I_LOCK(&token->tree->mutex);
+    while (each != NULL) {
+        VKP_I_STORE_REL(&each->triggered, 1u);
+        vkp_i_waiters_wake_all(&each->waiters);
+        each = vkp_i_cancel_next(each, token);
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token)
+{
+    return VKP_I_LOAD_ACQ(&token->triggered) != 0;
+}
+
+/* Link the waiter unless the token is cancelled already. */
+static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
+{
+    bool triggered;
+    VKP_I_LOCK(&token->tree->mutex);
+    triggered = token->triggered != 0;
+    if (!triggered) {
+        vkp_i_waiter_link(&token->waiters, waiter);
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+    return !triggered;
+}
+
+static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&token->tree->mutex);
+    (void)vkp_i_waiter_unlink(waiter);
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
+{
+    const vkp_sys *sys;
+    vkp_i_thread_waiter waiter;
+    vkp_parker parker;
+    VKP_I_REQUIRE(token != NULL);
+    sys = vkp_i_sys(token->env);
+    vkp_i_parker_init(&parker);
+    vkp_i_thread_waiter_init(&waiter, sys, &parker);
+    if (vkp_i_cancel_join(token, &waiter.node)) {
+        sys->park(&parker, deadline_ns);
+        vkp_i_cancel_leave(token, &waiter.node);
+    }
+    vkp_i_parker_deinit(&parker);
+    return vkp_cancel_is_triggered(token) ? VKP_OK : VKP_ERR_TIMEOUT;
+}
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-loop   One thread's event loop
+   ======================================================================================
+   A round: wait on the backend, dispatch descriptors, run what other threads queued, run timers,
+   then the deferred work of the round (writes, closes), until there is none.
+   Other threads reach the loop through ONE lock-free queue of tasks. Whoever pushes looks at
+   `asleep` afterwards, the loop sets `asleep` and looks at the queue afterwards, all seq_cst: one
+   of the two sees the other, so no task waits for an unrelated event. Only the first pusher
+   finds `asleep` set and pays for the backend's wake.
+   A watch is a slot with a generation; the token of an event carries both, so that an event
+   fetched before a stop, or before the descriptor's number was used again, finds no one.      */
+
+typedef struct vkp_i_task {
+    struct vkp_i_task *next;
+    void (*fn)(struct vkp_i_task *task); /* may free the task */
+} vkp_i_task;
+
+/* Objects that must hear of vkp_loop_close and have no watch to hear it through. */
+typedef struct vkp_i_attached {
+    struct vkp_i_attached *prev;
+    struct vkp_i_attached *next;
+    void (*on_loop_close)(struct vkp_i_attached *self);
+} vkp_i_attached;
+
+typedef struct vkp_i_slot {
+    vkp_watch *watch; /* NULL: free */
+    uint32_t generation;
+    uint32_t next_free; /* index + 1 */
+} vkp_i_slot;
+
+typedef struct vkp_i_timer_entry {
+    uint64_t deadline_ns;
+    uint64_t order; /* of starts: equal deadlines fire in that order */
+    vkp_timer *timer;
+} vkp_i_timer_entry;
+
+struct vkp_loop {
+    const vkp_env *env;
+    vkp_env host_env; /* what the backend sees: nothing NULL */
+    const vkp_sys *sys;
+    const vkp_backend *backend;
+    void *backend_state;
+    vkp_backend_host host;
+    size_t refs; /* atomic */
+    int opener_pid;
+
+    vkp_i_task *queue; /* atomic: newest first, vkp_i_queue_closed after the end */
+    uint32_t asleep;   /* atomic, seq_cst with queue */
+    uint32_t stopping; /* atomic */
+    uintptr_t thread;  /* atomic: who runs it, 0 nobody */
+
+    bool in_round;
+    bool closed;
+    uint64_t now_ns;
+    vkp_event *events;
+    size_t event_capacity;
+    vkp_i_slot *slots;
+    size_t slot_count;
+    size_t slot_capacity;
+    uint32_t free_slot; /* index + 1 */
+    vkp_i_timer_entry *timers;
+    size_t timer_count;
+    size_t timer_capacity;
+    uint64_t timer_order;
+    vkp_i_task *deferred; /* oldest first */
+    vkp_i_task **deferred_end;
+    vkp_i_attached attached; /* ring */
+    vkp_block *read_block;   /* the connections' */
+    size_t read_bytes;
+};
+
+static vkp_i_task vkp_i_queue_closed; /* a mark, never run */
+
+/* The address of a thread-local is a cheap name for a thread. */
+static uintptr_t vkp_i_this_thread(void)
+{
+    static __thread char name;
+    return (uintptr_t)&name;
+}
+
+/* True on the loop's thread, and on any while nobody runs the loop. */
+static bool vkp_i_on_loop(const vkp_loop *loop)
+{
+    uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
+    return thread == 0 || thread == vkp_i_this_thread();
+}
+
+/* Queue a task from any thread. False: the loop was closed, the task stays the caller's. */
+static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
+{
+    vkp_i_task *newest = VKP_I_LOAD(&loop->queue);
+    do {
+        if (newest == &vkp_i_queue_closed) {
+            return false;
+        }
+        task->next = newest;
+    } while (!VKP_I_CAS_SEQ(&loop->queue, &newest, task));
+    if (VKP_I_LOAD_SEQ(&loop->asleep) != 0 && VKP_I_XCHG_SEQ(&loop->asleep, 0u) != 0) {
+        loop->backend->wake(loop->backend_state);
+    }
+    return true;
+}
+
+/* Run a task at the end of this round. Loop's thread. */
+static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
+{
+    task->next = NULL;
+    *loop->deferred_end = task;
+    loop->deferred_end = &task->next;
+}
+
+static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
+{
+    object->prev = loop->attached.prev;
+    object->next = &loop->attached;
+    loop->attached.prev->next = object;
+    loop->attached.prev = object;
+}
+
+static void vkp_i_loop_detach(vkp_i_attached *object)
+{
+    if (object->prev != NULL) {
+        object->prev->next = object->next;
+        object->next->prev = object->prev;
+        object->prev = NULL;
+        object->next = NULL;
+    }
+}
+
+static void vkp_i_run_tasks(vkp_i_task *newest)
+{
+    vkp_i_task *oldest = NULL;
+    while (newest != NULL) {
+        vkp_i_task *next = newest->next;
+        newest->next = oldest;
+        oldest = newest;
+        newest = next;
+    }
+    while (oldest != NULL) {
+        vkp_i_task *next = oldest->next;
+        oldest->fn(oldest);
+        oldest = next;
+    }
+}
+
+static void vkp_i_loop_run_queued(vkp_loop *loop)
+{
+    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL) {
+        vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, (vkp_i_task *)NULL));
+    }
+}
+
+/* Work deferred by deferred work runs in the same round. */
+static void vkp_i_loop_run_deferred(vkp_loop *loop)
+{
+    while (loop->deferred != NULL) {
+        vkp_i_task *task = loop->deferred;
+        loop->deferred = task->next;
+        if (loop->deferred == NULL) {
+            loop->deferred_end = &loop->deferred;
+        }
+        task->fn(task);
+    }
+}
+
+static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
+{
+    return loop->backend->clock_ns != NULL ? loop->backend->clock_ns(loop->backend_state)
+                                           : loop->sys->clock_ns();
+}
+
+static void vkp_i_backend_round(void *user)
+{
+    (void)!vkp_loop_run_once((vkp_loop *)user, 0); /* a guest has nobody to tell */
+}
+
+static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
+{
+    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
+    if (loop->events == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->host_env = *loop->env;
+    loop->host_env.sys = loop->sys;
+    if (loop->host_env.alloc == NULL) {
+        loop->host_env.alloc = vkp_i_libc_alloc;
+    }
+    loop->host.env = &loop->host_env;
+    loop->host.foreign = config->foreign;
+    loop->host.loop = loop;
+    loop->host.round = vkp_i_backend_round;
+    return loop->backend->open(&loop->host, &loop->backend_state);
+}
+
+VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    const vkp_env *env;
+    VKP_I_REQUIRE(config != NULL && out != NULL);
+    env = vkp_i_env(config->env);
+    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
+        vkp_i_log(env, VKP_LOG_ERROR,
+                  "vkp_loop_open: config.backend is missing or of another version: pass "
+                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
+        return VKP_ERR_INVALID;
+    }
+    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
+    if (loop == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->env = env;
+    loop->sys = vkp_i_sys(env);
+    loop->backend = config->backend;
+    loop->refs = 1;
+    loop->opener_pid = loop->sys->process_id();
+    loop->asleep = 1;
+    loop->deferred_end = &loop->deferred;
+    loop->attached.prev = &loop->attached;
+    loop->attached.next = &loop->attached;
+    status = vkp_i_loop_setup(loop, config);
+    if (status != VKP_OK) {
+        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
+        vkp_i_free(env, loop, sizeof *loop);
+        return status;
+    }
+    loop->now_ns = vkp_i_loop_clock(loop);
+    *out = loop;
+    return VKP_OK;
+}
+
+VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop)
+{
+    (void)VKP_I_ADD(&loop->refs, 1);
+    return loop;
+}
+
+VKP_API void vkp_loop_unref(vkp_loop *loop)
+{
+    if (loop == NULL || VKP_I_UNREF(&loop->refs) != 1) {
+        return;
+    }
+    vkp_loop_close(loop);
+    loop->backend->close(loop->backend_state);
+    vkp_i_block_unref(loop->read_block);
+    vkp_i_free(loop->env, loop->events, loop->event_capacity * sizeof(vkp_event));
+    vkp_i_free(loop->env, loop->slots, loop->slot_capacity * sizeof(vkp_i_slot));
+    vkp_i_free(loop->env, loop->timers, loop->timer_capacity * sizeof(vkp_i_timer_entry));
+    vkp_i_free(loop->env, loop, sizeof *loop);
+}
+
+/* In a forked child the parent's connections are left alone: only memory is given back. */
+static bool vkp_i_loop_is_forked(const vkp_loop *loop)
+{
+    return loop->sys->process_id() != loop->opener_pid;
+}
+
+static void vkp_i_loop_close_objects(vkp_loop *loop)
+{
+    size_t i;
+    while (loop->attached.next != &loop->attached) {
+        vkp_i_attached *object = loop->attached.next;
+        vkp_i_loop_detach(object);
+        object->on_loop_close(object);
+    }
+    for (i = 0; i < loop->slot_count; i++) { /* a callback may add slots: read the count anew */
+        vkp_watch *watch = loop->slots[i].watch;
+        if (watch != NULL) {
+            vkp_watch_stop(watch);
+            watch->i_fn(watch, 0);
+        }
+    }
+}
+
+VKP_API void vkp_loop_close(vkp_loop *loop)
+{
+    if (loop->closed || loop->in_round) {
+        return;
+    }
+    (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
+    loop->in_round = true;
+    vkp_i_loop_run_queued(loop);
+    vkp_i_loop_close_objects(loop);
+    loop->closed = true;
+    vkp_i_loop_run_deferred(loop);
+    /* What was posted so far runs; what it posts is refused. */
+    vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
+    vkp_i_loop_run_deferred(loop);
+    loop->in_round = false;
+    if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
+        vkp_loop_unref(loop);
+    } else {
+        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which goes on */
+    }
+}
+
+VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop)
+{
+    return loop->now_ns;
+}
+
+VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
+{
+    return loop->backend->pollable_fd != NULL ? loop->backend->pollable_fd(loop->backend_state)
+                                              : -1;
+}
+
+VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop)
+{
+    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL) {
+        return 0;
+    }
+    return loop->timer_count > 0 ? loop->timers[0].deadline_ns : VKP_FOREVER;
+}
+
+/* ---- watches ---- */
+
+static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
+{
+    return ((uint64_t)loop->slots[slot].generation << 32) | slot;
+}
+
+VKP_API vkp_status vkp_watch_start(vkp_loop *loop, vkp_watch *watch, int fd, uint32_t interest,
+                                   void (*fn)(vkp_watch *watch, uint32_t ready))
+{
+    uint32_t slot;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && watch != NULL && fd >= 0 && fn != NULL);
+    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
+    if (loop->free_slot != 0) {
+        slot = loop->free_slot - 1;
+    } else {
+        void *slots = loop->slots;
+        if (!vkp_i_grow(loop->env, &slots, &loop->slot_capacity, loop->slot_count + 1,
+                        sizeof(vkp_i_slot))) {
+            return VKP_ERR_NOMEM;
+        }
+        loop->slots = (vkp_i_slot *)slots;
+        slot = (uint32_t)loop->slot_count++;
+        memset(&loop->slots[slot], 0, sizeof loop->slots[slot]);
+        loop->slots[slot].next_free = loop->free_slot;
+        loop->free_slot = slot + 1;
+    }
+    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_READ | VKP_WRITE),
+                                  vkp_i_watch_token(loop, slot));
+    if (status != VKP_OK) {
+        return status;
+    }
+    loop->free_slot = loop->slots[slot].next_free;
+    loop->slots[slot].watch = watch;
+    watch->i_loop = loop;
+    watch->i_fn = fn;
+    watch->i_fd = fd;
+    watch->i_slot = slot;
+    watch->i_interest = interest;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_set(vkp_watch *watch, uint32_t interest)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
+    loop = watch->i_loop;
+    if (watch->i_interest == interest) {
+        return VKP_OK;
+    }
+    status = loop->backend->watch(loop->backend_state, watch->i_fd, interest,
+                                  vkp_i_watch_token(loop, watch->i_slot));
+    if (status == VKP_OK) {
+        watch->i_interest = interest;
+    }
+    return status;
+}
+
+VKP_API void vkp_watch_stop(vkp_watch *watch)
+{
+    vkp_loop *loop = watch->i_loop;
+    vkp_i_slot *slot;
+    if (loop == NULL) {
+        return;
+    }
+    slot = &loop->slots[watch->i_slot];
+    if (!vkp_i_loop_is_forked(loop)) {
+        (void)loop->backend->watch(loop->backend_state, watch->i_fd, 0,
+                                   vkp_i_watch_token(loop, watch->i_slot));
+    }
+    slot->watch = NULL;
+    slot->generation++;
+    slot->next_free = loop->free_slot;
+    loop->free_slot = watch->i_slot + 1;
+    watch->i_loop = NULL;
+}
+
+static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
+{
+    uint32_t index = (uint32_t)(event->token & 0xffffffffu);
+    vkp_i_slot *slot = index < loop->slot_count ? &loop->slots[index] : NULL;
+    if (slot != NULL && slot->watch != NULL && event->ready != 0 &&
+        slot->generation == (uint32_t)(event->token >> 32)) {
+        slot->watch->i_fn(slot->watch, event->ready);
+    }
+}
+
+/* ---- timers: a binary heap, earliest first ---- */
+
+static bool vkp_i_timer_before(const vkp_i_timer_entry *a, const vkp_i_timer_entry *b)
+{
+    return a->deadline_ns != b->deadline_ns ? a->deadline_ns < b->deadline_ns : a->order < b->order;
+}
+
+static void vkp_i_timer_place(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    loop->timers[index] = entry;
+    entry.timer->i_index = index + 1;
+}
+
+static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    while (index > 0) {
+        size_t parent = (index - 1) / 2;
+        if (!vkp_i_timer_before(&entry, &loop->timers[parent])) {
+            break;
+        }
+        vkp_i_timer_place(loop, index, loop->timers[parent]);
+        index = parent;
+    }
+    vkp_i_timer_place(loop, index, entry);
+}
+
+static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    for (;;) {
+        size_t child = 2 * index + 1;
+        if (child >= loop->timer_count) {
+            break;
+        }
+        if (child + 1 < loop->timer_count &&
+            vkp_i_timer_before(&loop->timers[child + 1], &loop->timers[child])) {
+            child++;
+        }
+        if (!vkp_i_timer_before(&loop->timers[child], &entry)) {
+            break;
+        }
+        vkp_i_timer_place(loop, index, loop->timers[child]);
+        index = child;
+    }
+    vkp_i_timer_place(loop, index, entry);
+}
+
+VKP_API void vkp_timer_stop(vkp_timer *timer)
+{
+    vkp_loop *loop = timer->i_loop;
+    size_t index;
+    vkp_i_timer_entry last;
+    if (timer->i_index == 0) {
+        return;
+    }
+    index = timer->i_index - 1;
+    timer->i_index = 0;
+    last = loop->timers[--loop->timer_count];
+    if (index == loop->timer_count) {
+        return;
+    }
+    if (index > 0 && vkp_i_timer_before(&last, &loop->timers[(index - 1) / 2])) {
+        vkp_i_timer_sift_up(loop, index, last);
+    } else {
+        vkp_i_timer_sift_down(loop, index, last);
+    }
+}
+
+VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t deadline_ns,
+                                   uint64_t period_ns, void (*fn)(vkp_timer *timer))
+{
+    vkp_i_timer_entry entry;
+    void *timers;
+    VKP_I_REQUIRE(loop != NULL && timer != NULL && fn != NULL && vkp_i_on_loop(loop));
+    timers = loop->timers;
+    if (!vkp_i_grow(loop->env, &timers, &loop->timer_capacity, loop->timer_count + 1,
+                    sizeof(vkp_i_timer_entry))) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->timers = (vkp_i_timer_entry *)timers;
+    vkp_timer_stop(timer);
+    timer->i_loop = loop;
+    timer->i_fn = fn;
+    timer->i_deadline_ns = deadline_ns;
+    timer->i_period_ns = period_ns;
+    /* All that is overdue is equally due: one that restarts itself in the past comes last. */
+    entry.deadline_ns = VKP_I_MAX(deadline_ns, loop->now_ns);
+    entry.order = loop->timer_order++;
+    entry.timer = timer;
+    vkp_i_timer_sift_up(loop, loop->timer_count++, entry);
+    return VKP_OK;
+}
+
+static uint64_t vkp_i_add_ns(uint64_t a, uint64_t b)
+{
+    return b > VKP_FOREVER - a ? VKP_FOREVER : a + b;
+}
+
+/* Only timers that were due when the round looked: one that restarts itself in the past does not
+   keep the round from ending.                                                                 */
+static void vkp_i_loop_run_timers(vkp_loop *loop)
+{
+    uint64_t newest = loop->timer_order;
+    while (loop->timer_count > 0 && loop->timers[0].deadline_ns <= loop->now_ns &&
+           loop->timers[0].order < newest) {
+        vkp_timer *timer = loop->timers[0].timer;
+        vkp_timer_stop(timer);
+        if (timer->i_period_ns != 0) {
+            uint64_t next = vkp_i_add_ns(timer->i_deadline_ns, timer->i_period_ns);
+            if (next <= loop->now_ns) {
+                next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
+            }
+            /* There is room: the entry just left. */
+            (void)!vkp_timer_start(loop, timer, next, timer->i_period_ns, timer->i_fn);
+        }
+        timer->i_fn(timer);
+    }
+}
+
+/* ---- rounds ---- */
+
+static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns)
+{
+    size_t count = 0;
+    size_t i;
+    vkp_status status;
+    deadline_ns = VKP_I_MIN(deadline_ns, vkp_loop_get_deadline(loop));
+    if (VKP_I_LOAD_ACQ(&loop->stopping) != 0) {
+        deadline_ns = 0;
+    }
+    status = loop->backend->wait(loop->backend_state, deadline_ns, loop->events,
+                                 loop->event_capacity, &count);
+    VKP_I_STORE_SEQ(&loop->asleep, 0u);
+    loop->now_ns = vkp_i_loop_clock(loop);
+    if (status != VKP_OK) {
+        count = 0;
+    }
+    loop->in_round = true;
+    for (i = 0; i < count; i++) {
+        vkp_i_loop_dispatch(loop, &loop->events[i]);
+    }
+    vkp_i_loop_run_queued(loop);
+    vkp_i_loop_run_timers(loop);
+    vkp_i_loop_run_deferred(loop);
+    loop->in_round = false;
+    /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
+    VKP_I_STORE_SEQ(&loop->asleep, 1u);
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns)
+{
+    uintptr_t before;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && !loop->closed && vkp_i_on_loop(loop) && !loop->in_round);
+    before = VKP_I_XCHG(&loop->thread, vkp_i_this_thread());
+    status = vkp_i_loop_round(loop, deadline_ns);
+    VKP_I_STORE_REL(&loop->thread, before);
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_run(vkp_loop *loop)
+{
+    uintptr_t nobody = 0;
+    vkp_status status = VKP_OK;
+    VKP_I_REQUIRE(loop != NULL && (loop->backend->flags & VKP_BACKEND_GUEST) == 0);
+    if (!VKP_I_CAS(&loop->thread, &nobody, vkp_i_this_thread())) {
+        return VKP_ERR_INVALID;
+    }
+    if (loop->closed || loop->in_round) {
+        VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
+        return VKP_ERR_INVALID;
+    }
+    do {
+        status = vkp_i_loop_round(loop, VKP_FOREVER);
+    } while (status == VKP_OK && VKP_I_LOAD_ACQ(&loop->stopping) == 0);
+    VKP_I_STORE(&loop->stopping, 0u);
+    VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
+    return status;
+}
+
+VKP_API void vkp_loop_stop(vkp_loop *loop)
+{
+    VKP_I_STORE_REL(&loop->stopping, 1u);
+    loop->backend->wake(loop->backend_state);
+}
+
+typedef struct vkp_i_post {
+    vkp_i_task task;
+    const vkp_env *env;
+    void (*fn)(void *user);
+    void *user;
+} vkp_i_post;
+
+static void vkp_i_run_post(vkp_i_task *task)
+{
+    vkp_i_post *post = VKP_I_CONTAINER(task, vkp_i_post, task);
+    void (*fn)(void *user) = post->fn;
+    void *user = post->user;
+    vkp_i_free(post->env, post, sizeof *post);
+    fn(user);
+}
+
+VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user)
+{
+    vkp_i_post *post;
+    VKP_I_REQUIRE(loop != NULL && fn != NULL);
+    post = (vkp_i_post *)vkp_i_alloc(loop->env, sizeof *post);
+    if (post == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    post->task.fn = vkp_i_run_post;
+    post->env = loop->env;
+    post->fn = fn;
+    post->user = user;
+    if (!vkp_i_loop_queue(loop, &post->task)) {
+        vkp_i_free(loop->env, post, sizeof *post);
+        return VKP_ERR_CLOSED;
+    }
+    return VKP_OK;
+}
+
+/* ---- a channel under watch ----
+   The waiter is linked while the channel is empty. Woken, it queues its task; the task calls back
+   and, if values remain, queues itself again behind the others: a busy channel does not starve
+   the loop. `busy`: the task is queued or running; the struct is freed only when it is not.   */
+
+struct vkp_i_channel_watch {
+    vkp_i_waiter waiter;
+    vkp_i_task task;
+    vkp_i_attached attached;
+    vkp_loop *loop;
+    vkp_i_channel *channel;
+    void (*fn)(void *user);
+    void *user;
+    bool busy;    /* guarded by the channel's mutex */
+    bool stopped; /* loop's thread */
+};
+
+static void vkp_i_channel_watch_free(vkp_i_channel_watch *watch)
+{
+    vkp_loop *loop = watch->loop;
+    vkp_i_channel_unref(watch->channel);
+    vkp_i_free(loop->env, watch, sizeof *watch);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_channel_watch_wake(vkp_i_waiter *waiter)
+{
+    vkp_i_channel_watch *watch = VKP_I_CONTAINER(waiter, vkp_i_channel_watch, waiter);
+    watch->busy = vkp_i_loop_queue(watch->loop, &watch->task);
+}
+
+/* Wait for the next value, or queue the task at once when there is something. */
+static void vkp_i_channel_watch_arm(vkp_i_channel_watch *watch)
+{
+    vkp_i_channel *channel = watch->channel;
+    VKP_I_LOCK(&channel->mutex);
+    watch->busy = false;
+    if (channel->count > 0 || channel->closed || channel->no_senders) {
+        vkp_i_channel_watch_wake(&watch->waiter);
+    } else {
+        vkp_i_waiter_link(&channel->receiver, &watch->waiter);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+static void vkp_i_channel_watch_run(vkp_i_task *task)
+{
+    vkp_i_channel_watch *watch = VKP_I_CONTAINER(task, vkp_i_channel_watch, task);
+    if (!watch->stopped) {
+        watch->fn(watch->user);
+    }
+    if (watch->stopped) {
+        vkp_i_channel_watch_free(watch);
+    } else {
+        vkp_i_channel_watch_arm(watch);
+    }
+}
+
+VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx)
+{
+    vkp_i_channel *channel = rx->channel;
+    vkp_i_channel_watch *watch = channel->watch;
+    bool busy;
+    if (watch == NULL) {
+        return;
+    }
+    channel->watch = NULL;
+    watch->stopped = true;
+    vkp_i_loop_detach(&watch->attached);
+    VKP_I_LOCK(&channel->mutex);
+    (void)vkp_i_waiter_unlink(&watch->waiter);
+    busy = watch->busy;
+    VKP_I_UNLOCK(&channel->mutex);
+    if (!busy) {
+        vkp_i_channel_watch_free(watch);
+    }
+}
+
+static void vkp_i_channel_watch_loop_closed(vkp_i_attached *attached)
+{
+    vkp_i_channel_watch *watch = VKP_I_CONTAINER(attached, vkp_i_channel_watch, attached);
+    vkp_mpsc_unwatch(&watch->channel->rx);
+}
+
+VKP_API vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop, void (*fn)(void *user),
+                                  void *user)
+{
+    vkp_i_channel_watch *watch;
+    VKP_I_REQUIRE(rx != NULL && loop != NULL && fn != NULL && rx->channel->watch == NULL);
+    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
+    watch = (vkp_i_channel_watch *)vkp_i_alloc_zero(loop->env, sizeof *watch);
+    if (watch == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    watch->waiter.wake = vkp_i_channel_watch_wake;
+    watch->task.fn = vkp_i_channel_watch_run;
+    watch->attached.on_loop_close = vkp_i_channel_watch_loop_closed;
+    watch->loop = vkp_loop_ref(loop);
+    watch->channel = rx->channel;
+    watch->fn = fn;
+    watch->user = user;
+    (void)VKP_I_ADD(&rx->channel->refs, 1);
+    rx->channel->watch = watch;
+    vkp_i_loop_attach(loop, &watch->attached);
+    vkp_i_channel_watch_arm(watch);
+    return VKP_OK;
+}
+
+/* ======================================================================================
+   >>impl-resp   RESP2 and RESP3
+   ======================================================================================
+   The reader walks a window that starts at the frame under way. `position` is how far whole values
+   reach; what lies behind it is read again with more bytes, which costs a header of at most 22
+   bytes, or, for lines, resumes at `line_seen`. Values under construction hold offsets; they
+   become pointers when the frame is whole. Open aggregates are a stack of counters: no recursion,
+   and nothing is allocated for an announced count. One growth may fail at a time, before
+   anything was changed, so NOMEM can be retried.                                              */
+
+typedef struct vkp_i_level {
+    size_t index;       /* of the aggregate among the values */
+    uint64_t remaining; /* elements still to come */
+    size_t attribute;   /* index + 1 of the attribute before the next element */
+} vkp_i_level;
+
+struct vkp_resp_reader {
+    const vkp_env *env;
+    vkp_resp_config config;
+    vkp_status status; /* OK, or the sticky error */
+    uint64_t error_position;
+    char reason[160];
+    uint64_t consumed; /* bytes of whole frames since open or reset */
+    size_t position;
+    size_t line_seen;
+    bool whole;       /* the last scan gave a frame: the next one starts anew */
+    size_t attribute; /* as in vkp_i_level, for the root */
+    vkp_value *values;
+    size_t count;
+    size_t capacity;
+    vkp_i_level *levels;
+    size_t depth;
+    size_t level_capacity;
+    uint8_t *buffer; /* feed's */
+    size_t begin;
+    size_t end;
+    size_t buffer_capacity;
+    size_t given; /* bytes of the frame that next gave out */
+};
+
+static const char vkp_i_message_prefix[] = ">3\r\n$7\r\nmessage\r\n$";
+#define VKP_I_MESSAGE_PREFIX 18u
+
+static uint64_t vkp_i_load64(const void *from)
+{
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static bool vkp_i_is_message(const uint8_t *frame, size_t len)
+{
+    return len >= VKP_I_MESSAGE_PREFIX &&
+           vkp_i_load64(frame) == vkp_i_load64(vkp_i_message_prefix) &&
+           vkp_i_load64(frame + 8) == vkp_i_load64(vkp_i_message_prefix + 8) && frame[16] == '\n' &&
+           frame[17] == '$';
+}
+
+VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_reader **out)
+{
+    vkp_resp_reader *reader;
+    const vkp_env *env;
+    static const vkp_resp_config defaults = VKP_ZERO;
+    VKP_I_REQUIRE(out != NULL);
+    if (config == NULL) {
+        config = &defaults;
+    }
+    VKP_I_REQUIRE(config->max_depth <= 65000 && config->max_frame_bytes <= VKP_I_BLOCK_MAX);
+    env = vkp_i_env(config->env);
+    reader = (vkp_resp_reader *)vkp_i_alloc_zero(env, sizeof *reader);
+    if (reader == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->env = env;
+    reader->config = *config;
+    config = NULL;
+#define VKP_I_DEFAULT(field, value)     \
+    if (reader->config.field == 0) {    \
+        reader->config.field = (value); \
+    }
+    VKP_I_DEFAULT(max_depth, 128)
+    VKP_I_DEFAULT(max_elements, 0x7fffffffu)
+    VKP_I_DEFAULT(max_bulk_bytes, (size_t)512 << 20)
+    VKP_I_DEFAULT(max_line_bytes, 65536)
+    VKP_I_DEFAULT(max_frame_bytes, (size_t)1 << 30)
+#undef VKP_I_DEFAULT
+    *out = reader;
+    return VKP_OK;
+}
+
+static void vkp_i_reader_trim(vkp_resp_reader *reader)
+{
+    vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
+    vkp_i_free(reader->env, reader->levels, reader->level_capacity * sizeof *reader->levels);
+    reader->values = NULL;
+    reader->capacity = 0;
+    reader->levels = NULL;
+    reader->level_capacity = 0;
+}
+
+VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
+{
+    if (reader != NULL) {
+        vkp_i_reader_trim(reader);
+        vkp_i_free(reader->env, reader->buffer, reader->buffer_capacity);
+        vkp_i_free(reader->env, reader, sizeof *reader);
+    }
+}
+
+static void vkp_i_reader_start(vkp_resp_reader *reader)
+{
+    reader->whole = false;
+    reader->position = 0;
+    reader->line_seen = 0;
+    reader->attribute = 0;
+    reader->count = 0;
+    reader->depth = 0;
+    if (reader->capacity > 32768) { /* one huge frame does not keep a megabyte for ever */
+        vkp_i_reader_trim(reader);
+    }
+}
+
+VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
+{
+    vkp_i_reader_start(reader);
+    reader->status = VKP_OK;
+    reader->reason[0] = '\0';
+    reader->error_position = 0;
+    reader->consumed = 0;
+    reader->begin = 0;
+    reader->end = 0;
+    reader->given = 0;
+}
+
+VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position)
+{
+    if (position != NULL) {
+        *position = reader->error_position;
+    }
+    return reader->reason;
+}
+
+__attribute__((format(printf, 4, 5))) static vkp_status
+vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    (void)vsnprintf(reader->reason, sizeof reader->reason, format, arguments);
+    va_end(arguments);
+    reader->status = status;
+    reader->error_position = reader->consumed + at;
+    return status;
+}
+
+/* The number of a header: what it may look like depends on the type before it. */
+#define VKP_I_NUM_PLUS 1u      /* +5 */
+#define VKP_I_NUM_NEGATIVE 2u  /* any -n */
+#define VKP_I_NUM_MINUS_ONE 4u /* -1 alone */
+
+/* Read digits and CRLF at `at`. *after is behind the LF. EMPTY: more bytes are needed. */
+static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                      size_t at, uint32_t allowed, int64_t *number, size_t *after)
+{
+    uint64_t value = 0;
+    uint64_t most = (uint64_t)INT64_MAX;
+    bool negative = false;
+    size_t digits = 0;
+    size_t first;
+    if (at < len && (window[at] == '-' || window[at] == '+')) {
+        negative = window[at] == '-';
+        if (negative ? (allowed & (VKP_I_NUM_NEGATIVE | VKP_I_NUM_MINUS_ONE)) == 0
+                     : (allowed & VKP_I_NUM_PLUS) == 0) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "sign '%c' not allowed here",
+                                     window[at]);
+        }
+        most += negative ? 1u : 0u;
+        at++;
+    }
+    first = at;
+    for (; at < len && window[at] >= '0' && window[at] <= '9'; at++, digits++) {
+        uint64_t digit = (uint64_t)(window[at] - '0');
+        if (digits == 1 && window[first] == '0') {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, first, "number with a leading zero");
+        }
+        if (value > (most - digit) / 10) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "number beyond 64 bits");
+        }
+        value = value * 10 + digit;
+    }
+    if (at >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    if (digits == 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    if (window[at] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "CRLF expected after a number, byte 0x%02x found", window[at]);
+    }
+    if (at + 1 >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + 1, "CR without LF");
+    }
+    if (negative && (value == 0 || ((allowed & VKP_I_NUM_NEGATIVE) == 0 && value != 1))) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, first,
+                                 "negative number not allowed here");
+    }
+    *number = negative ? (int64_t)(0 - value) : (int64_t)value;
+    *after = at + 2;
+    return VKP_OK;
+}
+
+/* Find the line behind the type byte at `position`: its text is [position + 1, *end). */
+static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                    size_t *end)
+{
+    size_t start = reader->position + 1;
+    size_t from = VKP_I_MAX(start, reader->line_seen);
+    size_t most = reader->config.max_line_bytes;
+    const void *found = from < len ? memchr(window + from, '\n', len - from) : NULL;
+    size_t stop = found != NULL ? (size_t)((const uint8_t *)found - window) : len;
+    const void *cr = memchr(window + from, '\r', stop > from ? stop - from : 0);
+    size_t cr_at = cr != NULL ? (size_t)((const uint8_t *)cr - window) : stop;
+    if (cr_at - start > most) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, start + most,
+                                 "line longer than max_line_bytes (%zu)", most);
+    }
+    if (cr != NULL && cr_at + 1 < stop) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, cr_at + 1, "CR without LF");
+    }
+    if (found == NULL) {
+        reader->line_seen = cr != NULL ? cr_at : len;
+        return VKP_ERR_EMPTY;
+    }
+    if (cr == NULL) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, stop, "LF without CR");
+    }
+    reader->line_seen = 0;
+    *end = cr_at;
+    return VKP_OK;
+}
+
+static size_t vkp_i_digits(const char *text, size_t len, size_t at)
+{
+    size_t start = at;
+    while (at < len && text[at] >= '0' && text[at] <= '9') {
+        at++;
+    }
+    return at - start;
+}
+
+/* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
+   an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
+   digit tells whether they were zero.                                                         */
+static double vkp_i_to_double(const char *text, size_t len)
+{
+    char copy[840];
+    size_t used = 0;
+    size_t kept = 0;
+    size_t i = 0;
+    long shift = 0;
+    bool fraction = false;
+    bool cut = false;
+    if (text[0] == '-' || text[0] == '+') {
+        copy[used++] = text[i++];
+    }
+    for (; i < len && text[i] != 'e' && text[i] != 'E'; i++) {
+        if (text[i] == '.') {
+            fraction = true;
+            continue;
+        }
+        shift -= fraction ? 1 : 0;
+        if (kept < 780) {
+            copy[used] = text[i];
+            used += kept > 0 || text[i] != '0' ? 1u : 0u;
+            kept += kept > 0 || text[i] != '0' ? 1u : 0u;
+        } else {
+            shift++;
+            cut = cut || text[i] != '0';
+        }
+    }
+    if (cut || kept == 0) {
+        copy[used++] = cut ? '1' : '0';
+        shift -= cut ? 1 : 0;
+    }
+    if (i < len) {
+        long exponent = strtol(text + i + 1, NULL, 10); /* saturates; ends at the line's CR */
+        shift = exponent > 1000000000    ? 1000000000
+                : exponent < -1000000000 ? -1000000000
+                                         : shift + exponent;
+    }
+    (void)snprintf(copy + used, sizeof copy - used, "e%ld", shift);
+    return strtod(copy, NULL);
+}
+
+#define VKP_I_DOUBLE_MAX 1.7976931348623157e308
+
+/* Whether the text is a double of the grammar and finite, or one of the named ones. */
+static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
+{
+    vkp_str all = vkp_i_str(text, len);
+    size_t at = len > 0 && (text[0] == '-' || text[0] == '+') ? 1 : 0;
+    size_t whole;
+    size_t fraction = 0;
+    double value;
+    if (vkp_i_str_equal(all, vkp_str_of("inf")) || vkp_i_str_equal(all, vkp_str_of("-inf")) ||
+        vkp_i_str_equal(all, vkp_str_of("nan"))) {
+        return true;
+    }
+    if (lenient && len >= at + 3 && memcmp(text + at, "nan", 3) == 0) {
+        return len == at + 3 || (text[at + 3] == '(' && text[len - 1] == ')');
+    }
+    whole = vkp_i_digits(text, len, at);
+    at += whole;
+    if (at < len && text[at] == '.') {
+        fraction = vkp_i_digits(text, len, at + 1);
+        at += 1 + fraction;
+        if (lenient ? whole + fraction == 0 : whole == 0 || fraction == 0) {
+            return false;
+        }
+    } else if (whole == 0) {
+        return false;
+    }
+    if (at < len && (text[at] == 'e' || text[at] == 'E')) {
+        size_t exponent;
+        at++;
+        at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
+        exponent = vkp_i_digits(text, len, at);
+        at += exponent;
+        if (exponent == 0) {
+            return false;
+        }
+    }
+    if (at != len) {
+        return false;
+    }
+    value = vkp_i_to_double(text, len);
+    return value <= VKP_I_DOUBLE_MAX && value >= -VKP_I_DOUBLE_MAX;
+}
+
+VKP_API double vkp_value_get_double(const vkp_value *value)
+{
+    const char *text = value->u.str;
+    double infinity = VKP_I_DOUBLE_MAX * 10.0;
+    size_t at;
+    if (value->type == VKP_INTEGER) {
+        return (double)value->u.integer;
+    }
+    if (value->type != VKP_DOUBLE) {
+        return 0.0;
+    }
+    at = text[0] == '-' || text[0] == '+' ? 1 : 0;
+    if (text[at] == 'i') {
+        return at == 1 ? -infinity : infinity;
+    }
+    if (text[at] == 'n') {
+        return infinity - infinity;
+    }
+    return vkp_i_to_double(text, value->len);
+}
+
+/* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
+static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
+{
+    void *values = reader->values;
+    size_t *attribute =
+        reader->depth > 0 ? &reader->levels[reader->depth - 1].attribute : &reader->attribute;
+    vkp_value *value;
+    if (!vkp_i_grow(reader->env, &values, &reader->capacity, reader->count + 1,
+                    sizeof *reader->values)) {
+        return NULL;
+    }
+    reader->values = (vkp_value *)values;
+    value = &reader->values[reader->count];
+    memset(value, 0, sizeof *value);
+    value->type = (uint8_t)type;
+    value->i_depth = (uint16_t)reader->depth;
+    value->span = 1;
+    if (*attribute != 0) {
+        value->attributes = (uint32_t)(reader->count - (*attribute - 1));
+        *attribute = 0;
+    }
+    reader->count++;
+    return value;
+}
+
+static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+                                    size_t offset, size_t len, size_t after)
+{
+    vkp_value *value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->flags = (uint8_t)flags;
+    value->len = len;
+    value->u.i_offset = offset;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+                                      int64_t integer, size_t after)
+{
+    vkp_value *value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->flags = (uint8_t)flags;
+    value->u.integer = integer;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                    uint8_t mark)
+{
+    size_t at = reader->position;
+    size_t most = reader->config.max_bulk_bytes;
+    int64_t number = 0;
+    size_t after = 0;
+    size_t size;
+    size_t prefix = mark == '=' ? 4 : 0;
+    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
+                                            mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (number < 0) {
+        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_BULK, 0, after);
+    }
+    if ((uint64_t)number > most) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "bulk of %llu bytes, max_bulk_bytes is %zu",
+                                 (unsigned long long)number, most);
+    }
+    size = (size_t)number;
+    if (size < prefix) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "verbatim string below 4 bytes");
+    }
+    if (after + size + 2 > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at, "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (len < after || len - after < size + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[after + size] != '\r' || window[after + size + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
+                                 "bulk of %zu bytes is not followed by CRLF", size);
+    }
+    if (prefix != 0 && window[after + 3] != ':') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
+                                 "verbatim string without its colon");
+    }
+    return vkp_i_reader_text(reader, mark == '!' ? VKP_ERROR : VKP_STRING,
+                             prefix != 0 ? VKP_F_VERBATIM : 0, after + prefix, size - prefix,
+                             after + size + 2);
+}
+
+static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                     uint8_t mark)
+{
+    size_t start = reader->position + 1;
+    size_t end = 0;
+    const char *text;
+    vkp_status status = vkp_i_reader_line(reader, window, len, &end);
+    if (status != VKP_OK) {
+        return status;
+    }
+    text = (const char *)window + start;
+    if (mark == '+' || mark == '-') {
+        return vkp_i_reader_text(reader, mark == '+' ? VKP_STRING : VKP_ERROR, VKP_F_SIMPLE, start,
+                                 end - start, end + 2);
+    }
+    if (mark == ',') {
+        if (!vkp_i_double_valid(text, end - start, reader->config.lenient)) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a double");
+        }
+        return vkp_i_reader_text(reader, VKP_DOUBLE, 0, start, end - start, end + 2);
+    }
+    {
+        size_t sign = end > start && (text[0] == '-' || text[0] == '+') ? 1 : 0;
+        size_t digits = vkp_i_digits(text, end - start, sign);
+        if (digits == 0 || sign + digits != end - start) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a big number");
+        }
+    }
+    return vkp_i_reader_text(reader, VKP_BIGNUM, 0, start, end - start, end + 2);
+}
+
+static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                        uint8_t mark)
+{
+    size_t at = reader->position + 1;
+    size_t body = mark == '#' ? 1 : 0;
+    if (len < at + body) {
+        return VKP_ERR_EMPTY;
+    }
+    if (body == 1 && window[at] != 't' && window[at] != 'f') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "boolean is neither #t nor #f");
+    }
+    if (len > at + body && window[at + body] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body,
+                                 "CRLF expected, byte 0x%02x found", window[at + body]);
+    }
+    if (len < at + body + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + body + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
+    }
+    return vkp_i_reader_scalar(reader, body == 1 ? VKP_BOOL : VKP_NULL, 0,
+                               body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
+}
+
+static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_type type, uint64_t elements,
+                                          size_t after)
+{
+    vkp_value *value;
+    vkp_i_level *level;
+    void *levels = reader->levels;
+    if (reader->depth >= reader->config.max_depth) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "nested deeper than max_depth (%u)",
+                                 (unsigned)reader->config.max_depth);
+    }
+    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
+                    sizeof *reader->levels)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->levels = (vkp_i_level *)levels;
+    value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->len = (size_t)elements;
+    level = &reader->levels[reader->depth++];
+    level->index = reader->count - 1;
+    level->remaining = elements;
+    level->attribute = 0;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                         uint8_t mark)
+{
+    size_t at = reader->position;
+    bool lenient_null = reader->config.lenient && mark == '>';
+    vkp_type type = mark == '*'   ? VKP_ARRAY
+                    : mark == '~' ? VKP_SET
+                    : mark == '>' ? VKP_PUSH
+                    : mark == '%' ? VKP_MAP
+                                  : VKP_ATTRIBUTE;
+    int64_t number = 0;
+    size_t after = 0;
+    uint64_t elements;
+    vkp_status status =
+        vkp_i_reader_number(reader, window, len, at + 1,
+                            mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (number < 0) {
+        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_ARRAY, 0, after);
+    }
+    if ((uint64_t)number > reader->config.max_elements) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "aggregate of %llu elements, max_elements is %u",
+                                 (unsigned long long)number, (unsigned)reader->config.max_elements);
+    }
+    if (number == 0 && mark == '>') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "push without a kind");
+    }
+    elements = (uint64_t)number * (type == VKP_MAP || type == VKP_ATTRIBUTE ? 2u : 1u);
+    return vkp_i_reader_open_level(reader, type, elements, after);
+}
+
+static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    const uint8_t *from = window + at;
+    size_t left = len - at;
+    uint8_t byte = window[at];
+    const char *guess = "";
+    static const char *const http[] = {"HTTP", "GET ", "POST", "PUT ", "HEAD", "OPTI", "DELE"};
+    size_t i;
+    for (i = 0; i < sizeof http / sizeof http[0]; i++) {
+        size_t most = VKP_I_MIN(left, (size_t)4);
+        if (memcmp(from, http[i], most) == 0) {
+            if (left < 4) {
+                return VKP_ERR_EMPTY; /* the same verdict however the input is split */
+            }
+            guess = ": this looks like HTTP";
+        }
+    }
+    if (byte == 0x16 || byte == 0x15) {
+        guess = ": this looks like a TLS record";
+    } else if (byte == ';' || byte == '.') {
+        guess = ": streamed types are not supported";
+    }
+    return byte >= 0x20 && byte < 0x7f
+               ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "unknown type byte '%c'%s", byte,
+                                   guess)
+               : vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "unknown type byte 0x%02x%s", byte,
+                                   guess);
+}
+
+/* Whether the next element is the first of a push. */
+static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
+{
+    const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+    return top != NULL && reader->values[top->index].type == VKP_PUSH &&
+           top->remaining == reader->values[top->index].len;
+}
+
+/* One value, or the header of one aggregate, at `position`. */
+static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    uint8_t mark;
+    bool kind;
+    int64_t number = 0;
+    size_t after = 0;
+    vkp_status status;
+    if (reader->position >= reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (reader->position >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    mark = window[reader->position];
+    kind = vkp_i_reader_wants_kind(reader);
+    if (kind && mark != '$' && mark != '+' && mark != '=') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                 "the kind of a push is not a string");
+    }
+    switch (mark) {
+    case '$':
+        after = reader->position;
+        status = vkp_i_reader_bulk(reader, window, len, mark);
+        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_NULL
+                   ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after,
+                                       "the kind of a push is not a string")
+                   : status;
+    case '!':
+    case '=':
+        return vkp_i_reader_bulk(reader, window, len, mark);
+    case '+':
+    case '-':
+    case ',':
+    case '(':
+        return vkp_i_reader_lined(reader, window, len, mark);
+    case ':':
+        status = vkp_i_reader_number(reader, window, len, reader->position + 1,
+                                     VKP_I_NUM_PLUS | VKP_I_NUM_NEGATIVE, &number, &after);
+        return status != VKP_OK ? status
+                                : vkp_i_reader_scalar(reader, VKP_INTEGER, 0, number, after);
+    case '#':
+    case '_':
+        return vkp_i_reader_constant(reader, window, len, mark);
+    case '*':
+    case '~':
+    case '>':
+    case '%':
+    case '|':
+        return vkp_i_reader_aggregate(reader, window, len, mark);
+    default:
+        return vkp_i_reader_unknown(reader, window, len);
+    }
+}
+
+static bool vkp_i_is_message_kind(const char *text, size_t len)
+{
+    size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
+    return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
+}
+
+static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
+{
+    const vkp_value *kind = push + 1;
+    return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
+}
+
+/* A value is whole: count it where it belongs, and close the aggregates that it completes.
+   True when the frame is whole.                                                               */
+static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
+{
+    size_t index = reader->count - 1;
+    for (;;) {
+        vkp_value *value = &reader->values[index];
+        vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+        if (top != NULL && top->index == index) { /* an aggregate just opened */
+            if (top->remaining > 0) {
+                return false;
+            }
+            reader->depth--;
+            continue;
+        }
+        value->span = (uint32_t)(reader->count - index);
+        if (value->type == VKP_ATTRIBUTE) {
+            *(top != NULL ? &top->attribute : &reader->attribute) = index + 1;
+            return false;
+        }
+        if (top == NULL) {
+            return true;
+        }
+        if (value->type == VKP_PUSH && vkp_i_push_is_message(window, value)) {
+            value->flags = (uint8_t)(value->flags | VKP_F_OUT_OF_BAND);
+            reader->values[top->index].i_reserved = 1; /* the array has some */
+            return false;
+        }
+        if (--top->remaining > 0) {
+            return false;
+        }
+        index = top->index;
+        reader->depth--;
+    }
+}
+
+static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
+{
+    size_t i;
+    for (i = 0; i < reader->count; i++) {
+        vkp_value *value = &reader->values[i];
+        if (value->type == VKP_STRING || value->type == VKP_ERROR || value->type == VKP_BIGNUM ||
+            value->type == VKP_DOUBLE) {
+            value->u.str = (const char *)window + value->u.i_offset;
+        }
+    }
+}
+
+/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps. */
+static const uint8_t *vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
+{
+    size_t value = 0;
+    const uint8_t *start = at;
+    while (at < end && (uint8_t)(*at - '0') < 10) {
+        value = value * 10 + (size_t)(*at - '0');
+        at++;
+    }
+    if (at == start || at - start > 8 || (*start == '0' && at - start > 1) || end - at < 2 ||
+        at[0] != '\r' || at[1] != '\n') {
+        return NULL;
+    }
+    *out = value;
+    return at + 2;
+}
+
+static void vkp_i_quick_string(vkp_value *value, const uint8_t *at, size_t len)
+{
+    memset(value, 0, sizeof *value);
+    value->type = VKP_STRING;
+    value->i_depth = 1;
+    value->span = 1;
+    value->len = len;
+    value->u.str = (const char *)at;
+}
+
+/* The frame that a subscriber sees a million times: >3 message channel payload. Its first 18 bytes
+   are compared at once, its texts are passed over by length. False: take the general way.      */
+static bool vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                               size_t *consumed)
+{
+    const uint8_t *end = window + len;
+    const uint8_t *channel;
+    const uint8_t *payload;
+    size_t channel_len;
+    size_t payload_len;
+    if (!vkp_i_is_message(window, len) || reader->capacity < 4 || reader->config.max_elements < 3 ||
+        reader->config.max_bulk_bytes < 7) {
+        return false;
+    }
+    channel = vkp_i_quick_length(window + VKP_I_MESSAGE_PREFIX, end, &channel_len);
+    if (channel == NULL || (size_t)(end - channel) < channel_len + 3 ||
+        channel[channel_len] != '\r' || channel[channel_len + 1] != '\n' ||
+        channel[channel_len + 2] != '$') {
+        return false;
+    }
+    payload = vkp_i_quick_length(channel + channel_len + 3, end, &payload_len);
+    if (payload == NULL || (size_t)(end - payload) < payload_len + 2 ||
+        payload[payload_len] != '\r' || payload[payload_len + 1] != '\n') {
+        return false;
+    }
+    *consumed = (size_t)(payload + payload_len + 2 - window);
+    if (VKP_I_MAX(channel_len, payload_len) > reader->config.max_bulk_bytes ||
+        *consumed > reader->config.max_frame_bytes) {
+        return false;
+    }
+    memset(&reader->values[0], 0, sizeof reader->values[0]);
+    reader->values[0].type = VKP_PUSH;
+    reader->values[0].span = 4;
+    reader->values[0].len = 3;
+    vkp_i_quick_string(&reader->values[1], window + 8, 7);
+    vkp_i_quick_string(&reader->values[2], channel, channel_len);
+    vkp_i_quick_string(&reader->values[3], payload, payload_len);
+    return true;
+}
+
+VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *data, size_t len,
+                                        const vkp_value **value, size_t *consumed)
+{
+    const uint8_t *window = (const uint8_t *)data;
+    VKP_I_REQUIRE(reader != NULL && value != NULL && consumed != NULL &&
+                  (data != NULL || len == 0));
+    if (reader->status != VKP_OK) {
+        return reader->status;
+    }
+    if (window == NULL) {
+        return VKP_ERR_EMPTY;
+    }
+    if (reader->whole) {
+        vkp_i_reader_start(reader);
+    }
+    if (reader->position == 0 && reader->config.max_depth > 0 &&
+        vkp_i_reader_quick(reader, window, len, consumed)) {
+        *value = &reader->values[0];
+        reader->consumed += *consumed;
+        reader->whole = true;
+        return VKP_OK;
+    }
+    do {
+        vkp_status status = vkp_i_reader_step(reader, window, len);
+        if (status != VKP_OK) {
+            return status;
+        }
+    } while (!vkp_i_reader_settle(reader, window));
+    if (reader->position > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->config.max_frame_bytes,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    vkp_i_reader_point(reader, window);
+    *value = &reader->values[0];
+    while ((*value)->type == VKP_ATTRIBUTE) {
+        *value += (*value)->span;
+    }
+    *consumed = reader->position;
+    reader->consumed += reader->position;
+    reader->whole = true;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data, size_t len)
+{
+    VKP_I_REQUIRE(reader != NULL && (data != NULL || len == 0));
+    if (reader->status != VKP_OK) {
+        return reader->status;
+    }
+    reader->begin += reader->given;
+    reader->given = 0;
+    if (reader->begin > 0 &&
+        (reader->begin == reader->end || len > reader->buffer_capacity - reader->end)) {
+        memmove(reader->buffer, reader->buffer + reader->begin, reader->end - reader->begin);
+        reader->end -= reader->begin;
+        reader->begin = 0;
+    }
+    if (len > 0) {
+        void *buffer = reader->buffer;
+        if (len > SIZE_MAX - reader->end ||
+            !vkp_i_grow(reader->env, &buffer, &reader->buffer_capacity, reader->end + len, 1)) {
+            return VKP_ERR_NOMEM;
+        }
+        reader->buffer = (uint8_t *)buffer;
+        memcpy(reader->buffer + reader->end, data, len);
+        reader->end += len;
+    }
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value **value)
+{
+    static const uint8_t nothing[1] = {0};
+    const uint8_t *window;
+    VKP_I_REQUIRE(reader != NULL && value != NULL);
+    reader->begin += reader->given;
+    reader->given = 0;
+    window = reader->buffer != NULL ? reader->buffer + reader->begin : nothing;
+    return vkp_resp_reader_scan(reader, window, reader->end - reader->begin, value, &reader->given);
+}
+
+/* ---- values ---- */
+
+static bool vkp_i_value_is_element(const vkp_value *value)
+{
+    return value->type != VKP_ATTRIBUTE && (value->flags & VKP_F_OUT_OF_BAND) == 0;
+}
+
+static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_value *value)
+{
+    const vkp_value *end = parent + parent->span;
+    while (value < end && !vkp_i_value_is_element(value)) {
+        value += value->span;
+    }
+    return value < end ? value : NULL;
+}
+
+VKP_API const vkp_value *vkp_value_first(const vkp_value *parent)
+{
+    return vkp_i_value_from(parent, parent + 1);
+}
+
+VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value)
+{
+    return value != NULL ? vkp_i_value_from(parent, value + value->span) : NULL;
+}
+
+VKP_API vkp_str vkp_value_str(const vkp_value *value)
+{
+    bool text = value != NULL && (value->type == VKP_STRING || value->type == VKP_ERROR ||
+                                  value->type == VKP_BIGNUM || value->type == VKP_DOUBLE);
+    return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
+}
+
+VKP_API bool vkp_value_is(const vkp_value *value, const char *text)
+{
+    return (value->type == VKP_STRING || value->type == VKP_ERROR) && text != NULL &&
+           vkp_i_str_is(vkp_value_str(value), text);
+}
+
+/* ---- the length of a frame that is known to be well-formed ---- */
+
+static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
+{
+    const void *lf = at < len ? memchr(data + at, '\n', len - at) : NULL;
+    return lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
+}
+
+/* Behind a header line [at, body): the value's own bytes, and the elements to come. 0: torn. */
+static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64_t *elements)
+{
+    size_t body = at < len ? vkp_i_skip_line(data, len, at + 1) : 0;
+    uint64_t number = 0;
+    size_t i;
+    *elements = 0;
+    if (body == 0) {
+        return 0;
+    }
+    for (i = at + 1; i < body && data[i] >= '0' && data[i] <= '9'; i++) {
+        number = number * 10 + (uint64_t)(data[i] - '0');
+    }
+    switch (data[at]) {
+    case '$':
+    case '!':
+    case '=':
+        if (data[at + 1] == '-') {
+            return body;
+        }
+        return number > len || len - body < (size_t)number + 2 ? 0 : body + (size_t)number + 2;
+    case '*':
+    case '~':
+    case '>':
+        *elements = number;
+        return body;
+    case '%':
+    case '|':
+        *elements = number * 2;
+        return body;
+    default:
+        return body;
+    }
+}
+
+/* Whether the push whose elements begin at `at` is one that its parent does not count. */
+static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
+{
+    uint64_t elements;
+    size_t end = vkp_i_skip_head(data, len, at, &elements);
+    size_t text;
+    if (end < at + 3) {
+        return false;
+    }
+    text = data[at] == '+' ? at + 1 : vkp_i_skip_line(data, len, at + 1);
+    text += data[at] == '=' ? 4 : 0;
+    return text < end - 2 && vkp_i_is_message_kind((const char *)data + text, end - 2 - text);
+}
+
+/* Behind the value at `at`, its attributes not counted; 0: torn. */
+static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
+{
+    uint64_t remaining = 1;
+    bool root = true;
+    while (remaining > 0) {
+        uint64_t elements;
+        size_t body = vkp_i_skip_head(data, len, at, &elements);
+        if (body == 0) {
+            return 0;
+        }
+        remaining += elements;
+        if (root ||
+            (data[at] != '|' && (data[at] != '>' || !vkp_i_skip_is_message(data, len, body)))) {
+            remaining--;
+        }
+        root = false;
+        at = body;
+    }
+    return at;
+}
+
+VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len)
+{
+    size_t at = 0;
+    while (at < len && data[at] == '|') {
+        at = vkp_i_skip_value(data, len, at);
+        if (at == 0) {
+            return 0;
+        }
+    }
+    return vkp_i_skip_value(data, len, at);
+}
+
+/* ---- writer ---- */
+
+VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env)
+{
+    writer->i_env = vkp_i_env(env);
+    writer->i_block = NULL;
+    writer->i_len = 0;
+    writer->i_status = VKP_OK;
+}
+
+VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len)
+{
+    vkp_block *block = writer->i_block;
+    if (writer->i_status != VKP_OK) {
+        return;
+    }
+    writer->i_status = vkp_i_block_reserve(writer->i_env, &writer->i_block, len);
+    if (writer->i_status == VKP_OK && len > 0) {
+        block = writer->i_block;
+        memcpy(vkp_i_block_data(block) + block->len, data, len);
+        block->len += len;
+        writer->i_len = block->len;
+    }
+}
+
+/* Decimal digits at the end of a buffer of 24 bytes; returns where they start. */
+static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
+{
+    size_t at = 24;
+    do {
+        buffer[--at] = (char)('0' + (char)(value % 10));
+        value /= 10;
+    } while (value != 0);
+    return at;
+}
+
+static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, uint64_t number)
+{
+    char line[32];
+    char digits[24];
+    size_t from = vkp_i_format_u64(digits, number);
+    size_t used = 0;
+    line[used++] = mark;
+    if (negative) {
+        line[used++] = '-';
+    }
+    memcpy(line + used, digits + from, 24 - from);
+    used += 24 - from;
+    line[used++] = '\r';
+    line[used++] = '\n';
+    vkp_resp_put_raw(writer, line, used);
+}
+
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count)
+{
+    char mark = type == VKP_SET         ? '~'
+                : type == VKP_PUSH      ? '>'
+                : type == VKP_MAP       ? '%'
+                : type == VKP_ATTRIBUTE ? '|'
+                                        : '*';
+    vkp_i_put_header(writer, mark, false, count);
+}
+
+VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len)
+{
+    vkp_i_put_header(writer, '$', false, len);
+    vkp_resp_put_raw(writer, data, len);
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
+{
+    if (text.len > 0 &&
+        (memchr(text.ptr, '\r', text.len) != NULL || memchr(text.ptr, '\n', text.len) != NULL)) {
+        writer->i_status = writer->i_status == VKP_OK ? VKP_ERR_INVALID : writer->i_status;
+        return;
+    }
+    vkp_resp_put_raw(writer, &mark, 1);
+    vkp_resp_put_raw(writer, text.ptr, text.len);
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text)
+{
+    vkp_i_put_line(writer, '+', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text)
+{
+    vkp_i_put_line(writer, '-', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
+{
+    uint64_t magnitude = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
+    vkp_i_put_header(writer, ':', value < 0, magnitude);
+}
+
+VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
+{
+    char text[64];
+    size_t from;
+    size_t to = 0;
+    if (value != value) {
+        (void)snprintf(text, sizeof text, "nan");
+    } else if (value > VKP_I_DOUBLE_MAX || value < -VKP_I_DOUBLE_MAX) {
+        (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
+    } else {
+        (void)snprintf(text, sizeof text, "%.17g", value);
+        for (from = 0; text[from] != '\0'; from++) { /* the locale's point may be several bytes */
+            if (strchr("0123456789+-e", text[from]) != NULL) {
+                text[to++] = text[from];
+            } else if (to > 0 && text[to - 1] != '.') {
+                text[to++] = '.';
+            }
+        }
+        text[to] = '\0';
+    }
+    vkp_i_put_line(writer, ',', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value)
+{
+    vkp_resp_put_raw(writer, value ? "#t\r\n" : "#f\r\n", 4);
+}
+
+VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
+{
+    vkp_resp_put_raw(writer, "_\r\n", 3);
+}
+
+/* An error with line breaks cannot be a line: RESP2 gets blanks in their place. */
+static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    size_t start;
+    if (protocol == 3 && (value->flags & VKP_F_SIMPLE) == 0) {
+        vkp_i_put_header(writer, '!', false, value->len);
+        vkp_resp_put_raw(writer, value->u.str, value->len);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+        return;
+    }
+    vkp_resp_put_raw(writer, "-", 1);
+    start = writer->i_len;
+    vkp_resp_put_raw(writer, value->u.str, value->len);
+    if (writer->i_status == VKP_OK) {
+        uint8_t *data = vkp_i_block_data(writer->i_block);
+        for (; start < writer->i_len; start++) {
+            data[start] = data[start] == '\r' || data[start] == '\n' ? (uint8_t)' ' : data[start];
+        }
+    }
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    vkp_str text = vkp_value_str(value);
+    if (value->type == VKP_STRING && (value->flags & VKP_F_SIMPLE) != 0) {
+        vkp_i_put_line(writer, '+', text);
+    } else if (value->type == VKP_STRING && (value->flags & VKP_F_VERBATIM) != 0 && protocol == 3) {
+        vkp_i_put_header(writer, '=', false, text.len + 4);
+        vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+    } else if (value->type == VKP_STRING || protocol != 3) {
+        vkp_resp_put_bulk(writer, text.ptr, text.len);
+    } else {
+        vkp_i_put_line(writer, value->type == VKP_DOUBLE ? ',' : '(', text);
+    }
+}
+
+static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    bool paired = value->type == VKP_MAP || value->type == VKP_ATTRIBUTE;
+    if (protocol == 3) {
+        vkp_resp_put_aggregate(writer, (vkp_type)value->type, paired ? value->len / 2 : value->len);
+    } else {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+    }
+}
+
+/* One place of the tree: a scalar, or an aggregate's header. */
+static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    switch ((int)value->type) {
+    case VKP_NULL:
+        if (protocol == 3) {
+            vkp_resp_put_null(writer);
+        } else {
+            vkp_resp_put_raw(writer, (value->flags & VKP_F_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n",
+                             5);
+        }
+        break;
+    case VKP_ERROR:
+        vkp_i_put_error_value(writer, value, protocol);
+        break;
+    case VKP_INTEGER:
+        vkp_resp_put_integer(writer, value->u.integer);
+        break;
+    case VKP_BOOL:
+        if (protocol == 3) {
+            vkp_resp_put_bool(writer, value->u.integer != 0);
+        } else {
+            vkp_resp_put_integer(writer, value->u.integer);
+        }
+        break;
+    case VKP_STRING:
+    case VKP_BIGNUM:
+    case VKP_DOUBLE:
+        vkp_i_put_text_value(writer, value, protocol);
+        break;
+    default:
+        vkp_i_put_aggregate_value(writer, value, protocol);
+        break;
+    }
+}
+
+VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    const vkp_value *root = value;
+    const vkp_value *end = value + value->span;
+    while (value < end) {
+        if (((value->flags & VKP_F_OUT_OF_BAND) != 0 && value != root) ||
+            (value->type == VKP_ATTRIBUTE && protocol != 3)) {
+            value += value->span;
+        } else {
+            vkp_i_put_place(writer, value, protocol);
+            value++;
+        }
+    }
+}
+
+VKP_API vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes)
+{
+    vkp_status status = writer->i_status;
+    if (status == VKP_OK) {
+        bytes->block = writer->i_block;
+        bytes->len = writer->i_len;
+        bytes->data = writer->i_block != NULL ? vkp_i_block_data(writer->i_block) : NULL;
+        writer->i_block = NULL;
+    }
+    vkp_resp_writer_deinit(writer);
+    return status;
+}
+
+VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
+{
+    vkp_i_block_unref(writer->i_block);
+    vkp_resp_writer_init(writer, writer->i_env);
+}
+
+/* ======================================================================================
+   Maps: names to objects, for sockets, hubs and clients
+   ======================================================================================
+   Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
+   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.                      */
+
+typedef struct vkp_i_map_node {
+    struct vkp_i_map_node *next;
+    uint64_t hash;
+    vkp_str key; /* the owner's memory */
+} vkp_i_map_node;
+
+typedef struct vkp_i_map {
+    const vkp_env *env;
+    vkp_i_map_node **buckets;
+    size_t bucket_count; /* a power of two, or 0 */
+    size_t count;
+    uint64_t key[2];
+} vkp_i_map;
+
+#define VKP_I_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
+#define VKP_I_SIP_ROUND(v)               \
+    do {                                 \
+        (v)[0] += (v)[1];                \
+        (v)[1] = VKP_I_ROTL((v)[1], 13); \
+        (v)[1] ^= (v)[0];                \
+        (v)[0] = VKP_I_ROTL((v)[0], 32); \
+        (v)[2] += (v)[3];                \
+        (v)[3] = VKP_I_ROTL((v)[3], 16); \
+        (v)[3] ^= (v)[2];                \
+        (v)[0] += (v)[3];                \
+        (v)[3] = VKP_I_ROTL((v)[3], 21); \
+        (v)[3] ^= (v)[0];                \
+        (v)[2] += (v)[1];                \
+        (v)[1] = VKP_I_ROTL((v)[1], 17); \
+        (v)[1] ^= (v)[2];                \
+        (v)[2] = VKP_I_ROTL((v)[2], 32); \
+    } while (0)
+
+static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
+{
+    uint64_t v[4];
+    uint64_t word;
+    size_t i;
+    v[0] = map->key[0] ^ 0x736f6d6570736575u;
+    v[1] = map->key[1] ^ 0x646f72616e646f6du;
+    v[2] = map->key[0] ^ 0x6c7967656e657261u;
+    v[3] = map->key[1] ^ 0x7465646279746573u;
+    for (i = 0; i + 8 <= text.len; i += 8) {
+        word = vkp_i_load64(text.ptr + i);
+        v[3] ^= word;
+        VKP_I_SIP_ROUND(v);
+        v[0] ^= word;
+    }
+    word = (uint64_t)text.len << 56;
+    if (text.len > i) {
+        memcpy(&word, text.ptr + i, text.len - i); /* at most 7 bytes: the length stays on top */
+        word = (word & 0x00ffffffffffffffu) | ((uint64_t)text.len << 56);
+    }
+    v[3] ^= word;
+    VKP_I_SIP_ROUND(v);
+    v[0] ^= word;
+    v[2] ^= 0xff;
+    VKP_I_SIP_ROUND(v);
+    VKP_I_SIP_ROUND(v);
+    VKP_I_SIP_ROUND(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    memset(map, 0, sizeof *map);
+    map->env = env;
+    map->key[0] = sys->random_u64();
+    map->key[1] = sys->random_u64();
+}
+
+static void vkp_i_map_deinit(vkp_i_map *map)
+{
+    vkp_i_free(map->env, map->buckets, map->bucket_count * sizeof *map->buckets);
+    map->buckets = NULL;
+    map->bucket_count = 0;
+}
+
+static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_str key)
+{
+    vkp_i_map_node *node =
+        map->bucket_count > 0 ? map->buckets[hash & (map->bucket_count - 1)] : NULL;
+    while (node != NULL && (node->hash != hash || !vkp_i_str_equal(node->key, key))) {
+        node = node->next;
+    }
+    return node;
+}
+
+static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
+{
+    vkp_i_map_node **buckets =
+        (vkp_i_map_node **)vkp_i_alloc_zero(map->env, bucket_count * sizeof *buckets);
+    size_t i;
+    if (buckets == NULL) {
+        return false;
+    }
+    for (i = 0; i < map->bucket_count; i++) {
+        vkp_i_map_node *node = map->buckets[i];
+        while (node != NULL) {
+            vkp_i_map_node *next = node->next;
+            vkp_i_map_node **bucket = &buckets[node->hash & (bucket_count - 1)];
+            node->next = *bucket;
+            *bucket = node;
+            node = next;
+        }
+    }
+    vkp_i_free(map->env, map->buckets, map->bucket_count * sizeof *map->buckets);
+    map->buckets = buckets;
+    map->bucket_count = bucket_count;
+    return true;
+}
+
+/* A map that cannot grow gets slower, not wrong; only the first table must be had. */
+static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
+{
+    vkp_i_map_node **bucket;
+    if (map->count >= map->bucket_count &&
+        !vkp_i_map_rehouse(map, map->bucket_count == 0 ? 16 : map->bucket_count * 2) &&
+        map->bucket_count == 0) {
+        return false;
+    }
+    bucket = &map->buckets[node->hash & (map->bucket_count - 1)];
+    node->next = *bucket;
+    *bucket = node;
+    map->count++;
+    return true;
+}
+
+static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
+{
+    vkp_i_map_node **link = &map->buckets[node->hash & (map->bucket_count - 1)];
+    while (*link != node) {
+        link = &(*link)->next;
+    }
+    *link = node->next;
+    map->count--;
+}
+
+/* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
+static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
+{
+    size_t bucket = 0;
+    if (node != NULL) {
+        if (node->next != NULL) {
+            return node->next;
+        }
+        bucket = (node->hash & (map->bucket_count - 1)) + 1;
+    }
+    while (bucket < map->bucket_count && map->buckets[bucket] == NULL) {
+        bucket++;
+    }
+    return bucket < map->bucket_count ? map->buckets[bucket] : NULL;
+}
+
+/* ======================================================================================
+   >>impl-socket   Ref-counted Unix sockets
+   ======================================================================================
+   The registry's lock guards the map and every change of a count to or from zero, file system
+   work included: whoever asks for a path finds a live socket or none, never one that is dying.
+   Counts above one change without the lock. No user code runs under it.
+   On disk: PATH.lock is created and flocked first, removed last, so that between processes the
+   lock tells who lives; PATH is bound, given mode 0600, and only then set listening, so that
+   nobody connects before. A file is unlinked only while device and inode are those recorded.  */
+
+struct vkp_registry {
+    const vkp_env *env;
+    const vkp_sys *sys;
+    size_t refs; /* atomic */
+    VKP_I_MUTEX mutex;
+    int backlog;
+    vkp_i_map sockets;
+    size_t unlink_failures;
+    int unlink_errno;
+};
+
+struct vkp_socket {
+    vkp_i_map_node node; /* key: path */
+    vkp_registry *registry;
+    size_t refs;     /* atomic; to and from 0 only under the registry's lock */
+    uint32_t active; /* atomic */
+    int fd;
+    int lock_fd;
+    int opener_pid;
+    vkp_file_id id;
+    size_t path_bytes; /* with its terminator; behind this struct */
+};
+
+static char *vkp_i_socket_path(vkp_socket *sock)
+{
+    return (char *)(sock + 1);
+}
+
+VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_registry **out)
+{
+    vkp_registry *registry;
+    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
+    VKP_I_REQUIRE(out != NULL);
+    registry = (vkp_registry *)vkp_i_alloc_zero(env, sizeof *registry);
+    if (registry == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    registry->env = env;
+    registry->sys = vkp_i_sys(env);
+    registry->refs = 1;
+    registry->backlog = config != NULL && config->backlog > 0 ? config->backlog : 4096;
+    VKP_I_MUTEX_INIT(&registry->mutex);
+    vkp_i_map_init(&registry->sockets, env);
+    *out = registry;
+    return VKP_OK;
+}
+
+VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry)
+{
+    (void)VKP_I_ADD(&registry->refs, 1);
+    return registry;
+}
+
+VKP_API void vkp_registry_unref(vkp_registry *registry)
+{
+    if (registry != NULL && VKP_I_UNREF(&registry->refs) == 1) {
+        vkp_i_map_deinit(&registry->sockets);
+        VKP_I_MUTEX_DEINIT(&registry->mutex);
+        vkp_i_free(registry->env, registry, sizeof *registry);
+    }
+}
+
+VKP_API size_t vkp_registry_get_count(vkp_registry *registry)
+{
+    size_t count;
+    VKP_I_LOCK(&registry->mutex);
+    count = registry->sockets.count;
+    VKP_I_UNLOCK(&registry->mutex);
+    return count;
+}
+
+VKP_API size_t vkp_registry_get_unlink_failures(vkp_registry *registry, int *last_errno)
+{
+    size_t failures;
+    VKP_I_LOCK(&registry->mutex);
+    failures = registry->unlink_failures;
+    if (last_errno != NULL) {
+        *last_errno = registry->unlink_errno;
+    }
+    VKP_I_UNLOCK(&registry->mutex);
+    return failures;
+}
+
+/* Locked. */
+static vkp_socket *vkp_i_registry_find(vkp_registry *registry, const char *path)
+{
+    vkp_str key = vkp_str_of(path);
+    vkp_i_map_node *node =
+        vkp_i_map_find(&registry->sockets, vkp_i_map_hash(&registry->sockets, key), key);
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_socket, node) : NULL;
+}
+
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path)
+{
+    bool found;
+    VKP_I_LOCK(&registry->mutex);
+    found = vkp_i_registry_find(registry, path) != NULL;
+    VKP_I_UNLOCK(&registry->mutex);
+    return found;
+}
+
+static vkp_status vkp_i_sys_failure(int result)
+{
+    errno = -result;
+    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
+}
+
+/* INVALID for empty paths and `..` components, LIMIT for what sun_path cannot hold. */
+static vkp_status vkp_i_socket_check_path(const vkp_env *env, const char *path)
+{
+    size_t most = sizeof((struct sockaddr_un *)NULL)->sun_path - 1;
+    const char *part = path;
+    VKP_I_REQUIRE(path != NULL && path[0] != '\0');
+    while (part != NULL) {
+        part += part[0] == '/' ? 1u : 0u;
+        if (part[0] == '.' && part[1] == '.' && (part[2] == '/' || part[2] == '\0')) {
+            return VKP_ERR_INVALID;
+        }
+        part = strchr(part, '/');
+    }
+    if (strlen(path) > most) {
+        vkp_i_log(env, VKP_LOG_ERROR, "socket path of %zu bytes, %zu fit: %s", strlen(path), most,
+                  path);
+        return VKP_ERR_LIMIT;
+    }
+    return VKP_OK;
+}
+
+static vkp_address vkp_i_unix_address(const char *path)
+{
+    union {
+        struct sockaddr_un name;
+        unsigned char bytes[sizeof(struct sockaddr_un)];
+    } local;
+    vkp_address address;
+    memset(&local, 0, sizeof local);
+    memset(&address, 0, sizeof address);
+    local.name.sun_family = AF_UNIX;
+    memcpy(local.name.sun_path, path, strlen(path)); /* checked: fits with its terminator */
+    address.family = AF_UNIX;
+    address.bytes = (uint32_t)sizeof local;
+    memcpy(address.storage.bytes, local.bytes, sizeof local);
+    return address;
+}
+
+/* Whether somebody answers at the path: 1 yes, 0 no, or a negated errno. */
+static int vkp_i_socket_probe(const vkp_sys *sys, const char *path)
+{
+    vkp_address address = vkp_i_unix_address(path);
+    int fd = sys->socket(AF_UNIX, SOCK_STREAM);
+    int result;
+    if (fd < 0) {
+        return fd;
+    }
+    result = sys->connect(fd, address.storage.bytes, address.bytes);
+    (void)sys->close(fd);
+    return result == -ECONNREFUSED || result == -ENOENT ? 0 : 1;
+}
+
+/* The lock is ours: make way for a bind, or say what stands there. `owner` holds the lock file. */
+static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, uint32_t owner)
+{
+    vkp_file_id found;
+    int result = registry->sys->identify(path, &found);
+    if (result == -ENOENT) {
+        return VKP_OK;
+    }
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    if (!found.is_socket || found.uid != owner) {
+        vkp_i_log(registry->env, VKP_LOG_ERROR, "%s: something that is no socket of this user",
+                  path);
+        return VKP_ERR_EXISTS;
+    }
+    result = vkp_i_socket_probe(registry->sys, path);
+    if (result != 0) {
+        return result < 0 ? vkp_i_sys_failure(result) : VKP_ERR_IN_USE;
+    }
+    result = registry->sys->unlink(path);
+    if (result < 0 && result != -ENOENT) {
+        return vkp_i_sys_failure(result);
+    }
+    vkp_i_log(registry->env, VKP_LOG_INFO, "%s: taken over from a process that is gone", path);
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_socket_bind(vkp_socket *sock, const char *path)
+{
+    vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    vkp_address address = vkp_i_unix_address(path);
+    int result = sys->socket(AF_UNIX, SOCK_STREAM);
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    sock->fd = result;
+    result = sys->bind(sock->fd, address.storage.bytes, address.bytes);
+    if (result == -EADDRINUSE || result == -EEXIST) {
+        return VKP_ERR_IN_USE;
+    }
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    result = sys->identify(path, &sock->id);
+    if (result == 0) {
+        result = sys->chmod(path, 0600);
+    }
+    if (result == 0) {
+        result = sys->listen(sock->fd, registry->backlog);
+    }
+    if (result < 0) {
+        (void)sys->unlink(path);
+        return vkp_i_sys_failure(result);
+    }
+    return VKP_OK;
+}
+
+typedef struct vkp_i_lock_name {
+    char path[sizeof(((struct sockaddr_un *)NULL)->sun_path) + 8];
+} vkp_i_lock_name;
+
+static vkp_i_lock_name vkp_i_socket_lock_name(const char *path)
+{
+    vkp_i_lock_name name;
+    (void)snprintf(name.path, sizeof name.path, "%s.lock", path);
+    return name;
+}
+
+static vkp_status vkp_i_socket_lock(vkp_socket *sock, const char *path)
+{
+    vkp_i_lock_name name = vkp_i_socket_lock_name(path);
+    int result = sock->registry->sys->lock_file(name.path);
+    if (result == -EWOULDBLOCK) {
+        vkp_i_log(sock->registry->env, VKP_LOG_ERROR, "%s: another process serves it", path);
+        return VKP_ERR_IN_USE;
+    }
+    if (result < 0) {
+        vkp_i_log(sock->registry->env, VKP_LOG_ERROR, "%s: %s", name.path, strerror(-result));
+        return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
+    }
+    sock->lock_fd = result;
+    return VKP_OK;
+}
+
+static void vkp_i_socket_unlock(vkp_socket *sock, const char *path)
+{
+    vkp_i_lock_name name = vkp_i_socket_lock_name(path);
+    if (sock->lock_fd >= 0) {
+        (void)sock->registry->sys->unlink(name.path);
+        (void)sock->registry->sys->close(sock->lock_fd);
+        sock->lock_fd = -1;
+    }
+}
+
+static vkp_socket *vkp_i_socket_new(vkp_registry *registry, const char *path)
+{
+    size_t bytes = strlen(path) + 1;
+    vkp_socket *sock = (vkp_socket *)vkp_i_alloc_zero(registry->env, sizeof *sock + bytes);
+    if (sock != NULL) {
+        sock->registry = vkp_registry_ref(registry);
+        sock->refs = 1;
+        sock->active = 1;
+        sock->fd = -1;
+        sock->lock_fd = -1;
+        sock->opener_pid = registry->sys->process_id();
+        sock->path_bytes = bytes;
+        memcpy(vkp_i_socket_path(sock), path, bytes);
+        sock->node.key = vkp_i_str(vkp_i_socket_path(sock), bytes - 1);
+        sock->node.hash = vkp_i_map_hash(&registry->sockets, sock->node.key);
+    }
+    return sock;
+}
+
+static void vkp_i_socket_free(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    vkp_i_free(registry->env, sock, sizeof *sock + sock->path_bytes);
+    vkp_registry_unref(registry);
+}
+
+/* Locked: remove the file if it is still ours, then the lock file. */
+static void vkp_i_socket_retire(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    char *path = vkp_i_socket_path(sock);
+    vkp_file_id found;
+    if (VKP_I_XCHG(&sock->active, 0u) == 0) {
+        return;
+    }
+    vkp_i_map_remove(&registry->sockets, &sock->node);
+    if (sys->process_id() != sock->opener_pid) { /* forked: the file is the parent's */
+        (void)sys->close(sock->lock_fd);
+        sock->lock_fd = -1;
+        return;
+    }
+    if (sys->identify(path, &found) == 0 && found.is_socket && found.device == sock->id.device &&
+        found.inode == sock->id.inode) {
+        int result = sys->unlink(path);
+        if (result < 0 && result != -ENOENT) {
+            registry->unlink_failures++;
+            registry->unlink_errno = -result;
+        }
+    }
+    vkp_i_socket_unlock(sock, path);
+}
+
+/* Locked: make the socket of a path that has none. */
+static vkp_status vkp_i_socket_create(vkp_registry *registry, const char *path, int fd,
+                                      vkp_socket **out)
+{
+    vkp_socket *sock = vkp_i_socket_new(registry, path);
+    vkp_file_id lock_id;
+    vkp_status status;
+    if (sock == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_socket_lock(sock, path);
+    if (status == VKP_OK && fd >= 0) {
+        int result = registry->sys->identify(path, &sock->id);
+        status = result == 0 && sock->id.is_socket ? VKP_OK : VKP_ERR_INVALID;
+    } else if (status == VKP_OK) {
+        vkp_i_lock_name name = vkp_i_socket_lock_name(path);
+        int result = registry->sys->identify(name.path, &lock_id);
+        status = result < 0 ? vkp_i_sys_failure(result)
+                            : vkp_i_socket_clear(registry, path, lock_id.uid);
+        if (status == VKP_OK) {
+            status = vkp_i_socket_bind(sock, path);
+        }
+    }
+    if (status == VKP_OK && !vkp_i_map_insert(&registry->sockets, &sock->node)) {
+        status = VKP_ERR_NOMEM;
+        if (fd < 0) {
+            (void)registry->sys->unlink(path);
+        }
+    }
+    if (status != VKP_OK) {
+        int error = errno;
+        vkp_i_socket_unlock(sock, path);
+        if (sock->fd >= 0) {
+            (void)registry->sys->close(sock->fd);
+        }
+        vkp_i_socket_free(sock);
+        errno = error;
+        return status;
+    }
+    if (fd >= 0) {
+        sock->fd = fd;
+    }
+    *out = sock;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
+                                            vkp_socket **out)
+{
+    vkp_status status;
+    vkp_socket *sock;
+    VKP_I_REQUIRE(registry != NULL && out != NULL);
+    status = vkp_i_socket_check_path(registry->env, path);
+    if (status != VKP_OK) {
+        return status;
+    }
+    VKP_I_LOCK(&registry->mutex);
+    sock = vkp_i_registry_find(registry, path);
+    if (sock != NULL) {
+        *out = vkp_socket_ref(sock);
+    } else {
+        status = vkp_i_socket_create(registry, path, -1, out);
+    }
+    VKP_I_UNLOCK(&registry->mutex);
+    return status;
+}
+
+VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
+                                           vkp_socket **out)
+{
+    vkp_socket *sock;
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
+    VKP_I_LOCK(&registry->mutex);
+    sock = vkp_i_registry_find(registry, path);
+    if (sock != NULL) {
+        *out = vkp_socket_ref(sock);
+    }
+    VKP_I_UNLOCK(&registry->mutex);
+    return sock != NULL ? VKP_OK : VKP_ERR_NOT_FOUND;
+}
+
+VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
+                                           vkp_socket **out)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(registry != NULL && out != NULL && fd >= 0);
+    status = vkp_i_socket_check_path(registry->env, path);
+    if (status != VKP_OK) {
+        return status;
+    }
+    VKP_I_LOCK(&registry->mutex);
+    status = vkp_i_registry_find(registry, path) != NULL
+                 ? VKP_ERR_EXISTS
+                 : vkp_i_socket_create(registry, path, fd, out);
+    VKP_I_UNLOCK(&registry->mutex);
+    return status;
+}
+
+VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock)
+{
+    (void)VKP_I_ADD(&sock->refs, 1);
+    return sock;
+}
+
+VKP_API void vkp_socket_unref(vkp_socket *sock)
+{
+    vkp_registry *registry;
+    size_t refs;
+    if (sock == NULL) {
+        return;
+    }
+    refs = VKP_I_LOAD(&sock->refs);
+    while (refs > 1) {
+        if (VKP_I_CAS(&sock->refs, &refs, refs - 1)) {
+            return;
+        }
+    }
+    registry = sock->registry;
+    VKP_I_LOCK(&registry->mutex);
+    refs = VKP_I_UNREF(&sock->refs);
+    if (refs == 1) {
+        vkp_i_socket_retire(sock);
+    }
+    VKP_I_UNLOCK(&registry->mutex);
+    if (refs == 1) {
+        (void)registry->sys->close(sock->fd);
+        vkp_i_socket_free(sock);
+    }
+}
+
+VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
+{
+    size_t count = 0;
+    vkp_i_map_node *node;
+    VKP_I_LOCK(&registry->mutex);
+    while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
+        vkp_i_socket_retire(VKP_I_CONTAINER(node, vkp_socket, node));
+        count++;
+    }
+    VKP_I_UNLOCK(&registry->mutex);
+    return count;
+}
+
+VKP_API const char *vkp_socket_get_path(const vkp_socket *sock)
+{
+    return sock->node.key.ptr;
+}
+
+VKP_API bool vkp_socket_is_active(const vkp_socket *sock)
+{
+    return VKP_I_LOAD_ACQ(&sock->active) != 0;
+}
+
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
+{
+    return VKP_I_LOAD(&sock->refs);
+}
+
+/* ======================================================================================
+   >>impl-conn   Connections and listeners
+   ======================================================================================
+   Everything of a connection belongs to its loop's thread, but for its count, `state` and the
+   inbox. The outbox is a queue of spans: neighbouring frames of one block are ONE span, which
+   holds one reference and is written as one range; frame_len finds the frames again when the
+   policy must drop some. Nothing is written inside a push: the connection defers its task, and
+   the round ends with one gathered write per connection.
+   Closing from inside a push would pull the ground from under whoever pushes to many, so a push
+   only marks (`doomed`); the deferred task closes.
+   Idle, a connection has no buffers: input goes to the loop's block, and what is left of a frame
+   is kept in a block of its own size.                                                         */
+
+#define VKP_I_CONN_OPEN 0u
+#define VKP_I_CONN_CLOSED 1u
+
+#define VKP_I_CONN_CONNECTING 1u /* flags */
+#define VKP_I_CONN_PAUSED 2u
+#define VKP_I_CONN_ENDED 4u /* the peer sends no more */
+#define VKP_I_CONN_DRAINING 8u
+#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_WRITE */
+#define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
+#define VKP_I_CONN_DOOMED 64u
+#define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
+#define VKP_I_CONN_UNWATCHED 256u  /* hung up while paused: the watch would spin */
+#define VKP_I_CONN_INBOX_HELD 512u /* no room for the inbox: not watched until there is */
+
+/* Shared by all connections of a listener. */
+typedef struct vkp_i_profile {
+    const vkp_env *env;
+    size_t refs;      /* atomic */
+    uint64_t dropped; /* atomic: pushes, by the policy, over all connections */
+    vkp_conn_config config;
+} vkp_i_profile;
+
+typedef struct vkp_i_span {
+    const uint8_t *data;
+    vkp_block *block; /* one reference, or NULL: static bytes */
+    uint32_t len;
+    uint32_t frames; /* 0: of the response stream, never dropped; else how many */
+} vkp_i_span;
+
+typedef struct vkp_i_inbox {
+    vkp_mpsc_tx *tx; /* of vkp_bytes */
+    vkp_mpsc_rx *rx;
+} vkp_i_inbox;
+
+#define VKP_I_CONNECT_TRIES 8
+typedef struct vkp_i_connecting {
+    vkp_address addresses[VKP_I_CONNECT_TRIES];
+    size_t count;
+    size_t next;
+} vkp_i_connecting;
+
+struct vkp_conn {
+    size_t refs; /* atomic; the loop holds one until the close, each queued task one */
+    vkp_loop *loop;
+    vkp_i_profile *profile;
+    void *user;
+    vkp_watch watch;
+    vkp_i_task task;        /* deferred */
+    vkp_i_task remote;      /* queued by other threads */
+    uint32_t state;         /* atomic */
+    uint32_t remote_queued; /* atomic */
+    uint32_t flags;
+    int fd;
+    int doom_error;
+    vkp_close_reason doom;
+    vkp_block *input; /* what on_data left; its bytes from input_begin */
+    size_t input_begin;
+    vkp_i_span first; /* the queue's head; the others follow in a ring */
+    vkp_i_span *more;
+    uint32_t more_capacity;
+    uint32_t more_head;
+    uint32_t spans;
+    uint32_t head_sent;   /* bytes written of `first`, whose data was moved on by as many */
+    size_t queued_frames; /* pushes; those of a span partly written count until looked at */
+    size_t queued_bytes;  /* of everything */
+    size_t pushed_bytes;  /* of pushes */
+    uint64_t dropped;     /* atomic */
+    vkp_i_inbox *inbox;
+    vkp_i_connecting *connecting;
+};
+
+VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
+{
+    static const char *const texts[] = {"closed here",   "closed by the peer", "system error",
+                                        "peer too slow", "loop closed",        "out of memory"};
+    return (size_t)reason < sizeof texts / sizeof texts[0] ? texts[reason] : "unknown reason";
+}
+
+static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_config *config)
+{
+    vkp_i_profile *profile = (vkp_i_profile *)vkp_i_alloc(env, sizeof *profile);
+    if (profile != NULL) {
+        profile->env = env;
+        profile->refs = 1;
+        profile->dropped = 0;
+        profile->config = *config;
+        if (profile->config.queue_frames == 0) {
+            profile->config.queue_frames = 65536;
+        }
+        if (profile->config.queue_bytes == 0) {
+            profile->config.queue_bytes = (size_t)8 << 20;
+        }
+        if (profile->config.input_bytes == 0) {
+            profile->config.input_bytes = (size_t)512 << 20;
+        }
+    }
+    return profile;
+}
+
+static vkp_i_profile *vkp_i_profile_ref(vkp_i_profile *profile)
+{
+    (void)VKP_I_ADD(&profile->refs, 1);
+    return profile;
+}
+
+static void vkp_i_profile_unref(vkp_i_profile *profile)
+{
+    if (VKP_I_UNREF(&profile->refs) == 1) {
+        vkp_i_free(profile->env, profile, sizeof *profile);
+    }
+}
+
+/* ---- the queue of spans ---- */
+
+static vkp_i_span *vkp_i_span_at(vkp_conn *conn, uint32_t index)
+{
+    return index == 0 ? &conn->first
+                      : &conn->more[(conn->more_head + index - 1) & (conn->more_capacity - 1)];
+}
+
+static void vkp_i_spans_free_ring(vkp_conn *conn)
+{
+    vkp_i_free(conn->loop->env, conn->more, conn->more_capacity * sizeof *conn->more);
+    conn->more = NULL;
+    conn->more_capacity = 0;
+    conn->more_head = 0;
+}
+
+static bool vkp_i_spans_reserve(vkp_conn *conn)
+{
+    uint32_t capacity = conn->more_capacity == 0 ? 4 : conn->more_capacity * 2;
+    vkp_i_span *ring;
+    uint32_t i;
+    if (conn->spans == 0 || conn->spans - 1 < conn->more_capacity) {
+        return true;
+    }
+    ring = (vkp_i_span *)vkp_i_alloc(conn->loop->env, capacity * sizeof *ring);
+    if (ring == NULL) {
+        return false;
+    }
+    for (i = 1; i < conn->spans; i++) {
+        ring[i - 1] = *vkp_i_span_at(conn, i);
+    }
+    vkp_i_spans_free_ring(conn);
+    conn->more = ring;
+    conn->more_capacity = capacity;
+    return true;
+}
+
+/* Add after reserve. */
+static void vkp_i_spans_append(vkp_conn *conn, vkp_i_span span)
+{
+    conn->spans++;
+    *vkp_i_span_at(conn, conn->spans - 1) = span;
+}
+
+static void vkp_i_spans_remove(vkp_conn *conn, uint32_t index)
+{
+    vkp_i_block_unref(vkp_i_span_at(conn, index)->block);
+    for (; index > 0; index--) { /* few stand before a frame that may be dropped */
+        *vkp_i_span_at(conn, index) = *vkp_i_span_at(conn, index - 1);
+    }
+    conn->spans--;
+    if (conn->spans == 0) {
+        vkp_i_spans_free_ring(conn);
+    } else {
+        conn->first = conn->more[conn->more_head];
+        conn->more_head = (conn->more_head + 1) & (conn->more_capacity - 1);
+    }
+}
+
+static size_t vkp_i_span_frame(const vkp_conn *conn, const uint8_t *data, size_t len,
+                               uint32_t frames)
+{
+    size_t frame = len;
+    if (frames > 1) {
+        frame = conn->profile->config.ops->frame_len(data, len);
+    }
+    return frame == 0 || frame > len ? len : frame;
+}
+
+/* Look which frames of a partly written head are gone, and set the one that is torn apart from
+   the rest: it must be finished. False: no memory, nothing changed.                           */
+static bool vkp_i_spans_normalize(vkp_conn *conn)
+{
+    vkp_i_span *head = &conn->first;
+    const uint8_t *start;
+    size_t whole = conn->head_sent + (size_t)head->len;
+    size_t at = 0;
+    uint32_t gone = 0;
+    vkp_i_span rest;
+    if (conn->spans == 0 || conn->head_sent == 0 || head->frames == 0) {
+        return true;
+    }
+    start = head->data - conn->head_sent;
+    while (at < conn->head_sent) {
+        at += vkp_i_span_frame(conn, start + at, whole - at, head->frames - gone);
+        gone++;
+    }
+    rest = *head;
+    rest.data = start + at;
+    rest.len = (uint32_t)(whole - at);
+    rest.frames = head->frames - gone;
+    if (rest.frames > 0 && at > conn->head_sent) {
+        if (!vkp_i_spans_reserve(conn)) {
+            return false;
+        }
+        conn->spans++;
+        conn->more_head = (conn->more_head - 1) & (conn->more_capacity - 1);
+        conn->more[conn->more_head] = rest;
+        (void)vkp_i_block_ref(rest.block);
+        head->len -= rest.len;
+        head->frames = 0; /* begun: belongs to the stream now */
+        conn->pushed_bytes -= head->len;
+    } else if (at > conn->head_sent) {
+        head->frames = 0;
+        conn->pushed_bytes -= head->len;
+    } else {
+        head->frames = rest.frames;
+    }
+    conn->queued_frames -= gone;
+    conn->head_sent = 0;
+    return true;
+}
+
+static void vkp_i_conn_count_drop(vkp_conn *conn)
+{
+    (void)VKP_I_ADD(&conn->dropped, (uint64_t)1);
+    (void)VKP_I_ADD(&conn->profile->dropped, (uint64_t)1);
+}
+
+/* Drop the oldest push that was not begun. False: there is none. */
+static bool vkp_i_spans_drop_oldest(vkp_conn *conn)
+{
+    uint32_t index = 0;
+    vkp_i_span *span;
+    size_t frame;
+    while (index < conn->spans && vkp_i_span_at(conn, index)->frames == 0) {
+        index++;
+    }
+    if (index == conn->spans) {
+        return false;
+    }
+    span = vkp_i_span_at(conn, index);
+    frame = vkp_i_span_frame(conn, span->data, span->len, span->frames);
+    conn->queued_frames--;
+    conn->queued_bytes -= frame;
+    conn->pushed_bytes -= frame;
+    vkp_i_conn_count_drop(conn);
+    if (span->frames == 1) {
+        vkp_i_spans_remove(conn, index);
+    } else {
+        span->data += frame;
+        span->len -= (uint32_t)frame;
+        span->frames--;
+    }
+    return true;
+}
+
+static void vkp_i_spans_clear(vkp_conn *conn)
+{
+    while (conn->spans > 0) {
+        vkp_i_spans_remove(conn, conn->spans > 1 ? 1 : 0);
+    }
+    conn->queued_frames = 0;
+    conn->queued_bytes = 0;
+    conn->pushed_bytes = 0;
+    conn->head_sent = 0;
+}
+
+static bool vkp_i_span_adjoins(const vkp_conn *conn, const vkp_i_span *tail, const vkp_bytes *frame,
+                               bool push)
+{
+    return tail->block != NULL && tail->block == frame->block &&
+           tail->data + tail->len == frame->data && (tail->frames > 0) == push &&
+           (!push || conn->profile->config.ops->frame_len != NULL) &&
+           frame->len < 0x7fffffffu - tail->len;
+}
+
+#define VKP_I_COMPACT_BYTES 4096u
+
+/* A slow client must not pin whole blocks for a frame each: when its queue's last span is a small
+   part of its block and did not grow, copy it behind its neighbour in a private block.        */
+static void vkp_i_spans_compact_tail(vkp_conn *conn)
+{
+    vkp_i_span *tail;
+    vkp_i_span *before;
+    vkp_block *block;
+    if (conn->spans < 2) {
+        return; /* the head may be partly written */
+    }
+    tail = vkp_i_span_at(conn, conn->spans - 1);
+    if (tail->block == NULL || tail->len >= tail->block->capacity / 4 ||
+        tail->block->capacity <= VKP_I_COMPACT_BYTES) {
+        return;
+    }
+    before = conn->spans > 2 ? vkp_i_span_at(conn, conn->spans - 2) : NULL;
+    if (before != NULL && before->block != NULL && vkp_i_block_is_mine(before->block) &&
+        before->block->capacity == VKP_I_COMPACT_BYTES &&
+        (before->frames > 0) == (tail->frames > 0) &&
+        (before->frames == 0 || conn->profile->config.ops->frame_len != NULL) &&
+        before->data + before->len == vkp_i_block_data(before->block) + before->block->len &&
+        tail->len <= before->block->capacity - before->block->len) {
+        memcpy(vkp_i_block_data(before->block) + before->block->len, tail->data, tail->len);
+        before->block->len += tail->len;
+        before->len += tail->len;
+        before->frames += tail->frames;
+        vkp_i_block_unref(tail->block);
+        conn->spans--;
+        return;
+    }
+    block = vkp_i_block_open(conn->loop->env, VKP_I_MAX((size_t)VKP_I_COMPACT_BYTES, tail->len));
+    if (block == NULL) {
+        return; /* pinned a while longer */
+    }
+    memcpy(vkp_i_block_data(block), tail->data, tail->len);
+    block->len = tail->len;
+    vkp_i_block_unref(tail->block);
+    tail->block = block;
+    tail->data = vkp_i_block_data(block);
+}
+
+static vkp_status vkp_i_spans_push(vkp_conn *conn, const vkp_bytes *frame, bool push)
+{
+    vkp_i_span *tail = conn->spans > 0 ? vkp_i_span_at(conn, conn->spans - 1) : NULL;
+    if (tail != NULL && vkp_i_span_adjoins(conn, tail, frame, push)) {
+        tail->len += (uint32_t)frame->len;
+        tail->frames += push ? 1u : 0u;
+    } else {
+        vkp_i_span span;
+        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0) {
+            vkp_i_spans_compact_tail(conn);
+        }
+        if (frame->len > 0x7fffffffu || !vkp_i_spans_reserve(conn)) {
+            return VKP_ERR_NOMEM;
+        }
+        span.data = frame->data;
+        span.block = vkp_i_block_ref(frame->block);
+        span.len = (uint32_t)frame->len;
+        span.frames = push ? 1 : 0;
+        vkp_i_spans_append(conn, span);
+    }
+    conn->queued_bytes += frame->len;
+    if (push) {
+        conn->queued_frames++;
+        conn->pushed_bytes += frame->len;
+    }
+    return VKP_OK;
+}
+
+/* ---- life ---- */
+
+VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn)
+{
+    (void)VKP_I_ADD(&conn->refs, 1);
+    return conn;
+}
+
+VKP_API void vkp_conn_unref(vkp_conn *conn)
+{
+    vkp_loop *loop;
+    if (conn == NULL || VKP_I_UNREF(&conn->refs) != 1) {
+        return;
+    }
+    loop = conn->loop;
+    if (conn->inbox != NULL) {
+        vkp_mpsc_tx_unref(conn->inbox->tx);
+        vkp_mpsc_rx_unref(conn->inbox->rx);
+        vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
+    }
+    vkp_i_profile_unref(conn->profile);
+    vkp_i_free(loop->env, conn, sizeof *conn);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_conn_defer(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_QUEUED) == 0) {
+        conn->flags |= VKP_I_CONN_QUEUED;
+        (void)vkp_conn_ref(conn);
+        vkp_i_loop_defer(conn->loop, &conn->task);
+    }
+}
+
+static bool vkp_i_conn_closed(const vkp_conn *conn)
+{
+    return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
+}
+
+/* The one way a connection ends. Loop's thread. */
+static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
+{
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
+        return;
+    }
+    vkp_watch_stop(&conn->watch);
+    if (conn->fd >= 0) {
+        (void)conn->loop->sys->close(conn->fd);
+        conn->fd = -1;
+    }
+    vkp_i_spans_clear(conn);
+    vkp_i_block_unref(conn->input);
+    conn->input = NULL;
+    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+    conn->connecting = NULL;
+    if (conn->inbox != NULL) {
+        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_mpsc_close(conn->inbox->rx);
+    }
+    if (ops->on_close != NULL) {
+        ops->on_close(conn, conn->user, reason, error);
+    }
+    vkp_conn_unref(conn); /* the loop's */
+}
+
+static void vkp_i_conn_doom(vkp_conn *conn, vkp_close_reason reason, int error)
+{
+    if ((conn->flags & VKP_I_CONN_DOOMED) == 0) {
+        conn->flags |= VKP_I_CONN_DOOMED;
+        conn->doom = reason;
+        conn->doom_error = error;
+        vkp_i_conn_defer(conn);
+    }
+}
+
+/* Make the watch match the flags. */
+static void vkp_i_conn_rewatch(vkp_conn *conn)
+{
+    uint32_t interest = 0;
+    if ((conn->flags & VKP_I_CONN_UNWATCHED) != 0 || vkp_i_conn_closed(conn)) {
+        return;
+    }
+    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
+        interest |= VKP_WRITE;
+    }
+    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED |
+                        VKP_I_CONN_DRAINING)) == 0) {
+        interest |= VKP_READ;
+    }
+    if (vkp_watch_set(&conn->watch, interest) != VKP_OK) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
+    }
+}
+
+/* ---- writing ---- */
+
+/* `put` bytes went out: take them off the queue's head. */
+static void vkp_i_conn_written(vkp_conn *conn, size_t put)
+{
+    conn->queued_bytes -= put;
+    while (put > 0) {
+        vkp_i_span *head = &conn->first;
+        size_t part = VKP_I_MIN(put, (size_t)head->len);
+        if (head->frames > 0) {
+            conn->pushed_bytes -= part;
+        }
+        put -= part;
+        if (part == head->len) {
+            conn->queued_frames -= head->frames;
+            conn->head_sent = 0;
+            vkp_i_spans_remove(conn, 0);
+        } else {
+            head->data += part;
+            head->len -= (uint32_t)part;
+            conn->head_sent += (uint32_t)part;
+        }
+    }
+}
+
+#define VKP_I_RANGES 64
+
+/* Write until the queue is empty or the kernel's buffer is full. Does not close. */
+static void vkp_i_conn_flush(vkp_conn *conn)
+{
+    while (conn->spans > 0 &&
+           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_DOOMED)) == 0) {
+        vkp_range ranges[VKP_I_RANGES];
+        size_t count = VKP_I_MIN((size_t)conn->spans, (size_t)VKP_I_RANGES);
+        size_t offered = 0;
+        size_t i;
+        int64_t put;
+        for (i = 0; i < count; i++) {
+            const vkp_i_span *span = vkp_i_span_at(conn, (uint32_t)i);
+            ranges[i].base = span->data;
+            ranges[i].len = span->len;
+            offered += span->len;
+        }
+        put = conn->loop->sys->send(conn->fd, ranges, count);
+        if (put == -EINTR) {
+            continue;
+        }
+        if (put < 0 && put != -EAGAIN && put != -EWOULDBLOCK && put != -ENOBUFS) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, (int)-put);
+            return;
+        }
+        if (put > 0) {
+            vkp_i_conn_written(conn, (size_t)put);
+        }
+        if (put < 0 || (size_t)put < offered) {
+            conn->flags |= VKP_I_CONN_BLOCKED;
+            vkp_i_conn_rewatch(conn);
+        }
+    }
+}
+
+static void vkp_i_conn_pull_inbox(vkp_conn *conn);
+
+/* The kernel takes bytes again. */
+static void vkp_i_conn_writable(vkp_conn *conn)
+{
+    conn->flags &= ~VKP_I_CONN_BLOCKED;
+    vkp_i_conn_flush(conn);
+    if ((conn->flags & VKP_I_CONN_BLOCKED) == 0) {
+        vkp_i_conn_rewatch(conn);
+        if (conn->spans == 0 && conn->profile->config.ops->on_drain != NULL) {
+            conn->profile->config.ops->on_drain(conn, conn->user);
+        }
+    }
+    if (!vkp_i_conn_closed(conn) && (conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
+        vkp_i_conn_pull_inbox(conn);
+    }
+    if (!vkp_i_conn_closed(conn) && conn->spans == 0 && (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+    }
+}
+
+/* ---- pushing ---- */
+
+static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    return conn->queued_frames < config->queue_frames &&
+           (conn->queued_frames == 0 || (conn->pushed_bytes <= config->queue_bytes &&
+                                         len <= config->queue_bytes - conn->pushed_bytes));
+}
+
+/* Room for one more push: looked for where it is cheap first. */
+static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
+{
+    if (vkp_i_conn_has_room(conn, len)) {
+        return true;
+    }
+    vkp_i_conn_flush(conn);
+    return vkp_i_conn_has_room(conn, len) ||
+           (vkp_i_spans_normalize(conn) && vkp_i_conn_has_room(conn, len));
+}
+
+/* On the loop's thread: into the outbox, by the policy. */
+static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
+{
+    vkp_status status;
+    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+        return VKP_ERR_CLOSED;
+    }
+    if (frame->len == 0) {
+        return VKP_OK;
+    }
+    if (!vkp_i_conn_find_room(conn, frame->len)) {
+        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+            return VKP_ERR_CLOSED;
+        }
+        switch ((int)conn->profile->config.on_full) {
+        case VKP_ON_FULL_DROP_NEWEST:
+            vkp_i_conn_count_drop(conn);
+            return VKP_ERR_DROPPED;
+        case VKP_ON_FULL_DROP_OLDEST:
+            while (!vkp_i_conn_has_room(conn, frame->len) && vkp_i_spans_drop_oldest(conn)) {
+            }
+            break;
+        case VKP_ON_FULL_DISCONNECT:
+            vkp_i_conn_doom(conn, VKP_CLOSE_SLOW, 0);
+            return VKP_ERR_CLOSED;
+        default:
+            return VKP_ERR_FULL;
+        }
+    }
+    status = vkp_i_spans_push(conn, frame, true);
+    vkp_i_conn_defer(conn);
+    return status;
+}
+
+VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(conn != NULL && frame != NULL && vkp_i_on_loop(conn->loop));
+    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+        return VKP_ERR_CLOSED;
+    }
+    if (frame->len == 0) {
+        return VKP_OK;
+    }
+    status = vkp_i_spans_push(conn, frame, false);
+    vkp_i_conn_defer(conn);
+    return status;
+}
+
+static void vkp_i_conn_inbox_ready(void *user)
+{
+    vkp_i_conn_pull_inbox((vkp_conn *)user);
+}
+
+/* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
+   the loop's sight, until the outbox has room again.                                          */
+static void vkp_i_conn_pull_inbox(vkp_conn *conn)
+{
+    vkp_mpsc_rx *rx = conn->inbox->rx;
+    bool waits = conn->profile->config.on_full == VKP_ON_FULL_WAIT ||
+                 conn->profile->config.on_full == VKP_ON_FULL_ERROR;
+    vkp_bytes frame;
+    for (;;) {
+        if (waits && !vkp_i_conn_find_room(conn, 0)) {
+            if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
+                conn->flags |= VKP_I_CONN_INBOX_HELD;
+                vkp_mpsc_unwatch(rx);
+            }
+            return;
+        }
+        if (vkp_mpsc_try_recv(rx, &frame) != VKP_OK) {
+            break;
+        }
+        (void)!vkp_i_conn_admit(conn, &frame); /* the policy counted it */
+        vkp_bytes_unref(&frame);
+    }
+    if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
+        conn->flags &= ~VKP_I_CONN_INBOX_HELD;
+        if (vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        }
+    }
+}
+
+static void vkp_i_conn_remote(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    vkp_conn_unref(conn);
+}
+
+static void vkp_i_conn_remote_slow(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_i_conn_finish(conn, VKP_CLOSE_SLOW, 0);
+    vkp_conn_unref(conn);
+}
+
+/* From another thread: have the loop close it. The first request's reason stands. */
+static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *task))
+{
+    if (VKP_I_XCHG(&conn->remote_queued, 1u) != 0) {
+        return;
+    }
+    (void)vkp_conn_ref(conn);
+    conn->remote.fn = fn;
+    if (!vkp_i_loop_queue(conn->loop, &conn->remote)) {
+        vkp_conn_unref(conn); /* the loop is closed, and the connection with it */
+    }
+}
+
+static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *frame,
+                                           uint64_t deadline_ns)
+{
+    vkp_bytes item = vkp_bytes_ref(frame);
+    vkp_bytes evicted;
+    vkp_status status;
+    bool was_evicted = false;
+    switch ((int)conn->profile->config.on_full) {
+    case VKP_ON_FULL_WAIT:
+        status = vkp_mpsc_send(conn->inbox->tx, &item, deadline_ns);
+        break;
+    case VKP_ON_FULL_DROP_OLDEST:
+        do {
+            status = vkp_i_mpsc_send_evict(conn->inbox->tx, &item, &evicted, &was_evicted);
+            if (was_evicted) {
+                vkp_i_conn_count_drop(conn);
+                vkp_bytes_unref(&evicted);
+            }
+        } while (was_evicted && status == VKP_ERR_FULL);
+        break;
+    default:
+        status = vkp_mpsc_try_send(conn->inbox->tx, &item);
+        break;
+    }
+    if (status == VKP_ERR_FULL && conn->profile->config.on_full == VKP_ON_FULL_DROP_NEWEST) {
+        vkp_i_conn_count_drop(conn);
+        status = VKP_ERR_DROPPED;
+    } else if (status == VKP_ERR_FULL && conn->profile->config.on_full == VKP_ON_FULL_DISCONNECT) {
+        vkp_i_conn_close_remotely(conn, vkp_i_conn_remote_slow);
+        status = VKP_ERR_CLOSED;
+    }
+    if (status != VKP_OK) {
+        vkp_bytes_unref(&item);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(conn != NULL && frame != NULL);
+    if (vkp_i_on_loop(conn->loop)) {
+        return vkp_i_conn_admit(conn, frame);
+    }
+    VKP_I_REQUIRE(conn->inbox != NULL);
+    return vkp_i_conn_push_remotely(conn, frame, deadline_ns);
+}
+
+/* ---- reading ---- */
+
+/* A block with room to read into, behind a copy of what was kept; a large rest grows in place. */
+static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
+{
+    vkp_loop *loop = conn->loop;
+    size_t kept = conn->input != NULL ? conn->input->len - conn->input_begin : 0;
+    vkp_block *block = loop->read_block;
+    if (kept > loop->read_bytes / 2) {
+        if (vkp_i_block_reserve(loop->env, &conn->input, loop->read_bytes / 2) != VKP_OK) {
+            return NULL;
+        }
+        *begin = conn->input_begin;
+        return conn->input;
+    }
+    if (block != NULL && vkp_i_block_is_mine(block)) {
+        block->len = 0;
+    }
+    if (block == NULL || block->capacity - block->len < kept + loop->read_bytes / 2) {
+        vkp_i_block_unref(block);
+        loop->read_block = block = vkp_i_block_open(loop->env, loop->read_bytes * 2);
+        if (block == NULL) {
+            return NULL;
+        }
+    }
+    *begin = block->len;
+    if (kept > 0) {
+        memcpy(vkp_i_block_data(block) + block->len,
+               vkp_i_block_data(conn->input) + conn->input_begin, kept);
+        block->len += kept;
+    }
+    return block;
+}
+
+/* Keep bytes [begin, len) of the block for the next time. */
+static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
+{
+    size_t left = block->len - begin;
+    vkp_block *kept = NULL;
+    if (left > conn->profile->config.input_bytes) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, EMSGSIZE);
+        return false;
+    }
+    if (left > 0 && block == conn->input && begin == conn->input_begin) {
+        return true;
+    }
+    if (left > 0) {
+        /* A large rest will grow: leave room at once. */
+        size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
+        kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
+        if (kept == NULL) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            return false;
+        }
+        memcpy(vkp_i_block_data(kept), vkp_i_block_data(block) + begin, left);
+        kept->len = left;
+    }
+    vkp_i_block_unref(conn->input);
+    conn->input = kept;
+    conn->input_begin = 0;
+    return true;
+}
+
+/* Show [begin, len) of the block to on_data and keep what it leaves. */
+static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
+{
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    vkp_bytes window;
+    size_t used;
+    window.block = vkp_i_block_ref(block);
+    window.data = vkp_i_block_data(block) + begin;
+    window.len = block->len - begin;
+    used = ops->on_data != NULL ? ops->on_data(conn, conn->user, &window) : window.len;
+    if (!vkp_i_conn_closed(conn)) {
+        (void)vkp_i_conn_keep(conn, block, begin + VKP_I_MIN(used, window.len));
+    }
+    vkp_i_block_unref(block);
+}
+
+static void vkp_i_conn_end(vkp_conn *conn)
+{
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    conn->flags |= VKP_I_CONN_ENDED;
+    if (ops->on_end == NULL || !ops->on_end(conn, conn->user)) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
+    } else {
+        vkp_i_conn_rewatch(conn);
+    }
+}
+
+static void vkp_i_conn_readable(vkp_conn *conn)
+{
+    size_t begin = 0;
+    vkp_block *block = vkp_i_conn_read_block(conn, &begin);
+    size_t room;
+    int64_t got;
+    if (block == NULL) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_NOMEM, 0);
+        return;
+    }
+    room = VKP_I_MIN(block->capacity - block->len, conn->loop->read_bytes);
+    got = conn->loop->sys->read(conn->fd, vkp_i_block_data(block) + block->len, room);
+    if (got > 0) {
+        block->len += (size_t)got;
+        vkp_i_conn_deliver(conn, block, begin);
+    } else if (block != conn->input) {
+        block->len = begin; /* the copy of the rest is not needed */
+    }
+    if (got == 0) {
+        vkp_i_conn_end(conn);
+    } else if (got < 0 && got != -EAGAIN && got != -EWOULDBLOCK && got != -EINTR) {
+        vkp_i_conn_finish(conn, got == -ECONNRESET ? VKP_CLOSE_PEER : VKP_CLOSE_ERROR, (int)-got);
+    }
+}
+
+/* ---- connecting ---- */
+
+static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready);
+
+/* Begin with the next address. VKP_OK: an event will tell. */
+static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
+{
+    const vkp_sys *sys = conn->loop->sys;
+    int result = -ECONNREFUSED;
+    while (conn->connecting->next < conn->connecting->count) {
+        const vkp_address *address = &conn->connecting->addresses[conn->connecting->next++];
+        result = sys->socket(address->family, SOCK_STREAM);
+        if (result < 0) {
+            continue;
+        }
+        conn->fd = result;
+        if (address->family != AF_UNIX) {
+            (void)sys->set_nodelay(conn->fd);
+        }
+        result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
+        if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
+            vkp_status status =
+                vkp_watch_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
+            if (status == VKP_OK) {
+                return VKP_OK;
+            }
+            result = -errno;
+        }
+        (void)sys->close(conn->fd);
+        conn->fd = -1;
+    }
+    errno = -result;
+    return VKP_ERR_SYS;
+}
+
+static void vkp_i_conn_connected(vkp_conn *conn)
+{
+    int error = -conn->loop->sys->socket_error(conn->fd);
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    if (error != 0) {
+        vkp_watch_stop(&conn->watch);
+        (void)conn->loop->sys->close(conn->fd);
+        conn->fd = -1;
+        if (vkp_i_conn_try_next(conn) != VKP_OK) {
+            vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, conn->connecting->count > 1 ? errno : error);
+        }
+        return;
+    }
+    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+    conn->connecting = NULL;
+    conn->flags &= ~VKP_I_CONN_CONNECTING;
+    vkp_i_conn_rewatch(conn);
+    if (ops->on_open != NULL) {
+        ops->on_open(conn, conn->user);
+    }
+    if (!vkp_i_conn_closed(conn) && conn->spans > 0) {
+        vkp_i_conn_defer(conn);
+    }
+}
+
+static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+    bool hung_up = (ready & (VKP_HUP | VKP_ERR)) != 0;
+    (void)vkp_conn_ref(conn);
+    if (ready == 0) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOOP, 0);
+    } else if ((conn->flags & VKP_I_CONN_CONNECTING) != 0) {
+        vkp_i_conn_connected(conn);
+    } else {
+        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_WRITE) != 0) {
+            vkp_i_conn_writable(conn);
+        }
+        if (vkp_i_conn_closed(conn)) {
+            /* nothing more */
+        } else if ((conn->flags & (VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING)) != 0) {
+            if (hung_up) {
+                vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
+            }
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) != 0) {
+            if (hung_up) {
+                conn->flags |= VKP_I_CONN_UNWATCHED;
+                vkp_watch_stop(&conn->watch);
+            }
+        } else if ((ready & VKP_READ) != 0 || hung_up) {
+            vkp_i_conn_readable(conn);
+        }
+    }
+    vkp_conn_unref(conn);
+}
+
+/* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
+static void vkp_i_conn_task(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, task);
+    conn->flags &= ~VKP_I_CONN_QUEUED;
+    if (!vkp_i_conn_closed(conn) && (conn->flags & VKP_I_CONN_REREAD) != 0) {
+        conn->flags &= ~VKP_I_CONN_REREAD;
+        if (conn->input != NULL && (conn->flags & VKP_I_CONN_PAUSED) == 0) {
+            vkp_i_conn_deliver(conn, conn->input, conn->input_begin);
+        }
+    }
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_flush(conn);
+        if (conn->spans == 0 && (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+        }
+        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+            vkp_i_conn_finish(conn, conn->doom, conn->doom_error);
+        }
+    }
+    vkp_conn_unref(conn);
+}
+
+static void vkp_i_drop_bytes(void *user, void *item)
+{
+    (void)user;
+    vkp_bytes_unref((vkp_bytes *)item);
+}
+
+static size_t vkp_i_cost_bytes(const void *item)
+{
+    return ((const vkp_bytes *)item)->len;
+}
+
+static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    vkp_mpsc_config inbox;
+    vkp_status status;
+    memset(&inbox, 0, sizeof inbox);
+    inbox.elem_bytes = sizeof(vkp_bytes);
+    inbox.capacity_items = config->queue_frames;
+    inbox.capacity_bytes = config->queue_bytes;
+    inbox.cost = vkp_i_cost_bytes;
+    inbox.drop = vkp_i_drop_bytes;
+    inbox.env = conn->loop->env;
+    conn->inbox = (vkp_i_inbox *)vkp_i_alloc_zero(conn->loop->env, sizeof *conn->inbox);
+    if (conn->inbox == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_mpsc_open(&inbox, &conn->inbox->tx, &conn->inbox->rx);
+    if (status != VKP_OK) {
+        vkp_i_free(conn->loop->env, conn->inbox, sizeof *conn->inbox);
+        conn->inbox = NULL;
+        return status;
+    }
+    return vkp_mpsc_watch(conn->inbox->rx, conn->loop, vkp_i_conn_inbox_ready, conn);
+}
+
+/* A connection without a descriptor: one reference, the caller's. Shares the profile. */
+static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_conn **out)
+{
+    vkp_conn *conn = (vkp_conn *)vkp_i_alloc_zero(loop->env, sizeof *conn);
+    vkp_status status = VKP_OK;
+    if (conn == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    conn->refs = 1;
+    conn->loop = vkp_loop_ref(loop);
+    conn->profile = vkp_i_profile_ref(profile);
+    conn->user = profile->config.user;
+    conn->task.fn = vkp_i_conn_task;
+    conn->fd = -1;
+    if (!profile->config.loop_only) {
+        status = vkp_i_conn_open_inbox(conn);
+    }
+    if (status != VKP_OK) {
+        vkp_conn_unref(conn);
+        return status;
+    }
+    *out = conn;
+    return VKP_OK;
+}
+
+/* Serve an fd with a shared profile. `prepared`: accepted by us. on_open is the caller's. */
+static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profile, bool prepared,
+                                   vkp_conn **out)
+{
+    vkp_conn *conn;
+    int result = prepared ? 0 : loop->sys->prepare(fd);
+    vkp_status status;
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    status = vkp_i_conn_new(loop, profile, &conn);
+    if (status != VKP_OK) {
+        return status;
+    }
+    status = vkp_watch_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
+    if (status != VKP_OK) {
+        vkp_conn_unref(conn);
+        return status;
+    }
+    conn->fd = fd;
+    *out = vkp_conn_ref(conn);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *config,
+                                 vkp_conn **conn)
+{
+    vkp_i_profile *profile;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && fd >= 0 && config != NULL && config->ops != NULL && conn != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    profile = vkp_i_profile_open(loop->env, config);
+    if (profile == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_conn_adopt(loop, fd, profile, false, conn);
+    vkp_i_profile_unref(profile);
+    if (status == VKP_OK && config->ops->on_open != NULL) {
+        config->ops->on_open(*conn, (*conn)->user);
+    }
+    return status;
+}
+
+/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. *path is set for a Unix one. */
+static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
+                                      size_t capacity, size_t *count, const char **path)
+{
+    char host[256];
+    const char *port;
+    size_t len;
+    int found;
+    *path = NULL;
+    if (strncmp(text, "unix:", 5) == 0) {
+        vkp_status status = vkp_i_socket_check_path(env, text + 5);
+        *path = text + 5;
+        if (status == VKP_OK) {
+            out[0] = vkp_i_unix_address(text + 5);
+            *count = 1;
+        }
+        return status;
+    }
+    port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
+    len = port != NULL ? (size_t)(port - (text + 4)) : 0;
+    if (len == 0 || len >= sizeof host) {
+        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
+        return VKP_ERR_INVALID;
+    }
+    memcpy(host, text + 4, len);
+    host[len] = '\0';
+    if (len > 2 && host[0] == '[' && host[len - 1] == ']') {
+        host[len - 1] = '\0';
+        memmove(host, host + 1, len - 1);
+    }
+    found = vkp_i_sys(env)->resolve(host, port + 1, out, capacity);
+    if (found <= 0) {
+        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
+        return VKP_ERR_REFUSED;
+    }
+    *count = (size_t)found;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+                                    const vkp_conn_config *config, vkp_conn **out)
+{
+    vkp_i_profile *profile;
+    vkp_conn *conn = NULL;
+    const char *path;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && address != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    profile = vkp_i_profile_open(loop->env, config);
+    if (profile == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_conn_new(loop, profile, &conn);
+    vkp_i_profile_unref(profile);
+    if (status != VKP_OK) {
+        return status;
+    }
+    conn->flags |= VKP_I_CONN_CONNECTING;
+    conn->connecting = (vkp_i_connecting *)vkp_i_alloc_zero(loop->env, sizeof *conn->connecting);
+    status = conn->connecting == NULL
+                 ? VKP_ERR_NOMEM
+                 : vkp_i_parse_address(loop->env, address, conn->connecting->addresses,
+                                       VKP_I_CONNECT_TRIES, &conn->connecting->count, &path);
+    if (status == VKP_OK) {
+        status = vkp_i_conn_try_next(conn);
+    }
+    if (status != VKP_OK) {
+        int error = errno;
+        vkp_i_free(loop->env, conn->connecting, sizeof *conn->connecting);
+        conn->connecting = NULL;
+        vkp_conn_unref(conn);
+        errno = error;
+        return status;
+    }
+    *out = vkp_conn_ref(conn);
+    return VKP_OK;
+}
+
+/* ---- the rest of the handle ---- */
+
+VKP_API void vkp_conn_pause(vkp_conn *conn)
+{
+    conn->flags |= VKP_I_CONN_PAUSED;
+    vkp_i_conn_rewatch(conn);
+}
+
+VKP_API void vkp_conn_resume(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_PAUSED) == 0 || vkp_i_conn_closed(conn)) {
+        return;
+    }
+    conn->flags &= ~VKP_I_CONN_PAUSED;
+    conn->flags |= VKP_I_CONN_REREAD;
+    if ((conn->flags & VKP_I_CONN_UNWATCHED) != 0) {
+        conn->flags &= ~VKP_I_CONN_UNWATCHED;
+        if (vkp_watch_start(conn->loop, &conn->watch, conn->fd, VKP_READ, vkp_i_conn_event) !=
+            VKP_OK) {
+            conn->flags |= VKP_I_CONN_UNWATCHED;
+            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
+        }
+    }
+    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_defer(conn);
+}
+
+VKP_API void vkp_conn_drain(vkp_conn *conn)
+{
+    if (!vkp_i_conn_closed(conn)) {
+        conn->flags |= VKP_I_CONN_DRAINING;
+        vkp_i_conn_rewatch(conn);
+        vkp_i_conn_defer(conn);
+    }
+}
+
+VKP_API void vkp_conn_close(vkp_conn *conn)
+{
+    if (conn == NULL || vkp_i_conn_closed(conn)) {
+        return;
+    }
+    if (vkp_i_on_loop(conn->loop)) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    } else {
+        vkp_i_conn_close_remotely(conn, vkp_i_conn_remote);
+    }
+}
+
+VKP_API void *vkp_conn_get_user(const vkp_conn *conn)
+{
+    return conn->user;
+}
+
+VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user)
+{
+    conn->user = user;
+}
+
+VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn)
+{
+    return conn->loop;
+}
+
+VKP_API int vkp_conn_get_fd(const vkp_conn *conn)
+{
+    return conn->fd;
+}
+
+VKP_API bool vkp_conn_is_open(const vkp_conn *conn)
+{
+    return !vkp_i_conn_closed(conn);
+}
+
+VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
+{
+    stats->queued_frames = conn->queued_frames;
+    stats->queued_bytes = conn->queued_bytes;
+    stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
+}
+
+/* ---- listeners ---- */
+
+struct vkp_listener {
+    vkp_loop *loop;
+    vkp_i_profile *profile;
+    vkp_socket *socket;     /* Unix; else NULL */
+    vkp_registry *registry; /* shared while open */
+    vkp_listener_config config;
+    vkp_watch watch;
+    vkp_timer pause; /* after EMFILE and its like */
+    int fd;          /* TCP: ours to close */
+    bool dispatching;
+    bool unreferenced;
+    char *address;
+};
+
+static void vkp_i_listener_free(vkp_listener *listener)
+{
+    vkp_loop *loop = listener->loop;
+    vkp_i_profile_unref(listener->profile);
+    vkp_registry_unref(listener->registry);
+    vkp_i_free_text(loop->env, listener->address);
+    vkp_i_free(loop->env, listener, sizeof *listener);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_listener_give(vkp_listener *listener, int fd)
+{
+    vkp_conn *conn;
+    const vkp_conn_ops *ops = listener->profile->config.ops;
+    if (listener->config.on_fd != NULL) {
+        listener->config.on_fd(listener->config.conn.user, fd);
+        return;
+    }
+    if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
+        (void)listener->loop->sys->close(fd);
+        return;
+    }
+    if (listener->config.on_accept != NULL) {
+        listener->config.on_accept(listener->config.conn.user, conn);
+    }
+    if (vkp_conn_is_open(conn) && ops->on_open != NULL) {
+        ops->on_open(conn, conn->user);
+    }
+    vkp_conn_unref(conn);
+}
+
+static void vkp_i_listener_unpause(vkp_timer *timer)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
+    (void)!vkp_watch_set(&listener->watch, VKP_READ);
+}
+
+/* Out of descriptors or memory: the connection waits in the backlog, the loop does not spin. */
+static void vkp_i_listener_back_off(vkp_listener *listener, int error)
+{
+    vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for 100 ms",
+              listener->address, strerror(error));
+    if (vkp_timer_start(listener->loop, &listener->pause, listener->loop->now_ns + 100000000u, 0,
+                        vkp_i_listener_unpause) == VKP_OK) {
+        (void)!vkp_watch_set(&listener->watch, 0);
+    }
+}
+
+#define VKP_I_ACCEPT_BATCH 64
+
+static void vkp_i_listener_event(vkp_watch *watch, uint32_t ready)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
+    int i;
+    if (ready == 0) {
+        vkp_listener_close(listener);
+        return;
+    }
+    listener->dispatching = true;
+    for (i = 0; i < VKP_I_ACCEPT_BATCH && listener->watch.i_loop != NULL; i++) {
+        int fd = listener->loop->sys->accept(listener->watch.i_fd);
+        if (fd == -EINTR || fd == -ECONNABORTED) {
+            continue;
+        }
+        if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM || fd == -ENOBUFS) {
+            vkp_i_listener_back_off(listener, -fd);
+        }
+        if (fd < 0) {
+            break;
+        }
+        if (listener->socket == NULL) {
+            (void)listener->loop->sys->set_nodelay(fd);
+        }
+        vkp_i_listener_give(listener, fd);
+    }
+    listener->dispatching = false;
+    if (listener->unreferenced) {
+        vkp_i_listener_free(listener);
+    }
+}
+
+static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address,
+                                   const char *text)
+{
+    const vkp_sys *sys = listener->loop->sys;
+    char full[320];
+    int result = sys->socket(address->family, SOCK_STREAM);
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    listener->fd = result;
+    result = sys->bind(listener->fd, address->storage.bytes, address->bytes);
+    if (result == 0) {
+        result = sys->listen(listener->fd,
+                             listener->config.backlog > 0 ? listener->config.backlog : 4096);
+    }
+    if (result == 0) {
+        result = sys->local_port(listener->fd);
+    }
+    if (result < 0) {
+        return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
+    }
+    (void)snprintf(full, sizeof full, "%.*s:%d", (int)(strrchr(text, ':') - text), text, result);
+    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    return listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+}
+
+static vkp_status vkp_i_listen_unix(vkp_listener *listener, const char *path)
+{
+    char full[160];
+    vkp_status status = VKP_OK;
+    if (listener->config.socket != NULL) {
+        listener->socket = vkp_socket_ref(listener->config.socket);
+    } else {
+        status = vkp_socket_get_or_create(listener->registry, path, &listener->socket);
+    }
+    if (status == VKP_OK) {
+        (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
+        listener->address = vkp_i_copy_text(listener->loop->env, full);
+        status = listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    }
+    return status;
+}
+
+static vkp_status vkp_i_listener_bind(vkp_listener *listener)
+{
+    const vkp_env *env = listener->loop->env;
+    const char *text = listener->config.address;
+    const char *path = NULL;
+    vkp_address address;
+    size_t count = 0;
+    vkp_status status = VKP_OK;
+    if (listener->config.socket == NULL) {
+        status = vkp_i_parse_address(env, text, &address, 1, &count, &path);
+        if (status == VKP_OK && path == NULL) {
+            return vkp_i_listen_tcp(listener, &address, text);
+        }
+        if (status == VKP_OK && listener->registry == NULL) {
+            vkp_registry_config config;
+            memset(&config, 0, sizeof config);
+            config.env = env;
+            config.backlog = listener->config.backlog;
+            status = vkp_registry_open(&config, &listener->registry);
+        }
+    }
+    return status == VKP_OK ? vkp_i_listen_unix(listener, path) : status;
+}
+
+VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *config,
+                                     vkp_listener **out)
+{
+    vkp_listener *listener;
+    vkp_status status;
+    int error;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
+    VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    listener = (vkp_listener *)vkp_i_alloc_zero(loop->env, sizeof *listener);
+    if (listener == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    listener->profile = vkp_i_profile_open(loop->env, &config->conn);
+    if (listener->profile == NULL) {
+        vkp_i_free(loop->env, listener, sizeof *listener);
+        return VKP_ERR_NOMEM;
+    }
+    listener->loop = vkp_loop_ref(loop);
+    listener->config = *config;
+    listener->registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
+    listener->fd = -1;
+    status = vkp_i_listener_bind(listener);
+    if (status == VKP_OK) {
+        status = vkp_watch_start(loop, &listener->watch,
+                                 listener->socket != NULL ? listener->socket->fd : listener->fd,
+                                 VKP_READ, vkp_i_listener_event);
+    }
+    error = errno;
+    listener->config.address = NULL; /* was the caller's */
+    if (status != VKP_OK) {
+        vkp_listener_unref(listener);
+        errno = error;
+        return status;
+    }
+    *out = listener;
+    return VKP_OK;
+}
+
+VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
+{
+    return listener->address;
+}
+
+VKP_API void vkp_listener_close(vkp_listener *listener)
+{
+    vkp_watch_stop(&listener->watch);
+    vkp_timer_stop(&listener->pause);
+    vkp_socket_unref(listener->socket);
+    listener->socket = NULL;
+    if (listener->fd >= 0) {
+        (void)listener->loop->sys->close(listener->fd);
+        listener->fd = -1;
+    }
+}
+
+VKP_API void vkp_listener_unref(vkp_listener *listener)
+{
+    if (listener == NULL) {
+        return;
+    }
+    vkp_listener_close(listener);
+    if (listener->dispatching) {
+        listener->unreferenced = true; /* freed when its accept loop is left */
+    } else {
+        vkp_i_listener_free(listener);
+    }
+}
+
+/* ======================================================================================
+   >>impl-hub   Who is subscribed to what
+   ======================================================================================
+   A topic is a name of one kind with its members, in no order; a subscription is a record that
+   knows its place among the topic's members and among the member's subscriptions, so that both
+   ends leave in constant time. Messages are encoded into append-only blocks, one per protocol:
+   consecutive ones are neighbours, which connections write as one range.                      */
+
+typedef struct vkp_i_topic {
+    vkp_i_map_node node;
+    vkp_hub_sub **subs;
+    size_t count;
+    size_t capacity;
+    vkp_sub_kind kind;
+} vkp_i_topic; /* its name is behind the struct */
+
+struct vkp_hub_sub {
+    vkp_i_topic *topic;
+    vkp_hub_member *member;
+    size_t index;      /* in the topic */
+    vkp_hub_sub *prev; /* of the member */
+    vkp_hub_sub *next;
+};
+
+struct vkp_hub {
+    const vkp_env *env;
+    vkp_hub_config config;
+    vkp_i_map topics[3];  /* by vkp_sub_kind */
+    vkp_block *blocks[2]; /* where RESP2 and RESP3 are encoded */
+};
+
+/* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
+static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte)
+{
+    unsigned char low = (unsigned char)pattern.ptr[*at];
+    unsigned char high;
+    if (low == '\\' && *at + 1 < pattern.len) {
+        low = (unsigned char)pattern.ptr[*at + 1];
+        *at += 2;
+        return low == byte;
+    }
+    if (*at + 2 < pattern.len && pattern.ptr[*at + 1] == '-') {
+        high = (unsigned char)pattern.ptr[*at + 2];
+        *at += 3;
+        return low <= high ? byte >= low && byte <= high : byte >= high && byte <= low;
+    }
+    *at += 1;
+    return low == byte;
+}
+
+/* Match one byte against the pattern's element at `at`; `at` moves behind it. */
+static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
+{
+    unsigned char mark = (unsigned char)pattern.ptr[*at];
+    bool negated;
+    bool hit = false;
+    if (mark == '?') {
+        *at += 1;
+        return true;
+    }
+    if (mark != '[') {
+        *at += mark == '\\' && *at + 1 < pattern.len ? 1u : 0u;
+        mark = (unsigned char)pattern.ptr[*at];
+        *at += 1;
+        return mark == byte;
+    }
+    *at += 1;
+    negated = *at < pattern.len && pattern.ptr[*at] == '^';
+    *at += negated ? 1u : 0u;
+    while (*at < pattern.len && pattern.ptr[*at] != ']') {
+        hit = vkp_i_glob_class_hit(pattern, at, byte) || hit;
+    }
+    *at += *at < pattern.len ? 1u : 0u; /* an unclosed set ends with the pattern */
+    return hit != negated;
+}
+
+/* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
+VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text)
+{
+    size_t p = 0;
+    size_t t = 0;
+    size_t star = SIZE_MAX;
+    size_t star_text = 0;
+    for (;;) {
+        size_t next = p;
+        while (p < pattern.len && pattern.ptr[p] == '*') {
+            star = ++p;
+            star_text = t;
+            next = p;
+        }
+        if (star == pattern.len) {
+            return true;
+        }
+        if (t < text.len && p < pattern.len &&
+            vkp_i_glob_one(pattern, &next, (unsigned char)text.ptr[t])) {
+            p = next;
+            t++;
+            continue;
+        }
+        if (t == text.len && p == pattern.len) {
+            return true;
+        }
+        if (star == SIZE_MAX || star_text >= text.len) {
+            return false;
+        }
+        t = ++star_text;
+        p = star;
+    }
+}
+
+VKP_API vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **out)
+{
+    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
+    vkp_hub *hub;
+    int kind;
+    VKP_I_REQUIRE(out != NULL);
+    hub = (vkp_hub *)vkp_i_alloc_zero(env, sizeof *hub);
+    if (hub == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    hub->env = env;
+    if (config != NULL) {
+        hub->config = *config;
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_init(&hub->topics[kind], env);
+    }
+    *out = hub;
+    return VKP_OK;
+}
+
+static void vkp_i_topic_free(vkp_hub *hub, vkp_i_topic *topic)
+{
+    vkp_i_free(hub->env, topic->subs, topic->capacity * sizeof *topic->subs);
+    vkp_i_free(hub->env, topic, sizeof *topic + topic->node.key.len);
+}
+
+VKP_API void vkp_hub_unref(vkp_hub *hub)
+{
+    int kind;
+    if (hub == NULL) {
+        return;
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&hub->topics[kind]);
+    }
+    vkp_i_block_unref(hub->blocks[0]);
+    vkp_i_block_unref(hub->blocks[1]);
+    vkp_i_free(hub->env, hub, sizeof *hub);
+}
+
+static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    const vkp_i_map *map = &hub->topics[kind];
+    vkp_i_map_node *node =
+        map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_topic, node) : NULL;
+}
+
+static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = (vkp_i_topic *)vkp_i_alloc_zero(hub->env, sizeof *topic + name.len);
+    if (topic == NULL) {
+        return NULL;
+    }
+    topic->kind = kind;
+    if (name.len > 0) {
+        memcpy(topic + 1, name.ptr, name.len);
+    }
+    topic->node.key = vkp_i_str(topic + 1, name.len);
+    topic->node.hash = vkp_i_map_hash(&hub->topics[kind], name);
+    if (!vkp_i_map_insert(&hub->topics[kind], &topic->node)) {
+        vkp_i_topic_free(hub, topic);
+        return NULL;
+    }
+    return topic;
+}
+
+static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_topic *topic)
+{
+    vkp_hub_sub *sub = member->i_subs;
+    size_t i;
+    if (topic->count < 8) { /* few members there: quicker than many names here */
+        for (i = 0; i < topic->count; i++) {
+            if (topic->subs[i]->member == member) {
+                return topic->subs[i];
+            }
+        }
+        return NULL;
+    }
+    while (sub != NULL && sub->topic != topic) {
+        sub = sub->next;
+    }
+    return sub;
+}
+
+static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
+{
+    if (topic->count == 0) {
+        vkp_i_map_remove(&hub->topics[topic->kind], &topic->node);
+        if (tell && hub->config.on_interest != NULL) {
+            hub->config.on_interest(hub->config.user, topic->kind, topic->node.key, false);
+        }
+        vkp_i_topic_free(hub, topic);
+    }
+}
+
+VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                     vkp_str name, bool *added)
+{
+    vkp_i_topic *topic;
+    vkp_hub_sub *sub;
+    void *subs;
+    bool fresh;
+    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < 3);
+    if (name.len > VKP_I_BLOCK_MAX) {
+        return VKP_ERR_LIMIT;
+    }
+    topic = vkp_i_hub_find(hub, kind, name);
+    fresh = topic == NULL;
+    if (added != NULL) {
+        *added = fresh || vkp_i_member_find(member, topic) == NULL;
+    }
+    if (!fresh && vkp_i_member_find(member, topic) != NULL) {
+        return VKP_OK;
+    }
+    sub = (vkp_hub_sub *)vkp_i_alloc_zero(hub->env, sizeof *sub);
+    if (fresh && sub != NULL) {
+        topic = vkp_i_topic_new(hub, kind, name);
+    }
+    subs = topic != NULL ? topic->subs : NULL;
+    if (sub == NULL || topic == NULL ||
+        !vkp_i_grow(hub->env, &subs, &topic->capacity, topic->count + 1, sizeof *topic->subs)) {
+        vkp_i_free(hub->env, sub, sizeof *sub);
+        if (topic != NULL) {
+            vkp_i_hub_forget_empty(hub, topic, false);
+        }
+        return VKP_ERR_NOMEM;
+    }
+    topic->subs = (vkp_hub_sub **)subs;
+    sub->topic = topic;
+    sub->member = member;
+    sub->index = topic->count;
+    topic->subs[topic->count++] = sub;
+    sub->next = member->i_subs;
+    if (sub->next != NULL) {
+        sub->next->prev = sub;
+    }
+    member->i_subs = sub;
+    member->counts[kind]++;
+    if (fresh && hub->config.on_interest != NULL) {
+        hub->config.on_interest(hub->config.user, kind, name, true);
+    }
+    return VKP_OK;
+}
+
+static void vkp_i_hub_drop(vkp_hub *hub, vkp_hub_sub *sub)
+{
+    vkp_i_topic *topic = sub->topic;
+    vkp_hub_member *member = sub->member;
+    topic->subs[sub->index] = topic->subs[--topic->count];
+    topic->subs[sub->index]->index = sub->index;
+    if (sub->prev != NULL) {
+        sub->prev->next = sub->next;
+    } else {
+        member->i_subs = sub->next;
+    }
+    if (sub->next != NULL) {
+        sub->next->prev = sub->prev;
+    }
+    member->counts[topic->kind]--;
+    vkp_i_free(hub->env, sub, sizeof *sub);
+    vkp_i_hub_forget_empty(hub, topic, true);
+}
+
+VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                 vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    vkp_hub_sub *sub = topic != NULL ? vkp_i_member_find(member, topic) : NULL;
+    if (sub != NULL) {
+        vkp_i_hub_drop(hub, sub);
+    }
+    return sub != NULL;
+}
+
+VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
+{
+    while (member->i_subs != NULL) {
+        vkp_i_hub_drop(hub, member->i_subs);
+    }
+}
+
+VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
+{
+    const vkp_hub_sub *sub = member->i_subs;
+    while (sub != NULL && sub->topic->kind != kind) {
+        sub = sub->next;
+    }
+    return sub != NULL ? sub->topic->node.key : vkp_i_str(NULL, 0);
+}
+
+VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
+                                   vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    return topic != NULL && vkp_i_member_find(member, topic) != NULL;
+}
+
+VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    return topic != NULL ? topic->count : 0;
+}
+
+VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind)
+{
+    return hub->topics[kind].count;
+}
+
+VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name)
+{
+    vkp_i_map_node *node = vkp_i_map_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
+    *cursor = node;
+    if (node != NULL) {
+        *name = node->key;
+    }
+    return node != NULL;
+}
+
+/* ---- delivery ---- */
+
+/* A message and its encodings so far. */
+typedef struct vkp_i_message {
+    vkp_str parts[4]; /* kind, pattern (or nothing), channel, payload */
+    bool has_pattern;
+    vkp_bytes frames[2]; /* RESP2, RESP3; len 0: not encoded yet. No reference of their own. */
+} vkp_i_message;
+
+#define VKP_I_HUB_BLOCK 65536u
+
+/* Room at the end of an encoding block. The hub's own reference keeps it while it is filled. */
+static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
+{
+    vkp_block *block = hub->blocks[which];
+    if (block != NULL && vkp_i_block_is_mine(block)) {
+        block->len = 0; /* all was written: stay in the same cache lines */
+    }
+    if (block != NULL && block->capacity - block->len < bytes) {
+        vkp_i_block_unref(block);
+        block = NULL;
+    }
+    if (block == NULL) {
+        block = vkp_i_block_open(hub->env, VKP_I_MAX((size_t)VKP_I_HUB_BLOCK, bytes));
+    }
+    hub->blocks[which] = block;
+    return block != NULL ? vkp_i_block_data(block) + block->len : NULL;
+}
+
+static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
+{
+    char digits[24];
+    size_t from = vkp_i_format_u64(digits, text.len);
+    size_t at = 0;
+    out[at++] = '$';
+    memcpy(out + at, digits + from, 24 - from);
+    at += 24 - from;
+    out[at++] = '\r';
+    out[at++] = '\n';
+    if (text.len > 0) {
+        memcpy(out + at, text.ptr, text.len);
+    }
+    at += text.len;
+    out[at++] = '\r';
+    out[at++] = '\n';
+    return at;
+}
+
+/* The message in one of the protocols; NULL: no memory. */
+static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message, int protocol)
+{
+    int which = protocol == 3 ? 1 : 0;
+    vkp_bytes *frame = &message->frames[which];
+    size_t most = 8;
+    size_t at = 0;
+    uint8_t *out;
+    int i;
+    if (frame->len > 0) {
+        return frame;
+    }
+    for (i = 0; i < 4; i++) {
+        most += message->parts[i].len + 28;
+    }
+    out = most <= VKP_I_BLOCK_MAX ? vkp_i_hub_reserve(hub, which, most) : NULL;
+    if (out == NULL) {
+        return NULL;
+    }
+    out[at++] = which == 1 ? '>' : '*';
+    out[at++] = message->has_pattern ? '4' : '3';
+    out[at++] = '\r';
+    out[at++] = '\n';
+    for (i = 0; i < 4; i++) {
+        if (i != 1 || message->has_pattern) {
+            at += vkp_i_encode_bulk(out + at, message->parts[i]);
+        }
+    }
+    hub->blocks[which]->len += at;
+    frame->data = out;
+    frame->len = at;
+    frame->block = hub->blocks[which];
+    return frame;
+}
+
+static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
+{
+    size_t i;
+    for (i = 0; i < topic->count; i++) {
+        vkp_hub_member *member = topic->subs[i]->member;
+        const vkp_bytes *frame = vkp_i_message_frame(hub, message, member->protocol);
+        if (frame != NULL) {
+            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts what it drops */
+        }
+    }
+    return topic->count;
+}
+
+static void vkp_i_message_init(vkp_i_message *message, const char *kind, vkp_str pattern,
+                               vkp_str channel, vkp_str payload)
+{
+    memset(message, 0, sizeof *message);
+    message->parts[0] = vkp_str_of(kind);
+    message->parts[1] = pattern;
+    message->parts[2] = channel;
+    message->parts[3] = payload;
+    message->has_pattern = kind[0] == 'p';
+}
+
+VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload)
+{
+    vkp_i_message message;
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, channel);
+    vkp_i_map_node *node = NULL;
+    vkp_str none = vkp_i_str(NULL, 0);
+    size_t count = 0;
+    if (topic != NULL) {
+        vkp_i_message_init(&message, kind == VKP_SHARD ? "smessage" : "message", none, channel,
+                           payload);
+        count += vkp_i_topic_deliver(hub, topic, &message);
+    }
+    if (kind == VKP_CHANNEL && hub->topics[VKP_PATTERN].count > 0) {
+        while ((node = vkp_i_map_next(&hub->topics[VKP_PATTERN], node)) != NULL) {
+            if (vkp_glob_match(node->key, channel)) {
+                vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
+                count +=
+                    vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
+            }
+        }
+    }
+    return count;
+}
+
+VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
+{
+    vkp_i_message message;
+    vkp_i_topic *topic;
+    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_PATTERN
+                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SHARD
+                                                          : VKP_CHANNEL;
+    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_CHANNEL) {
+        return 0;
+    }
+    topic = vkp_i_hub_find(hub, kind, kind == VKP_PATTERN ? push->pattern : push->channel);
+    if (topic == NULL) {
+        return 0;
+    }
+    vkp_i_message_init(&message,
+                       kind == VKP_PATTERN ? "pmessage"
+                       : kind == VKP_SHARD ? "smessage"
+                                           : "message",
+                       push->pattern, push->channel, push->payload);
+    if (push->frame.len > 0 && push->frame.data[0] == '>') {
+        message.frames[1] = push->frame;
+    }
+    return vkp_i_topic_deliver(hub, topic, &message);
+}
+
+/* ======================================================================================
+   >>impl-client   A connection to a server, shared by many threads
+   ======================================================================================
+   Other threads append requests to `submitted` under the mutex and queue one task; the loop takes
+   the list, writes each request's bytes and moves it to `flight`, the requests whose replies are
+   still to come, in order. Each reply settles the oldest one. A SUBSCRIBE has no reply but one
+   push, in its place among the replies: it settles the same way, by name.
+   `submitted`, `queued_bytes`, `accepting`, the one-shots' links and `error` are guarded by the
+   mutex; everything else is the loop's. Callbacks run without the lock, and any of them may
+   close the client: whoever calls one looks at `closed` afterwards.                           */
+
+typedef enum vkp_i_request_kind {
+    VKP_I_REQUEST_COMMAND,
+    VKP_I_REQUEST_HELLO,
+    VKP_I_REQUEST_LOGIN, /* RESP2: AUTH */
+    VKP_I_REQUEST_NAME,  /* RESP2: CLIENT SETNAME, whose answer does not matter */
+    VKP_I_REQUEST_PING,
+    VKP_I_REQUEST_SUBSCRIBE,
+    VKP_I_REQUEST_UNSUBSCRIBE,
+    VKP_I_REQUEST_WANT, /* submitted only: one interest more */
+    VKP_I_REQUEST_LEAVE /* submitted only: one less */
+} vkp_i_request_kind;
+
+typedef struct vkp_i_request {
+    struct vkp_i_request *next;
+    vkp_client *client;
+    vkp_i_request_kind kind;
+    uint32_t replies; /* still to come */
+    size_t cost;
+    vkp_bytes bytes;   /* what to write; of WANT and LEAVE the name */
+    vkp_oneshot *slot; /* guarded by the mutex */
+    vkp_reply_fn on_reply;
+    void (*done)(void *user, vkp_status status);
+    void *user;
+    vkp_sub_kind sub;
+    struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
+} vkp_i_request;
+
+typedef struct vkp_i_requests {
+    vkp_i_request *first;
+    vkp_i_request **end;
+} vkp_i_requests;
+
+/* A name that somebody wants, or that is still on its way out. */
+typedef struct vkp_i_interest {
+    vkp_i_map_node node;
+    vkp_sub_kind kind;
+    size_t wanted;          /* calls of subscribe not taken back */
+    size_t in_flight;       /* SUBSCRIBE and UNSUBSCRIBE not settled */
+    bool subscribed;        /* what the last command sent asks for */
+    bool confirmed;         /* the server said so */
+    bool resuming;          /* after an outage: GAP waits for it */
+    vkp_i_requests waiters; /* WANTs to be told */
+} vkp_i_interest;           /* its name is behind the struct */
+
+struct vkp_reply {
+    const vkp_env *env;
+    size_t refs;  /* atomic */
+    size_t bytes; /* of this allocation */
+    vkp_bytes frame;
+    vkp_value *values;
+};
+
+struct vkp_client {
+    const vkp_env *env;
+    vkp_loop *loop;
+    vkp_client_config config; /* texts are copies */
+    size_t refs;              /* atomic: users, the loop while open, the queued task */
+    size_t users;             /* atomic: the last one closes */
+    uint32_t state;           /* atomic: vkp_client_state */
+    uint32_t protocol;        /* atomic */
+    VKP_I_MUTEX mutex;
+    vkp_i_requests submitted;
+    size_t queued_bytes;
+    bool accepting; /* commands */
+    bool ended;     /* nothing at all */
+    bool task_queued;
+    bool close_wanted;
+    char error[128];
+
+    bool closed;
+    bool ready;
+    bool outage;   /* DISCONNECTED was told, RECONNECTED was not */
+    bool gap_open; /* since lost_ns, until GAP is told */
+    bool was_ready;
+    bool falling_back;
+    bool ping_sent;
+    vkp_i_task task;
+    vkp_i_attached attached;
+    vkp_conn *conn;
+    vkp_resp_reader *reader;
+    vkp_block *out; /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;
+    vkp_i_map interests[3];
+    size_t confirmed; /* interests that are */
+    size_t resuming;
+    uint64_t lost_ns;
+    uint64_t heard_ns;
+    uint64_t missed;
+    uint32_t tries;
+    vkp_timer timer; /* connecting: the limit; waiting: the next try; ready: the heartbeat */
+};
+
+VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
+{
+    static const char *const texts[] = {"message",      "pmessage",    "smessage", "subscribed",
+                                        "unsubscribed", "invalidate",  "other",    "connected",
+                                        "disconnected", "reconnected", "gap",      "lagged"};
+    return (size_t)kind < sizeof texts / sizeof texts[0] ? texts[kind] : "unknown";
+}
+
+VKP_API size_t vkp_push_cost(const void *push)
+{
+    return sizeof(vkp_push) + ((const vkp_push *)push)->frame.len;
+}
+
+VKP_API void vkp_push_unref(vkp_push *push)
+{
+    if (push != NULL) {
+        vkp_bytes_unref(&push->frame);
+        memset(push, 0, sizeof *push);
+    }
+}
+
+VKP_API void vkp_push_drop(void *user, void *push)
+{
+    (void)user;
+    vkp_push_unref((vkp_push *)push);
+}
+
+/* ---- pushes ---- */
+
+typedef struct vkp_i_push_form {
+    const char *name;
+    vkp_push_kind kind;
+    vkp_sub_kind sub;
+    uint8_t elements; /* with the kind; 0: any */
+} vkp_i_push_form;
+
+static const vkp_i_push_form vkp_i_push_forms[] = {
+    {"message", VKP_PUSH_MESSAGE, VKP_CHANNEL, 3},
+    {"pmessage", VKP_PUSH_PMESSAGE, VKP_PATTERN, 4},
+    {"smessage", VKP_PUSH_SMESSAGE, VKP_SHARD, 3},
+    {"subscribe", VKP_PUSH_SUBSCRIBED, VKP_CHANNEL, 3},
+    {"psubscribe", VKP_PUSH_SUBSCRIBED, VKP_PATTERN, 3},
+    {"ssubscribe", VKP_PUSH_SUBSCRIBED, VKP_SHARD, 3},
+    {"unsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_CHANNEL, 3},
+    {"punsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_PATTERN, 3},
+    {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SHARD, 3},
+    {"invalidate", VKP_PUSH_INVALIDATE, VKP_CHANNEL, 2}};
+
+/* The parts of a push whose kind is known. A push of a known kind and another shape is OTHER. */
+static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form, vkp_push *push)
+{
+    const vkp_value *element = vkp_value_first(value);
+    push->kind = form->kind;
+    push->sub = form->sub;
+    if (form->kind == VKP_PUSH_INVALIDATE) {
+        return;
+    }
+    element = vkp_value_next(value, element);
+    if (form->kind == VKP_PUSH_PMESSAGE) {
+        push->pattern = vkp_value_str(element);
+        element = vkp_value_next(value, element);
+    }
+    push->channel = vkp_value_str(element);
+    if (form->kind <= VKP_PUSH_SMESSAGE) {
+        push->payload = vkp_value_str(vkp_value_next(value, element));
+    }
+}
+
+VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
+{
+    size_t i;
+    VKP_I_REQUIRE(value != NULL && push != NULL);
+    if ((value->type != VKP_PUSH && value->type != VKP_ARRAY) || value->len == 0 ||
+        value[1].type != VKP_STRING) {
+        return VKP_ERR_INVALID;
+    }
+    memset(push, 0, sizeof *push);
+    for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
+        const vkp_i_push_form *form = &vkp_i_push_forms[i];
+        if (value->len == form->elements &&
+            vkp_i_str_equal(vkp_value_str(&value[1]), vkp_str_of(form->name))) {
+            vkp_i_push_parts(value, form, push);
+            return VKP_OK;
+        }
+    }
+    push->kind = VKP_PUSH_OTHER;
+    push->channel = vkp_value_str(&value[1]);
+    return VKP_OK;
+}
+
+/* ---- replies ---- */
+
+#define VKP_I_REPLY_COPY 4096u /* a smaller frame is copied: it must not pin its read block */
+
+static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
+                                  const vkp_bytes *frame)
+{
+    bool copy = frame->len <= VKP_I_REPLY_COPY;
+    size_t bytes = sizeof(vkp_reply) + value->span * sizeof(vkp_value) + (copy ? frame->len : 0);
+    vkp_reply *reply = (vkp_reply *)vkp_i_alloc(env, bytes);
+    size_t i;
+    if (reply == NULL) {
+        return NULL;
+    }
+    reply->env = env;
+    reply->refs = 1;
+    reply->bytes = bytes;
+    reply->values = (vkp_value *)(void *)(reply + 1);
+    memcpy(reply->values, value, value->span * sizeof *value);
+    reply->values[0].attributes = 0; /* stands before the root: not copied */
+    if (!copy) {
+        reply->frame = vkp_bytes_ref(frame);
+        return reply;
+    }
+    reply->frame = vkp_bytes_static(reply->values + value->span, frame->len);
+    memcpy(reply->values + value->span, frame->data, frame->len);
+    for (i = 0; i < value->span; i++) {
+        vkp_value *each = &reply->values[i];
+        if (each->type == VKP_STRING || each->type == VKP_ERROR || each->type == VKP_BIGNUM ||
+            each->type == VKP_DOUBLE) {
+            size_t offset = (size_t)((const uint8_t *)each->u.str - frame->data);
+            each->u.str = (const char *)reply->frame.data + offset;
+        }
+    }
+    return reply;
+}
+
+VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply)
+{
+    return reply->values;
+}
+
+VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply)
+{
+    return reply->frame;
+}
+
+VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply)
+{
+    (void)VKP_I_ADD(&reply->refs, 1);
+    return reply;
+}
+
+VKP_API void vkp_reply_unref(vkp_reply *reply)
+{
+    if (reply != NULL && VKP_I_UNREF(&reply->refs) == 1) {
+        vkp_bytes_unref(&reply->frame);
+        vkp_i_free(reply->env, reply, reply->bytes);
+    }
+}
+
+static void vkp_i_drop_reply(void *user, void *item)
+{
+    (void)user;
+    vkp_reply_unref(*(vkp_reply **)item);
+}
+
+/* ---- lists of requests ---- */
+
+static void vkp_i_requests_init(vkp_i_requests *list)
+{
+    list->first = NULL;
+    list->end = &list->first;
+}
+
+static void vkp_i_requests_append(vkp_i_requests *list, vkp_i_request *request)
+{
+    request->next = NULL;
+    *list->end = request;
+    list->end = &request->next;
+}
+
+static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
+{
+    vkp_i_request *first = list->first;
+    if (first != NULL) {
+        list->first = first->next;
+        if (list->first == NULL) {
+            list->end = &list->first;
+        }
+    }
+    return first;
+}
+
+static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
+{
+    vkp_i_request *request;
+    while ((request = vkp_i_requests_pop(from)) != NULL) {
+        vkp_i_requests_append(to, request);
+    }
+}
+
+static vkp_i_request *vkp_i_request_new(vkp_client *client, vkp_i_request_kind kind)
+{
+    vkp_i_request *request = (vkp_i_request *)vkp_i_alloc_zero(client->env, sizeof *request);
+    if (request != NULL) {
+        request->client = client;
+        request->kind = kind;
+        request->replies = 1;
+    }
+    return request;
+}
+
+/* Give the request's budget and memory back; its outcome was told. */
+static void vkp_i_request_free(vkp_i_request *request)
+{
+    vkp_client *client = request->client;
+    if (request->cost > 0) {
+        VKP_I_LOCK(&client->mutex);
+        client->queued_bytes -= request->cost;
+        VKP_I_UNLOCK(&client->mutex);
+    }
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(client->env, request, sizeof *request);
+}
+
+/* Tell the outcome of a command, then free it. value NULL unless status is OK. */
+static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
+                                   const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_client *client = request->client;
+    vkp_oneshot *slot;
+    if (request->on_reply != NULL) {
+        request->on_reply(request->user, status, value, frame);
+    }
+    if (request->done != NULL) {
+        request->done(request->user, status);
+    }
+    if (request->kind == VKP_I_REQUEST_COMMAND && request->on_reply == NULL) {
+        vkp_reply *reply = status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL;
+        VKP_I_LOCK(&client->mutex);
+        slot = request->slot;
+        request->slot = NULL;
+        if (slot != NULL) {
+            slot->i_owner = NULL; /* before the send: the slot may be gone after it */
+            if (reply == NULL) {
+                vkp_oneshot_abandon(slot);
+            } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
+                reply = NULL;
+            }
+        }
+        VKP_I_UNLOCK(&client->mutex);
+        vkp_reply_unref(reply);
+    }
+    vkp_i_request_free(request);
+}
+
+/* A receiver gave up: forget its slot. */
+static void vkp_i_request_detach(vkp_oneshot *slot)
+{
+    vkp_client *client = (vkp_client *)slot->i_user;
+    VKP_I_LOCK(&client->mutex);
+    if (slot->i_owner != NULL) {
+        ((vkp_i_request *)slot->i_owner)->slot = NULL;
+        slot->i_owner = NULL;
+    }
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+/* ---- submitting, from any thread ---- */
+
+static void vkp_i_client_run(vkp_i_task *task);
+
+/* Locked: make sure that the loop will look. */
+static void vkp_i_client_nudge(vkp_client *client)
+{
+    if (!client->task_queued) {
+        client->task_queued = true;
+        (void)VKP_I_ADD(&client->refs, 1);
+        if (!vkp_i_loop_queue(client->loop, &client->task)) {
+            client->task_queued = false;
+            (void)VKP_I_SUB(&client->refs, 1); /* the caller has one */
+        }
+    }
+}
+
+static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request)
+{
+    bool interest = request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
+    vkp_status status = VKP_OK;
+    VKP_I_LOCK(&client->mutex);
+    if (client->ended) {
+        status = VKP_ERR_CLOSED;
+    } else if (!interest && !client->accepting) {
+        status = VKP_ERR_DISCONNECTED;
+    } else if (client->queued_bytes > 0 &&
+               request->cost > client->config.queue_bytes -
+                                   VKP_I_MIN(client->queued_bytes, client->config.queue_bytes)) {
+        status = VKP_ERR_FULL;
+    } else {
+        client->queued_bytes += request->cost;
+        vkp_i_requests_append(&client->submitted, request);
+        vkp_i_client_nudge(client);
+    }
+    VKP_I_UNLOCK(&client->mutex);
+    return status;
+}
+
+static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_request *request)
+{
+    vkp_status status = vkp_i_client_submit(client, request);
+    if (status != VKP_OK) {
+        vkp_bytes_unref(&request->bytes);
+        vkp_i_free(client->env, request, sizeof *request);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
+                                   vkp_reply_fn on_reply, void *user)
+{
+    vkp_i_request *request;
+    VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
+    VKP_I_REQUIRE(on_reply != NULL);
+    request = vkp_i_request_new(client, VKP_I_REQUEST_COMMAND);
+    if (request == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    request->replies = replies;
+    request->on_reply = on_reply;
+    request->user = user;
+    request->bytes = vkp_bytes_ref(commands);
+    request->cost = sizeof *request + commands->len;
+    return vkp_i_client_submit_or_free(client, request);
+}
+
+/* Commands that would change the connection under everybody's feet. */
+static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
+{
+    static const char *const names[] = {
+        "SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE",
+        "HELLO",     "AUTH",       "RESET",      "QUIT",        "MONITOR",      "MULTI",
+        "EXEC",      "DISCARD",    "WATCH",      "SELECT",      "SYNC",         "PSYNC"};
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (vkp_i_str_is(argv[0], names[i])) {
+            return true;
+        }
+    }
+    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+}
+
+static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, argc);
+    for (i = 0; i < argc; i++) {
+        vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
+    }
+}
+
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
+{
+    vkp_i_request *request;
+    vkp_resp_writer writer;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    if (vkp_i_command_breaks_sharing(argc, argv)) {
+        return VKP_ERR_REFUSED;
+    }
+    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    if (status != VKP_OK) {
+        return status;
+    }
+    request = vkp_i_request_new(client, VKP_I_REQUEST_COMMAND);
+    if (request == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    status = vkp_resp_writer_take(&writer, &request->bytes);
+    if (status != VKP_OK) {
+        vkp_i_free(client->env, request, sizeof *request);
+        return status;
+    }
+    request->cost = sizeof *request + request->bytes.len;
+    request->slot = slot;
+    slot->i_owner = request;
+    slot->i_detach = vkp_i_request_detach;
+    return vkp_i_client_submit_or_free(client, request);
+}
+
+#define VKP_I_COMMAND_ARGS 64
+
+VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...)
+{
+    vkp_str argv[VKP_I_COMMAND_ARGS];
+    size_t argc = 0;
+    const char *text;
+    va_list arguments;
+    va_start(arguments, slot);
+    while ((text = va_arg(arguments, const char *)) != NULL && argc < VKP_I_COMMAND_ARGS) {
+        argv[argc++] = vkp_str_of(text);
+    }
+    va_end(arguments);
+    return text != NULL ? VKP_ERR_LIMIT : vkp_client_command_argv(client, slot, argc, argv);
+}
+
+static vkp_status vkp_i_client_interest(vkp_client *client, vkp_i_request_kind kind,
+                                        vkp_sub_kind sub, vkp_str name,
+                                        void (*done)(void *user, vkp_status), void *user)
+{
+    vkp_i_request *request;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL && (unsigned)sub < 3 && (name.ptr != NULL || name.len == 0));
+    request = vkp_i_request_new(client, kind);
+    if (request == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_bytes_copy(client->env, name.ptr, name.len, &request->bytes);
+    if (status != VKP_OK) {
+        vkp_i_free(client->env, request, sizeof *request);
+        return status;
+    }
+    request->sub = sub;
+    request->done = done;
+    request->user = user;
+    return vkp_i_client_submit_or_free(client, request);
+}
+
+VKP_API vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind, vkp_str name)
+{
+    return vkp_i_client_interest(client, VKP_I_REQUEST_WANT, kind, name, NULL, NULL);
+}
+
+VKP_API vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind, vkp_str name,
+                                             void (*done)(void *user, vkp_status), void *user)
+{
+    VKP_I_REQUIRE(done != NULL);
+    return vkp_i_client_interest(client, VKP_I_REQUEST_WANT, kind, name, done, user);
+}
+
+VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind, vkp_str name)
+{
+    return vkp_i_client_interest(client, VKP_I_REQUEST_LEAVE, kind, name, NULL, NULL);
+}
+
+/* ---- events ---- */
+
+static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
+{
+    vkp_push item;
+    if (client->config.on_push != NULL) {
+        client->config.on_push(client->config.user, push);
+        return;
+    }
+    if (client->config.pushes == NULL) {
+        return;
+    }
+    if (client->missed > 0) {
+        memset(&item, 0, sizeof item);
+        item.kind = VKP_PUSH_LAGGED;
+        item.missed = client->missed;
+        if (vkp_mpsc_try_send(client->config.pushes, &item) == VKP_OK) {
+            client->missed = 0;
+        }
+    }
+    item = *push;
+    item.frame = vkp_bytes_ref(&push->frame);
+    if (client->missed > 0 || vkp_mpsc_try_send(client->config.pushes, &item) != VKP_OK) {
+        client->missed++;
+        vkp_bytes_unref(&item.frame);
+    }
+}
+
+/* An event of our own; `text` is static: it outlives a channel. */
+static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const char *text)
+{
+    vkp_push push;
+    memset(&push, 0, sizeof push);
+    push.kind = kind;
+    push.payload = vkp_str_of(text);
+    if (kind == VKP_PUSH_GAP) {
+        push.from_ns = client->lost_ns;
+        push.to_ns = client->loop->now_ns;
+    }
+    vkp_i_client_emit(client, &push);
+}
+
+/* ---- writing ---- */
+
+#define VKP_I_GATHER 2048u /* commands up to this size are copied together */
+#define VKP_I_GATHER_BLOCK 16384u
+
+static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
+{
+    vkp_bytes part = *bytes;
+    vkp_block *out = client->out;
+    if (bytes->len <= VKP_I_GATHER) {
+        if (out != NULL && vkp_i_block_is_mine(out)) {
+            out->len = 0;
+        }
+        if (out == NULL || out->capacity - out->len < bytes->len) {
+            vkp_i_block_unref(out);
+            out = vkp_i_block_open(client->env, VKP_I_GATHER_BLOCK);
+            client->out = out;
+        }
+        if (out != NULL) {
+            part.data = vkp_i_block_data(out) + out->len;
+            part.block = out;
+            memcpy(vkp_i_block_data(out) + out->len, bytes->data, bytes->len);
+            out->len += bytes->len;
+        }
+    }
+    return vkp_conn_send(client->conn, &part);
+}
+
+static void vkp_i_client_lost(vkp_client *client, const char *why);
+static void vkp_i_client_release(vkp_client *client);
+
+/* Write a request and expect its replies. False: the connection could not take it. */
+static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
+{
+    if (client->conn == NULL || vkp_i_client_write(client, &request->bytes) != VKP_OK) {
+        return false;
+    }
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_requests_append(&client->flight, request);
+    return true;
+}
+
+/* Build and write one of our own commands. */
+static vkp_i_request *vkp_i_client_issue(vkp_client *client, vkp_i_request_kind kind, size_t argc,
+                                         const vkp_str *argv)
+{
+    vkp_i_request *request = vkp_i_request_new(client, kind);
+    vkp_resp_writer writer;
+    if (request == NULL) {
+        return NULL;
+    }
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &request->bytes) != VKP_OK ||
+        !vkp_i_client_start(client, request)) {
+        vkp_bytes_unref(&request->bytes);
+        vkp_i_free(client->env, request, sizeof *request);
+        return NULL;
+    }
+    return request;
+}
+
+/* ---- interests ---- */
+
+static vkp_i_interest *vkp_i_interest_find(vkp_client *client, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_map *map = &client->interests[kind];
+    vkp_i_map_node *node =
+        map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_interest, node) : NULL;
+}
+
+static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_map *map = &client->interests[kind];
+    vkp_i_interest *interest =
+        (vkp_i_interest *)vkp_i_alloc_zero(client->env, sizeof *interest + name.len);
+    if (interest == NULL) {
+        return NULL;
+    }
+    if (name.len > 0) {
+        memcpy(interest + 1, name.ptr, name.len);
+    }
+    interest->kind = kind;
+    interest->node.key = vkp_i_str(interest + 1, name.len);
+    interest->node.hash = vkp_i_map_hash(map, name);
+    vkp_i_requests_init(&interest->waiters);
+    if (!vkp_i_map_insert(map, &interest->node)) {
+        vkp_i_free(client->env, interest, sizeof *interest + name.len);
+        return NULL;
+    }
+    return interest;
+}
+
+static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *interest,
+                                         bool confirmed)
+{
+    if (interest->confirmed != confirmed) {
+        interest->confirmed = confirmed;
+        client->confirmed += confirmed ? (size_t)1 : (size_t)0 - 1;
+    }
+}
+
+static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
+{
+    if (interest->wanted == 0 && interest->in_flight == 0) {
+        vkp_i_interest_set_confirmed(client, interest, false);
+        vkp_i_map_remove(&client->interests[interest->kind], &interest->node);
+        vkp_i_free(client->env, interest, sizeof *interest + interest->node.key.len);
+    }
+}
+
+/* Tell those who wait for the name. Any of them may close the client. */
+static void vkp_i_interest_tell(vkp_i_interest *interest, vkp_status status)
+{
+    vkp_i_requests waiters;
+    vkp_i_request *waiter;
+    vkp_i_requests_init(&waiters);
+    vkp_i_requests_move(&interest->waiters, &waiters);
+    while ((waiter = vkp_i_requests_pop(&waiters)) != NULL) {
+        vkp_i_request_complete(waiter, status, NULL, NULL);
+    }
+}
+
+/* Make the server's view follow ours. False: the connection could not take it. */
+static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
+{
+    static const char *const verbs[2][3] = {{"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"},
+                                            {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
+    bool want = interest->wanted > 0;
+    vkp_i_request *request;
+    vkp_str argv[2];
+    if (!client->ready || want == interest->subscribed) {
+        return true;
+    }
+    argv[0] = vkp_str_of(verbs[want ? 1 : 0][interest->kind]);
+    argv[1] = interest->node.key;
+    request = vkp_i_client_issue(client, want ? VKP_I_REQUEST_SUBSCRIBE : VKP_I_REQUEST_UNSUBSCRIBE,
+                                 2, argv);
+    if (request == NULL) {
+        return false;
+    }
+    request->interest = interest;
+    request->sub = interest->kind;
+    interest->subscribed = want;
+    interest->in_flight++;
+    return true;
+}
+
+static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
+{
+    vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
+    vkp_i_interest *interest = vkp_i_interest_find(client, request->sub, name);
+    if (interest == NULL) {
+        interest = vkp_i_interest_new(client, request->sub, name);
+    }
+    if (interest == NULL) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a subscription: it is not made");
+        vkp_i_request_complete(request, VKP_ERR_NOMEM, NULL, NULL);
+        return;
+    }
+    interest->wanted++;
+    if (!vkp_i_interest_sync(client, interest)) {
+        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+        vkp_i_client_lost(client, "out of memory");
+    } else if (!client->ready) {
+        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    } else if (interest->confirmed && interest->in_flight == 0) {
+        vkp_i_request_complete(request, VKP_OK, NULL, NULL);
+    } else {
+        vkp_i_requests_append(&interest->waiters, request);
+    }
+}
+
+static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
+{
+    vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
+    vkp_i_interest *interest = vkp_i_interest_find(client, request->sub, name);
+    vkp_i_request_free(request);
+    if (interest == NULL || interest->wanted == 0) {
+        return;
+    }
+    interest->wanted--;
+    if (!vkp_i_interest_sync(client, interest)) {
+        vkp_i_client_lost(client, "out of memory");
+    } else {
+        vkp_i_interest_collect(client, interest);
+    }
+}
+
+static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
+{
+    if (interest->resuming) {
+        interest->resuming = false;
+        if (--client->resuming == 0) {
+            client->gap_open = false;
+            vkp_i_client_event(client, VKP_PUSH_GAP, "");
+        }
+    }
+}
+
+/* The oldest request in flight is a SUBSCRIBE or UNSUBSCRIBE, and the server answered it. */
+static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool refused)
+{
+    vkp_i_request *request = vkp_i_requests_pop(&client->flight);
+    vkp_i_interest *interest = request->interest;
+    bool subscribe = request->kind == VKP_I_REQUEST_SUBSCRIBE;
+    interest->in_flight--;
+    vkp_i_request_free(request);
+    vkp_i_interest_set_confirmed(client, interest, subscribe && !refused);
+    interest->in_flight++; /* held while callbacks run */
+    if (push != NULL) {
+        vkp_i_client_emit(client, push);
+    }
+    if (refused && subscribe && !client->closed) {
+        vkp_i_log(client->env, VKP_LOG_WARN, "the server refused a subscription to %.*s",
+                  VKP_FMT(interest->node.key));
+        interest->wanted = 0;
+        interest->subscribed = false;
+    }
+    if (subscribe && !client->closed) {
+        vkp_i_interest_tell(interest, refused ? VKP_ERR_REFUSED : VKP_OK);
+    }
+    if (!client->closed) {
+        vkp_i_client_resumed(client, interest);
+    }
+    if (!client->closed) {
+        interest->in_flight--;
+        vkp_i_interest_collect(client, interest);
+    }
+}
+
+static void vkp_i_client_resubscribe(vkp_client *client)
+{
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_node *node = NULL;
+        while ((node = vkp_i_map_next(&client->interests[kind], node)) != NULL) {
+            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            if (!vkp_i_interest_sync(client, interest)) {
+                vkp_i_client_lost(client, "out of memory");
+                return;
+            }
+            if (client->outage) {
+                interest->resuming = true;
+                client->resuming++;
+            }
+        }
+    }
+}
+
+/* ---- the connection's life ---- */
+
+static void vkp_i_client_on_timer(vkp_timer *timer);
+
+static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
+{
+    VKP_I_STORE_REL(&client->state, (uint32_t)state);
+    VKP_I_LOCK(&client->mutex);
+    client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY;
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+static void vkp_i_client_set_error(vkp_client *client, const char *text)
+{
+    VKP_I_LOCK(&client->mutex);
+    (void)snprintf(client->error, sizeof client->error, "%s", text);
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
+{
+    VKP_I_LOCK(&client->mutex);
+    (void)snprintf(text, size, "%s", client->error);
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
+{
+    uint64_t deadline = vkp_i_after_ms(client->loop->now_ns, ms);
+    if (vkp_timer_start(client->loop, &client->timer, deadline, 0, vkp_i_client_on_timer) !=
+        VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");
+    }
+}
+
+static bool vkp_i_request_is_interest(const vkp_i_request *request)
+{
+    return request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
+}
+
+static void vkp_i_requests_complete(vkp_i_requests *list, vkp_status status)
+{
+    vkp_i_request *request;
+    while ((request = vkp_i_requests_pop(list)) != NULL) {
+        vkp_i_request_complete(request, status, NULL, NULL);
+    }
+}
+
+/* Take from `submitted` what may be worked on: everything, or interests only, or commands only. */
+static void vkp_i_client_collect(vkp_client *client, bool interests, bool commands,
+                                 vkp_i_requests *out)
+{
+    vkp_i_requests all;
+    vkp_i_request *request;
+    vkp_i_requests_init(&all);
+    VKP_I_LOCK(&client->mutex);
+    vkp_i_requests_move(&client->submitted, &all);
+    while ((request = vkp_i_requests_pop(&all)) != NULL) {
+        bool wanted = vkp_i_request_is_interest(request) ? interests : commands;
+        vkp_i_requests_append(wanted ? out : &client->submitted, request);
+    }
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+/* Take every command not answered, in flight or not even written, and everybody who waits for a
+   name; what they ask for stays. All are taken before any is told: a callback may close.      */
+static void vkp_i_client_collect_failed(vkp_client *client, vkp_i_requests *failed)
+{
+    vkp_i_request *request;
+    int kind;
+    vkp_i_requests_move(&client->flight, failed);
+    for (request = failed->first; request != NULL; request = request->next) {
+        request->interest = NULL;
+    }
+    vkp_i_client_collect(client, false, true, failed);
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+        while (node != NULL) {
+            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            node = vkp_i_map_next(&client->interests[kind], node);
+            interest->in_flight = 0;
+            interest->subscribed = false;
+            interest->resuming = false;
+            vkp_i_interest_set_confirmed(client, interest, false);
+            vkp_i_requests_move(&interest->waiters, failed);
+            vkp_i_interest_collect(client, interest);
+        }
+    }
+    client->resuming = 0;
+}
+
+static void vkp_i_client_drop_connection(vkp_client *client)
+{
+    vkp_conn *conn = client->conn;
+    client->conn = NULL;
+    client->ready = false;
+    client->ping_sent = false;
+    if (conn != NULL) {
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+    vkp_resp_reader_reset(client->reader);
+}
+
+/* A uniform wait below a bound that doubles: many clients do not come back as one. */
+static uint64_t vkp_i_client_backoff(vkp_client *client)
+{
+    uint64_t bound = client->config.retry_min_ms;
+    uint32_t i;
+    for (i = 0; i < client->tries && bound < client->config.retry_max_ms; i++) {
+        bound *= 2;
+    }
+    client->tries++;
+    bound = VKP_I_MIN(bound, client->config.retry_max_ms);
+    return vkp_i_sys(client->env)->random_u64() % (bound + 1);
+}
+
+/* The connection, or the try for one, is over: tell, fail what was asked, try again later.
+   `why` is static.                                                                            */
+static void vkp_i_client_lost(vkp_client *client, const char *why)
+{
+    bool was_ready = client->ready;
+    vkp_i_requests failed;
+    if (client->closed || vkp_client_get_state(client) == VKP_CLIENT_WAITING) {
+        return;
+    }
+    vkp_i_client_set_error(client, why);
+    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address, why);
+    vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
+    vkp_i_client_drop_connection(client);
+    vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
+    vkp_i_requests_init(&failed);
+    vkp_i_client_collect_failed(client, &failed);
+    if (was_ready) {
+        client->outage = true;
+        if (!client->gap_open) {
+            client->gap_open = true;
+            client->lost_ns = client->loop->now_ns;
+        }
+        vkp_i_client_event(client, VKP_PUSH_DISCONNECTED, why);
+    }
+    vkp_i_requests_complete(&failed, VKP_ERR_DISCONNECTED);
+}
+
+static void vkp_i_client_take(vkp_client *client);
+
+static void vkp_i_client_ready(vkp_client *client)
+{
+    client->ready = true;
+    client->tries = 0;
+    client->heard_ns = client->loop->now_ns;
+    vkp_i_client_set_state(client, VKP_CLIENT_READY);
+    vkp_i_client_start_timer(client, client->config.heartbeat_ms);
+    vkp_i_client_event(client, client->was_ready ? VKP_PUSH_RECONNECTED : VKP_PUSH_CONNECTED, "");
+    client->was_ready = true;
+    if (client->ready) {
+        vkp_i_client_resubscribe(client);
+    }
+    if (client->ready) {
+        client->outage = false;
+        client->gap_open = client->gap_open && client->resuming > 0;
+        vkp_i_client_take(client);
+    }
+}
+
+/* AUTH and SETNAME one by one, for servers without HELLO. */
+static bool vkp_i_client_login2(vkp_client *client)
+{
+    vkp_str argv[3];
+    size_t argc = 0;
+    VKP_I_STORE(&client->protocol, 2u);
+    if (client->config.password != NULL) {
+        argv[argc++] = vkp_str_of("AUTH");
+        if (client->config.username != NULL) {
+            argv[argc++] = vkp_str_of(client->config.username);
+        }
+        argv[argc++] = vkp_str_of(client->config.password);
+        if (vkp_i_client_issue(client, VKP_I_REQUEST_LOGIN, argc, argv) == NULL) {
+            return false;
+        }
+    }
+    if (client->config.name != NULL) {
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("SETNAME");
+        argv[2] = vkp_str_of(client->config.name);
+        if (vkp_i_client_issue(client, VKP_I_REQUEST_NAME, 3, argv) == NULL) {
+            return false;
+        }
+    }
+    argv[0] = vkp_str_of("PING");
+    return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, 1, argv) != NULL;
+}
+
+static bool vkp_i_client_hello(vkp_client *client)
+{
+    vkp_str argv[8];
+    size_t argc = 0;
+    if (client->config.protocol == 2) {
+        client->falling_back = true;
+        return vkp_i_client_login2(client);
+    }
+    VKP_I_STORE(&client->protocol, 3u);
+    argv[argc++] = vkp_str_of("HELLO");
+    argv[argc++] = vkp_str_of("3");
+    if (client->config.password != NULL) {
+        argv[argc++] = vkp_str_of("AUTH");
+        argv[argc++] =
+            vkp_str_of(client->config.username != NULL ? client->config.username : "default");
+        argv[argc++] = vkp_str_of(client->config.password);
+    }
+    if (client->config.name != NULL) {
+        argv[argc++] = vkp_str_of("SETNAME");
+        argv[argc++] = vkp_str_of(client->config.name);
+    }
+    return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
+}
+
+static bool vkp_i_starts_with(vkp_str text, const char *start)
+{
+    size_t len = strlen(start);
+    return text.len >= len && memcmp(text.ptr, start, len) == 0;
+}
+
+/* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
+static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
+{
+    vkp_str text = vkp_value_str(value);
+    if (value->type != VKP_ERROR) {
+        vkp_i_client_ready(client);
+        return;
+    }
+    if (!client->falling_back &&
+        (vkp_i_starts_with(text, "NOPROTO") || vkp_i_starts_with(text, "ERR unknown command"))) {
+        client->falling_back = true;
+        if (!vkp_i_client_login2(client)) {
+            vkp_i_client_lost(client, "out of memory");
+        }
+        return;
+    }
+    vkp_i_log(client->env, VKP_LOG_ERROR, "%s refused the handshake: %.*s", client->config.address,
+              (int)VKP_I_MIN(text.len, (size_t)200), text.ptr);
+    vkp_i_client_lost(client, "the server refused the handshake");
+}
+
+/* ---- reading ---- */
+
+/* A reply that belongs to the oldest request in flight. */
+static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_i_request *request = client->flight.first;
+    vkp_i_request_kind kind;
+    if (request == NULL) {
+        vkp_i_client_lost(client, "a reply that nobody asked for");
+        return;
+    }
+    kind = request->kind;
+    if (kind == VKP_I_REQUEST_SUBSCRIBE || kind == VKP_I_REQUEST_UNSUBSCRIBE) {
+        if (value->type == VKP_ERROR) {
+            vkp_i_client_settle(client, NULL, true);
+        } else {
+            vkp_i_client_lost(client, "a reply where a confirmation was due");
+        }
+        return;
+    }
+    if (--request->replies > 0) {
+        return;
+    }
+    (void)vkp_i_requests_pop(&client->flight);
+    if (kind == VKP_I_REQUEST_COMMAND) {
+        vkp_i_request_complete(request, VKP_OK, value, frame);
+        return;
+    }
+    vkp_i_request_free(request);
+    if (kind == VKP_I_REQUEST_HELLO) {
+        vkp_i_client_greeted(client, value);
+    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_ERROR) {
+        vkp_i_client_lost(client, "the server refused the password");
+    } else if (kind == VKP_I_REQUEST_PING) {
+        client->ping_sent = false;
+    }
+}
+
+static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_push push;
+    vkp_i_request *oldest = client->flight.first;
+    if (vkp_push_from_value(value, &push) != VKP_OK) {
+        return; /* the reader allows no such push */
+    }
+    push.frame = *frame;
+    if (push.kind == VKP_PUSH_SUBSCRIBED || push.kind == VKP_PUSH_UNSUBSCRIBED) {
+        vkp_i_request_kind kind =
+            push.kind == VKP_PUSH_SUBSCRIBED ? VKP_I_REQUEST_SUBSCRIBE : VKP_I_REQUEST_UNSUBSCRIBE;
+        vkp_i_interest *interest;
+        if (oldest != NULL && oldest->kind == kind && oldest->sub == push.sub &&
+            vkp_i_str_equal(oldest->interest->node.key, push.channel)) {
+            vkp_i_client_settle(client, &push, false);
+            return;
+        }
+        /* Unsolicited: a shard channel left the node. It is asked for again with the next change. */
+        interest = vkp_i_interest_find(client, push.sub, push.channel);
+        if (interest != NULL && push.kind == VKP_PUSH_UNSUBSCRIBED) {
+            vkp_i_interest_set_confirmed(client, interest, false);
+            interest->subscribed = false;
+        }
+    }
+    vkp_i_client_emit(client, &push);
+}
+
+/* RESP2 has no pushes: arrays that look like one are, while something is subscribed. */
+static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *value)
+{
+    vkp_push push;
+    const vkp_i_request *oldest = client->flight.first;
+    bool subscribing = oldest != NULL && (oldest->kind == VKP_I_REQUEST_SUBSCRIBE ||
+                                          oldest->kind == VKP_I_REQUEST_UNSUBSCRIBE);
+    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_ARRAY &&
+           (client->confirmed > 0 || subscribing) && vkp_push_from_value(value, &push) == VKP_OK &&
+           push.kind != VKP_PUSH_OTHER;
+}
+
+/* Messages that an old server put inside the array of an EXEC. Their parts view the whole reply,
+   which is therefore their frame.                                                             */
+static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
+                                     const vkp_bytes *frame)
+{
+    uint32_t i;
+    for (i = 1; i < value->span && !client->closed; i++) {
+        vkp_push push;
+        if ((value[i].flags & VKP_F_OUT_OF_BAND) != 0 &&
+            vkp_push_from_value(&value[i], &push) == VKP_OK) {
+            push.frame = *frame;
+            vkp_i_client_emit(client, &push);
+        }
+    }
+}
+
+static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
+{
+    if (value->type == VKP_PUSH || vkp_i_client_is_push2(client, value)) {
+        vkp_i_client_push(client, value, frame);
+        return;
+    }
+    if (value->type == VKP_ARRAY && value->i_reserved != 0) {
+        vkp_i_client_push_nested(client, value, frame);
+        if (client->closed || client->conn == NULL) {
+            return;
+        }
+    }
+    vkp_i_client_reply(client, value, frame);
+}
+
+static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_client *client = (vkp_client *)user;
+    size_t used = 0;
+    (void)VKP_I_ADD(&client->refs, 1); /* a callback may drop the last reference */
+    client->heard_ns = client->loop->now_ns;
+    while (client->conn == conn && used < in->len) {
+        const vkp_value *value;
+        size_t consumed;
+        vkp_bytes frame;
+        vkp_status status = vkp_resp_reader_scan(client->reader, in->data + used, in->len - used,
+                                                 &value, &consumed);
+        if (status == VKP_ERR_EMPTY) {
+            break;
+        }
+        if (status != VKP_OK) {
+            uint64_t position;
+            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address,
+                      vkp_resp_reader_error(client->reader, &position));
+            vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
+                                                              : "the server broke the protocol");
+            break;
+        }
+        frame.data = in->data + used;
+        frame.len = consumed;
+        frame.block = in->block;
+        used += consumed;
+        vkp_i_client_value(client, value, &frame);
+    }
+    vkp_i_client_release(client);
+    return used;
+}
+
+static void vkp_i_client_on_open(vkp_conn *conn, void *user)
+{
+    vkp_client *client = (vkp_client *)user;
+    (void)conn;
+    (void)VKP_I_ADD(&client->refs, 1);
+    if (!vkp_i_client_hello(client)) {
+        vkp_i_client_lost(client, "out of memory");
+    }
+    vkp_i_client_release(client);
+}
+
+static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_client *client = (vkp_client *)user;
+    if (conn == client->conn) { /* else it was we who let go of it */
+        if (reason == VKP_CLOSE_LOOP) {
+            return; /* the loop's close reaches the client itself */
+        }
+        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address,
+                  vkp_close_reason_str(reason), error != 0 ? ": " : "",
+                  error != 0 ? strerror(error) : "");
+        (void)VKP_I_ADD(&client->refs, 1);
+        vkp_i_client_lost(client, error == ECONNREFUSED || error == ENOENT
+                                      ? "nobody accepts connections there"
+                                      : "the connection was lost");
+        vkp_i_client_release(client);
+    }
+}
+
+static const vkp_conn_ops vkp_i_client_ops = {
+    vkp_i_client_on_open, vkp_i_client_on_data, NULL, NULL, vkp_i_client_on_close, NULL};
+
+static vkp_status vkp_i_client_connect(vkp_client *client)
+{
+    vkp_conn_config config;
+    vkp_status status;
+    memset(&config, 0, sizeof config);
+    config.ops = &vkp_i_client_ops;
+    config.user = client;
+    config.loop_only = true;
+    config.input_bytes = VKP_I_BLOCK_MAX;
+    client->falling_back = false;
+    vkp_i_client_set_state(client, VKP_CLIENT_CONNECTING);
+    vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
+    status = vkp_conn_connect(client->loop, client->config.address, &config, &client->conn);
+    if (status != VKP_OK) {
+        vkp_i_client_lost(client, vkp_status_str(status));
+    }
+    return status;
+}
+
+static void vkp_i_client_heartbeat(vkp_client *client)
+{
+    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / 1000000u;
+    vkp_str argv = vkp_str_of("PING");
+    if (client->ping_sent) {
+        vkp_i_client_lost(client, "no answer to a heartbeat");
+    } else if (idle_ms < client->config.heartbeat_ms) {
+        vkp_i_client_start_timer(client, client->config.heartbeat_ms - idle_ms);
+    } else if (vkp_i_client_issue(client, VKP_I_REQUEST_PING, 1, &argv) == NULL) {
+        vkp_i_client_lost(client, "out of memory");
+    } else {
+        client->ping_sent = true;
+        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms);
+    }
+}
+
+static void vkp_i_client_on_timer(vkp_timer *timer)
+{
+    vkp_client *client = VKP_I_CONTAINER(timer, vkp_client, timer);
+    (void)VKP_I_ADD(&client->refs, 1);
+    switch (vkp_client_get_state(client)) {
+    case VKP_CLIENT_CONNECTING:
+        vkp_i_client_lost(client, "no connection within the time limit");
+        break;
+    case VKP_CLIENT_WAITING:
+        (void)!vkp_i_client_connect(client); /* it starts the next wait itself */
+        break;
+    case VKP_CLIENT_READY:
+        vkp_i_client_heartbeat(client);
+        break;
+    case VKP_CLIENT_CLOSED:
+        break;
+    }
+    vkp_i_client_release(client);
+}
+
+/* ---- the queued task, opening, closing ---- */
+
+/* What RESP2 cannot do: a command while something is subscribed on the same connection. */
+static bool vkp_i_client_must_refuse(const vkp_client *client)
+{
+    return VKP_I_LOAD(&client->protocol) == 2 &&
+           client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
+}
+
+static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
+{
+    if (request->kind == VKP_I_REQUEST_WANT) {
+        vkp_i_client_want(client, request);
+    } else if (request->kind == VKP_I_REQUEST_LEAVE) {
+        vkp_i_client_leave(client, request);
+    } else if (vkp_i_client_must_refuse(client)) {
+        vkp_i_log(client->env, VKP_LOG_WARN,
+                  "a RESP2 server takes no commands on a subscribed connection");
+        vkp_i_request_complete(request, VKP_ERR_REFUSED, NULL, NULL);
+    } else if (!vkp_i_client_start(client, request)) {
+        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    }
+}
+
+/* Work on what was submitted. Commands wait while the connection is being made. */
+static void vkp_i_client_take(vkp_client *client)
+{
+    for (;;) {
+        vkp_i_requests taken;
+        vkp_i_request *request;
+        vkp_i_requests_init(&taken);
+        vkp_i_client_collect(client, true, client->ready || client->closed, &taken);
+        if (taken.first == NULL) {
+            return;
+        }
+        while ((request = vkp_i_requests_pop(&taken)) != NULL) {
+            if (client->closed) {
+                vkp_i_request_complete(request, VKP_ERR_CLOSED, NULL, NULL);
+            } else if (!client->ready && !vkp_i_request_is_interest(request)) {
+                vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+            } else {
+                vkp_i_client_dispatch(client, request);
+            }
+        }
+    }
+}
+
+/* The end, once. Gives up the loop's reference: the caller must hold another. */
+static void vkp_i_client_shut(vkp_client *client)
+{
+    vkp_i_requests failed;
+    int kind;
+    if (client->closed) {
+        return;
+    }
+    client->closed = true;
+    VKP_I_LOCK(&client->mutex);
+    client->ended = true;
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_set_state(client, VKP_CLIENT_CLOSED);
+    vkp_i_loop_detach(&client->attached);
+    vkp_timer_stop(&client->timer);
+    vkp_i_client_drop_connection(client);
+    vkp_i_requests_init(&failed);
+    vkp_i_client_collect_failed(client, &failed);
+    vkp_i_client_collect(client, true, true, &failed);
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_node *node;
+        while ((node = vkp_i_map_next(&client->interests[kind], NULL)) != NULL) {
+            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            interest->wanted = 0;
+            vkp_i_interest_collect(client, interest);
+        }
+    }
+    vkp_i_requests_complete(&failed, VKP_ERR_CLOSED);
+    vkp_mpsc_tx_unref(client->config.pushes);
+    client->config.pushes = NULL;
+    vkp_i_client_release(client);
+}
+
+static void vkp_i_client_free(vkp_client *client)
+{
+    vkp_loop *loop = client->loop;
+    const vkp_env *env = client->env;
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&client->interests[kind]);
+    }
+    vkp_resp_reader_unref(client->reader);
+    vkp_i_block_unref(client->out);
+    vkp_mpsc_tx_unref(client->config.pushes);
+    VKP_I_MUTEX_DEINIT(&client->mutex);
+    {
+        /* The copies were ours. */
+        char *texts[4];
+        size_t i;
+        memcpy(&texts[0], &client->config.address, sizeof texts[0]);
+        memcpy(&texts[1], &client->config.username, sizeof texts[1]);
+        memcpy(&texts[2], &client->config.password, sizeof texts[2]);
+        memcpy(&texts[3], &client->config.name, sizeof texts[3]);
+        for (i = 0; i < 4; i++) {
+            vkp_i_free_text(env, texts[i]);
+        }
+    }
+    vkp_i_free(env, client, sizeof *client);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_client_release(vkp_client *client)
+{
+    if (VKP_I_UNREF(&client->refs) == 1) {
+        vkp_i_client_free(client);
+    }
+}
+
+/* What other threads queued. The task holds a reference. */
+static void vkp_i_client_run(vkp_i_task *task)
+{
+    vkp_client *client = VKP_I_CONTAINER(task, vkp_client, task);
+    bool close_wanted;
+    VKP_I_LOCK(&client->mutex);
+    client->task_queued = false;
+    close_wanted = client->close_wanted;
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_take(client);
+    if (close_wanted) {
+        vkp_i_client_shut(client);
+    }
+    vkp_i_client_release(client);
+}
+
+static void vkp_i_client_loop_closed(vkp_i_attached *attached)
+{
+    vkp_client *client = VKP_I_CONTAINER(attached, vkp_client, attached);
+    (void)VKP_I_ADD(&client->refs, 1);
+    vkp_i_client_shut(client);
+    vkp_i_client_release(client);
+}
+
+VKP_API vkp_client *vkp_client_ref(vkp_client *client)
+{
+    (void)VKP_I_ADD(&client->users, 1);
+    (void)VKP_I_ADD(&client->refs, 1);
+    return client;
+}
+
+VKP_API void vkp_client_close(vkp_client *client)
+{
+    if (vkp_i_on_loop(client->loop)) {
+        vkp_i_client_shut(client);
+        return;
+    }
+    VKP_I_LOCK(&client->mutex);
+    client->close_wanted = true;
+    vkp_i_client_nudge(client);
+    VKP_I_UNLOCK(&client->mutex);
+}
+
+VKP_API void vkp_client_unref(vkp_client *client)
+{
+    if (client == NULL) {
+        return;
+    }
+    if (VKP_I_UNREF(&client->users) == 1) {
+        vkp_client_close(client);
+    }
+    vkp_i_client_release(client);
+}
+
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client)
+{
+    return (vkp_client_state)VKP_I_LOAD_ACQ(&client->state);
+}
+
+VKP_API int vkp_client_get_protocol(const vkp_client *client)
+{
+    return (int)VKP_I_LOAD(&client->protocol);
+}
+
+static bool vkp_i_copy_into(const vkp_env *env, const char **text)
+{
+    if (*text != NULL) {
+        *text = vkp_i_copy_text(env, *text);
+        return *text != NULL;
+    }
+    return true;
+}
+
+static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
+{
+    vkp_client_config *own = &client->config;
+    vkp_client_config texts = *config;
+    bool copied;
+    *own = *config;
+    own->address = own->username = own->password = own->name = NULL;
+    own->pushes = NULL;
+#define VKP_I_DEFAULT(field, value) \
+    if (own->field == 0) {          \
+        own->field = (value);       \
+    }
+    VKP_I_DEFAULT(connect_timeout_ms, 5000)
+    VKP_I_DEFAULT(retry_min_ms, 50)
+    VKP_I_DEFAULT(retry_max_ms, 5000)
+    VKP_I_DEFAULT(heartbeat_ms, 15000)
+    VKP_I_DEFAULT(heartbeat_timeout_ms, 5000)
+    VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
+#undef VKP_I_DEFAULT
+    own->resp.lenient = true;
+    own->resp.env = client->env;
+    copied = vkp_i_copy_into(client->env, &texts.address);
+    own->address = copied ? texts.address : NULL;
+    copied = copied && vkp_i_copy_into(client->env, &texts.username);
+    own->username = copied ? texts.username : NULL;
+    copied = copied && vkp_i_copy_into(client->env, &texts.password);
+    own->password = copied ? texts.password : NULL;
+    copied = copied && vkp_i_copy_into(client->env, &texts.name);
+    own->name = copied ? texts.name : NULL;
+    return copied && vkp_resp_reader_open(&own->resp, &client->reader) == VKP_OK;
+}
+
+VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                   vkp_client **out)
+{
+    vkp_client *client;
+    vkp_status status;
+    int kind;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address != NULL && out != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
+    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    client = (vkp_client *)vkp_i_alloc_zero(config->env != NULL ? config->env : loop->env,
+                                            sizeof *client);
+    if (client == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    client->env = config->env != NULL ? config->env : loop->env;
+    client->loop = vkp_loop_ref(loop);
+    client->refs = 2;
+    client->users = 1;
+    VKP_I_MUTEX_INIT(&client->mutex);
+    vkp_i_requests_init(&client->submitted);
+    vkp_i_requests_init(&client->flight);
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_init(&client->interests[kind], client->env);
+    }
+    client->task.fn = vkp_i_client_run;
+    client->attached.on_loop_close = vkp_i_client_loop_closed;
+    if (!vkp_i_client_configure(client, config)) {
+        vkp_i_client_free(client);
+        return VKP_ERR_NOMEM;
+    }
+    if (config->pushes != NULL) {
+        client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
+    }
+    vkp_i_loop_attach(loop, &client->attached);
+    status = vkp_i_client_connect(client);
+    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT) { /* no later try could succeed */
+        vkp_i_client_shut(client);
+        vkp_client_unref(client);
+        return status;
+    }
+    *out = client;
+    return VKP_OK;
+}
+
+/* ======================================================================================
+   >>impl-pushloop   From a channel of pushes to where they are wanted
+   ====================================================================================== */
+
+struct vkp_push_loop {
+    vkp_loop *loop;
+    vkp_mpsc_rx *rx;
+    vkp_sink sink;
+    void (*on_end)(void *user);
+    void *user;
+    bool ended;
+    bool running; /* inside its callback */
+    bool unreferenced;
+};
+
+#define VKP_I_PUSH_BATCH 64
+
+static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push)
+{
+    if (sink->hub != NULL) {
+        (void)vkp_hub_deliver(sink->hub, push);
+    } else if (sink->conn != NULL) {
+        if (push->frame.len > 0) {
+            (void)!vkp_conn_push(sink->conn, &push->frame, VKP_FOREVER); /* its policy counts */
+        }
+    } else {
+        sink->callback(sink->user, push);
+    }
+}
+
+static bool vkp_i_sink_is_one(const vkp_sink *sink)
+{
+    return sink != NULL &&
+           (sink->hub != NULL) + (sink->conn != NULL) + (sink->callback != NULL) == 1;
+}
+
+VKP_API vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink, vkp_cancel *cancel)
+{
+    vkp_push batch[VKP_I_PUSH_BATCH];
+    vkp_status status;
+    size_t count;
+    size_t i;
+    VKP_I_REQUIRE(rx != NULL && vkp_i_sink_is_one(sink) && sink->hub == NULL);
+    VKP_I_REQUIRE(rx->channel->config.elem_bytes == sizeof(vkp_push));
+    for (;;) {
+        if (cancel != NULL && vkp_cancel_is_triggered(cancel)) {
+            return VKP_ERR_CANCELLED;
+        }
+        status = vkp_i_mpsc_recv(rx, batch, VKP_I_PUSH_BATCH, &count, cancel, VKP_FOREVER);
+        if (status != VKP_OK) {
+            return status == VKP_ERR_CLOSED ? VKP_OK : status;
+        }
+        for (i = 0; i < count; i++) {
+            vkp_i_sink_write(sink, &batch[i]);
+            vkp_push_unref(&batch[i]);
+        }
+    }
+}
+
+static void vkp_i_push_loop_free(vkp_push_loop *self)
+{
+    vkp_loop *loop = self->loop;
+    vkp_mpsc_rx_unref(self->rx);
+    vkp_conn_unref(self->sink.conn);
+    vkp_i_free(loop->env, self, sizeof *self);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_push_loop_ready(void *user)
+{
+    vkp_push_loop *self = (vkp_push_loop *)user;
+    vkp_push push;
+    vkp_status status = VKP_OK;
+    int i;
+    self->running = true;
+    for (i = 0; i < VKP_I_PUSH_BATCH && !self->unreferenced; i++) {
+        status = vkp_mpsc_try_recv(self->rx, &push);
+        if (status != VKP_OK) {
+            break;
+        }
+        vkp_i_sink_write(&self->sink, &push);
+        vkp_push_unref(&push);
+    }
+    if (status == VKP_ERR_CLOSED && !self->ended) {
+        self->ended = true;
+        vkp_mpsc_unwatch(self->rx);
+        if (self->on_end != NULL) {
+            self->on_end(self->user);
+        }
+    }
+    self->running = false;
+    if (self->unreferenced) {
+        vkp_i_push_loop_free(self);
+    }
+}
+
+VKP_API vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx, const vkp_sink *sink,
+                                      void (*on_end)(void *user), void *user, vkp_push_loop **out)
+{
+    vkp_push_loop *self;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && rx != NULL && vkp_i_sink_is_one(sink) && out != NULL);
+    VKP_I_REQUIRE(rx->channel->config.elem_bytes == sizeof(vkp_push));
+    self = (vkp_push_loop *)vkp_i_alloc_zero(loop->env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_mpsc_watch(rx, loop, vkp_i_push_loop_ready, self);
+    if (status != VKP_OK) {
+        vkp_i_free(loop->env, self, sizeof *self);
+        return status;
+    }
+    self->loop = vkp_loop_ref(loop);
+    self->rx = rx;
+    self->sink = *sink;
+    if (sink->conn != NULL) {
+        (void)vkp_conn_ref(sink->conn);
+    }
+    self->on_end = on_end;
+    self->user = user;
+    *out = self;
+    return VKP_OK;
+}
+
+VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
+{
+    if (self == NULL) {
+        return;
+    }
+    vkp_mpsc_unwatch(self->rx);
+    self->unreferenced = true;
+    if (!self->running) {
+        vkp_i_push_loop_free(self);
+    }
+}
+
+/* ======================================================================================
+   >>impl-relay   Serve local Valkey clients over one upstream connection, or none
+   ======================================================================================
+   One shard per loop: a hub, a request reader, the local clients accepted there. Shard 0's loop
+   carries the listeners and the upstream client.
+   A local client's replies leave in the order of its commands: each command that must wait takes
+   a place in `answers`; what is ready at the head is sent. Commands that depend on that order
+   (the subscribe family, HELLO, RESET, QUIT) are not even parsed past while answers are out: the
+   connection pauses and the bytes come again. So there is no queue of commands, ever.
+   A place waits for the upstream client, whose callback runs on loop 0; it converts the reply
+   there and sends the place home to the client's loop as a task.
+   A topic of a shard's hub holds one interest of the upstream client; a SUBSCRIBE is confirmed
+   locally when the server confirmed it, or at once when the server is away.
+   Stand-alone, `census` counts subscribers over all shards, so that any shard answers PUBLISH.
+   References: the relay is kept by its owner, each local client and each task between threads;
+   a local client (loop's thread) by its connection and by each answer and subscription under way. */
+
+typedef struct vkp_i_shard vkp_i_shard;
+typedef struct vkp_i_local vkp_i_local;
+
+/* How a RESP3 reply differs from RESP2's beyond its types. */
+#define VKP_I_SHAPE_NULL_ARRAY 1u    /* null is *-1 */
+#define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays */
+#define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs */
+#define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 */
+
+typedef struct vkp_i_answer {
+    struct vkp_i_answer *next;
+    vkp_i_task task; /* home, to the client's loop */
+    vkp_i_local *local;
+    size_t bytes_allocated;
+    vkp_bytes bytes; /* when done */
+    bool done;
+    uint8_t protocol;     /* the client's when it asked */
+    uint32_t shape_count; /* of an EXEC: the shapes of its commands stand behind the struct */
+    uint8_t shape;
+} vkp_i_answer;
+
+/* A MULTI under way: its commands, as they will be sent. */
+typedef struct vkp_i_multi {
+    vkp_resp_writer block;
+    uint8_t *shapes;
+    size_t count;
+    size_t capacity;
+    bool failed;
+} vkp_i_multi;
+
+#define VKP_I_LOCAL_BUSY 1u    /* a subscription is under way: paused */
+#define VKP_I_LOCAL_ORDER 2u   /* paused until all answers are out */
+#define VKP_I_LOCAL_FULL 4u    /* paused: too many answers, or too many bytes, are out */
+#define VKP_I_LOCAL_LEAVING 8u /* drain when nothing is under way */
+#define VKP_I_LOCAL_CLOSED 16u
+#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: read no more, drain when answers are out */
+
+struct vkp_i_local {
+    vkp_hub_member member;
+    vkp_i_shard *shard;
+    vkp_i_local *prev; /* of the shard */
+    vkp_i_local *next;
+    uint64_t id;
+    uint32_t refs; /* loop's thread */
+    uint32_t flags;
+    vkp_i_answer *answers; /* oldest first */
+    vkp_i_answer **answers_end;
+    uint32_t answer_count;
+    vkp_i_multi *multi;
+    vkp_resp_reader *reader; /* of a large command under way; else the shard's is used */
+    char *name;
+};
+
+struct vkp_i_shard {
+    vkp_relay *relay;
+    vkp_loop *loop;
+    vkp_hub *hub;
+    vkp_i_profile *profile;
+    vkp_resp_reader *reader;
+    vkp_str *argv; /* of the command in hand */
+    size_t argv_capacity;
+    char *inline_text; /* of an inline command, unquoted */
+    size_t inline_capacity;
+    vkp_i_local *locals;
+    size_t local_count;
+    bool draining;
+    bool gone;           /* drained, and told */
+    vkp_mpsc_tx *pushes; /* to this shard from loop 0; NULL for shard 0 */
+    vkp_push_loop *push_loop;
+    vkp_i_task drain_task;
+    vkp_i_task kill_task;
+};
+
+typedef struct vkp_i_census_entry {
+    vkp_i_map_node node;
+    size_t count;
+} vkp_i_census_entry; /* its name is behind the struct */
+
+struct vkp_relay {
+    const vkp_env *env;
+    size_t refs; /* atomic */
+    vkp_i_shard *shards;
+    size_t shard_count;
+    size_t next_shard; /* loop 0's */
+    size_t max_clients;
+    size_t max_request_bytes;
+    vkp_client *client; /* NULL: stand-alone */
+    vkp_listener **listeners;
+    size_t listener_count;
+    size_t listener_capacity;
+    uint64_t next_id; /* atomic */
+    VKP_I_MUTEX mutex;
+    vkp_i_map census[3]; /* guarded by the mutex */
+    bool draining;
+    size_t live_shards; /* atomic, while draining */
+    vkp_timer drain_timer;
+    vkp_i_task end_task;
+    void (*on_end)(void *user);
+    void *user;
+    size_t clients; /* atomic, as all counters that follow */
+    uint64_t accepted;
+    uint64_t refused;
+    uint64_t messages_in;
+    uint64_t deliveries;
+    uint64_t slow_closed;
+    uint64_t protocol_errors;
+};
+
+static void vkp_i_relay_release(vkp_relay *relay);
+
+/* ---- answers ---- */
+
+static void vkp_i_local_release(vkp_i_local *local)
+{
+    vkp_relay *relay = local->shard->relay;
+    if (--local->refs == 0) {
+        vkp_resp_reader_unref(local->reader);
+        vkp_i_free_text(relay->env, local->name);
+        vkp_i_free(relay->env, local, sizeof *local);
+        vkp_i_relay_release(relay);
+    }
+}
+
+static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
+{
+    if (vkp_conn_send(local->member.conn, bytes) == VKP_ERR_NOMEM) {
+        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+    }
+}
+
+static void vkp_i_local_fail(vkp_i_local *local)
+{
+    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
+        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+    }
+}
+
+/* Go on reading, or leave, as far as nothing stands against it. */
+static void vkp_i_local_proceed(vkp_i_local *local)
+{
+    if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
+        return;
+    }
+    if (local->answers == NULL) {
+        local->flags &= ~VKP_I_LOCAL_ORDER;
+    }
+    if (local->answer_count < 512 && local->member.conn->queued_bytes < ((size_t)1 << 19)) {
+        local->flags &= ~VKP_I_LOCAL_FULL;
+    }
+    if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
+        return;
+    }
+    if (local->answers == NULL &&
+        ((local->flags & VKP_I_LOCAL_FAILED) != 0 ||
+         ((local->flags & VKP_I_LOCAL_LEAVING) != 0 &&
+          (local->member.conn->input == NULL || local->shard->draining)))) {
+        vkp_conn_drain(local->member.conn);
+        return;
+    }
+    if ((local->flags & VKP_I_LOCAL_FAILED) != 0) {
+        return;
+    }
+    vkp_conn_resume(local->member.conn);
+}
+
+static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
+{
+    local->flags |= why;
+    vkp_conn_pause(local->member.conn);
+}
+
+static void vkp_i_answer_free(vkp_i_answer *answer)
+{
+    vkp_i_local *local = answer->local;
+    vkp_bytes_unref(&answer->bytes);
+    vkp_i_free(local->shard->relay->env, answer, answer->bytes_allocated);
+    vkp_i_local_release(local);
+}
+
+static void vkp_i_local_flush_answers(vkp_i_local *local)
+{
+    local->refs++;
+    while (local->answers != NULL && local->answers->done) {
+        vkp_i_answer *answer = local->answers;
+        local->answers = answer->next;
+        if (local->answers == NULL) {
+            local->answers_end = &local->answers;
+        }
+        local->answer_count--;
+        if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
+            vkp_i_local_send(local, &answer->bytes);
+        }
+        vkp_i_answer_free(answer);
+    }
+    vkp_i_local_proceed(local);
+    vkp_i_local_release(local);
+}
+
+/* A new place at the end of the stream, or NULL: the connection is doomed then. */
+static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
+{
+    size_t bytes = sizeof(vkp_i_answer) + shape_count;
+    vkp_i_answer *answer = (vkp_i_answer *)vkp_i_alloc_zero(local->shard->relay->env, bytes);
+    if (answer == NULL) {
+        vkp_i_local_fail(local);
+        return NULL;
+    }
+    answer->bytes_allocated = bytes;
+    answer->local = local;
+    answer->protocol = (uint8_t)local->member.protocol;
+    answer->shape_count = (uint32_t)shape_count;
+    local->refs++;
+    *local->answers_end = answer;
+    local->answers_end = &answer->next;
+    local->answer_count++;
+    if (local->answer_count >= 1024) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+    }
+    return answer;
+}
+
+/* Answer now, behind what is still out. Takes the reference. */
+static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
+{
+    vkp_i_answer *answer;
+    if (local->answers == NULL) {
+        vkp_i_local_send(local, &bytes);
+        vkp_bytes_unref(&bytes);
+        if (local->member.conn->queued_bytes > ((size_t)1 << 20)) {
+            vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+        }
+        return;
+    }
+    answer = vkp_i_answer_new(local, 0);
+    if (answer == NULL) {
+        vkp_bytes_unref(&bytes);
+        return;
+    }
+    answer->bytes = bytes;
+    answer->done = true;
+}
+
+static void vkp_i_local_answer_static(vkp_i_local *local, const char *text)
+{
+    vkp_i_local_answer(local, vkp_bytes_static(text, strlen(text)));
+}
+
+static void vkp_i_local_answer_writer(vkp_i_local *local, vkp_resp_writer *writer)
+{
+    vkp_bytes bytes;
+    if (vkp_resp_writer_take(writer, &bytes) != VKP_OK) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_i_local_answer(local, bytes);
+}
+
+/* "-<text>": control bytes of what a client sent are not sent back. */
+static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
+{
+    vkp_resp_writer writer;
+    vkp_bytes bytes;
+    char *at;
+    for (at = text; *at != '\0'; at++) {
+        *at = (unsigned char)*at < 0x20 || *at == 0x7f ? ' ' : *at;
+    }
+    vkp_resp_writer_init(&writer, env);
+    vkp_resp_put_error(&writer, text);
+    if (vkp_resp_writer_take(&writer, &bytes) != VKP_OK) {
+        static const char none[] = "-ERR out of memory\r\n";
+        bytes = vkp_bytes_static(none, sizeof none - 1);
+    }
+    return bytes;
+}
+
+__attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
+                                                                    const char *format, ...)
+{
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    (void)vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    vkp_i_local_answer(local, vkp_i_error_bytes(local->shard->relay->env, text));
+}
+
+#define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)64), (s).ptr
+
+/* ---- conversion of replies ---- */
+
+/* Whether the bytes as received say the same in RESP2. */
+static bool vkp_i_value_is_resp2(const vkp_value *value)
+{
+    uint32_t i;
+    for (i = 0; i < value->span; i++) {
+        const vkp_value *each = &value[i];
+        bool plain = each->type == VKP_INTEGER || each->type == VKP_ARRAY ||
+                     (each->type == VKP_STRING && (each->flags & VKP_F_VERBATIM) == 0) ||
+                     (each->type == VKP_ERROR && (each->flags & VKP_F_SIMPLE) != 0);
+        if (!plain || each->attributes != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *each;
+    const vkp_value *inner;
+    size_t count = 0;
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        count += each->type == VKP_ARRAY ? each->len : 1;
+    }
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        if (each->type != VKP_ARRAY) {
+            vkp_resp_put_value(writer, each, 2);
+            continue;
+        }
+        for (inner = vkp_value_first(each); inner != NULL; inner = vkp_value_next(each, inner)) {
+            vkp_resp_put_value(writer, inner, 2);
+        }
+    }
+}
+
+static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *each = vkp_value_first(value);
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len / 2);
+    while (each != NULL) {
+        const vkp_value *second = vkp_value_next(value, each);
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, 2);
+        vkp_resp_put_value(writer, each, 2);
+        vkp_resp_put_value(writer, second, 2);
+        each = vkp_value_next(value, second);
+    }
+}
+
+/* A RESP3 reply as the server would have given it to a RESP2 client. */
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
+{
+    const vkp_value *each;
+    if (value->type == VKP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
+        vkp_resp_put_raw(writer, "*-1\r\n", 5);
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
+        vkp_i_put_flat(writer, value);
+    } else if (value->type == VKP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
+        vkp_i_put_pairs(writer, value);
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+            vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
+        }
+    } else {
+        vkp_resp_put_value(writer, value, 2);
+    }
+}
+
+static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
+                            size_t count)
+{
+    const vkp_value *each;
+    size_t i = 0;
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
+        i++;
+    }
+}
+
+/* The reply in the client's protocol: the bytes as received where they say the same. */
+static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
+                                       const vkp_value *value, const vkp_bytes *frame,
+                                       vkp_bytes *out)
+{
+    vkp_resp_writer writer;
+    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    if (answer->protocol == 3
+            ? value->i_reserved == 0 && (value->type != VKP_NULL || value->flags == 0)
+            : !has_shape && vkp_i_value_is_resp2(value)) {
+        *out = vkp_bytes_ref(frame);
+        return VKP_OK;
+    }
+    vkp_resp_writer_init(&writer, env);
+    if (answer->protocol == 3) {
+        vkp_resp_put_value(&writer, value, 3);
+    } else if (answer->shape_count > 0 && value->type == VKP_ARRAY) {
+        vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
+    } else {
+        vkp_i_put_resp2(&writer, value, answer->shape);
+    }
+    return vkp_resp_writer_take(&writer, out);
+}
+
+static void vkp_i_answer_home(vkp_i_task *task)
+{
+    vkp_i_answer *answer = VKP_I_CONTAINER(task, vkp_i_answer, task);
+    answer->done = true;
+    vkp_i_local_flush_answers(answer->local);
+}
+
+/* On loop 0. The answer's client lives on its own loop: only its shard may be read here. */
+static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
+                                  const vkp_bytes *frame)
+{
+    vkp_i_answer *answer = (vkp_i_answer *)user;
+    vkp_i_shard *shard = answer->local->shard;
+    const vkp_env *env = shard->relay->env;
+    char text[160];
+    if (status == VKP_OK) {
+        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
+    }
+    if (status != VKP_OK) {
+        (void)snprintf(text, sizeof text, "%s",
+                       status == VKP_ERR_REFUSED
+                           ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the upstream connection was lost; the command may have run");
+        answer->bytes = vkp_i_error_bytes(env, text);
+    }
+    if (vkp_i_on_loop(shard->loop)) {
+        vkp_i_answer_home(&answer->task);
+        return;
+    }
+    answer->task.fn = vkp_i_answer_home;
+    if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
+        vkp_i_answer_home(&answer->task); /* that loop is closed: nobody else is there */
+    }
+}
+
+/* Send commands upstream and expect the last one's reply in the answer's place. */
+static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
+                                uint32_t replies)
+{
+    vkp_relay *relay = local->shard->relay;
+    char text[160];
+    vkp_status status =
+        vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
+    if (status != VKP_OK) {
+        (void)snprintf(text, sizeof text, "%s",
+                       status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the relay is not connected to its upstream server");
+        answer->bytes = vkp_i_error_bytes(relay->env, text);
+        answer->done = true;
+        vkp_i_local_flush_answers(local);
+    }
+}
+
+/* ---- the census ---- */
+
+/* Count a subscriber more or less. False: no memory (only when adding). */
+static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
+{
+    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map_node *node;
+    vkp_i_census_entry *entry = NULL;
+    bool ok = true;
+    VKP_I_LOCK(&relay->mutex);
+    node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
+    if (node != NULL) {
+        entry = VKP_I_CONTAINER(node, vkp_i_census_entry, node);
+    } else if (added) {
+        entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
+        ok = entry != NULL;
+        if (ok) {
+            if (name.len > 0) {
+                memcpy(entry + 1, name.ptr, name.len);
+            }
+            entry->node.key = vkp_i_str(entry + 1, name.len);
+            entry->node.hash = vkp_i_map_hash(map, name);
+            ok = vkp_i_map_insert(map, &entry->node);
+        }
+        if (!ok) {
+            vkp_i_free(relay->env, entry, sizeof *entry + name.len);
+            entry = NULL;
+        }
+    }
+    if (entry != NULL) {
+        entry->count += added ? (size_t)1 : (size_t)0 - 1;
+        if (entry->count == 0) {
+            vkp_i_map_remove(map, &entry->node);
+            vkp_i_free(relay->env, entry, sizeof *entry + entry->node.key.len);
+        }
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    return ok;
+}
+
+/* Locked: subscribers of a name. */
+static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+}
+
+/* Who gets a message published now, over all shards. */
+static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
+{
+    vkp_i_map_node *node = NULL;
+    size_t count;
+    VKP_I_LOCK(&relay->mutex);
+    count = vkp_i_census_count(relay, kind, channel);
+    while (kind == VKP_CHANNEL && relay->census[VKP_PATTERN].count > 0 &&
+           (node = vkp_i_map_next(&relay->census[VKP_PATTERN], node)) != NULL) {
+        if (vkp_glob_match(node->key, channel)) {
+            count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
+        }
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    return count;
+}
+
+/* ---- subscribing ---- */
+
+typedef struct vkp_i_subscription vkp_i_subscription;
+
+/* One name of a SUBSCRIBE that waits for the server. */
+typedef struct vkp_i_sub_item {
+    vkp_i_task task; /* home */
+    vkp_i_subscription *subscription;
+    vkp_str name;
+    bool upstream; /* an interest of the client was taken for it */
+    vkp_status status;
+} vkp_i_sub_item;
+
+struct vkp_i_subscription {
+    vkp_i_local *local;
+    vkp_sub_kind kind;
+    size_t bytes_allocated;
+    size_t count;
+    size_t waiting;          /* loop's thread */
+    vkp_i_sub_item items[1]; /* count of them; then the names */
+};
+
+static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe", "sunsubscribe"},
+                                                  {"subscribe", "psubscribe", "ssubscribe"}};
+
+/* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
+static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
+{
+    const uint32_t *counts = local->member.counts;
+    return kind == VKP_SHARD ? counts[VKP_SHARD] : counts[VKP_CHANNEL] + counts[VKP_PATTERN];
+}
+
+static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
+                                   vkp_sub_kind kind, vkp_str name)
+{
+    const char *verb = vkp_i_sub_verbs[added ? 1 : 0][kind];
+    int protocol = local->member.protocol;
+    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_PUSH : VKP_ARRAY, 3);
+    vkp_resp_put_bulk(writer, verb, strlen(verb));
+    if (name.ptr == NULL) {
+        vkp_resp_put_raw(writer, protocol == 3 ? "_\r\n" : "$-1\r\n", protocol == 3 ? 3 : 5);
+    } else {
+        vkp_resp_put_bulk(writer, name.ptr, name.len);
+    }
+    vkp_resp_put_integer(writer, (int64_t)vkp_i_local_sub_count(local, kind));
+}
+
+static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+{
+    if (relay->client != NULL &&
+        vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "no memory to unsubscribe upstream: a name stays");
+    }
+}
+
+/* A shard's topic came or went. Its one upstream interest goes with it. */
+static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name, bool added)
+{
+    vkp_i_shard *shard = (vkp_i_shard *)user;
+    if (!added) {
+        vkp_i_relay_drop_interest(shard->relay, kind, name);
+    }
+}
+
+/* Join the hub and count, or neither. */
+static bool vkp_i_local_join(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_relay *relay = local->shard->relay;
+    bool added = false;
+    if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
+        return false;
+    }
+    if (added && relay->client == NULL && !vkp_i_census_add(relay, kind, name, true)) {
+        (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
+        return false;
+    }
+    return true;
+}
+
+static void vkp_i_local_part(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_relay *relay = local->shard->relay;
+    if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
+        if (relay->client == NULL) { /* first: the name may be the hub's memory */
+            (void)vkp_i_census_add(relay, kind, name, false);
+        }
+        (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
+    }
+}
+
+static void vkp_i_local_part_all(vkp_i_local *local)
+{
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        while (local->member.counts[kind] > 0) {
+            vkp_i_local_part(local, (vkp_sub_kind)kind,
+                             vkp_hub_member_name(&local->member, (vkp_sub_kind)kind));
+        }
+    }
+}
+
+static void vkp_i_subscription_free(vkp_i_subscription *self)
+{
+    vkp_i_local *local = self->local;
+    vkp_i_free(local->shard->relay->env, self, self->bytes_allocated);
+    vkp_i_local_release(local);
+}
+
+/* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
+static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *item,
+                                      vkp_resp_writer *writer)
+{
+    vkp_i_local *local = self->local;
+    vkp_relay *relay = local->shard->relay;
+    bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
+    bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
+    bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
+    if (!closed && stands && !vkp_i_local_join(local, self->kind, item->name)) {
+        stands = false;
+        closed = true;
+        vkp_i_local_fail(local);
+    }
+    /* The interest goes to a fresh topic; nobody needs a second one. */
+    if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
+        item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
+        vkp_i_relay_drop_interest(relay, self->kind, item->name);
+    }
+    if (closed) {
+        return false;
+    }
+    if (stands) {
+        vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
+    } else {
+        vkp_resp_put_error(writer, "NOPERM the upstream server refused the subscription");
+    }
+    return true;
+}
+
+static void vkp_i_subscription_finish(vkp_i_subscription *self)
+{
+    vkp_i_local *local = self->local;
+    vkp_resp_writer writer;
+    bool alive = true;
+    size_t i;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    for (i = 0; i < self->count; i++) {
+        alive = vkp_i_subscription_settle(self, &self->items[i], &writer) && alive;
+    }
+    if (alive) {
+        vkp_i_local_answer_writer(local, &writer);
+    } else {
+        vkp_resp_writer_deinit(&writer);
+    }
+    local->flags &= ~VKP_I_LOCAL_BUSY;
+    vkp_i_local_proceed(local);
+    vkp_i_subscription_free(self);
+}
+
+static void vkp_i_sub_item_home(vkp_i_task *task)
+{
+    vkp_i_sub_item *item = VKP_I_CONTAINER(task, vkp_i_sub_item, task);
+    if (--item->subscription->waiting == 0) {
+        vkp_i_subscription_finish(item->subscription);
+    }
+}
+
+/* On loop 0. */
+static void vkp_i_sub_item_done(void *user, vkp_status status)
+{
+    vkp_i_sub_item *item = (vkp_i_sub_item *)user;
+    vkp_loop *loop = item->subscription->local->shard->loop;
+    item->status = status;
+    item->task.fn = vkp_i_sub_item_home;
+    if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
+        vkp_i_sub_item_home(&item->task);
+    }
+}
+
+static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_kind kind,
+                                                  size_t count, const vkp_str *names)
+{
+    vkp_i_subscription *self;
+    size_t bytes = sizeof *self + count * sizeof(vkp_i_sub_item);
+    char *text;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        bytes += names[i].len;
+    }
+    self = (vkp_i_subscription *)vkp_i_alloc_zero(local->shard->relay->env, bytes);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->bytes_allocated = bytes;
+    self->local = local;
+    self->kind = kind;
+    self->count = count;
+    local->refs++;
+    text = (char *)&self->items[count];
+    for (i = 0; i < count; i++) {
+        self->items[i].subscription = self;
+        if (names[i].len > 0) {
+            memcpy(text, names[i].ptr, names[i].len);
+        }
+        self->items[i].name = vkp_i_str(text, names[i].len);
+        text += names[i].len;
+    }
+    return self;
+}
+
+static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
+                                  const vkp_str *names)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_i_subscription *self = vkp_i_subscription_new(local, kind, count, names);
+    vkp_status status;
+    size_t i;
+    if (self == NULL) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
+    self->waiting = 1; /* ours, until all are asked for */
+    for (i = 0; i < count; i++) {
+        vkp_i_sub_item *item = &self->items[i];
+        if (relay->client == NULL || vkp_hub_get_members(local->shard->hub, kind, item->name) > 0) {
+            item->status = VKP_OK;
+            continue;
+        }
+        item->upstream = true;
+        self->waiting++;
+        status =
+            vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
+        if (status != VKP_OK) { /* else loop 0 owns the item now, perhaps already */
+            item->status = status;
+            item->upstream = false;
+            self->waiting--;
+        }
+    }
+    if (--self->waiting == 0) {
+        vkp_i_subscription_finish(self);
+    }
+}
+
+static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
+                                    const vkp_str *names)
+{
+    vkp_resp_writer writer;
+    size_t i;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    for (i = 0; i < count; i++) {
+        vkp_i_local_part(local, kind, names[i]);
+        vkp_i_put_confirmation(&writer, local, false, kind, names[i]);
+    }
+    if (count == 0 && local->member.counts[kind] == 0) {
+        vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(NULL, 0));
+    }
+    while (count == 0 && local->member.counts[kind] > 0) {
+        vkp_str name = vkp_hub_member_name(&local->member, kind);
+        vkp_bytes copy;
+        if (vkp_bytes_copy(local->shard->relay->env, name.ptr, name.len, &copy) != VKP_OK) {
+            vkp_i_local_fail(local);
+            break;
+        }
+        vkp_i_local_part(local, kind, name);
+        vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(copy.data, copy.len));
+        vkp_bytes_unref(&copy);
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+/* ---- commands ---- */
+
+#define VKP_I_CMD_ORDER 0x0100u  /* waits until all answers are out */
+#define VKP_I_CMD_LOCAL 0x0200u  /* answered here, server or not */
+#define VKP_I_CMD_ALONE 0x0400u  /* answered here stand-alone, else forwarded */
+#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a subscribed RESP2 client */
+#define VKP_I_CMD_BLOCKS 0x1000u /* refused: it would block everybody */
+#define VKP_I_CMD_STATE 0x2000u  /* refused: it would change the shared connection */
+#define VKP_I_CMD_MULTI 0x4000u  /* runs inside MULTI instead of being held */
+#define VKP_I_CMD_MAYBE 0x8000u  /* refused with a BLOCK argument */
+
+typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
+
+typedef struct vkp_i_command {
+    const char *name; /* lower case; the table is sorted */
+    vkp_i_command_fn run;
+    uint32_t flags; /* and the shape in the low byte */
+} vkp_i_command;
+
+static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
+                              const vkp_str *argv)
+{
+    if (argc < least || argc > most) {
+        vkp_i_local_error(local, "ERR wrong number of arguments for '%.*s' command",
+                          VKP_I_SHORT(argv[0]));
+        return false;
+    }
+    return true;
+}
+
+static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    bool subscribed =
+        vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0;
+    if (!vkp_i_local_arity(local, argc, 1, 2, argv)) {
+        return;
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (subscribed && local->member.protocol == 2) {
+        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 2);
+        vkp_resp_put_bulk(&writer, "pong", 4);
+        vkp_resp_put_bulk(&writer, argc > 1 ? argv[1].ptr : "", argc > 1 ? argv[1].len : 0);
+    } else if (argc > 1) {
+        vkp_resp_put_bulk(&writer, argv[1].ptr, argv[1].len);
+    } else {
+        vkp_i_local_answer_static(local, "+PONG\r\n");
+        return;
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    if (vkp_i_local_arity(local, argc, 2, 2, argv)) {
+        vkp_resp_writer_init(&writer, local->shard->relay->env);
+        vkp_resp_put_bulk(&writer, argv[1].ptr, argv[1].len);
+        vkp_i_local_answer_writer(local, &writer);
+    }
+}
+
+/* A name of printable bytes without blanks, as servers want it. NULL and an error otherwise. */
+static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
+{
+    const vkp_env *env = local->shard->relay->env;
+    char *copy = NULL;
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
+                                     "characters.");
+            return false;
+        }
+    }
+    if (name.len > 0) {
+        copy = (char *)vkp_i_alloc(env, name.len + 1);
+        if (copy == NULL) {
+            vkp_i_local_fail(local);
+            return false;
+        }
+        memcpy(copy, name.ptr, name.len);
+        copy[name.len] = '\0';
+    }
+    vkp_i_free_text(env, local->name);
+    local->name = copy;
+    return true;
+}
+
+static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
+{
+    if (protocol == 3) {
+        vkp_resp_put_aggregate(writer, VKP_MAP, pairs);
+    } else {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, pairs * 2);
+    }
+}
+
+static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
+{
+    vkp_resp_put_bulk(writer, text, strlen(text));
+}
+
+static void vkp_i_local_greet(vkp_i_local *local)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_map(&writer, local->member.protocol, 7);
+    vkp_i_put_text(&writer, "server");
+    vkp_i_put_text(&writer, "valkey-push-relay");
+    vkp_i_put_text(&writer, "version");
+    vkp_i_put_text(&writer, VKP_VERSION_STR);
+    vkp_i_put_text(&writer, "proto");
+    vkp_resp_put_integer(&writer, local->member.protocol);
+    vkp_i_put_text(&writer, "id");
+    vkp_resp_put_integer(&writer, (int64_t)local->id);
+    vkp_i_put_text(&writer, "mode");
+    vkp_i_put_text(&writer, "standalone");
+    vkp_i_put_text(&writer, "role");
+    vkp_i_put_text(&writer, "master");
+    vkp_i_put_text(&writer, "modules");
+    vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static const char vkp_i_no_auth[] =
+    "ERR the relay takes no passwords: its socket's permissions decide who may connect";
+
+static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    int protocol = local->member.protocol;
+    vkp_str name = vkp_i_str(NULL, 0);
+    size_t i = 2;
+    if (argc > 1) {
+        if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
+            vkp_i_local_error(local, "NOPROTO unsupported protocol version");
+            return;
+        }
+        protocol = argv[1].ptr[0] - '0';
+    }
+    while (i < argc) {
+        if (vkp_i_str_is(argv[i], "SETNAME") && i + 1 < argc) {
+            name = argv[i + 1];
+            i += 2;
+        } else if (vkp_i_str_is(argv[i], "AUTH") && i + 2 < argc) {
+            vkp_i_local_error(local, "%s", vkp_i_no_auth);
+            return;
+        } else {
+            vkp_i_local_error(local, "ERR Syntax error in HELLO option '%.*s'",
+                              VKP_I_SHORT(argv[i]));
+            return;
+        }
+    }
+    if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
+        local->member.protocol = protocol;
+        vkp_i_local_greet(local);
+    }
+}
+
+static void vkp_i_run_auth(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_error(local, "%s", vkp_i_no_auth);
+}
+
+static void vkp_i_multi_free(vkp_i_local *local)
+{
+    const vkp_env *env = local->shard->relay->env;
+    vkp_i_multi *multi = local->multi;
+    if (multi != NULL) {
+        vkp_resp_writer_deinit(&multi->block);
+        vkp_i_free(env, multi->shapes, multi->capacity);
+        vkp_i_free(env, multi, sizeof *multi);
+        local->multi = NULL;
+    }
+}
+
+static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_multi_free(local);
+    vkp_i_local_part_all(local);
+    (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
+    local->member.protocol = 2;
+    vkp_i_local_answer_static(local, "+RESET\r\n");
+}
+
+static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_answer_static(local, "+OK\r\n");
+    vkp_conn_drain(local->member.conn);
+}
+
+static void vkp_i_local_client_info(vkp_i_local *local)
+{
+    char text[320];
+    vkp_resp_writer writer;
+    const uint32_t *counts = local->member.counts;
+    (void)snprintf(text, sizeof text,
+                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
+                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
+                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_CHANNEL],
+                   (unsigned)counts[VKP_PATTERN], (unsigned)counts[VKP_SHARD],
+                   local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_text(&writer, text);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        uint32_t shape);
+
+static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING", "NO-EVICT",
+                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR"};
+    vkp_resp_writer writer;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    for (i = 0; i < sizeof refused / sizeof refused[0]; i++) {
+        if (vkp_i_str_is(argv[1], refused[i])) {
+            vkp_i_local_error(local,
+                              "ERR CLIENT %s cannot be shared: it would change the relay's "
+                              "one upstream connection",
+                              refused[i]);
+            return;
+        }
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (vkp_i_str_is(argv[1], "ID")) {
+        vkp_resp_put_integer(&writer, (int64_t)local->id);
+        vkp_i_local_answer_writer(local, &writer);
+    } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
+        if (vkp_i_local_set_name(local, argv[2])) {
+            vkp_i_local_answer_static(local, "+OK\r\n");
+        }
+    } else if (vkp_i_str_is(argv[1], "GETNAME")) {
+        if (local->name != NULL) {
+            vkp_i_put_text(&writer, local->name);
+        } else {
+            vkp_resp_put_raw(&writer, local->member.protocol == 3 ? "_\r\n" : "$-1\r\n",
+                             local->member.protocol == 3 ? 3 : 5);
+        }
+        vkp_i_local_answer_writer(local, &writer);
+    } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
+        vkp_i_local_answer_static(local, "+OK\r\n"); /* told to nobody */
+    } else if (vkp_i_str_is(argv[1], "INFO")) {
+        vkp_i_local_client_info(local);
+    } else if (local->shard->relay->client != NULL) {
+        vkp_i_local_forward_command(local, argc, argv, 0);
+    } else {
+        vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
+                          VKP_I_SHORT(argv[1]));
+    }
+}
+
+static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_PATTERN
+                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SHARD
+                                                             : VKP_CHANNEL;
+    if (vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);
+    }
+}
+
+static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    char first = vkp_i_lower(argv[0].ptr[0]);
+    vkp_sub_kind kind = first == 'p' ? VKP_PATTERN : first == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
+}
+
+/* Stand-alone: to the members here, and to the other shards as a push. */
+static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_i_shard *shard = local->shard;
+    vkp_relay *relay = shard->relay;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_resp_writer writer;
+    size_t receivers;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 3, 3, argv)) {
+        return;
+    }
+    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    receivers = relay->shard_count > 1 ? vkp_i_census_receivers(relay, kind, argv[1]) : 0;
+    for (i = 0; i < relay->shard_count && receivers > 0; i++) {
+        vkp_push push;
+        if (&relay->shards[i] == shard) {
+            continue;
+        }
+        memset(&push, 0, sizeof push);
+        push.kind = kind == VKP_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
+        push.sub = kind;
+        vkp_resp_writer_init(&writer, relay->env);
+        vkp_resp_put_raw(&writer, argv[1].ptr, argv[1].len);
+        vkp_resp_put_raw(&writer, argv[2].ptr, argv[2].len);
+        if (vkp_resp_writer_take(&writer, &push.frame) == VKP_OK) {
+            push.channel = vkp_i_str(push.frame.data, argv[1].len);
+            push.payload = vkp_i_str(push.frame.data + argv[1].len, argv[2].len);
+            if (vkp_mpsc_try_send(relay->shards[i].pushes, &push) != VKP_OK) {
+                vkp_push_unref(&push);
+            }
+        }
+    }
+    i = vkp_hub_publish(shard->hub, kind, argv[1], argv[2]);
+    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)i);
+    vkp_resp_writer_init(&writer, relay->env);
+    vkp_resp_put_integer(&writer, (int64_t)(relay->shard_count > 1 ? receivers : i));
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
+                               const vkp_str *pattern)
+{
+    vkp_i_map_node *node = NULL;
+    size_t count = 0;
+    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+        count += pattern == NULL || vkp_glob_match(*pattern, node->key) ? 1u : 0u;
+    }
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+        if (pattern == NULL || vkp_glob_match(*pattern, node->key)) {
+            vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
+        }
+    }
+}
+
+static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_resp_writer writer;
+    vkp_sub_kind kind;
+    vkp_str what;
+    bool known = true;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SHARD
+                                                                               : VKP_CHANNEL;
+    what = kind == VKP_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    vkp_resp_writer_init(&writer, relay->env);
+    VKP_I_LOCK(&relay->mutex);
+    if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
+        vkp_i_put_channels(&writer, relay, kind, argc == 3 ? &argv[2] : NULL);
+    } else if (vkp_i_str_is(what, "NUMSUB")) {
+        vkp_i_put_map(&writer, 2, argc - 2);
+        for (i = 2; i < argc; i++) {
+            vkp_resp_put_bulk(&writer, argv[i].ptr, argv[i].len);
+            vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
+        }
+    } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
+        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_PATTERN].count);
+    } else {
+        known = false;
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    if (known) {
+        vkp_i_local_answer_writer(local, &writer);
+    } else {
+        vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
+                          VKP_I_SHORT(argv[1]));
+    }
+}
+
+/* What client libraries ask on connect, stand-alone: no commands are described here. */
+static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (argc > 1 && vkp_i_str_is(argv[1], "COUNT")) {
+        vkp_resp_put_integer(&writer, 0);
+    } else if ((argc > 1 && vkp_i_str_is(argv[1], "DOCS")) || vkp_i_str_is(argv[0], "CONFIG")) {
+        vkp_i_put_map(&writer, local->member.protocol, 0);
+    } else {
+        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    char text[320];
+    vkp_resp_writer writer;
+    (void)argc;
+    (void)argv;
+    (void)snprintf(text, sizeof text,
+                   "# Server\r\nvalkey_push_version:%s\r\nredis_mode:standalone\r\n"
+                   "# Clients\r\nconnected_clients:%llu\r\n# Persistence\r\nloading:0\r\n",
+                   VKP_VERSION_STR, (unsigned long long)VKP_I_LOAD(&relay->clients));
+    vkp_resp_writer_init(&writer, relay->env);
+    vkp_i_put_text(&writer, text);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+/* ---- MULTI ---- */
+
+static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    const vkp_env *env = local->shard->relay->env;
+    vkp_str verb = vkp_str_of("MULTI");
+    if (local->shard->relay->client == NULL) {
+        vkp_i_local_error(local, "ERR MULTI needs an upstream server: this relay stands alone");
+        return;
+    }
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        return;
+    }
+    if (local->multi != NULL) {
+        vkp_i_local_error(local, "ERR MULTI calls can not be nested");
+        return;
+    }
+    local->multi = (vkp_i_multi *)vkp_i_alloc_zero(env, sizeof *local->multi);
+    if (local->multi == NULL) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_resp_writer_init(&local->multi->block, env);
+    vkp_i_put_command(&local->multi->block, 1, &verb);
+    vkp_i_local_answer_static(local, "+OK\r\n");
+}
+
+static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    if (local->multi == NULL) {
+        vkp_i_local_error(local, "ERR DISCARD without MULTI");
+        return;
+    }
+    vkp_i_multi_free(local);
+    vkp_i_local_answer_static(local, "+OK\r\n");
+}
+
+static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_i_multi *multi = local->multi;
+    vkp_str verb = vkp_str_of("EXEC");
+    vkp_i_answer *answer;
+    vkp_bytes block;
+    uint32_t replies;
+    (void)argc;
+    (void)argv;
+    if (multi == NULL) {
+        vkp_i_local_error(local, "ERR EXEC without MULTI");
+        return;
+    }
+    if (multi->failed) {
+        vkp_i_multi_free(local);
+        vkp_i_local_error(local, "EXECABORT Transaction discarded because of previous errors.");
+        return;
+    }
+    vkp_i_put_command(&multi->block, 1, &verb);
+    replies = (uint32_t)multi->count + 2;
+    answer = vkp_i_answer_new(local, multi->count);
+    if (answer == NULL || vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
+        vkp_i_local_fail(local); /* an answer that never comes goes with the connection */
+        vkp_i_multi_free(local);
+        return;
+    }
+    if (multi->count > 0) {
+        memcpy(answer + 1, multi->shapes, multi->count);
+    }
+    vkp_i_multi_free(local);
+    vkp_i_local_forward(local, answer, &block, replies);
+    vkp_bytes_unref(&block);
+}
+
+/* Hold a command until EXEC. */
+static void vkp_i_multi_hold(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
+{
+    vkp_i_multi *multi = local->multi;
+    const vkp_env *env = local->shard->relay->env;
+    void *shapes = multi->shapes;
+    size_t i;
+    size_t bytes = multi->block.i_len;
+    for (i = 0; i < argc; i++) {
+        bytes += argv[i].len;
+    }
+    if (bytes > local->shard->relay->max_request_bytes) {
+        multi->failed = true;
+        vkp_i_local_error(local,
+                          "ERR the transaction is larger than the relay's limit of %zu bytes",
+                          local->shard->relay->max_request_bytes);
+        return;
+    }
+    if (!vkp_i_grow(env, &shapes, &multi->capacity, multi->count + 1, 1)) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    multi->shapes = (uint8_t *)shapes;
+    multi->shapes[multi->count++] = (uint8_t)shape;
+    vkp_i_put_command(&multi->block, argc, argv);
+    vkp_i_local_answer_static(local, "+QUEUED\r\n");
+}
+
+/* ---- dispatch ---- */
+
+#define VKP_I_SUBS (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_SUB2)
+#define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
+
+static const vkp_i_command vkp_i_commands[] = {
+    {"asking", NULL, VKP_I_CMD_STATE},
+    {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
+    {"blmove", NULL, VKP_I_CMD_BLOCKS},
+    {"blmpop", NULL, VKP_I_CMD_BLOCKS},
+    {"blpop", NULL, VKP_I_CMD_BLOCKS},
+    {"brpop", NULL, VKP_I_CMD_BLOCKS},
+    {"brpoplpush", NULL, VKP_I_CMD_BLOCKS},
+    {"bzmpop", NULL, VKP_I_CMD_BLOCKS},
+    {"bzpopmax", NULL, VKP_I_CMD_BLOCKS},
+    {"bzpopmin", NULL, VKP_I_CMD_BLOCKS},
+    {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
+    {"command", vkp_i_run_command, VKP_I_CMD_ALONE | VKP_I_SHAPE_NULL_ELEMENTS},
+    {"config", vkp_i_run_command, VKP_I_CMD_ALONE},
+    {"discard", vkp_i_run_discard, VKP_I_HERE},
+    {"echo", vkp_i_run_echo, VKP_I_CMD_ALONE},
+    {"exec", vkp_i_run_exec, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
+    {"geopos", NULL, VKP_I_SHAPE_NULL_ELEMENTS},
+    {"hello", vkp_i_run_hello, VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER},
+    {"hrandfield", NULL, VKP_I_SHAPE_FLAT},
+    {"info", vkp_i_run_info, VKP_I_CMD_ALONE},
+    {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"monitor", NULL, VKP_I_CMD_STATE},
+    {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
+    {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
+    {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"psync", NULL, VKP_I_CMD_STATE},
+    {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
+    {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
+    {"punsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
+    {"readonly", NULL, VKP_I_CMD_STATE},
+    {"readwrite", NULL, VKP_I_CMD_STATE},
+    {"replconf", NULL, VKP_I_CMD_STATE},
+    {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
+    {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"select", NULL, VKP_I_CMD_STATE},
+    {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
+    {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"sync", NULL, VKP_I_CMD_STATE},
+    {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"unwatch", NULL, VKP_I_CMD_STATE},
+    {"wait", NULL, VKP_I_CMD_BLOCKS},
+    {"waitaof", NULL, VKP_I_CMD_BLOCKS},
+    {"watch", NULL, VKP_I_CMD_STATE},
+    {"xread", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xreadgroup", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"zdiff", NULL, VKP_I_SHAPE_FLAT},
+    {"zinter", NULL, VKP_I_SHAPE_FLAT},
+    {"zmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zpopmax", NULL, VKP_I_SHAPE_FLAT},
+    {"zpopmin", NULL, VKP_I_SHAPE_FLAT},
+    {"zrandmember", NULL, VKP_I_SHAPE_FLAT},
+    {"zrange", NULL, VKP_I_SHAPE_FLAT},
+    {"zrangebyscore", NULL, VKP_I_SHAPE_FLAT},
+    {"zrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zrevrange", NULL, VKP_I_SHAPE_FLAT},
+    {"zrevrangebyscore", NULL, VKP_I_SHAPE_FLAT},
+    {"zrevrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zunion", NULL, VKP_I_SHAPE_FLAT}};
+
+static const vkp_i_command *vkp_i_command_find(vkp_str name)
+{
+    char key[20];
+    size_t low = 0;
+    size_t high = sizeof vkp_i_commands / sizeof vkp_i_commands[0];
+    size_t i;
+    if (name.len == 0 || name.len >= sizeof key) {
+        return NULL;
+    }
+    for (i = 0; i < name.len; i++) {
+        key[i] = vkp_i_lower(name.ptr[i]);
+    }
+    key[name.len] = '\0';
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = strcmp(key, vkp_i_commands[middle].name);
+        if (order == 0) {
+            return &vkp_i_commands[middle];
+        }
+        if (order < 0) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return NULL;
+}
+
+/* The shape of this call: for some commands only a form with one argument more has it. */
+static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, const vkp_str *argv)
+{
+    uint32_t shape = command != NULL ? command->flags & 0xffu : 0;
+    bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
+    bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
+    return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
+}
+
+/* Refuse what cannot be shared; the reason is the answer. */
+static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+                               const vkp_str *argv)
+{
+    uint32_t flags = command != NULL ? command->flags : 0;
+    size_t i;
+    if ((flags & VKP_I_CMD_MAYBE) != 0) {
+        for (i = 1; i < argc && !vkp_i_str_is(argv[i], "STREAMS"); i++) {
+            if (vkp_i_str_is(argv[i], "BLOCK")) {
+                flags |= VKP_I_CMD_BLOCKS;
+            }
+        }
+    }
+    if ((flags & VKP_I_CMD_BLOCKS) != 0) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' cannot be shared: it would block the relay's one "
+                          "upstream connection; connect to the server itself",
+                          VKP_I_SHORT(argv[0]));
+    } else if ((flags & VKP_I_CMD_STATE) != 0) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' cannot be shared: it would change the state of the "
+                          "relay's one upstream connection; connect to the server itself",
+                          VKP_I_SHORT(argv[0]));
+    } else if (local->multi != NULL && (flags & VKP_I_CMD_LOCAL) != 0 &&
+               (flags & VKP_I_CMD_MULTI) == 0 && command->run != vkp_i_run_ping) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' inside MULTI cannot be shared: it belongs to this "
+                          "connection, not to the relay's",
+                          VKP_I_SHORT(argv[0]));
+    } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
+               local->member.i_subs != NULL) {
+        vkp_i_local_error(local,
+                          "ERR Can't execute '%.*s': only (P|S)SUBSCRIBE / "
+                          "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
+                          "context",
+                          VKP_I_SHORT(argv[0]));
+        return true; /* as servers: this alone does not fail a transaction */
+    } else {
+        return false;
+    }
+    if (local->multi != NULL) {
+        local->multi->failed = true;
+    }
+    return true;
+}
+
+static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *request, uint32_t shape)
+{
+    vkp_i_answer *answer = vkp_i_answer_new(local, 0);
+    if (answer != NULL) {
+        answer->shape = (uint8_t)shape;
+        vkp_i_local_forward(local, answer, request, 1);
+    }
+}
+
+static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        uint32_t shape)
+{
+    vkp_resp_writer writer;
+    vkp_bytes request;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &request) != VKP_OK) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_i_local_forward_bytes(local, &request, shape);
+    vkp_bytes_unref(&request);
+}
+
+/* Run one command. `request`: its bytes, when they are a whole RESP array. False: not now, the
+   bytes must come again.                                                                      */
+static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                const vkp_bytes *request)
+{
+    vkp_relay *relay = local->shard->relay;
+    const vkp_i_command *command = vkp_i_command_find(argv[0]);
+    uint32_t flags = command != NULL ? command->flags : 0;
+    uint32_t shape = vkp_i_command_shape(command, argc, argv);
+    bool here =
+        (flags & VKP_I_CMD_LOCAL) != 0 || ((flags & VKP_I_CMD_ALONE) != 0 && relay->client == NULL);
+    if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+        return false;
+    }
+    if (vkp_i_local_refuse(local, command, argc, argv)) {
+        return true;
+    }
+    if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
+        vkp_i_multi_hold(local, argc, argv, shape);
+    } else if (here) {
+        command->run(local, argc, argv);
+    } else if (relay->client == NULL) {
+        vkp_i_local_error(local,
+                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
+                          "broker without a server",
+                          VKP_I_SHORT(argv[0]));
+    } else if (request != NULL) {
+        vkp_i_local_forward_bytes(local, request, shape);
+    } else {
+        vkp_i_local_forward_command(local, argc, argv, shape);
+    }
+    return true;
+}
+
+/* ---- requests ---- */
+
+__attribute__((format(printf, 2, 3))) static void
+vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
+{
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    (void)vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    vkp_i_log(local->shard->relay->env, VKP_LOG_INFO, "client %llu: protocol error: %s",
+              (unsigned long long)local->id, text);
+    (void)VKP_I_ADD(&local->shard->relay->protocol_errors, (uint64_t)1);
+    vkp_i_local_error(local, "ERR Protocol error: %s", text);
+    vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
+    vkp_i_local_proceed(local);
+}
+
+static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
+{
+    void *argv = shard->argv;
+    if (shard->argv_capacity > 65536 && argc < 1024) { /* a huge command was here */
+        vkp_i_free(shard->relay->env, argv, shard->argv_capacity * sizeof *shard->argv);
+        argv = NULL;
+        shard->argv_capacity = 0;
+    }
+    shard->argv = (vkp_str *)argv;
+    if (!vkp_i_grow(shard->relay->env, &argv, &shard->argv_capacity, argc, sizeof *shard->argv)) {
+        return false;
+    }
+    shard->argv = (vkp_str *)argv;
+    return true;
+}
+
+/* A command as an array of bulk strings. Returns bytes used, 0: none (wait, or leaving). */
+static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, size_t from)
+{
+    vkp_i_shard *shard = local->shard;
+    vkp_resp_reader *reader = local->reader != NULL ? local->reader : shard->reader;
+    const vkp_value *value = NULL;
+    const vkp_value *each;
+    vkp_bytes request;
+    size_t used = 0;
+    size_t argc = 0;
+    bool done = true;
+    vkp_status status =
+        vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
+    if (status == VKP_ERR_EMPTY) {
+        /* Keep the reader of a long command: it must not be read from its start again. */
+        if (reader == shard->reader && reader->count > 64) {
+            vkp_resp_reader *fresh;
+            if (vkp_resp_reader_open(&reader->config, &fresh) == VKP_OK) {
+                local->reader = reader;
+                shard->reader = fresh;
+            }
+        }
+        if (local->reader == NULL) {
+            vkp_resp_reader_reset(reader);
+        }
+        return 0;
+    }
+    if (status != VKP_OK) {
+        if (status == VKP_ERR_NOMEM) {
+            vkp_i_local_fail(local);
+        } else {
+            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_error(reader, NULL));
+        }
+        vkp_resp_reader_reset(reader);
+        return 0;
+    }
+    if (!vkp_i_shard_reserve_argv(shard, value->len)) {
+        vkp_i_local_fail(local);
+        return 0;
+    }
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        if (each->type != VKP_STRING || each->flags != 0) {
+            vkp_i_local_protocol_error(local, "expected '$', an argument is no bulk string");
+            return 0;
+        }
+        shard->argv[argc++] = vkp_value_str(each);
+    }
+    if (argc > 0) {
+        request.data = in->data + from;
+        request.len = used;
+        request.block = in->block;
+        done = vkp_i_local_execute(local, argc, shard->argv, &request);
+    }
+    vkp_resp_reader_unref(local->reader);
+    local->reader = NULL;
+    if (!done) {
+        vkp_resp_reader_reset(shard->reader);
+    }
+    return done ? used : 0;
+}
+
+static int vkp_i_hex(char c)
+{
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
+}
+
+/* One escape of a double-quoted text, at the backslash. Returns its length. */
+static size_t vkp_i_unescape(const char *at, const char *end, char *out)
+{
+    static const char from[] = "nrtba";
+    static const char to[] = "\n\r\t\b\a";
+    const char *known;
+    if (end - at >= 4 && at[1] == 'x' && vkp_i_hex(at[2]) >= 0 && vkp_i_hex(at[3]) >= 0) {
+        *out = (char)(unsigned char)(vkp_i_hex(at[2]) * 16 + vkp_i_hex(at[3]));
+        return 4;
+    }
+    if (end - at < 2) {
+        *out = '\\';
+        return 1;
+    }
+    known = (const char *)memchr(from, at[1], sizeof from - 1);
+    *out = known != NULL ? to[known - from] : at[1];
+    return 2;
+}
+
+/* One word of an inline command from `at`, unquoted to `out`. NULL: quotes are not balanced. */
+static const char *vkp_i_inline_word(const char *at, const char *end, char **out)
+{
+    char quote = *at == '"' || *at == '\'' ? *at : '\0';
+    at += quote != '\0' ? 1 : 0;
+    while (at < end) {
+        if (quote != '\0' && *at == quote) {
+            at++;
+            return at == end || *at == ' ' || *at == '\t' ? at : NULL;
+        }
+        if (quote == '\0' && (*at == ' ' || *at == '\t')) {
+            return at;
+        }
+        if (quote == '"' && *at == '\\') {
+            at += vkp_i_unescape(at, end, *out);
+        } else if (quote == '\'' && *at == '\\' && at + 1 < end && at[1] == '\'') {
+            **out = '\'';
+            at += 2;
+        } else {
+            **out = *at++;
+        }
+        (*out)++;
+    }
+    return quote == '\0' ? at : NULL;
+}
+
+/* Split a line into shard->argv. False: unbalanced quotes, or no memory (argc SIZE_MAX). */
+static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *end, size_t *argc)
+{
+    void *text = shard->inline_text;
+    char *out;
+    *argc = SIZE_MAX;
+    if (!vkp_i_grow(shard->relay->env, &text, &shard->inline_capacity, (size_t)(end - at) + 1, 1)) {
+        return false;
+    }
+    shard->inline_text = (char *)text;
+    out = shard->inline_text;
+    if (!vkp_i_shard_reserve_argv(shard, (size_t)(end - at) / 2 + 1)) {
+        return false;
+    }
+    *argc = 0;
+    while (at != NULL && at < end) {
+        char *start = out;
+        if (*at == ' ' || *at == '\t') {
+            at++;
+            continue;
+        }
+        at = vkp_i_inline_word(at, end, &out);
+        shard->argv[(*argc)++] = vkp_i_str(start, (size_t)(out - start));
+    }
+    return at != NULL;
+}
+
+#define VKP_I_INLINE_MAX 65536u
+
+/* A command as a line of words. Returns as vkp_i_local_take_array. */
+static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, size_t from)
+{
+    vkp_i_shard *shard = local->shard;
+    const char *line = (const char *)in->data + from;
+    size_t left = in->len - from;
+    const char *lf = (const char *)memchr(line, '\n', VKP_I_MIN(left, (size_t)VKP_I_INLINE_MAX));
+    const char *end;
+    size_t argc = 0;
+    if (lf == NULL) {
+        if (left >= VKP_I_INLINE_MAX) {
+            vkp_i_local_protocol_error(local, "too big inline request, %u bytes without a line end",
+                                       (unsigned)VKP_I_INLINE_MAX);
+        }
+        return 0;
+    }
+    end = lf > line && lf[-1] == '\r' ? lf - 1 : lf;
+    if (!vkp_i_shard_split(shard, line, end, &argc)) {
+        if (argc == SIZE_MAX) {
+            vkp_i_local_fail(local);
+        } else {
+            vkp_i_local_protocol_error(local, "unbalanced quotes in request");
+        }
+        return 0;
+    }
+    if (argc > 0 &&
+        (vkp_i_str_is(shard->argv[0], "POST") || vkp_i_str_is(shard->argv[0], "HOST:") ||
+         (argc == 3 && vkp_i_starts_with(shard->argv[2], "HTTP/")))) {
+        vkp_i_local_protocol_error(local, "this looks like HTTP");
+        return 0;
+    }
+    if (argc > 0 && !vkp_i_local_execute(local, argc, shard->argv, NULL)) {
+        return 0;
+    }
+    return (size_t)(lf - line) + 1;
+}
+
+static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    size_t used = 0;
+    uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
+                    VKP_I_LOCAL_FAILED;
+    local->refs++;
+    while (used < in->len && (local->flags & stop) == 0 &&
+           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_DOOMED)) == 0) {
+        size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
+                                            : vkp_i_local_take_inline(local, in, used);
+        if (step == 0) {
+            break;
+        }
+        used += step;
+    }
+    if ((local->flags & VKP_I_LOCAL_LEAVING) != 0 && (local->flags & stop) == 0 &&
+        local->answers == NULL) {
+        vkp_conn_drain(conn); /* the peer ended, and this was all that it had said */
+    }
+    vkp_i_local_release(local);
+    return used;
+}
+
+/* ---- local clients ---- */
+
+static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    local->flags |= VKP_I_LOCAL_LEAVING;
+    if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+        vkp_conn_drain(conn);
+    }
+    return true;
+}
+
+static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
+{
+    (void)conn;
+    vkp_i_local_proceed((vkp_i_local *)user);
+}
+
+static void vkp_i_shard_told(vkp_i_shard *shard);
+
+static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    vkp_i_shard *shard = local->shard;
+    vkp_relay *relay = shard->relay;
+    vkp_i_log(relay->env, VKP_LOG_DEBUG, "client %llu: %s%s%s", (unsigned long long)local->id,
+              vkp_close_reason_str(reason), error != 0 ? ": " : "",
+              error != 0 ? strerror(error) : "");
+    if (reason == VKP_CLOSE_SLOW) {
+        (void)VKP_I_ADD(&relay->slow_closed, (uint64_t)1);
+    }
+    local->flags |= VKP_I_LOCAL_CLOSED;
+    vkp_i_local_part_all(local);
+    vkp_i_multi_free(local);
+    if (local->prev != NULL) {
+        local->prev->next = local->next;
+    } else {
+        shard->locals = local->next;
+    }
+    if (local->next != NULL) {
+        local->next->prev = local->prev;
+    }
+    shard->local_count--;
+    (void)VKP_I_SUB(&relay->clients, 1);
+    local->member.conn = NULL;
+    vkp_conn_unref(conn);
+    vkp_i_shard_told(shard);
+    vkp_i_local_release(local);
+}
+
+static const vkp_conn_ops vkp_i_local_ops = {NULL,
+                                             vkp_i_local_on_data,
+                                             vkp_i_local_on_drain,
+                                             vkp_i_local_on_end,
+                                             vkp_i_local_on_close,
+                                             vkp_resp_frame_len};
+
+/* Serve an accepted descriptor on this shard's loop. Takes fd. */
+static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd)
+{
+    vkp_relay *relay = shard->relay;
+    vkp_i_local *local = NULL;
+    vkp_conn *conn;
+    if (!shard->draining && !shard->loop->closed) {
+        local = (vkp_i_local *)vkp_i_alloc_zero(relay->env, sizeof *local);
+    }
+    if (local == NULL || vkp_i_conn_adopt(shard->loop, fd, shard->profile, true, &conn) != VKP_OK) {
+        vkp_i_free(relay->env, local, sizeof *local);
+        (void)shard->loop->sys->close(fd);
+        (void)VKP_I_SUB(&relay->clients, 1);
+        return;
+    }
+    local->member.conn = conn;
+    local->member.protocol = 2;
+    local->shard = shard;
+    local->refs = 1;
+    local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
+    local->answers_end = &local->answers;
+    local->next = shard->locals;
+    if (local->next != NULL) {
+        local->next->prev = local;
+    }
+    shard->locals = local;
+    shard->local_count++;
+    (void)VKP_I_ADD(&relay->refs, 1);
+    vkp_conn_set_user(conn, local);
+}
+
+/* ---- accepting, on loop 0 ---- */
+
+typedef struct vkp_i_handover {
+    vkp_i_task task;
+    vkp_i_shard *shard;
+    int fd;
+} vkp_i_handover;
+
+static void vkp_i_handover_home(vkp_i_task *task)
+{
+    vkp_i_handover *handover = VKP_I_CONTAINER(task, vkp_i_handover, task);
+    vkp_relay *relay = handover->shard->relay;
+    vkp_i_shard_adopt(handover->shard, handover->fd);
+    vkp_i_free(relay->env, handover, sizeof *handover);
+    vkp_i_relay_release(relay);
+}
+
+static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd)
+{
+    vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
+    if (handover != NULL) {
+        handover->task.fn = vkp_i_handover_home;
+        handover->shard = shard;
+        handover->fd = fd;
+        (void)VKP_I_ADD(&relay->refs, 1);
+        if (vkp_i_loop_queue(shard->loop, &handover->task)) {
+            return;
+        }
+        vkp_i_free(relay->env, handover, sizeof *handover);
+        vkp_i_relay_release(relay);
+    }
+    (void)shard->loop->sys->close(fd);
+    (void)VKP_I_SUB(&relay->clients, 1);
+}
+
+static void vkp_i_relay_on_fd(void *user, int fd)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    vkp_i_shard *shard = &relay->shards[relay->next_shard++ % relay->shard_count];
+    if (VKP_I_LOAD(&relay->clients) >= relay->max_clients) {
+        static const char full[] = "-ERR max number of clients reached\r\n";
+        vkp_range range;
+        range.base = full;
+        range.len = sizeof full - 1;
+        (void)shard->loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
+        (void)shard->loop->sys->close(fd);
+        (void)VKP_I_ADD(&relay->refused, (uint64_t)1);
+        return;
+    }
+    (void)VKP_I_ADD(&relay->accepted, (uint64_t)1);
+    (void)VKP_I_ADD(&relay->clients, 1);
+    if (shard == &relay->shards[0]) {
+        vkp_i_shard_adopt(shard, fd);
+    } else {
+        vkp_i_relay_hand_over(relay, shard, fd);
+    }
+}
+
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, const char *address, const char **bound)
+{
+    vkp_listener_config config;
+    vkp_listener *listener;
+    void *listeners;
+    vkp_status status;
+    VKP_I_REQUIRE(relay != NULL && address != NULL);
+    listeners = relay->listeners;
+    if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
+                    sizeof *relay->listeners)) {
+        return VKP_ERR_NOMEM;
+    }
+    relay->listeners = (vkp_listener **)listeners;
+    memset(&config, 0, sizeof config);
+    config.address = address;
+    config.on_fd = vkp_i_relay_on_fd;
+    config.conn.user = relay;
+    status = vkp_listener_open(relay->shards[0].loop, &config, &listener);
+    if (status == VKP_OK) {
+        relay->listeners[relay->listener_count++] = listener;
+        if (bound != NULL) {
+            *bound = vkp_listener_get_address(listener);
+        }
+    }
+    return status;
+}
+
+/* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
+
+static void vkp_i_shard_on_push(void *user, const vkp_push *push)
+{
+    vkp_i_shard *shard = (vkp_i_shard *)user;
+    vkp_relay *relay = shard->relay;
+    size_t count = relay->client != NULL
+                       ? vkp_hub_deliver(shard->hub, push)
+                       : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
+    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
+}
+
+static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    size_t i;
+    if (push->kind > VKP_PUSH_SMESSAGE) {
+        if (push->kind >= VKP_PUSH_CONNECTED) {
+            vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
+                      VKP_FMT(push->payload));
+        }
+        return;
+    }
+    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    vkp_i_shard_on_push(&relay->shards[0], push);
+    for (i = 1; i < relay->shard_count; i++) {
+        vkp_push copy = *push;
+        copy.frame = vkp_bytes_ref(&push->frame);
+        if (vkp_mpsc_try_send(relay->shards[i].pushes, &copy) != VKP_OK) {
+            vkp_i_log(relay->env, VKP_LOG_ERROR, "a loop lags by %u MiB: a message is lost to it",
+                      64u);
+            vkp_push_unref(&copy);
+        }
+    }
+}
+
+/* ---- draining ---- */
+
+static void vkp_i_relay_end(vkp_i_task *task)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, end_task);
+    vkp_timer_stop(&relay->drain_timer);
+    if (relay->client != NULL) {
+        vkp_client_close(relay->client);
+    }
+    if (relay->on_end != NULL) {
+        relay->on_end(relay->user);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* The last client of a draining shard left: the last shard tells loop 0. */
+static void vkp_i_shard_told(vkp_i_shard *shard)
+{
+    vkp_relay *relay = shard->relay;
+    if (!shard->draining || shard->gone || shard->local_count > 0) {
+        return;
+    }
+    shard->gone = true;
+    if (VKP_I_UNREF(&relay->live_shards) == 1) {
+        relay->end_task.fn = vkp_i_relay_end;
+        (void)VKP_I_ADD(&relay->refs, 1);
+        if (!vkp_i_loop_queue(relay->shards[0].loop, &relay->end_task)) {
+            vkp_i_relay_release(relay);
+        }
+    }
+}
+
+static void vkp_i_shard_drain(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, drain_task);
+    vkp_relay *relay = shard->relay;
+    vkp_i_local *local = shard->locals;
+    shard->draining = true;
+    while (local != NULL) {
+        vkp_i_local *next = local->next;
+        local->flags |= VKP_I_LOCAL_LEAVING;
+        if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+            vkp_conn_drain(local->member.conn);
+        } else {
+            vkp_conn_pause(local->member.conn); /* no new commands */
+        }
+        local = next;
+    }
+    vkp_i_shard_told(shard);
+    vkp_i_relay_release(relay);
+}
+
+static void vkp_i_shard_kill(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, kill_task);
+    vkp_relay *relay = shard->relay;
+    while (shard->locals != NULL) {
+        vkp_conn_close(shard->locals->member.conn);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Run a shard's task on its loop. */
+static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(vkp_i_task *task))
+{
+    task->fn = fn;
+    (void)VKP_I_ADD(&shard->relay->refs, 1);
+    if (!vkp_i_loop_queue(shard->loop, task)) {
+        vkp_i_relay_release(shard->relay);
+    }
+}
+
+static void vkp_i_relay_drain_over(vkp_timer *timer)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, drain_timer);
+    size_t i;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].kill_task, vkp_i_shard_kill);
+    }
+}
+
+VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
+                             void *user)
+{
+    size_t i;
+    if (relay->draining) {
+        return;
+    }
+    relay->draining = true;
+    relay->on_end = on_end;
+    relay->user = user;
+    relay->live_shards = relay->shard_count;
+    for (i = 0; i < relay->listener_count; i++) {
+        vkp_listener_close(relay->listeners[i]);
+    }
+    if (vkp_timer_start(relay->shards[0].loop, &relay->drain_timer, deadline_ns, 0,
+                        vkp_i_relay_drain_over) != VKP_OK) {
+        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
+    }
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].drain_task, vkp_i_shard_drain);
+    }
+}
+
+/* ---- opening, closing ---- */
+
+static void vkp_i_relay_free(vkp_relay *relay)
+{
+    const vkp_env *env = relay->env;
+    size_t i;
+    int kind;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard *shard = &relay->shards[i];
+        vkp_hub_unref(shard->hub);
+        vkp_resp_reader_unref(shard->reader);
+        if (shard->profile != NULL) {
+            vkp_i_profile_unref(shard->profile);
+        }
+        vkp_i_free(env, shard->argv, shard->argv_capacity * sizeof *shard->argv);
+        vkp_i_free(env, shard->inline_text, shard->inline_capacity);
+        vkp_loop_unref(shard->loop);
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&relay->census[kind]);
+    }
+    vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
+    vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    VKP_I_MUTEX_DEINIT(&relay->mutex);
+    vkp_i_free(env, relay, sizeof *relay);
+}
+
+static void vkp_i_relay_release(vkp_relay *relay)
+{
+    if (VKP_I_UNREF(&relay->refs) == 1) {
+        vkp_i_relay_free(relay);
+    }
+}
+
+VKP_API void vkp_relay_unref(vkp_relay *relay)
+{
+    size_t i;
+    if (relay == NULL) {
+        return;
+    }
+    for (i = 0; i < relay->listener_count; i++) {
+        vkp_listener_unref(relay->listeners[i]);
+    }
+    relay->listener_count = 0;
+    vkp_timer_stop(&relay->drain_timer);
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard *shard = &relay->shards[i];
+        shard->draining = true;
+        shard->gone = true;
+        while (shard->locals != NULL) {
+            vkp_conn_close(shard->locals->member.conn);
+        }
+        vkp_push_loop_unref(shard->push_loop);
+        vkp_mpsc_tx_unref(shard->pushes);
+        shard->push_loop = NULL;
+        shard->pushes = NULL;
+    }
+    vkp_client_unref(relay->client); /* closes: answers under way come home now */
+    vkp_i_relay_release(relay);
+}
+
+static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
+{
+    vkp_mpsc_config config;
+    vkp_sink sink;
+    vkp_mpsc_rx *rx;
+    vkp_status status;
+    memset(&config, 0, sizeof config);
+    config.elem_bytes = sizeof(vkp_push);
+    config.capacity_bytes = (size_t)64 << 20;
+    config.cost = vkp_push_cost;
+    config.drop = vkp_push_drop;
+    config.env = shard->relay->env;
+    status = vkp_mpsc_open(&config, &shard->pushes, &rx);
+    if (status != VKP_OK) {
+        return status;
+    }
+    memset(&sink, 0, sizeof sink);
+    sink.callback = vkp_i_shard_on_push;
+    sink.user = shard;
+    status = vkp_push_loop_open(shard->loop, rx, &sink, NULL, NULL, &shard->push_loop);
+    if (status != VKP_OK) {
+        vkp_mpsc_rx_unref(rx);
+    }
+    return status;
+}
+
+static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
+                                   const vkp_relay_config *config, size_t index)
+{
+    vkp_conn_config conn;
+    vkp_hub_config hub;
+    vkp_resp_config resp;
+    vkp_status status;
+    shard->relay = relay;
+    shard->loop = vkp_loop_ref(config->loops[index]);
+    memset(&conn, 0, sizeof conn);
+    conn.ops = &vkp_i_local_ops;
+    conn.queue_frames = config->queue_frames;
+    conn.queue_bytes = config->queue_bytes;
+    conn.on_full = config->on_full == VKP_ON_FULL_WAIT ? VKP_ON_FULL_DISCONNECT : config->on_full;
+    conn.input_bytes = relay->max_request_bytes + 65536;
+    conn.loop_only = true;
+    shard->profile = vkp_i_profile_open(relay->env, &conn);
+    memset(&hub, 0, sizeof hub);
+    hub.on_interest = vkp_i_shard_on_interest;
+    hub.user = shard;
+    hub.env = relay->env;
+    status = shard->profile != NULL ? vkp_hub_open(&hub, &shard->hub) : VKP_ERR_NOMEM;
+    memset(&resp, 0, sizeof resp);
+    resp.max_depth = 1;
+    resp.max_elements = 1024 * 1024;
+    resp.max_bulk_bytes = relay->max_request_bytes;
+    resp.max_frame_bytes = relay->max_request_bytes;
+    resp.env = relay->env;
+    if (status == VKP_OK) {
+        status = vkp_resp_reader_open(&resp, &shard->reader);
+    }
+    if (status == VKP_OK && index > 0) {
+        status = vkp_i_shard_open_channel(shard);
+    }
+    return status;
+}
+
+static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_config *config)
+{
+    vkp_client_config client;
+    memset(&client, 0, sizeof client);
+    client.address = config->server;
+    client.username = config->username;
+    client.password = config->password;
+    client.name = "valkey-push-relay";
+    client.on_push = vkp_i_relay_on_push;
+    client.user = relay;
+    client.env = relay->env;
+    return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
+}
+
+VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
+{
+    const vkp_env *env;
+    vkp_relay *relay;
+    vkp_status status = VKP_OK;
+    size_t count;
+    size_t i;
+    int kind;
+    VKP_I_REQUIRE(config != NULL && out != NULL && config->loops != NULL);
+    VKP_I_REQUIRE(config->max_request_bytes <= VKP_I_BLOCK_MAX / 2);
+    env = vkp_i_env(config->env);
+    count = config->loop_count > 0 ? config->loop_count : 1;
+    relay = (vkp_relay *)vkp_i_alloc_zero(env, sizeof *relay);
+    if (relay == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    relay->env = env;
+    relay->refs = 1;
+    relay->max_clients = config->max_clients > 0 ? config->max_clients : 10000;
+    relay->max_request_bytes =
+        config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
+    VKP_I_MUTEX_INIT(&relay->mutex);
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_init(&relay->census[kind], env);
+    }
+    relay->shards = (vkp_i_shard *)vkp_i_alloc_zero(env, count * sizeof *relay->shards);
+    if (relay->shards == NULL) {
+        vkp_i_relay_free(relay);
+        return VKP_ERR_NOMEM;
+    }
+    relay->shard_count = count;
+    for (i = 0; i < count && status == VKP_OK; i++) {
+        status = vkp_i_shard_open(&relay->shards[i], relay, config, i);
+    }
+    if (status == VKP_OK && config->server != NULL) {
+        status = vkp_i_relay_open_client(relay, config);
+    }
+    if (status != VKP_OK) {
+        vkp_relay_unref(relay);
+        return status;
+    }
+    *out = relay;
+    return VKP_OK;
+}
+
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
+{
+    size_t i;
+    stats->clients = VKP_I_LOAD(&relay->clients);
+    stats->accepted = VKP_I_LOAD(&relay->accepted);
+    stats->refused = VKP_I_LOAD(&relay->refused);
+    stats->messages_in = VKP_I_LOAD(&relay->messages_in);
+    stats->deliveries = VKP_I_LOAD(&relay->deliveries);
+    stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
+    stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->dropped_frames = 0;
+    for (i = 0; i < relay->shard_count; i++) {
+        stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* VKP_IMPLEMENTATION */
+
+/* ======================================================================================
+   >>licence   MIT
+   ======================================================================================
+   Copyright (c) valkey_push contributors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+   and associated documentation files (the "Software"), to deal in the Software without
+   restriction, including without limitation the rights to use, copy, modify, merge, publish,
+   distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+   Software is furnished to do so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or
+   substantial portions of the Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+   BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+   DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+   OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.     */
