@@ -1,0 +1,444 @@
+/* The RESP reader and writer under any bytes. An input is a head of six bytes and a stream:
+       0     bit 0: small limits; bits 1 and up: 0, or every n-th allocation fails and is retried
+       1..5  the lengths, less one, of the pieces in which the stream arrives, over and over
+   The stream is read whole, in pieces, and by scan over windows that move, each strictly and
+   leniently: values, verdict, position and reason must be the same. What was read is walked,
+   measured, written and read again.
+   SPDX-License-Identifier: MIT                                                                  */
+#include "valkey_push.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define HEAD 6u
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void fail(const char *what)
+{
+    fprintf(stderr, "fuzz_resp: %s\n", what);
+    abort();
+}
+
+static void require(bool condition, const char *what)
+{
+    if (!condition) {
+        fail(what);
+    }
+}
+
+/* ---- memory: counted, and failing on demand ---- */
+
+typedef struct memory {
+    vkp_env env;
+    size_t live_bytes;
+    size_t peak_bytes;
+    size_t asked;
+    size_t fail_every;
+} memory;
+
+static void *memory_alloc(void *user, void *ptr, size_t old_bytes, size_t new_bytes)
+{
+    memory *self = (memory *)user;
+    void *grown;
+    if (new_bytes == 0) {
+        self->live_bytes -= old_bytes;
+        free(ptr);
+        return NULL;
+    }
+    self->asked++;
+    if (self->fail_every != 0 && self->asked % self->fail_every == 0) {
+        return NULL;
+    }
+    grown = realloc(ptr, new_bytes);
+    require(grown != NULL, "the machine has no memory");
+    self->live_bytes = self->live_bytes - old_bytes + new_bytes;
+    if (self->live_bytes > self->peak_bytes) {
+        self->peak_bytes = self->live_bytes;
+    }
+    return grown;
+}
+
+static void memory_init(memory *self, size_t fail_every)
+{
+    memset(self, 0, sizeof *self);
+    self->env.alloc = memory_alloc;
+    self->env.user = self;
+    self->fail_every = fail_every;
+}
+
+/* ---- what was seen, as bytes to compare ---- */
+
+typedef struct trace {
+    uint8_t *bytes;
+    size_t len;
+    size_t capacity;
+} trace;
+
+static void trace_add(trace *self, const void *bytes, size_t len)
+{
+    if (len > self->capacity - self->len) {
+        self->capacity = (self->capacity + len) * 2;
+        self->bytes = (uint8_t *)realloc(self->bytes, self->capacity);
+        require(self->bytes != NULL, "the machine has no memory");
+    }
+    if (len > 0) {
+        memcpy(self->bytes + self->len, bytes, len);
+        self->len += len;
+    }
+}
+
+static void trace_number(trace *self, uint64_t number)
+{
+    trace_add(self, &number, sizeof number);
+}
+
+static void trace_free(trace *self)
+{
+    free(self->bytes);
+    memset(self, 0, sizeof *self);
+}
+
+static bool trace_equal(const trace *a, const trace *b)
+{
+    return a->len == b->len && (a->len == 0 || memcmp(a->bytes, b->bytes, a->len) == 0);
+}
+
+/* What a place says by itself: its type, how it was spelled, its text or number. */
+static void trace_place(trace *self, const vkp_value *value, uint32_t flags)
+{
+    trace_number(self, value->type);
+    trace_number(self, value->flags & flags);
+    trace_number(self, value->len);
+    switch ((int)value->type) {
+    case VKP_STRING:
+    case VKP_ERROR:
+    case VKP_DOUBLE:
+    case VKP_BIGNUM:
+        trace_add(self, value->u.str, value->len);
+        break;
+    case VKP_INTEGER:
+    case VKP_BOOL:
+        trace_number(self, (uint64_t)value->u.integer);
+        break;
+    default:
+        break;
+    }
+}
+
+static const vkp_value *tree_begin(const vkp_value *root)
+{
+    while (root->attributes != 0) {
+        root -= root->attributes;
+    }
+    return root;
+}
+
+static void trace_tree(trace *self, const vkp_value *root)
+{
+    const vkp_value *at;
+    for (at = tree_begin(root); at < root + root->span; at++) {
+        trace_place(self, at, 0xffu);
+        trace_number(self, at->span);
+        trace_number(self, at->attributes);
+    }
+}
+
+/* What survives writing: no spelling of nulls, no uncounted pushes, no attribute of the root. */
+static void trace_meaning(trace *self, const vkp_value *root)
+{
+    const vkp_value *at = root;
+    while (at < root + root->span) {
+        if ((at->flags & VKP_F_OUT_OF_BAND) != 0) {
+            at += at->span;
+        } else {
+            trace_place(self, at, VKP_F_SIMPLE | VKP_F_VERBATIM);
+            at++;
+        }
+    }
+}
+
+/* ---- what holds of every tree ---- */
+
+static void check_aggregate(const vkp_value *value)
+{
+    const vkp_value *child = vkp_value_first(value);
+    const vkp_value *end = value + value->span;
+    const vkp_value *at = value + 1;
+    size_t children = 0;
+    while (child != NULL) {
+        require(child > value && child + child->span <= end, "an element outside its aggregate");
+        require(child->type != VKP_ATTRIBUTE, "an attribute among the elements");
+        children++;
+        child = vkp_value_next(value, child);
+    }
+    require(children == value->len, "elements by the walk are not len");
+    while (at < end) {
+        require(at->span > 0, "a span of nothing");
+        at += at->span;
+    }
+    require(at == end, "spans do not add up");
+}
+
+static void check_scalar(const vkp_value *value)
+{
+    volatile uint8_t last;
+    vkp_str text = vkp_value_str(value);
+    require(value->span == 1 && vkp_value_first(value) == NULL, "a scalar with elements");
+    if (text.len > 0) {
+        last = (uint8_t)text.ptr[text.len - 1]; /* within its block, or a sanitizer tells */
+        (void)last;
+    }
+    require(value->type != VKP_BOOL || value->u.integer == 0 || value->u.integer == 1,
+            "a boolean that is neither");
+    if (value->type == VKP_DOUBLE) {
+        double number = vkp_value_get_double(value);
+        bool finite = number - number == 0.0;
+        bool named = memchr(text.ptr, 'n', text.len) != NULL; /* inf and nan */
+        require(finite != named, "a finite double read as none, or the reverse");
+    }
+}
+
+static void check_tree(const vkp_value *root)
+{
+    const vkp_value *at;
+    bool message = vkp_value_is(root, "MESSAGE");
+    require(message == (vkp_value_is(root, "message") && root->len == 7), "text comparison");
+    for (at = tree_begin(root); at < root + root->span; at++) {
+        require(at->type <= VKP_ATTRIBUTE, "an unknown type");
+        if (at->attributes != 0) {
+            require((at - at->attributes)->type == VKP_ATTRIBUTE, "attributes points elsewhere");
+        }
+        if (at->type >= VKP_ARRAY) {
+            check_aggregate(at);
+        } else {
+            check_scalar(at);
+        }
+        if (at->type == VKP_PUSH) {
+            const vkp_value *kind = vkp_value_first(at);
+            require(kind != NULL && kind->type == VKP_STRING, "a push without a kind");
+        }
+    }
+}
+
+/* ---- writing what was read ---- */
+
+static vkp_bytes written(const vkp_value *value, int protocol)
+{
+    vkp_resp_writer writer;
+    vkp_bytes bytes = vkp_bytes_static(NULL, 0);
+    vkp_resp_writer_init(&writer, NULL);
+    vkp_resp_put_value(&writer, value, protocol);
+    require(vkp_resp_writer_take(&writer, &bytes) == VKP_OK, "a value cannot be written");
+    return bytes;
+}
+
+/* Reads bytes that must be exactly one value, in a block of exactly their size. */
+static vkp_resp_reader *read_again(const vkp_bytes *bytes, bool lenient, uint8_t **block,
+                                   const vkp_value **value)
+{
+    vkp_resp_config config = VKP_ZERO;
+    vkp_resp_reader *reader = NULL;
+    size_t consumed = 0;
+    config.lenient = lenient;
+    *block = (uint8_t *)malloc(bytes->len);
+    require(*block != NULL, "the machine has no memory");
+    memcpy(*block, bytes->data, bytes->len);
+    require(vkp_resp_reader_open(&config, &reader) == VKP_OK, "a reader was refused");
+    require(vkp_resp_reader_scan(reader, *block, bytes->len, value, &consumed) == VKP_OK,
+            "what was written is no value");
+    require(consumed == bytes->len, "what was written is more than one value");
+    return reader;
+}
+
+static void check_written(const vkp_value *value, bool lenient)
+{
+    int protocol;
+    trace before = {NULL, 0, 0};
+    trace_meaning(&before, value);
+    for (protocol = 2; protocol <= 3; protocol++) {
+        vkp_bytes first = written(value, protocol);
+        uint8_t *block;
+        const vkp_value *again;
+        vkp_resp_reader *reader = read_again(&first, lenient, &block, &again);
+        vkp_bytes second = written(again, protocol);
+        trace after = {NULL, 0, 0};
+        require(first.len == second.len && memcmp(first.data, second.data, first.len) == 0,
+                "written twice, written differently");
+        trace_meaning(&after, again);
+        require(protocol == 2 || trace_equal(&before, &after), "written, read, and not the same");
+        trace_free(&after);
+        vkp_resp_reader_unref(reader);
+        free(block);
+        vkp_bytes_unref(&first);
+        vkp_bytes_unref(&second);
+    }
+    trace_free(&before);
+}
+
+/* ---- the ways of reading ---- */
+
+static size_t piece_len(const uint8_t *head, size_t index)
+{
+    return (size_t)head[1 + index % (HEAD - 1)] + 1;
+}
+
+static void finish(trace *self, const vkp_resp_reader *reader, vkp_status status)
+{
+    uint64_t position = 0;
+    const char *reason = vkp_resp_reader_error(reader, &position);
+    require((status == VKP_ERR_EMPTY) == (reason[0] == '\0'), "an error without a reason");
+    trace_number(self, (uint64_t)(int64_t)status);
+    trace_number(self, position);
+    trace_add(self, reason, strlen(reason));
+}
+
+static vkp_resp_reader *open_reader(vkp_resp_config *config, memory *mem)
+{
+    vkp_resp_reader *reader = NULL;
+    vkp_status status;
+    config->env = &mem->env;
+    do {
+        status = vkp_resp_reader_open(config, &reader);
+    } while (status == VKP_ERR_NOMEM);
+    require(status == VKP_OK, "a reader was refused");
+    return reader;
+}
+
+static void close_reader(vkp_resp_reader *reader, const memory *mem, size_t size)
+{
+    vkp_resp_reader_unref(reader);
+    require(mem->live_bytes == 0, "memory leaked");
+    require(mem->peak_bytes <= 16384 + 64 * size, "memory out of proportion to the input");
+}
+
+/* By feed: whole when head is NULL, else in its pieces. */
+static trace read_fed(vkp_resp_config config, const uint8_t *head, const uint8_t *stream,
+                      size_t size, size_t fail_every)
+{
+    trace seen = {NULL, 0, 0};
+    memory mem;
+    vkp_resp_reader *reader;
+    vkp_status status = VKP_ERR_EMPTY;
+    size_t at = 0;
+    size_t index = 0;
+    memory_init(&mem, fail_every);
+    reader = open_reader(&config, &mem);
+    while (at < size && status == VKP_ERR_EMPTY) {
+        size_t len = head != NULL ? piece_len(head, index++) : size;
+        len = len < size - at ? len : size - at;
+        do {
+            status = vkp_resp_reader_feed(reader, stream + at, len);
+        } while (status == VKP_ERR_NOMEM);
+        require(status == VKP_OK, "feed refused what came before an error");
+        at += len;
+        do {
+            const vkp_value *value;
+            status = vkp_resp_reader_next(reader, &value);
+            if (status == VKP_OK) {
+                trace_tree(&seen, value);
+                check_tree(value);
+                if (head == NULL) {
+                    check_written(value, config.lenient);
+                }
+            }
+        } while (status == VKP_OK || status == VKP_ERR_NOMEM);
+    }
+    finish(&seen, reader, status);
+    close_reader(reader, &mem, size);
+    return seen;
+}
+
+static void check_length(const uint8_t *window, size_t len, size_t consumed)
+{
+    require(vkp_resp_frame_len(window, len) == consumed, "frame_len differs from scan");
+    require(vkp_resp_frame_len(window, consumed) == consumed, "frame_len needs what follows");
+    require(vkp_resp_frame_len(window, consumed - 1) == 0, "frame_len of less than a frame");
+}
+
+/* By scan: each window is a block of its own and of exactly its size, freed before the next. */
+static trace read_scanned(vkp_resp_config config, const uint8_t *head, const uint8_t *stream,
+                          size_t size, size_t fail_every)
+{
+    trace seen = {NULL, 0, 0};
+    memory mem;
+    vkp_resp_reader *reader;
+    vkp_status status = VKP_ERR_EMPTY;
+    size_t begin = 0;
+    size_t end = 0;
+    size_t index = 0;
+    memory_init(&mem, fail_every);
+    reader = open_reader(&config, &mem);
+    while (end < size || status == VKP_OK) {
+        size_t len = piece_len(head, index++);
+        size_t consumed = 0;
+        const vkp_value *value;
+        uint8_t *window;
+        if (status != VKP_OK) {
+            end = len < size - end ? end + len : size;
+        }
+        window = (uint8_t *)malloc(end - begin > 0 ? end - begin : 1);
+        require(window != NULL, "the machine has no memory");
+        memcpy(window, stream + begin, end - begin);
+        do {
+            status = vkp_resp_reader_scan(reader, window, end - begin, &value, &consumed);
+        } while (status == VKP_ERR_NOMEM);
+        if (status == VKP_OK) {
+            require(consumed > 0 && consumed <= end - begin, "more consumed than there was");
+            trace_tree(&seen, value);
+            if (!config.lenient) {
+                check_length(window, end - begin, consumed);
+            }
+            begin += consumed;
+        }
+        free(window);
+        if (status != VKP_OK && status != VKP_ERR_EMPTY) {
+            break;
+        }
+    }
+    finish(&seen, reader, status);
+    close_reader(reader, &mem, size);
+    return seen;
+}
+
+static void compare(trace whole, trace other, const char *what)
+{
+    require(trace_equal(&whole, &other), what);
+    trace_free(&other);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    vkp_resp_config config = VKP_ZERO;
+    uint8_t *stream;
+    size_t fail_every;
+    int lenient;
+    if (size < HEAD) {
+        return 0;
+    }
+    if ((data[0] & 1u) != 0) {
+        config.max_depth = 3;
+        config.max_elements = 4;
+        config.max_bulk_bytes = 12;
+        config.max_line_bytes = 10;
+        config.max_frame_bytes = 60;
+    }
+    fail_every = data[0] >> 1;
+    fail_every = fail_every == 1 ? 2 : fail_every; /* every one would be retried for ever */
+    size -= HEAD;
+    stream = (uint8_t *)malloc(size > 0 ? size : 1);
+    require(stream != NULL, "the machine has no memory");
+    memcpy(stream, data + HEAD, size);
+    require(vkp_resp_frame_len(stream, size) <= size, "a frame longer than its bytes");
+    for (lenient = 0; lenient <= 1; lenient++) {
+        trace whole;
+        config.lenient = lenient != 0;
+        whole = read_fed(config, NULL, stream, size, 0);
+        compare(whole, read_fed(config, data, stream, size, fail_every), "fed in pieces");
+        compare(whole, read_scanned(config, data, stream, size, fail_every), "scanned in windows");
+        trace_free(&whole);
+    }
+    free(stream);
+    return 0;
+}
