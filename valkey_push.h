@@ -1293,7 +1293,9 @@ typedef struct vkp_relay_config {
     size_t queue_bytes;
     vkp_on_full on_full;      /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
     size_t max_clients;       /* default 10,000 */
-    size_t max_request_bytes; /* one command; default 64 MiB */
+    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
+    size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
+    size_t max_subscriptions; /* names of one client; default 100,000 */
     const vkp_env *env;
 } vkp_relay_config;
 
@@ -1321,7 +1323,7 @@ typedef struct vkp_relay_stats {
     uint64_t messages_in; /* from upstream or by PUBLISH */
     uint64_t deliveries;
     uint64_t dropped_frames;  /* by the policy */
-    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT */
+    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
     uint64_t protocol_errors; /* clients closed for them */
 } vkp_relay_stats;
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
@@ -9468,7 +9470,8 @@ typedef struct vkp_i_answer {
     vkp_i_task task; /* home, to the client's loop */
     vkp_i_local *local;
     size_t bytes_allocated;
-    vkp_bytes bytes; /* when done */
+    size_t asked_bytes; /* of the command */
+    vkp_bytes bytes;    /* when done */
     bool done;
     uint8_t protocol;     /* the client's when it asked */
     uint32_t shape_count; /* of an EXEC: the shapes of its commands stand behind the struct */
@@ -9502,6 +9505,8 @@ struct vkp_i_local {
     vkp_i_answer *answers; /* oldest first */
     vkp_i_answer **answers_end;
     uint32_t answer_count;
+    size_t asked_bytes; /* of commands whose answers are out */
+    size_t held_bytes;  /* of replies that wait for an older one */
     vkp_i_multi *multi;
     vkp_resp_reader *reader; /* of a large command under way; else the shard's is used */
     char *name;
@@ -9540,6 +9545,8 @@ struct vkp_relay {
     size_t next_shard; /* loop 0's */
     size_t max_clients;
     size_t max_request_bytes;
+    size_t max_reply_bytes;
+    size_t max_subscriptions;
     vkp_client *client; /* NULL: stand-alone */
     vkp_listener **listeners;
     size_t listener_count;
@@ -9591,6 +9598,11 @@ static void vkp_i_local_fail(vkp_i_local *local)
     }
 }
 
+/* A client that runs ahead is not read until it is down to half of these. */
+#define VKP_I_MOST_ANSWERS 1024u
+#define VKP_I_MOST_ASKED ((size_t)4 << 20)
+#define VKP_I_MOST_UNREAD ((size_t)1 << 20)
+
 /* Go on reading, or leave, as far as nothing stands against it. */
 static void vkp_i_local_proceed(vkp_i_local *local)
 {
@@ -9600,7 +9612,9 @@ static void vkp_i_local_proceed(vkp_i_local *local)
     if (local->answers == NULL) {
         local->flags &= ~VKP_I_LOCAL_ORDER;
     }
-    if (local->answer_count < 512 && local->member.conn->queued_bytes < ((size_t)1 << 19)) {
+    if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
+        local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
+        local->member.conn->queued_bytes <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
     if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
@@ -9625,6 +9639,19 @@ static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
     vkp_conn_pause(local->member.conn);
 }
 
+/* Replies pile up: write what the kernel takes, and read no more commands before the rest went
+   (on_drain tells).                                                                           */
+static void vkp_i_local_throttle(vkp_i_local *local)
+{
+    vkp_conn *conn = local->member.conn;
+    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+        vkp_i_conn_flush(conn);
+    }
+    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+    }
+}
+
 static void vkp_i_answer_free(vkp_i_answer *answer)
 {
     vkp_i_local *local = answer->local;
@@ -9643,6 +9670,8 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
             local->answers_end = &local->answers;
         }
         local->answer_count--;
+        local->asked_bytes -= answer->asked_bytes;
+        local->held_bytes -= answer->bytes.len;
         if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
             vkp_i_local_send(local, &answer->bytes);
         }
@@ -9669,7 +9698,7 @@ static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
     *local->answers_end = answer;
     local->answers_end = &answer->next;
     local->answer_count++;
-    if (local->answer_count >= 1024) {
+    if (local->answer_count >= VKP_I_MOST_ANSWERS) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
     return answer;
@@ -9682,9 +9711,7 @@ static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
     if (local->answers == NULL) {
         vkp_i_local_send(local, &bytes);
         vkp_bytes_unref(&bytes);
-        if (local->member.conn->queued_bytes > ((size_t)1 << 20)) {
-            vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
-        }
+        vkp_i_local_throttle(local);
         return;
     }
     answer = vkp_i_answer_new(local, 0);
@@ -9694,6 +9721,7 @@ static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
     }
     answer->bytes = bytes;
     answer->done = true;
+    local->held_bytes += bytes.len;
 }
 
 static void vkp_i_local_answer_static(vkp_i_local *local, const char *text)
@@ -9852,8 +9880,15 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
 static void vkp_i_answer_home(vkp_i_task *task)
 {
     vkp_i_answer *answer = VKP_I_CONTAINER(task, vkp_i_answer, task);
+    vkp_i_local *local = answer->local;
     answer->done = true;
-    vkp_i_local_flush_answers(answer->local);
+    local->held_bytes += answer->bytes.len;
+    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
+        local->held_bytes + local->member.conn->queued_bytes >
+            local->shard->relay->max_reply_bytes) {
+        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_SLOW, 0);
+    }
+    vkp_i_local_flush_answers(local);
 }
 
 /* On loop 0. The answer's client lives on its own loop: only its shard may be read here. */
@@ -9892,8 +9927,14 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
 {
     vkp_relay *relay = local->shard->relay;
     char text[160];
-    vkp_status status =
-        vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
+    vkp_status status;
+    answer->asked_bytes = commands->len;
+    local->asked_bytes += commands->len;
+    if (local->asked_bytes > VKP_I_MOST_ASKED) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+    }
+    vkp_i_local_throttle(local);
+    status = vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
@@ -9901,8 +9942,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
                            ? "ERR the relay is out of memory"
                            : "ERR the relay is not connected to its upstream server");
         answer->bytes = vkp_i_error_bytes(relay->env, text);
-        answer->done = true;
-        vkp_i_local_flush_answers(local);
+        vkp_i_answer_home(&answer->task);
     }
 }
 
@@ -10508,9 +10548,17 @@ static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *
     vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_PATTERN
                         : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SHARD
                                                              : VKP_CHANNEL;
-    if (vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
-        vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);
+    const uint32_t *counts = local->member.counts;
+    size_t names = (size_t)counts[0] + counts[1] + counts[2];
+    size_t most = local->shard->relay->max_subscriptions;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
     }
+    if (names > most || argc - 1 > most - names) {
+        vkp_i_local_error(local, "ERR more than %zu subscriptions of one client", most);
+        return;
+    }
+    vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);
 }
 
 static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
@@ -11667,6 +11715,9 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->max_clients = config->max_clients > 0 ? config->max_clients : 10000;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
+    relay->max_reply_bytes =
+        config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
+    relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
     VKP_I_MUTEX_INIT(&relay->mutex);
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_init(&relay->census[kind], env);

@@ -271,10 +271,12 @@ public:
     vkp_status recv(uint64_t deadline_ns = vkp_test_deadline())
     {
         open_ = false;
+        forget();
         return vkp_oneshot_recv(&slot_, &reply_, deadline_ns);
     }
     vkp_status try_recv()
     {
+        forget();
         vkp_status status = vkp_oneshot_try_recv(&slot_, &reply_);
         open_ = status == VKP_ERR_EMPTY;
         return status;
@@ -303,6 +305,7 @@ public:
     vkp_reply *take() { return std::exchange(reply_, nullptr); }
 
 private:
+    void forget() { vkp_reply_unref(std::exchange(reply_, nullptr)); }
     vkp_oneshot slot_;
     bool open_ = false;
     vkp_reply *reply_ = nullptr;
