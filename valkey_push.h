@@ -74,11 +74,17 @@
        }
    Errors aside (examples/subscribe.c has them) the rest is four calls, shown at the top.
    A thread of its own takes the same pushes from a channel (vkp_client_config.pushes):
-       while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) { use(&push); vkp_push_unref(&push); }
+       while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) {
+           use(&push);
+           vkp_push_unref(&push);
+       }
    and asks from wherever it is, with a slot on its stack:
        vkp_oneshot slot; vkp_reply *reply;
        if (vkp_client_command(client, &slot, "INCR", "hits", NULL) == VKP_OK &&
-           vkp_oneshot_recv(&slot, &reply, vkp_after_ms(250)) == VKP_OK) { ... vkp_reply_unref(reply); }
+           vkp_oneshot_recv(&slot, &reply, vkp_after_ms(250)) == VKP_OK) {
+           use(vkp_reply_get_value(reply));
+           vkp_reply_unref(reply);
+       }
 
    OWNERSHIP. Contracts use five words. takes: yours no more, unless the call fails (descriptors
    too). borrows: until the call returns. shares: the object takes a reference of its own. gives:
@@ -102,17 +108,17 @@
 
    DEADLINES are absolute monotonic nanoseconds: vkp_after_ms(250), 0 (do not wait), VKP_FOREVER.
 
-   ERRORS. Everything that can fail returns a vkp_status that the compiler makes you look at. Nothing
-   prints, aborts or exits. A call that failed changed nothing, or says what it changed. SYS leaves
-   the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in release builds.
+   ERRORS. Everything that can fail returns a vkp_status that the compiler makes you look at.
+   Nothing prints, aborts or exits. A call that failed changed nothing, or says what it changed.
+   SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in release builds.
    Texts for people go to env.log.
 
-   LIMITS. All queues are bounded in bytes by their configs, the reader in depth, elements, lines and
-   bytes. One block, frame or command is below 4 GiB. Host names are resolved by getaddrinfo,
+   LIMITS. All queues are bounded in bytes by their configs, the reader in depth, elements, lines
+   and bytes. One block, frame or command is below 4 GiB. Host names are resolved by getaddrinfo,
    which may block the loop's thread; addresses in digits never do.
 
-   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop may be called
-   in a handler. FORK. A child may unref what it inherited, no more; it removes no files.
+   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop may be
+   called in a handler. FORK. A child may unref what it inherited, no more; it removes no files.
 
    SERVERS. RESP3 servers (Redis 6, Valkey) carry commands and pushes on one connection. On a RESP2
    server the client works too, but a connection with subscriptions takes no commands (REFUSED):
@@ -727,7 +733,7 @@ VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value
    Views. Any thread.                                                                          */
 VKP_API vkp_str vkp_value_str(const vkp_value *value);
 
-/* The number of a DOUBLE or an INTEGER, whatever the program's locale; 0 for the rest. Any thread. */
+/* The number of a DOUBLE or an INTEGER in any locale; 0 for the rest. Any thread. */
 VKP_API double vkp_value_get_double(const vkp_value *value);
 
 /* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
@@ -2642,16 +2648,20 @@ VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
     return status;
 }
 
-VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t deadline_ns)
+/* The cancel section's; a thread waits for a token beside its channel. */
+static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter);
+static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter);
+
+/* Enqueue, or wait for room, for the token (may be NULL; TIMEOUT then), or for the deadline. */
+static vkp_status vkp_i_mpsc_send(vkp_mpsc_tx *tx, const void *item, vkp_cancel *cancel,
+                                  uint64_t deadline_ns)
 {
-    vkp_i_channel *channel;
-    const vkp_sys *sys;
+    vkp_i_channel *channel = tx->channel;
+    const vkp_sys *sys = vkp_i_sys(channel->config.env);
     vkp_i_blocked_sender sender;
+    vkp_i_thread_waiter cancelled;
     vkp_parker parker;
     vkp_status status;
-    VKP_I_REQUIRE(tx != NULL && item != NULL);
-    channel = tx->channel;
-    sys = vkp_i_sys(channel->config.env);
     sender.cost = vkp_i_channel_cost(channel, item);
     VKP_I_LOCK(&channel->mutex);
     status = vkp_i_channel_try_send(channel, item, sender.cost);
@@ -2663,11 +2673,16 @@ VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t dea
     sender.status = VKP_ERR_TIMEOUT;
     vkp_i_parker_init(&parker);
     vkp_i_thread_waiter_init(&sender.waiter, sys, &parker);
+    vkp_i_thread_waiter_init(&cancelled, sys, &parker);
     vkp_i_waiter_link(&channel->senders, &sender.waiter.node);
     VKP_I_UNLOCK(&channel->mutex);
 
-    sys->park(&parker, deadline_ns);
-
+    if (cancel == NULL || vkp_i_cancel_join(cancel, &cancelled.node)) {
+        sys->park(&parker, deadline_ns);
+    }
+    if (cancel != NULL) {
+        vkp_i_cancel_leave(cancel, &cancelled.node);
+    }
     VKP_I_LOCK(&channel->mutex);
     if (vkp_i_waiter_unlink(&sender.waiter.node)) {
         vkp_i_channel_admit(channel); /* a cheaper value behind this one may fit */
@@ -2676,6 +2691,12 @@ VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t dea
     VKP_I_UNLOCK(&channel->mutex);
     vkp_i_parker_deinit(&parker);
     return status;
+}
+
+VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    return vkp_i_mpsc_send(tx, item, NULL, deadline_ns);
 }
 
 #if VKP_I_IO
@@ -2727,10 +2748,6 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
     }
     return channel->closed || channel->no_senders ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
 }
-
-/* The cancel section's; a receiver waits for a token beside its channel. */
-static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter);
-static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter);
 
 /* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
 static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
@@ -2800,6 +2817,21 @@ VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
     VKP_I_UNLOCK(&rx->channel->mutex);
     return status;
 }
+
+#if VKP_I_IO
+/* What the next value costs; 0 when there is none. Receiver's thread, nobody evicts. */
+static size_t vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx)
+{
+    vkp_i_channel *channel = rx->channel;
+    size_t cost = 0;
+    VKP_I_LOCK(&channel->mutex);
+    if (channel->count > 0) {
+        cost = vkp_i_channel_cost(channel, vkp_i_channel_at(channel, channel->head));
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return cost;
+}
+#endif
 
 VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
 {
@@ -3204,7 +3236,8 @@ struct vkp_loop {
     vkp_i_task *queue; /* atomic: newest first, vkp_i_queue_closed after the end */
     uint32_t asleep;   /* atomic, seq_cst with queue */
     uint32_t stopping; /* atomic */
-    uintptr_t thread;  /* atomic: who runs it, 0 nobody */
+    uintptr_t thread;  /* atomic: whose it is, 0 nobody's */
+    uint32_t running;  /* atomic: inside vkp_loop_run or vkp_loop_run_once */
 
     bool in_round;
     bool closed;
@@ -3235,7 +3268,8 @@ static uintptr_t vkp_i_this_thread(void)
     return (uintptr_t)&name;
 }
 
-/* True on the loop's thread, and on any while nobody runs the loop. */
+/* True on the loop's thread, and on any while it is nobody's: before it first ran, and after
+   vkp_loop_run returned. Between rounds of vkp_loop_run_once it stays its caller's.           */
 static bool vkp_i_on_loop(const vkp_loop *loop)
 {
     uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
@@ -3423,7 +3457,7 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
         vkp_i_loop_detach(object);
         object->on_loop_close(object);
     }
-    for (i = 0; i < loop->slot_count; i++) { /* a callback may add slots: read the count anew */
+    for (i = 0; i < loop->slot_count; i++) {
         vkp_watch *watch = loop->slots[i].watch;
         if (watch != NULL) {
             vkp_watch_stop(watch);
@@ -3440,8 +3474,8 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
     loop->in_round = true;
     vkp_i_loop_run_queued(loop);
+    loop->closed = true; /* nothing new opens: it would never hear of the close */
     vkp_i_loop_close_objects(loop);
-    loop->closed = true;
     vkp_i_loop_run_deferred(loop);
     /* What was posted so far runs; what it posts is refused. */
     vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
@@ -3711,34 +3745,41 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns)
     return status;
 }
 
+/* Become the loop's thread. False while another runs it, inside a callback, or when closed. */
+static bool vkp_i_loop_enter(vkp_loop *loop)
+{
+    uint32_t idle = 0;
+    if (!VKP_I_CAS(&loop->running, &idle, 1u)) {
+        return false;
+    }
+    if (loop->closed || loop->in_round) {
+        VKP_I_STORE_REL(&loop->running, 0u);
+        return false;
+    }
+    VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
+    return true;
+}
+
 VKP_API vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns)
 {
-    uintptr_t before;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && !loop->closed && vkp_i_on_loop(loop) && !loop->in_round);
-    before = VKP_I_XCHG(&loop->thread, vkp_i_this_thread());
+    VKP_I_REQUIRE(loop != NULL && vkp_i_loop_enter(loop));
     status = vkp_i_loop_round(loop, deadline_ns);
-    VKP_I_STORE_REL(&loop->thread, before);
+    VKP_I_STORE_REL(&loop->running, 0u);
     return status;
 }
 
 VKP_API vkp_status vkp_loop_run(vkp_loop *loop)
 {
-    uintptr_t nobody = 0;
     vkp_status status = VKP_OK;
     VKP_I_REQUIRE(loop != NULL && (loop->backend->flags & VKP_BACKEND_GUEST) == 0);
-    if (!VKP_I_CAS(&loop->thread, &nobody, vkp_i_this_thread())) {
-        return VKP_ERR_INVALID;
-    }
-    if (loop->closed || loop->in_round) {
-        VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
-        return VKP_ERR_INVALID;
-    }
+    VKP_I_REQUIRE(vkp_i_loop_enter(loop));
     do {
         status = vkp_i_loop_round(loop, VKP_FOREVER);
     } while (status == VKP_OK && VKP_I_LOAD_ACQ(&loop->stopping) == 0);
     VKP_I_STORE(&loop->stopping, 0u);
     VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
+    VKP_I_STORE_REL(&loop->running, 0u);
     return status;
 }
 
@@ -4627,7 +4668,7 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     }
 }
 
-/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps. */
+/* A length of at most 8 digits without a leading zero, and its CRLF; or NULL: for the steps. */
 static const uint8_t *vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
 {
     size_t value = 0;
@@ -5433,6 +5474,29 @@ static vkp_status vkp_i_sys_failure(int result)
     return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
 }
 
+/* What to tell env.log when the registry's lock is off: no user code runs under it. */
+typedef struct vkp_i_notice {
+    vkp_log_level level; /* VKP_LOG_DEFAULT: nothing */
+    char text[256];
+} vkp_i_notice;
+
+__attribute__((format(printf, 3, 4))) static void
+vkp_i_notice_set(vkp_i_notice *notice, vkp_log_level level, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    notice->level = level;
+    (void)vsnprintf(notice->text, sizeof notice->text, format, arguments);
+    va_end(arguments);
+}
+
+static void vkp_i_notice_log(const vkp_env *env, const vkp_i_notice *notice)
+{
+    if (notice->level != VKP_LOG_DEFAULT) {
+        vkp_i_log(env, notice->level, "%s", notice->text);
+    }
+}
+
 /* INVALID for empty paths and `..` components, LIMIT for what sun_path cannot hold. */
 static vkp_status vkp_i_socket_check_path(const vkp_env *env, const char *path)
 {
@@ -5486,7 +5550,8 @@ static int vkp_i_socket_probe(const vkp_sys *sys, const char *path)
 }
 
 /* The lock is ours: make way for a bind, or say what stands there. `owner` holds the lock file. */
-static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, uint32_t owner)
+static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, uint32_t owner,
+                                     vkp_i_notice *notice)
 {
     vkp_file_id found;
     int result = registry->sys->identify(path, &found);
@@ -5497,8 +5562,8 @@ static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, u
         return vkp_i_sys_failure(result);
     }
     if (!found.is_socket || found.uid != owner) {
-        vkp_i_log(registry->env, VKP_LOG_ERROR, "%s: something that is no socket of this user",
-                  path);
+        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: something that is no socket of this user",
+                         path);
         return VKP_ERR_EXISTS;
     }
     result = vkp_i_socket_probe(registry->sys, path);
@@ -5509,7 +5574,7 @@ static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, u
     if (result < 0 && result != -ENOENT) {
         return vkp_i_sys_failure(result);
     }
-    vkp_i_log(registry->env, VKP_LOG_INFO, "%s: taken over from a process that is gone", path);
+    vkp_i_notice_set(notice, VKP_LOG_INFO, "%s: taken over from a process that is gone", path);
     return VKP_OK;
 }
 
@@ -5555,16 +5620,16 @@ static vkp_i_lock_name vkp_i_socket_lock_name(const char *path)
     return name;
 }
 
-static vkp_status vkp_i_socket_lock(vkp_socket *sock, const char *path)
+static vkp_status vkp_i_socket_lock(vkp_socket *sock, const char *path, vkp_i_notice *notice)
 {
     vkp_i_lock_name name = vkp_i_socket_lock_name(path);
     int result = sock->registry->sys->lock_file(name.path);
     if (result == -EWOULDBLOCK) {
-        vkp_i_log(sock->registry->env, VKP_LOG_ERROR, "%s: another process serves it", path);
+        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: another process serves it", path);
         return VKP_ERR_IN_USE;
     }
     if (result < 0) {
-        vkp_i_log(sock->registry->env, VKP_LOG_ERROR, "%s: %s", name.path, strerror(-result));
+        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: %s", name.path, strerror(-result));
         return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
     }
     sock->lock_fd = result;
@@ -5636,7 +5701,7 @@ static void vkp_i_socket_retire(vkp_socket *sock)
 
 /* Locked: make the socket of a path that has none. */
 static vkp_status vkp_i_socket_create(vkp_registry *registry, const char *path, int fd,
-                                      vkp_socket **out)
+                                      vkp_socket **out, vkp_i_notice *notice)
 {
     vkp_socket *sock = vkp_i_socket_new(registry, path);
     vkp_file_id lock_id;
@@ -5644,15 +5709,19 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, const char *path, 
     if (sock == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_i_socket_lock(sock, path);
+    status = vkp_i_socket_lock(sock, path, notice);
     if (status == VKP_OK && fd >= 0) {
         int result = registry->sys->identify(path, &sock->id);
         status = result == 0 && sock->id.is_socket ? VKP_OK : VKP_ERR_INVALID;
+        if (status == VKP_OK) { /* a blocking one would stop a listener's loop in accept */
+            result = registry->sys->prepare(fd);
+            status = result < 0 ? vkp_i_sys_failure(result) : VKP_OK;
+        }
     } else if (status == VKP_OK) {
         vkp_i_lock_name name = vkp_i_socket_lock_name(path);
         int result = registry->sys->identify(name.path, &lock_id);
         status = result < 0 ? vkp_i_sys_failure(result)
-                            : vkp_i_socket_clear(registry, path, lock_id.uid);
+                            : vkp_i_socket_clear(registry, path, lock_id.uid, notice);
         if (status == VKP_OK) {
             status = vkp_i_socket_bind(sock, path);
         }
@@ -5683,9 +5752,11 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, const char *path, 
 VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
                                             vkp_socket **out)
 {
+    vkp_i_notice notice;
     vkp_status status;
     vkp_socket *sock;
     VKP_I_REQUIRE(registry != NULL && out != NULL);
+    notice.level = VKP_LOG_DEFAULT;
     status = vkp_i_socket_check_path(registry->env, path);
     if (status != VKP_OK) {
         return status;
@@ -5695,9 +5766,10 @@ VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *
     if (sock != NULL) {
         *out = vkp_socket_ref(sock);
     } else {
-        status = vkp_i_socket_create(registry, path, -1, out);
+        status = vkp_i_socket_create(registry, path, -1, out, &notice);
     }
     VKP_I_UNLOCK(&registry->mutex);
+    vkp_i_notice_log(registry->env, &notice);
     return status;
 }
 
@@ -5718,8 +5790,10 @@ VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *p
 VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
                                            vkp_socket **out)
 {
+    vkp_i_notice notice;
     vkp_status status;
     VKP_I_REQUIRE(registry != NULL && out != NULL && fd >= 0);
+    notice.level = VKP_LOG_DEFAULT;
     status = vkp_i_socket_check_path(registry->env, path);
     if (status != VKP_OK) {
         return status;
@@ -5727,8 +5801,9 @@ VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *p
     VKP_I_LOCK(&registry->mutex);
     status = vkp_i_registry_find(registry, path) != NULL
                  ? VKP_ERR_EXISTS
-                 : vkp_i_socket_create(registry, path, fd, out);
+                 : vkp_i_socket_create(registry, path, fd, out, &notice);
     VKP_I_UNLOCK(&registry->mutex);
+    vkp_i_notice_log(registry->env, &notice);
     return status;
 }
 
@@ -5816,8 +5891,7 @@ VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
 #define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
 #define VKP_I_CONN_DOOMED 64u
 #define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
-#define VKP_I_CONN_UNWATCHED 256u  /* hung up while paused: the watch would spin */
-#define VKP_I_CONN_INBOX_HELD 512u /* no room for the inbox: not watched until there is */
+#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: not watched until there is */
 
 /* Shared by all connections of a listener. */
 typedef struct vkp_i_profile {
@@ -6093,6 +6167,7 @@ static void vkp_i_spans_compact_tail(vkp_conn *conn)
     vkp_i_span *tail;
     vkp_i_span *before;
     vkp_block *block;
+    bool joins; /* others may follow in the same block */
     if (conn->spans < 2) {
         return; /* the head may be partly written */
     }
@@ -6116,7 +6191,9 @@ static void vkp_i_spans_compact_tail(vkp_conn *conn)
         conn->spans--;
         return;
     }
-    block = vkp_i_block_open(conn->loop->env, VKP_I_MAX((size_t)VKP_I_COMPACT_BYTES, tail->len));
+    joins = tail->frames == 0 || conn->profile->config.ops->frame_len != NULL;
+    block = vkp_i_block_open(conn->loop->env,
+                             VKP_I_MAX(joins ? (size_t)VKP_I_COMPACT_BYTES : 0, (size_t)tail->len));
     if (block == NULL) {
         return; /* pinned a while longer */
     }
@@ -6235,7 +6312,7 @@ static void vkp_i_conn_doom(vkp_conn *conn, vkp_close_reason reason, int error)
 static void vkp_i_conn_rewatch(vkp_conn *conn)
 {
     uint32_t interest = 0;
-    if ((conn->flags & VKP_I_CONN_UNWATCHED) != 0 || vkp_i_conn_closed(conn)) {
+    if (vkp_i_conn_closed(conn)) {
         return;
     }
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
@@ -6313,6 +6390,13 @@ static void vkp_i_conn_flush(vkp_conn *conn)
 
 static void vkp_i_conn_pull_inbox(vkp_conn *conn);
 
+/* Draining, and all is written: a draining connection holds its inbox until that is empty. */
+static bool vkp_i_conn_is_drained(const vkp_conn *conn)
+{
+    return conn->spans == 0 &&
+           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_INBOX_HELD)) == VKP_I_CONN_DRAINING;
+}
+
 /* The kernel takes bytes again. */
 static void vkp_i_conn_writable(vkp_conn *conn)
 {
@@ -6327,7 +6411,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
     if (!vkp_i_conn_closed(conn) && (conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         vkp_i_conn_pull_inbox(conn);
     }
-    if (!vkp_i_conn_closed(conn) && conn->spans == 0 && (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+    if (!vkp_i_conn_closed(conn) && vkp_i_conn_is_drained(conn)) {
         vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
     }
 }
@@ -6354,10 +6438,10 @@ static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
 }
 
 /* On the loop's thread: into the outbox, by the policy. */
-static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
+static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
-    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DOOMED) != 0) {
         return VKP_ERR_CLOSED;
     }
     if (frame->len == 0) {
@@ -6372,6 +6456,9 @@ static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
             vkp_i_conn_count_drop(conn);
             return VKP_ERR_DROPPED;
         case VKP_ON_FULL_DROP_OLDEST:
+            if (!vkp_i_spans_normalize(conn)) {
+                return VKP_ERR_NOMEM; /* where the torn frame ends is not known */
+            }
             while (!vkp_i_conn_has_room(conn, frame->len) && vkp_i_spans_drop_oldest(conn)) {
             }
             break;
@@ -6385,6 +6472,12 @@ static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
     status = vkp_i_spans_push(conn, frame, true);
     vkp_i_conn_defer(conn);
     return status;
+}
+
+static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
+{
+    return (conn->flags & VKP_I_CONN_DRAINING) != 0 ? VKP_ERR_CLOSED
+                                                    : vkp_i_conn_enqueue(conn, frame);
 }
 
 VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
@@ -6407,16 +6500,32 @@ static void vkp_i_conn_inbox_ready(void *user)
     vkp_i_conn_pull_inbox((vkp_conn *)user);
 }
 
+/* A push that its thread was told is queued cannot be: count it where drops are counted. */
+static void vkp_i_conn_lose(vkp_conn *conn)
+{
+    vkp_on_full policy = conn->profile->config.on_full;
+    if (policy == VKP_ON_FULL_DROP_NEWEST || policy == VKP_ON_FULL_DROP_OLDEST) {
+        vkp_i_conn_count_drop(conn);
+    } else {
+        vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+    }
+}
+
+#define VKP_I_INBOX_BATCH 1024
+
 /* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
-   the loop's sight, until the outbox has room again.                                          */
+   the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
+   must not keep the round from ending: the watch calls again for what a batch leaves.         */
 static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 {
     vkp_mpsc_rx *rx = conn->inbox->rx;
     bool waits = conn->profile->config.on_full == VKP_ON_FULL_WAIT ||
                  conn->profile->config.on_full == VKP_ON_FULL_ERROR;
+    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0; /* bounded: nobody pushes any more */
     vkp_bytes frame;
-    for (;;) {
-        if (waits && !vkp_i_conn_find_room(conn, 0)) {
+    int i;
+    for (i = 0; i < VKP_I_INBOX_BATCH || draining; i++) {
+        if (waits && !vkp_i_conn_find_room(conn, vkp_i_mpsc_next_cost(rx))) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
                 conn->flags |= VKP_I_CONN_INBOX_HELD;
                 vkp_mpsc_unwatch(rx);
@@ -6426,12 +6535,14 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
         if (vkp_mpsc_try_recv(rx, &frame) != VKP_OK) {
             break;
         }
-        (void)!vkp_i_conn_admit(conn, &frame); /* the policy counted it */
+        if (vkp_i_conn_enqueue(conn, &frame) == VKP_ERR_NOMEM) {
+            vkp_i_conn_lose(conn);
+        }
         vkp_bytes_unref(&frame);
     }
     if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         conn->flags &= ~VKP_I_CONN_INBOX_HELD;
-        if (vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
+        if (!draining && vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
             vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
         }
     }
@@ -6465,7 +6576,7 @@ static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *tas
 }
 
 static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *frame,
-                                           uint64_t deadline_ns)
+                                           vkp_cancel *cancel, uint64_t deadline_ns)
 {
     vkp_bytes item = vkp_bytes_ref(frame);
     vkp_bytes evicted;
@@ -6473,7 +6584,7 @@ static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *fram
     bool was_evicted = false;
     switch ((int)conn->profile->config.on_full) {
     case VKP_ON_FULL_WAIT:
-        status = vkp_mpsc_send(conn->inbox->tx, &item, deadline_ns);
+        status = vkp_i_mpsc_send(conn->inbox->tx, &item, cancel, deadline_ns);
         break;
     case VKP_ON_FULL_DROP_OLDEST:
         do {
@@ -6501,14 +6612,21 @@ static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *fram
     return status;
 }
 
-VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_t deadline_ns)
+/* The wait for room ends with the token too (may be NULL). */
+static vkp_status vkp_i_conn_push(vkp_conn *conn, const vkp_bytes *frame, vkp_cancel *cancel,
+                                  uint64_t deadline_ns)
 {
-    VKP_I_REQUIRE(conn != NULL && frame != NULL);
     if (vkp_i_on_loop(conn->loop)) {
         return vkp_i_conn_admit(conn, frame);
     }
     VKP_I_REQUIRE(conn->inbox != NULL);
-    return vkp_i_conn_push_remotely(conn, frame, deadline_ns);
+    return vkp_i_conn_push_remotely(conn, frame, cancel, deadline_ns);
+}
+
+VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(conn != NULL && frame != NULL);
+    return vkp_i_conn_push(conn, frame, NULL, deadline_ns);
 }
 
 /* ---- reading ---- */
@@ -6590,6 +6708,18 @@ static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
     vkp_i_block_unref(block);
 }
 
+/* Resumed: show what was kept, without waiting for more. */
+static void vkp_i_conn_reread(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_REREAD) != 0) {
+        conn->flags &= ~VKP_I_CONN_REREAD;
+        if (conn->input != NULL &&
+            (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_ENDED)) == 0) {
+            vkp_i_conn_deliver(conn, conn->input, conn->input_begin);
+        }
+    }
+}
+
 static void vkp_i_conn_end(vkp_conn *conn)
 {
     const vkp_conn_ops *ops = conn->profile->config.ops;
@@ -6652,13 +6782,12 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
             if (status == VKP_OK) {
                 return VKP_OK;
             }
-            result = -errno;
+            result = status == VKP_ERR_NOMEM ? -ENOMEM : -errno;
         }
         (void)sys->close(conn->fd);
         conn->fd = -1;
     }
-    errno = -result;
-    return VKP_ERR_SYS;
+    return vkp_i_sys_failure(result);
 }
 
 static void vkp_i_conn_connected(vkp_conn *conn)
@@ -6681,8 +6810,8 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     if (ops->on_open != NULL) {
         ops->on_open(conn, conn->user);
     }
-    if (!vkp_i_conn_closed(conn) && conn->spans > 0) {
-        vkp_i_conn_defer(conn);
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_defer(conn); /* what was pushed meanwhile */
     }
 }
 
@@ -6705,13 +6834,13 @@ static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready)
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
-        } else if ((conn->flags & VKP_I_CONN_PAUSED) != 0) {
-            if (hung_up) {
-                conn->flags |= VKP_I_CONN_UNWATCHED;
-                vkp_watch_stop(&conn->watch);
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 && ((ready & VKP_READ) != 0 || hung_up)) {
+            vkp_i_conn_reread(conn); /* first: the end may be next */
+            if (!vkp_i_conn_closed(conn) &&
+                (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
+                    0) {
+                vkp_i_conn_readable(conn);
             }
-        } else if ((ready & VKP_READ) != 0 || hung_up) {
-            vkp_i_conn_readable(conn);
         }
     }
     vkp_conn_unref(conn);
@@ -6722,15 +6851,16 @@ static void vkp_i_conn_task(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, task);
     conn->flags &= ~VKP_I_CONN_QUEUED;
-    if (!vkp_i_conn_closed(conn) && (conn->flags & VKP_I_CONN_REREAD) != 0) {
-        conn->flags &= ~VKP_I_CONN_REREAD;
-        if (conn->input != NULL && (conn->flags & VKP_I_CONN_PAUSED) == 0) {
-            vkp_i_conn_deliver(conn, conn->input, conn->input_begin);
-        }
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_reread(conn);
     }
     if (!vkp_i_conn_closed(conn)) {
         vkp_i_conn_flush(conn);
-        if (conn->spans == 0 && (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+        if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0 &&
+            (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING)) == 0) {
+            vkp_i_conn_pull_inbox(conn);
+        }
+        if (vkp_i_conn_is_drained(conn)) {
             vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
         }
         if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
@@ -6847,6 +6977,17 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
+/* Decimal, 0 to 65535: resolvers take more and cut it. */
+static bool vkp_i_is_port(const char *text)
+{
+    unsigned port = 0;
+    size_t len = 0;
+    for (; text[len] >= '0' && text[len] <= '9' && len < 6; len++) {
+        port = port * 10 + (unsigned)(text[len] - '0');
+    }
+    return len > 0 && text[len] == '\0' && port <= 65535;
+}
+
 /* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. *path is set for a Unix one. */
 static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
                                       size_t capacity, size_t *count, const char **path)
@@ -6867,7 +7008,7 @@ static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_
     }
     port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
     len = port != NULL ? (size_t)(port - (text + 4)) : 0;
-    if (len == 0 || len >= sizeof host) {
+    if (len == 0 || len >= sizeof host || !vkp_i_is_port(port + 1)) {
         vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
         return VKP_ERR_INVALID;
     }
@@ -6943,25 +7084,24 @@ VKP_API void vkp_conn_resume(vkp_conn *conn)
     }
     conn->flags &= ~VKP_I_CONN_PAUSED;
     conn->flags |= VKP_I_CONN_REREAD;
-    if ((conn->flags & VKP_I_CONN_UNWATCHED) != 0) {
-        conn->flags &= ~VKP_I_CONN_UNWATCHED;
-        if (vkp_watch_start(conn->loop, &conn->watch, conn->fd, VKP_READ, vkp_i_conn_event) !=
-            VKP_OK) {
-            conn->flags |= VKP_I_CONN_UNWATCHED;
-            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
-        }
-    }
     vkp_i_conn_rewatch(conn);
     vkp_i_conn_defer(conn);
 }
 
 VKP_API void vkp_conn_drain(vkp_conn *conn)
 {
-    if (!vkp_i_conn_closed(conn)) {
-        conn->flags |= VKP_I_CONN_DRAINING;
-        vkp_i_conn_rewatch(conn);
-        vkp_i_conn_defer(conn);
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+        return;
     }
+    conn->flags |= VKP_I_CONN_DRAINING;
+    if (conn->inbox != NULL) { /* what it holds is queued too */
+        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_mpsc_close(conn->inbox->rx);
+        conn->flags |= VKP_I_CONN_INBOX_HELD;
+        vkp_i_conn_pull_inbox(conn);
+    }
+    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_defer(conn);
 }
 
 VKP_API void vkp_conn_close(vkp_conn *conn)
@@ -7464,10 +7604,10 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     }
     topic = vkp_i_hub_find(hub, kind, name);
     fresh = topic == NULL;
-    if (added != NULL) {
-        *added = fresh || vkp_i_member_find(member, topic) == NULL;
-    }
     if (!fresh && vkp_i_member_find(member, topic) != NULL) {
+        if (added != NULL) {
+            *added = false;
+        }
         return VKP_OK;
     }
     sub = (vkp_hub_sub *)vkp_i_alloc_zero(hub->env, sizeof *sub);
@@ -7494,6 +7634,9 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     }
     member->i_subs = sub;
     member->counts[kind]++;
+    if (added != NULL) {
+        *added = true;
+    }
     if (fresh && hub->config.on_interest != NULL) {
         hub->config.on_interest(hub->config.user, kind, name, true);
     }
@@ -7768,6 +7911,8 @@ typedef struct vkp_i_request {
     struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
 } vkp_i_request;
 
+static void vkp_i_client_release(vkp_client *client);
+
 typedef struct vkp_i_requests {
     vkp_i_request *first;
     vkp_i_request **end;
@@ -7823,6 +7968,8 @@ struct vkp_client {
     vkp_resp_reader *reader;
     vkp_block *out; /* small commands are gathered here: one range to write */
     vkp_i_requests flight;
+    vkp_i_requests taken;  /* from submitted, next in turn */
+    vkp_i_requests failed; /* their end is not told yet */
     vkp_i_map interests[3];
     size_t confirmed; /* interests that are */
     size_t resuming;
@@ -8036,17 +8183,10 @@ static vkp_i_request *vkp_i_request_new(vkp_client *client, vkp_i_request_kind k
     return request;
 }
 
-/* Give the request's budget and memory back; its outcome was told. */
 static void vkp_i_request_free(vkp_i_request *request)
 {
-    vkp_client *client = request->client;
-    if (request->cost > 0) {
-        VKP_I_LOCK(&client->mutex);
-        client->queued_bytes -= request->cost;
-        VKP_I_UNLOCK(&client->mutex);
-    }
     vkp_bytes_unref(&request->bytes);
-    vkp_i_free(client->env, request, sizeof *request);
+    vkp_i_free(request->client->env, request, sizeof *request);
 }
 
 /* Tell the outcome of a command, then free it. value NULL unless status is OK. */
@@ -8055,6 +8195,11 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
 {
     vkp_client *client = request->client;
     vkp_oneshot *slot;
+    if (request->cost > 0) { /* before anybody is told: who is may ask again */
+        VKP_I_LOCK(&client->mutex);
+        client->queued_bytes -= request->cost;
+        VKP_I_UNLOCK(&client->mutex);
+    }
     if (request->on_reply != NULL) {
         request->on_reply(request->user, status, value, frame);
     }
@@ -8063,24 +8208,29 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
     }
     if (request->kind == VKP_I_REQUEST_COMMAND && request->on_reply == NULL) {
         vkp_reply *reply = status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL;
+        bool ended = false;
         VKP_I_LOCK(&client->mutex);
         slot = request->slot;
         request->slot = NULL;
         if (slot != NULL) {
             slot->i_owner = NULL; /* before the send: the slot may be gone after it */
             if (reply == NULL) {
-                vkp_oneshot_abandon(slot);
+                ended = vkp_i_oneshot_finish(slot, VKP_I_SLOT_ABANDONED);
             } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
                 reply = NULL;
+                ended = true;
             }
         }
         VKP_I_UNLOCK(&client->mutex);
         vkp_reply_unref(reply);
+        if (ended) {
+            vkp_i_client_release(client); /* the slot's; the caller has one of its own */
+        }
     }
     vkp_i_request_free(request);
 }
 
-/* A receiver gave up: forget its slot. */
+/* A receiver gave up: forget its slot. The slot keeps the client until this, or its value, came. */
 static void vkp_i_request_detach(vkp_oneshot *slot)
 {
     vkp_client *client = (vkp_client *)slot->i_user;
@@ -8090,6 +8240,7 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
         slot->i_owner = NULL;
     }
     VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_release(client);
 }
 
 /* ---- submitting, from any thread ---- */
@@ -8184,19 +8335,14 @@ static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_st
     }
 }
 
-VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                           const vkp_str *argv)
+static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                   const vkp_str *argv)
 {
     vkp_i_request *request;
     vkp_resp_writer writer;
     vkp_status status;
-    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
     if (vkp_i_command_breaks_sharing(argc, argv)) {
         return VKP_ERR_REFUSED;
-    }
-    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
-    if (status != VKP_OK) {
-        return status;
     }
     request = vkp_i_request_new(client, VKP_I_REQUEST_COMMAND);
     if (request == NULL) {
@@ -8213,7 +8359,29 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
     request->slot = slot;
     slot->i_owner = request;
     slot->i_detach = vkp_i_request_detach;
-    return vkp_i_client_submit_or_free(client, request);
+    (void)VKP_I_ADD(&client->refs, 1); /* given back by whoever ends the pairing */
+    status = vkp_i_client_submit_or_free(client, request);
+    if (status != VKP_OK) {
+        slot->i_owner = NULL;
+        slot->i_detach = NULL;
+        (void)VKP_I_UNREF(&client->refs); /* the caller's own reference remains */
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    if (status == VKP_OK) {
+        status = vkp_i_client_ask(client, slot, argc, argv);
+    }
+    if (status != VKP_OK) {
+        vkp_oneshot_abandon(slot); /* who waits on it all the same gets CLOSED */
+    }
+    return status;
 }
 
 #define VKP_I_COMMAND_ARGS 64
@@ -8342,7 +8510,6 @@ static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
 }
 
 static void vkp_i_client_lost(vkp_client *client, const char *why);
-static void vkp_i_client_release(vkp_client *client);
 
 /* Write a request and expect its replies. False: the connection could not take it. */
 static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
@@ -8425,15 +8592,18 @@ static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
     }
 }
 
-/* Tell those who wait for the name. Any of them may close the client. */
-static void vkp_i_interest_tell(vkp_i_interest *interest, vkp_status status)
+/* One command of the name was settled: tell those whose last one it was, or all if it was
+   refused. Any of them may close the client, which frees the interest.                        */
+static void vkp_i_interest_tell(vkp_client *client, vkp_i_interest *interest, bool refused)
 {
-    vkp_i_requests waiters;
     vkp_i_request *waiter;
-    vkp_i_requests_init(&waiters);
-    vkp_i_requests_move(&interest->waiters, &waiters);
-    while ((waiter = vkp_i_requests_pop(&waiters)) != NULL) {
-        vkp_i_request_complete(waiter, status, NULL, NULL);
+    for (waiter = interest->waiters.first; waiter != NULL; waiter = waiter->next) {
+        waiter->replies--;
+    }
+    while (!client->closed && interest->waiters.first != NULL &&
+           (refused || interest->waiters.first->replies == 0)) {
+        vkp_i_request_complete(vkp_i_requests_pop(&interest->waiters),
+                               refused ? VKP_ERR_REFUSED : VKP_OK, NULL, NULL);
     }
 }
 
@@ -8462,6 +8632,20 @@ static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
     return true;
 }
 
+/* No memory for a new name: it waits, and what came after it too, for the next connection. */
+static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
+{
+    vkp_i_requests all;
+    vkp_i_requests_init(&all);
+    vkp_i_requests_append(&all, request);
+    vkp_i_requests_move(&client->taken, &all);
+    VKP_I_LOCK(&client->mutex);
+    vkp_i_requests_move(&client->submitted, &all);
+    vkp_i_requests_move(&all, &client->submitted);
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_lost(client, "out of memory");
+}
+
 static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
 {
     vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
@@ -8470,8 +8654,7 @@ static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
         interest = vkp_i_interest_new(client, request->sub, name);
     }
     if (interest == NULL) {
-        vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a subscription: it is not made");
-        vkp_i_request_complete(request, VKP_ERR_NOMEM, NULL, NULL);
+        vkp_i_client_postpone(client, request);
         return;
     }
     interest->wanted++;
@@ -8483,6 +8666,7 @@ static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
     } else if (interest->confirmed && interest->in_flight == 0) {
         vkp_i_request_complete(request, VKP_OK, NULL, NULL);
     } else {
+        request->replies = (uint32_t)interest->in_flight;
         vkp_i_requests_append(&interest->waiters, request);
     }
 }
@@ -8533,8 +8717,8 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
         interest->wanted = 0;
         interest->subscribed = false;
     }
-    if (subscribe && !client->closed) {
-        vkp_i_interest_tell(interest, refused ? VKP_ERR_REFUSED : VKP_OK);
+    if (!client->closed) {
+        vkp_i_interest_tell(client, interest, refused && subscribe);
     }
     if (!client->closed) {
         vkp_i_client_resumed(client, interest);
@@ -8604,10 +8788,11 @@ static bool vkp_i_request_is_interest(const vkp_i_request *request)
     return request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
 }
 
-static void vkp_i_requests_complete(vkp_i_requests *list, vkp_status status)
+/* A callback may close the client, which then tells the rest before its close returns. */
+static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
 {
     vkp_i_request *request;
-    while ((request = vkp_i_requests_pop(list)) != NULL) {
+    while ((request = vkp_i_requests_pop(&client->failed)) != NULL) {
         vkp_i_request_complete(request, status, NULL, NULL);
     }
 }
@@ -8630,14 +8815,11 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
 
 /* Take every command not answered, in flight or not even written, and everybody who waits for a
    name; what they ask for stays. All are taken before any is told: a callback may close.      */
-static void vkp_i_client_collect_failed(vkp_client *client, vkp_i_requests *failed)
+static void vkp_i_client_collect_failed(vkp_client *client)
 {
-    vkp_i_request *request;
+    vkp_i_requests *failed = &client->failed;
     int kind;
     vkp_i_requests_move(&client->flight, failed);
-    for (request = failed->first; request != NULL; request = request->next) {
-        request->interest = NULL;
-    }
     vkp_i_client_collect(client, false, true, failed);
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
@@ -8686,7 +8868,6 @@ static uint64_t vkp_i_client_backoff(vkp_client *client)
 static void vkp_i_client_lost(vkp_client *client, const char *why)
 {
     bool was_ready = client->ready;
-    vkp_i_requests failed;
     if (client->closed || vkp_client_get_state(client) == VKP_CLIENT_WAITING) {
         return;
     }
@@ -8695,8 +8876,7 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
     vkp_i_client_drop_connection(client);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
-    vkp_i_requests_init(&failed);
-    vkp_i_client_collect_failed(client, &failed);
+    vkp_i_client_collect_failed(client);
     if (was_ready) {
         client->outage = true;
         if (!client->gap_open) {
@@ -8705,7 +8885,7 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
         }
         vkp_i_client_event(client, VKP_PUSH_DISCONNECTED, why);
     }
-    vkp_i_requests_complete(&failed, VKP_ERR_DISCONNECTED);
+    vkp_i_client_tell_failed(client, VKP_ERR_DISCONNECTED);
 }
 
 static void vkp_i_client_take(vkp_client *client);
@@ -8787,6 +8967,17 @@ static bool vkp_i_starts_with(vkp_str text, const char *start)
     return text.len >= len && memcmp(text.ptr, start, len) == 0;
 }
 
+/* The end of a try, with the server's own words (which go with the connection). */
+static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str text)
+{
+    char words[sizeof client->error];
+    (void)snprintf(words, sizeof words, "%s: %.*s", why, (int)VKP_I_MIN(text.len, sizeof words),
+                   text.ptr);
+    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address, words);
+    vkp_i_client_lost(client, why);
+    vkp_i_client_set_error(client, words);
+}
+
 /* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
 static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 {
@@ -8803,9 +8994,7 @@ static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
         }
         return;
     }
-    vkp_i_log(client->env, VKP_LOG_ERROR, "%s refused the handshake: %.*s", client->config.address,
-              (int)VKP_I_MIN(text.len, (size_t)200), text.ptr);
-    vkp_i_client_lost(client, "the server refused the handshake");
+    vkp_i_client_refused(client, "the server refused the handshake", text);
 }
 
 /* ---- reading ---- */
@@ -8840,7 +9029,7 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     if (kind == VKP_I_REQUEST_HELLO) {
         vkp_i_client_greeted(client, value);
     } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_ERROR) {
-        vkp_i_client_lost(client, "the server refused the password");
+        vkp_i_client_refused(client, "the server refused the password", vkp_value_str(value));
     } else if (kind == VKP_I_REQUEST_PING) {
         client->ping_sent = false;
     }
@@ -8863,7 +9052,7 @@ static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const 
             vkp_i_client_settle(client, &push, false);
             return;
         }
-        /* Unsolicited: a shard channel left the node. It is asked for again with the next change. */
+        /* Unsolicited: a shard channel left the node. The next change asks for it again. */
         interest = vkp_i_interest_find(client, push.sub, push.channel);
         if (interest != NULL && push.kind == VKP_PUSH_UNSUBSCRIBED) {
             vkp_i_interest_set_confirmed(client, interest, false);
@@ -8960,6 +9149,12 @@ static void vkp_i_client_on_open(vkp_conn *conn, void *user)
     vkp_i_client_release(client);
 }
 
+static const char *vkp_i_client_why(int error)
+{
+    return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
+                                                    : "the connection was lost";
+}
+
 static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
     vkp_client *client = (vkp_client *)user;
@@ -8971,9 +9166,7 @@ static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason r
                   vkp_close_reason_str(reason), error != 0 ? ": " : "",
                   error != 0 ? strerror(error) : "");
         (void)VKP_I_ADD(&client->refs, 1);
-        vkp_i_client_lost(client, error == ECONNREFUSED || error == ENOENT
-                                      ? "nobody accepts connections there"
-                                      : "the connection was lost");
+        vkp_i_client_lost(client, vkp_i_client_why(error));
         vkp_i_client_release(client);
     }
 }
@@ -8995,7 +9188,8 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
     status = vkp_conn_connect(client->loop, client->config.address, &config, &client->conn);
     if (status != VKP_OK) {
-        vkp_i_client_lost(client, vkp_status_str(status));
+        vkp_i_client_lost(client,
+                          status == VKP_ERR_SYS ? vkp_i_client_why(errno) : vkp_status_str(status));
     }
     return status;
 }
@@ -9063,22 +9257,13 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
 /* Work on what was submitted. Commands wait while the connection is being made. */
 static void vkp_i_client_take(vkp_client *client)
 {
-    for (;;) {
-        vkp_i_requests taken;
-        vkp_i_request *request;
-        vkp_i_requests_init(&taken);
-        vkp_i_client_collect(client, true, client->ready || client->closed, &taken);
-        if (taken.first == NULL) {
-            return;
-        }
-        while ((request = vkp_i_requests_pop(&taken)) != NULL) {
-            if (client->closed) {
-                vkp_i_request_complete(request, VKP_ERR_CLOSED, NULL, NULL);
-            } else if (!client->ready && !vkp_i_request_is_interest(request)) {
-                vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
-            } else {
-                vkp_i_client_dispatch(client, request);
-            }
+    vkp_i_request *request;
+    vkp_i_client_collect(client, true, client->ready, &client->taken);
+    while ((request = vkp_i_requests_pop(&client->taken)) != NULL) {
+        if (!client->ready && !vkp_i_request_is_interest(request)) {
+            vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+        } else {
+            vkp_i_client_dispatch(client, request);
         }
     }
 }
@@ -9086,7 +9271,6 @@ static void vkp_i_client_take(vkp_client *client)
 /* The end, once. Gives up the loop's reference: the caller must hold another. */
 static void vkp_i_client_shut(vkp_client *client)
 {
-    vkp_i_requests failed;
     int kind;
     if (client->closed) {
         return;
@@ -9099,9 +9283,9 @@ static void vkp_i_client_shut(vkp_client *client)
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
     vkp_i_client_drop_connection(client);
-    vkp_i_requests_init(&failed);
-    vkp_i_client_collect_failed(client, &failed);
-    vkp_i_client_collect(client, true, true, &failed);
+    vkp_i_client_collect_failed(client);
+    vkp_i_requests_move(&client->taken, &client->failed);
+    vkp_i_client_collect(client, true, true, &client->failed);
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node;
         while ((node = vkp_i_map_next(&client->interests[kind], NULL)) != NULL) {
@@ -9110,7 +9294,7 @@ static void vkp_i_client_shut(vkp_client *client)
             vkp_i_interest_collect(client, interest);
         }
     }
-    vkp_i_requests_complete(&failed, VKP_ERR_CLOSED);
+    vkp_i_client_tell_failed(client, VKP_ERR_CLOSED);
     vkp_mpsc_tx_unref(client->config.pushes);
     client->config.pushes = NULL;
     vkp_i_client_release(client);
@@ -9280,6 +9464,8 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     VKP_I_MUTEX_INIT(&client->mutex);
     vkp_i_requests_init(&client->submitted);
     vkp_i_requests_init(&client->flight);
+    vkp_i_requests_init(&client->taken);
+    vkp_i_requests_init(&client->failed);
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);
     }
@@ -9294,8 +9480,11 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     vkp_i_loop_attach(loop, &client->attached);
     status = vkp_i_client_connect(client);
-    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT) { /* no later try could succeed */
-        vkp_i_client_shut(client);
+    if (client->timer.i_index == 0) { /* without its timer it would never try again */
+        status = VKP_ERR_NOMEM;
+    }
+    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
+        vkp_i_client_shut(client); /* no later try could succeed */
         vkp_client_unref(client);
         return status;
     }
@@ -9320,13 +9509,14 @@ struct vkp_push_loop {
 
 #define VKP_I_PUSH_BATCH 64
 
-static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push)
+static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push, vkp_cancel *cancel)
 {
     if (sink->hub != NULL) {
         (void)vkp_hub_deliver(sink->hub, push);
     } else if (sink->conn != NULL) {
         if (push->frame.len > 0) {
-            (void)!vkp_conn_push(sink->conn, &push->frame, VKP_FOREVER); /* its policy counts */
+            /* its policy counts */
+            (void)!vkp_i_conn_push(sink->conn, &push->frame, cancel, VKP_FOREVER);
         }
     } else {
         sink->callback(sink->user, push);
@@ -9356,7 +9546,7 @@ VKP_API vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink, vkp_
             return status == VKP_ERR_CLOSED ? VKP_OK : status;
         }
         for (i = 0; i < count; i++) {
-            vkp_i_sink_write(sink, &batch[i]);
+            vkp_i_sink_write(sink, &batch[i], cancel);
             vkp_push_unref(&batch[i]);
         }
     }
@@ -9383,7 +9573,7 @@ static void vkp_i_push_loop_ready(void *user)
         if (status != VKP_OK) {
             break;
         }
-        vkp_i_sink_write(&self->sink, &push);
+        vkp_i_sink_write(&self->sink, &push, NULL);
         vkp_push_unref(&push);
     }
     if (status == VKP_ERR_CLOSED && !self->ended) {
@@ -9454,7 +9644,7 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
    locally when the server confirmed it, or at once when the server is away.
    Stand-alone, `census` counts subscribers over all shards, so that any shard answers PUBLISH.
    References: the relay is kept by its owner, each local client and each task between threads;
-   a local client (loop's thread) by its connection and by each answer and subscription under way. */
+   a local client (loop's thread) by its connection, each answer and subscription under way.   */
 
 typedef struct vkp_i_shard vkp_i_shard;
 typedef struct vkp_i_local vkp_i_local;
@@ -9611,6 +9801,10 @@ static void vkp_i_local_proceed(vkp_i_local *local)
     }
     if (local->answers == NULL) {
         local->flags &= ~VKP_I_LOCAL_ORDER;
+    }
+    if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
+        local->member.conn->queued_bytes > VKP_I_MOST_UNREAD / 2) {
+        vkp_i_conn_flush(local->member.conn); /* what it cannot take, on_drain tells of */
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
         local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
@@ -11605,15 +11799,18 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
         shard->gone = true;
-        while (shard->locals != NULL) {
-            vkp_conn_close(shard->locals->member.conn);
+        while (shard->locals != NULL) { /* whoever calls is alone with the loops */
+            vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
         vkp_push_loop_unref(shard->push_loop);
         vkp_mpsc_tx_unref(shard->pushes);
         shard->push_loop = NULL;
         shard->pushes = NULL;
     }
-    vkp_client_unref(relay->client); /* closes: answers under way come home now */
+    if (relay->client != NULL) {
+        vkp_i_client_shut(relay->client); /* answers under way come home now */
+        vkp_client_unref(relay->client);
+    }
     vkp_i_relay_release(relay);
 }
 
