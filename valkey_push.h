@@ -99,8 +99,9 @@
    THREADS. The library starts none and keeps no global state. A loop belongs to the thread inside
    vkp_loop_run; connections, listeners, hubs and watches belong to their loop's thread. Any
    thread may: use channels and tokens, post to a loop, push to a connection, close and unref
-   connections and clients, send commands, subscribe. Before a loop runs, one thread may set
-   everything up. For more cores run more loops; a connection stays on its loop for life.
+   connections and clients, send commands, subscribe. Until a thread runs the loop it belongs
+   to the one that opened it, which sets everything up. For more cores run more loops; a
+   connection stays on its loop for life.
 
    CALLBACKS run on the loop's thread, never under a lock; any call is legal inside one unless its
    contract says no. After an object's close returned on the loop's thread none of its callbacks
@@ -110,7 +111,8 @@
 
    ERRORS. Everything that can fail returns a vkp_status that the compiler makes you look at.
    Nothing prints, aborts or exits. A call that failed changed nothing, or says what it changed.
-   SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in release builds.
+   SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in
+   release builds.
    Texts for people go to env.log.
 
    LIMITS. All queues are bounded in bytes by their configs, the reader in depth, elements, lines
@@ -172,7 +174,8 @@ extern "C" {
    ======================================================================================
    Contracts name: who owns what (takes, borrows, shares, gives, views), whether the call may
    wait, from which threads it may come, whether it is legal inside callbacks, and its errors.
-   "Loop" as a thread means the thread inside vkp_loop_run, or any ONE thread before it runs.
+   "Loop" as a thread means: the thread that opened the loop, until one runs it; then that one;
+   after vkp_loop_run returned, any ONE thread.
    Every pointer argument must be valid; NULL where it is not allowed gives INVALID.           */
 
 /* --------------------------------------------------------------------------------------
@@ -1050,7 +1053,7 @@ typedef struct vkp_hub_member {
     vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
     int protocol;       /* 2 or 3: how messages are written to it */
     uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
-    vkp_hub_sub *i_subs;
+    vkp_hub_sub *i_subs[3];
 } vkp_hub_member;
 
 typedef struct vkp_hub_config {
@@ -1201,7 +1204,7 @@ VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; 
 VKP_API void vkp_client_close(vkp_client *client);
 
 VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
-VKP_API int vkp_client_get_protocol(const vkp_client *client); /* 2, 3; 0 before; any thread */
+VKP_API int vkp_client_get_protocol(const vkp_client *client);           /* 0 until one was tried */
 
 /* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
@@ -1233,8 +1236,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
    Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
    command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
-   CLIENT REPLY, MULTI, ...), CLOSED, NOMEM, INVALID. Afterwards recv gives CLOSED when the
-   connection was lost before the reply: the command may or may not have run.                  */
+   CLIENT REPLY, MULTI, ...), LIMIT (more than 64 arguments: vkp_client_command_argv takes them),
+   CLOSED, NOMEM, INVALID. After OK, recv gives CLOSED when the connection was lost before the
+   reply: the command may or may not have run.                                                 */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
     __attribute__((sentinel));
 
@@ -1243,8 +1247,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp
                                                          size_t argc, const vkp_str *argv);
 
 /* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
-   value of the LAST reply, on the loop's thread, exactly once: status OK, or DISCONNECTED or
-   CLOSED with NULL. The bytes are not inspected.
+   value of the LAST reply, on the loop's thread, exactly once: status OK, or with NULL
+   DISCONNECTED, CLOSED, or REFUSED (RESP2 and something is subscribed). The bytes are not
+   inspected.
    Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
    Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
 typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
@@ -1298,7 +1303,7 @@ typedef struct vkp_relay_config {
     size_t queue_frames;    /* per client, as vkp_conn_config */
     size_t queue_bytes;
     vkp_on_full on_full;      /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
-    size_t max_clients;       /* default 10,000 */
+    size_t max_clients;       /* default 16,384 */
     size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
     size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
     size_t max_subscriptions; /* names of one client; default 100,000 */
@@ -1330,6 +1335,7 @@ typedef struct vkp_relay_stats {
     uint64_t deliveries;
     uint64_t dropped_frames;  /* by the policy */
     uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
+    uint64_t lagged;          /* messages lost to a loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed for them */
 } vkp_relay_stats;
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
@@ -3268,8 +3274,8 @@ static uintptr_t vkp_i_this_thread(void)
     return (uintptr_t)&name;
 }
 
-/* True on the loop's thread, and on any while it is nobody's: before it first ran, and after
-   vkp_loop_run returned. Between rounds of vkp_loop_run_once it stays its caller's.           */
+/* True on the loop's thread: at first the one that opened it, then the one that runs it, also
+   between rounds of vkp_loop_run_once. After vkp_loop_run returned it is nobody's: anybody's. */
 static bool vkp_i_on_loop(const vkp_loop *loop)
 {
     uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
@@ -3408,6 +3414,7 @@ VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
     loop->backend = config->backend;
     loop->refs = 1;
     loop->opener_pid = loop->sys->process_id();
+    loop->thread = vkp_i_this_thread();
     loop->asleep = 1;
     loop->deferred_end = &loop->deferred;
     loop->attached.prev = &loop->attached;
@@ -3472,6 +3479,8 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
         return;
     }
     (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
+    /* Ours now, should another thread have run rounds: what is called here is on the loop. */
+    VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
     loop->in_round = true;
     vkp_i_loop_run_queued(loop);
     loop->closed = true; /* nothing new opens: it would never hear of the close */
@@ -3481,6 +3490,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
     vkp_i_loop_run_deferred(loop);
     loop->in_round = false;
+    VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
     if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
         vkp_loop_unref(loop);
     } else {
@@ -7564,20 +7574,16 @@ static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str nam
 
 static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_topic *topic)
 {
-    vkp_hub_sub *sub = member->i_subs;
+    vkp_hub_sub *sub = member->i_subs[topic->kind];
     size_t i;
-    if (topic->count < 8) { /* few members there: quicker than many names here */
-        for (i = 0; i < topic->count; i++) {
-            if (topic->subs[i]->member == member) {
-                return topic->subs[i];
-            }
+    /* Among the topic's members and among the member's topics in step: the shorter list decides. */
+    for (i = 0; i < topic->count && sub != NULL && sub->topic != topic; i++) {
+        if (topic->subs[i]->member == member) {
+            return topic->subs[i];
         }
-        return NULL;
-    }
-    while (sub != NULL && sub->topic != topic) {
         sub = sub->next;
     }
-    return sub;
+    return i < topic->count ? sub : NULL;
 }
 
 static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
@@ -7628,11 +7634,11 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     sub->member = member;
     sub->index = topic->count;
     topic->subs[topic->count++] = sub;
-    sub->next = member->i_subs;
+    sub->next = member->i_subs[kind];
     if (sub->next != NULL) {
         sub->next->prev = sub;
     }
-    member->i_subs = sub;
+    member->i_subs[kind] = sub;
     member->counts[kind]++;
     if (added != NULL) {
         *added = true;
@@ -7652,7 +7658,7 @@ static void vkp_i_hub_drop(vkp_hub *hub, vkp_hub_sub *sub)
     if (sub->prev != NULL) {
         sub->prev->next = sub->next;
     } else {
-        member->i_subs = sub->next;
+        member->i_subs[topic->kind] = sub->next;
     }
     if (sub->next != NULL) {
         sub->next->prev = sub->prev;
@@ -7675,17 +7681,17 @@ VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_k
 
 VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
 {
-    while (member->i_subs != NULL) {
-        vkp_i_hub_drop(hub, member->i_subs);
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        while (member->i_subs[kind] != NULL) {
+            vkp_i_hub_drop(hub, member->i_subs[kind]);
+        }
     }
 }
 
 VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
 {
-    const vkp_hub_sub *sub = member->i_subs;
-    while (sub != NULL && sub->topic->kind != kind) {
-        sub = sub->next;
-    }
+    const vkp_hub_sub *sub = member->i_subs[kind];
     return sub != NULL ? sub->topic->node.key : vkp_i_str(NULL, 0);
 }
 
@@ -9287,9 +9293,10 @@ static void vkp_i_client_shut(vkp_client *client)
     vkp_i_requests_move(&client->taken, &client->failed);
     vkp_i_client_collect(client, true, true, &client->failed);
     for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_node *node;
-        while ((node = vkp_i_map_next(&client->interests[kind], NULL)) != NULL) {
+        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+        while (node != NULL) {
             vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            node = vkp_i_map_next(&client->interests[kind], node);
             interest->wanted = 0;
             vkp_i_interest_collect(client, interest);
         }
@@ -9755,6 +9762,7 @@ struct vkp_relay {
     uint64_t refused;
     uint64_t messages_in;
     uint64_t deliveries;
+    uint64_t lagged;
     uint64_t slow_closed;
     uint64_t protocol_errors;
 };
@@ -10419,17 +10427,23 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
 {
     vkp_relay *relay = local->shard->relay;
     vkp_i_subscription *self = vkp_i_subscription_new(local, kind, count, names);
+    bool ask = false;
     vkp_status status;
     size_t i;
     if (self == NULL) {
         vkp_i_local_fail(local);
         return;
     }
+    /* Whoever waits for one name needs an interest in each: the members that a name has now may
+       have left by then, and theirs with them.                                                */
+    for (i = 0; i < count && relay->client != NULL; i++) {
+        ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
+    }
     vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
     self->waiting = 1; /* ours, until all are asked for */
     for (i = 0; i < count; i++) {
         vkp_i_sub_item *item = &self->items[i];
-        if (relay->client == NULL || vkp_hub_get_members(local->shard->hub, kind, item->name) > 0) {
+        if (!ask) {
             item->status = VKP_OK;
             continue;
         }
@@ -10762,6 +10776,20 @@ static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str
     vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
 }
 
+#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* bytes of pushes on their way to a shard */
+
+/* Send a push to another shard's loop. Takes its reference. */
+static void vkp_i_shard_forward(vkp_i_shard *shard, vkp_push *push)
+{
+    if (vkp_mpsc_try_send(shard->pushes, push) != VKP_OK) {
+        (void)VKP_I_ADD(&shard->relay->lagged, (uint64_t)1);
+        vkp_i_log(shard->relay->env, VKP_LOG_ERROR,
+                  "a loop lags by %zu MiB: a message is lost to its clients",
+                  VKP_I_SHARD_LAG >> 20);
+        vkp_push_unref(push);
+    }
+}
+
 /* Stand-alone: to the members here, and to the other shards as a push. */
 static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
@@ -10790,9 +10818,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
         if (vkp_resp_writer_take(&writer, &push.frame) == VKP_OK) {
             push.channel = vkp_i_str(push.frame.data, argv[1].len);
             push.payload = vkp_i_str(push.frame.data + argv[1].len, argv[2].len);
-            if (vkp_mpsc_try_send(relay->shards[i].pushes, &push) != VKP_OK) {
-                vkp_push_unref(&push);
-            }
+            vkp_i_shard_forward(&relay->shards[i], &push);
         }
     }
     i = vkp_hub_publish(shard->hub, kind, argv[1], argv[2]);
@@ -10948,8 +10974,11 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
     replies = (uint32_t)multi->count + 2;
     answer = vkp_i_answer_new(local, multi->count);
     if (answer == NULL || vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
-        vkp_i_local_fail(local); /* an answer that never comes goes with the connection */
+        vkp_i_local_fail(local);
         vkp_i_multi_free(local);
+        if (answer != NULL) { /* goes with the connection */
+            vkp_i_answer_home(&answer->task);
+        }
         return;
     }
     if (multi->count > 0) {
@@ -11124,7 +11153,7 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                           "connection, not to the relay's",
                           VKP_I_SHORT(argv[0]));
     } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
-               local->member.i_subs != NULL) {
+               vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%.*s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
@@ -11638,11 +11667,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
     for (i = 1; i < relay->shard_count; i++) {
         vkp_push copy = *push;
         copy.frame = vkp_bytes_ref(&push->frame);
-        if (vkp_mpsc_try_send(relay->shards[i].pushes, &copy) != VKP_OK) {
-            vkp_i_log(relay->env, VKP_LOG_ERROR, "a loop lags by %u MiB: a message is lost to it",
-                      64u);
-            vkp_push_unref(&copy);
-        }
+        vkp_i_shard_forward(&relay->shards[i], &copy);
     }
 }
 
@@ -11822,7 +11847,7 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
     vkp_status status;
     memset(&config, 0, sizeof config);
     config.elem_bytes = sizeof(vkp_push);
-    config.capacity_bytes = (size_t)64 << 20;
+    config.capacity_bytes = VKP_I_SHARD_LAG;
     config.cost = vkp_push_cost;
     config.drop = vkp_push_drop;
     config.env = shard->relay->env;
@@ -11909,7 +11934,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     }
     relay->env = env;
     relay->refs = 1;
-    relay->max_clients = config->max_clients > 0 ? config->max_clients : 10000;
+    relay->max_clients = config->max_clients > 0 ? config->max_clients : 16384;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
     relay->max_reply_bytes =
@@ -11947,6 +11972,7 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->refused = VKP_I_LOAD(&relay->refused);
     stats->messages_in = VKP_I_LOAD(&relay->messages_in);
     stats->deliveries = VKP_I_LOAD(&relay->deliveries);
+    stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
     stats->dropped_frames = 0;

@@ -52,7 +52,7 @@ static const char usage[] =
     "  --queue-frames N     most messages that wait for one client; default 65536\n"
     "  --queue-bytes N      most bytes that wait for one client; default 8388608\n"
     "  --on-full POLICY     drop-oldest, drop-newest or disconnect (default)\n"
-    "  --max-clients N      default 10000\n"
+    "  --max-clients N      default 16384\n"
     "  --log LEVEL          error, warn (default), info or debug; on stderr\n"
     "  --help, --version\n"
     "Prints `ready: ADDR` per address once it accepts. SIGTERM and SIGINT drain and end it.\n";

@@ -17,7 +17,7 @@
 /* Declare it before everything that lives on it: at its end no block and no descriptor that was
    opened after it may be left.                                                                  */
 class vkp_test_loop {
-public:
+  public:
     explicit vkp_test_loop(const vkp_backend *backend = *vkp_test_backends(),
                            const vkp_sys *sys = nullptr, size_t read_bytes = 0)
         : fds_before_(vkp_test_fd_count())
@@ -42,7 +42,10 @@ public:
     }
     vkp_test_loop(const vkp_test_loop &) = delete;
     vkp_test_loop &operator=(const vkp_test_loop &) = delete;
-    operator vkp_loop *() const { return loop_; }
+    operator vkp_loop *() const
+    {
+        return loop_;
+    }
     void close()
     {
         if (loop_ != nullptr) {
@@ -50,7 +53,10 @@ public:
             vkp_loop_unref(std::exchange(loop_, nullptr));
         }
     }
-    uint64_t now() const { return vkp_loop_get_now(loop_); }
+    uint64_t now() const
+    {
+        return vkp_loop_get_now(loop_);
+    }
     void round(uint64_t deadline_ns = 0)
     {
         if (vkp_loop_run_once(loop_, deadline_ns) != VKP_OK) {
@@ -60,23 +66,35 @@ public:
 
     vkp_test_env test;
 
-private:
+  private:
     int fds_before_;
     vkp_loop *loop_ = nullptr;
 };
 
-/* Runs a loop in a thread of its own until its end. */
+/* Runs a loop in a thread of its own until its end. Waits until it runs: before, whoever calls
+   counts as the loop's thread.                                                                  */
 class vkp_test_loop_thread {
-public:
+  public:
     explicit vkp_test_loop_thread(vkp_loop *loop) : loop_(loop)
     {
+        std::atomic<bool> running{false};
+        const vkp_status status = vkp_loop_post(
+            loop, [](void *user) { static_cast<std::atomic<bool> *>(user)->store(true); },
+            &running);
+        if (status != VKP_OK) {
+            vkp_test_fail("the loop takes no calls");
+        }
         thread_ = std::thread([loop] {
             if (vkp_loop_run(loop) != VKP_OK) {
                 vkp_test_fail("the loop failed");
             }
         });
+        vkp_test_wait_until("a running loop", [&] { return running.load(); });
     }
-    ~vkp_test_loop_thread() { stop(); }
+    ~vkp_test_loop_thread()
+    {
+        stop();
+    }
     void stop()
     {
         if (thread_.joinable()) {
@@ -85,7 +103,7 @@ public:
         }
     }
 
-private:
+  private:
     vkp_loop *loop_;
     std::thread thread_;
 };
@@ -109,9 +127,9 @@ inline vkp_test_event vkp_test_event_of(const vkp_push &push)
             std::string(vkp_test_view(push.channel)),
             std::string(vkp_test_view(push.pattern)),
             std::string(vkp_test_view(push.payload)),
-            push.frame.len ? std::string(reinterpret_cast<const char *>(push.frame.data),
-                                         push.frame.len)
-                           : std::string(),
+            push.frame.len
+                ? std::string(reinterpret_cast<const char *>(push.frame.data), push.frame.len)
+                : std::string(),
             push.from_ns,
             push.to_ns,
             push.missed};
@@ -135,7 +153,7 @@ inline std::string vkp_test_line(const vkp_test_event &event)
 
 /* A client that keeps a copy of each push. All of it on the loop's thread. */
 class vkp_test_client {
-public:
+  public:
     vkp_test_client(vkp_loop *loop, vkp_client_config config)
     {
         config.on_push = [](void *user, const vkp_push *push) {
@@ -151,12 +169,24 @@ public:
             vkp_test_fail("no client to %s", config.address);
         }
     }
-    ~vkp_test_client() { unref(); }
+    ~vkp_test_client()
+    {
+        unref();
+    }
     vkp_test_client(const vkp_test_client &) = delete;
     vkp_test_client &operator=(const vkp_test_client &) = delete;
-    operator vkp_client *() const { return client_; }
-    void unref() { vkp_client_unref(std::exchange(client_, nullptr)); }
-    vkp_client_state state() const { return vkp_client_get_state(client_); }
+    operator vkp_client *() const
+    {
+        return client_;
+    }
+    void unref()
+    {
+        vkp_client_unref(std::exchange(client_, nullptr));
+    }
+    vkp_client_state state() const
+    {
+        return vkp_client_get_state(client_);
+    }
     std::string error() const
     {
         char text[128];
@@ -197,7 +227,7 @@ public:
     std::atomic<size_t> seen{0}; /* pushes, for other threads to wait for */
     std::function<void(const vkp_push &)> hook;
 
-private:
+  private:
     vkp_client *client_ = nullptr;
 };
 
@@ -205,9 +235,7 @@ private:
 inline std::string vkp_test_show(const vkp_value *value)
 {
     std::string text;
-    const char *brackets = value->type == VKP_SET   ? "{}"
-                           : value->type == VKP_MAP ? "<>"
-                                                    : "[]";
+    const char *brackets = value->type == VKP_SET ? "{}" : value->type == VKP_MAP ? "<>" : "[]";
     switch (static_cast<vkp_type>(value->type)) {
     case VKP_NULL:
         return "null";
@@ -239,7 +267,7 @@ inline std::string vkp_test_show(const vkp_value *value)
 
 /* One command, its slot, its reply. */
 class vkp_test_question {
-public:
+  public:
     vkp_test_question() = default;
     vkp_test_question(vkp_client *client, std::initializer_list<const char *> words)
     {
@@ -301,11 +329,20 @@ public:
     {
         return reply_ ? vkp_test_show(vkp_reply_get_value(reply_)) : std::string("no reply");
     }
-    const vkp_reply *reply() const { return reply_; }
-    vkp_reply *take() { return std::exchange(reply_, nullptr); }
+    const vkp_reply *reply() const
+    {
+        return reply_;
+    }
+    vkp_reply *take()
+    {
+        return std::exchange(reply_, nullptr);
+    }
 
-private:
-    void forget() { vkp_reply_unref(std::exchange(reply_, nullptr)); }
+  private:
+    void forget()
+    {
+        vkp_reply_unref(std::exchange(reply_, nullptr));
+    }
     vkp_oneshot slot_;
     bool open_ = false;
     vkp_reply *reply_ = nullptr;

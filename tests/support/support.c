@@ -19,6 +19,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+static void remove_dir(void);
+
 void vkp_test_fail(const char *format, ...)
 {
     char text[2048];
@@ -30,6 +32,7 @@ void vkp_test_fail(const char *format, ...)
     fflush(stderr);
     /* abort runs no exit handlers */
     vkp_test_i_kill_children();
+    remove_dir();
     abort();
 }
 
@@ -124,8 +127,14 @@ static void remove_dir(void)
     if (files_owner != (int)getpid()) {
         return;
     }
-    vkp_test_i_kill_children();
     remove_tree(files_dir);
+}
+
+/* For leak checkers: the paths given out live until here. */
+static void forget_files(void)
+{
+    vkp_test_i_kill_children();
+    remove_dir();
     while (files_kept) {
         kept_path *kept = files_kept;
         files_kept = kept->next;
@@ -146,7 +155,7 @@ static const char *dir_locked(void)
         vkp_test_fail("mkdtemp %s: %s", files_dir, strerror(errno));
     }
     files_owner = (int)getpid();
-    atexit(remove_dir);
+    atexit(forget_files);
     return files_dir;
 }
 

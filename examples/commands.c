@@ -1,0 +1,96 @@
+/* cc -I. examples/commands.c backends/vkp_backend_poll.c -pthread -o commands
+   SPDX-License-Identifier: MIT
+
+   Two threads ask one server over one connection: commands [tcp:HOST:PORT | unix:PATH]
+   A third runs the loop. Each question waits in a slot on its asker's stack, for so long and no
+   longer; after a deadline the slot may go, and its late reply finds nobody.                   */
+#define VKP_IMPLEMENTATION
+#include "valkey_push.h"
+
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdio.h>
+
+#define QUESTIONS 1000
+#define PATIENCE_MS 250
+
+typedef struct asker {
+    pthread_t thread;
+    vkp_client *client;
+    unsigned answered;
+    unsigned failed;
+    int64_t last; /* value of the counter that this thread saw */
+} asker;
+
+static void *run_loop(void *loop)
+{
+    return vkp_loop_run((vkp_loop *)loop) == VKP_OK ? NULL : loop;
+}
+
+static bool increment(vkp_client *client, int64_t *now)
+{
+    vkp_oneshot slot;
+    vkp_reply *reply;
+    const vkp_value *value;
+    bool good;
+    if (vkp_client_command(client, &slot, "INCR", "vkp:example:hits", NULL) != VKP_OK ||
+        vkp_oneshot_recv(&slot, &reply, vkp_after_ms(PATIENCE_MS)) != VKP_OK) {
+        return false; /* not connected, or no reply in time */
+    }
+    value = vkp_reply_get_value(reply);
+    good = value->type == VKP_INTEGER; /* the server's errors are replies too */
+    if (good) {
+        *now = value->u.integer;
+    }
+    vkp_reply_unref(reply);
+    return good;
+}
+
+static void *ask(void *user)
+{
+    asker *self = (asker *)user;
+    unsigned i;
+    for (i = 0; i < QUESTIONS; i++) {
+        if (increment(self->client, &self->last)) {
+            self->answered++;
+        } else {
+            self->failed++;
+        }
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    vkp_loop_config on = {.backend = &vkp_backend_poll};
+    vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379"};
+    vkp_loop *loop;
+    vkp_client *client;
+    pthread_t loop_thread;
+    asker askers[2] = {{.answered = 0}, {.answered = 0}};
+    unsigned failed = 0;
+    int i;
+    if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_client_open(loop, &to, &client) != VKP_OK ||
+        pthread_create(&loop_thread, NULL, run_loop, loop) != 0) {
+        fprintf(stderr, "no client to %s\n", to.address);
+        return 1;
+    }
+    for (i = 0; i < 2; i++) {
+        askers[i].client = client;
+        if (pthread_create(&askers[i].thread, NULL, ask, &askers[i]) != 0) {
+            return 1;
+        }
+    }
+    for (i = 0; i < 2; i++) {
+        (void)pthread_join(askers[i].thread, NULL);
+        printf("thread %d: %u answered, %u failed, the last answer was %" PRId64 "\n", i,
+               askers[i].answered, askers[i].failed, askers[i].last);
+        failed += askers[i].failed;
+    }
+    vkp_loop_stop(loop);
+    (void)pthread_join(loop_thread, NULL);
+    vkp_client_unref(client);
+    vkp_loop_close(loop);
+    vkp_loop_unref(loop);
+    return failed != 0;
+}

@@ -1,0 +1,1046 @@
+// SPDX-License-Identifier: MIT
+//
+// Ref-counted Unix sockets: who gets a path, what happens to files that others left there, races
+// of the last reference with the next first one, forks, kills, and every call that may fail.
+#include <catch2/catch.hpp>
+
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "support/support.h"
+
+namespace {
+
+// A registry that checks at its end that it gave everything back.
+class Registry {
+  public:
+    explicit Registry(const vkp_sys *sys = nullptr) : fds_before_(vkp_test_fd_count())
+    {
+        vkp_test_env_init(&test);
+        test.env.sys = sys;
+        vkp_registry_config config = {};
+        config.env = &test.env;
+        if (vkp_registry_open(&config, &registry_) != VKP_OK) {
+            vkp_test_fail("no registry");
+        }
+    }
+    ~Registry()
+    {
+        vkp_registry_unref(registry_);
+        vkp_test_env_deinit(&test);
+    }
+    Registry(const Registry &) = delete;
+    Registry &operator=(const Registry &) = delete;
+    operator vkp_registry *() const
+    {
+        return registry_;
+    }
+    size_t count() const
+    {
+        return vkp_registry_get_count(registry_);
+    }
+    int fds_more() const
+    {
+        return vkp_test_fd_count() - fds_before_;
+    }
+    vkp_socket *make(const char *path)
+    {
+        vkp_socket *sock = nullptr;
+        vkp_status status = vkp_socket_get_or_create(registry_, path, &sock);
+        if (status != VKP_OK) {
+            vkp_test_fail("no socket at %s: %s", path, vkp_status_str(status));
+        }
+        return sock;
+    }
+
+    vkp_test_env test;
+
+  private:
+    int fds_before_;
+    vkp_registry *registry_ = nullptr;
+};
+
+std::string lock_of(const char *path)
+{
+    return std::string(path) + ".lock";
+}
+
+bool has_lock(const char *path)
+{
+    return vkp_test_exists(lock_of(path).c_str());
+}
+
+bool answers(const char *path)
+{
+    int fd = vkp_test_connect((std::string("unix:") + path).c_str());
+    if (fd >= 0) {
+        close(fd);
+    }
+    return fd >= 0;
+}
+
+struct stat look(const char *path)
+{
+    struct stat info;
+    std::memset(&info, 0, sizeof info);
+    if (lstat(path, &info) != 0) {
+        vkp_test_fail("nothing at %s", path);
+    }
+    return info;
+}
+
+sockaddr_un address_of(const char *path)
+{
+    sockaddr_un address;
+    std::memset(&address, 0, sizeof address);
+    address.sun_family = AF_UNIX;
+    std::strcpy(address.sun_path, path);
+    return address;
+}
+
+// A socket that somebody else bound, without a lock file; backlog -1: not listening.
+int foreign_socket(const char *path, int backlog)
+{
+    const sockaddr_un address = address_of(path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (fd < 0 || bind(fd, reinterpret_cast<const sockaddr *>(&address), sizeof address) != 0 ||
+        (backlog >= 0 && listen(fd, backlog) != 0)) {
+        vkp_test_fail("no foreign socket at %s: %s", path, strerror(errno));
+    }
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    return fd;
+}
+
+void write_file(const char *path)
+{
+    std::FILE *file = std::fopen(path, "w");
+    if (file == nullptr || std::fputs("mine", file) < 0 || std::fclose(file) != 0) {
+        vkp_test_fail("cannot write %s", path);
+    }
+}
+
+// A forked child that runs what() and ends with its result.
+class Child {
+  public:
+    explicit Child(const std::function<int()> &what)
+    {
+        int fds[2];
+        if (pipe(fds) != 0) {
+            vkp_test_fail("pipe: %s", strerror(errno));
+        }
+        pid_ = fork();
+        if (pid_ == 0) {
+            out = fds[1];
+            _exit(what());
+        }
+        close(fds[1]);
+        in_ = fds[0];
+    }
+    ~Child()
+    {
+        close(in_);
+    }
+    Child(const Child &) = delete;
+    Child &operator=(const Child &) = delete;
+    // In the child: tells the parent.
+    static void say(char word)
+    {
+        if (write(out, &word, 1) != 1) {
+            _exit(99);
+        }
+    }
+    char hear() const
+    {
+        char word = 0;
+        while (read(in_, &word, 1) < 0 && errno == EINTR) {
+        }
+        return word;
+    }
+    int end(int signal_number = 0) const
+    {
+        return vkp_test_reap(pid_, signal_number);
+    }
+
+  private:
+    static int out;
+    int pid_;
+    int in_;
+};
+int Child::out = -1;
+
+// A child that serves the path until it is killed.
+int serve(const char *path)
+{
+    vkp_registry *registry = nullptr;
+    vkp_socket *sock = nullptr;
+    if (vkp_registry_open(nullptr, &registry) != VKP_OK ||
+        vkp_socket_get_or_create(registry, path, &sock) != VKP_OK) {
+        return 1;
+    }
+    Child::say('s');
+    for (;;) {
+        pause();
+    }
+}
+
+// What one process would get for the path.
+vkp_status ask_elsewhere(const char *path)
+{
+    vkp_registry *registry = nullptr;
+    vkp_socket *sock = nullptr;
+    if (vkp_registry_open(nullptr, &registry) != VKP_OK) {
+        vkp_test_fail("no registry");
+    }
+    vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+    if (status == VKP_OK) {
+        vkp_socket_unref(sock);
+    }
+    vkp_registry_unref(registry);
+    return status;
+}
+
+void run_threads(int count, const std::function<void(int)> &what)
+{
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; i++) {
+        threads.emplace_back([&what, i] { what(i); });
+    }
+    for (std::thread &thread : threads) {
+        thread.join();
+    }
+}
+
+} // namespace
+
+// ---- one registry, one path ----
+
+TEST_CASE("socket: a registry is an object, freed with its last reference")
+{
+    vkp_test_env test;
+    vkp_test_env_init(&test);
+    vkp_registry_config config = {};
+    config.env = &test.env;
+    vkp_registry *registry = nullptr;
+    CHECK(vkp_registry_open(&config, nullptr) == VKP_ERR_INVALID);
+    vkp_test_env_fault(&test, VKP_TEST_FAULT_ONCE, 1);
+    CHECK(vkp_registry_open(&config, &registry) == VKP_ERR_NOMEM);
+    CHECK(registry == nullptr);
+    REQUIRE(vkp_registry_open(&config, &registry) == VKP_OK);
+    CHECK(vkp_registry_ref(registry) == registry);
+    vkp_registry_unref(registry);
+    CHECK(vkp_registry_get_count(registry) == 0);
+    vkp_registry_unref(registry);
+    vkp_registry_unref(nullptr);
+    CHECK(vkp_test_env_live_blocks(&test) == 0);
+    vkp_test_env_deinit(&test);
+}
+
+TEST_CASE("socket: a socket outlives the program's reference to its registry")
+{
+    vkp_test_env test;
+    vkp_test_env_init(&test);
+    vkp_registry_config config = {};
+    config.env = &test.env;
+    vkp_registry *registry = nullptr;
+    vkp_socket *sock = nullptr;
+    const char *path = vkp_test_fresh_path("s");
+    REQUIRE(vkp_registry_open(&config, &registry) == VKP_OK);
+    REQUIRE(vkp_socket_get_or_create(registry, path, &sock) == VKP_OK);
+    vkp_registry_unref(registry);
+    CHECK(answers(path));
+    vkp_socket_unref(sock);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK(vkp_test_env_live_blocks(&test) == 0);
+    vkp_test_env_deinit(&test);
+}
+
+TEST_CASE("socket: the first handle binds, more share it, the last one removes all")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    vkp_socket *none = nullptr;
+    CHECK(vkp_socket_get_existing(registry, path, &none) == VKP_ERR_NOT_FOUND);
+    CHECK_FALSE(vkp_registry_is_active(registry, path));
+    CHECK_FALSE(vkp_test_exists(path));
+
+    vkp_socket *first = registry.make(path);
+    CHECK(std::string(vkp_socket_get_path(first)) == path);
+    CHECK(vkp_socket_is_active(first));
+    CHECK(vkp_socket_get_ref_count(first) == 1);
+    CHECK(registry.count() == 1);
+    CHECK(vkp_registry_is_active(registry, path));
+    CHECK(S_ISSOCK(look(path).st_mode));
+    CHECK((look(path).st_mode & 07777) == 0600);
+    CHECK(has_lock(path));
+    CHECK((look(lock_of(path).c_str()).st_mode & 07777) == 0600);
+    CHECK(answers(path));
+
+    vkp_socket *second = registry.make(path);
+    vkp_socket *third = nullptr;
+    REQUIRE(vkp_socket_get_existing(registry, path, &third) == VKP_OK);
+    CHECK(second == first);
+    CHECK(third == first);
+    CHECK(vkp_socket_ref(first) == first);
+    CHECK(vkp_socket_get_ref_count(first) == 4);
+    CHECK(registry.count() == 1);
+    for (int i = 0; i < 3; i++) {
+        vkp_socket_unref(first);
+        CHECK(answers(path));
+    }
+    vkp_socket_unref(first);
+    vkp_socket_unref(nullptr);
+    CHECK(registry.count() == 0);
+    CHECK_FALSE(vkp_registry_is_active(registry, path));
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK_FALSE(has_lock(path));
+    CHECK(vkp_socket_get_existing(registry, path, &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_registry_get_unlink_failures(registry, nullptr) == 0);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: nobody connects before the file is the owner's alone")
+{
+    // Under an open umask: the mode that others see at each step is what counts.
+    static const char *path;
+    static mode_t at_chmod;
+    static mode_t at_listen;
+    path = vkp_test_fresh_path("s");
+    at_chmod = at_listen = 0;
+    vkp_sys sys = *vkp_sys_default();
+    sys.chmod = [](const char *name, uint32_t mode) {
+        at_chmod = look(name).st_mode & 07777;
+        return vkp_sys_default()->chmod(name, mode);
+    };
+    sys.listen = [](int fd, int backlog) {
+        at_listen = look(path).st_mode & 07777;
+        return vkp_sys_default()->listen(fd, backlog);
+    };
+    Registry registry(&sys);
+    const mode_t before = umask(0);
+    vkp_socket *sock = registry.make(path);
+    umask(before);
+    CHECK(at_listen == 0600);
+#ifdef __linux__
+    CHECK(at_chmod == 0600);
+#endif
+    vkp_socket_unref(sock);
+}
+
+TEST_CASE("socket: arguments that cannot be")
+{
+    Registry registry;
+    vkp_socket *sock = nullptr;
+    const std::string dir = vkp_test_dir();
+    CHECK(vkp_socket_get_or_create(nullptr, "x", &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_get_or_create(registry, "x", nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_get_existing(registry, nullptr, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_register_new(registry, "x", -1, &sock) == VKP_ERR_INVALID);
+    for (const std::string &path : {std::string(), std::string(".."), std::string("../x"),
+                                    dir + "/../x", dir + "/a/..", dir + "//.."}) {
+        INFO("path \"" << path << '"');
+        CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_register_new(registry, path.c_str(), 0, &sock) == VKP_ERR_INVALID);
+    }
+    for (const std::string name : {"a..b", "..a", "b..", "...", ".a"}) {
+        INFO("name " << name);
+        const std::string path = dir + "/" + name;
+        vkp_socket_unref(registry.make(path.c_str()));
+    }
+    CHECK(sock == nullptr);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a path is used whole, or refused with the limit named")
+{
+    Registry registry;
+    const size_t most = sizeof(sockaddr_un::sun_path) - 1;
+    std::string path = std::string(vkp_test_dir()) + "/";
+    path += std::string(most - path.size(), 'p');
+    vkp_socket *sock = registry.make(path.c_str());
+    CHECK(vkp_test_exists(path.c_str()));
+    CHECK(has_lock(path.c_str()));
+    CHECK(answers(path.c_str()));
+    vkp_socket_unref(sock);
+    CHECK_FALSE(vkp_test_exists(path.c_str()));
+    CHECK_FALSE(has_lock(path.c_str()));
+
+    path += 'p';
+    sock = nullptr;
+    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_register_new(registry, path.c_str(), 0, &sock) == VKP_ERR_LIMIT);
+    CHECK(sock == nullptr);
+    CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
+    path.pop_back();
+    CHECK_FALSE(vkp_test_exists(path.c_str())); // nor a shortened one
+    CHECK(registry.fds_more() == 0);
+}
+
+// ---- what others left at the path ----
+
+TEST_CASE("socket: something that is no socket is refused and left alone")
+{
+    Registry registry;
+    const std::string path = vkp_test_fresh_path("s");
+    vkp_socket *sock = nullptr;
+    int other = -1;
+    SECTION("a file")
+    {
+        write_file(path.c_str());
+    }
+    SECTION("a directory")
+    {
+        REQUIRE(mkdir(path.c_str(), 0700) == 0);
+    }
+    SECTION("a named pipe")
+    {
+        REQUIRE(mkfifo(path.c_str(), 0600) == 0);
+    }
+    SECTION("a symbolic link to nowhere")
+    {
+        REQUIRE(symlink((path + ".nowhere").c_str(), path.c_str()) == 0);
+    }
+    SECTION("a symbolic link to a dead socket")
+    {
+        close(foreign_socket((path + ".dead").c_str(), 1));
+        REQUIRE(symlink((path + ".dead").c_str(), path.c_str()) == 0);
+    }
+    SECTION("a symbolic link to a live socket")
+    {
+        other = foreign_socket((path + ".live").c_str(), 1);
+        REQUIRE(symlink((path + ".live").c_str(), path.c_str()) == 0);
+    }
+    const struct stat before = look(path.c_str());
+    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(sock == nullptr);
+    CHECK(vkp_test_env_logged(&registry.test, path.c_str()));
+    const struct stat after = look(path.c_str());
+    CHECK(after.st_ino == before.st_ino);
+    CHECK(after.st_mode == before.st_mode);
+    CHECK(after.st_size == before.st_size);
+    CHECK_FALSE(has_lock(path.c_str()));
+    CHECK(registry.count() == 0);
+    if (other >= 0) {
+        close(other);
+    }
+    remove(path.c_str());
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a symbolic link in place of the lock file is not followed")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    const std::string target = std::string(path) + ".target";
+    write_file(target.c_str());
+    REQUIRE(symlink(target.c_str(), lock_of(path).c_str()) == 0);
+    vkp_socket *sock = nullptr;
+    CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_EXISTS);
+    CHECK(look(target.c_str()).st_size == 4);
+    CHECK(S_ISLNK(look(lock_of(path).c_str()).st_mode));
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a dead socket of another user is left alone")
+{
+    static std::string path;
+    path = vkp_test_fresh_path("s");
+    vkp_sys sys = *vkp_sys_default();
+    sys.identify = [](const char *name, vkp_file_id *id) {
+        int result = vkp_sys_default()->identify(name, id);
+        id->uid += path == name ? 1u : 0u;
+        return result;
+    };
+    Registry registry(&sys);
+    close(foreign_socket(path.c_str(), 1));
+    const ino_t before = look(path.c_str()).st_ino;
+    vkp_socket *sock = nullptr;
+    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(look(path.c_str()).st_ino == before);
+}
+
+TEST_CASE("socket: a dead socket is taken over, with or without its lock file")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    SECTION("of a process that was killed")
+    {
+        Child child([&] { return serve(path); });
+        REQUIRE(child.hear() == 's');
+        CHECK(child.end(SIGKILL) == 128 + SIGKILL);
+        CHECK(has_lock(path));
+    }
+    SECTION("of a server that knows no lock files")
+    {
+        close(foreign_socket(path, 1));
+    }
+    SECTION("whose lock file alone is left")
+    {
+        write_file(lock_of(path).c_str());
+    }
+    CHECK_FALSE(answers(path));
+    vkp_socket *sock = registry.make(path);
+    CHECK(answers(path));
+    CHECK((look(path).st_mode & 07777) == 0600);
+    vkp_socket_unref(sock);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK_FALSE(has_lock(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a live socket is never taken")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    vkp_socket *sock = nullptr;
+    SECTION("of another process with this library")
+    {
+        Child child([&] { return serve(path); });
+        REQUIRE(child.hear() == 's');
+        const ino_t before = look(path).st_ino;
+        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(look(path).st_ino == before);
+        CHECK(has_lock(path));
+        CHECK(answers(path));
+        CHECK(child.end(SIGKILL) == 128 + SIGKILL);
+        vkp_socket_unref(registry.make(path));
+    }
+    SECTION("of a server that knows no lock files")
+    {
+        int server = foreign_socket(path, 4);
+        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(answers(path));
+        CHECK_FALSE(has_lock(path));
+        close(server);
+    }
+    SECTION("of a server that is too busy to accept")
+    {
+        int server = foreign_socket(path, 0);
+        const sockaddr_un address = address_of(path);
+        std::vector<int> waiting;
+        int result = 0;
+        while (result == 0 && waiting.size() < 200) {
+            waiting.push_back(socket(AF_UNIX, SOCK_STREAM, 0));
+            fcntl(waiting.back(), F_SETFL, O_NONBLOCK);
+            result = connect(waiting.back(), reinterpret_cast<const sockaddr *>(&address),
+                             sizeof address);
+        }
+#ifdef __linux__
+        REQUIRE(result != 0);
+        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_test_exists(path));
+#endif
+        for (int fd : waiting) {
+            close(fd);
+        }
+        close(server);
+    }
+    SECTION("of another registry in this process")
+    {
+        Registry other;
+        vkp_socket *theirs = other.make(path);
+        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(answers(path));
+        vkp_socket_unref(theirs);
+        sock = registry.make(path);
+        vkp_socket_unref(sock);
+        sock = nullptr;
+    }
+    CHECK(sock == nullptr);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: of many processes that find a dead socket exactly one gets it")
+{
+    const char *path = vkp_test_fresh_path("s");
+    constexpr int racers = 20;
+    for (int round = 0; round < 5; round++) {
+        {
+            Child victim([&] { return serve(path); });
+            REQUIRE(victim.hear() == 's');
+            REQUIRE(victim.end(SIGKILL) == 128 + SIGKILL);
+        }
+        int gate[2];
+        REQUIRE(pipe(gate) == 0);
+        std::vector<std::unique_ptr<Child>> children;
+        for (int i = 0; i < racers; i++) {
+            children.push_back(std::make_unique<Child>([&] {
+                char byte;
+                close(gate[1]);
+                vkp_registry *registry = nullptr;
+                vkp_socket *sock = nullptr;
+                if (vkp_registry_open(nullptr, &registry) != VKP_OK || read(gate[0], &byte, 1)) {
+                    return 1;
+                }
+                vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+                Child::say(status == VKP_OK ? 'w' : status == VKP_ERR_IN_USE ? 'l' : '?');
+                for (;;) {
+                    pause();
+                }
+            }));
+        }
+        close(gate[0]);
+        close(gate[1]); // the start
+        int winners = 0;
+        int losers = 0;
+        for (const auto &child : children) {
+            const char word = child->hear();
+            winners += word == 'w';
+            losers += word == 'l';
+        }
+        CHECK(winners == 1);
+        CHECK(losers == racers - 1);
+        CHECK(answers(path));
+        for (const auto &child : children) {
+            child->end(SIGKILL);
+        }
+    }
+    CHECK(ask_elsewhere(path) == VKP_OK);
+}
+
+// ---- the end ----
+
+TEST_CASE("socket: files that changed behind our back are not removed, and nothing fails")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    vkp_socket *sock = registry.make(path);
+    REQUIRE(unlink(path) == 0);
+    SECTION("removed")
+    {
+        vkp_socket_unref(sock);
+        CHECK_FALSE(vkp_test_exists(path));
+    }
+    SECTION("replaced by a file")
+    {
+        write_file(path);
+        vkp_socket_unref(sock);
+        CHECK(look(path).st_size == 4);
+        unlink(path);
+    }
+    SECTION("replaced by a socket of somebody else")
+    {
+        int other = foreign_socket(path, 4);
+        vkp_socket_unref(sock);
+        CHECK(answers(path));
+        close(other);
+        unlink(path);
+    }
+    SECTION("the lock file removed too")
+    {
+        REQUIRE(unlink(lock_of(path).c_str()) == 0);
+        vkp_socket_unref(sock);
+    }
+    CHECK_FALSE(has_lock(path));
+    CHECK(vkp_registry_get_unlink_failures(registry, nullptr) == 0);
+    CHECK(registry.count() == 0);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a file that cannot be removed is counted, with the reason")
+{
+    static std::string path;
+    path = vkp_test_fresh_path("s");
+    vkp_sys sys = *vkp_sys_default();
+    sys.unlink = [](const char *name) {
+        return path == name ? -EROFS : vkp_sys_default()->unlink(name);
+    };
+    Registry registry(&sys);
+    int error = -1;
+    CHECK(vkp_registry_get_unlink_failures(registry, &error) == 0);
+    vkp_socket_unref(registry.make(path.c_str()));
+    CHECK(vkp_registry_get_unlink_failures(registry, &error) == 1);
+    CHECK(error == EROFS);
+    CHECK(registry.count() == 0);
+    CHECK(registry.fds_more() == 0);
+    CHECK(unlink(path.c_str()) == 0);
+}
+
+TEST_CASE("socket: cleanup of all works with live handles, which end inactive")
+{
+    Registry registry;
+    CHECK(vkp_registry_cleanup_all(registry) == 0);
+    std::vector<vkp_socket *> socks;
+    std::vector<std::string> paths;
+    for (int i = 0; i < 5; i++) {
+        paths.push_back(vkp_test_fresh_path("s"));
+        socks.push_back(registry.make(paths.back().c_str()));
+    }
+    CHECK(vkp_registry_cleanup_all(registry) == 5);
+    CHECK(vkp_registry_cleanup_all(registry) == 0);
+    CHECK(registry.count() == 0);
+    for (int i = 0; i < 5; i++) {
+        CHECK_FALSE(vkp_socket_is_active(socks[i]));
+        CHECK(vkp_socket_get_path(socks[i]) == paths[i]);
+        CHECK_FALSE(vkp_test_exists(paths[i].c_str()));
+        CHECK_FALSE(has_lock(paths[i].c_str()));
+        CHECK_FALSE(answers(paths[i].c_str()));
+    }
+    // The path is free: a new socket and its file survive the old handle's end.
+    vkp_socket *next = registry.make(paths[0].c_str());
+    CHECK(next != socks[0]);
+    for (vkp_socket *sock : socks) {
+        vkp_socket_unref(sock);
+    }
+    CHECK(vkp_socket_is_active(next));
+    CHECK(registry.count() == 1);
+    CHECK(has_lock(paths[0].c_str()));
+    CHECK(answers(paths[0].c_str()));
+    vkp_socket_unref(next);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: what a forked child gives back is the parent's still")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    vkp_socket *sock = registry.make(path);
+    {
+        Child child([&] {
+            vkp_socket_unref(sock);
+            return 0;
+        });
+        CHECK(child.end() == 0);
+    }
+    CHECK(vkp_test_exists(path));
+    CHECK(has_lock(path));
+    CHECK(answers(path));
+    {
+        Child other([&] { return ask_elsewhere(path) == VKP_ERR_IN_USE ? 0 : 1; });
+        CHECK(other.end() == 0);
+    }
+    vkp_socket_unref(sock);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK_FALSE(has_lock(path));
+}
+
+// ---- sockets that the caller bound ----
+
+TEST_CASE("socket: registering a bound socket takes its descriptor")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    int fd = foreign_socket(path, 8);
+    vkp_socket *sock = nullptr;
+    REQUIRE(vkp_socket_register_new(registry, path, fd, &sock) == VKP_OK);
+    CHECK(vkp_socket_is_active(sock));
+    CHECK(has_lock(path));
+    CHECK(registry.make(path) == sock);
+    vkp_socket_unref(sock);
+    CHECK(answers(path));
+    vkp_socket_unref(sock);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK_FALSE(has_lock(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: registering that fails leaves the descriptor with the caller")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    const char *elsewhere = vkp_test_fresh_path("s");
+    int fd = foreign_socket(elsewhere, 8);
+    vkp_socket *sock = nullptr;
+    SECTION("a handle of that path lives")
+    {
+        vkp_socket *mine = registry.make(path);
+        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_EXISTS);
+        CHECK(answers(path));
+        vkp_socket_unref(mine);
+    }
+    SECTION("another process holds the lock")
+    {
+        Child child([&] { return serve(path); });
+        REQUIRE(child.hear() == 's');
+        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_IN_USE);
+        CHECK(answers(path));
+        child.end(SIGKILL);
+        CHECK(ask_elsewhere(path) == VKP_OK);
+    }
+    SECTION("there is no file")
+    {
+        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_INVALID);
+    }
+    SECTION("it is no socket")
+    {
+        write_file(path);
+        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_INVALID);
+        CHECK(look(path).st_size == 4);
+        unlink(path);
+    }
+    SECTION("there is no memory")
+    {
+        for (uint64_t k = 1; sock == nullptr; k++) {
+            INFO("allocation " << k);
+            vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_ONCE, k);
+            vkp_status status = vkp_socket_register_new(registry, elsewhere, fd, &sock);
+            vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
+            if (status != VKP_OK) {
+                CHECK(status == VKP_ERR_NOMEM);
+                CHECK(answers(elsewhere));
+                CHECK_FALSE(has_lock(elsewhere));
+            }
+        }
+        vkp_socket_unref(sock);
+        sock = nullptr;
+        fd = -1;
+    }
+    CHECK(sock == nullptr);
+    CHECK(registry.count() == 0);
+    CHECK_FALSE(has_lock(path));
+    if (fd >= 0) {
+        CHECK(answers(elsewhere));
+        CHECK(fcntl(fd, F_GETFD) >= 0);
+        close(fd);
+    }
+    CHECK(registry.fds_more() == 0);
+}
+
+// ---- threads ----
+
+TEST_CASE("socket: 50 threads that ask for one path share one socket")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    std::vector<vkp_socket *> got(50);
+    run_threads(50, [&](int i) { got[i] = registry.make(path); });
+    for (vkp_socket *sock : got) {
+        CHECK(sock == got[0]);
+    }
+    CHECK(vkp_socket_get_ref_count(got[0]) == 50);
+    CHECK(registry.count() == 1);
+    run_threads(50, [&](int i) { vkp_socket_unref(got[i]); });
+    CHECK(registry.count() == 0);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: 20 threads that get and drop leave nothing behind")
+{
+    Registry registry;
+    std::vector<std::string> paths;
+    for (int i = 0; i < 10; i++) {
+        paths.push_back(vkp_test_fresh_path("s"));
+    }
+    run_threads(20, [&](int) {
+        for (const std::string &path : paths) {
+            vkp_socket_unref(registry.make(path.c_str()));
+        }
+    });
+    CHECK(registry.count() == 0);
+    for (const std::string &path : paths) {
+        CHECK_FALSE(vkp_test_exists(path.c_str()));
+        CHECK_FALSE(has_lock(path.c_str()));
+    }
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: the end of a socket that races the next one's start leaves that one alive")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    std::atomic<int> dead{0};
+    run_threads(8, [&](int) {
+        for (int i = 0; i < 150; i++) {
+            vkp_socket *sock = registry.make(path);
+            // While this reference lives, so does the socket, whatever the others do.
+            dead += vkp_socket_is_active(sock) && vkp_test_exists(path) && has_lock(path) ? 0 : 1;
+            vkp_socket_unref(sock);
+        }
+    });
+    CHECK(dead.load() == 0);
+    CHECK(registry.count() == 0);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK_FALSE(has_lock(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: the figures hold")
+{
+    Registry registry;
+    const char *path = vkp_test_fresh_path("s");
+    SECTION("1000 references, 500 given back")
+    {
+        vkp_socket *sock = registry.make(path);
+        for (int i = 1; i < 1000; i++) {
+            (void)vkp_socket_ref(sock);
+        }
+        CHECK(vkp_socket_get_ref_count(sock) == 1000);
+        for (int i = 0; i < 500; i++) {
+            vkp_socket_unref(sock);
+        }
+        CHECK(vkp_socket_get_ref_count(sock) == 500);
+        CHECK(vkp_socket_is_active(sock));
+        for (int i = 0; i < 500; i++) {
+            vkp_socket_unref(sock);
+        }
+    }
+    SECTION("101 references from 100 threads and this one")
+    {
+        vkp_socket *sock = registry.make(path);
+        run_threads(100, [&](int) { (void)vkp_socket_ref(sock); });
+        CHECK(vkp_socket_get_ref_count(sock) == 101);
+        run_threads(101, [&](int) { vkp_socket_unref(sock); });
+    }
+    SECTION("500 sockets at once")
+    {
+        std::vector<vkp_socket *> socks;
+        const std::string stem = vkp_test_fresh_path("s");
+        for (int i = 0; i < 500; i++) {
+            socks.push_back(registry.make((stem + "." + std::to_string(i)).c_str()));
+        }
+        CHECK(registry.count() == 500);
+        for (vkp_socket *sock : socks) {
+            CHECK(vkp_registry_is_active(registry, vkp_socket_get_path(sock)));
+            vkp_socket_unref(sock);
+        }
+    }
+    SECTION("200 cycles of create and destroy")
+    {
+        for (int i = 0; i < 200; i++) {
+            vkp_socket *sock = registry.make(path);
+            CHECK(registry.count() == 1);
+            vkp_socket_unref(sock);
+            CHECK_FALSE(vkp_test_exists(path));
+        }
+    }
+    SECTION("10 bursts of 50")
+    {
+        for (int burst = 0; burst < 10; burst++) {
+            std::vector<vkp_socket *> socks;
+            const std::string stem = vkp_test_fresh_path("s");
+            for (int i = 0; i < 50; i++) {
+                socks.push_back(registry.make((stem + "." + std::to_string(i)).c_str()));
+            }
+            CHECK(registry.count() == 50);
+            for (vkp_socket *sock : socks) {
+                vkp_socket_unref(sock);
+            }
+        }
+    }
+    CHECK(registry.count() == 0);
+    CHECK_FALSE(vkp_test_exists(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+// ---- everything that may fail ----
+
+TEST_CASE("socket: every allocation of get_or_create may fail")
+{
+    Registry registry;
+    const size_t blocks = vkp_test_env_live_blocks(&registry.test);
+    uint64_t k = 1;
+    for (;; k++) {
+        INFO("allocation " << k);
+        const char *path = vkp_test_fresh_path("s");
+        vkp_socket *sock = nullptr;
+        vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_FROM, k);
+        vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+        vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
+        if (status == VKP_OK) {
+            vkp_socket_unref(sock);
+            break;
+        }
+        CHECK(status == VKP_ERR_NOMEM);
+        CHECK(sock == nullptr);
+        CHECK_FALSE(vkp_test_exists(path));
+        CHECK_FALSE(has_lock(path));
+        CHECK(registry.fds_more() == 0);
+        CHECK(vkp_test_env_live_blocks(&registry.test) == blocks);
+        vkp_socket_unref(registry.make(path)); // and then it works
+    }
+    CHECK(k > 1);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: every system call of get_or_create may fail")
+{
+    static int fault_at;
+    static int calls;
+    vkp_sys sys = *vkp_sys_default();
+    sys.socket = [](int family, int type) {
+        return calls++ == fault_at ? -EMFILE : vkp_sys_default()->socket(family, type);
+    };
+    sys.bind = [](int fd, const void *address, uint32_t bytes) {
+        return calls++ == fault_at ? -EACCES : vkp_sys_default()->bind(fd, address, bytes);
+    };
+    sys.listen = [](int fd, int backlog) {
+        return calls++ == fault_at ? -EIO : vkp_sys_default()->listen(fd, backlog);
+    };
+    sys.chmod = [](const char *name, uint32_t mode) {
+        return calls++ == fault_at ? -EPERM : vkp_sys_default()->chmod(name, mode);
+    };
+    sys.lock_file = [](const char *name) {
+        return calls++ == fault_at ? -ENOSPC : vkp_sys_default()->lock_file(name);
+    };
+    sys.identify = [](const char *name, vkp_file_id *id) {
+        return calls++ == fault_at ? -EIO : vkp_sys_default()->identify(name, id);
+    };
+    Registry registry(&sys);
+    int failed = 0;
+    for (fault_at = 0;; fault_at++) {
+        INFO("call " << fault_at);
+        const char *path = vkp_test_fresh_path("s");
+        vkp_socket *sock = nullptr;
+        calls = 0;
+        errno = 0;
+        vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+        const int error = errno;
+        if (status == VKP_OK) {
+            vkp_socket_unref(sock);
+            break;
+        }
+        failed++;
+        CHECK(status == VKP_ERR_SYS);
+        CHECK(error != 0);
+        CHECK(sock == nullptr);
+        CHECK_FALSE(vkp_test_exists(path));
+        CHECK_FALSE(has_lock(path));
+        CHECK(registry.fds_more() == 0);
+    }
+    CHECK(failed >= 6);
+    CHECK(registry.count() == 0);
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a bind that loses a race says who has the path")
+{
+    static int error;
+    error = GENERATE(EADDRINUSE, EEXIST);
+    vkp_sys sys = *vkp_sys_default();
+    sys.bind = [](int, const void *, uint32_t) { return -error; };
+    Registry registry(&sys);
+    const char *path = vkp_test_fresh_path("s");
+    vkp_socket *sock = nullptr;
+    CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+    CHECK_FALSE(has_lock(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket: a folder that does not exist is a plain error")
+{
+    Registry registry;
+    const std::string path = std::string(vkp_test_fresh_path("nowhere")) + "/s";
+    vkp_socket *sock = nullptr;
+    errno = 0;
+    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_SYS);
+    CHECK(errno == ENOENT);
+    CHECK(registry.fds_more() == 0);
+}
