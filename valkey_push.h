@@ -9661,6 +9661,7 @@ typedef struct vkp_i_local vkp_i_local;
 #define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays */
 #define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs */
 #define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 */
+#define VKP_I_SHAPE_NULL_LAST 16u    /* the last element, when null, is *-1 */
 
 typedef struct vkp_i_answer {
     struct vkp_i_answer *next;
@@ -9723,7 +9724,7 @@ struct vkp_i_shard {
     size_t local_count;
     bool draining;
     bool gone;           /* drained, and told */
-    vkp_mpsc_tx *pushes; /* to this shard from loop 0; NULL for shard 0 */
+    vkp_mpsc_tx *pushes; /* to this shard from other loops; NULL where none sends */
     vkp_push_loop *push_loop;
     vkp_i_task drain_task;
     vkp_i_task kill_task;
@@ -9822,14 +9823,10 @@ static void vkp_i_local_proceed(vkp_i_local *local)
     if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
         return;
     }
-    if (local->answers == NULL &&
-        ((local->flags & VKP_I_LOCAL_FAILED) != 0 ||
-         ((local->flags & VKP_I_LOCAL_LEAVING) != 0 &&
-          (local->member.conn->input == NULL || local->shard->draining)))) {
-        vkp_conn_drain(local->member.conn);
-        return;
-    }
-    if ((local->flags & VKP_I_LOCAL_FAILED) != 0) {
+    if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
+        if (local->answers == NULL) { /* input that is left is no whole command */
+            vkp_conn_drain(local->member.conn);
+        }
         return;
     }
     vkp_conn_resume(local->member.conn);
@@ -9972,6 +9969,23 @@ __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local 
 
 #define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)64), (s).ptr
 
+/* A command's name as servers spell it in their errors. */
+typedef struct vkp_i_verb {
+    char text[65];
+} vkp_i_verb;
+
+static vkp_i_verb vkp_i_verb_of(vkp_str name)
+{
+    vkp_i_verb verb;
+    size_t len = VKP_I_MIN(name.len, sizeof verb.text - 1);
+    size_t i;
+    for (i = 0; i < len; i++) {
+        verb.text[i] = vkp_i_lower(name.ptr[i]);
+    }
+    verb.text[len] = '\0';
+    return verb;
+}
+
 /* ---- conversion of replies ---- */
 
 /* Whether the bytes as received say the same in RESP2. */
@@ -10010,15 +10024,26 @@ static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
     }
 }
 
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
+
+/* Streams and their entries; an entry that was deleted has a null array for its fields. */
 static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 {
+    const vkp_value *entry;
     const vkp_value *each = vkp_value_first(value);
     vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len / 2);
     while (each != NULL) {
         const vkp_value *second = vkp_value_next(value, each);
+        if (second == NULL) {
+            break; /* a map has pairs */
+        }
         vkp_resp_put_aggregate(writer, VKP_ARRAY, 2);
         vkp_resp_put_value(writer, each, 2);
-        vkp_resp_put_value(writer, second, 2);
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, second->len);
+        for (entry = vkp_value_first(second); entry != NULL;
+             entry = vkp_value_next(second, entry)) {
+            vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
+        }
         each = vkp_value_next(value, second);
     }
 }
@@ -10037,6 +10062,12 @@ static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uin
         vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
         for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
             vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
+        }
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+            bool last = vkp_value_next(value, each) == NULL;
+            vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
         }
     } else {
         vkp_resp_put_value(writer, value, 2);
@@ -10512,8 +10543,8 @@ static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, siz
                               const vkp_str *argv)
 {
     if (argc < least || argc > most) {
-        vkp_i_local_error(local, "ERR wrong number of arguments for '%.*s' command",
-                          VKP_I_SHORT(argv[0]));
+        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
+                          vkp_i_verb_of(argv[0]).text);
         return false;
     }
     return true;
@@ -10624,7 +10655,14 @@ static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv
     size_t i = 2;
     if (argc > 1) {
         if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
-            vkp_i_local_error(local, "NOPROTO unsupported protocol version");
+            bool number = argv[1].len > 0 && argv[1].len < 19;
+            for (i = 0; i < argv[1].len; i++) {
+                number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
+            }
+            vkp_i_local_error(local, "%s",
+                              number ? "NOPROTO unsupported protocol version"
+                                     : "ERR Protocol version is not an integer or "
+                                       "out of range");
             return;
         }
         protocol = argv[1].ptr[0] - '0';
@@ -11034,7 +11072,7 @@ static const vkp_i_command vkp_i_commands[] = {
     {"bzpopmax", NULL, VKP_I_CMD_BLOCKS},
     {"bzpopmin", NULL, VKP_I_CMD_BLOCKS},
     {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
-    {"command", vkp_i_run_command, VKP_I_CMD_ALONE | VKP_I_SHAPE_NULL_ELEMENTS},
+    {"command", vkp_i_run_command, VKP_I_CMD_ALONE},
     {"config", vkp_i_run_command, VKP_I_CMD_ALONE},
     {"discard", vkp_i_run_discard, VKP_I_HERE},
     {"echo", vkp_i_run_echo, VKP_I_CMD_ALONE},
@@ -11070,6 +11108,7 @@ static const vkp_i_command vkp_i_commands[] = {
     {"wait", NULL, VKP_I_CMD_BLOCKS},
     {"waitaof", NULL, VKP_I_CMD_BLOCKS},
     {"watch", NULL, VKP_I_CMD_STATE},
+    {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
     {"xread", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"xreadgroup", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"zdiff", NULL, VKP_I_SHAPE_FLAT},
@@ -11155,10 +11194,10 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
     } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
                vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0) {
         vkp_i_local_error(local,
-                          "ERR Can't execute '%.*s': only (P|S)SUBSCRIBE / "
+                          "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
                           "context",
-                          VKP_I_SHORT(argv[0]));
+                          vkp_i_verb_of(argv[0]).text);
         return true; /* as servers: this alone does not fail a transaction */
     } else {
         return false;
@@ -11350,11 +11389,11 @@ static size_t vkp_i_unescape(const char *at, const char *end, char *out)
     return 2;
 }
 
-/* One word of an inline command from `at`, unquoted to `out`. NULL: quotes are not balanced. */
+/* One word of an inline command from `at`, unquoted to `out`. A quote may begin within it, and ends
+   it. NULL: quotes are not balanced.                                                          */
 static const char *vkp_i_inline_word(const char *at, const char *end, char **out)
 {
-    char quote = *at == '"' || *at == '\'' ? *at : '\0';
-    at += quote != '\0' ? 1 : 0;
+    char quote = '\0';
     while (at < end) {
         if (quote != '\0' && *at == quote) {
             at++;
@@ -11362,6 +11401,10 @@ static const char *vkp_i_inline_word(const char *at, const char *end, char **out
         }
         if (quote == '\0' && (*at == ' ' || *at == '\t')) {
             return at;
+        }
+        if (quote == '\0' && (*at == '"' || *at == '\'')) {
+            quote = *at++;
+            continue;
         }
         if (quote == '"' && *at == '\\') {
             at += vkp_i_unescape(at, end, *out);
@@ -11457,10 +11500,6 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
             break;
         }
         used += step;
-    }
-    if ((local->flags & VKP_I_LOCAL_LEAVING) != 0 && (local->flags & stop) == 0 &&
-        local->answers == NULL) {
-        vkp_conn_drain(conn); /* the peer ended, and this was all that it had said */
     }
     vkp_i_local_release(local);
     return used;
@@ -11896,7 +11935,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     if (status == VKP_OK) {
         status = vkp_resp_reader_open(&resp, &shard->reader);
     }
-    if (status == VKP_OK && index > 0) {
+    if (status == VKP_OK && (index > 0 || (config->server == NULL && relay->shard_count > 1))) {
         status = vkp_i_shard_open_channel(shard);
     }
     return status;

@@ -1,0 +1,602 @@
+// SPDX-License-Identifier: MIT
+//
+// valkey-push-relay as a process of its own: options and exit codes, `ready:` lines, files, signals,
+// and the command line clients that people use with it.
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif
+
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "support/support.h"
+extern "C" {
+#include "support/internal.h"
+}
+
+namespace {
+
+using Strings = std::vector<std::string>;
+
+struct PeerDeleter {
+    void operator()(vkp_test_peer *peer) const { vkp_test_peer_close(peer); }
+};
+using Peer = std::unique_ptr<vkp_test_peer, PeerDeleter>;
+
+Peer open(const std::string &address)
+{
+    return Peer(vkp_test_peer_open(address.c_str()));
+}
+
+std::string hear(const Peer &peer)
+{
+    return vkp_test_frame(peer.get());
+}
+
+template <typename... Words> std::string ask(const Peer &peer, const Words &...words)
+{
+    return vkp_test_ask(peer.get(), words...);
+}
+
+std::string bulk(const std::string &text)
+{
+    return "$" + std::to_string(text.size()) + "\r\n" + text + "\r\n";
+}
+
+std::string message(const std::string &channel, const std::string &payload)
+{
+    return "*3\r\n" + bulk("message") + bulk(channel) + bulk(payload);
+}
+
+bool starts_with(const std::string &text, const std::string &prefix)
+{
+    return text.compare(0, prefix.size(), prefix) == 0;
+}
+
+bool contains(const std::string &text, const std::string &part)
+{
+    return text.find(part) != std::string::npos;
+}
+
+std::string slurp(const std::string &path)
+{
+    std::ifstream file(path);
+    std::ostringstream text;
+    text << file.rdbuf();
+    return text.str();
+}
+
+// A process with its outputs. Give it an end by reap().
+class Process {
+public:
+    explicit Process(const Strings &words) : log(vkp_test_fresh_path("log"))
+    {
+        std::vector<const char *> argv;
+        for (const std::string &word : words) {
+            argv.push_back(word.c_str());
+        }
+        argv.push_back(nullptr);
+        pid = vkp_test_i_spawn(argv.data(), &out_, log.c_str());
+    }
+    ~Process()
+    {
+        if (pid > 0) {
+            (void)reap(SIGKILL);
+        }
+        close(out_);
+    }
+    Process(const Process &) = delete;
+    Process &operator=(const Process &) = delete;
+    int reap(int signal_number = 0)
+    {
+        int code = vkp_test_reap(pid, signal_number);
+        pid = 0;
+        return code;
+    }
+    // The next line of its output without the line end; "" at the end.
+    std::string line()
+    {
+        uint64_t deadline = vkp_test_deadline();
+        size_t end = unread_.find('\n');
+        char buffer[4096];
+        ssize_t got = 1;
+        while (end == std::string::npos && got > 0) {
+            got = vkp_test_i_poll(out_, POLLIN, deadline) ? read(out_, buffer, sizeof buffer) : 0;
+            unread_.append(buffer, got > 0 ? static_cast<size_t>(got) : 0);
+            end = unread_.find('\n');
+        }
+        std::string text = unread_.substr(0, end);
+        unread_.erase(0, end == std::string::npos ? end : end + 1);
+        return text;
+    }
+    std::string rest()
+    {
+        std::string text;
+        for (std::string next = line(); !next.empty(); next = line()) {
+            text += next + "\n";
+        }
+        return text;
+    }
+    std::string errors() const { return slurp(log); }
+
+    std::string log;
+    int pid = 0;
+
+private:
+    int out_ = -1;
+    std::string unread_;
+};
+
+Strings relay_words(const Strings &options)
+{
+    Strings words = {vkp_test_relay_program()};
+    words.insert(words.end(), options.begin(), options.end());
+    return words;
+}
+
+// A relay that said `ready:`.
+class Relay : public Process {
+public:
+    explicit Relay(Strings options, bool listen = true) : Process(relay_words(with_listen(options, listen)))
+    {
+        std::string ready = line();
+        if (!starts_with(ready, "ready: ")) {
+            vkp_test_fail("no ready line but: %s; %s", ready.c_str(), errors().c_str());
+        }
+        address = ready.substr(7);
+    }
+    std::string path() const { return address.substr(address.find(':') + 1); }
+
+    std::string address;
+
+private:
+    static Strings with_listen(Strings options, bool listen)
+    {
+        if (listen) {
+            options.push_back("--listen");
+            options.push_back(vkp_test_fresh_address("prog"));
+        }
+        return options;
+    }
+};
+
+struct ServerDeleter {
+    void operator()(vkp_test_server *server) const { vkp_test_server_close(server); }
+};
+using Server = std::unique_ptr<vkp_test_server, ServerDeleter>;
+
+Server start_server(std::vector<const char *> options = {})
+{
+    options.push_back(nullptr);
+    return Server(vkp_test_server_open(options.data()));
+}
+
+#define NEEDS_SERVER()                                                                           \
+    if (vkp_test_server_program() == nullptr) {                                                  \
+        WARN("left out: there is no valkey-server and no redis-server");                         \
+        return;                                                                                  \
+    }
+
+// The server's sibling: redis-cli for redis-server; "" when it is not there.
+std::string tool(const std::string &kind)
+{
+    std::string program = vkp_test_server_program();
+    size_t at = program.rfind("-server");
+    if (at == std::string::npos) {
+        return "";
+    }
+    program.replace(at, std::string::npos, "-" + kind);
+    return access(program.c_str(), X_OK) == 0 ? program : "";
+}
+
+#define NEEDS_TOOL(name, kind)                                                                   \
+    NEEDS_SERVER();                                                                              \
+    const std::string name = tool(kind);                                                         \
+    if (name.empty()) {                                                                          \
+        WARN("left out: the server has no " kind " beside it");                                  \
+        return;                                                                                  \
+    }
+
+void until_connected(const Peer &peer)
+{
+    vkp_test_wait_until("the upstream server",
+                        [&] { return ask(peer, "ECHO", "there") == "$5\r\nthere\r\n"; });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Options
+
+TEST_CASE("--help and --version answer on standard output and exit with 0")
+{
+    Process help(relay_words({"--help"}));
+    std::string text = help.rest();
+    CHECK(help.reap() == 0);
+    CHECK(help.errors().empty());
+    for (const char *option :
+         {"--server", "--user", "--pass-env", "--listen", "--backend", "--threads", "--queue-frames", "--queue-bytes",
+          "--on-full", "--max-clients", "--log", "--help", "--version", "drop-oldest", "drop-newest", "disconnect"}) {
+        INFO(option);
+        CHECK(contains(text, option));
+    }
+    Process version(relay_words({"--version"}));
+    CHECK(version.line() == std::string("valkey-push-relay ") + vkp_version());
+    CHECK(version.reap() == 0);
+}
+
+TEST_CASE("what is no option, or no value for it, is an error with exit code 2 that names it")
+{
+    const Strings bad = GENERATE(
+        Strings{"--nosuch"}, Strings{"--nosuch", "value"}, Strings{"argument"}, Strings{"--server"}, Strings{"--backend", "kernel"},
+        Strings{"--threads", "0"}, Strings{"--threads", "-1"}, Strings{"--threads", "many"}, Strings{"--threads", "1000000"},
+        Strings{"--threads"}, Strings{"--queue-frames", "0"}, Strings{"--queue-bytes", "12x"}, Strings{"--queue-bytes", ""},
+        Strings{"--queue-bytes", "99999999999999999999999"}, Strings{"--on-full", "wait"}, Strings{"--on-full", "DISCONNECT"},
+        Strings{"--max-clients", "0"}, Strings{"--log", "loud"}, Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"});
+    INFO(bad.front());
+    Process relay(relay_words(bad));
+    CHECK(relay.line().empty());
+    CHECK(relay.reap() == 2);
+    CHECK(contains(relay.errors(), bad.front()));
+    CHECK(contains(relay.errors(), "usage: valkey-push-relay"));
+}
+
+TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
+{
+    const Strings bad =
+        GENERATE(Strings{"--server", "nonsense"}, Strings{"--server", "tcp:localhost"}, Strings{"--server", "http:x"},
+                 Strings{"--listen", "nonsense"}, Strings{"--listen", "unix:"}, Strings{"--listen", "unix:/nosuch/dir/x.sock"},
+                 Strings{"--listen", "tcp:127.0.0.1:99999"}, Strings{"--listen", "unix:/" + std::string(200, 'x')});
+    INFO(bad[0] << " " << bad[1]);
+    Process relay(relay_words(bad));
+    CHECK(relay.line().empty());
+    CHECK(relay.reap() == 1);
+    CHECK(contains(relay.errors(), bad[1]));
+    CHECK(relay.errors().size() < 600); // a line, not the whole manual
+}
+
+TEST_CASE("without --listen: a unique socket in the user's folder, which is printed, private, and removed")
+{
+    REQUIRE(setenv("XDG_RUNTIME_DIR", vkp_test_dir(), 1) == 0);
+    {
+        Relay first({}, false);
+        Relay second({}, false);
+        CHECK(starts_with(first.address, std::string("unix:") + vkp_test_dir() + "/"));
+        CHECK(first.address != second.address);
+        struct stat status;
+        REQUIRE(stat(first.path().c_str(), &status) == 0);
+        CHECK((status.st_mode & 0777) == 0600);
+        CHECK(ask(open(first.address), "PING") == "+PONG\r\n");
+        CHECK(ask(open(second.address), "PING") == "+PONG\r\n");
+        CHECK(first.reap(SIGTERM) == 0);
+        CHECK(second.reap(SIGINT) == 0);
+        CHECK(!vkp_test_exists(first.path().c_str()));
+        CHECK(!vkp_test_exists((first.path() + ".lock").c_str()));
+        CHECK(!vkp_test_exists(second.path().c_str()));
+    }
+    REQUIRE(setenv("XDG_RUNTIME_DIR", "/nosuch/folder", 1) == 0);
+    REQUIRE(setenv("TMPDIR", vkp_test_dir(), 1) == 0);
+    Relay third({}, false);
+    CHECK(starts_with(third.address, std::string("unix:") + vkp_test_dir() + "/"));
+    CHECK(third.reap(SIGTERM) == 0);
+    REQUIRE(unsetenv("TMPDIR") == 0);
+    REQUIRE(unsetenv("XDG_RUNTIME_DIR") == 0);
+}
+
+TEST_CASE("several listeners: one ready line each, with the port that was chosen, on every backend")
+{
+    Strings backends;
+    for (const vkp_backend *const *each = vkp_test_backends(); *each; each++) {
+        backends.push_back((*each)->name);
+    }
+    for (const std::string &backend : backends) {
+        for (const char *threads : {"1", "3"}) {
+            INFO(backend << " " << threads);
+            std::string unix_address = vkp_test_fresh_address("several");
+            Relay relay({"--backend", backend, "--threads", threads, "--listen", "tcp:127.0.0.1:0", "--listen",
+                         unix_address, "--listen", "tcp:localhost:0"},
+                        false);
+            std::string second = relay.line();
+            std::string third = relay.line();
+            CHECK(starts_with(relay.address, "tcp:127.0.0.1:"));
+            CHECK(relay.address != "tcp:127.0.0.1:0");
+            CHECK(second == "ready: " + unix_address);
+            REQUIRE(starts_with(third, "ready: tcp:"));
+            Peer one = open(relay.address);
+            Peer two = open(unix_address);
+            Peer three = open(third.substr(7));
+            ask(one, "SUBSCRIBE", "a");
+            ask(two, "SUBSCRIBE", "a");
+            CHECK(ask(three, "PUBLISH", "a", "hi") == ":2\r\n");
+            CHECK(hear(one) == message("a", "hi"));
+            CHECK(hear(two) == message("a", "hi"));
+            CHECK(relay.reap(SIGTERM) == 0);
+            CHECK(!vkp_test_exists(unix_address.c_str() + 5));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Files
+
+TEST_CASE("two relays on one path: the second says so and fails, the first goes on")
+{
+    Relay first({});
+    Peer peer = open(first.address);
+    ask(peer, "SUBSCRIBE", "a");
+    Process second(relay_words({"--listen", first.address}));
+    CHECK(second.line().empty());
+    CHECK(second.reap() == 1);
+    CHECK(contains(second.errors(), first.path()));
+    CHECK(contains(second.errors(), "in use by another process"));
+    CHECK(ask(open(first.address), "PUBLISH", "a", "hi") == ":1\r\n");
+    CHECK(hear(peer) == message("a", "hi"));
+    CHECK(first.reap(SIGTERM) == 0);
+    CHECK(!vkp_test_exists(first.path().c_str()));
+}
+
+TEST_CASE("a port that is taken: the second says so and fails")
+{
+    Relay first({"--listen", "tcp:127.0.0.1:0"}, false);
+    Process second(relay_words({"--listen", first.address}));
+    CHECK(second.reap() == 1);
+    CHECK(contains(second.errors(), first.address));
+    CHECK(contains(second.errors(), "in use"));
+}
+
+TEST_CASE("the file of a relay that was killed is taken over; what is no socket is left alone")
+{
+    std::string address = vkp_test_fresh_address("stale");
+    Relay killed({"--listen", address}, false);
+    CHECK(killed.reap(SIGKILL) == 128 + SIGKILL);
+    REQUIRE(vkp_test_exists(address.c_str() + 5));
+    Relay heir({"--listen", address}, false);
+    CHECK(heir.address == address);
+    CHECK(ask(open(address), "PING") == "+PONG\r\n");
+    CHECK(heir.reap(SIGTERM) == 0);
+    CHECK(!vkp_test_exists(address.c_str() + 5));
+    CHECK(!vkp_test_exists((address.substr(5) + ".lock").c_str()));
+
+    std::ofstream(address.substr(5)) << "precious";
+    Process relay(relay_words({"--listen", address}));
+    CHECK(relay.reap() == 1);
+    CHECK(slurp(address.substr(5)) == "precious");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Signals
+
+TEST_CASE("SIGTERM and SIGINT: what was asked is answered, clients see the end, exit code 0")
+{
+    NEEDS_SERVER();
+    const int signal_number = GENERATE(SIGTERM, SIGINT);
+    const std::string threads = GENERATE("1", "3");
+    Server server = start_server();
+    Relay relay({"--server", vkp_test_server_tcp(server.get()), "--threads", threads});
+    Peer peer = open(relay.address);
+    until_connected(peer);
+    Peer subscriber = open(relay.address);
+    ask(subscriber, "SUBSCRIBE", "a");
+    ask(peer, "PUBLISH", "a", "last");
+    CHECK(hear(subscriber) == message("a", "last"));
+    CHECK(relay.reap(signal_number) == 0);
+    CHECK(hear(peer).empty());
+    CHECK(hear(subscriber).empty());
+    CHECK(!vkp_test_exists(relay.path().c_str()));
+    CHECK(!vkp_test_exists((relay.path() + ".lock").c_str()));
+    CHECK(relay.errors().empty());
+    Peer direct = open(vkp_test_server_tcp(server.get()));
+    CHECK(ask(direct, "PUBSUB", "CHANNELS") == "*0\r\n");
+}
+
+TEST_CASE("SIGPIPE does not end it, nor do clients that go in the middle of an answer")
+{
+    Relay relay({});
+    REQUIRE(kill(relay.pid, SIGPIPE) == 0);
+    for (int i = 0; i < 50; i++) {
+        Peer peer = open(relay.address);
+        std::string script;
+        for (int j = 0; j < 200; j++) {
+            script += "ECHO " + std::string(1000, 'x') + "\r\n";
+        }
+        (void)send(vkp_test_peer_fd(peer.get()), script.data(), script.size(), MSG_DONTWAIT);
+    }
+    CHECK(ask(open(relay.address), "PING") == "+PONG\r\n");
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Upstream
+
+TEST_CASE("the password comes from the variable named by --pass-env")
+{
+    NEEDS_SERVER();
+    Server server = start_server({"--requirepass", "s3cret", "--user", "app", "on", ">pw", "+@all", "~*", "&*"});
+    REQUIRE(setenv("VKP_TEST_PASSWORD", "s3cret", 1) == 0);
+    REQUIRE(setenv("VKP_TEST_APP", "pw", 1) == 0);
+    REQUIRE(setenv("VKP_TEST_WRONG", "nope", 1) == 0);
+    std::string address = vkp_test_server_unix(server.get());
+    {
+        Relay relay({"--server", address, "--pass-env", "VKP_TEST_PASSWORD"});
+        Peer peer = open(relay.address);
+        until_connected(peer);
+        CHECK(ask(peer, "ACL", "WHOAMI") == bulk("default"));
+    }
+    {
+        Relay relay({"--server", address, "--user", "app", "--pass-env", "VKP_TEST_APP"});
+        Peer peer = open(relay.address);
+        until_connected(peer);
+        CHECK(ask(peer, "ACL", "WHOAMI") == bulk("app"));
+    }
+    Relay relay({"--server", address, "--pass-env", "VKP_TEST_WRONG"});
+    Peer peer = open(relay.address);
+    vkp_test_wait_until("the refusal on stderr", [&] { return contains(relay.errors(), "WRONGPASS"); });
+    CHECK(!contains(relay.errors(), "nope"));
+    CHECK(starts_with(ask(peer, "GET", "k"), "-ERR "));
+    CHECK(ask(peer, "PING") == "+PONG\r\n");
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+TEST_CASE("--max-clients and --log")
+{
+    Relay relay({"--max-clients", "2", "--log", "debug"});
+    Peer one = open(relay.address);
+    Peer two = open(relay.address);
+    CHECK(ask(one, "PING") == "+PONG\r\n");
+    CHECK(ask(two, "PING") == "+PONG\r\n");
+    CHECK(hear(open(relay.address)) == "-ERR max number of clients reached\r\n");
+    two.reset();
+    vkp_test_wait_until("the debug log", [&] { return contains(relay.errors(), "debug: client 2: "); });
+}
+
+// ---------------------------------------------------------------------------------------------
+// The programs that people use with it
+
+TEST_CASE("redis-cli prints through the relay what is published at the server")
+{
+    NEEDS_TOOL(cli, "cli");
+    Server server = start_server();
+    Relay relay({"--server", vkp_test_server_tcp(server.get())});
+    until_connected(open(relay.address));
+    Process subscriber({cli, "-s", relay.path(), "SUBSCRIBE", "news"});
+    Process pattern({cli, "-3", "-s", relay.path(), "PSUBSCRIBE", "n*"});
+    Peer direct = open(vkp_test_server_tcp(server.get()));
+    vkp_test_wait_until("both", [&] {
+        return ask(direct, "PUBSUB", "NUMSUB", "news") == "*2\r\n$4\r\nnews\r\n:1\r\n" &&
+               ask(direct, "PUBSUB", "NUMPAT") == ":1\r\n";
+    });
+    Process publisher({cli, "-p", std::to_string(vkp_test_server_port(server.get())), "PUBLISH", "news", "hello"});
+    CHECK(publisher.line() == "2");
+    CHECK(publisher.reap() == 0);
+    // Its notes ("Reading messages...") differ between versions.
+    auto until = [](Process &process, const std::string &wanted) {
+        std::string all;
+        for (std::string line = process.line(); !line.empty(); line = process.line()) {
+            all += line + "\n";
+            if (contains(line, wanted)) {
+                break;
+            }
+        }
+        return all;
+    };
+    CHECK(contains(until(subscriber, "hello"), "message\nnews\nhello\n"));
+    CHECK(contains(until(pattern, "hello"), "pmessage\nn*\nnews\nhello\n"));
+    for (const Strings &each : {Strings{"SET", "k", "v"}, Strings{"GET", "k"}, Strings{"INCR", "n"}, Strings{"LPUSH", "l", "a", "b"},
+                                Strings{"LRANGE", "l", "0", "-1"}, Strings{"HGETALL", "none"}, Strings{"GET"}}) {
+        INFO(each.front());
+        Strings relayed = {cli, "-s", relay.path()};
+        relayed.insert(relayed.end(), each.begin(), each.end());
+        Process through(relayed);
+        Strings expected = each.front() == "SET"     ? Strings{"OK"}
+                           : each.front() == "INCR"  ? Strings{"1"}
+                           : each.front() == "LPUSH" ? Strings{"2"}
+                           : each.size() == 1        ? Strings{"ERR wrong number of arguments for 'get' command"}
+                           : each.front() == "GET"   ? Strings{"v"}
+                           : each.front() == "LRANGE" ? Strings{"b", "a"}
+                                                      : Strings{""};
+        for (const std::string &line : expected) {
+            CHECK(through.line() == line);
+        }
+        (void)through.reap();
+    }
+}
+
+TEST_CASE("redis-benchmark runs its default tests through the relay")
+{
+    NEEDS_TOOL(benchmark, "benchmark");
+    Server server = start_server();
+    Relay relay({"--server", vkp_test_server_unix(server.get()), "--threads", "2"});
+    until_connected(open(relay.address));
+    for (const char *pipeline : {"1", "16"}) {
+        Process run({benchmark, "-s", relay.path(), "-n", "2000", "-q", "-P", pipeline});
+        std::string text = run.rest();
+        INFO(text << run.errors());
+        CHECK(run.reap() == 0);
+        for (const char *test : {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR", "LPUSH", "RPUSH", "LPOP", "RPOP",
+                                 "SADD", "HSET", "SPOP", "ZADD", "ZPOPMIN", "LRANGE_600", "MSET"}) {
+            INFO(test);
+            CHECK(contains(text, test));
+        }
+        CHECK(!contains(text + run.errors(), "Error"));
+    }
+}
+
+TEST_CASE("a subscriber stopped by SIGSTOP is handled as --on-full says; others see all")
+{
+    NEEDS_TOOL(cli, "cli");
+    const std::string policy = GENERATE("drop-oldest", "drop-newest", "disconnect");
+    INFO(policy);
+    Relay relay({"--on-full", policy, "--queue-bytes", "100000", "--queue-frames", "1000"});
+    Process stopped({cli, "-s", relay.path(), "SUBSCRIBE", "news"});
+    Peer other = open(relay.address);
+    ask(other, "SUBSCRIBE", "news");
+    Peer publisher = open(relay.address);
+    vkp_test_wait_until("the subscriber", [&] {
+        return ask(publisher, "PUBSUB", "NUMSUB", "news") == "*2\r\n$4\r\nnews\r\n:2\r\n";
+    });
+    REQUIRE(kill(stopped.pid, SIGSTOP) == 0);
+    int status = 0;
+    REQUIRE(waitpid(stopped.pid, &status, WUNTRACED) == stopped.pid);
+    REQUIRE(WIFSTOPPED(status));
+    // More than the kernel's buffers and the queue take.
+    std::string padding(1000, 'x');
+    for (int i = 0; i < 4000; i++) {
+        std::string payload = std::to_string(i) + padding;
+        REQUIRE(starts_with(ask(publisher, "PUBLISH", "news", payload), ":"));
+        if (hear(other) != message("news", payload)) {
+            FAIL("the other missed message " << i);
+        }
+    }
+    std::string count = ask(publisher, "PUBSUB", "NUMSUB", "news");
+    CHECK(count == std::string("*2\r\n$4\r\nnews\r\n:") + (policy == "disconnect" ? "1" : "2") + "\r\n");
+    REQUIRE(kill(stopped.pid, SIGCONT) == 0);
+    if (policy != "disconnect") {
+        // It is served on: dropping made holes, no more. While its queue is full, what is new may
+        // be what is dropped: so there is something new again and again.
+        bool found = false;
+        for (int i = 0; !found; i++) {
+            if (i % 100 == 0) {
+                ask(publisher, "PUBLISH", "news", "after");
+            }
+            std::string line = stopped.line();
+            REQUIRE(!line.empty());
+            found = contains(line, "after");
+        }
+    }
+    (void)stopped.reap(SIGKILL); // or the drain would wait for it
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+TEST_CASE("a server killed and started again: the program goes on")
+{
+    NEEDS_SERVER();
+    Server server = start_server();
+    Relay relay({"--server", vkp_test_server_tcp(server.get()), "--threads", "2"});
+    Peer peer = open(relay.address);
+    until_connected(peer);
+    Peer subscriber = open(relay.address);
+    ask(subscriber, "SUBSCRIBE", "a");
+    vkp_test_server_kill(server.get());
+    vkp_test_wait_until("the loss", [&] { return starts_with(ask(peer, "GET", "k"), "-ERR "); });
+    vkp_test_server_restart(server.get());
+    until_connected(peer);
+    Peer direct = open(vkp_test_server_tcp(server.get()));
+    vkp_test_wait_until("the subscription",
+                        [&] { return ask(direct, "PUBSUB", "NUMSUB", "a") == "*2\r\n$1\r\na\r\n:1\r\n"; });
+    ask(direct, "PUBLISH", "a", "back");
+    CHECK(hear(subscriber) == message("a", "back"));
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+} // namespace
