@@ -2825,17 +2825,18 @@ VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
 }
 
 #if VKP_I_IO
-/* What the next value costs; 0 when there is none. Receiver's thread, nobody evicts. */
-static size_t vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx)
+/* What the next value costs; false when there is none. Receiver's thread, nobody evicts. */
+static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
 {
     vkp_i_channel *channel = rx->channel;
-    size_t cost = 0;
+    bool found;
     VKP_I_LOCK(&channel->mutex);
-    if (channel->count > 0) {
-        cost = vkp_i_channel_cost(channel, vkp_i_channel_at(channel, channel->head));
+    found = channel->count > 0;
+    if (found) {
+        *cost = vkp_i_channel_cost(channel, vkp_i_channel_at(channel, channel->head));
     }
     VKP_I_UNLOCK(&channel->mutex);
-    return cost;
+    return found;
 }
 #endif
 
@@ -3967,8 +3968,10 @@ struct vkp_resp_reader {
     uint64_t consumed; /* bytes of whole frames since open or reset */
     size_t position;
     size_t line_seen;
-    bool whole;       /* the last scan gave a frame: the next one starts anew */
-    size_t attribute; /* as in vkp_i_level, for the root */
+    bool whole;        /* the last scan gave a frame: the next one starts anew */
+    bool quick;        /* the limits allow vkp_i_reader_quick */
+    bool quick_values; /* the first four values are those of a message */
+    size_t attribute;  /* as in vkp_i_level, for the root */
     vkp_value *values;
     size_t count;
     size_t capacity;
@@ -3992,12 +3995,17 @@ static uint64_t vkp_i_load64(const void *from)
     return value;
 }
 
+static bool vkp_i_is_crlf(const uint8_t *at, const uint8_t *end)
+{
+    return end - at >= 2 && memcmp(at, "\r\n", 2) == 0;
+}
+
 static bool vkp_i_is_message(const uint8_t *frame, size_t len)
 {
     return len >= VKP_I_MESSAGE_PREFIX &&
            vkp_i_load64(frame) == vkp_i_load64(vkp_i_message_prefix) &&
-           vkp_i_load64(frame + 8) == vkp_i_load64(vkp_i_message_prefix + 8) && frame[16] == '\n' &&
-           frame[17] == '$';
+           vkp_i_load64(frame + 8) == vkp_i_load64(vkp_i_message_prefix + 8) &&
+           memcmp(frame + 16, "\n$", 2) == 0;
 }
 
 VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_reader **out)
@@ -4028,6 +4036,8 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     VKP_I_DEFAULT(max_line_bytes, 65536)
     VKP_I_DEFAULT(max_frame_bytes, (size_t)1 << 30)
 #undef VKP_I_DEFAULT
+    reader->quick = reader->config.max_depth > 0 && reader->config.max_elements >= 3 &&
+                    reader->config.max_bulk_bytes >= 7;
     *out = reader;
     return VKP_OK;
 }
@@ -4318,6 +4328,7 @@ static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
         return NULL;
     }
     reader->values = (vkp_value *)values;
+    reader->quick_values = false;
     value = &reader->values[reader->count];
     memset(value, 0, sizeof *value);
     value->type = (uint8_t)type;
@@ -4678,95 +4689,94 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     }
 }
 
-/* A length of at most 8 digits without a leading zero, and its CRLF; or NULL: for the steps. */
-static const uint8_t *vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
+/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps.
+   Inlined twice, so that each place's branches are predicted for themselves.                  */
+__attribute__((always_inline)) static inline const uint8_t *
+vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
 {
-    size_t value = 0;
     const uint8_t *start = at;
+    size_t value = 0;
     while (at < end && (uint8_t)(*at - '0') < 10) {
-        value = value * 10 + (size_t)(*at - '0');
+        value = value * 10 + (uint8_t)(*at - '0');
         at++;
     }
-    if (at == start || at - start > 8 || (*start == '0' && at - start > 1) || end - at < 2 ||
-        at[0] != '\r' || at[1] != '\n') {
+    if ((size_t)(at - start) - 1 >= 8 || (*start == '0' && at - start > 1) ||
+        !vkp_i_is_crlf(at, end)) {
         return NULL;
     }
     *out = value;
     return at + 2;
 }
 
-static void vkp_i_quick_string(vkp_value *value, const uint8_t *at, size_t len)
+/* What is the same in every message is written once and stays until the general way overwrites it:
+   a subscriber's frame costs five stores.                                                     */
+static void vkp_i_quick_prepare(vkp_resp_reader *reader)
 {
-    memset(value, 0, sizeof *value);
-    value->type = VKP_STRING;
-    value->i_depth = 1;
-    value->span = 1;
-    value->len = len;
-    value->u.str = (const char *)at;
+    size_t i;
+    memset(reader->values, 0, 4 * sizeof *reader->values);
+    for (i = 0; i < 4; i++) {
+        reader->values[i].type = i == 0 ? VKP_PUSH : VKP_STRING;
+        reader->values[i].i_depth = i == 0 ? 0 : 1;
+        reader->values[i].span = i == 0 ? 4 : 1;
+        reader->values[i].len = i == 0 ? 3 : 7;
+    }
+    reader->quick_values = true;
 }
 
 /* The frame that a subscriber sees a million times: >3 message channel payload. Its first 18 bytes
-   are compared at once, its texts are passed over by length. False: take the general way.      */
-static bool vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
-                               size_t *consumed)
+   are compared at once, its texts are passed over by length. The reader's state is that before a
+   frame, and stays so. EMPTY: the payload is still coming. UNSUPPORTED: take the general way. */
+static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                     size_t *consumed)
 {
     const uint8_t *end = window + len;
     const uint8_t *channel;
     const uint8_t *payload;
     size_t channel_len;
     size_t payload_len;
-    if (!vkp_i_is_message(window, len) || reader->capacity < 4 || reader->config.max_elements < 3 ||
-        reader->config.max_bulk_bytes < 7) {
-        return false;
+    size_t most = reader->config.max_bulk_bytes;
+    size_t whole;
+    vkp_value *values = reader->values;
+    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < 4) {
+        return VKP_ERR_UNSUPPORTED;
     }
     channel = vkp_i_quick_length(window + VKP_I_MESSAGE_PREFIX, end, &channel_len);
-    if (channel == NULL || (size_t)(end - channel) < channel_len + 3 ||
-        channel[channel_len] != '\r' || channel[channel_len + 1] != '\n' ||
-        channel[channel_len + 2] != '$') {
-        return false;
+    if (channel == NULL || channel_len > most || (size_t)(end - channel) < channel_len + 3 ||
+        memcmp(channel + channel_len, "\r\n$", 3) != 0) {
+        return VKP_ERR_UNSUPPORTED;
     }
     payload = vkp_i_quick_length(channel + channel_len + 3, end, &payload_len);
-    if (payload == NULL || (size_t)(end - payload) < payload_len + 2 ||
-        payload[payload_len] != '\r' || payload[payload_len + 1] != '\n') {
-        return false;
+    if (payload == NULL || payload_len > most) {
+        return VKP_ERR_UNSUPPORTED;
     }
-    *consumed = (size_t)(payload + payload_len + 2 - window);
-    if (VKP_I_MAX(channel_len, payload_len) > reader->config.max_bulk_bytes ||
-        *consumed > reader->config.max_frame_bytes) {
-        return false;
+    whole = (size_t)(payload - window) + payload_len + 2;
+    if (whole > reader->config.max_frame_bytes) {
+        return VKP_ERR_UNSUPPORTED;
     }
-    memset(&reader->values[0], 0, sizeof reader->values[0]);
-    reader->values[0].type = VKP_PUSH;
-    reader->values[0].span = 4;
-    reader->values[0].len = 3;
-    vkp_i_quick_string(&reader->values[1], window + 8, 7);
-    vkp_i_quick_string(&reader->values[2], channel, channel_len);
-    vkp_i_quick_string(&reader->values[3], payload, payload_len);
-    return true;
+    if (whole > len) {
+        return whole - len >= 2 ? VKP_ERR_EMPTY : VKP_ERR_UNSUPPORTED;
+    }
+    if (memcmp(payload + payload_len, "\r\n", 2) != 0) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    if (!reader->quick_values) {
+        vkp_i_quick_prepare(reader);
+    }
+    values[1].u.str = (const char *)window + 8;
+    values[2].len = channel_len;
+    values[2].u.str = (const char *)channel;
+    values[3].len = payload_len;
+    values[3].u.str = (const char *)payload;
+    *consumed = whole;
+    return VKP_OK;
 }
 
-VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *data, size_t len,
-                                        const vkp_value **value, size_t *consumed)
+/* Out of line: inlined, it would make the quick way save every register. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
+                                                                 const uint8_t *window, size_t len,
+                                                                 const vkp_value **value,
+                                                                 size_t *consumed)
 {
-    const uint8_t *window = (const uint8_t *)data;
-    VKP_I_REQUIRE(reader != NULL && value != NULL && consumed != NULL &&
-                  (data != NULL || len == 0));
-    if (reader->status != VKP_OK) {
-        return reader->status;
-    }
-    if (window == NULL) {
-        return VKP_ERR_EMPTY;
-    }
-    if (reader->whole) {
-        vkp_i_reader_start(reader);
-    }
-    if (reader->position == 0 && reader->config.max_depth > 0 &&
-        vkp_i_reader_quick(reader, window, len, consumed)) {
-        *value = &reader->values[0];
-        reader->consumed += *consumed;
-        reader->whole = true;
-        return VKP_OK;
-    }
     do {
         vkp_status status = vkp_i_reader_step(reader, window, len);
         if (status != VKP_OK) {
@@ -4787,6 +4797,34 @@ VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *dat
     reader->consumed += reader->position;
     reader->whole = true;
     return VKP_OK;
+}
+
+VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *data, size_t len,
+                                        const vkp_value **value, size_t *consumed)
+{
+    const uint8_t *window = (const uint8_t *)data;
+    VKP_I_REQUIRE(reader != NULL && value != NULL && consumed != NULL &&
+                  (data != NULL || len == 0));
+    if (reader->status != VKP_OK) {
+        return reader->status;
+    }
+    if (window == NULL) {
+        return VKP_ERR_EMPTY;
+    }
+    if (reader->whole) {
+        vkp_i_reader_start(reader);
+    }
+    if (reader->position == 0) {
+        vkp_status status = vkp_i_reader_quick(reader, window, len, consumed);
+        if (status == VKP_OK) {
+            *value = &reader->values[0];
+            reader->consumed += *consumed;
+        }
+        if (status != VKP_ERR_UNSUPPORTED) {
+            return status;
+        }
+    }
+    return vkp_i_reader_general(reader, window, len, value, consumed);
 }
 
 VKP_API vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data, size_t len)
@@ -5930,32 +5968,33 @@ typedef struct vkp_i_connecting {
     size_t next;
 } vkp_i_connecting;
 
+/* What a push to many touches comes first, together: two lines of the cache, not five. */
 struct vkp_conn {
-    size_t refs; /* atomic; the loop holds one until the close, each queued task one */
-    vkp_loop *loop;
     vkp_i_profile *profile;
-    void *user;
-    vkp_watch watch;
-    vkp_i_task task;        /* deferred */
-    vkp_i_task remote;      /* queued by other threads */
-    uint32_t state;         /* atomic */
-    uint32_t remote_queued; /* atomic */
+    uint32_t state; /* atomic */
     uint32_t flags;
-    int fd;
-    int doom_error;
-    vkp_close_reason doom;
-    vkp_block *input; /* what on_data left; its bytes from input_begin */
-    size_t input_begin;
     vkp_i_span first; /* the queue's head; the others follow in a ring */
-    vkp_i_span *more;
-    uint32_t more_capacity;
-    uint32_t more_head;
     uint32_t spans;
     uint32_t head_sent;   /* bytes written of `first`, whose data was moved on by as many */
     size_t queued_frames; /* pushes; those of a span partly written count until looked at */
     size_t queued_bytes;  /* of everything */
     size_t pushed_bytes;  /* of pushes */
-    uint64_t dropped;     /* atomic */
+    vkp_i_task task;      /* deferred */
+    vkp_loop *loop;
+    size_t refs; /* atomic; the loop holds one until the close, each queued task one */
+    vkp_i_span *more;
+    uint32_t more_capacity;
+    uint32_t more_head;
+    void *user;
+    vkp_watch watch;
+    vkp_i_task remote;      /* queued by other threads */
+    uint32_t remote_queued; /* atomic */
+    int fd;
+    int doom_error;
+    vkp_close_reason doom;
+    vkp_block *input; /* what on_data left; its bytes from input_begin */
+    size_t input_begin;
+    uint64_t dropped; /* atomic */
     vkp_i_inbox *inbox;
     vkp_i_connecting *connecting;
 };
@@ -6182,9 +6221,10 @@ static void vkp_i_spans_compact_tail(vkp_conn *conn)
         return; /* the head may be partly written */
     }
     tail = vkp_i_span_at(conn, conn->spans - 1);
-    if (tail->block == NULL || tail->len >= tail->block->capacity / 4 ||
-        tail->block->capacity <= VKP_I_COMPACT_BYTES) {
-        return;
+    if (tail->block == NULL ? tail->len >= VKP_I_COMPACT_BYTES / 4
+                            : tail->len >= tail->block->capacity / 4 ||
+                                  tail->block->capacity <= VKP_I_COMPACT_BYTES) {
+        return; /* static bytes pin nothing, but a span each is long to search for a push to drop */
     }
     before = conn->spans > 2 ? vkp_i_span_at(conn, conn->spans - 2) : NULL;
     if (before != NULL && before->block != NULL && vkp_i_block_is_mine(before->block) &&
@@ -6533,9 +6573,13 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
                  conn->profile->config.on_full == VKP_ON_FULL_ERROR;
     bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0; /* bounded: nobody pushes any more */
     vkp_bytes frame;
+    size_t next = 0;
     int i;
     for (i = 0; i < VKP_I_INBOX_BATCH || draining; i++) {
-        if (waits && !vkp_i_conn_find_room(conn, vkp_i_mpsc_next_cost(rx))) {
+        if (waits && !vkp_i_mpsc_next_cost(rx, &next)) {
+            break; /* a value that comes now was not measured */
+        }
+        if (waits && !vkp_i_conn_find_room(conn, next)) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
                 conn->flags |= VKP_I_CONN_INBOX_HELD;
                 vkp_mpsc_unwatch(rx);
@@ -7811,7 +7855,10 @@ static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_messag
     size_t i;
     for (i = 0; i < topic->count; i++) {
         vkp_hub_member *member = topic->subs[i]->member;
-        const vkp_bytes *frame = vkp_i_message_frame(hub, message, member->protocol);
+        const vkp_bytes *frame = &message->frames[member->protocol == 3 ? 1 : 0];
+        if (frame->len == 0) {
+            frame = vkp_i_message_frame(hub, message, member->protocol);
+        }
         if (frame != NULL) {
             (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts what it drops */
         }
@@ -8063,6 +8110,14 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
         return VKP_ERR_INVALID;
     }
     memset(push, 0, sizeof *push);
+    /* A plain message, without the walk: no attributes, no aggregates, kind MESSAGE is 0. */
+    if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
+        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_STRING &&
+        value[3].type == VKP_STRING) {
+        push->channel = vkp_i_str(value[2].u.str, value[2].len);
+        push->payload = vkp_i_str(value[3].u.str, value[3].len);
+        return VKP_OK;
+    }
     for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
         const vkp_i_push_form *form = &vkp_i_push_forms[i];
         if (value->len == form->elements &&
@@ -8638,10 +8693,14 @@ static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
     return true;
 }
 
-/* No memory for a new name: it waits, and what came after it too, for the next connection. */
+/* No memory for a new name: it waits, and what came after it too, for the next connection. Whoever
+   asked is told so now: the next connection may be far.                                       */
 static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
 {
     vkp_i_requests all;
+    void (*done)(void *user, vkp_status status) = request->done;
+    void *user = request->user;
+    request->done = NULL;
     vkp_i_requests_init(&all);
     vkp_i_requests_append(&all, request);
     vkp_i_requests_move(&client->taken, &all);
@@ -8650,6 +8709,9 @@ static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
     vkp_i_requests_move(&all, &client->submitted);
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_client_lost(client, "out of memory");
+    if (done != NULL) {
+        done(user, client->closed ? VKP_ERR_CLOSED : VKP_ERR_DISCONNECTED);
+    }
 }
 
 static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
@@ -8859,13 +8921,14 @@ static void vkp_i_client_drop_connection(vkp_client *client)
 /* A uniform wait below a bound that doubles: many clients do not come back as one. */
 static uint64_t vkp_i_client_backoff(vkp_client *client)
 {
+    uint64_t most = VKP_I_MIN(client->config.retry_max_ms, (uint64_t)INT64_MAX);
     uint64_t bound = client->config.retry_min_ms;
     uint32_t i;
-    for (i = 0; i < client->tries && bound < client->config.retry_max_ms; i++) {
+    for (i = 0; i < client->tries && bound < most; i++) {
         bound *= 2;
     }
     client->tries++;
-    bound = VKP_I_MIN(bound, client->config.retry_max_ms);
+    bound = VKP_I_MIN(bound, most);
     return vkp_i_sys(client->env)->random_u64() % (bound + 1);
 }
 
@@ -9204,7 +9267,10 @@ static void vkp_i_client_heartbeat(vkp_client *client)
 {
     uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / 1000000u;
     vkp_str argv = vkp_str_of("PING");
-    if (client->ping_sent) {
+    if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
+        /* Bytes still come: the answer stands behind a long reply. */
+        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
+    } else if (client->ping_sent) {
         vkp_i_client_lost(client, "no answer to a heartbeat");
     } else if (idle_ms < client->config.heartbeat_ms) {
         vkp_i_client_start_timer(client, client->config.heartbeat_ms - idle_ms);
@@ -9722,6 +9788,7 @@ struct vkp_i_shard {
     size_t inline_capacity;
     vkp_i_local *locals;
     size_t local_count;
+    struct vkp_i_handover *handovers; /* guarded by the relay's mutex */
     bool draining;
     bool gone;           /* drained, and told */
     vkp_mpsc_tx *pushes; /* to this shard from other loops; NULL where none sends */
@@ -11595,17 +11662,51 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd)
 
 /* ---- accepting, on loop 0 ---- */
 
+/* A descriptor on its way to another shard's loop. */
 typedef struct vkp_i_handover {
     vkp_i_task task;
     vkp_i_shard *shard;
-    int fd;
+    struct vkp_i_handover *prev; /* of the shard; guarded by the relay's mutex */
+    struct vkp_i_handover *next;
+    int fd; /* -1: the relay was let go meanwhile */
 } vkp_i_handover;
+
+static void vkp_i_handover_link(vkp_i_handover *handover)
+{
+    vkp_i_shard *shard = handover->shard;
+    VKP_I_LOCK(&shard->relay->mutex);
+    handover->prev = NULL;
+    handover->next = shard->handovers;
+    if (handover->next != NULL) {
+        handover->next->prev = handover;
+    }
+    shard->handovers = handover;
+    VKP_I_UNLOCK(&shard->relay->mutex);
+}
+
+static void vkp_i_handover_unlink(vkp_i_handover *handover)
+{
+    vkp_i_shard *shard = handover->shard;
+    VKP_I_LOCK(&shard->relay->mutex);
+    if (handover->prev != NULL) {
+        handover->prev->next = handover->next;
+    } else {
+        shard->handovers = handover->next;
+    }
+    if (handover->next != NULL) {
+        handover->next->prev = handover->prev;
+    }
+    VKP_I_UNLOCK(&shard->relay->mutex);
+}
 
 static void vkp_i_handover_home(vkp_i_task *task)
 {
     vkp_i_handover *handover = VKP_I_CONTAINER(task, vkp_i_handover, task);
     vkp_relay *relay = handover->shard->relay;
-    vkp_i_shard_adopt(handover->shard, handover->fd);
+    vkp_i_handover_unlink(handover);
+    if (handover->fd >= 0) {
+        vkp_i_shard_adopt(handover->shard, handover->fd);
+    }
     vkp_i_free(relay->env, handover, sizeof *handover);
     vkp_i_relay_release(relay);
 }
@@ -11618,9 +11719,11 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd)
         handover->shard = shard;
         handover->fd = fd;
         (void)VKP_I_ADD(&relay->refs, 1);
+        vkp_i_handover_link(handover);
         if (vkp_i_loop_queue(shard->loop, &handover->task)) {
             return;
         }
+        vkp_i_handover_unlink(handover);
         vkp_i_free(relay->env, handover, sizeof *handover);
         vkp_i_relay_release(relay);
     }
@@ -11848,6 +11951,19 @@ static void vkp_i_relay_release(vkp_relay *relay)
     }
 }
 
+/* The loops do not run: what was handed to them is closed now, the tasks find nothing later. */
+static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
+{
+    vkp_i_handover *each;
+    VKP_I_LOCK(&relay->mutex);
+    for (each = shard->handovers; each != NULL; each = each->next) {
+        (void)shard->loop->sys->close(each->fd);
+        (void)VKP_I_SUB(&relay->clients, 1);
+        each->fd = -1;
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+}
+
 VKP_API void vkp_relay_unref(vkp_relay *relay)
 {
     size_t i;
@@ -11866,6 +11982,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         while (shard->locals != NULL) { /* whoever calls is alone with the loops */
             vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
+        vkp_i_shard_drop_handovers(relay, shard);
         vkp_push_loop_unref(shard->push_loop);
         vkp_mpsc_tx_unref(shard->pushes);
         shard->push_loop = NULL;

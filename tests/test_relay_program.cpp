@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// valkey-push-relay as a process of its own: options and exit codes, `ready:` lines, files, signals,
+// valkey-push-relay as a process of its own: options, exit codes, `ready:` lines, files, signals,
 // and the command line clients that people use with it.
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
@@ -32,7 +32,10 @@ namespace {
 using Strings = std::vector<std::string>;
 
 struct PeerDeleter {
-    void operator()(vkp_test_peer *peer) const { vkp_test_peer_close(peer); }
+    void operator()(vkp_test_peer *peer) const
+    {
+        vkp_test_peer_close(peer);
+    }
 };
 using Peer = std::unique_ptr<vkp_test_peer, PeerDeleter>;
 
@@ -46,7 +49,8 @@ std::string hear(const Peer &peer)
     return vkp_test_frame(peer.get());
 }
 
-template <typename... Words> std::string ask(const Peer &peer, const Words &...words)
+template <typename... Words>
+std::string ask(const Peer &peer, const Words &...words)
 {
     return vkp_test_ask(peer.get(), words...);
 }
@@ -81,7 +85,7 @@ std::string slurp(const std::string &path)
 
 // A process with its outputs. Give it an end by reap().
 class Process {
-public:
+  public:
     explicit Process(const Strings &words) : log(vkp_test_fresh_path("log"))
     {
         std::vector<const char *> argv;
@@ -130,12 +134,15 @@ public:
         }
         return text;
     }
-    std::string errors() const { return slurp(log); }
+    std::string errors() const
+    {
+        return slurp(log);
+    }
 
     std::string log;
     int pid = 0;
 
-private:
+  private:
     int out_ = -1;
     std::string unread_;
 };
@@ -149,8 +156,9 @@ Strings relay_words(const Strings &options)
 
 // A relay that said `ready:`.
 class Relay : public Process {
-public:
-    explicit Relay(Strings options, bool listen = true) : Process(relay_words(with_listen(options, listen)))
+  public:
+    explicit Relay(Strings options, bool listen = true)
+        : Process(relay_words(with_listen(options, listen)))
     {
         std::string ready = line();
         if (!starts_with(ready, "ready: ")) {
@@ -158,11 +166,14 @@ public:
         }
         address = ready.substr(7);
     }
-    std::string path() const { return address.substr(address.find(':') + 1); }
+    std::string path() const
+    {
+        return address.substr(address.find(':') + 1);
+    }
 
     std::string address;
 
-private:
+  private:
     static Strings with_listen(Strings options, bool listen)
     {
         if (listen) {
@@ -174,7 +185,10 @@ private:
 };
 
 struct ServerDeleter {
-    void operator()(vkp_test_server *server) const { vkp_test_server_close(server); }
+    void operator()(vkp_test_server *server) const
+    {
+        vkp_test_server_close(server);
+    }
 };
 using Server = std::unique_ptr<vkp_test_server, ServerDeleter>;
 
@@ -184,10 +198,10 @@ Server start_server(std::vector<const char *> options = {})
     return Server(vkp_test_server_open(options.data()));
 }
 
-#define NEEDS_SERVER()                                                                           \
-    if (vkp_test_server_program() == nullptr) {                                                  \
-        WARN("left out: there is no valkey-server and no redis-server");                         \
-        return;                                                                                  \
+#define NEEDS_SERVER()                                                   \
+    if (vkp_test_server_program() == nullptr) {                          \
+        WARN("left out: there is no valkey-server and no redis-server"); \
+        return;                                                          \
     }
 
 // The server's sibling: redis-cli for redis-server; "" when it is not there.
@@ -202,12 +216,12 @@ std::string tool(const std::string &kind)
     return access(program.c_str(), X_OK) == 0 ? program : "";
 }
 
-#define NEEDS_TOOL(name, kind)                                                                   \
-    NEEDS_SERVER();                                                                              \
-    const std::string name = tool(kind);                                                         \
-    if (name.empty()) {                                                                          \
-        WARN("left out: the server has no " kind " beside it");                                  \
-        return;                                                                                  \
+#define NEEDS_TOOL(name, kind)                                  \
+    NEEDS_SERVER();                                             \
+    const std::string name = tool(kind);                        \
+    if (name.empty()) {                                         \
+        WARN("left out: the server has no " kind " beside it"); \
+        return;                                                 \
     }
 
 void until_connected(const Peer &peer)
@@ -226,8 +240,9 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
     CHECK(help.reap() == 0);
     CHECK(help.errors().empty());
     for (const char *option :
-         {"--server", "--user", "--pass-env", "--listen", "--backend", "--threads", "--queue-frames", "--queue-bytes",
-          "--on-full", "--max-clients", "--log", "--help", "--version", "drop-oldest", "drop-newest", "disconnect"}) {
+         {"--server", "--user", "--pass-env", "--listen", "--backend", "--threads",
+          "--queue-frames", "--queue-bytes", "--on-full", "--max-clients", "--log", "--help",
+          "--version", "drop-oldest", "drop-newest", "disconnect"}) {
         INFO(option);
         CHECK(contains(text, option));
     }
@@ -239,11 +254,14 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
 TEST_CASE("what is no option, or no value for it, is an error with exit code 2 that names it")
 {
     const Strings bad = GENERATE(
-        Strings{"--nosuch"}, Strings{"--nosuch", "value"}, Strings{"argument"}, Strings{"--server"}, Strings{"--backend", "kernel"},
-        Strings{"--threads", "0"}, Strings{"--threads", "-1"}, Strings{"--threads", "many"}, Strings{"--threads", "1000000"},
-        Strings{"--threads"}, Strings{"--queue-frames", "0"}, Strings{"--queue-bytes", "12x"}, Strings{"--queue-bytes", ""},
-        Strings{"--queue-bytes", "99999999999999999999999"}, Strings{"--on-full", "wait"}, Strings{"--on-full", "DISCONNECT"},
-        Strings{"--max-clients", "0"}, Strings{"--log", "loud"}, Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"});
+        Strings{"--nosuch"}, Strings{"--nosuch", "value"}, Strings{"argument"}, Strings{"--server"},
+        Strings{"--backend", "kernel"}, Strings{"--threads", "0"}, Strings{"--threads", "-1"},
+        Strings{"--threads", "many"}, Strings{"--threads", "1000000"}, Strings{"--threads"},
+        Strings{"--queue-frames", "0"}, Strings{"--queue-bytes", "12x"},
+        Strings{"--queue-bytes", ""}, Strings{"--queue-bytes", "99999999999999999999999"},
+        Strings{"--on-full", "wait"}, Strings{"--on-full", "DISCONNECT"},
+        Strings{"--max-clients", "0"}, Strings{"--log", "loud"},
+        Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"});
     INFO(bad.front());
     Process relay(relay_words(bad));
     CHECK(relay.line().empty());
@@ -255,9 +273,11 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
 TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
 {
     const Strings bad =
-        GENERATE(Strings{"--server", "nonsense"}, Strings{"--server", "tcp:localhost"}, Strings{"--server", "http:x"},
-                 Strings{"--listen", "nonsense"}, Strings{"--listen", "unix:"}, Strings{"--listen", "unix:/nosuch/dir/x.sock"},
-                 Strings{"--listen", "tcp:127.0.0.1:99999"}, Strings{"--listen", "unix:/" + std::string(200, 'x')});
+        GENERATE(Strings{"--server", "nonsense"}, Strings{"--server", "tcp:localhost"},
+                 Strings{"--server", "http:x"}, Strings{"--listen", "nonsense"},
+                 Strings{"--listen", "unix:"}, Strings{"--listen", "unix:/nosuch/dir/x.sock"},
+                 Strings{"--listen", "tcp:127.0.0.1:99999"},
+                 Strings{"--listen", "unix:/" + std::string(200, 'x')});
     INFO(bad[0] << " " << bad[1]);
     Process relay(relay_words(bad));
     CHECK(relay.line().empty());
@@ -266,7 +286,8 @@ TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
     CHECK(relay.errors().size() < 600); // a line, not the whole manual
 }
 
-TEST_CASE("without --listen: a unique socket in the user's folder, which is printed, private, and removed")
+TEST_CASE("without --listen: a unique socket in the user's folder, which is printed, private, and "
+          "removed")
 {
     REQUIRE(setenv("XDG_RUNTIME_DIR", vkp_test_dir(), 1) == 0);
     {
@@ -304,8 +325,8 @@ TEST_CASE("several listeners: one ready line each, with the port that was chosen
         for (const char *threads : {"1", "3"}) {
             INFO(backend << " " << threads);
             std::string unix_address = vkp_test_fresh_address("several");
-            Relay relay({"--backend", backend, "--threads", threads, "--listen", "tcp:127.0.0.1:0", "--listen",
-                         unix_address, "--listen", "tcp:localhost:0"},
+            Relay relay({"--backend", backend, "--threads", threads, "--listen", "tcp:127.0.0.1:0",
+                         "--listen", unix_address, "--listen", "tcp:localhost:0"},
                         false);
             std::string second = relay.line();
             std::string third = relay.line();
@@ -422,7 +443,8 @@ TEST_CASE("SIGPIPE does not end it, nor do clients that go in the middle of an a
 TEST_CASE("the password comes from the variable named by --pass-env")
 {
     NEEDS_SERVER();
-    Server server = start_server({"--requirepass", "s3cret", "--user", "app", "on", ">pw", "+@all", "~*", "&*"});
+    Server server = start_server(
+        {"--requirepass", "s3cret", "--user", "app", "on", ">pw", "+@all", "~*", "&*"});
     REQUIRE(setenv("VKP_TEST_PASSWORD", "s3cret", 1) == 0);
     REQUIRE(setenv("VKP_TEST_APP", "pw", 1) == 0);
     REQUIRE(setenv("VKP_TEST_WRONG", "nope", 1) == 0);
@@ -441,7 +463,8 @@ TEST_CASE("the password comes from the variable named by --pass-env")
     }
     Relay relay({"--server", address, "--pass-env", "VKP_TEST_WRONG"});
     Peer peer = open(relay.address);
-    vkp_test_wait_until("the refusal on stderr", [&] { return contains(relay.errors(), "WRONGPASS"); });
+    vkp_test_wait_until("the refusal on stderr",
+                        [&] { return contains(relay.errors(), "WRONGPASS"); });
     CHECK(!contains(relay.errors(), "nope"));
     CHECK(starts_with(ask(peer, "GET", "k"), "-ERR "));
     CHECK(ask(peer, "PING") == "+PONG\r\n");
@@ -457,7 +480,8 @@ TEST_CASE("--max-clients and --log")
     CHECK(ask(two, "PING") == "+PONG\r\n");
     CHECK(hear(open(relay.address)) == "-ERR max number of clients reached\r\n");
     two.reset();
-    vkp_test_wait_until("the debug log", [&] { return contains(relay.errors(), "debug: client 2: "); });
+    vkp_test_wait_until("the debug log",
+                        [&] { return contains(relay.errors(), "debug: client 2: "); });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -476,7 +500,8 @@ TEST_CASE("redis-cli prints through the relay what is published at the server")
         return ask(direct, "PUBSUB", "NUMSUB", "news") == "*2\r\n$4\r\nnews\r\n:1\r\n" &&
                ask(direct, "PUBSUB", "NUMPAT") == ":1\r\n";
     });
-    Process publisher({cli, "-p", std::to_string(vkp_test_server_port(server.get())), "PUBLISH", "news", "hello"});
+    Process publisher({cli, "-p", std::to_string(vkp_test_server_port(server.get())), "PUBLISH",
+                       "news", "hello"});
     CHECK(publisher.line() == "2");
     CHECK(publisher.reap() == 0);
     // Its notes ("Reading messages...") differ between versions.
@@ -492,8 +517,9 @@ TEST_CASE("redis-cli prints through the relay what is published at the server")
     };
     CHECK(contains(until(subscriber, "hello"), "message\nnews\nhello\n"));
     CHECK(contains(until(pattern, "hello"), "pmessage\nn*\nnews\nhello\n"));
-    for (const Strings &each : {Strings{"SET", "k", "v"}, Strings{"GET", "k"}, Strings{"INCR", "n"}, Strings{"LPUSH", "l", "a", "b"},
-                                Strings{"LRANGE", "l", "0", "-1"}, Strings{"HGETALL", "none"}, Strings{"GET"}}) {
+    for (const Strings &each : {Strings{"SET", "k", "v"}, Strings{"GET", "k"}, Strings{"INCR", "n"},
+                                Strings{"LPUSH", "l", "a", "b"}, Strings{"LRANGE", "l", "0", "-1"},
+                                Strings{"HGETALL", "none"}, Strings{"GET"}}) {
         INFO(each.front());
         Strings relayed = {cli, "-s", relay.path()};
         relayed.insert(relayed.end(), each.begin(), each.end());
@@ -501,8 +527,9 @@ TEST_CASE("redis-cli prints through the relay what is published at the server")
         Strings expected = each.front() == "SET"     ? Strings{"OK"}
                            : each.front() == "INCR"  ? Strings{"1"}
                            : each.front() == "LPUSH" ? Strings{"2"}
-                           : each.size() == 1        ? Strings{"ERR wrong number of arguments for 'get' command"}
-                           : each.front() == "GET"   ? Strings{"v"}
+                           : each.size() == 1
+                               ? Strings{"ERR wrong number of arguments for 'get' command"}
+                           : each.front() == "GET"    ? Strings{"v"}
                            : each.front() == "LRANGE" ? Strings{"b", "a"}
                                                       : Strings{""};
         for (const std::string &line : expected) {
@@ -523,8 +550,9 @@ TEST_CASE("redis-benchmark runs its default tests through the relay")
         std::string text = run.rest();
         INFO(text << run.errors());
         CHECK(run.reap() == 0);
-        for (const char *test : {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR", "LPUSH", "RPUSH", "LPOP", "RPOP",
-                                 "SADD", "HSET", "SPOP", "ZADD", "ZPOPMIN", "LRANGE_600", "MSET"}) {
+        for (const char *test :
+             {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR", "LPUSH", "RPUSH", "LPOP", "RPOP",
+              "SADD", "HSET", "SPOP", "ZADD", "ZPOPMIN", "LRANGE_600", "MSET"}) {
             INFO(test);
             CHECK(contains(text, test));
         }
@@ -559,7 +587,8 @@ TEST_CASE("a subscriber stopped by SIGSTOP is handled as --on-full says; others 
         }
     }
     std::string count = ask(publisher, "PUBSUB", "NUMSUB", "news");
-    CHECK(count == std::string("*2\r\n$4\r\nnews\r\n:") + (policy == "disconnect" ? "1" : "2") + "\r\n");
+    CHECK(count ==
+          std::string("*2\r\n$4\r\nnews\r\n:") + (policy == "disconnect" ? "1" : "2") + "\r\n");
     REQUIRE(kill(stopped.pid, SIGCONT) == 0);
     if (policy != "disconnect") {
         // It is served on: dropping made holes, no more. While its queue is full, what is new may
@@ -592,8 +621,9 @@ TEST_CASE("a server killed and started again: the program goes on")
     vkp_test_server_restart(server.get());
     until_connected(peer);
     Peer direct = open(vkp_test_server_tcp(server.get()));
-    vkp_test_wait_until("the subscription",
-                        [&] { return ask(direct, "PUBSUB", "NUMSUB", "a") == "*2\r\n$1\r\na\r\n:1\r\n"; });
+    vkp_test_wait_until("the subscription", [&] {
+        return ask(direct, "PUBSUB", "NUMSUB", "a") == "*2\r\n$1\r\na\r\n:1\r\n";
+    });
     ask(direct, "PUBLISH", "a", "back");
     CHECK(hear(subscriber) == message("a", "back"));
     CHECK(relay.reap(SIGTERM) == 0);

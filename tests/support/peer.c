@@ -257,7 +257,12 @@ static bool fill(vkp_test_peer *peer)
         recv(peer->fd, peer->data + peer->end, peer->capacity - peer->end - 1, MSG_DONTWAIT);
     if (got > 0) {
         peer->end += (size_t)got;
-    } else if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+    }
+    peer->data[peer->end] = '\0';
+    if (got > 0) {
+        return true;
+    }
+    if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
         return false;
     } else if (got == 0 || errno != EINTR) {
         peer->ended = true;
