@@ -167,7 +167,7 @@ static int read_options(int argc, char **argv, options *opts)
     (void)read_backend("epoll", opts); /* falls back to poll where there is none */
     opts->threads = 1;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
-    for (i = 1; i < argc; i++) {
+    for (i = 1; i < argc; i += 2) {
         if (strcmp(argv[i], "--help") == 0) {
             fputs(usage, stdout);
             return 0;
@@ -181,7 +181,6 @@ static int read_options(int argc, char **argv, options *opts)
                     argv[i], i + 1 < argc ? argv[i + 1] : "", usage);
             return 2;
         }
-        i++;
     }
     return -1;
 }
