@@ -6900,6 +6900,16 @@ static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready)
     vkp_conn_unref(conn);
 }
 
+/* Before a close of ours: a kernel that finds input unread resets a TCP connection, and the peer
+   loses the last words. What is there is dropped, within reason.                              */
+static void vkp_i_conn_discard_input(vkp_conn *conn)
+{
+    char bin[4096];
+    int i;
+    for (i = 0; i < 16 && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0; i++) {
+    }
+}
+
 /* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
 static void vkp_i_conn_task(vkp_i_task *task)
 {
@@ -6915,6 +6925,7 @@ static void vkp_i_conn_task(vkp_i_task *task)
             vkp_i_conn_pull_inbox(conn);
         }
         if (vkp_i_conn_is_drained(conn)) {
+            vkp_i_conn_discard_input(conn);
             vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
         }
         if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
@@ -7249,18 +7260,27 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
     vkp_conn_unref(conn);
 }
 
+#define VKP_I_ACCEPT_PAUSE_NS 100000000u
+
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
-    (void)!vkp_watch_set(&listener->watch, VKP_READ);
+    if (vkp_watch_set(&listener->watch, VKP_READ) != VKP_OK) {
+        /* There is room: its own entry just left. */
+        (void)!vkp_timer_start(listener->loop, timer,
+                               listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
+                               vkp_i_listener_unpause);
+    }
 }
 
-/* Out of descriptors or memory: the connection waits in the backlog, the loop does not spin. */
+/* Out of descriptors or memory, or whatever else: the connection waits in the backlog, and the loop
+   does not spin.                                                                              */
 static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 {
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for 100 ms",
               listener->address, strerror(error));
-    if (vkp_timer_start(listener->loop, &listener->pause, listener->loop->now_ns + 100000000u, 0,
+    if (vkp_timer_start(listener->loop, &listener->pause,
+                        listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
                         vkp_i_listener_unpause) == VKP_OK) {
         (void)!vkp_watch_set(&listener->watch, 0);
     }
@@ -7282,10 +7302,10 @@ static void vkp_i_listener_event(vkp_watch *watch, uint32_t ready)
         if (fd == -EINTR || fd == -ECONNABORTED) {
             continue;
         }
-        if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM || fd == -ENOBUFS) {
-            vkp_i_listener_back_off(listener, -fd);
-        }
         if (fd < 0) {
+            if (fd != -EAGAIN && fd != -EWOULDBLOCK) {
+                vkp_i_listener_back_off(listener, -fd);
+            }
             break;
         }
         if (listener->socket == NULL) {
@@ -10812,8 +10832,8 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
 
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING", "NO-EVICT",
-                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR"};
+    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
+                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR", "CAPA"};
     vkp_resp_writer writer;
     size_t i;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
