@@ -4206,6 +4206,20 @@ static size_t vkp_i_digits(const char *text, size_t len, size_t at)
     return at - start;
 }
 
+#define VKP_I_EXPONENT_MAX 100000000L
+
+/* The digits of an exponent, saturated a little above the maximum. */
+static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
+{
+    bool negative = at < len && text[at] == '-';
+    long value = 0;
+    at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
+    for (; at < len && value <= VKP_I_EXPONENT_MAX; at++) {
+        value = value * 10 + (text[at] - '0');
+    }
+    return negative ? -value : value;
+}
+
 /* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
    an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
    digit tells whether they were zero.                                                         */
@@ -4241,10 +4255,10 @@ static double vkp_i_to_double(const char *text, size_t len)
         shift -= cut ? 1 : 0;
     }
     if (i < len) {
-        long exponent = strtol(text + i + 1, NULL, 10); /* saturates; ends at the line's CR */
-        shift = exponent > 1000000000    ? 1000000000
-                : exponent < -1000000000 ? -1000000000
-                                         : shift + exponent;
+        long exponent = vkp_i_to_exponent(text, len, i + 1);
+        shift = exponent > VKP_I_EXPONENT_MAX    ? VKP_I_EXPONENT_MAX
+                : exponent < -VKP_I_EXPONENT_MAX ? -VKP_I_EXPONENT_MAX
+                                                 : shift + exponent;
     }
     (void)snprintf(copy + used, sizeof copy - used, "e%ld", shift);
     return strtod(copy, NULL);
