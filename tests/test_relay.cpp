@@ -197,6 +197,9 @@ class Relay {
     ~Relay()
     {
         let_go();
+        for (vkp_loop *loop : views_) { // what is queued on one may hold all of them
+            vkp_loop_close(loop);
+        }
         while (!loops_.empty()) {
             loops_.pop_back();
         }

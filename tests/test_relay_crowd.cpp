@@ -94,7 +94,13 @@ TEST_CASE("10,000 clients subscribe to one name on one loop: each gets every one
     int out = -1;
     int pid = vkp_test_spawn(argv, &out);
     vkp_test_peer *ready = vkp_test_peer_of(out);
-    vkp_test_wait_until("the relay", [&] { return vkp_test_exists(address.c_str() + 5); });
+    vkp_test_wait_until("the relay to accept", [&] { // the file is there before it listens
+        int probe = vkp_test_connect(address.c_str());
+        if (probe >= 0) {
+            close(probe);
+        }
+        return probe >= 0;
+    });
 
     std::vector<int> crowd;
     const std::string subscribe = "SUBSCRIBE news\r\n";
