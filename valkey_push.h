@@ -629,10 +629,10 @@ VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
 VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
 
 /* A descriptor under watch, in the caller's memory; fields are private. */
-typedef struct vkp_watch vkp_watch;
-struct vkp_watch {
+typedef struct vkp_io vkp_io;
+struct vkp_io {
     vkp_loop *i_loop;
-    void (*i_fn)(vkp_watch *watch, uint32_t ready);
+    void (*i_fn)(vkp_io *watch, uint32_t ready);
     int i_fd;
     uint32_t i_slot;
     uint32_t i_interest;
@@ -641,17 +641,17 @@ struct vkp_watch {
 /* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
    watch is stopped then). The fd stays the caller's and must stay open until the stop.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_watch_start(vkp_loop *loop, vkp_watch *watch, int fd,
-                                                 uint32_t interest,
-                                                 void (*fn)(vkp_watch *watch, uint32_t ready));
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd,
+                                              uint32_t interest,
+                                              void (*fn)(vkp_io *watch, uint32_t ready));
 
 /* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
    Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_watch_set(vkp_watch *watch, uint32_t interest);
+VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *watch, uint32_t interest);
 
 /* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
    started or zeroed watch. Loop's thread.                                                     */
-VKP_API void vkp_watch_stop(vkp_watch *watch);
+VKP_API void vkp_io_stop(vkp_io *watch);
 
 /* A timer in the caller's memory; fields are private. Zero it before the first start. */
 typedef struct vkp_timer vkp_timer;
@@ -3219,7 +3219,7 @@ typedef struct vkp_i_attached {
 } vkp_i_attached;
 
 typedef struct vkp_i_slot {
-    vkp_watch *watch; /* NULL: free */
+    vkp_io *watch; /* NULL: free */
     uint32_t generation;
     uint32_t next_free; /* index + 1 */
 } vkp_i_slot;
@@ -3466,9 +3466,9 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
         object->on_loop_close(object);
     }
     for (i = 0; i < loop->slot_count; i++) {
-        vkp_watch *watch = loop->slots[i].watch;
+        vkp_io *watch = loop->slots[i].watch;
         if (watch != NULL) {
-            vkp_watch_stop(watch);
+            vkp_io_stop(watch);
             watch->i_fn(watch, 0);
         }
     }
@@ -3525,8 +3525,8 @@ static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
 }
 
-VKP_API vkp_status vkp_watch_start(vkp_loop *loop, vkp_watch *watch, int fd, uint32_t interest,
-                                   void (*fn)(vkp_watch *watch, uint32_t ready))
+VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t interest,
+                                void (*fn)(vkp_io *watch, uint32_t ready))
 {
     uint32_t slot;
     vkp_status status;
@@ -3561,7 +3561,7 @@ VKP_API vkp_status vkp_watch_start(vkp_loop *loop, vkp_watch *watch, int fd, uin
     return VKP_OK;
 }
 
-VKP_API vkp_status vkp_watch_set(vkp_watch *watch, uint32_t interest)
+VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
 {
     vkp_loop *loop;
     vkp_status status;
@@ -3578,7 +3578,7 @@ VKP_API vkp_status vkp_watch_set(vkp_watch *watch, uint32_t interest)
     return status;
 }
 
-VKP_API void vkp_watch_stop(vkp_watch *watch)
+VKP_API void vkp_io_stop(vkp_io *watch)
 {
     vkp_loop *loop = watch->i_loop;
     vkp_i_slot *slot;
@@ -6000,7 +6000,7 @@ struct vkp_conn {
     uint32_t more_capacity;
     uint32_t more_head;
     void *user;
-    vkp_watch watch;
+    vkp_io watch;
     vkp_i_task remote;      /* queued by other threads */
     uint32_t remote_queued; /* atomic */
     int fd;
@@ -6342,7 +6342,7 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
         return;
     }
-    vkp_watch_stop(&conn->watch);
+    vkp_io_stop(&conn->watch);
     if (conn->fd >= 0) {
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
@@ -6386,7 +6386,7 @@ static void vkp_i_conn_rewatch(vkp_conn *conn)
                         VKP_I_CONN_DRAINING)) == 0) {
         interest |= VKP_READ;
     }
-    if (vkp_watch_set(&conn->watch, interest) != VKP_OK) {
+    if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
         vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
     }
 }
@@ -6826,7 +6826,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 
 /* ---- connecting ---- */
 
-static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready);
+static void vkp_i_conn_event(vkp_io *watch, uint32_t ready);
 
 /* Begin with the next address. VKP_OK: an event will tell. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
@@ -6846,7 +6846,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
-                vkp_watch_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
+                vkp_io_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
                 return VKP_OK;
             }
@@ -6863,7 +6863,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     int error = -conn->loop->sys->socket_error(conn->fd);
     const vkp_conn_ops *ops = conn->profile->config.ops;
     if (error != 0) {
-        vkp_watch_stop(&conn->watch);
+        vkp_io_stop(&conn->watch);
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
         if (vkp_i_conn_try_next(conn) != VKP_OK) {
@@ -6883,7 +6883,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     }
 }
 
-static void vkp_i_conn_event(vkp_watch *watch, uint32_t ready)
+static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
 {
     vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
     bool hung_up = (ready & (VKP_HUP | VKP_ERR)) != 0;
@@ -7024,7 +7024,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
     if (status != VKP_OK) {
         return status;
     }
-    status = vkp_watch_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
+    status = vkp_io_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
     if (status != VKP_OK) {
         vkp_conn_unref(conn);
         return status;
@@ -7235,7 +7235,7 @@ struct vkp_listener {
     vkp_socket *socket;     /* Unix; else NULL */
     vkp_registry *registry; /* shared while open */
     vkp_listener_config config;
-    vkp_watch watch;
+    vkp_io watch;
     vkp_timer pause; /* after EMFILE and its like */
     int fd;          /* TCP: ours to close */
     bool dispatching;
@@ -7279,7 +7279,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
-    if (vkp_watch_set(&listener->watch, VKP_READ) != VKP_OK) {
+    if (vkp_io_set(&listener->watch, VKP_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(listener->loop, timer,
                                listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
@@ -7296,13 +7296,13 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
     if (vkp_timer_start(listener->loop, &listener->pause,
                         listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
                         vkp_i_listener_unpause) == VKP_OK) {
-        (void)!vkp_watch_set(&listener->watch, 0);
+        (void)!vkp_io_set(&listener->watch, 0);
     }
 }
 
 #define VKP_I_ACCEPT_BATCH 64
 
-static void vkp_i_listener_event(vkp_watch *watch, uint32_t ready)
+static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 {
     vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
     int i;
@@ -7427,9 +7427,9 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
     listener->fd = -1;
     status = vkp_i_listener_bind(listener);
     if (status == VKP_OK) {
-        status = vkp_watch_start(loop, &listener->watch,
-                                 listener->socket != NULL ? listener->socket->fd : listener->fd,
-                                 VKP_READ, vkp_i_listener_event);
+        status = vkp_io_start(loop, &listener->watch,
+                              listener->socket != NULL ? listener->socket->fd : listener->fd,
+                              VKP_READ, vkp_i_listener_event);
     }
     error = errno;
     listener->config.address = NULL; /* was the caller's */
@@ -7449,7 +7449,7 @@ VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
 
 VKP_API void vkp_listener_close(vkp_listener *listener)
 {
-    vkp_watch_stop(&listener->watch);
+    vkp_io_stop(&listener->watch);
     vkp_timer_stop(&listener->pause);
     vkp_socket_unref(listener->socket);
     listener->socket = NULL;

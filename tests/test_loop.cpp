@@ -132,16 +132,16 @@ struct Timer : vkp_timer {
     }
 };
 
-struct Watch : vkp_watch {
+struct Watch : vkp_io {
     std::function<void(uint32_t)> fn;
-    Watch() : vkp_watch() {}
+    Watch() : vkp_io() {}
     Watch(const Watch &) = delete;
     Watch &operator=(const Watch &) = delete;
-    ~Watch() { vkp_watch_stop(this); }
+    ~Watch() { vkp_io_stop(this); }
     vkp_status start(vkp_loop *loop, int fd, uint32_t interest, std::function<void(uint32_t)> what)
     {
         fn = std::move(what);
-        return vkp_watch_start(loop, this, fd, interest, [](vkp_watch *watch, uint32_t ready) {
+        return vkp_io_start(loop, this, fd, interest, [](vkp_io *watch, uint32_t ready) {
             static_cast<Watch *>(watch)->fn(ready);
         });
     }
@@ -893,22 +893,22 @@ TEST_CASE("loop: a watch reports readiness until it is stopped")
     loop.round(loop.patience());
     loop.round(loop.patience());
     CHECK(seen == std::vector<uint32_t>{VKP_READ, VKP_READ});
-    REQUIRE(vkp_watch_set(&watch, VKP_READ | VKP_WRITE) == VKP_OK);
+    REQUIRE(vkp_io_set(&watch, VKP_READ | VKP_WRITE) == VKP_OK);
     loop.round(loop.patience());
     CHECK(seen.back() == (VKP_READ | VKP_WRITE));
-    REQUIRE(vkp_watch_set(&watch, VKP_WRITE) == VKP_OK);
+    REQUIRE(vkp_io_set(&watch, VKP_WRITE) == VKP_OK);
     loop.round(loop.patience());
     CHECK(seen.back() == VKP_WRITE);
     seen.clear();
-    REQUIRE(vkp_watch_set(&watch, 0) == VKP_OK);
+    REQUIRE(vkp_io_set(&watch, 0) == VKP_OK);
     loop.round();
     CHECK(seen.empty());
-    REQUIRE(vkp_watch_set(&watch, VKP_READ) == VKP_OK);
+    REQUIRE(vkp_io_set(&watch, VKP_READ) == VKP_OK);
     loop.round(loop.patience());
     CHECK(seen == std::vector<uint32_t>{VKP_READ});
-    vkp_watch_stop(&watch);
-    vkp_watch_stop(&watch);
-    CHECK(vkp_watch_set(&watch, VKP_READ) == VKP_ERR_INVALID);
+    vkp_io_stop(&watch);
+    vkp_io_stop(&watch);
+    CHECK(vkp_io_set(&watch, VKP_READ) == VKP_ERR_INVALID);
     loop.round();
     CHECK(seen.size() == 1);
     close(fds[0]);
@@ -926,7 +926,7 @@ TEST_CASE("loop: a watch started without interest waits for one")
     REQUIRE(watch.start(loop, pipe.reader(), 0, [&](uint32_t) { seen++; }) == VKP_OK);
     loop.round();
     CHECK(seen == 0);
-    REQUIRE(vkp_watch_set(&watch, VKP_READ) == VKP_OK);
+    REQUIRE(vkp_io_set(&watch, VKP_READ) == VKP_OK);
     loop.round(loop.patience());
     CHECK(seen == 1);
 }
@@ -942,7 +942,7 @@ TEST_CASE("loop: a watch stopped by another's callback in the same batch is not 
         pipes[i].put();
         REQUIRE(watches[i].start(loop, pipes[i].reader(), VKP_READ, [&, i](uint32_t) {
                     calls++;
-                    vkp_watch_stop(&watches[1 - i]);
+                    vkp_io_stop(&watches[1 - i]);
                 }) == VKP_OK);
     }
     loop.round(loop.patience());
@@ -965,8 +965,8 @@ TEST_CASE("loop: a descriptor used again within a batch gets no event of its for
         pipes[i]->put();
         REQUIRE(watches[i].start(loop, pipes[i]->reader(), VKP_READ, [&, i](uint32_t) {
                     calls++;
-                    vkp_watch_stop(&watches[i]);
-                    vkp_watch_stop(&watches[1 - i]);
+                    vkp_io_stop(&watches[i]);
+                    vkp_io_stop(&watches[1 - i]);
                     const int number = pipes[1 - i]->reader();
                     pipes[1 - i]->close_reader();
                     fresh.move_reader(number);
@@ -997,7 +997,7 @@ TEST_CASE("loop: a watch stopped and started again in its callback goes on")
     int calls = 0;
     std::function<void(uint32_t)> again = [&](uint32_t) {
         calls++;
-        vkp_watch_stop(&watch);
+        vkp_io_stop(&watch);
         if (watch.start(loop, pipe.reader(), VKP_READ, std::function<void(uint32_t)>(again)) !=
             VKP_OK) {
             vkp_test_fail("a watch was refused");
@@ -1050,11 +1050,11 @@ TEST_CASE("loop: watches that are refused")
     Loop loop(backend);
     Pipe pipe;
     Watch watch;
-    const auto fn = [](vkp_watch *, uint32_t) {};
-    CHECK(vkp_watch_start(nullptr, &watch, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
-    CHECK(vkp_watch_start(loop, nullptr, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
-    CHECK(vkp_watch_start(loop, &watch, -1, VKP_READ, fn) == VKP_ERR_INVALID);
-    CHECK(vkp_watch_start(loop, &watch, pipe.reader(), VKP_READ, nullptr) == VKP_ERR_INVALID);
+    const auto fn = [](vkp_io *, uint32_t) {};
+    CHECK(vkp_io_start(nullptr, &watch, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
+    CHECK(vkp_io_start(loop, nullptr, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
+    CHECK(vkp_io_start(loop, &watch, -1, VKP_READ, fn) == VKP_ERR_INVALID);
+    CHECK(vkp_io_start(loop, &watch, pipe.reader(), VKP_READ, nullptr) == VKP_ERR_INVALID);
     std::vector<int> fds;
     std::vector<std::unique_ptr<Watch>> watches;
     int refused = 0;
@@ -1080,7 +1080,7 @@ TEST_CASE("loop: watches that are refused")
         close(fd);
     }
     vkp_loop_close(loop);
-    CHECK(vkp_watch_start(loop, &watch, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
+    CHECK(vkp_io_start(loop, &watch, pipe.reader(), VKP_READ, fn) == VKP_ERR_INVALID);
 }
 
 // ---- channels under watch ----
@@ -1235,8 +1235,8 @@ TEST_CASE("loop: close tells each watch once, with nothing ready, and stops it")
     }
     REQUIRE(watches[0].start(loop, pipes[0].reader(), VKP_READ, [&](uint32_t ready) {
                 seen[0].push_back(ready);
-                vkp_watch_stop(&watches[0]); // stopped already
-                vkp_watch_stop(&watches[1]);
+                vkp_io_stop(&watches[0]); // stopped already
+                vkp_io_stop(&watches[1]);
             }) == VKP_OK);
     REQUIRE(watches[1].start(loop, pipes[1].reader(), VKP_READ, [&](uint32_t ready) {
                 seen[1].push_back(ready);
@@ -1248,7 +1248,7 @@ TEST_CASE("loop: close tells each watch once, with nothing ready, and stops it")
     CHECK(seen[0] == std::vector<uint32_t>{0});
     CHECK(seen[1].empty());
     CHECK(seen[2] == std::vector<uint32_t>{0});
-    CHECK(vkp_watch_set(&watches[2], VKP_WRITE) == VKP_ERR_INVALID);
+    CHECK(vkp_io_set(&watches[2], VKP_WRITE) == VKP_ERR_INVALID);
 }
 
 TEST_CASE("loop: close runs what was posted, and no timer")
