@@ -19,13 +19,13 @@
        >>manual        concepts, ownership, threads, errors, limits
        >>config        macros that change the build
        >>api           declarations, by noun
-           >>api-base  >>api-bytes  >>api-mpsc  >>api-oneshot  >>api-cancel  >>api-loop
-           >>api-resp  >>api-socket >>api-conn  >>api-hub      >>api-client  >>api-pushloop
-           >>api-relay
+           >>api-base   >>api-bytes  >>api-mpsc   >>api-oneshot  >>api-broadcast  >>api-watch
+           >>api-cancel >>api-select >>api-typed  >>api-loop     >>api-resp       >>api-socket
+           >>api-conn   >>api-hub    >>api-client >>api-pushloop >>api-relay
        >>impl          implementation, lowest layer first
-           >>impl-base >>impl-sys   >>impl-park   >>impl-bytes  >>impl-mpsc  >>impl-oneshot
-           >>impl-cancel >>impl-loop >>impl-resp  >>impl-socket >>impl-conn  >>impl-hub
-           >>impl-client >>impl-pushloop >>impl-relay
+           >>impl-base   >>impl-sys    >>impl-park >>impl-bytes    >>impl-mpsc >>impl-oneshot
+           >>impl-broadcast >>impl-watch >>impl-cancel >>impl-select >>impl-loop >>impl-resp
+           >>impl-socket >>impl-conn   >>impl-hub  >>impl-client   >>impl-pushloop >>impl-relay
        >>licence       the licence in full
 */
 #ifndef VALKEY_PUSH_H
@@ -199,7 +199,8 @@ extern "C" {
     X(VKP_ERR_DISCONNECTED, -14, "not connected to the server")               \
     X(VKP_ERR_REFUSED, -15, "the server or this library refused the request") \
     X(VKP_ERR_DROPPED, -16, "dropped by the queue's policy")                  \
-    X(VKP_ERR_UNSUPPORTED, -17, "not supported here")
+    X(VKP_ERR_UNSUPPORTED, -17, "not supported here")                         \
+    X(VKP_ERR_LAGGED, -18, "values were lost to a receiver too slow")
 
 typedef enum vkp_status {
 #define VKP_I_STATUS_ENUM(name, value, text) name = value,
@@ -243,7 +244,12 @@ typedef struct vkp_env {
     void *user;              /* handed to both */
     vkp_log_level log_level; /* the most verbose level passed to log */
     const vkp_sys *sys;      /* operating system; default vkp_sys_default() */
+    /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
+       some microseconds. Default: 200, and none where one processor is online.                */
+    uint32_t spins;
 } vkp_env;
+
+#define VKP_SPINS_NONE UINT32_MAX /* vkp_env.spins: sleep at once */
 
 typedef struct vkp_parker vkp_parker;
 
@@ -282,6 +288,11 @@ struct vkp_sys {
     int (*process_id)(void);
     void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
     void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
+    void (*yield)(void);                                    /* let another thread run */
+    uint32_t (*processors)(void);                           /* online */
+    /* A full barrier on every running thread of the process; `prepare` once before the first one.
+       Negative where there is none: senders then pay for a barrier of their own.              */
+    int (*membarrier)(bool prepare);
     int (*socket)(int family, int type);
     int (*bind)(int fd, const void *address, uint32_t bytes);
     int (*listen)(int fd, int backlog);
@@ -359,33 +370,51 @@ VKP_API void vkp_bytes_unref(vkp_bytes *bytes);
 /* --------------------------------------------------------------------------------------
    >>api-mpsc   Many senders, one receiver                                                 */
 
-typedef struct vkp_mpsc_tx vkp_mpsc_tx; /* any number of references, any threads */
-typedef struct vkp_mpsc_rx vkp_mpsc_rx; /* one thread at a time */
+typedef struct vkp_mpsc_tx vkp_mpsc_tx;     /* sends; any number of references, any threads */
+typedef struct vkp_mpsc_weak vkp_mpsc_weak; /* may become a sender again; keeps nothing open */
+typedef struct vkp_mpsc_rx vkp_mpsc_rx;     /* receives; one thread at a time */
 
 typedef struct vkp_mpsc_config {
     size_t elem_bytes;     /* bytes of one value; required */
     size_t capacity_items; /* most values queued; 0 = unbounded */
     size_t capacity_bytes; /* most cost queued, by cost(); 0 = unbounded; one value always fits */
-    /* Bytes that a value stands for; default elem_bytes. Called at send and at receive, under the
-       channel's lock: the same answer each time, and no call of the library.                  */
+    /* Bytes that a value stands for; default elem_bytes. Used with capacity_bytes. Called at send
+       and at receive, under the channel's lock: the same answer each time, no library call.   */
     size_t (*cost)(const void *item);
     void (*drop)(void *user, void *item); /* called once on each value nobody received */
     void *user;                           /* handed to drop */
     const vkp_env *env;
+    /* Senders of vkp_mpsc_tx_clone have a lane each, so that threads that send do not meet: the
+       order of values is kept per sender only, and capacity_items counts per sender.           */
+    bool lanes;
 } vkp_mpsc_config;
 
-/* Open a channel: its one receiver and the first sender.
+/* Open a channel: its one receiver and the first sender. Memory for values comes with the first
+   ones and grows with need; what a burst took is given back when the receiver finds nothing.
+   Values lie at addresses aligned to 8, to 16 where elem_bytes is a multiple of 16, to 64 where
+   it is a multiple of 64.
    Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above 64 KiB), NOMEM                                       */
+   Errors: INVALID (elem_bytes 0 or above 64 KiB; lanes with capacity_bytes), NOMEM            */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx,
                                                vkp_mpsc_rx **rx);
 
-/* One more sender (gives, the same pointer). Any thread. */
+/* One more reference to the same sender (gives, the same pointer). Any thread. */
 VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
 
-/* One sender less. After the last one the receiver drains, then gets CLOSED. NULL is ignored.
-   Any thread.                                                                                 */
+/* Another sender for the same receiver. Without config.lanes that is vkp_mpsc_tx_ref, with it the
+   sender has a lane of its own, for which the receiver waits at most 64 values of each other.
+   Owns:   gives *clone     Blocks: never     Threads: any     Errors: NOMEM, INVALID          */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone);
+
+/* One reference less. After the last one of all senders the receiver drains, then gets CLOSED.
+   NULL is ignored. Any thread.                                                                */
 VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx);
+
+/* A weak sender (gives): it does not keep the channel open for the receiver. Any thread. Upgrading
+   gives *tx, a sender. Errors: CLOSED (the last sender has gone), NOMEM (a lane), INVALID.    */
+VKP_API vkp_mpsc_weak *vkp_mpsc_downgrade(vkp_mpsc_tx *tx);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx);
+VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak); /* NULL is ignored */
 
 /* Enqueue one value, waiting for room until the deadline. Waiting senders go in order of arrival.
    Owns:   takes what *item owns (on failure it stays the caller's)
@@ -400,8 +429,50 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item
    Errors: FULL (at capacity), CLOSED (receiver closed), NOMEM, INVALID                        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item);
 
-/* True once the receiver closed: sending cannot succeed any more. Any thread. */
+/* Enqueue the `count` values of an array, in order, waiting for room until the deadline (0: as many
+   as fit now). *sent is written on OK, at least 1: fewer than count means that the deadline
+   passed, the receiver closed, or memory ran out, and the values behind stay the caller's.
+   Threads, Errors: as vkp_mpsc_send, when none was sent                                       */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items,
+                                                    size_t count, size_t *sent,
+                                                    uint64_t deadline_ns);
+
+/* A place in the queue, in the caller's memory: build the value at `item`, then commit or abort,
+   once, on any thread. The receiver waits behind the place until then.                        */
+typedef struct vkp_mpsc_permit {
+    void *item; /* elem_bytes, uninitialised; yours until commit or abort */
+    void *i_lane;
+    void *i_ring;
+    uint64_t i_ticket;
+} vkp_mpsc_permit;
+
+/* Take a place, waiting for room until the deadline; or without waiting.
+   Owns:   *permit views the channel: commit or abort it before the sender's unref
+   Blocks: until deadline_ns / never      Threads: any
+   Errors: as vkp_mpsc_send / as vkp_mpsc_try_send; INVALID with capacity_bytes, as a value that is
+   not there yet costs nothing known                                                           */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit,
+                                                  uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
+
+/* The value is built: it is received even if the receiver closed meanwhile, and goes to `drop` if
+   the receiver is gone. Takes what the value owns. Never blocks.                              */
+VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit);
+
+/* No value: the place is skipped, and free again when the receiver comes to it. Never blocks. */
+VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
+
+/* Wait until the receiver closes or goes: OK, TIMEOUT, INVALID. Any thread; would stall a loop. */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns);
+
+/* Plain reads, out of date at once while others send or receive. Any thread.
+   is_closed: the receiver closed, sending cannot succeed any more. room: values that fit now,
+   SIZE_MAX when unbounded. capacity: capacity_items. senders, weak_senders: references.       */
 VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx);
+VKP_API size_t vkp_mpsc_get_room(const vkp_mpsc_tx *tx);
+VKP_API size_t vkp_mpsc_get_capacity(const vkp_mpsc_tx *tx);
+VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx);
+VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 
 /* Take the oldest value, waiting until the deadline.
    Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
@@ -411,16 +482,24 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint6
 /* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting. */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
-/* Take up to `capacity` values at once into the array `out`; waits only for the first.
-   *count is written on OK, at least 1. Errors as vkp_mpsc_recv.                               */
+/* Take up to `capacity` values at once into the array `out`; waits only for the first, with
+   deadline 0 not at all. *count is written on OK, at least 1. Errors as vkp_mpsc_recv.        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity,
                                                     size_t *count, uint64_t deadline_ns);
 
-/* Values queued now; out of date at once while others send. Receiver's thread. */
-VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx);
+/* Look at the oldest value where it lies.
+   Owns:   *item views the channel: valid until the next call that receives   Blocks: never
+   Threads: the receiver's     Errors: EMPTY, CLOSED, INVALID                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item);
 
-/* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received.
-   Idempotent. Any thread.                                                                     */
+/* Values queued now, places reserved included; out of date at once while others send. is_closed:
+   the receiver closed or the last sender went: nothing new comes, what is queued is still received.
+   Receiver's thread.                                                                          */
+VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx);
+VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx);
+
+/* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received,
+   and those of places reserved before. Idempotent. Any thread.                                */
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
 
 /* Close, drop what is queued, stop the watch, give the receiver back. NULL is ignored.
@@ -435,11 +514,12 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);
 /* Lives in the receiver's memory (a stack is fine): no allocation, no handle. The fields are
    private. The sender may use it until it sent or abandoned; the receiver until recv returned or
    it closed. A library-side sender (vkp_client_command) detaches itself on close; with a sender
-   of your own, the memory must outlive it.                                                    */
+   of your own the memory must outlive it, or come from vkp_oneshot_open.                      */
 typedef struct vkp_oneshot {
     uint32_t i_state;
     uint32_t i_elem_bytes;
-    void *i_waiter;
+    void *i_receiver; /* waiters */
+    void *i_sender;
     void *i_owner;                              /* the sender's record, for i_detach */
     void (*i_detach)(struct vkp_oneshot *slot); /* makes the sender forget this slot */
     void (*i_drop)(void *user, void *item);
@@ -459,6 +539,14 @@ typedef struct vkp_oneshot {
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env,
                                                   size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user);
+
+/* The same on the heap, for sides that go in any order: the slot frees itself when both are
+   through. The sender is with its send or abandon; the receiver with its close, or a receive that
+   did not return EMPTY. Neither touches the slot after that.
+   Owns:   gives *slot, to both sides     Errors: NOMEM, INVALID (as vkp_oneshot_init)         */
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
+                                                  void (*drop)(void *user, void *item), void *user,
+                                                  vkp_oneshot **slot);
 
 /* Sender: deliver the value and wake the receiver. The slot is not touched afterwards.
    Owns:   takes what *item owns (on CLOSED it stays the caller's)
@@ -480,12 +568,163 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out,
 /* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: stop waiting; a value already there is dropped through drop. Idempotent; afterwards
-   the slot's memory may go. Receiver's thread.                                                */
+/* Receiver: stop waiting; a value already there is dropped through drop. Idempotent in the
+   caller's memory; afterwards the slot's memory may go. Receiver's thread.                    */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
-/* Sender: true once the receiver closed. Sender's thread, before it sent. */
+/* Sender: true once the receiver closed; and to wait for that: OK, TIMEOUT, INVALID.
+   Sender's thread, before it sent.                                                            */
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot);
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns);
+
+/* --------------------------------------------------------------------------------------
+   >>api-broadcast   Every receiver sees every value                                       */
+
+typedef struct vkp_broadcast_tx vkp_broadcast_tx; /* any number of references, any threads */
+typedef struct vkp_broadcast_rx vkp_broadcast_rx; /* one thread at a time */
+
+typedef struct vkp_broadcast_config {
+    size_t elem_bytes; /* bytes of one value; required */
+    size_t
+        capacity_items; /* values kept for slow receivers; rounded up to a power of two; required */
+    /* For values that own something, of at most 256 bytes: retain makes the copy *item own it too,
+       drop gives that up. Both or neither. retain is called for each copy handed out, under a latch
+       of the value's place: count a reference there (vkp_bytes_ref), and do no more. The ring keeps
+       a value until another one takes its place, or the channel ends.                         */
+    void (*retain)(void *user, void *item);
+    void (*drop)(void *user, void *item);
+    void *user;
+    const vkp_env *env;
+} vkp_broadcast_config;
+
+/* Open a channel without receivers. All memory is taken here.
+   Owns:   borrows config; gives *tx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (elem_bytes 0 or above 64 KiB, 256 bytes with retain; no capacity; only one of
+   retain and drop), NOMEM                                                                     */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_open(const vkp_broadcast_config *config,
+                                                    vkp_broadcast_tx **tx);
+VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx); /* any thread */
+
+/* One sender less. After the last one receivers drain, then get CLOSED. NULL is ignored. */
+VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx);
+
+/* A receiver of what is sent from now on; beside a sender, or beside another receiver.
+   Owns:   gives *rx     Blocks: never     Threads: any / the receiver's     Errors: NOMEM,
+   INVALID                                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_subscribe(vkp_broadcast_tx *tx,
+                                                         vkp_broadcast_rx **rx);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_resubscribe(vkp_broadcast_rx *rx,
+                                                           vkp_broadcast_rx **fresh);
+VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx); /* NULL is ignored */
+
+/* Send one value to every receiver, over the oldest one if the ring is full. Never waits for
+   receivers. With several senders the order is the same for all receivers.
+   Owns:   takes what *item owns (on failure it stays the caller's)
+   Blocks: never     Threads: any     In callbacks: ok     Errors: CLOSED (no receiver), INVALID */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item);
+
+/* Take the oldest value not seen yet, waiting until the deadline.
+   Owns:   gives a copy: what it owns is yours     Blocks: until deadline_ns     Threads: rx's
+   Errors: LAGGED (values were lost, vkp_broadcast_get_missed tells how many; the next receive gives
+   the oldest one still there; *out may have been written), CLOSED (drained, and no sender is left),
+   TIMEOUT, INVALID                                                                            */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out,
+                                                    uint64_t deadline_ns);
+
+/* As vkp_broadcast_recv, EMPTY instead of waiting. */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out);
+
+/* Take up to `capacity` values at once; waits only for the first, with deadline 0 not at all.
+   *count is written on OK, at least 1. Errors as vkp_broadcast_recv.                          */
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out,
+                                                         size_t capacity, size_t *count,
+                                                         uint64_t deadline_ns);
+
+/* Values lost: at the last LAGGED, exactly. Values waiting, those already lost included.
+   Receiver's thread.                                                                          */
+VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx);
+VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx);
+
+/* Receivers now; and wait until there is none: OK, TIMEOUT, INVALID. Any thread. */
+VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx,
+                                                           uint64_t deadline_ns);
+
+/* --------------------------------------------------------------------------------------
+   >>api-watch   Only the newest value                                                     */
+
+typedef struct vkp_watch_tx vkp_watch_tx; /* any number of references, any threads */
+typedef struct vkp_watch_rx vkp_watch_rx; /* one thread at a time */
+
+typedef struct vkp_watch_config {
+    size_t elem_bytes;   /* bytes of the value; required */
+    const void *initial; /* the first value, elem_bytes; NULL: zeroes. Taken on success. */
+    /* For values that own something: drop is called once on each that was replaced and is borrowed
+       no more. Such values are borrowed, not copied out (vkp_watch_get is INVALID).           */
+    void (*drop)(void *user, void *item);
+    void *user; /* handed to drop */
+    const vkp_env *env;
+} vkp_watch_config;
+
+/* Open a channel that holds the initial value, with one sender and no receivers.
+   Owns:   borrows config; gives *tx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (elem_bytes 0 or above 64 KiB), NOMEM                                       */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx **tx);
+VKP_API vkp_watch_tx *vkp_watch_tx_ref(vkp_watch_tx *tx); /* any thread */
+VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx);        /* NULL is ignored */
+
+/* A receiver that has seen the value of now; a copy of one, which has seen what that one has.
+   Owns:   gives *rx     Blocks: never     Threads: any / the receiver's     Errors: NOMEM,
+   INVALID                                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_subscribe(vkp_watch_tx *tx, vkp_watch_rx **rx);
+VKP_API VKP_NODISCARD vkp_status vkp_watch_rx_clone(vkp_watch_rx *rx, vkp_watch_rx **copy);
+VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx); /* ends a borrow; NULL is ignored */
+
+/* Replace the value and wake who waits for a change. Never waits for borrowers: they keep the value
+   they look at. send is CLOSED without receivers, replace stores the value nevertheless.
+   Owns:   takes what *item owns (on failure it stays the caller's)
+   Blocks: for other senders only     Threads: any     In callbacks: ok
+   Errors: CLOSED (send), NOMEM (every old value is borrowed), INVALID                         */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item);
+VKP_API VKP_NODISCARD vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item);
+
+/* Change the value in place of a copy: modify gets the bytes of the current value and returns
+   whether it changed them; only then is a new version there. Not for values with a drop.
+   modify runs under the senders' lock: no call of this channel in it.
+   *changed, when not NULL, is written on OK. Threads, Errors: as vkp_watch_replace            */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
+                                                            bool (*modify)(void *user, void *item),
+                                                            void *user, bool *changed);
+
+/* Copy the newest value out; get_and_update also marks it as seen. Never waits.
+   Threads: the receiver's     Errors: INVALID (values with a drop)                            */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_get(vkp_watch_rx *rx, void *out);
+VKP_API VKP_NODISCARD vkp_status vkp_watch_get_and_update(vkp_watch_rx *rx, void *out);
+
+/* Look at the newest value where it lies; borrow_and_update also marks it as seen. One borrow per
+   receiver at a time; it keeps nobody waiting.
+   Owns:   the pointer views the value until vkp_watch_release (or the receiver's unref)
+   Blocks: never     Threads: the receiver's     NULL: a borrow is out                         */
+VKP_API const void *vkp_watch_borrow(vkp_watch_rx *rx);
+VKP_API const void *vkp_watch_borrow_and_update(vkp_watch_rx *rx);
+VKP_API void vkp_watch_release(vkp_watch_rx *rx); /* ignored without a borrow */
+
+/* Wait for a version not seen yet, and mark it as seen. No version is missed: one sent before the
+   call counts.
+   Blocks: until deadline_ns     Threads: the receiver's
+   Errors: CLOSED (all seen, and no sender is left), TIMEOUT, INVALID                          */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns);
+
+/* Whether a version is there that was not seen (still so after the senders went); forget or pretend
+   to have seen it. Receiver's thread.                                                         */
+VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx);
+VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx);
+VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx);
+
+/* Whether no sender is left; receivers now; wait until there is none: OK, TIMEOUT, INVALID. */
+VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx);
+VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx); /* any thread */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
    >>api-cancel   Cancellation tokens                                                      */
@@ -513,6 +752,359 @@ VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token);
 
 /* Wait until cancelled: OK, or TIMEOUT. Any thread; would stall a loop. */
 VKP_API VKP_NODISCARD vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns);
+
+/* --------------------------------------------------------------------------------------
+   >>api-select   Wait for whichever comes first
+
+   A case is one thing that a thread can wait for: made by the functions below, in the caller's
+   memory, valid while what it names is. It waits in one of two ways: vkp_select (this thread,
+   until one case won and was carried out), or vkp_case_watch (a loop's callback).             */
+
+#define VKP_SELECT_MAX 64 /* cases of one select */
+
+typedef struct vkp_i_case_kind vkp_i_case_kind;
+
+typedef struct vkp_case {
+    vkp_status status; /* the winner's: what the try form of its call returned */
+    uint32_t ready;    /* the winner's, for vkp_case_fd: VKP_READ, VKP_WRITE, VKP_HUP, VKP_ERR */
+    const vkp_i_case_kind *i_kind;
+    void *i_object;
+    void *i_out;
+    uint64_t i_number;
+} vkp_case;
+
+/* Receive. `out` as in the call of that name; status OK, CLOSED, or LAGGED. A one-shot that does
+   not win stays open. NULL objects make a case that never wins, as vkp_case_never.             */
+VKP_API vkp_case vkp_case_mpsc_recv(vkp_mpsc_rx *rx, void *out);
+VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out);
+VKP_API vkp_case vkp_case_broadcast_recv(vkp_broadcast_rx *rx, void *out);
+VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx);
+
+/* Send: status OK, CLOSED, NOMEM. While it waits it stands in the senders' queue; when another case
+   wins it leaves, and the next sender has the room. A value not sent stays the caller's.      */
+VKP_API vkp_case vkp_case_mpsc_send(vkp_mpsc_tx *tx, const void *item);
+VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
+
+/* The other side is gone: status OK. */
+VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx);
+VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot);
+VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx);
+VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx);
+
+/* Cancelled; the deadline passed; the descriptor is ready: status OK. A descriptor is for a select
+   (a loop has vkp_io) and makes it sleep in poll(2), with a wake pipe opened for the sleep. Where
+   poll fails the case wins with status SYS, where the pipe does vkp_select returns SYS. Not there
+   with VKP_NO_IO.                                                                             */
+VKP_API vkp_case vkp_case_cancel(vkp_cancel *token);
+VKP_API vkp_case vkp_case_deadline(uint64_t deadline_ns);
+VKP_API vkp_case vkp_case_fd(int fd, uint32_t interest);
+VKP_API vkp_case vkp_case_never(void); /* to leave out a case by a condition */
+
+/* Wait until a case can be carried out, and carry out that one and no other. Biased: of several
+   that are ready the first in the array wins.
+   Owns:   borrows cases; *won is the index, written on OK
+   Blocks: until deadline_ns (0: looks once)     Threads: those of every case's object
+   Errors: TIMEOUT (no case was ready: nothing was sent or taken), SYS, INVALID (count 0 or above
+   VKP_SELECT_MAX)                                                                             */
+VKP_API VKP_NODISCARD vkp_status vkp_select(vkp_case *cases, size_t count, uint64_t deadline_ns,
+                                            size_t *won);
+
+/* The same, fair: the search begins behind the case that won last, kept in *turn (0 at first). A
+   case that stays ready waits for at most count - 1 others.                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, uint32_t *turn,
+                                                 uint64_t deadline_ns, size_t *won);
+
+/* --------------------------------------------------------------------------------------
+   >>api-typed   Channels of a type
+
+   VKP_MPSC_TYPED(jobs, struct job) at file scope gives jobs_tx and jobs_rx, which the compiler
+   tells from every other channel, and calls that take and give struct job: jobs_open, jobs_send ...
+   They are the calls of the channel's section with the type in place of void, inline, no code of
+   their own; contracts and errors are those. A config's elem_bytes is set by them. jobs_raw_tx and
+   jobs_raw_rx give the handles for the calls that look at no value: select, watches, len, weak
+   senders. Values of 8, 24 and 64 bytes are moved without a call of memcpy.                   */
+
+#define VKP_TYPED_CALL static inline __attribute__((unused))
+
+#define VKP_MPSC_TYPED(name, T)                                                                    \
+    typedef T name##_value;                                                                        \
+    typedef struct name##_tx name##_tx;                                                            \
+    typedef struct name##_rx name##_rx;                                                            \
+    VKP_TYPED_CALL vkp_mpsc_tx *name##_raw_tx(const name##_tx *tx)                                 \
+    {                                                                                              \
+        return (vkp_mpsc_tx *)(uintptr_t)tx;                                                       \
+    }                                                                                              \
+    VKP_TYPED_CALL vkp_mpsc_rx *name##_raw_rx(const name##_rx *rx)                                 \
+    {                                                                                              \
+        return (vkp_mpsc_rx *)(uintptr_t)rx;                                                       \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_mpsc_config *config,             \
+                                                        name##_tx **tx, name##_rx **rx)            \
+    {                                                                                              \
+        vkp_mpsc_config typed = VKP_ZERO;                                                          \
+        vkp_mpsc_tx *raw_tx;                                                                       \
+        vkp_mpsc_rx *raw_rx;                                                                       \
+        vkp_status status;                                                                         \
+        if (tx == NULL || rx == NULL) {                                                            \
+            return VKP_ERR_INVALID;                                                                \
+        }                                                                                          \
+        if (config != NULL) {                                                                      \
+            typed = *config;                                                                       \
+        }                                                                                          \
+        typed.elem_bytes = sizeof(name##_value);                                                   \
+        status = vkp_mpsc_open(&typed, &raw_tx, &raw_rx);                                          \
+        if (status == VKP_OK) {                                                                    \
+            *tx = (name##_tx *)(uintptr_t)raw_tx;                                                  \
+            *rx = (name##_rx *)(uintptr_t)raw_rx;                                                  \
+        }                                                                                          \
+        return status;                                                                             \
+    }                                                                                              \
+    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                         \
+    {                                                                                              \
+        return (name##_tx *)(uintptr_t)vkp_mpsc_tx_ref(name##_raw_tx(tx));                         \
+    }                                                                                              \
+    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                             \
+    {                                                                                              \
+        vkp_mpsc_tx_unref(name##_raw_tx(tx));                                                      \
+    }                                                                                              \
+    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                             \
+    {                                                                                              \
+        vkp_mpsc_rx_unref(name##_raw_rx(rx));                                                      \
+    }                                                                                              \
+    VKP_TYPED_CALL void name##_close(name##_rx *rx)                                                \
+    {                                                                                              \
+        vkp_mpsc_close(name##_raw_rx(rx));                                                         \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value,         \
+                                                        uint64_t deadline_ns)                      \
+    {                                                                                              \
+        return vkp_mpsc_send(name##_raw_tx(tx), &value, deadline_ns);                              \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_send(name##_tx *tx, name##_value value)     \
+    {                                                                                              \
+        return vkp_mpsc_try_send(name##_raw_tx(tx), &value);                                       \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send_many(                                      \
+        name##_tx *tx, const name##_value *values, size_t count, size_t *sent,                     \
+        uint64_t deadline_ns)                                                                      \
+    {                                                                                              \
+        return vkp_mpsc_send_many(name##_raw_tx(tx), values, count, sent, deadline_ns);            \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_reserve(                                        \
+        name##_tx *tx, vkp_mpsc_permit *permit, name##_value **value, uint64_t deadline_ns)        \
+    {                                                                                              \
+        vkp_status status = vkp_mpsc_reserve(name##_raw_tx(tx), permit, deadline_ns);              \
+        if (status == VKP_OK) {                                                                    \
+            *value = (name##_value *)permit->item;                                                 \
+        }                                                                                          \
+        return status;                                                                             \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,          \
+                                                        uint64_t deadline_ns)                      \
+    {                                                                                              \
+        return vkp_mpsc_recv(name##_raw_rx(rx), out, deadline_ns);                                 \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)      \
+    {                                                                                              \
+        return vkp_mpsc_try_recv(name##_raw_rx(rx), out);                                          \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                      \
+        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns)    \
+    {                                                                                              \
+        return vkp_mpsc_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);           \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_peek(name##_rx *rx, const name##_value **value) \
+    {                                                                                              \
+        const void *item;                                                                          \
+        vkp_status status = vkp_mpsc_peek(name##_raw_rx(rx), &item);                               \
+        if (status == VKP_OK) {                                                                    \
+            *value = (const name##_value *)item;                                                   \
+        }                                                                                          \
+        return status;                                                                             \
+    }                                                                                              \
+    VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                     \
+    {                                                                                              \
+        return vkp_case_mpsc_recv(name##_raw_rx(rx), out);                                         \
+    }                                                                                              \
+    VKP_TYPED_CALL vkp_case name##_case_send(name##_tx *tx, const name##_value *value)             \
+    {                                                                                              \
+        return vkp_case_mpsc_send(name##_raw_tx(tx), value);                                       \
+    }                                                                                              \
+    struct name##_tx /* so that a semicolon may follow */
+
+/* A one-shot of at most VKP_ONESHOT_BYTES: the slot is `name`, in the caller's memory. */
+#define VKP_ONESHOT_TYPED(name, T)                                                         \
+    typedef T name##_value;                                                                \
+    typedef struct name {                                                                  \
+        vkp_oneshot slot;                                                                  \
+    } name;                                                                                \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_init(                                   \
+        name *self, const vkp_env *env, void (*drop)(void *user, void *item), void *user)  \
+    {                                                                                      \
+        return vkp_oneshot_init(&self->slot, env, sizeof(name##_value), drop, user);       \
+    }                                                                                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name *self, name##_value value)    \
+    {                                                                                      \
+        return vkp_oneshot_send(&self->slot, &value);                                      \
+    }                                                                                      \
+    VKP_TYPED_CALL void name##_abandon(name *self)                                         \
+    {                                                                                      \
+        vkp_oneshot_abandon(&self->slot);                                                  \
+    }                                                                                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, name##_value *out,     \
+                                                        uint64_t deadline_ns)              \
+    {                                                                                      \
+        return vkp_oneshot_recv(&self->slot, out, deadline_ns);                            \
+    }                                                                                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out) \
+    {                                                                                      \
+        return vkp_oneshot_try_recv(&self->slot, out);                                     \
+    }                                                                                      \
+    VKP_TYPED_CALL void name##_close(name *self)                                           \
+    {                                                                                      \
+        vkp_oneshot_close(&self->slot);                                                    \
+    }                                                                                      \
+    struct name
+
+#define VKP_BROADCAST_TYPED(name, T)                                                          \
+    typedef T name##_value;                                                                   \
+    typedef struct name##_tx name##_tx;                                                       \
+    typedef struct name##_rx name##_rx;                                                       \
+    VKP_TYPED_CALL vkp_broadcast_tx *name##_raw_tx(const name##_tx *tx)                       \
+    {                                                                                         \
+        return (vkp_broadcast_tx *)(uintptr_t)tx;                                             \
+    }                                                                                         \
+    VKP_TYPED_CALL vkp_broadcast_rx *name##_raw_rx(const name##_rx *rx)                       \
+    {                                                                                         \
+        return (vkp_broadcast_rx *)(uintptr_t)rx;                                             \
+    }                                                                                         \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_broadcast_config *config,   \
+                                                        name##_tx **tx)                       \
+    {                                                                                         \
+        vkp_broadcast_config typed = VKP_ZERO;                                                \
+        vkp_broadcast_tx *raw;                                                                \
+        vkp_status status;                                                                    \
+        if (config == NULL || tx == NULL) {                                                   \
+            return VKP_ERR_INVALID;                                                           \
+        }                                                                                     \
+        typed = *config;                                                                      \
+        typed.elem_bytes = sizeof(name##_value);                                              \
+        status = vkp_broadcast_open(&typed, &raw);                                            \
+        if (status == VKP_OK) {                                                               \
+            *tx = (name##_tx *)(uintptr_t)raw;                                                \
+        }                                                                                     \
+        return status;                                                                        \
+    }                                                                                         \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)   \
+    {                                                                                         \
+        vkp_broadcast_rx *raw;                                                                \
+        vkp_status status = vkp_broadcast_subscribe(name##_raw_tx(tx), &raw);                 \
+        if (status == VKP_OK) {                                                               \
+            *rx = (name##_rx *)(uintptr_t)raw;                                                \
+        }                                                                                     \
+        return status;                                                                        \
+    }                                                                                         \
+    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                    \
+    {                                                                                         \
+        return (name##_tx *)(uintptr_t)vkp_broadcast_tx_ref(name##_raw_tx(tx));               \
+    }                                                                                         \
+    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                        \
+    {                                                                                         \
+        vkp_broadcast_tx_unref(name##_raw_tx(tx));                                            \
+    }                                                                                         \
+    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                        \
+    {                                                                                         \
+        vkp_broadcast_rx_unref(name##_raw_rx(rx));                                            \
+    }                                                                                         \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)    \
+    {                                                                                         \
+        return vkp_broadcast_send(name##_raw_tx(tx), &value);                                 \
+    }                                                                                         \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,     \
+                                                        uint64_t deadline_ns)                 \
+    {                                                                                         \
+        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                       \
+    }                                                                                         \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out) \
+    {                                                                                         \
+        return vkp_broadcast_try_recv(name##_raw_rx(rx), out);                                \
+    }                                                                                         \
+    struct name##_tx
+
+#define VKP_WATCH_TYPED(name, T)                                                                \
+    typedef T name##_value;                                                                     \
+    typedef struct name##_tx name##_tx;                                                         \
+    typedef struct name##_rx name##_rx;                                                         \
+    VKP_TYPED_CALL vkp_watch_tx *name##_raw_tx(const name##_tx *tx)                             \
+    {                                                                                           \
+        return (vkp_watch_tx *)(uintptr_t)tx;                                                   \
+    }                                                                                           \
+    VKP_TYPED_CALL vkp_watch_rx *name##_raw_rx(const name##_rx *rx)                             \
+    {                                                                                           \
+        return (vkp_watch_rx *)(uintptr_t)rx;                                                   \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(                                        \
+        const vkp_watch_config *config, const name##_value *initial, name##_tx **tx)            \
+    {                                                                                           \
+        vkp_watch_config typed = VKP_ZERO;                                                      \
+        vkp_watch_tx *raw;                                                                      \
+        vkp_status status;                                                                      \
+        if (tx == NULL) {                                                                       \
+            return VKP_ERR_INVALID;                                                             \
+        }                                                                                       \
+        if (config != NULL) {                                                                   \
+            typed = *config;                                                                    \
+        }                                                                                       \
+        typed.elem_bytes = sizeof(name##_value);                                                \
+        typed.initial = initial;                                                                \
+        status = vkp_watch_open(&typed, &raw);                                                  \
+        if (status == VKP_OK) {                                                                 \
+            *tx = (name##_tx *)(uintptr_t)raw;                                                  \
+        }                                                                                       \
+        return status;                                                                          \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)     \
+    {                                                                                           \
+        vkp_watch_rx *raw;                                                                      \
+        vkp_status status = vkp_watch_subscribe(name##_raw_tx(tx), &raw);                       \
+        if (status == VKP_OK) {                                                                 \
+            *rx = (name##_rx *)(uintptr_t)raw;                                                  \
+        }                                                                                       \
+        return status;                                                                          \
+    }                                                                                           \
+    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                          \
+    {                                                                                           \
+        vkp_watch_tx_unref(name##_raw_tx(tx));                                                  \
+    }                                                                                           \
+    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                          \
+    {                                                                                           \
+        vkp_watch_rx_unref(name##_raw_rx(rx));                                                  \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)      \
+    {                                                                                           \
+        return vkp_watch_send(name##_raw_tx(tx), &value);                                       \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_replace(name##_tx *tx, name##_value value)   \
+    {                                                                                           \
+        return vkp_watch_replace(name##_raw_tx(tx), &value);                                    \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_get(name##_rx *rx, name##_value *out)        \
+    {                                                                                           \
+        return vkp_watch_get(name##_raw_rx(rx), out);                                           \
+    }                                                                                           \
+    VKP_TYPED_CALL const name##_value *name##_borrow(name##_rx *rx)                             \
+    {                                                                                           \
+        return (const name##_value *)vkp_watch_borrow(name##_raw_rx(rx));                       \
+    }                                                                                           \
+    VKP_TYPED_CALL void name##_release(name##_rx *rx)                                           \
+    {                                                                                           \
+        vkp_watch_release(name##_raw_rx(rx));                                                   \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_changed(name##_rx *rx, uint64_t deadline_ns) \
+    {                                                                                           \
+        return vkp_watch_changed(name##_raw_rx(rx), deadline_ns);                               \
+    }                                                                                           \
+    struct name##_tx
 
 /* --------------------------------------------------------------------------------------
    >>api-loop   One thread's event loop, and the backend contract                          */
@@ -681,6 +1273,20 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop,
 
 /* Stop the watch: fn is not called again. Idempotent. Loop's thread. */
 VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
+
+/* Call fn(user) on the loop whenever the case could be carried out, as long as that is so: do it
+   with its try form, or end the watch. Sending cases give no right to the room: their try form may
+   still be FULL. One watch per receiving end.
+   Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
+   Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID (vkp_case_fd, closed loop)   */
+typedef struct vkp_case_watch vkp_case_watch;
+VKP_API VKP_NODISCARD vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what,
+                                                     void (*fn)(void *user), void *user,
+                                                     vkp_case_watch **watch);
+
+/* End the watch: fn is not called again. NULL is ignored. Loop's thread; a loop that closes ends
+   its watches itself, and then this only gives the handle back.                               */
+VKP_API void vkp_case_watch_close(vkp_case_watch *watch);
 
 /* --------------------------------------------------------------------------------------
    >>api-resp   RESP2 and RESP3: values, reader, writer
@@ -1379,6 +1985,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay);
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -1441,6 +2048,24 @@ extern "C" {
 #define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
+#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
+#define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer()) /* who runs, never 0 or 1 */
+#else
+#define VKP_I_SELF() ((uintptr_t)pthread_self())
+#endif
+#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST) /* for the compiler alone */
+#if defined(__x86_64__) || defined(__i386__)
+#define VKP_I_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__) || defined(__arm__)
+#define VKP_I_PAUSE() __asm__ volatile("yield")
+#else
+#define VKP_I_PAUSE() VKP_I_ORDER()
+#endif
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes)) /* values, which */
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))    /* threads hand over */
 #define VKP_I_MUTEX pthread_mutex_t
 #define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
 #define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
@@ -1461,11 +2086,39 @@ extern "C" {
         }                           \
     } while (0)
 
+/* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
+#define VKP_I_APART 128
+
 #define VKP_I_CONTAINER(pointer, type, member) \
     ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 #define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Values of usual sizes move without a call. Inlined where the size is known, the other branches
+   are dead, and GCC warns of what they would do.                                               */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Warray-bounds"
+#pragma GCC diagnostic ignored "-Wstringop-overflow"
+#pragma GCC diagnostic ignored "-Wstringop-overread"
+#endif
+static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
+{
+    if (bytes == 8) {
+        memcpy(to, from, 8);
+    } else if (bytes == 24) {
+        memcpy(to, from, 24);
+    } else if (bytes == 64) {
+        memcpy(to, from, 64);
+    } else {
+        memcpy(to, from, bytes);
+    }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 VKP_API const char *vkp_status_str(vkp_status status)
 {
@@ -1483,7 +2136,10 @@ VKP_API const char *vkp_version(void)
     return VKP_VERSION_STR;
 }
 
-static void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes, size_t new_bytes)
+/* Not inlined: gcc would see frees of embedded slots and lanes, which a flag keeps from happening,
+   and warn of them (-Wfree-nonheap-object).                                                   */
+static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes,
+                                                        size_t new_bytes)
 {
     (void)user;
     (void)old_bytes;
@@ -1494,7 +2150,7 @@ static void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes, size_t ne
     return realloc(ptr, new_bytes);
 }
 
-static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL};
+static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL, 0};
 
 static const vkp_env *vkp_i_env(const vkp_env *env)
 {
@@ -1804,6 +2460,35 @@ static void vkp_i_os_unpark(vkp_parker *parker)
     (void)pthread_mutex_unlock(&parker->mutex);
 }
 #endif
+
+static void vkp_i_os_yield(void)
+{
+    (void)sched_yield();
+}
+
+/* Asked for with every channel that opens: a fact of the machine, read once. */
+static uint32_t vkp_i_os_processors(void)
+{
+    static uint32_t known;
+    uint32_t count = VKP_I_LOAD(&known);
+    if (count == 0) {
+        long online = sysconf(_SC_NPROCESSORS_ONLN);
+        count = online > 0 ? (uint32_t)online : 1u;
+        VKP_I_STORE(&known, count);
+    }
+    return count;
+}
+
+/* Linux 4.14; a sandbox may refuse it. */
+static int vkp_i_os_membarrier(bool prepare)
+{
+#if VKP_I_LINUX && defined(SYS_membarrier)
+    return syscall(SYS_membarrier, prepare ? 1 << 4 : 1 << 3, 0, 0) == 0 ? 0 : -errno;
+#else
+    (void)prepare;
+    return -ENOSYS;
+#endif
+}
 
 #if VKP_I_IO
 static int vkp_i_os_result(int result)
@@ -2157,51 +2842,22 @@ static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_
     return -ENOSYS;
 #endif
 }
+#define VKP_I_OS(name) vkp_i_os_##name
+#else
+#define VKP_I_OS(name) NULL
 #endif /* VKP_I_IO */
 
 VKP_API const vkp_sys *vkp_sys_default(void)
 {
-#if VKP_I_IO
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,    vkp_i_os_random_u64, vkp_i_os_process_id,   vkp_i_os_park,
-        vkp_i_os_unpark,      vkp_i_os_socket,     vkp_i_os_bind,         vkp_i_os_listen,
-        vkp_i_os_accept,      vkp_i_os_connect,    vkp_i_os_socket_error, vkp_i_os_prepare,
-        vkp_i_os_set_nodelay, vkp_i_os_peer_uid,   vkp_i_os_local_port,   vkp_i_os_resolve,
-        vkp_i_os_read,        vkp_i_os_send,       vkp_i_os_write,        vkp_i_os_close,
-        vkp_i_os_lock_file,   vkp_i_os_identify,   vkp_i_os_chmod,        vkp_i_os_unlink,
-        vkp_i_os_wake_pair,   vkp_i_os_poll,       vkp_i_os_epoll_create, vkp_i_os_epoll_ctl,
-        vkp_i_os_epoll_wait};
-#else
-    static const vkp_sys table = {vkp_i_os_clock_ns,
-                                  vkp_i_os_random_u64,
-                                  vkp_i_os_process_id,
-                                  vkp_i_os_park,
-                                  vkp_i_os_unpark,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL,
-                                  NULL};
-#endif
+        vkp_i_os_clock_ns,  vkp_i_os_random_u64,    vkp_i_os_process_id, vkp_i_os_park,
+        vkp_i_os_unpark,    vkp_i_os_yield,         vkp_i_os_processors, vkp_i_os_membarrier,
+        VKP_I_OS(socket),   VKP_I_OS(bind),         VKP_I_OS(listen),    VKP_I_OS(accept),
+        VKP_I_OS(connect),  VKP_I_OS(socket_error), VKP_I_OS(prepare),   VKP_I_OS(set_nodelay),
+        VKP_I_OS(peer_uid), VKP_I_OS(local_port),   VKP_I_OS(resolve),   VKP_I_OS(read),
+        VKP_I_OS(send),     VKP_I_OS(write),        VKP_I_OS(close),     VKP_I_OS(lock_file),
+        VKP_I_OS(identify), VKP_I_OS(chmod),        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),
+        VKP_I_OS(poll),     VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait)};
     return &table;
 }
 
@@ -2265,24 +2921,27 @@ static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
     }
 }
 
-/* A thread that waits: one or more of these nodes, one parker. */
-typedef struct vkp_i_thread_waiter {
+/* A wait for one thing: a thread has one per thing, all with its parker; a loop's watch has one. */
+typedef struct vkp_i_wait {
     vkp_i_waiter node;
-    const vkp_sys *sys;
+    const vkp_sys *sys; /* a thread's */
     vkp_parker *parker;
-} vkp_i_thread_waiter;
+    const void *item; /* a sender's that waits for room, see vkp_i_lane_admit */
+    size_t cost;
+    vkp_status status;
+    int wake_fd;   /* of a thread that sleeps in poll */
+    uint32_t done; /* atomic: a one-shot woke it, and does not touch it any more */
+} vkp_i_wait;
 
 static void vkp_i_thread_wake(vkp_i_waiter *waiter)
 {
-    vkp_i_thread_waiter *self = VKP_I_CONTAINER(waiter, vkp_i_thread_waiter, node);
+    vkp_i_wait *self = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
     self->sys->unpark(self->parker);
 }
 
-static void vkp_i_thread_waiter_init(vkp_i_thread_waiter *self, const vkp_sys *sys,
-                                     vkp_parker *parker)
+static void vkp_i_wait_init(vkp_i_wait *self, const vkp_sys *sys, vkp_parker *parker)
 {
-    self->node.prev = NULL;
-    self->node.next = NULL;
+    memset(self, 0, sizeof *self);
     self->node.wake = vkp_i_thread_wake;
     self->sys = sys;
     self->parker = parker;
@@ -2291,6 +2950,500 @@ static void vkp_i_thread_waiter_init(vkp_i_thread_waiter *self, const vkp_sys *s
 static bool vkp_i_parker_notified(vkp_parker *parker)
 {
     return VKP_I_LOAD_ACQ(&parker->state) == VKP_I_PARK_NOTIFIED;
+}
+
+/* Gates. One side stores what the other waits for and then looks whether anybody waits; the other
+   says that it waits and then looks for the store. One of them must see the other, and each does
+   a store before a load, which processors swap. The side that is about to sleep pays for both
+   with a barrier in every thread (membarrier); where there is none, each side changes the gate
+   itself, which puts the two in an order.                                                     */
+
+/* The storing side, after its store: the bits of those who wait. */
+static inline uint32_t vkp_i_gate_check(uint32_t *gate, bool fenced)
+{
+    if (fenced) {
+        return VKP_I_ADD_ACQ_REL(gate, 0u);
+    }
+    VKP_I_ORDER();
+    return VKP_I_LOAD(gate);
+}
+
+/* The waiting side: open, settle, and then look. */
+static void vkp_i_gate_open(uint32_t *gate, uint32_t bit)
+{
+    (void)VKP_I_OR(gate, bit);
+}
+
+static void vkp_i_gate_settle(const vkp_env *env, bool fenced)
+{
+    if (!fenced) {
+        (void)vkp_i_sys(env)->membarrier(false);
+    }
+}
+
+static void vkp_i_gate_shut(uint32_t *gate, uint32_t bit)
+{
+    (void)VKP_I_AND(gate, ~bit);
+}
+
+/* Whether gates have to do without membarrier. */
+static bool vkp_i_gate_prepare(const vkp_env *env)
+{
+    return vkp_i_sys(env)->membarrier(true) < 0;
+}
+
+/* Waiting awake: a wake-up costs microseconds, and a value is often closer than that. */
+typedef struct vkp_i_spin {
+    uint32_t pauses;
+    uint32_t yields;
+} vkp_i_spin;
+
+#define VKP_I_SPINS 200u
+#define VKP_I_YIELDS 8u
+
+/* How long threads of this env stay awake, in pauses. */
+static uint32_t vkp_i_spins(const vkp_env *env)
+{
+    if (env->spins == 0) {
+        return vkp_i_sys(env)->processors() > 1 ? VKP_I_SPINS : 0;
+    }
+    return env->spins == VKP_SPINS_NONE ? 0 : env->spins;
+}
+
+/* Pause, later yield to threads that have no processor; false when it is time to sleep. */
+static inline bool vkp_i_spin_again(vkp_i_spin *spin, const vkp_sys *sys, uint32_t spins)
+{
+    if (spin->pauses < spins) {
+        spin->pauses++;
+        VKP_I_PAUSE();
+        return true;
+    }
+    if (spins > 0 && spin->yields < VKP_I_YIELDS) {
+        spin->yields++;
+        sys->yield();
+        return true;
+    }
+    return false;
+}
+
+/* What a thread or a loop can wait for: a vkp_case of one of these kinds. All waiting of the
+   library but that of plain senders goes through them: look (attempt), say that one waits (join),
+   sleep, look again, and leave.                                                                */
+struct vkp_i_case_kind {
+    /* Carry it out: EMPTY when that is not possible now. `wait` is the joined one, or NULL. */
+    vkp_status (*attempt)(vkp_case *each, vkp_i_wait *wait);
+    bool (*is_ready)(const vkp_case *each);
+    bool (*join)(const vkp_case *each, vkp_i_wait *wait); /* false, not joined: it is ready */
+    void (*leave)(const vkp_case *each, vkp_i_wait *wait);
+    const vkp_env *(*env)(const vkp_case *each);
+};
+
+static vkp_case vkp_i_case(const vkp_i_case_kind *kind, void *object, void *out)
+{
+    vkp_case each;
+    memset(&each, 0, sizeof each);
+    each.status = VKP_ERR_EMPTY;
+    each.i_kind = kind;
+    each.i_object = object;
+    each.i_out = out;
+    return each;
+}
+
+static vkp_status vkp_i_case_never_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)each;
+    (void)wait;
+    return VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_never_is_ready(const vkp_case *each)
+{
+    (void)each;
+    return false;
+}
+
+static bool vkp_i_case_never_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    (void)each;
+    (void)wait;
+    return true;
+}
+
+static void vkp_i_case_never_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    (void)each;
+    (void)wait;
+}
+
+static const vkp_env *vkp_i_case_never_env(const vkp_case *each)
+{
+    (void)each;
+    return NULL;
+}
+
+static const vkp_i_case_kind vkp_i_case_kind_never = {
+    vkp_i_case_never_attempt, vkp_i_case_never_is_ready, vkp_i_case_never_join,
+    vkp_i_case_never_leave, vkp_i_case_never_env};
+
+VKP_API vkp_case vkp_case_never(void)
+{
+    return vkp_i_case(&vkp_i_case_kind_never, NULL, NULL);
+}
+
+/* Carry out the first case that can be, from `start` on; the first `joined` ones wait. */
+static bool vkp_i_cases_attempt(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
+                                size_t joined, size_t *won)
+{
+    size_t i;
+    for (i = 0; i < count; i++) {
+        size_t at = (start + i) % count;
+        vkp_case *each = &cases[at];
+        each->status = each->i_kind->attempt(each, at < joined ? &waits[at] : NULL);
+        if (each->status != VKP_ERR_EMPTY) {
+            *won = at;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A deadline among the cases, and a descriptor; i_object is the sys, set when the wait begins. */
+static bool vkp_i_case_deadline_is_ready(const vkp_case *each)
+{
+    return ((const vkp_sys *)each->i_object)->clock_ns() >= each->i_number;
+}
+
+static vkp_status vkp_i_case_deadline_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_i_case_deadline_is_ready(each) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static const vkp_i_case_kind vkp_i_case_kind_deadline = {
+    vkp_i_case_deadline_attempt, vkp_i_case_deadline_is_ready, vkp_i_case_never_join,
+    vkp_i_case_never_leave, vkp_i_case_never_env};
+
+#if VKP_I_IO
+static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
+{
+    uint32_t interest = (uint32_t)(each->i_number >> 32);
+    poll->fd = (int)(each->i_number & 0xffffffffu);
+    poll->revents = 0;
+    poll->events = (short)(((interest & VKP_READ) != 0 ? POLLIN : 0) |
+                           ((interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+}
+
+static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    const vkp_sys *sys = (const vkp_sys *)each->i_object;
+    struct pollfd poll;
+    int rc;
+    (void)wait;
+    vkp_i_case_fd_set(each, &poll);
+    rc = sys->poll(&poll, 1, 0);
+    if (rc == 0 || rc == -EINTR) {
+        return VKP_ERR_EMPTY;
+    }
+    if (rc < 0) {
+        errno = -rc;
+        return VKP_ERR_SYS;
+    }
+    each->ready = ((poll.revents & POLLIN) != 0 ? VKP_READ : 0u) |
+                  ((poll.revents & POLLOUT) != 0 ? VKP_WRITE : 0u) |
+                  ((poll.revents & POLLHUP) != 0 ? VKP_HUP : 0u) |
+                  ((poll.revents & (POLLERR | POLLNVAL)) != 0 ? VKP_ERR : 0u);
+    return VKP_OK;
+}
+
+static bool vkp_i_case_fd_is_ready(const vkp_case *each)
+{
+    vkp_case copy = *each;
+    return vkp_i_case_fd_attempt(&copy, NULL) != VKP_ERR_EMPTY;
+}
+
+static const vkp_i_case_kind vkp_i_case_kind_fd = {vkp_i_case_fd_attempt, vkp_i_case_fd_is_ready,
+                                                   vkp_i_case_never_join, vkp_i_case_never_leave,
+                                                   vkp_i_case_never_env};
+#endif
+
+/* How a thread sleeps in a select: parked, or with descriptors among its cases in poll(2), where a
+   wake-up is a byte in a pipe.                                                                */
+typedef struct vkp_i_sleeper {
+    const vkp_sys *sys;
+    uint64_t deadline_ns; /* of the select, or of the first deadline among its cases */
+    bool polls;
+    int wake[2];
+    vkp_parker parker;
+} vkp_i_sleeper;
+
+#if VKP_I_IO
+static void vkp_i_pipe_wake(vkp_i_waiter *waiter)
+{
+    const vkp_i_wait *wait = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
+    uint64_t one = 1;
+    (void)wait->sys->write(wait->wake_fd, &one, sizeof one); /* full: it is readable already */
+}
+#endif
+
+static void vkp_i_sleeper_init(vkp_i_sleeper *sleeper, vkp_case *cases, size_t count,
+                               const vkp_sys *sys, uint64_t deadline_ns)
+{
+    size_t i;
+    sleeper->sys = sys;
+    sleeper->deadline_ns = deadline_ns;
+    sleeper->polls = false;
+    for (i = 0; i < count; i++) {
+        if (cases[i].i_kind == &vkp_i_case_kind_deadline) {
+            cases[i].i_object = (void *)(uintptr_t)sys;
+            sleeper->deadline_ns = VKP_I_MIN(sleeper->deadline_ns, cases[i].i_number);
+        }
+#if VKP_I_IO
+        if (cases[i].i_kind == &vkp_i_case_kind_fd) {
+            cases[i].i_object = (void *)(uintptr_t)sys;
+            sleeper->polls = true;
+        }
+#endif
+    }
+}
+
+static void vkp_i_sleeper_end(vkp_i_sleeper *sleeper)
+{
+#if VKP_I_IO
+    if (sleeper->polls) {
+        (void)sleeper->sys->close(sleeper->wake[0]);
+        if (sleeper->wake[1] != sleeper->wake[0]) {
+            (void)sleeper->sys->close(sleeper->wake[1]);
+        }
+        return;
+    }
+#endif
+    vkp_i_parker_deinit(&sleeper->parker);
+}
+
+static vkp_status vkp_i_sleeper_begin(vkp_i_sleeper *sleeper, vkp_i_wait *waits, size_t count)
+{
+    size_t i;
+#if VKP_I_IO
+    if (sleeper->polls) {
+        int rc = sleeper->sys->wake_pair(sleeper->wake);
+        if (rc < 0) {
+            errno = -rc;
+            return VKP_ERR_SYS;
+        }
+    } else
+#endif
+    {
+        vkp_i_parker_init(&sleeper->parker);
+    }
+    for (i = 0; i < count; i++) {
+        vkp_i_wait_init(&waits[i], sleeper->sys, &sleeper->parker);
+#if VKP_I_IO
+        if (sleeper->polls) {
+            waits[i].node.wake = vkp_i_pipe_wake;
+            waits[i].wake_fd = sleeper->wake[1];
+        }
+#endif
+    }
+    return VKP_OK;
+}
+
+/* Until woken or a descriptor is ready: true; false at the deadline. */
+static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, size_t count)
+{
+#if VKP_I_IO
+    if (sleeper->polls) {
+        struct pollfd polls[VKP_SELECT_MAX + 1];
+        size_t used = 1;
+        size_t i;
+        polls[0].fd = sleeper->wake[0];
+        polls[0].events = POLLIN;
+        polls[0].revents = 0;
+        for (i = 0; i < count; i++) {
+            if (cases[i].i_kind == &vkp_i_case_kind_fd) {
+                vkp_i_case_fd_set(&cases[i], &polls[used]);
+                used++;
+            }
+        }
+        return sleeper->sys->poll(polls, used, sleeper->deadline_ns) != 0; /* the cases tell more */
+    }
+#endif
+    (void)cases;
+    (void)count;
+    sleeper->sys->park(&sleeper->parker, sleeper->deadline_ns);
+    return vkp_i_parker_notified(&sleeper->parker);
+}
+
+/* Wait for one of the cases, each with its wait, and carry it out. OK, TIMEOUT or SYS. */
+static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
+                               const vkp_sys *sys, uint32_t spins, uint64_t deadline_ns,
+                               size_t *won)
+{
+    vkp_i_spin spin = {0, 0};
+    vkp_i_sleeper sleeper;
+    bool late = deadline_ns == 0;
+    bool found;
+    vkp_i_sleeper_init(&sleeper, cases, count, sys, deadline_ns);
+    found = vkp_i_cases_attempt(cases, count, start, NULL, 0, won);
+    while (!found && !late && !sleeper.polls && vkp_i_spin_again(&spin, sys, spins)) {
+        found = vkp_i_cases_attempt(cases, count, start, NULL, 0, won);
+    }
+    while (!found && !late) {
+        size_t joined;
+        size_t i;
+        vkp_status status = vkp_i_sleeper_begin(&sleeper, waits, count);
+        if (status != VKP_OK) {
+            return status;
+        }
+        for (joined = 0; joined < count; joined++) {
+            if (!cases[joined].i_kind->join(&cases[joined], &waits[joined])) {
+                break;
+            }
+        }
+        if (joined == count) {
+            bool woken = vkp_i_sleeper_sleep(&sleeper, cases, count);
+            late = !woken && sleeper.deadline_ns == deadline_ns; /* one last look follows */
+        }
+        found = vkp_i_cases_attempt(cases, count, start, waits, joined, won);
+        for (i = 0; i < joined; i++) {
+            cases[i].i_kind->leave(&cases[i], &waits[i]);
+        }
+        vkp_i_sleeper_end(&sleeper);
+    }
+    return found ? VKP_OK : VKP_ERR_TIMEOUT;
+}
+
+/* The same for the library's own waits, of at most two cases: the status of the one that won. */
+static vkp_status vkp_i_select_few(vkp_case *cases, size_t count, const vkp_env *env,
+                                   uint32_t spins, uint64_t deadline_ns)
+{
+    vkp_i_wait waits[2];
+    size_t won;
+    vkp_status status =
+        vkp_i_select(cases, count, 0, waits, vkp_i_sys(env), spins, deadline_ns, &won);
+    return status == VKP_OK ? cases[won].status : status;
+}
+
+/* Waiting for a thread that is between two instructions, and may have lost its processor there.
+   It sleeps in the end: a thread of a higher priority would otherwise never let that one run. */
+typedef struct vkp_i_backoff {
+    uint32_t rounds;
+} vkp_i_backoff;
+
+#define VKP_I_BACKOFF_NS 50000u
+
+static void vkp_i_back_off(vkp_i_backoff *backoff, const vkp_sys *sys)
+{
+    backoff->rounds++;
+    if (backoff->rounds < 64) {
+        VKP_I_PAUSE();
+    } else if (backoff->rounds < 128) {
+        sys->yield();
+    } else {
+        vkp_parker parker;
+        vkp_i_parker_init(&parker);
+        sys->park(&parker, sys->clock_ns() + VKP_I_BACKOFF_NS);
+        vkp_i_parker_deinit(&parker);
+    }
+}
+
+/* A lock for some instructions, of which no thread waits asleep. */
+static inline void vkp_i_latch_lock(uint32_t *latch, const vkp_sys *sys)
+{
+    vkp_i_backoff backoff = {0};
+    while (VKP_I_XCHG(latch, 1u) != 0) {
+        do {
+            vkp_i_back_off(&backoff, sys);
+        } while (VKP_I_LOAD(latch) != 0);
+    }
+}
+
+static inline void vkp_i_latch_unlock(uint32_t *latch)
+{
+    VKP_I_STORE_REL(latch, 0u);
+}
+
+/* Bias: what nearly always ONE thread does belongs to that thread, and it does it with plain
+   stores. Another one that comes revokes that for good (vkp_i_bias_take, under a lock of its own),
+   which costs a membarrier once; where there is none nobody owns anything.                     */
+typedef struct vkp_i_bias {
+    uintptr_t owner; /* atomic: a thread, VKP_I_NOBODY yet, or VKP_I_SHARED for good */
+    uint32_t busy;   /* atomic: the owner is inside */
+    uint32_t held;   /* atomic: and must stay outside */
+} vkp_i_bias;
+
+#define VKP_I_NOBODY ((uintptr_t)0)
+#define VKP_I_SHARED ((uintptr_t)1)
+
+/* The owner goes inside, unless somebody holds it off, or has taken the bias. */
+static inline bool vkp_i_bias_enter(vkp_i_bias *bias)
+{
+    VKP_I_STORE(&bias->busy, 1u);
+    VKP_I_ORDER();
+    if (VKP_I_LOAD_ACQ(&bias->held) == 0 && VKP_I_LOAD_ACQ(&bias->owner) == VKP_I_SELF()) {
+        return true;
+    }
+    VKP_I_STORE_REL(&bias->busy, 0u);
+    return false;
+}
+
+static inline void vkp_i_bias_exit(vkp_i_bias *bias)
+{
+    VKP_I_STORE_REL(&bias->busy, 0u);
+}
+
+/* Another thread: the owner is outside when this returns, until vkp_i_bias_release. */
+static void vkp_i_bias_hold(vkp_i_bias *bias, const vkp_env *env)
+{
+    vkp_i_backoff backoff = {0};
+    VKP_I_STORE(&bias->held, 1u);
+    vkp_i_gate_settle(env, false);
+    while (VKP_I_LOAD_ACQ(&bias->busy) != 0) {
+        vkp_i_back_off(&backoff, vkp_i_sys(env));
+    }
+}
+
+static void vkp_i_bias_release(vkp_i_bias *bias)
+{
+    VKP_I_STORE_REL(&bias->held, 0u);
+}
+
+/* A latch that costs its owner no exchange. */
+typedef struct vkp_i_biased_latch {
+    vkp_i_bias bias;
+    uint32_t latch;
+} vkp_i_biased_latch;
+
+/* Gives what vkp_i_biased_unlock wants to know: whether the owner got in by its bias. */
+static inline bool vkp_i_biased_lock(vkp_i_biased_latch *self, const vkp_env *env)
+{
+    uintptr_t owner = VKP_I_LOAD_ACQ(&self->bias.owner);
+    if (owner == VKP_I_SELF() && vkp_i_bias_enter(&self->bias)) {
+        return true;
+    }
+    vkp_i_latch_lock(&self->latch, vkp_i_sys(env));
+    owner = VKP_I_LOAD(&self->bias.owner);
+    if (owner == VKP_I_NOBODY) {
+        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SELF()); /* it takes effect at the unlock */
+    } else if (owner != VKP_I_SHARED && owner != VKP_I_SELF()) {
+        vkp_i_bias_hold(&self->bias, env);
+        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SHARED);
+        vkp_i_bias_release(&self->bias);
+    }
+    return false;
+}
+
+static inline void vkp_i_biased_unlock(vkp_i_biased_latch *self, bool biased)
+{
+    if (biased) {
+        vkp_i_bias_exit(&self->bias);
+    } else {
+        vkp_i_latch_unlock(&self->latch);
+    }
+}
+
+static void vkp_i_biased_init(vkp_i_biased_latch *self, bool fenced)
+{
+    self->bias.owner = fenced ? VKP_I_SHARED : VKP_I_NOBODY;
 }
 
 /* ======================================================================================
@@ -2435,375 +3588,1062 @@ VKP_API void vkp_bytes_unref(vkp_bytes *bytes)
 /* ======================================================================================
    >>impl-mpsc   Many senders, one receiver
    ======================================================================================
-   A growing ring under one mutex. The receiver's waiter is woken when a value meets an empty
-   ring; a blocked sender waits with a pointer to its value, and the RECEIVER moves that value
-   into the ring when room appears, oldest sender first: order is kept, and a try_send finding
-   senders waiting is FULL. All fields below `mutex` are guarded by it.                        */
+   A queue is a lane: tickets count the places since the beginning, `tail` the next one to give,
+   `head` the next one to receive. A ticket's place is a slot of a ring: a stamp that says for which
+   ticket its value is ready, and the value. So a sender takes a ticket with one exchange, fills the
+   slot, stamps it, and the receiver needs no exchange at all.
+
+   The lowest bit of `tail`, SLOW, sends every sender through the mutex: while a ring is replaced,
+   while senders wait, when bytes are counted, after close. It is set first (freeze), and what the
+   fast path reads is changed after that; a fast sender that read the old state then fails its
+   exchange. Under the mutex everything can be done, the fast path is a short cut.
+   A ring that is too small gets a successor, which begins at the ticket of the sender that needed
+   it: the old ring ends there, and the receiver frees it when it comes to that end.
+   A waiting sender stands in `senders`; whoever makes room moves its value in, in order of arrival.
+   Receiver and senders look for each other by the gates `flags` (asleep, or gone) and
+   `tx_waiting`, see the section park. Lock order: the mutex, then
+   nothing.                                                                                     */
+
+#define VKP_I_TAIL_SLOW 1u
+#define VKP_I_RX_WAITING 1u /* vkp_i_channel.flags */
+#define VKP_I_RX_GONE 2u
+#define VKP_I_ENDED_CLOSED 1u /* vkp_i_channel.ended */
+#define VKP_I_ENDED_SENDERS 2u
+#define VKP_I_STAMP_ABORTED 1u
+#define VKP_I_BUNCH 16u     /* values between two looks of senders at head, see vkp_i_lane_take */
+#define VKP_I_LANE_TURN 64u /* values that the receiver takes from one lane before it looks on */
+#define VKP_I_HYSTERESIS 4u /* a full lane is roomy again when this part of it is free */
+#define VKP_I_LINGER_BURST 64u
+#define VKP_I_LINGER_PAUSES 32u
+#define VKP_I_LINGER_SHARE 4u  /* never longer than it takes to fill this part of a lane */
+#define VKP_I_RING_KEEP 65536u /* bytes of a ring that an empty channel keeps */
 
 typedef struct vkp_i_channel vkp_i_channel;
 
-struct vkp_mpsc_tx {
+typedef struct vkp_i_ring {
+    struct vkp_i_ring *next; /* valid once the receiver is at `end` */
+    uint64_t end;            /* atomic: the successor's first ticket; UINT64_MAX: none */
+    size_t bytes;            /* of this allocation */
+    uint64_t mask;           /* slots - 1 */
+    size_t elem_bytes;
+    size_t stride;       /* from item to item, */
+    size_t stamp_stride; /* and from stamp to stamp: small values lie beside theirs */
+    uint8_t *stamps;
+    uint8_t *items;
+} vkp_i_ring;
+
+typedef struct vkp_i_lane {
     vkp_i_channel *channel;
+    struct vkp_i_lane *next; /* atomic: of the channel's lanes, written under the mutex */
+    uint32_t dead;           /* atomic: its sender has gone; the receiver frees it */
+    unsigned char pad_senders[VKP_I_APART];
+    uint64_t tail;      /* atomic: ticket << 1 | SLOW */
+    uint64_t head_seen; /* atomic: what senders saw of head last */
+    uint64_t room;      /* atomic: tickets above head to give without growing */
+    vkp_i_ring *ring;   /* atomic: where tickets go now; NULL: none yet */
+    vkp_i_bias bias;    /* of the one thread that sends, as long as it is one */
+    unsigned char pad_receiver[VKP_I_APART];
+    uint64_t head;       /* atomic */
+    vkp_i_ring *rx_ring; /* atomic: where head is */
+    uint64_t taken_cost; /* atomic */
+    uint64_t lingered;   /* head when there was nothing the last time */
+    uint32_t tx_waiting; /* gate: senders is not empty */
+    bool plain;          /* no bytes to count, no eviction, no fences: values may go the fast way */
+    unsigned char pad_slow[VKP_I_APART];
+    uint64_t sent_cost; /* the rest is guarded by the mutex */
+    vkp_i_waiters senders;
+} vkp_i_lane;
+
+struct vkp_mpsc_tx {
+    vkp_i_lane *lane;
+    size_t refs; /* atomic */
 };
+typedef struct vkp_i_extra_lane { /* of a clone, see vkp_mpsc_config.lanes */
+    vkp_mpsc_tx tx;
+    vkp_i_lane lane;
+} vkp_i_extra_lane;
+
 struct vkp_mpsc_rx {
     vkp_i_channel *channel;
 };
-
-typedef struct vkp_i_blocked_sender {
-    vkp_i_thread_waiter waiter;
-    const void *item;
-    size_t cost;
-    vkp_status status; /* what the wake-up means */
-} vkp_i_blocked_sender;
-
-typedef struct vkp_i_channel_watch vkp_i_channel_watch; /* the loop section's */
+struct vkp_mpsc_weak {
+    vkp_i_channel *channel;
+    size_t refs; /* atomic; each holds one of the channel's */
+};
 
 struct vkp_i_channel {
     vkp_mpsc_config config;
+    uint64_t capacity; /* items, UINT64_MAX when unbounded */
     vkp_mpsc_tx tx;
     vkp_mpsc_rx rx;
-    size_t refs;    /* atomic: the senders together, and the receiver, hold one each */
-    size_t tx_refs; /* atomic */
+    vkp_mpsc_weak weak;
+    size_t refs;    /* atomic: all senders together, the receiver, weak senders, a watch */
+    size_t handles; /* atomic: senders; the references of one count once */
+    uint32_t flags; /* gate: VKP_I_RX_* */
+    uint32_t ended; /* atomic: VKP_I_ENDED_* */
+    uint32_t spins; /* before a thread sleeps */
+    bool fenced;    /* no membarrier here */
+    bool evicts;    /* senders may take the oldest value: receiving needs the mutex too */
     VKP_I_MUTEX mutex;
-    uint8_t *ring;
-    size_t slots; /* capacity of the ring, a power of two or 0 */
-    size_t head;  /* index of the oldest value */
-    size_t count;
-    size_t cost;
-    bool closed;     /* by the receiver */
-    bool no_senders; /* the last one left */
     vkp_i_waiters receiver;
-    vkp_i_waiters senders;
-    vkp_i_channel_watch *watch; /* loop's thread */
+    vkp_i_waiters closers; /* wait until closed */
+    vkp_i_ring *retired;   /* rings left behind after the receiver went */
+    vkp_case_watch *watch; /* loop's thread */
+    vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
+    vkp_i_lane lane;       /* the first one */
 };
 
-static uint8_t *vkp_i_channel_at(vkp_i_channel *channel, size_t index)
+/* ---- rings ---- */
+
+static uint32_t *vkp_i_ring_stamp(const vkp_i_ring *ring, uint64_t ticket)
 {
-    return channel->ring + (index & (channel->slots - 1)) * channel->config.elem_bytes;
+    return (uint32_t *)(void *)(ring->stamps + (size_t)(ticket & ring->mask) * ring->stamp_stride);
 }
+
+static uint8_t *vkp_i_ring_item(const vkp_i_ring *ring, uint64_t ticket)
+{
+    return ring->items + (size_t)(ticket & ring->mask) * ring->stride;
+}
+
+static uint32_t vkp_i_stamp(uint64_t ticket)
+{
+    return (uint32_t)((ticket + 1) << 1);
+}
+
+/* Room for `slots` values from ticket `start` on. Values up to 56 bytes lie behind their stamp, in
+   one cache line with it; larger ones in an array of their own, so that a line's worth of value is
+   one line.                                                                                    */
+static vkp_i_ring *vkp_i_ring_open(const vkp_env *env, size_t elem_bytes, size_t slots,
+                                   uint64_t start)
+{
+    size_t stride;
+    size_t stamp_stride = sizeof(uint32_t);
+    size_t bytes;
+    vkp_i_ring *ring;
+    uint64_t i;
+    if (elem_bytes <= 56) {
+        for (stride = 16; stride < elem_bytes + 8; stride *= 2) {
+        }
+        stamp_stride = stride;
+    } else {
+        stride = (elem_bytes + 7u) & ~(size_t)7u;
+    }
+    if (slots > (SIZE_MAX - sizeof *ring - 128) / (stride + stamp_stride)) {
+        return NULL;
+    }
+    bytes = sizeof *ring + 128 + slots * (stride + (stamp_stride == stride ? 0 : stamp_stride));
+    ring = (vkp_i_ring *)vkp_i_alloc(env, bytes);
+    if (ring == NULL) {
+        return NULL;
+    }
+    ring->next = NULL;
+    ring->end = UINT64_MAX;
+    ring->bytes = bytes;
+    ring->mask = slots - 1;
+    ring->elem_bytes = elem_bytes;
+    ring->stride = stride;
+    ring->stamp_stride = stamp_stride;
+    ring->stamps = (uint8_t *)(((uintptr_t)(ring + 1) + 63u) & ~(uintptr_t)63u);
+    if (elem_bytes <= 56) {
+        ring->items = ring->stamps + (stride - ((elem_bytes + 7u) & ~(size_t)7u));
+    } else {
+        uintptr_t behind = (uintptr_t)(ring->stamps + slots * stamp_stride);
+        ring->items = (uint8_t *)((behind + 63u) & ~(uintptr_t)63u);
+    }
+    for (i = 0; i < slots; i++) { /* no ticket from start on has this stamp in this lap */
+        *vkp_i_ring_stamp(ring, i) = (uint32_t)(start << 1);
+    }
+    return ring;
+}
+
+static void vkp_i_ring_close(const vkp_env *env, vkp_i_ring *ring)
+{
+    if (ring != NULL) {
+        vkp_i_free(env, ring, ring->bytes);
+    }
+}
+
+/* ---- the senders' side of a lane ---- */
 
 static size_t vkp_i_channel_cost(const vkp_i_channel *channel, const void *item)
 {
     return channel->config.cost != NULL ? channel->config.cost(item) : channel->config.elem_bytes;
 }
 
-/* Move the values to a ring of `slots` places. */
-static bool vkp_i_channel_rehouse(vkp_i_channel *channel, size_t slots)
+/* Tickets below `ticket` that are not free; 0 for a ticket that is out of date. */
+static uint64_t vkp_i_used(uint64_t ticket, uint64_t head)
 {
-    const vkp_env *env = channel->config.env;
-    size_t bytes = channel->config.elem_bytes;
-    size_t first =
-        VKP_I_MIN(channel->count, channel->slots - (channel->head & (channel->slots - 1)));
-    uint8_t *ring;
-    if (slots > SIZE_MAX / bytes) {
+    return (int64_t)(ticket - head) > 0 ? ticket - head : 0;
+}
+
+/* The owner begins on the fast path, unless the lane changed since it read `word`. */
+static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
+{
+    if (!vkp_i_bias_enter(&lane->bias)) {
         return false;
     }
-    ring = (uint8_t *)vkp_i_alloc(env, slots * bytes);
-    if (ring == NULL) {
+    if (VKP_I_LOAD_ACQ(&lane->tail) == word) {
+        return true;
+    }
+    vkp_i_bias_exit(&lane->bias);
+    return false;
+}
+
+/* Take up to `count` tickets without the mutex. FULL is certain; EMPTY: go by the mutex. */
+static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *ticket,
+                                   vkp_i_ring **ring, uint64_t *taken)
+{
+    uint64_t word = VKP_I_LOAD_ACQ(&lane->tail);
+    for (;;) {
+        uint64_t room = VKP_I_LOAD_ACQ(&lane->room);
+        uint64_t used = vkp_i_used(word >> 1, VKP_I_LOAD_ACQ(&lane->head_seen));
+        uintptr_t owner = VKP_I_LOAD_ACQ(&lane->bias.owner);
+        *ring = VKP_I_LOAD_ACQ(&lane->ring);
+        if ((word & VKP_I_TAIL_SLOW) != 0 || (owner != VKP_I_SHARED && owner != VKP_I_SELF())) {
+            return VKP_ERR_EMPTY;
+        }
+        if (used >= room) {
+            uint64_t head = VKP_I_LOAD_ACQ(&lane->head);
+            VKP_I_STORE_REL(&lane->head_seen, head);
+            used = vkp_i_used(word >> 1, head);
+            if (used >= room) {
+                return room == lane->channel->capacity ? VKP_ERR_FULL : VKP_ERR_EMPTY;
+            }
+        }
+        *taken = VKP_I_MIN(count, room - used);
+        *ticket = word >> 1;
+        if (owner != VKP_I_SHARED) {
+            if (!vkp_i_lane_enter(lane, word)) {
+                return VKP_ERR_EMPTY;
+            }
+            VKP_I_STORE(&lane->tail, word + 2 * *taken);
+            vkp_i_bias_exit(&lane->bias);
+            return VKP_OK;
+        }
+        if (VKP_I_CAS(&lane->tail, &word, word + 2 * *taken)) {
+            return VKP_OK;
+        }
+    }
+}
+
+static void vkp_i_channel_signal(vkp_i_channel *channel);
+
+/* The value of the ticket is in its slot: show it, and wake the receiver if it sleeps. */
+static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64_t ticket,
+                                      uint32_t outcome)
+{
+    vkp_i_channel *channel = lane->channel;
+    VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket), vkp_i_stamp(ticket) | outcome);
+    if (vkp_i_gate_check(&channel->flags, channel->fenced) != 0) {
+        vkp_i_channel_signal(channel);
+    }
+}
+
+/* The way of nearly every value: there is room, and nobody comes between. */
+static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
+{
+    uint64_t word = VKP_I_LOAD_ACQ(&lane->tail);
+    uint64_t used = (word >> 1) - VKP_I_LOAD_ACQ(&lane->head_seen); /* out of date: huge */
+    uint64_t room = VKP_I_LOAD_ACQ(&lane->room);
+    vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->ring);
+    uintptr_t owner = VKP_I_LOAD_ACQ(&lane->bias.owner);
+    if ((word & VKP_I_TAIL_SLOW) != 0 || used >= room) {
         return false;
     }
-    if (channel->count > 0) {
-        memcpy(ring, vkp_i_channel_at(channel, channel->head), first * bytes);
-        memcpy(ring + first * bytes, channel->ring, (channel->count - first) * bytes);
+    if (owner == VKP_I_SELF()) {
+        if (!vkp_i_lane_enter(lane, word)) {
+            return false;
+        }
+        VKP_I_STORE(&lane->tail, word + 2);
+        vkp_i_bias_exit(&lane->bias);
+    } else if (owner != VKP_I_SHARED || !VKP_I_CAS(&lane->tail, &word, word + 2)) {
+        return false;
     }
-    vkp_i_free(env, channel->ring, channel->slots * bytes);
-    channel->ring = ring;
-    channel->slots = slots;
-    channel->head = 0;
+    VKP_I_COPY_IN(vkp_i_ring_item(ring, word >> 1), item, ring->elem_bytes);
+    vkp_i_lane_publish(lane, ring, word >> 1, 0);
     return true;
 }
 
-/* Locked: append a value for which there is room by count and cost. */
-static vkp_status vkp_i_channel_append(vkp_i_channel *channel, const void *item, size_t cost)
+/* Locked: keep the fast path out. Gives the next ticket. */
+static uint64_t vkp_i_lane_freeze(vkp_i_lane *lane)
 {
-    if (channel->count == channel->slots &&
-        !vkp_i_channel_rehouse(channel, channel->slots == 0 ? 8 : channel->slots * 2)) {
-        return VKP_ERR_NOMEM;
+    uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
+    uint64_t word = VKP_I_LOAD_ACQ(&lane->tail);
+    if ((word & VKP_I_TAIL_SLOW) != 0) {
+        return word >> 1;
     }
-    memcpy(vkp_i_channel_at(channel, channel->head + channel->count), item,
-           channel->config.elem_bytes);
-    channel->count++;
-    channel->cost += cost;
-    if (!vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_waiters_wake_all(&channel->receiver);
+    if (owner == VKP_I_SHARED || owner == VKP_I_SELF()) {
+        return VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW) >> 1;
     }
-    return VKP_OK;
+    /* The owner writes tail without an exchange: it must be out of the way first. */
+    vkp_i_bias_hold(&lane->bias, lane->channel->config.env);
+    word = VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW);
+    vkp_i_bias_release(&lane->bias);
+    return word >> 1;
 }
 
-static bool vkp_i_channel_has_room(const vkp_i_channel *channel, size_t cost)
+/* Locked and frozen: a lane belongs to the first thread that sends, as long as it is the only
+   one.                                                                                         */
+static void vkp_i_lane_own(vkp_i_lane *lane)
 {
-    const vkp_mpsc_config *config = &channel->config;
-    if (config->capacity_items != 0 && channel->count >= config->capacity_items) {
+    uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
+    if (owner == VKP_I_NOBODY) {
+        VKP_I_STORE_REL(&lane->bias.owner, VKP_I_SELF());
+    } else if (owner != VKP_I_SELF() && owner != VKP_I_SHARED) {
+        VKP_I_STORE_REL(&lane->bias.owner, VKP_I_SHARED);
+    }
+}
+
+/* Locked: the next ticket is this one, and the fast path may go on if nothing speaks against it. */
+static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
+{
+    const vkp_i_channel *channel = lane->channel;
+    bool slow = VKP_I_LOAD(&channel->ended) != 0 || VKP_I_LOAD(&lane->ring) == NULL ||
+                !vkp_i_waiters_empty(&lane->senders) || channel->config.capacity_bytes != 0;
+    VKP_I_STORE_REL(&lane->tail, ticket << 1 | (slow ? VKP_I_TAIL_SLOW : 0u));
+}
+
+static bool vkp_i_lane_has_room(const vkp_i_lane *lane, uint64_t ticket, size_t cost)
+{
+    const vkp_i_channel *channel = lane->channel;
+    uint64_t used = ticket - VKP_I_LOAD_ACQ(&lane->head);
+    size_t most = channel->config.capacity_bytes;
+    uint64_t cost_used;
+    if (used >= channel->capacity) {
         return false;
     }
-    return config->capacity_bytes == 0 || channel->count == 0 ||
-           (channel->cost <= config->capacity_bytes &&
-            cost <= config->capacity_bytes - channel->cost);
+    if (most == 0 || used == 0) {
+        return true;
+    }
+    cost_used = lane->sent_cost - VKP_I_LOAD(&lane->taken_cost);
+    return cost_used <= most && cost <= most - cost_used;
 }
 
-/* Locked: let blocked senders in, oldest first, as far as there is room. */
-static void vkp_i_channel_admit(vkp_i_channel *channel)
+/* Locked and frozen: see to it that the ring has a slot for the ticket, which has room. */
+static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
 {
-    while (!vkp_i_waiters_empty(&channel->senders)) {
-        vkp_i_waiter *node = channel->senders.head.next;
-        vkp_i_blocked_sender *sender = VKP_I_CONTAINER(node, vkp_i_blocked_sender, waiter.node);
-        if (!vkp_i_channel_has_room(channel, sender->cost)) {
-            return;
+    vkp_i_channel *channel = lane->channel;
+    vkp_i_ring *old = VKP_I_LOAD(&lane->ring);
+    vkp_i_ring *ring;
+    uint64_t slots;
+    if (old != NULL && ticket - VKP_I_LOAD_ACQ(&lane->head) <= old->mask) {
+        return true;
+    }
+    if (old != NULL) {
+        slots = (old->mask + 1) * 2;
+    } else {
+        for (slots = 16; slots > 1 && (slots / 2 >= channel->capacity ||
+                                       slots * channel->config.elem_bytes > 4096);
+             slots /= 2) {
         }
-        sender->status = vkp_i_channel_append(channel, sender->item, sender->cost);
-        (void)vkp_i_waiter_unlink(node);
-        node->wake(node);
     }
+    ring = slots > UINT32_MAX / 4 ? NULL
+                                  : vkp_i_ring_open(channel->config.env, channel->config.elem_bytes,
+                                                    (size_t)slots, ticket);
+    if (ring == NULL) {
+        return false;
+    }
+    VKP_I_STORE_REL(&lane->ring, ring);
+    VKP_I_STORE_REL(&lane->room, VKP_I_MIN(channel->capacity, slots));
+    if (old != NULL) {
+        old->next = ring;
+        VKP_I_STORE_REL(&old->end, ticket);
+    } else {
+        VKP_I_STORE_REL(&lane->rx_ring, ring);
+    }
+    return true;
 }
 
-/* Locked: move the oldest value out. A ring that a burst made large goes when it is empty. */
-static void vkp_i_channel_take(vkp_i_channel *channel, void *out)
+/* Locked and frozen: the value into the queue, under the ticket, which has room. */
+static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void *item, size_t cost)
 {
-    const uint8_t *item = vkp_i_channel_at(channel, channel->head);
-    size_t cost = vkp_i_channel_cost(channel, item);
-    memcpy(out, item, channel->config.elem_bytes);
-    channel->head++;
-    channel->count--;
-    channel->cost = channel->count == 0 ? 0 : channel->cost - cost;
-    if (channel->count == 0 && channel->slots * channel->config.elem_bytes > 65536) {
-        vkp_i_free(channel->config.env, channel->ring, channel->slots * channel->config.elem_bytes);
-        channel->ring = NULL;
-        channel->slots = 0;
-        channel->head = 0;
-    }
-}
-
-static void vkp_i_channel_unref(vkp_i_channel *channel)
-{
-    if (VKP_I_UNREF(&channel->refs) == 1) {
-        VKP_I_MUTEX_DEINIT(&channel->mutex);
-        vkp_i_free(channel->config.env, channel->ring, channel->slots * channel->config.elem_bytes);
-        vkp_i_free(channel->config.env, channel, sizeof *channel);
-    }
-}
-
-VKP_API vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx, vkp_mpsc_rx **rx)
-{
-    vkp_i_channel *channel;
-    VKP_I_REQUIRE(config != NULL && tx != NULL && rx != NULL);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
-    channel = (vkp_i_channel *)vkp_i_alloc_zero(vkp_i_env(config->env), sizeof *channel);
-    if (channel == NULL) {
+    vkp_i_ring *ring;
+    if (!vkp_i_lane_make_slot(lane, ticket)) {
         return VKP_ERR_NOMEM;
     }
-    channel->config = *config;
-    channel->config.env = vkp_i_env(config->env);
-    channel->tx.channel = channel;
-    channel->rx.channel = channel;
-    channel->refs = 2;
-    channel->tx_refs = 1;
-    VKP_I_MUTEX_INIT(&channel->mutex);
-    vkp_i_waiters_init(&channel->receiver);
-    vkp_i_waiters_init(&channel->senders);
-    *tx = &channel->tx;
-    *rx = &channel->rx;
+    ring = VKP_I_LOAD(&lane->ring);
+    VKP_I_COPY_IN(vkp_i_ring_item(ring, ticket), item, lane->channel->config.elem_bytes);
+    lane->sent_cost += cost;
+    VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket), vkp_i_stamp(ticket));
     return VKP_OK;
 }
 
-VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
+/* Locked: wake the receiver if it sleeps. */
+static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
 {
-    (void)VKP_I_ADD(&tx->channel->tx_refs, 1);
-    return tx;
+    if (!vkp_i_waiters_empty(&channel->receiver)) {
+        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_waiters_wake_all(&channel->receiver);
+    }
 }
 
-VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
+/* Locked: take the sender out of the queue with its outcome, and wake it. */
+static void vkp_i_sender_finish(vkp_i_wait *sender, vkp_status status)
 {
-    vkp_i_channel *channel;
-    if (tx == NULL) {
-        return;
+    sender->status = status;
+    (void)vkp_i_waiter_unlink(&sender->node);
+    sender->node.wake(&sender->node);
+}
+
+/* Locked: let waiting senders in, oldest first, as far as there is room. The value of one that left
+   it here (`item`) is moved in, and its wait is over; one that did not is told, and keeps the
+   first place until it came for the room.                                                     */
+static void vkp_i_lane_admit(vkp_i_lane *lane)
+{
+    uint64_t ticket;
+    bool placed = false;
+    ticket = vkp_i_lane_freeze(lane);
+    while (!vkp_i_waiters_empty(&lane->senders)) {
+        vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+        if (!vkp_i_lane_has_room(lane, ticket, sender->cost)) {
+            break;
+        }
+        if (sender->item == NULL) {
+            if (sender->status == VKP_ERR_FULL) {
+                sender->status = VKP_OK; /* told once */
+                sender->node.wake(&sender->node);
+            }
+            break;
+        }
+        {
+            vkp_status status = vkp_i_lane_place(lane, ticket, sender->item, sender->cost);
+            ticket += status == VKP_OK ? 1u : 0u;
+            placed = placed || status == VKP_OK;
+            vkp_i_sender_finish(sender, status);
+        }
     }
-    channel = tx->channel;
-    if (VKP_I_UNREF(&channel->tx_refs) != 1) {
-        return;
+    if (vkp_i_waiters_empty(&lane->senders)) {
+        vkp_i_gate_shut(&lane->tx_waiting, 1u);
     }
+    vkp_i_lane_thaw(lane, ticket);
+    if (placed) {
+        vkp_i_channel_wake_receiver(lane->channel);
+    }
+}
+
+static void vkp_i_permit_set(vkp_mpsc_permit *permit, vkp_i_lane *lane, vkp_i_ring *ring,
+                             uint64_t ticket)
+{
+    permit->item = vkp_i_ring_item(ring, ticket);
+    permit->i_lane = lane;
+    permit->i_ring = ring;
+    permit->i_ticket = ticket;
+}
+
+/* Locked: send what fits; `self` is the sender's own place in the queue, or NULL. FULL means that
+   waiting would help.                                                                          */
+static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, size_t cost,
+                                         vkp_mpsc_permit *permit, const vkp_i_wait *self)
+{
+    uint64_t ticket = vkp_i_lane_freeze(lane);
+    vkp_status status = VKP_OK;
+    const vkp_i_waiter *first = lane->senders.head.next;
+    vkp_i_lane_own(lane);
+    if ((VKP_I_LOAD(&lane->channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
+        status = VKP_ERR_CLOSED;
+    } else if ((first != &lane->senders.head && (self == NULL || first != &self->node)) ||
+               !vkp_i_lane_has_room(lane, ticket, cost)) {
+        status = VKP_ERR_FULL;
+    } else if (permit != NULL) {
+        status = vkp_i_lane_make_slot(lane, ticket) ? VKP_OK : VKP_ERR_NOMEM;
+        if (status == VKP_OK) {
+            vkp_i_permit_set(permit, lane, VKP_I_LOAD(&lane->ring), ticket);
+        }
+    } else {
+        status = vkp_i_lane_place(lane, ticket, item, cost);
+    }
+    vkp_i_lane_thaw(lane, status == VKP_OK ? ticket + 1 : ticket);
+    if (status == VKP_OK && permit == NULL) {
+        vkp_i_channel_wake_receiver(lane->channel);
+    }
+    return status;
+}
+
+/* Send, reserve when `permit` is given, or say why not, without waiting. */
+__attribute__((noinline)) static vkp_status vkp_i_lane_try(vkp_i_lane *lane, const void *item,
+                                                           vkp_mpsc_permit *permit)
+{
+    vkp_i_channel *channel = lane->channel;
+    vkp_i_ring *ring;
+    uint64_t ticket;
+    uint64_t taken;
+    vkp_status status = vkp_i_lane_claim(lane, 1, &ticket, &ring, &taken);
+    if (status == VKP_OK) {
+        if (permit != NULL) {
+            vkp_i_permit_set(permit, lane, ring, ticket);
+        } else {
+            VKP_I_COPY_IN(vkp_i_ring_item(ring, ticket), item, channel->config.elem_bytes);
+            vkp_i_lane_publish(lane, ring, ticket, 0);
+        }
+    } else if (status == VKP_ERR_EMPTY) {
+        size_t cost = permit == NULL ? vkp_i_channel_cost(channel, item) : 0;
+        VKP_I_LOCK(&channel->mutex);
+        status = vkp_i_lane_send_locked(lane, item, cost, permit, NULL);
+        VKP_I_UNLOCK(&channel->mutex);
+    }
+    return status;
+}
+
+/* Stand in line; the wake-up may have come when this returns. */
+static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
+{
+    vkp_i_channel *channel = lane->channel;
     VKP_I_LOCK(&channel->mutex);
-    channel->no_senders = true;
-    vkp_i_waiters_wake_all(&channel->receiver);
+    sender->status = VKP_ERR_FULL;
+    vkp_i_waiter_link(&lane->senders, &sender->node);
+    (void)vkp_i_lane_freeze(lane);
+    vkp_i_gate_open(&lane->tx_waiting, 1u);
+    if ((VKP_I_LOAD(&channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
+        vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
+    }
     VKP_I_UNLOCK(&channel->mutex);
-    vkp_i_channel_unref(channel);
-}
-
-/* Locked: FULL means that waiting would help. */
-static vkp_status vkp_i_channel_try_send(vkp_i_channel *channel, const void *item, size_t cost)
-{
-    if (channel->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    if (!vkp_i_waiters_empty(&channel->senders) || !vkp_i_channel_has_room(channel, cost)) {
-        return VKP_ERR_FULL;
-    }
-    return vkp_i_channel_append(channel, item, cost);
-}
-
-VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
-{
-    vkp_i_channel *channel;
-    vkp_status status;
-    size_t cost;
-    VKP_I_REQUIRE(tx != NULL && item != NULL);
-    channel = tx->channel;
-    cost = vkp_i_channel_cost(channel, item);
+    vkp_i_gate_settle(channel->config.env, channel->fenced);
     VKP_I_LOCK(&channel->mutex);
-    status = vkp_i_channel_try_send(channel, item, cost);
+    vkp_i_lane_admit(lane); /* the room that the receiver made before it could see us */
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+/* Come for the room with the place in the line that `wait` has: FULL when it is not this one's
+   turn, or when there is none.                                                                 */
+static vkp_status vkp_i_lane_claim_place(vkp_i_lane *lane, vkp_i_wait *wait, const void *item,
+                                         vkp_mpsc_permit *permit)
+{
+    vkp_i_channel *channel = lane->channel;
+    vkp_status status;
+    VKP_I_LOCK(&channel->mutex);
+    status = wait->node.prev != NULL ? vkp_i_lane_send_locked(lane, item, wait->cost, permit, wait)
+                                     : wait->status; /* closed */
     VKP_I_UNLOCK(&channel->mutex);
     return status;
+}
+
+/* Leave the line, if still in it; whoever stands behind may have room now. */
+static vkp_status vkp_i_lane_leave(vkp_i_lane *lane, vkp_i_wait *wait)
+{
+    vkp_i_channel *channel = lane->channel;
+    VKP_I_LOCK(&channel->mutex);
+    if (vkp_i_waiter_unlink(&wait->node)) {
+        wait->status = VKP_ERR_FULL;
+        vkp_i_lane_admit(lane);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return wait->status;
+}
+
+/* Whether it is worth to try again without the mutex. */
+static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
+{
+    uint64_t word = VKP_I_LOAD(&lane->tail);
+    return (word & VKP_I_TAIL_SLOW) == 0 &&
+           vkp_i_used(word >> 1, VKP_I_LOAD(&lane->head)) <
+               VKP_I_LOAD(&lane->room) - VKP_I_LOAD(&lane->room) / VKP_I_HYSTERESIS;
 }
 
 /* The cancel section's; a thread waits for a token beside its channel. */
 static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter);
 static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter);
 
-/* Enqueue, or wait for room, for the token (may be NULL; TIMEOUT then), or for the deadline. */
-static vkp_status vkp_i_mpsc_send(vkp_mpsc_tx *tx, const void *item, vkp_cancel *cancel,
-                                  uint64_t deadline_ns)
+/* Send or reserve, waiting for room, for the token (may be NULL; TIMEOUT then), or the deadline. */
+static vkp_status vkp_i_lane_send(vkp_i_lane *lane, const void *item, vkp_mpsc_permit *permit,
+                                  vkp_cancel *cancel, uint64_t deadline_ns)
 {
-    vkp_i_channel *channel = tx->channel;
+    vkp_i_channel *channel = lane->channel;
     const vkp_sys *sys = vkp_i_sys(channel->config.env);
-    vkp_i_blocked_sender sender;
-    vkp_i_thread_waiter cancelled;
+    vkp_i_wait sender;
+    vkp_i_wait cancelled;
     vkp_parker parker;
-    vkp_status status;
-    sender.cost = vkp_i_channel_cost(channel, item);
-    VKP_I_LOCK(&channel->mutex);
-    status = vkp_i_channel_try_send(channel, item, sender.cost);
+    vkp_status claimed;
+    vkp_status status = vkp_i_lane_try(lane, item, permit);
+    vkp_i_spin spin = {0, 0};
     if (status != VKP_ERR_FULL || deadline_ns == 0) {
-        VKP_I_UNLOCK(&channel->mutex);
         return status == VKP_ERR_FULL ? VKP_ERR_TIMEOUT : status;
     }
-    sender.item = item;
-    sender.status = VKP_ERR_TIMEOUT;
+    while (vkp_i_spin_again(&spin, sys, channel->spins)) {
+        if (vkp_i_lane_looks_roomy(lane)) {
+            status = vkp_i_lane_try(lane, item, permit);
+            if (status != VKP_ERR_FULL) {
+                return status;
+            }
+        }
+    }
     vkp_i_parker_init(&parker);
-    vkp_i_thread_waiter_init(&sender.waiter, sys, &parker);
-    vkp_i_thread_waiter_init(&cancelled, sys, &parker);
-    vkp_i_waiter_link(&channel->senders, &sender.waiter.node);
-    VKP_I_UNLOCK(&channel->mutex);
-
+    vkp_i_wait_init(&sender, sys, &parker);
+    vkp_i_wait_init(&cancelled, sys, &parker);
+    sender.item = item;
+    sender.cost = item != NULL ? vkp_i_channel_cost(channel, item) : 0;
+    vkp_i_lane_join(lane, &sender);
     if (cancel == NULL || vkp_i_cancel_join(cancel, &cancelled.node)) {
         sys->park(&parker, deadline_ns);
     }
     if (cancel != NULL) {
         vkp_i_cancel_leave(cancel, &cancelled.node);
     }
-    VKP_I_LOCK(&channel->mutex);
-    if (vkp_i_waiter_unlink(&sender.waiter.node)) {
-        vkp_i_channel_admit(channel); /* a cheaper value behind this one may fit */
-    }
-    status = sender.status;
-    VKP_I_UNLOCK(&channel->mutex);
+    claimed = permit != NULL ? vkp_i_lane_claim_place(lane, &sender, NULL, permit) : VKP_ERR_FULL;
+    status = vkp_i_lane_leave(lane, &sender);
+    status = claimed != VKP_ERR_FULL ? claimed : status;
     vkp_i_parker_deinit(&parker);
-    return status;
+    return status == VKP_ERR_FULL ? VKP_ERR_TIMEOUT : status;
 }
 
 VKP_API vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item, uint64_t deadline_ns)
 {
     VKP_I_REQUIRE(tx != NULL && item != NULL);
-    return vkp_i_mpsc_send(tx, item, NULL, deadline_ns);
+    return vkp_i_lane_send_fast(tx->lane, item)
+               ? VKP_OK
+               : vkp_i_lane_send(tx->lane, item, NULL, NULL, deadline_ns);
 }
 
-#if VKP_I_IO
-/* For queues that prefer the newest: when full, take the oldest value out into *evicted and try
-   once more. FULL with an eviction: the value is large, call again.                           */
-static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void *evicted,
-                                        bool *was_evicted)
+VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
 {
-    vkp_i_channel *channel = tx->channel;
-    size_t cost = vkp_i_channel_cost(channel, item);
-    vkp_status status;
-    *was_evicted = false;
-    VKP_I_LOCK(&channel->mutex);
-    status = vkp_i_channel_try_send(channel, item, cost);
-    if (status == VKP_ERR_FULL && channel->count > 0) {
-        vkp_i_channel_take(channel, evicted);
-        *was_evicted = true;
-        status = vkp_i_channel_try_send(channel, item, cost);
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    return vkp_i_lane_send_fast(tx->lane, item) ? VKP_OK : vkp_i_lane_try(tx->lane, item, NULL);
+}
+
+VKP_API vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL && permit != NULL && tx->lane->channel->config.capacity_bytes == 0);
+    return vkp_i_lane_send(tx->lane, NULL, permit, NULL, deadline_ns);
+}
+
+VKP_API vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit)
+{
+    VKP_I_REQUIRE(tx != NULL && permit != NULL && tx->lane->channel->config.capacity_bytes == 0);
+    return vkp_i_lane_try(tx->lane, NULL, permit);
+}
+
+VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit)
+{
+    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
+                       0);
+}
+
+VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit)
+{
+    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
+                       VKP_I_STAMP_ABORTED);
+}
+
+VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t count,
+                                      size_t *sent, uint64_t deadline_ns)
+{
+    vkp_i_lane *lane;
+    size_t bytes;
+    size_t done = 0;
+    VKP_I_REQUIRE(tx != NULL && items != NULL && count > 0 && sent != NULL);
+    lane = tx->lane;
+    bytes = lane->channel->config.elem_bytes;
+    while (done < count) {
+        const uint8_t *next = (const uint8_t *)items + done * bytes;
+        vkp_i_ring *ring;
+        uint64_t ticket;
+        uint64_t taken;
+        uint64_t i;
+        vkp_status status = vkp_i_lane_claim(lane, count - done, &ticket, &ring, &taken);
+        if (status != VKP_OK) { /* one by the slow path, then try for more */
+            status = vkp_i_lane_send(lane, next, NULL, NULL, deadline_ns);
+            if (status != VKP_OK && done == 0) {
+                return status;
+            }
+            if (status != VKP_OK) {
+                break;
+            }
+            done++;
+            continue;
+        }
+        for (i = 0; i + 1 < taken; i++) {
+            VKP_I_COPY_IN(vkp_i_ring_item(ring, ticket + i), next + i * bytes, bytes);
+            VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket + i), vkp_i_stamp(ticket + i));
+        }
+        VKP_I_COPY_IN(vkp_i_ring_item(ring, ticket + i), next + i * bytes, bytes);
+        vkp_i_lane_publish(lane, ring, ticket + i, 0);
+        done += (size_t)taken;
     }
-    VKP_I_UNLOCK(&channel->mutex);
-    return status;
+    *sent = done;
+    return VKP_OK;
 }
 
-#endif
+/* ---- the receiver's side ---- */
 
-VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx)
+/* The oldest value where it lies, or NULL. Skips what was aborted, and follows to the next ring. */
+static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 {
-    vkp_i_channel *channel = tx->channel;
-    bool closed;
-    VKP_I_LOCK(&channel->mutex);
-    closed = channel->closed;
-    VKP_I_UNLOCK(&channel->mutex);
-    return closed;
+    for (;;) {
+        uint64_t head = VKP_I_LOAD(&lane->head);
+        vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+        uint32_t stamp;
+        if (ring == NULL) {
+            return NULL;
+        }
+        stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
+        if (stamp == vkp_i_stamp(head)) {
+            return vkp_i_ring_item(ring, head);
+        }
+        if (stamp == (vkp_i_stamp(head) | VKP_I_STAMP_ABORTED)) {
+            VKP_I_STORE_REL(&lane->head, head + 1);
+        } else if (VKP_I_LOAD_ACQ(&ring->end) == head) {
+            vkp_i_channel *channel = lane->channel;
+            VKP_I_STORE(&lane->rx_ring, ring->next);
+            if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
+                ring->next = channel->retired; /* a drop may still be looking at a value in it */
+                channel->retired = ring;
+            } else {
+                vkp_i_ring_close(channel->config.env, ring);
+            }
+        } else {
+            return NULL;
+        }
+    }
 }
 
-/* Locked. */
+/* The oldest value is out: its place is free. Senders are let in by vkp_i_lane_freed. */
+static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
+{
+    if (lane->channel->config.capacity_bytes != 0) {
+        size_t cost = vkp_i_channel_cost(lane->channel, item);
+        VKP_I_STORE_REL(&lane->taken_cost, VKP_I_LOAD(&lane->taken_cost) + cost);
+    }
+    VKP_I_STORE_REL(&lane->head, VKP_I_LOAD(&lane->head) + 1);
+}
+
+/* Senders wait who could not know of the places just freed. */
+static void vkp_i_lane_let_in(vkp_i_lane *lane)
+{
+    VKP_I_LOCK(&lane->channel->mutex);
+    vkp_i_lane_admit(lane);
+    VKP_I_UNLOCK(&lane->channel->mutex);
+}
+
+static vkp_i_lane *vkp_i_lane_after(const vkp_i_lane *lane)
+{
+    vkp_i_lane *next = VKP_I_LOAD_ACQ(&lane->next);
+    return next != NULL ? next : &lane->channel->lane;
+}
+
+/* The lane of the receiver's next value, or NULL: where it is, as long as there is something. */
+static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
+{
+    vkp_i_lane *first = channel->rx_lane;
+    vkp_i_lane *lane = first;
+    do {
+        if (vkp_i_lane_oldest(lane) != NULL) {
+            channel->rx_lane = lane;
+            return lane;
+        }
+        lane = vkp_i_lane_after(lane);
+    } while (lane != first);
+    return NULL;
+}
+
+/* Nothing was there: EMPTY, CLOSED, or OK when something just came. */
+static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
+{
+    const vkp_i_lane *lane = &channel->lane;
+    if (VKP_I_LOAD_ACQ(&channel->ended) == 0) {
+        return VKP_ERR_EMPTY;
+    }
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        if (VKP_I_LOAD_ACQ(&lane->tail) >> 1 != VKP_I_LOAD(&lane->head)) {
+            return vkp_i_channel_find(channel) != NULL ? VKP_OK : VKP_ERR_EMPTY;
+        }
+    }
+    return VKP_ERR_CLOSED;
+}
+
+/* The way of nearly every value: it is there, and nobody waits for its place. */
+static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
+{
+    vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    if (!lane->plain || ring == NULL || (head + 1) % VKP_I_LANE_TURN == 0 ||
+        VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head)) != vkp_i_stamp(head)) {
+        return false;
+    }
+    VKP_I_COPY_OUT(out, vkp_i_ring_item(ring, head), ring->elem_bytes);
+    VKP_I_STORE_REL(&lane->head, head + 1);
+    if (vkp_i_gate_check(&lane->tx_waiting, false) != 0) {
+        vkp_i_lane_let_in(lane);
+    }
+    return true;
+}
+
+/* Up to `capacity` values from the ring where the head is. Senders hear of their places in bunches,
+   so that the line they look at does not change hands for each.                                */
+static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
+{
+    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    uint64_t cost = VKP_I_LOAD(&lane->taken_cost);
+    size_t taken = 0;
+    while (taken < capacity && VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head)) == vkp_i_stamp(head)) {
+        const uint8_t *item = vkp_i_ring_item(ring, head);
+        VKP_I_COPY_OUT(out, item, ring->elem_bytes);
+        if (lane->channel->config.capacity_bytes != 0) {
+            cost += vkp_i_channel_cost(lane->channel, item);
+            VKP_I_STORE(&lane->taken_cost, cost);
+        }
+        out += ring->elem_bytes;
+        taken++;
+        head++;
+        if (taken % VKP_I_BUNCH == 0) {
+            VKP_I_STORE_REL(&lane->head, head);
+        }
+    }
+    VKP_I_STORE_REL(&lane->head, head);
+    return taken;
+}
+
+/* Values are out: let senders in who could not know. The lock is taken where it is not held. */
+static void vkp_i_lane_freed(vkp_i_lane *lane)
+{
+    vkp_i_channel *channel = lane->channel;
+    if (channel->evicts) {
+        vkp_i_lane_admit(lane);
+    } else if (vkp_i_gate_check(&lane->tx_waiting, channel->fenced) != 0) {
+        vkp_i_lane_let_in(lane);
+    }
+}
+
+static void vkp_i_channel_freed(vkp_i_channel *channel)
+{
+    vkp_i_lane *lane = &channel->lane;
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        vkp_i_lane_freed(lane);
+    }
+}
+
+/* Where senders may take the oldest value, receiving needs the mutex, too. */
+static void vkp_i_channel_hold(vkp_i_channel *channel)
+{
+    if (channel->evicts) {
+        VKP_I_LOCK(&channel->mutex);
+    }
+}
+
+static void vkp_i_channel_release(vkp_i_channel *channel)
+{
+    if (channel->evicts) {
+        VKP_I_UNLOCK(&channel->mutex);
+    }
+}
+
+/* EMPTY, CLOSED, or OK with up to `capacity` values. */
 static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
                                          size_t *count)
 {
+    vkp_status status = VKP_OK;
     size_t taken = 0;
-    while (taken < capacity && channel->count > 0) {
-        vkp_i_channel_take(channel, (uint8_t *)out + taken * channel->config.elem_bytes);
-        taken++;
-        vkp_i_channel_admit(channel);
+    vkp_i_lane *lane;
+    vkp_i_channel_hold(channel);
+    lane = vkp_i_channel_find(channel);
+    if (lane == NULL) {
+        status = vkp_i_channel_end(channel);
+        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
+    }
+    while (lane != NULL && taken < capacity) {
+        uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
+        taken += vkp_i_lane_take(lane, to, VKP_I_MIN(capacity - taken, VKP_I_LANE_TURN));
+        if (VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN == 0 || taken < capacity) {
+            channel->rx_lane = vkp_i_lane_after(lane);
+        }
+        lane = taken < capacity ? vkp_i_channel_find(channel) : NULL;
     }
     if (taken > 0) {
         *count = taken;
-        return VKP_OK;
     }
-    return channel->closed || channel->no_senders ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+    vkp_i_channel_freed(channel);
+    vkp_i_channel_release(channel);
+    return status;
 }
+
+/* Whether a receive would give a value, or CLOSED. */
+static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
+{
+    bool ready;
+    vkp_i_channel_hold(channel);
+    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
+    vkp_i_channel_freed(channel); /* places that were given back were passed */
+    vkp_i_channel_release(channel);
+    return ready;
+}
+
+/* Locked: an empty lane gives back what a burst made it take. Its last ticket is frozen, received,
+   and so no sender holds the ring.                                                             */
+static void vkp_i_lane_trim(vkp_i_lane *lane)
+{
+    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
+    uint64_t ticket;
+    if (ring == NULL || VKP_I_LOAD(&lane->ring)->bytes <= VKP_I_RING_KEEP) {
+        return;
+    }
+    ticket = vkp_i_lane_freeze(lane);
+    if (vkp_i_lane_oldest(lane) == NULL && ticket == VKP_I_LOAD(&lane->head)) {
+        ring = VKP_I_LOAD(&lane->rx_ring);
+        VKP_I_STORE_REL(&lane->ring, (vkp_i_ring *)NULL);
+        VKP_I_STORE_REL(&lane->room, (uint64_t)0);
+        VKP_I_STORE_REL(&lane->rx_ring, (vkp_i_ring *)NULL);
+        vkp_i_ring_close(lane->channel->config.env, ring);
+    }
+    vkp_i_lane_thaw(lane, ticket);
+}
+
+static void vkp_i_lane_free(vkp_i_lane *lane)
+{
+    const vkp_env *env = lane->channel->config.env;
+    (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
+    vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
+    if (lane != &lane->channel->lane) {
+        vkp_i_free(env, VKP_I_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
+    }
+}
+
+/* Locked: before the receiver waits, what bursts and senders left behind goes. */
+static void vkp_i_channel_tidy(vkp_i_channel *channel)
+{
+    vkp_i_lane *before = &channel->lane;
+    vkp_i_lane_trim(before);
+    while (VKP_I_LOAD(&before->next) != NULL) {
+        vkp_i_lane *lane = VKP_I_LOAD(&before->next);
+        if (VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
+            VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head)) {
+            VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
+            channel->rx_lane = &channel->lane;
+            vkp_i_lane_free(lane);
+        } else {
+            vkp_i_lane_trim(lane);
+            before = lane;
+        }
+    }
+}
+
+static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&channel->mutex);
+    if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&channel->receiver)) {
+        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+/* Link the receiver's waiter; false, and not linked, when a receive would not be EMPTY. */
+static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&channel->mutex);
+    vkp_i_channel_tidy(channel);
+    vkp_i_waiter_link(&channel->receiver, waiter);
+    vkp_i_gate_open(&channel->flags, VKP_I_RX_WAITING);
+    VKP_I_UNLOCK(&channel->mutex);
+    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    if (!vkp_i_channel_is_ready(channel)) {
+        return true;
+    }
+    vkp_i_channel_leave(channel, waiter);
+    return false;
+}
+
+/* A receiver that follows a stream too closely takes each cache line from its sender while that one
+   writes it. After a short burst, but not after a single value, which may be one of a dialogue,
+   it lets some gather.                                                                         */
+static void vkp_i_lane_linger(vkp_i_lane *lane, uint32_t spins)
+{
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    uint64_t burst = head - lane->lingered;
+    uint32_t i;
+    lane->lingered = head;
+    if (burst >= 2 && burst < VKP_I_LINGER_BURST) {
+        uint64_t most =
+            VKP_I_MIN(VKP_I_LINGER_PAUSES, VKP_I_LOAD(&lane->room) / VKP_I_LINGER_SHARE);
+        for (i = 0; i < most && i < spins; i++) {
+            VKP_I_PAUSE();
+        }
+    }
+}
+
+typedef struct vkp_i_batch { /* where a receive of several values puts them */
+    void *out;
+    size_t capacity;
+    size_t count;
+} vkp_i_batch;
+
+static vkp_status vkp_i_case_recv_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    size_t count;
+    (void)wait;
+    return vkp_i_channel_try_recv((vkp_i_channel *)each->i_object, each->i_out, 1, &count);
+}
+
+static vkp_status vkp_i_case_recv_many_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_batch *batch = (vkp_i_batch *)each->i_out;
+    (void)wait;
+    return vkp_i_channel_try_recv((vkp_i_channel *)each->i_object, batch->out, batch->capacity,
+                                  &batch->count);
+}
+
+static bool vkp_i_case_recv_is_ready(const vkp_case *each)
+{
+    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object);
+}
+
+static bool vkp_i_case_recv_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_channel_join((vkp_i_channel *)each->i_object, &wait->node);
+}
+
+static void vkp_i_case_recv_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_channel_leave((vkp_i_channel *)each->i_object, &wait->node);
+}
+
+static const vkp_env *vkp_i_case_recv_env(const vkp_case *each)
+{
+    return ((vkp_i_channel *)each->i_object)->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_recv = {vkp_i_case_recv_attempt, vkp_i_case_recv_is_ready,
+                                                vkp_i_case_recv_join, vkp_i_case_recv_leave,
+                                                vkp_i_case_recv_env};
+static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attempt,
+                                                     vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
+                                                     vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
 /* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
 static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
     vkp_i_channel *channel = rx->channel;
-    const vkp_sys *sys = vkp_i_sys(channel->config.env);
-    for (;;) {
-        vkp_i_thread_waiter waiter;
-        vkp_i_thread_waiter cancelled;
-        vkp_parker parker;
-        vkp_status status;
-        VKP_I_LOCK(&channel->mutex);
-        status = vkp_i_channel_try_recv(channel, out, capacity, count);
-        if (status != VKP_ERR_EMPTY || deadline_ns == 0) {
-            VKP_I_UNLOCK(&channel->mutex);
-            return status == VKP_ERR_EMPTY ? VKP_ERR_TIMEOUT : status;
-        }
-        vkp_i_parker_init(&parker);
-        vkp_i_thread_waiter_init(&waiter, sys, &parker);
-        vkp_i_thread_waiter_init(&cancelled, sys, &parker);
-        vkp_i_waiter_link(&channel->receiver, &waiter.node);
-        VKP_I_UNLOCK(&channel->mutex);
-
-        if (cancel == NULL || vkp_i_cancel_join(cancel, &cancelled.node)) {
-            sys->park(&parker, deadline_ns);
-        } else {
-            status = VKP_ERR_CANCELLED;
-        }
-        if (cancel != NULL) {
-            vkp_i_cancel_leave(cancel, &cancelled.node);
-        }
-        VKP_I_LOCK(&channel->mutex);
-        (void)vkp_i_waiter_unlink(&waiter.node);
-        VKP_I_UNLOCK(&channel->mutex);
-        if (status != VKP_ERR_CANCELLED && !vkp_i_parker_notified(&parker)) {
-            deadline_ns = 0; /* one last look: a value may have come with the deadline */
-        }
-        vkp_i_parker_deinit(&parker);
-        if (status == VKP_ERR_CANCELLED) {
-            return status;
-        }
+    vkp_i_batch batch;
+    vkp_case cases[2];
+    vkp_i_wait waits[2];
+    size_t won;
+    vkp_status status;
+    if (deadline_ns != 0) {
+        vkp_i_lane_linger(channel->rx_lane, channel->spins);
     }
+    batch.out = out;
+    batch.capacity = capacity;
+    cases[0] = vkp_i_case(&vkp_i_case_recv_many, channel, &batch);
+    cases[1] = vkp_case_cancel(cancel);
+    status = vkp_i_select(cases, 2, 0, waits, vkp_i_sys(channel->config.env), channel->spins,
+                          deadline_ns, &won);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (won == 1) {
+        return VKP_ERR_CANCELLED;
+    }
+    if (cases[0].status == VKP_OK) {
+        *count = batch.count;
+    }
+    return cases[0].status;
 }
 
 VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
-    return vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
+    return vkp_i_lane_recv_fast(rx->channel->rx_lane, out)
+               ? VKP_OK
+               : vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
 }
 
 VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
@@ -2815,52 +4655,297 @@ VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacit
 
 VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
 {
-    vkp_status status;
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
-    VKP_I_LOCK(&rx->channel->mutex);
-    status = vkp_i_channel_try_recv(rx->channel, out, 1, &count);
-    VKP_I_UNLOCK(&rx->channel->mutex);
+    return vkp_i_lane_recv_fast(rx->channel->rx_lane, out)
+               ? VKP_OK
+               : vkp_i_channel_try_recv(rx->channel, out, 1, &count);
+}
+
+VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
+{
+    vkp_i_lane *lane;
+    vkp_status status = VKP_OK;
+    VKP_I_REQUIRE(rx != NULL && item != NULL);
+    lane = vkp_i_channel_find(rx->channel);
+    if (lane == NULL) {
+        status = vkp_i_channel_end(rx->channel);
+        lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
+    }
+    vkp_i_channel_freed(rx->channel); /* places that were given back were passed */
+    if (lane != NULL) {
+        *item = vkp_i_lane_oldest(lane);
+    }
     return status;
 }
 
-#if VKP_I_IO
-/* What the next value costs; false when there is none. Receiver's thread, nobody evicts. */
-static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
-{
-    vkp_i_channel *channel = rx->channel;
-    bool found;
-    VKP_I_LOCK(&channel->mutex);
-    found = channel->count > 0;
-    if (found) {
-        *cost = vkp_i_channel_cost(channel, vkp_i_channel_at(channel, channel->head));
-    }
-    VKP_I_UNLOCK(&channel->mutex);
-    return found;
-}
-#endif
-
 VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
 {
+    const vkp_i_lane *lane = &rx->channel->lane;
+    uint64_t count = 0;
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        count += (VKP_I_LOAD_ACQ(&lane->tail) >> 1) - VKP_I_LOAD(&lane->head);
+    }
+    return (size_t)count;
+}
+
+VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx)
+{
+    return VKP_I_LOAD_ACQ(&rx->channel->ended) != 0;
+}
+
+/* ---- the ends ---- */
+
+/* Drop what is queued. Values come out one by one, so that drop runs without the mutex. */
+static void vkp_i_channel_purge(vkp_i_channel *channel)
+{
+    for (;;) {
+        vkp_i_lane *lane;
+        uint8_t *item;
+        VKP_I_LOCK(&channel->mutex);
+        lane = vkp_i_channel_find(channel);
+        item = lane != NULL ? vkp_i_lane_oldest(lane) : NULL;
+        if (item != NULL) {
+            vkp_i_lane_pop(lane, item);
+        }
+        VKP_I_UNLOCK(&channel->mutex);
+        if (item == NULL) {
+            return;
+        }
+        if (channel->config.drop != NULL) {
+            channel->config.drop(channel->config.user, item);
+        }
+    }
+}
+
+/* A sender saw that the receiver sleeps, or that it has gone and nobody will take the value. */
+static void vkp_i_channel_signal(vkp_i_channel *channel)
+{
+    VKP_I_LOCK(&channel->mutex);
+    vkp_i_channel_wake_receiver(channel);
+    VKP_I_UNLOCK(&channel->mutex);
+    if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
+        vkp_i_channel_purge(channel);
+    }
+}
+
+static void vkp_i_channel_unref(vkp_i_channel *channel)
+{
+    const vkp_env *env = channel->config.env;
+    if (VKP_I_UNREF(&channel->refs) != 1) {
+        return;
+    }
+    while (channel->retired != NULL) {
+        vkp_i_ring *next = channel->retired->next;
+        vkp_i_ring_close(env, channel->retired);
+        channel->retired = next;
+    }
+    while (channel->lane.next != NULL) {
+        vkp_i_lane *lane = channel->lane.next;
+        channel->lane.next = lane->next;
+        vkp_i_lane_free(lane);
+    }
+    vkp_i_lane_free(&channel->lane);
+    VKP_I_MUTEX_DEINIT(&channel->mutex);
+    vkp_i_free(env, channel, sizeof *channel);
+}
+
+static void vkp_i_lane_init(vkp_i_lane *lane, vkp_i_channel *channel)
+{
+    lane->channel = channel;
+    lane->tail = VKP_I_TAIL_SLOW; /* there is no ring yet */
+    lane->bias.owner = channel->fenced ? VKP_I_SHARED : VKP_I_NOBODY;
+    lane->plain = !channel->evicts && !channel->fenced && channel->config.capacity_bytes == 0;
+    vkp_i_waiters_init(&lane->senders);
+}
+
+static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vkp_mpsc_tx **tx,
+                                  vkp_mpsc_rx **rx)
+{
+    const vkp_env *env = vkp_i_env(config->env);
+    vkp_i_channel *channel = (vkp_i_channel *)vkp_i_alloc_zero(env, sizeof *channel);
+    if (channel == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    channel->config = *config;
+    channel->config.env = env;
+    channel->capacity = config->capacity_items != 0 ? config->capacity_items : UINT64_MAX;
+    channel->tx.lane = &channel->lane;
+    channel->tx.refs = 1;
+    channel->handles = 1;
+    channel->rx_lane = &channel->lane;
+    channel->rx.channel = channel;
+    channel->weak.channel = channel;
+    channel->refs = 2;
+    channel->evicts = evicts;
+    channel->fenced = vkp_i_gate_prepare(env);
+    channel->spins = vkp_i_spins(env);
+    VKP_I_MUTEX_INIT(&channel->mutex);
+    vkp_i_waiters_init(&channel->receiver);
+    vkp_i_waiters_init(&channel->closers);
+    vkp_i_lane_init(&channel->lane, channel);
+    *tx = &channel->tx;
+    *rx = &channel->rx;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx, vkp_mpsc_rx **rx)
+{
+    VKP_I_REQUIRE(config != NULL && tx != NULL && rx != NULL);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(!config->lanes || config->capacity_bytes == 0);
+    return vkp_i_mpsc_open(config, false, tx, rx);
+}
+
+VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->refs, (size_t)1);
+    return tx;
+}
+
+/* A sender less; the last one ends the channel. */
+static void vkp_i_channel_lose(vkp_i_channel *channel)
+{
+    if (VKP_I_UNREF(&channel->handles) == 1) {
+        VKP_I_LOCK(&channel->mutex);
+        (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_SENDERS);
+        vkp_i_channel_wake_receiver(channel);
+        VKP_I_UNLOCK(&channel->mutex);
+        vkp_i_channel_unref(channel);
+    }
+}
+
+/* A sender with a lane of its own, for which `handles` was counted already. */
+static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **tx)
+{
+    vkp_i_extra_lane *extra =
+        (vkp_i_extra_lane *)vkp_i_alloc_zero(channel->config.env, sizeof *extra);
+    if (extra == NULL) {
+        vkp_i_channel_lose(channel);
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_lane_init(&extra->lane, channel);
+    extra->tx.lane = &extra->lane;
+    extra->tx.refs = 1;
+    VKP_I_LOCK(&channel->mutex);
+    extra->lane.next = VKP_I_LOAD(&channel->lane.next);
+    VKP_I_STORE_REL(&channel->lane.next, &extra->lane);
+    VKP_I_UNLOCK(&channel->mutex);
+    *tx = &extra->tx;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone)
+{
+    vkp_i_channel *channel;
+    VKP_I_REQUIRE(tx != NULL && clone != NULL);
+    channel = tx->lane->channel;
+    if (!channel->config.lanes) {
+        *clone = vkp_mpsc_tx_ref(tx);
+        return VKP_OK;
+    }
+    (void)VKP_I_ADD(&channel->handles, (size_t)1);
+    return vkp_i_channel_add_lane(channel, clone);
+}
+
+VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
+{
+    vkp_i_channel *channel;
+    if (tx == NULL) {
+        return;
+    }
+    channel = tx->lane->channel;
+    if (VKP_I_UNREF(&tx->refs) == 1) {
+        VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the lane may be gone from here on */
+        vkp_i_channel_lose(channel);
+    }
+}
+
+VKP_API vkp_mpsc_weak *vkp_mpsc_downgrade(vkp_mpsc_tx *tx)
+{
+    vkp_i_channel *channel = tx->lane->channel;
+    (void)VKP_I_ADD(&channel->refs, (size_t)1);
+    (void)VKP_I_ADD(&channel->weak.refs, (size_t)1);
+    return &channel->weak;
+}
+
+VKP_API vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx)
+{
+    vkp_i_channel *channel;
+    size_t *senders;
     size_t count;
-    VKP_I_LOCK(&rx->channel->mutex);
-    count = rx->channel->count;
-    VKP_I_UNLOCK(&rx->channel->mutex);
-    return count;
+    VKP_I_REQUIRE(weak != NULL && tx != NULL);
+    channel = weak->channel;
+    senders = channel->config.lanes ? &channel->handles : &channel->tx.refs;
+    count = VKP_I_LOAD(senders);
+    while (count != 0) {
+        if (VKP_I_CAS(senders, &count, count + 1)) {
+            if (channel->config.lanes) {
+                return vkp_i_channel_add_lane(channel, tx);
+            }
+            *tx = &channel->tx;
+            return VKP_OK;
+        }
+    }
+    return VKP_ERR_CLOSED;
+}
+
+VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak)
+{
+    if (weak != NULL) {
+        (void)VKP_I_SUB(&weak->refs, (size_t)1);
+        vkp_i_channel_unref(weak->channel);
+    }
+}
+
+VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx)
+{
+    return (VKP_I_LOAD_ACQ(&tx->lane->channel->ended) & VKP_I_ENDED_CLOSED) != 0;
+}
+
+VKP_API size_t vkp_mpsc_get_room(const vkp_mpsc_tx *tx)
+{
+    const vkp_i_lane *lane = tx->lane;
+    uint64_t capacity = lane->channel->capacity;
+    uint64_t head = VKP_I_LOAD_ACQ(&lane->head);
+    uint64_t used = vkp_i_used(VKP_I_LOAD_ACQ(&lane->tail) >> 1, head);
+    return capacity == UINT64_MAX ? SIZE_MAX : (size_t)(capacity - VKP_I_MIN(used, capacity));
+}
+
+VKP_API size_t vkp_mpsc_get_capacity(const vkp_mpsc_tx *tx)
+{
+    return tx->lane->channel->config.capacity_items;
+}
+
+VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx)
+{
+    const vkp_i_channel *channel = tx->lane->channel;
+    return VKP_I_LOAD(channel->config.lanes ? &channel->handles : &tx->refs);
+}
+
+VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx)
+{
+    return VKP_I_LOAD(&tx->lane->channel->weak.refs);
 }
 
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
 {
     vkp_i_channel *channel = rx->channel;
+    vkp_i_lane *lane = &channel->lane;
     VKP_I_LOCK(&channel->mutex);
-    channel->closed = true;
-    while (!vkp_i_waiters_empty(&channel->senders)) {
-        vkp_i_waiter *node = channel->senders.head.next;
-        VKP_I_CONTAINER(node, vkp_i_blocked_sender, waiter.node)->status = VKP_ERR_CLOSED;
-        (void)vkp_i_waiter_unlink(node);
-        node->wake(node);
+    for (; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
+        (void)vkp_i_lane_freeze(lane); /* for good: no ticket is given after this */
     }
-    vkp_i_waiters_wake_all(&channel->receiver);
+    (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_CLOSED);
+    for (lane = &channel->lane; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
+        while (!vkp_i_waiters_empty(&lane->senders)) {
+            vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+            vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
+        }
+        vkp_i_gate_shut(&lane->tx_waiting, 1u);
+    }
+    vkp_i_waiters_wake_all(&channel->closers);
+    vkp_i_channel_wake_receiver(channel);
     VKP_I_UNLOCK(&channel->mutex);
 }
 
@@ -2875,38 +4960,215 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
     vkp_mpsc_unwatch(rx);
 #endif
     vkp_mpsc_close(rx);
-    /* Closed: nobody appends any more, and the ring is the receiver's alone. */
-    while (channel->count > 0) {
-        if (channel->config.drop != NULL) {
-            channel->config.drop(channel->config.user, vkp_i_channel_at(channel, channel->head));
-        }
-        channel->head++;
-        channel->count--;
-    }
+    /* From here on a sender that publishes late drops its value itself. */
+    vkp_i_gate_open(&channel->flags, VKP_I_RX_GONE);
+    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_channel_purge(channel);
     vkp_i_channel_unref(channel);
 }
+
+static vkp_status vkp_i_case_closed_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_mpsc_is_closed(&((vkp_i_channel *)each->i_object)->tx) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_closed_is_ready(const vkp_case *each)
+{
+    return vkp_mpsc_is_closed(&((vkp_i_channel *)each->i_object)->tx);
+}
+
+static bool vkp_i_case_closed_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_channel *channel = (vkp_i_channel *)each->i_object;
+    bool closed;
+    VKP_I_LOCK(&channel->mutex);
+    closed = vkp_mpsc_is_closed(&channel->tx);
+    if (!closed) {
+        vkp_i_waiter_link(&channel->closers, &wait->node);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return !closed;
+}
+
+static void vkp_i_case_closed_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_channel *channel = (vkp_i_channel *)each->i_object;
+    VKP_I_LOCK(&channel->mutex);
+    (void)vkp_i_waiter_unlink(&wait->node);
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+static const vkp_i_case_kind vkp_i_case_closed = {
+    vkp_i_case_closed_attempt, vkp_i_case_closed_is_ready, vkp_i_case_closed_join,
+    vkp_i_case_closed_leave, vkp_i_case_recv_env};
+
+VKP_API vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns)
+{
+    vkp_i_channel *channel;
+    vkp_case closed;
+    VKP_I_REQUIRE(tx != NULL);
+    channel = tx->lane->channel;
+    closed = vkp_i_case(&vkp_i_case_closed, channel, NULL);
+    return vkp_i_select_few(&closed, 1, channel->config.env, 0, deadline_ns);
+}
+
+/* Cases of a sender; i_out is the item or the permit. While it waits it stands in the line. */
+static vkp_status vkp_i_case_send_outcome(vkp_status status)
+{
+    return status == VKP_ERR_FULL ? VKP_ERR_EMPTY : status;
+}
+
+static vkp_status vkp_i_case_send_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
+    return vkp_i_case_send_outcome(wait == NULL
+                                       ? vkp_i_lane_try(lane, each->i_out, NULL)
+                                       : vkp_i_lane_claim_place(lane, wait, each->i_out, NULL));
+}
+
+static vkp_status vkp_i_case_reserve_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
+    vkp_mpsc_permit *permit = (vkp_mpsc_permit *)each->i_out;
+    return vkp_i_case_send_outcome(wait == NULL ? vkp_i_lane_try(lane, NULL, permit)
+                                                : vkp_i_lane_claim_place(lane, wait, NULL, permit));
+}
+
+static bool vkp_i_case_send_is_ready(const vkp_case *each)
+{
+    vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
+    bool ready;
+    VKP_I_LOCK(&lane->channel->mutex);
+    ready = vkp_mpsc_is_closed(&lane->channel->tx) ||
+            (vkp_i_waiters_empty(&lane->senders) &&
+             vkp_i_lane_has_room(lane, VKP_I_LOAD_ACQ(&lane->tail) >> 1, 0));
+    VKP_I_UNLOCK(&lane->channel->mutex);
+    return ready;
+}
+
+static bool vkp_i_case_send_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
+    wait->cost = vkp_i_channel_cost(lane->channel, each->i_out);
+    vkp_i_lane_join(lane, wait);
+    return true;
+}
+
+static bool vkp_i_case_reserve_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_lane_join((vkp_i_lane *)each->i_object, wait);
+    return true;
+}
+
+static void vkp_i_case_send_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    (void)vkp_i_lane_leave((vkp_i_lane *)each->i_object, wait);
+}
+
+static const vkp_env *vkp_i_case_send_env(const vkp_case *each)
+{
+    return ((vkp_i_lane *)each->i_object)->channel->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_send = {vkp_i_case_send_attempt, vkp_i_case_send_is_ready,
+                                                vkp_i_case_send_join, vkp_i_case_send_leave,
+                                                vkp_i_case_send_env};
+static const vkp_i_case_kind vkp_i_case_reserve = {
+    vkp_i_case_reserve_attempt, vkp_i_case_send_is_ready, vkp_i_case_reserve_join,
+    vkp_i_case_send_leave, vkp_i_case_send_env};
+
+VKP_API vkp_case vkp_case_mpsc_recv(vkp_mpsc_rx *rx, void *out)
+{
+    return rx != NULL ? vkp_i_case(&vkp_i_case_recv, rx->channel, out) : vkp_case_never();
+}
+
+VKP_API vkp_case vkp_case_mpsc_send(vkp_mpsc_tx *tx, const void *item)
+{
+    return tx != NULL && item != NULL
+               ? vkp_i_case(&vkp_i_case_send, tx->lane, (void *)(uintptr_t)item)
+               : vkp_case_never();
+}
+
+VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit)
+{
+    return tx != NULL && permit != NULL ? vkp_i_case(&vkp_i_case_reserve, tx->lane, permit)
+                                        : vkp_case_never();
+}
+
+VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx)
+{
+    return tx != NULL ? vkp_i_case(&vkp_i_case_closed, tx->lane->channel, NULL) : vkp_case_never();
+}
+
+#if VKP_I_IO
+/* For queues that prefer the newest: when full, take the oldest value out into *evicted and try
+   once more. FULL with an eviction: the value is large, call again.                           */
+static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void *evicted,
+                                        bool *was_evicted)
+{
+    vkp_i_lane *lane = tx->lane;
+    vkp_i_channel *channel = lane->channel;
+    size_t cost = vkp_i_channel_cost(channel, item);
+    vkp_status status;
+    *was_evicted = false;
+    VKP_I_LOCK(&channel->mutex);
+    status = vkp_i_lane_send_locked(lane, item, cost, NULL, NULL);
+    if (status == VKP_ERR_FULL) {
+        const uint8_t *oldest = vkp_i_lane_oldest(lane);
+        if (oldest != NULL) {
+            memcpy(evicted, oldest, channel->config.elem_bytes);
+            vkp_i_lane_pop(lane, oldest);
+            *was_evicted = true;
+            status = vkp_i_lane_send_locked(lane, item, cost, NULL, NULL);
+        }
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return status;
+}
+
+/* What the next value costs; false when there is none. Receiver's thread. */
+static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
+{
+    vkp_i_channel *channel = rx->channel;
+    const uint8_t *item;
+    VKP_I_LOCK(&channel->mutex);
+    item = vkp_i_lane_oldest(&channel->lane);
+    if (item != NULL) {
+        *cost = vkp_i_channel_cost(channel, item);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+    return item != NULL;
+}
+#endif
 
 /* ======================================================================================
    >>impl-oneshot   One value, once, in the caller's memory
    ======================================================================================
-   One state word decides. Sender: value, then PENDING or WAITING -> SENT (or ABANDONED); receiver:
-   PENDING -> WAITING with its waiter in place, PENDING or WAITING -> CLOSED. The sender reads the
-   waiter BEFORE its exchange, because the slot may be gone after it; a receiver whose deadline
-   passes while a sender has already taken WAITING waits for the wake-up that is on its way.   */
+   One state word decides who was first. Sender: value, then SENT (or ABANDONED) by an exchange;
+   receiver: CLOSED by an exchange, or nothing at all once it saw SENT. RX_WAITING and TX_WAITING
+   say that i_receiver or i_sender points to a waiter. Whoever finishes reads that pointer BEFORE
+   its exchange, as the slot may be gone after it, and marks the waiter when it is done with it; a
+   side that leaves its wait too late waits for that mark (the other one is between two
+   instructions). A side may wait more than once (a select that another case won): each wait is a
+   turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
+   one. A slot of the heap is freed by the second side to finish.                               */
 
-#define VKP_I_SLOT_PENDING 0u
-#define VKP_I_SLOT_WAITING 1u
-#define VKP_I_SLOT_SENT 2u
-#define VKP_I_SLOT_ABANDONED 3u
+#define VKP_I_SLOT_SENT 1u
+#define VKP_I_SLOT_ABANDONED 2u
 #define VKP_I_SLOT_CLOSED 4u
+#define VKP_I_SLOT_ENDED (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED | VKP_I_SLOT_CLOSED)
+#define VKP_I_SLOT_RX_WAITING 8u
+#define VKP_I_SLOT_TX_WAITING 16u
+#define VKP_I_SLOT_HEAP 32u
+#define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
 
 VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
                                     void (*drop)(void *user, void *item), void *user)
 {
     VKP_I_REQUIRE(slot != NULL && elem_bytes > 0 && elem_bytes <= VKP_ONESHOT_BYTES);
-    slot->i_state = VKP_I_SLOT_PENDING;
+    VKP_I_STORE(&slot->i_state, 0u);
     slot->i_elem_bytes = (uint32_t)elem_bytes;
-    slot->i_waiter = NULL;
     slot->i_owner = NULL;
     slot->i_detach = NULL;
     slot->i_drop = drop;
@@ -2915,32 +5177,66 @@ VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_
     return VKP_OK;
 }
 
-/* Leave PENDING or WAITING for `outcome` and wake the receiver; false when it closed first. */
-static bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t outcome)
+VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
+                                    void (*drop)(void *user, void *item), void *user,
+                                    vkp_oneshot **slot)
+{
+    vkp_oneshot *self;
+    vkp_status status;
+    VKP_I_REQUIRE(slot != NULL);
+    self = (vkp_oneshot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_oneshot_init(self, env, elem_bytes, drop, user);
+    if (status != VKP_OK) {
+        vkp_i_free(vkp_i_env(env), self, sizeof *self);
+        return status;
+    }
+    VKP_I_STORE(&self->i_state, VKP_I_SLOT_HEAP);
+    *slot = self;
+    return VKP_OK;
+}
+
+/* Both sides are through. */
+static void vkp_i_oneshot_free(vkp_oneshot *slot, uint32_t state)
+{
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_free(slot->i_env, slot, sizeof *slot);
+    }
+}
+
+static void vkp_i_slot_wake(vkp_i_wait *wait)
+{
+    wait->node.wake(&wait->node);
+    VKP_I_STORE_REL(&wait->done, 1u);
+}
+
+/* End the sender's side with SENT or ABANDONED; false when the receiver closed first. */
+static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t outcome)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
-    while (state == VKP_I_SLOT_PENDING || state == VKP_I_SLOT_WAITING) {
-        vkp_i_waiter *waiter = state == VKP_I_SLOT_WAITING ? (vkp_i_waiter *)slot->i_waiter : NULL;
-        if (VKP_I_CAS(&slot->i_state, &state, outcome)) {
-            if (waiter != NULL) {
-                waiter->wake(waiter);
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        bool waits = (state & VKP_I_SLOT_RX_WAITING) != 0;
+        vkp_i_wait *receiver = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver) : NULL;
+        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | outcome)) {
+            if (receiver != NULL) {
+                vkp_i_slot_wake(receiver);
             }
             return true;
         }
+    }
+    if ((state & VKP_I_SLOT_CLOSED) != 0) {
+        vkp_i_oneshot_free(slot, state);
     }
     return false;
 }
 
 VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 {
-    uint32_t state;
     VKP_I_REQUIRE(slot != NULL && item != NULL);
-    state = VKP_I_LOAD_ACQ(&slot->i_state);
-    VKP_I_REQUIRE(state != VKP_I_SLOT_SENT && state != VKP_I_SLOT_ABANDONED);
-    if (state == VKP_I_SLOT_CLOSED) {
-        return VKP_ERR_CLOSED;
-    }
-    memcpy(slot->i_value.bytes, item, slot->i_elem_bytes);
+    VKP_I_REQUIRE((VKP_I_LOAD(&slot->i_state) & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
+    VKP_I_COPY_IN(slot->i_value.bytes, item, slot->i_elem_bytes);
     return vkp_i_oneshot_finish(slot, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
@@ -2951,82 +5247,1178 @@ VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
 {
-    return VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_CLOSED;
+    return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_CLOSED) != 0;
 }
 
-/* The end of the receiver's side in any state but PENDING and WAITING. */
-static vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
+/* What the receiver's side has come to: EMPTY, or its end. */
+static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
-    VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
-    if (state != VKP_I_SLOT_SENT) {
-        return VKP_ERR_CLOSED;
+    vkp_status status = VKP_ERR_CLOSED;
+    if ((state & VKP_I_SLOT_ENDED) == 0) {
+        return VKP_ERR_EMPTY;
     }
-    memcpy(out, slot->i_value.bytes, slot->i_elem_bytes);
-    return VKP_OK;
+    if ((state & VKP_I_SLOT_SENT) != 0) {
+        VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
+        status = VKP_OK;
+    }
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_oneshot_free(slot, state);
+    } else {
+        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    }
+    return status;
 }
 
-/* Close from PENDING or WAITING; false when the sender was first. */
-static bool vkp_i_oneshot_leave(vkp_oneshot *slot, uint32_t from)
+/* Close before the sender finished; false when it was first. */
+static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
 {
-    uint32_t state = from;
-    if (!VKP_I_CAS(&slot->i_state, &state, VKP_I_SLOT_CLOSED)) {
-        return false;
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
+        vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
+        /* A heap slot may go with the exchange; it has no sender of the library's. */
+        void (*detach)(vkp_oneshot *) = slot->i_detach;
+        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
+            if (sender != NULL) {
+                vkp_i_slot_wake(sender);
+            }
+            if (detach != NULL) {
+                detach(slot);
+            }
+            return true;
+        }
     }
-    if (slot->i_detach != NULL) {
-        slot->i_detach(slot);
-    }
-    return true;
+    return false;
 }
+
+VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
+{
+    uint32_t state;
+    if (vkp_i_oneshot_shut(slot)) {
+        return;
+    }
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & VKP_I_SLOT_SENT) != 0 && slot->i_drop != NULL) {
+        slot->i_drop(slot->i_user, slot->i_value.bytes);
+    }
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_oneshot_free(slot, state);
+    } else {
+        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    }
+}
+
+/* Wait on one side for an end of the slot; false, and not waiting, when it has one. */
+static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_STORE(&waiter->done, 0u);
+    if (side == VKP_I_SLOT_RX_WAITING) {
+        VKP_I_STORE(&slot->i_receiver, (void *)waiter);
+    } else {
+        VKP_I_STORE(&slot->i_sender, (void *)waiter);
+    }
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        if (VKP_I_CAS(&slot->i_state, &state, (state + VKP_I_SLOT_TURN) | side)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The end of a wait that join began: the waiter may go when this returns. */
+static void vkp_i_oneshot_leave(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
+{
+    uint32_t state;
+    vkp_i_backoff backoff = {0};
+    if (VKP_I_LOAD_ACQ(&waiter->done) != 0) {
+        return;
+    }
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        if (VKP_I_CAS(&slot->i_state, &state, state & ~side)) {
+            return;
+        }
+    }
+    while (VKP_I_LOAD_ACQ(&waiter->done) == 0) {
+        vkp_i_back_off(&backoff, vkp_i_sys(slot->i_env));
+    }
+}
+
+static bool vkp_i_oneshot_has_ended(const vkp_case *each)
+{
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_ENDED) != 0;
+}
+
+static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
+{
+    return ((vkp_oneshot *)each->i_object)->i_env;
+}
+
+static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    vkp_status status;
+    if (!vkp_i_oneshot_has_ended(each)) {
+        return VKP_ERR_EMPTY;
+    }
+    if (wait != NULL) {
+        vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
+    }
+    status = vkp_i_oneshot_take(slot, each->i_out);
+    each->i_kind = &vkp_i_case_kind_never; /* the slot may be gone */
+    return status;
+}
+
+static bool vkp_i_case_oneshot_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_RX_WAITING);
+}
+
+static void vkp_i_case_oneshot_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_oneshot_leave((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_RX_WAITING);
+}
+
+static const vkp_i_case_kind vkp_i_case_oneshot = {
+    vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
+    vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
+
+static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_oneshot_closed_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_oneshot_leave((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
+    vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
+    vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
 
 VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadline_ns)
 {
-    vkp_i_thread_waiter waiter;
-    vkp_parker parker;
-    const vkp_sys *sys;
-    uint32_t state = VKP_I_SLOT_PENDING;
     vkp_status status;
     VKP_I_REQUIRE(slot != NULL && out != NULL);
-    if (VKP_I_LOAD_ACQ(&slot->i_state) != VKP_I_SLOT_PENDING) {
-        return vkp_i_oneshot_take(slot, out);
+    status = vkp_i_oneshot_take(slot, out);
+    if (status != VKP_ERR_EMPTY) {
+        return status;
     }
-    sys = vkp_i_sys(slot->i_env);
-    vkp_i_parker_init(&parker);
-    vkp_i_thread_waiter_init(&waiter, sys, &parker);
-    slot->i_waiter = &waiter.node;
-    if (!VKP_I_CAS(&slot->i_state, &state, VKP_I_SLOT_WAITING)) {
-        status = vkp_i_oneshot_take(slot, out);
-    } else {
-        sys->park(&parker, deadline_ns);
-        if (!vkp_i_parker_notified(&parker) && vkp_i_oneshot_leave(slot, VKP_I_SLOT_WAITING)) {
-            status = VKP_ERR_TIMEOUT;
-        } else {
-            sys->park(&parker, VKP_FOREVER);
-            status = vkp_i_oneshot_take(slot, out);
+    if (deadline_ns != 0) {
+        const vkp_env *env = slot->i_env;
+        vkp_case receive = vkp_i_case(&vkp_i_case_oneshot, slot, out);
+        status = vkp_i_select_few(&receive, 1, env, vkp_i_spins(env), deadline_ns);
+        if (status != VKP_ERR_TIMEOUT) {
+            return status;
         }
     }
-    vkp_i_parker_deinit(&parker);
-    return status;
+    /* A value that comes with the deadline is received: whoever ends the slot first has it. */
+    return vkp_i_oneshot_shut(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
 }
 
 VKP_API vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out)
 {
     VKP_I_REQUIRE(slot != NULL && out != NULL);
-    if (VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_PENDING) {
-        return VKP_ERR_EMPTY;
-    }
     return vkp_i_oneshot_take(slot, out);
 }
 
-VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
+VKP_API vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns)
 {
-    if (vkp_i_oneshot_leave(slot, VKP_I_SLOT_PENDING)) {
+    vkp_case closed;
+    VKP_I_REQUIRE(slot != NULL);
+    closed = vkp_i_case(&vkp_i_case_oneshot_closed, slot, NULL);
+    return vkp_i_select_few(&closed, 1, slot->i_env, 0, deadline_ns);
+}
+
+VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out)
+{
+    return slot != NULL ? vkp_i_case(&vkp_i_case_oneshot, slot, out) : vkp_case_never();
+}
+
+VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot)
+{
+    return slot != NULL ? vkp_i_case(&vkp_i_case_oneshot_closed, slot, NULL) : vkp_case_never();
+}
+
+/* ======================================================================================
+   >>impl-broadcast   Every receiver sees every value
+   ======================================================================================
+   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
+   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
+   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
+   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
+   acquire: a word of a later value shows the later seq, too.
+   Values that own something are copied and retained under a latch of their place instead.
+   Who waits for a value does so in the audience.                                              */
+
+/* ---- what broadcast and watch share: receivers, those who wait for news, and their leaving
+   ----                                                                                         */
+
+typedef struct vkp_i_audience {
+    const vkp_env *env;
+    uint32_t spins;
+    bool fenced;
+    uint32_t ended;   /* atomic: no sender is left */
+    uint32_t waiting; /* gate: receivers wait for news */
+    size_t receivers; /* atomic */
+    unsigned char pad_lists[VKP_I_APART];
+    VKP_I_MUTEX mutex; /* guards both lists */
+    vkp_i_waiters news;
+    vkp_i_waiters closers; /* wait until no receiver is left */
+} vkp_i_audience;
+
+static void vkp_i_audience_init(vkp_i_audience *audience, const vkp_env *env)
+{
+    audience->env = env;
+    audience->spins = vkp_i_spins(env);
+    audience->fenced = vkp_i_gate_prepare(env);
+    VKP_I_MUTEX_INIT(&audience->mutex);
+    vkp_i_waiters_init(&audience->news);
+    vkp_i_waiters_init(&audience->closers);
+}
+
+static void vkp_i_audience_deinit(vkp_i_audience *audience)
+{
+    VKP_I_MUTEX_DEINIT(&audience->mutex);
+}
+
+/* After a store that receivers may wait for. */
+static inline void vkp_i_audience_signal(vkp_i_audience *audience)
+{
+    if (vkp_i_gate_check(&audience->waiting, audience->fenced) != 0) {
+        VKP_I_LOCK(&audience->mutex);
+        vkp_i_gate_shut(&audience->waiting, 1u);
+        vkp_i_waiters_wake_all(&audience->news);
+        VKP_I_UNLOCK(&audience->mutex);
+    }
+}
+
+/* The last sender has gone. */
+static void vkp_i_audience_end(vkp_i_audience *audience)
+{
+    VKP_I_STORE_REL(&audience->ended, 1u);
+    vkp_i_audience_signal(audience);
+}
+
+static bool vkp_i_audience_is_ended(const vkp_i_audience *audience)
+{
+    return VKP_I_LOAD_ACQ(&audience->ended) != 0;
+}
+
+static size_t vkp_i_audience_size(const vkp_i_audience *audience)
+{
+    return VKP_I_LOAD_ACQ(&audience->receivers);
+}
+
+/* Link a receiver's waiter; it looks once more afterwards. */
+static void vkp_i_audience_join(vkp_i_audience *audience, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&audience->mutex);
+    vkp_i_waiter_link(&audience->news, waiter);
+    vkp_i_gate_open(&audience->waiting, 1u);
+    VKP_I_UNLOCK(&audience->mutex);
+    vkp_i_gate_settle(audience->env, audience->fenced);
+}
+
+static void vkp_i_audience_leave(vkp_i_audience *audience, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&audience->mutex);
+    if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&audience->news)) {
+        vkp_i_gate_shut(&audience->waiting, 1u);
+    }
+    VKP_I_UNLOCK(&audience->mutex);
+}
+
+/* A receiver goes. */
+static void vkp_i_audience_lose(vkp_i_audience *audience)
+{
+    if (VKP_I_UNREF(&audience->receivers) == 1) {
+        VKP_I_LOCK(&audience->mutex);
+        vkp_i_waiters_wake_all(&audience->closers);
+        VKP_I_UNLOCK(&audience->mutex);
+    }
+}
+
+static vkp_status vkp_i_case_gone_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_i_audience_size((vkp_i_audience *)each->i_object) == 0 ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_gone_is_ready(const vkp_case *each)
+{
+    return vkp_i_audience_size((vkp_i_audience *)each->i_object) == 0;
+}
+
+static bool vkp_i_case_gone_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience *audience = (vkp_i_audience *)each->i_object;
+    bool ready;
+    VKP_I_LOCK(&audience->mutex); /* the last receiver wakes under it, after its count */
+    ready = vkp_i_case_gone_is_ready(each);
+    if (!ready) {
+        vkp_i_waiter_link(&audience->closers, &wait->node);
+    }
+    VKP_I_UNLOCK(&audience->mutex);
+    return !ready;
+}
+
+static void vkp_i_case_gone_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience *audience = (vkp_i_audience *)each->i_object;
+    VKP_I_LOCK(&audience->mutex);
+    (void)vkp_i_waiter_unlink(&wait->node);
+    VKP_I_UNLOCK(&audience->mutex);
+}
+
+static const vkp_env *vkp_i_case_gone_env(const vkp_case *each)
+{
+    return ((vkp_i_audience *)each->i_object)->env;
+}
+
+/* No receiver is left; i_object is the audience. */
+static const vkp_i_case_kind vkp_i_case_gone = {vkp_i_case_gone_attempt, vkp_i_case_gone_is_ready,
+                                                vkp_i_case_gone_join, vkp_i_case_gone_leave,
+                                                vkp_i_case_gone_env};
+
+static vkp_status vkp_i_audience_wait_gone(vkp_i_audience *audience, uint64_t deadline_ns)
+{
+    vkp_case gone = vkp_i_case(&vkp_i_case_gone, audience, NULL);
+    return vkp_i_select_few(&gone, 1, audience->env, 0, deadline_ns);
+}
+
+/* Values that are copied while they may be overwritten, word by word. */
+static void vkp_i_words_store(uint64_t *words, const void *item, size_t bytes)
+{
+    const uint8_t *from = (const uint8_t *)item;
+    for (; bytes >= sizeof *words; bytes -= sizeof *words, from += sizeof *words, words++) {
+        uint64_t word;
+        memcpy(&word, from, sizeof word);
+        VKP_I_STORE_REL(words, word);
+    }
+    if (bytes > 0) {
+        uint64_t word = 0;
+        memcpy(&word, from, bytes);
+        VKP_I_STORE_REL(words, word);
+    }
+}
+
+static void vkp_i_words_load(void *out, const uint64_t *words, size_t bytes)
+{
+    uint8_t *to = (uint8_t *)out;
+    for (; bytes >= sizeof *words; bytes -= sizeof *words, to += sizeof *words, words++) {
+        uint64_t word = VKP_I_LOAD_ACQ(words);
+        memcpy(to, &word, sizeof word);
+    }
+    if (bytes > 0) {
+        uint64_t word = VKP_I_LOAD_ACQ(words);
+        memcpy(to, &word, bytes);
+    }
+}
+
+#define VKP_I_OWNED_BYTES 256u /* most of a value with a drop: it is a handle */
+
+typedef struct vkp_i_broadcast {
+    vkp_broadcast_config config;
+    size_t words;   /* of one value */
+    size_t stride;  /* words of one place: seq, value, latch */
+    uint64_t mask;  /* capacity - 1 */
+    size_t refs;    /* atomic: the senders together, each receiver */
+    size_t tx_refs; /* atomic */
+    uint64_t *places;
+    unsigned char pad_sender[VKP_I_APART];
+    uint64_t tail;            /* atomic: the next ticket */
+    vkp_i_biased_latch latch; /* of senders */
+    vkp_i_audience audience;
+} vkp_i_broadcast;
+
+struct vkp_broadcast_tx {
+    vkp_i_broadcast channel;
+};
+
+struct vkp_broadcast_rx {
+    vkp_i_broadcast *channel;
+    uint64_t next; /* ticket */
+    uint64_t missed;
+};
+
+static uint64_t *vkp_i_place(const vkp_i_broadcast *channel, uint64_t ticket)
+{
+    return channel->places + (size_t)(ticket & channel->mask) * channel->stride;
+}
+
+static uint32_t *vkp_i_place_latch(const vkp_i_broadcast *channel, uint64_t *place)
+{
+    return (uint32_t *)(void *)(place + 1 + channel->words);
+}
+
+static uint64_t vkp_i_place_seq(uint64_t ticket)
+{
+    return (ticket + 1) << 1;
+}
+
+static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
+{
+    const vkp_env *env = channel->config.env;
+    uint64_t i;
+    if (VKP_I_UNREF(&channel->refs) != 1) {
         return;
     }
-    if (VKP_I_LOAD_ACQ(&slot->i_state) == VKP_I_SLOT_SENT && slot->i_drop != NULL) {
-        slot->i_drop(slot->i_user, slot->i_value.bytes);
+    for (i = 0; channel->config.drop != NULL && i <= channel->mask; i++) {
+        uint64_t *place = vkp_i_place(channel, i);
+        if (VKP_I_LOAD(place) != 0) {
+            channel->config.drop(channel->config.user, place + 1);
+        }
     }
-    VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    vkp_i_free(env, channel->places,
+               (size_t)(channel->mask + 1) * channel->stride * sizeof(uint64_t));
+    vkp_i_audience_deinit(&channel->audience);
+    vkp_i_free(env, channel, sizeof *channel);
+}
+
+VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_broadcast_tx **tx)
+{
+    const vkp_env *env;
+    vkp_i_broadcast *channel;
+    size_t capacity = 1;
+    VKP_I_REQUIRE(config != NULL && tx != NULL && config->capacity_items > 0);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE((config->retain == NULL) == (config->drop == NULL));
+    VKP_I_REQUIRE(config->retain == NULL || config->elem_bytes <= VKP_I_OWNED_BYTES);
+    env = vkp_i_env(config->env);
+    channel = (vkp_i_broadcast *)vkp_i_alloc_zero(env, sizeof *channel);
+    if (channel == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    channel->config = *config;
+    channel->config.env = env;
+    channel->words = (config->elem_bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+    channel->stride = 1 + channel->words + (config->retain != NULL ? 1u : 0u);
+    while (capacity < config->capacity_items && capacity <= SIZE_MAX / 4) {
+        capacity *= 2;
+    }
+    if (capacity >= config->capacity_items &&
+        capacity <= SIZE_MAX / (channel->stride * sizeof(uint64_t))) {
+        channel->places =
+            (uint64_t *)vkp_i_alloc_zero(env, capacity * channel->stride * sizeof(uint64_t));
+    }
+    if (channel->places == NULL) {
+        vkp_i_free(env, channel, sizeof *channel);
+        return VKP_ERR_NOMEM;
+    }
+    channel->mask = capacity - 1;
+    channel->refs = 1;
+    channel->tx_refs = 1;
+    vkp_i_audience_init(&channel->audience, env);
+    vkp_i_biased_init(&channel->latch, channel->audience.fenced);
+    *tx = (vkp_broadcast_tx *)(void *)channel;
+    return VKP_OK;
+}
+
+VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->channel.tx_refs, (size_t)1);
+    return tx;
+}
+
+VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
+{
+    if (tx != NULL && VKP_I_UNREF(&tx->channel.tx_refs) == 1) {
+        vkp_i_audience_end(&tx->channel.audience);
+        vkp_i_broadcast_unref(&tx->channel);
+    }
+}
+
+static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadcast_rx **rx)
+{
+    vkp_broadcast_rx *self =
+        (vkp_broadcast_rx *)vkp_i_alloc_zero(channel->config.env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    self->channel = channel;
+    (void)VKP_I_ADD(&channel->refs, (size_t)1);
+    (void)VKP_I_ADD(&channel->audience.receivers, (size_t)1);
+    self->next = VKP_I_LOAD_ACQ(&channel->tail);
+    *rx = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_broadcast_subscribe(vkp_broadcast_tx *tx, vkp_broadcast_rx **rx)
+{
+    VKP_I_REQUIRE(tx != NULL && rx != NULL);
+    return vkp_i_broadcast_subscribe(&tx->channel, rx);
+}
+
+VKP_API vkp_status vkp_broadcast_resubscribe(vkp_broadcast_rx *rx, vkp_broadcast_rx **fresh)
+{
+    VKP_I_REQUIRE(rx != NULL && fresh != NULL);
+    return vkp_i_broadcast_subscribe(rx->channel, fresh);
+}
+
+VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
+{
+    vkp_i_broadcast *channel;
+    if (rx == NULL) {
+        return;
+    }
+    channel = rx->channel;
+    vkp_i_audience_lose(&channel->audience);
+    vkp_i_free(channel->config.env, rx, sizeof *rx);
+    vkp_i_broadcast_unref(channel);
+}
+
+/* Latched: the value into its place; the one that it replaces, if that owns something, into
+   *old.                                                                                        */
+static bool vkp_i_place_write(vkp_i_broadcast *channel, uint64_t ticket, const void *item,
+                              void *old)
+{
+    uint64_t *place = vkp_i_place(channel, ticket);
+    bool replaced = false;
+    if (channel->config.retain != NULL) {
+        vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
+        replaced = VKP_I_LOAD(place) != 0;
+        if (replaced) {
+            VKP_I_COPY_OUT(old, place + 1, channel->config.elem_bytes);
+        }
+        VKP_I_COPY_IN(place + 1, item, channel->config.elem_bytes);
+        VKP_I_STORE_REL(place, vkp_i_place_seq(ticket));
+        vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
+    } else {
+        VKP_I_STORE(place, VKP_I_LOAD(place) | 1u);
+        vkp_i_words_store(place + 1, item, channel->config.elem_bytes);
+        VKP_I_STORE_REL(place, vkp_i_place_seq(ticket));
+    }
+    return replaced;
+}
+
+VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
+{
+    vkp_i_broadcast *channel;
+    uint64_t old[VKP_I_OWNED_BYTES / sizeof(uint64_t)];
+    bool drops;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    channel = &tx->channel;
+    if (vkp_i_audience_size(&channel->audience) == 0) {
+        return VKP_ERR_CLOSED;
+    }
+    biased = vkp_i_biased_lock(&channel->latch, channel->config.env);
+    {
+        uint64_t ticket = VKP_I_LOAD(&channel->tail);
+        drops = vkp_i_place_write(channel, ticket, item, old);
+        VKP_I_STORE_REL(&channel->tail, ticket + 1);
+    }
+    vkp_i_biased_unlock(&channel->latch, biased);
+    if (drops) {
+        channel->config.drop(channel->config.user, old);
+    }
+    vkp_i_audience_signal(&channel->audience);
+    return VKP_OK;
+}
+
+/* Copy the value of the ticket out; false when its place holds a later one. */
+static bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
+{
+    uint64_t *place = vkp_i_place(channel, ticket);
+    bool held;
+    if (channel->config.retain != NULL) {
+        vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
+        held = VKP_I_LOAD_ACQ(place) == vkp_i_place_seq(ticket);
+        if (held) {
+            VKP_I_COPY_OUT(out, place + 1, channel->config.elem_bytes);
+            channel->config.retain(channel->config.user, out);
+        }
+        vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
+        return held;
+    }
+    if (VKP_I_LOAD_ACQ(place) != vkp_i_place_seq(ticket)) {
+        return false;
+    }
+    vkp_i_words_load(out, place + 1, channel->config.elem_bytes);
+    return VKP_I_LOAD(place) == vkp_i_place_seq(ticket);
+}
+
+static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_t capacity,
+                                       size_t *count)
+{
+    vkp_i_broadcast *channel = rx->channel;
+    bool ended = vkp_i_audience_is_ended(&channel->audience);
+    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
+    size_t taken = 0;
+    if (rx->next == tail) {
+        return ended ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+    }
+    while (taken < capacity && rx->next != tail && vkp_i_place_read(channel, rx->next, out)) {
+        out += channel->config.elem_bytes;
+        rx->next++;
+        taken++;
+    }
+    if (taken == 0) {
+        uint64_t oldest;
+        tail = VKP_I_LOAD_ACQ(&channel->tail);
+        oldest = tail > channel->mask ? tail - (channel->mask + 1) : 0;
+        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender is about to replace this one */
+        rx->missed = oldest - rx->next;
+        rx->next = oldest;
+        return VKP_ERR_LAGGED;
+    }
+    *count = taken;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_case_value_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    size_t count;
+    (void)wait;
+    return vkp_i_broadcast_take((vkp_broadcast_rx *)each->i_object, (uint8_t *)each->i_out, 1,
+                                &count);
+}
+
+static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_batch *batch = (vkp_i_batch *)each->i_out;
+    (void)wait;
+    return vkp_i_broadcast_take((vkp_broadcast_rx *)each->i_object, (uint8_t *)batch->out,
+                                batch->capacity, &batch->count);
+}
+
+static bool vkp_i_case_value_is_ready(const vkp_case *each)
+{
+    const vkp_broadcast_rx *rx = (const vkp_broadcast_rx *)each->i_object;
+    return vkp_i_audience_is_ended(&rx->channel->audience) ||
+           VKP_I_LOAD_ACQ(&rx->channel->tail) != rx->next;
+}
+
+static void vkp_i_case_value_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_leave(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+}
+
+static bool vkp_i_case_value_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_join(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    if (vkp_i_case_value_is_ready(each)) {
+        vkp_i_case_value_leave(each, wait);
+        return false;
+    }
+    return true;
+}
+
+static const vkp_env *vkp_i_case_value_env(const vkp_case *each)
+{
+    return ((vkp_broadcast_rx *)each->i_object)->channel->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_value = {vkp_i_case_value_attempt,
+                                                 vkp_i_case_value_is_ready, vkp_i_case_value_join,
+                                                 vkp_i_case_value_leave, vkp_i_case_value_env};
+static const vkp_i_case_kind vkp_i_case_values = {vkp_i_case_values_attempt,
+                                                  vkp_i_case_value_is_ready, vkp_i_case_value_join,
+                                                  vkp_i_case_value_leave, vkp_i_case_value_env};
+
+VKP_API vkp_case vkp_case_broadcast_recv(vkp_broadcast_rx *rx, void *out)
+{
+    return rx != NULL ? vkp_i_case(&vkp_i_case_value, rx, out) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
+}
+
+VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size_t capacity,
+                                           size_t *count, uint64_t deadline_ns)
+{
+    vkp_i_batch batch;
+    vkp_case values;
+    vkp_status status;
+    VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
+    batch.out = out;
+    batch.capacity = capacity;
+    values = vkp_i_case(&vkp_i_case_values, rx, &batch);
+    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->audience.spins,
+                              deadline_ns);
+    if (status == VKP_OK) {
+        *count = batch.count;
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out, uint64_t deadline_ns)
+{
+    size_t count;
+    return vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
+}
+
+VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
+{
+    return rx->missed;
+}
+
+VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx)
+{
+    return VKP_I_LOAD_ACQ(&rx->channel->tail) - rx->next;
+}
+
+VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx)
+{
+    return vkp_i_audience_size(&tx->channel.audience);
+}
+
+VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx)
+{
+    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->channel.audience, NULL)
+                      : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL);
+    return vkp_i_audience_wait_gone(&tx->channel.audience, deadline_ns);
+}
+
+/* ======================================================================================
+   >>impl-watch   Only the newest value
+   ======================================================================================
+   Values live in cells. A sender fills a cell that is not current and that nobody borrows, and
+   makes it current; a borrower pins the current one. Both do so under the latch, for some
+   instructions. Copying out takes no latch: it reads the cell's words between two looks at its
+   `seq`, which changes whenever the cell does; words are stored with release and loaded with
+   acquire, so that a word of a later value shows the later seq, too.
+   Who waits for a change does so in the audience.                                             */
+
+typedef struct vkp_i_cell {
+    struct vkp_i_cell *next; /* of all cells; the rest but seq and words is guarded by the latch */
+    uint64_t seq;            /* atomic: version << 1, odd while it is written */
+    size_t pins;
+    bool owns; /* a value that is not dropped yet; for channels with a drop */
+    uint64_t words[1];
+} vkp_i_cell;
+
+typedef struct vkp_i_watch {
+    vkp_watch_config config;
+    size_t words;
+    size_t refs;    /* atomic: the senders together, each receiver */
+    size_t tx_refs; /* atomic */
+    unsigned char pad_sender[VKP_I_APART];
+    vkp_i_biased_latch latch;
+    uint64_t version;    /* atomic: of the newest value */
+    vkp_i_cell *current; /* atomic */
+    vkp_i_cell *cells;   /* latch */
+    vkp_i_audience audience;
+} vkp_i_watch;
+
+struct vkp_watch_tx {
+    vkp_i_watch watch;
+};
+
+struct vkp_watch_rx {
+    vkp_i_watch *watch;
+    uint64_t seen;
+    vkp_i_cell *borrowed;
+};
+
+static size_t vkp_i_cell_bytes(const vkp_i_watch *watch)
+{
+    return sizeof(vkp_i_cell) + (watch->words - 1) * sizeof(uint64_t);
+}
+
+/* Latched: a cell to fill, or NULL without memory. Odd from here on. */
+static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
+{
+    vkp_i_cell *cell = watch->cells;
+    while (cell != NULL && (cell == VKP_I_LOAD(&watch->current) || cell->pins != 0 || cell->owns)) {
+        cell = cell->next;
+    }
+    if (cell == NULL) {
+        cell = (vkp_i_cell *)vkp_i_alloc_zero(watch->config.env, vkp_i_cell_bytes(watch));
+        if (cell == NULL) {
+            return NULL;
+        }
+        cell->next = watch->cells;
+        watch->cells = cell;
+    }
+    VKP_I_STORE(&cell->seq, VKP_I_LOAD(&cell->seq) | 1u);
+    return cell;
+}
+
+/* Latched: the cell is full, and the newest. Gives the one whose value is to be dropped, or
+   NULL.                                                                                        */
+static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
+{
+    vkp_i_cell *old = VKP_I_LOAD(&watch->current);
+    uint64_t version = VKP_I_LOAD(&watch->version) + 1;
+    cell->owns = watch->config.drop != NULL;
+    VKP_I_STORE_REL(&cell->seq, version << 1);
+    VKP_I_STORE_REL(&watch->current, cell);
+    VKP_I_STORE_REL(&watch->version, version);
+    return old != NULL && old->owns && old->pins == 0 ? old : NULL;
+}
+
+/* The cell's value was replaced, and nobody looks at it any more. It stays taken until it is
+   dropped.                                                                                     */
+static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
+{
+    if (cell != NULL) {
+        bool biased;
+        watch->config.drop(watch->config.user, cell->words);
+        biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+        cell->owns = false;
+        vkp_i_biased_unlock(&watch->latch, biased);
+    }
+}
+
+static void vkp_i_watch_unref(vkp_i_watch *watch)
+{
+    const vkp_env *env = watch->config.env;
+    if (VKP_I_UNREF(&watch->refs) != 1) {
+        return;
+    }
+    while (watch->cells != NULL) {
+        vkp_i_cell *cell = watch->cells;
+        watch->cells = cell->next;
+        if (cell->owns) {
+            watch->config.drop(watch->config.user, cell->words);
+        }
+        vkp_i_free(env, cell, vkp_i_cell_bytes(watch));
+    }
+    vkp_i_audience_deinit(&watch->audience);
+    vkp_i_free(env, watch, sizeof *watch);
+}
+
+VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx **tx)
+{
+    const vkp_env *env;
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    VKP_I_REQUIRE(config != NULL && tx != NULL);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    env = vkp_i_env(config->env);
+    watch = (vkp_i_watch *)vkp_i_alloc_zero(env, sizeof *watch);
+    if (watch == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    watch->config = *config;
+    watch->config.env = env;
+    watch->words = (config->elem_bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell == NULL) {
+        vkp_i_free(env, watch, sizeof *watch);
+        return VKP_ERR_NOMEM;
+    }
+    if (config->initial != NULL) {
+        vkp_i_words_store(cell->words, config->initial, config->elem_bytes);
+    }
+    (void)vkp_i_watch_publish(watch, cell);
+    cell->owns = config->drop != NULL && config->initial != NULL;
+    watch->refs = 1;
+    watch->tx_refs = 1;
+    vkp_i_audience_init(&watch->audience, env);
+    vkp_i_biased_init(&watch->latch, watch->audience.fenced);
+    *tx = (vkp_watch_tx *)(void *)watch;
+    return VKP_OK;
+}
+
+VKP_API vkp_watch_tx *vkp_watch_tx_ref(vkp_watch_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->watch.tx_refs, (size_t)1);
+    return tx;
+}
+
+VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
+{
+    vkp_i_watch *watch;
+    if (tx == NULL) {
+        return;
+    }
+    watch = &tx->watch;
+    if (VKP_I_UNREF(&watch->tx_refs) == 1) {
+        vkp_i_audience_end(&watch->audience);
+        vkp_i_watch_unref(watch);
+    }
+}
+
+static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_watch_rx **rx)
+{
+    vkp_watch_rx *self = (vkp_watch_rx *)vkp_i_alloc_zero(watch->config.env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    self->watch = watch;
+    self->seen = seen;
+    (void)VKP_I_ADD(&watch->refs, (size_t)1);
+    (void)VKP_I_ADD(&watch->audience.receivers, (size_t)1);
+    *rx = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_subscribe(vkp_watch_tx *tx, vkp_watch_rx **rx)
+{
+    VKP_I_REQUIRE(tx != NULL && rx != NULL);
+    return vkp_i_watch_subscribe(&tx->watch, VKP_I_LOAD_ACQ(&tx->watch.version), rx);
+}
+
+VKP_API vkp_status vkp_watch_rx_clone(vkp_watch_rx *rx, vkp_watch_rx **copy)
+{
+    VKP_I_REQUIRE(rx != NULL && copy != NULL);
+    return vkp_i_watch_subscribe(rx->watch, rx->seen, copy);
+}
+
+VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    if (rx == NULL) {
+        return;
+    }
+    watch = rx->watch;
+    vkp_watch_release(rx);
+    vkp_i_audience_lose(&watch->audience);
+    vkp_i_free(watch->config.env, rx, sizeof *rx);
+    vkp_i_watch_unref(watch);
+}
+
+VKP_API vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item)
+{
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    vkp_i_cell *doomed = NULL;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    watch = &tx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell != NULL) {
+        vkp_i_words_store(cell->words, item, watch->config.elem_bytes);
+        doomed = vkp_i_watch_publish(watch, cell);
+    }
+    vkp_i_biased_unlock(&watch->latch, biased);
+    if (cell == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_watch_drop(watch, doomed);
+    vkp_i_audience_signal(&watch->audience);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item)
+{
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    return vkp_watch_get_receivers(tx) == 0 ? VKP_ERR_CLOSED : vkp_watch_replace(tx, item);
+}
+
+VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
+                                              bool (*modify)(void *user, void *item), void *user,
+                                              bool *changed)
+{
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    bool modified = false;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && modify != NULL && tx->watch.config.drop == NULL);
+    watch = &tx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell != NULL) {
+        vkp_i_words_store(cell->words, VKP_I_LOAD(&watch->current)->words,
+                          watch->config.elem_bytes);
+        modified = modify(user, cell->words);
+        if (modified) {
+            (void)vkp_i_watch_publish(watch, cell);
+        }
+    }
+    vkp_i_biased_unlock(&watch->latch, biased);
+    if (cell == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (modified) {
+        vkp_i_audience_signal(&watch->audience);
+    }
+    if (changed != NULL) {
+        *changed = modified;
+    }
+    return VKP_OK;
+}
+
+/* Copy the newest value out: its version. */
+static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
+{
+    vkp_i_backoff backoff = {0};
+    for (;;) {
+        const vkp_i_cell *cell = VKP_I_LOAD_ACQ(&watch->current);
+        uint64_t seq = VKP_I_LOAD_ACQ(&cell->seq);
+        if ((seq & 1u) == 0) {
+            vkp_i_words_load(out, cell->words, watch->config.elem_bytes);
+            /* Still current, too: a cell that is filled again is not the newest one yet. */
+            if (VKP_I_LOAD(&cell->seq) == seq && VKP_I_LOAD(&watch->current) == cell) {
+                return seq >> 1;
+            }
+        }
+        vkp_i_back_off(&backoff, vkp_i_sys(watch->config.env));
+    }
+}
+
+VKP_API vkp_status vkp_watch_get(vkp_watch_rx *rx, void *out)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && rx->watch->config.drop == NULL);
+    (void)vkp_i_watch_read(rx->watch, out);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_get_and_update(vkp_watch_rx *rx, void *out)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && rx->watch->config.drop == NULL);
+    rx->seen = vkp_i_watch_read(rx->watch, out);
+    return VKP_OK;
+}
+
+VKP_API const void *vkp_watch_borrow(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    bool biased;
+    if (rx == NULL || rx->borrowed != NULL) {
+        return NULL;
+    }
+    watch = rx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    rx->borrowed = VKP_I_LOAD(&watch->current);
+    rx->borrowed->pins++;
+    vkp_i_biased_unlock(&watch->latch, biased);
+    return rx->borrowed->words;
+}
+
+VKP_API const void *vkp_watch_borrow_and_update(vkp_watch_rx *rx)
+{
+    const void *item = vkp_watch_borrow(rx);
+    if (item != NULL) {
+        rx->seen = VKP_I_LOAD(&rx->borrowed->seq) >> 1;
+    }
+    return item;
+}
+
+VKP_API void vkp_watch_release(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    bool last;
+    bool biased;
+    if (rx == NULL || rx->borrowed == NULL) {
+        return;
+    }
+    watch = rx->watch;
+    cell = rx->borrowed;
+    rx->borrowed = NULL;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    cell->pins--;
+    last = cell->pins == 0 && cell->owns && cell != VKP_I_LOAD(&watch->current);
+    vkp_i_biased_unlock(&watch->latch, biased);
+    vkp_i_watch_drop(watch, last ? cell : NULL);
+}
+
+/* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
+   announced yet.                                                                               */
+VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx)
+{
+    return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
+}
+
+VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx)
+{
+    rx->seen = VKP_I_LOAD_ACQ(&rx->watch->version) - 1;
+}
+
+VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx)
+{
+    rx->seen = VKP_I_LOAD_ACQ(&rx->watch->version);
+}
+
+VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx)
+{
+    return vkp_i_audience_is_ended(&rx->watch->audience);
+}
+
+VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
+{
+    return vkp_i_audience_size(&tx->watch.audience);
+}
+
+static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
+    bool closed = vkp_watch_is_closed(rx);
+    (void)wait;
+    if (!vkp_watch_has_changed(rx)) { /* after the look at the end: nothing follows that */
+        return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+    }
+    vkp_watch_mark_unchanged(rx);
+    return VKP_OK;
+}
+
+static bool vkp_i_case_changed_is_ready(const vkp_case *each)
+{
+    const vkp_watch_rx *rx = (const vkp_watch_rx *)each->i_object;
+    return vkp_watch_has_changed(rx) || vkp_watch_is_closed(rx);
+}
+
+static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_leave(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+}
+
+static bool vkp_i_case_changed_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_join(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    if (vkp_i_case_changed_is_ready(each)) {
+        vkp_i_case_changed_leave(each, wait);
+        return false;
+    }
+    return true;
+}
+
+static const vkp_env *vkp_i_case_changed_env(const vkp_case *each)
+{
+    return ((vkp_watch_rx *)each->i_object)->watch->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_changed = {
+    vkp_i_case_changed_attempt, vkp_i_case_changed_is_ready, vkp_i_case_changed_join,
+    vkp_i_case_changed_leave, vkp_i_case_changed_env};
+
+VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx)
+{
+    return rx != NULL ? vkp_i_case(&vkp_i_case_changed, rx, NULL) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns)
+{
+    vkp_case changed;
+    VKP_I_REQUIRE(rx != NULL);
+    changed = vkp_case_watch_changed(rx);
+    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->audience.spins,
+                            deadline_ns);
+}
+
+VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx)
+{
+    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->watch.audience, NULL) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL);
+    return vkp_i_audience_wait_gone(&tx->watch.audience, deadline_ns);
 }
 
 /* ======================================================================================
@@ -3161,7 +6553,7 @@ static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
 {
     bool triggered;
     VKP_I_LOCK(&token->tree->mutex);
-    triggered = token->triggered != 0;
+    triggered = VKP_I_LOAD(&token->triggered) != 0;
     if (!triggered) {
         vkp_i_waiter_link(&token->waiters, waiter);
     }
@@ -3176,21 +6568,106 @@ static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
     VKP_I_UNLOCK(&token->tree->mutex);
 }
 
+static vkp_status vkp_i_case_cancel_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_cancel_is_ready(const vkp_case *each)
+{
+    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object);
+}
+
+static bool vkp_i_case_cancel_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_cancel_join((vkp_cancel *)each->i_object, &wait->node);
+}
+
+static void vkp_i_case_cancel_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_cancel_leave((vkp_cancel *)each->i_object, &wait->node);
+}
+
+static const vkp_env *vkp_i_case_cancel_env(const vkp_case *each)
+{
+    return ((vkp_cancel *)each->i_object)->env;
+}
+
+static const vkp_i_case_kind vkp_i_case_kind_cancel = {
+    vkp_i_case_cancel_attempt, vkp_i_case_cancel_is_ready, vkp_i_case_cancel_join,
+    vkp_i_case_cancel_leave, vkp_i_case_cancel_env};
+
+VKP_API vkp_case vkp_case_cancel(vkp_cancel *token)
+{
+    return token != NULL ? vkp_i_case(&vkp_i_case_kind_cancel, token, NULL) : vkp_case_never();
+}
+
 VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
 {
-    const vkp_sys *sys;
-    vkp_i_thread_waiter waiter;
-    vkp_parker parker;
+    vkp_case cancelled;
     VKP_I_REQUIRE(token != NULL);
-    sys = vkp_i_sys(token->env);
-    vkp_i_parker_init(&parker);
-    vkp_i_thread_waiter_init(&waiter, sys, &parker);
-    if (vkp_i_cancel_join(token, &waiter.node)) {
-        sys->park(&parker, deadline_ns);
-        vkp_i_cancel_leave(token, &waiter.node);
+    cancelled = vkp_case_cancel(token);
+    return vkp_i_select_few(&cancelled, 1, token->env, 0, deadline_ns);
+}
+
+/* ======================================================================================
+   >>impl-select   Wait for whichever comes first
+   ======================================================================================
+   The engine is in the section park: every wait of the library is a select. Here are its public
+   calls.                                                                                       */
+
+VKP_API vkp_case vkp_case_deadline(uint64_t deadline_ns)
+{
+    vkp_case each = vkp_i_case(&vkp_i_case_kind_deadline, NULL, NULL);
+    each.i_number = deadline_ns;
+    return each;
+}
+
+#if VKP_I_IO
+VKP_API vkp_case vkp_case_fd(int fd, uint32_t interest)
+{
+    vkp_case each;
+    if (fd < 0) {
+        return vkp_case_never();
     }
-    vkp_i_parker_deinit(&parker);
-    return vkp_cancel_is_triggered(token) ? VKP_OK : VKP_ERR_TIMEOUT;
+    each = vkp_i_case(&vkp_i_case_kind_fd, NULL, NULL);
+    each.i_number = (uint64_t)interest << 32 | (uint32_t)fd;
+    return each;
+}
+#endif
+
+static vkp_status vkp_i_select_all(vkp_case *cases, size_t count, size_t start,
+                                   uint64_t deadline_ns, size_t *won)
+{
+    vkp_i_wait waits[VKP_SELECT_MAX];
+    const vkp_env *env = NULL;
+    size_t i;
+    for (i = 0; i < count && env == NULL; i++) {
+        env = cases[i].i_kind->env(&cases[i]);
+    }
+    env = vkp_i_env(env);
+    return vkp_i_select(cases, count, start, waits, vkp_i_sys(env), vkp_i_spins(env) / 8,
+                        deadline_ns, won);
+}
+
+VKP_API vkp_status vkp_select(vkp_case *cases, size_t count, uint64_t deadline_ns, size_t *won)
+{
+    VKP_I_REQUIRE(cases != NULL && count > 0 && count <= VKP_SELECT_MAX && won != NULL);
+    return vkp_i_select_all(cases, count, 0, deadline_ns, won);
+}
+
+VKP_API vkp_status vkp_select_fair(vkp_case *cases, size_t count, uint32_t *turn,
+                                   uint64_t deadline_ns, size_t *won)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(cases != NULL && count > 0 && count <= VKP_SELECT_MAX && won != NULL);
+    VKP_I_REQUIRE(turn != NULL);
+    status = vkp_i_select_all(cases, count, *turn % count, deadline_ns, won);
+    if (status == VKP_OK) {
+        *turn = (uint32_t)(*won + 1);
+    }
+    return status;
 }
 
 #if VKP_I_IO
@@ -3248,6 +6725,8 @@ struct vkp_loop {
 
     bool in_round;
     bool closed;
+    uint32_t unpolled;     /* rounds since the backend was asked */
+    vkp_i_waiters unarmed; /* case watches that look by themselves until the loop would sleep */
     uint64_t now_ns;
     vkp_event *events;
     size_t event_capacity;
@@ -3418,6 +6897,7 @@ VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
     loop->thread = vkp_i_this_thread();
     loop->asleep = 1;
     loop->deferred_end = &loop->deferred;
+    vkp_i_waiters_init(&loop->unarmed);
     loop->attached.prev = &loop->attached;
     loop->attached.next = &loop->attached;
     status = vkp_i_loop_setup(loop, config);
@@ -3727,7 +7207,13 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
 
 /* ---- rounds ---- */
 
-static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns)
+#define VKP_I_UNPOLLED \
+    8u /* rounds that posts and channels may go on before descriptors are asked */
+
+static void vkp_i_loop_arm(vkp_loop *loop);
+
+/* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
+static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
 {
     size_t count = 0;
     size_t i;
@@ -3736,8 +7222,14 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns)
     if (VKP_I_LOAD_ACQ(&loop->stopping) != 0) {
         deadline_ns = 0;
     }
-    status = loop->backend->wait(loop->backend_state, deadline_ns, loop->events,
-                                 loop->event_capacity, &count);
+    if (VKP_I_LOAD(&loop->queue) != NULL && loop->unpolled < unpolled) {
+        loop->unpolled++;
+        status = VKP_OK;
+    } else {
+        loop->unpolled = 0;
+        status = loop->backend->wait(loop->backend_state, deadline_ns, loop->events,
+                                     loop->event_capacity, &count);
+    }
     VKP_I_STORE_SEQ(&loop->asleep, 0u);
     loop->now_ns = vkp_i_loop_clock(loop);
     if (status != VKP_OK) {
@@ -3750,6 +7242,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns)
     vkp_i_loop_run_queued(loop);
     vkp_i_loop_run_timers(loop);
     vkp_i_loop_run_deferred(loop);
+    vkp_i_loop_arm(loop);
     loop->in_round = false;
     /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
@@ -3775,7 +7268,7 @@ VKP_API vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns)
 {
     vkp_status status;
     VKP_I_REQUIRE(loop != NULL && vkp_i_loop_enter(loop));
-    status = vkp_i_loop_round(loop, deadline_ns);
+    status = vkp_i_loop_round(loop, deadline_ns, 0);
     VKP_I_STORE_REL(&loop->running, 0u);
     return status;
 }
@@ -3786,7 +7279,7 @@ VKP_API vkp_status vkp_loop_run(vkp_loop *loop)
     VKP_I_REQUIRE(loop != NULL && (loop->backend->flags & VKP_BACKEND_GUEST) == 0);
     VKP_I_REQUIRE(vkp_i_loop_enter(loop));
     do {
-        status = vkp_i_loop_round(loop, VKP_FOREVER);
+        status = vkp_i_loop_round(loop, VKP_FOREVER, VKP_I_UNPOLLED);
     } while (status == VKP_OK && VKP_I_LOAD_ACQ(&loop->stopping) == 0);
     VKP_I_STORE(&loop->stopping, 0u);
     VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
@@ -3840,107 +7333,162 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
    and, if values remain, queues itself again behind the others: a busy channel does not starve
    the loop. `busy`: the task is queued or running; the struct is freed only when it is not.   */
 
-struct vkp_i_channel_watch {
-    vkp_i_waiter waiter;
+struct vkp_case_watch {
     vkp_i_task task;
     vkp_i_attached attached;
+    vkp_i_wait wait;
     vkp_loop *loop;
-    vkp_i_channel *channel;
+    vkp_case what;
     void (*fn)(void *user);
     void *user;
-    bool busy;    /* guarded by the channel's mutex */
-    bool stopped; /* loop's thread */
+    bool busy;     /* the task is queued; set by whoever wakes, read after leave */
+    bool joined;   /* the rest is the loop's thread's */
+    bool running;  /* inside fn */
+    bool ended;    /* fn is not called again */
+    bool released; /* the handle was given back */
 };
 
-static void vkp_i_channel_watch_free(vkp_i_channel_watch *watch)
+static void vkp_i_case_watch_wake(vkp_i_waiter *waiter)
+{
+    vkp_case_watch *watch = VKP_I_CONTAINER(waiter, vkp_case_watch, wait.node);
+    watch->busy = true;
+    if (!vkp_i_loop_queue(watch->loop, &watch->task)) {
+        watch->busy = false; /* the loop is closed: nobody runs the task */
+    }
+}
+
+static void vkp_i_case_watch_leave(vkp_case_watch *watch)
+{
+    if (watch->joined) {
+        watch->joined = false;
+        watch->what.i_kind->leave(&watch->what, &watch->wait);
+    } else {
+        (void)vkp_i_waiter_unlink(&watch->wait.node); /* unarmed */
+    }
+}
+
+static void vkp_i_case_watch_end(vkp_case_watch *watch)
+{
+    if (!watch->ended) {
+        watch->ended = true;
+        vkp_i_loop_detach(&watch->attached);
+        vkp_i_case_watch_leave(watch);
+    }
+}
+
+static void vkp_i_case_watch_free(vkp_case_watch *watch)
 {
     vkp_loop *loop = watch->loop;
-    vkp_i_channel_unref(watch->channel);
-    vkp_i_free(loop->env, watch, sizeof *watch);
-    vkp_loop_unref(loop);
+    if (watch->released && !watch->busy && !watch->running) {
+        vkp_i_free(loop->env, watch, sizeof *watch);
+        vkp_loop_unref(loop);
+    }
 }
 
-static void vkp_i_channel_watch_wake(vkp_i_waiter *waiter)
+/* Wait for the case, or queue the task at once when it is ready. */
+static void vkp_i_case_watch_arm(vkp_case_watch *watch)
 {
-    vkp_i_channel_watch *watch = VKP_I_CONTAINER(waiter, vkp_i_channel_watch, waiter);
-    watch->busy = vkp_i_loop_queue(watch->loop, &watch->task);
+    const vkp_i_case_kind *kind = watch->what.i_kind;
+    watch->wait.status = VKP_OK;
+    if (!kind->is_ready(&watch->what) && kind->join(&watch->what, &watch->wait)) {
+        watch->joined = true;
+    } else if (!watch->busy) { /* or it was woken while it joined */
+        vkp_i_case_watch_wake(&watch->wait.node);
+    }
 }
 
-/* Wait for the next value, or queue the task at once when there is something. */
-static void vkp_i_channel_watch_arm(vkp_i_channel_watch *watch)
+/* At the end of a round. As long as the loop has work, watches look by themselves: to wait, they
+   would have to make themselves known to other threads, which costs both sides.               */
+static void vkp_i_loop_arm(vkp_loop *loop)
 {
-    vkp_i_channel *channel = watch->channel;
-    VKP_I_LOCK(&channel->mutex);
+    vkp_i_waiter *node = loop->unarmed.head.next;
+    while (node != &loop->unarmed.head) {
+        vkp_case_watch *watch = VKP_I_CONTAINER(node, vkp_case_watch, wait.node);
+        node = node->next;
+        if (watch->what.i_kind->is_ready(&watch->what)) {
+            (void)vkp_i_waiter_unlink(&watch->wait.node);
+            vkp_i_case_watch_wake(&watch->wait.node);
+        }
+    }
+    while (VKP_I_LOAD(&loop->queue) == NULL && !vkp_i_waiters_empty(&loop->unarmed)) {
+        vkp_case_watch *watch = VKP_I_CONTAINER(loop->unarmed.head.next, vkp_case_watch, wait.node);
+        (void)vkp_i_waiter_unlink(&watch->wait.node);
+        vkp_i_case_watch_arm(watch);
+    }
+}
+
+static void vkp_i_case_watch_run(vkp_i_task *task)
+{
+    vkp_case_watch *watch = VKP_I_CONTAINER(task, vkp_case_watch, task);
+    vkp_i_case_watch_leave(watch);
     watch->busy = false;
-    if (channel->count > 0 || channel->closed || channel->no_senders) {
-        vkp_i_channel_watch_wake(&watch->waiter);
-    } else {
-        vkp_i_waiter_link(&channel->receiver, &watch->waiter);
+    if (!watch->ended && watch->what.i_kind->is_ready(&watch->what)) {
+        watch->running = true;
+        watch->fn(watch->user);
+        watch->running = false;
     }
-    VKP_I_UNLOCK(&channel->mutex);
+    if (!watch->ended) {
+        vkp_i_waiter_link(&watch->loop->unarmed, &watch->wait.node);
+    }
+    vkp_i_case_watch_free(watch);
 }
 
-static void vkp_i_channel_watch_run(vkp_i_task *task)
+static void vkp_i_case_watch_loop_closed(vkp_i_attached *attached)
 {
-    vkp_i_channel_watch *watch = VKP_I_CONTAINER(task, vkp_i_channel_watch, task);
-    if (!watch->stopped) {
-        watch->fn(watch->user);
+    vkp_i_case_watch_end(VKP_I_CONTAINER(attached, vkp_case_watch, attached));
+}
+
+VKP_API vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what, void (*fn)(void *user),
+                                       void *user, vkp_case_watch **watch)
+{
+    vkp_case_watch *self;
+    VKP_I_REQUIRE(loop != NULL && what != NULL && fn != NULL && watch != NULL);
+    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE(what->i_kind != &vkp_i_case_kind_deadline && what->i_kind != &vkp_i_case_kind_fd);
+    self = (vkp_case_watch *)vkp_i_alloc_zero(loop->env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
     }
-    if (watch->stopped) {
-        vkp_i_channel_watch_free(watch);
-    } else {
-        vkp_i_channel_watch_arm(watch);
+    self->task.fn = vkp_i_case_watch_run;
+    self->attached.on_loop_close = vkp_i_case_watch_loop_closed;
+    self->wait.node.wake = vkp_i_case_watch_wake;
+    self->loop = vkp_loop_ref(loop);
+    self->what = *what;
+    self->fn = fn;
+    self->user = user;
+    *watch = self;
+    vkp_i_loop_attach(loop, &self->attached);
+    vkp_i_case_watch_arm(self);
+    return VKP_OK;
+}
+
+VKP_API void vkp_case_watch_close(vkp_case_watch *watch)
+{
+    if (watch != NULL) {
+        vkp_i_case_watch_end(watch);
+        watch->released = true;
+        vkp_i_case_watch_free(watch);
     }
 }
 
 VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx)
 {
-    vkp_i_channel *channel = rx->channel;
-    vkp_i_channel_watch *watch = channel->watch;
-    bool busy;
-    if (watch == NULL) {
-        return;
-    }
-    channel->watch = NULL;
-    watch->stopped = true;
-    vkp_i_loop_detach(&watch->attached);
-    VKP_I_LOCK(&channel->mutex);
-    (void)vkp_i_waiter_unlink(&watch->waiter);
-    busy = watch->busy;
-    VKP_I_UNLOCK(&channel->mutex);
-    if (!busy) {
-        vkp_i_channel_watch_free(watch);
-    }
-}
-
-static void vkp_i_channel_watch_loop_closed(vkp_i_attached *attached)
-{
-    vkp_i_channel_watch *watch = VKP_I_CONTAINER(attached, vkp_i_channel_watch, attached);
-    vkp_mpsc_unwatch(&watch->channel->rx);
+    vkp_case_watch *watch = rx->channel->watch;
+    rx->channel->watch = NULL;
+    vkp_case_watch_close(watch);
 }
 
 VKP_API vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop, void (*fn)(void *user),
                                   void *user)
 {
-    vkp_i_channel_watch *watch;
-    VKP_I_REQUIRE(rx != NULL && loop != NULL && fn != NULL && rx->channel->watch == NULL);
-    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
-    watch = (vkp_i_channel_watch *)vkp_i_alloc_zero(loop->env, sizeof *watch);
-    if (watch == NULL) {
-        return VKP_ERR_NOMEM;
+    vkp_case receive;
+    VKP_I_REQUIRE(rx != NULL);
+    if (rx->channel->watch != NULL && rx->channel->watch->ended) {
+        vkp_mpsc_unwatch(rx); /* its loop was closed */
     }
-    watch->waiter.wake = vkp_i_channel_watch_wake;
-    watch->task.fn = vkp_i_channel_watch_run;
-    watch->attached.on_loop_close = vkp_i_channel_watch_loop_closed;
-    watch->loop = vkp_loop_ref(loop);
-    watch->channel = rx->channel;
-    watch->fn = fn;
-    watch->user = user;
-    (void)VKP_I_ADD(&rx->channel->refs, 1);
-    rx->channel->watch = watch;
-    vkp_i_loop_attach(loop, &watch->attached);
-    vkp_i_channel_watch_arm(watch);
-    return VKP_OK;
+    VKP_I_REQUIRE(rx->channel->watch == NULL);
+    receive = vkp_case_mpsc_recv(rx, NULL);
+    return vkp_case_watch_open(loop, &receive, fn, user, &rx->channel->watch);
 }
 
 /* ======================================================================================
@@ -6652,7 +10200,7 @@ static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *fram
     bool was_evicted = false;
     switch ((int)conn->profile->config.on_full) {
     case VKP_ON_FULL_WAIT:
-        status = vkp_i_mpsc_send(conn->inbox->tx, &item, cancel, deadline_ns);
+        status = vkp_i_lane_send(conn->inbox->tx->lane, &item, NULL, cancel, deadline_ns);
         break;
     case VKP_ON_FULL_DROP_OLDEST:
         do {
@@ -6976,7 +10524,8 @@ static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
     if (conn->inbox == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_mpsc_open(&inbox, &conn->inbox->tx, &conn->inbox->rx);
+    status = vkp_i_mpsc_open(&inbox, conn->profile->config.on_full == VKP_ON_FULL_DROP_OLDEST,
+                             &conn->inbox->tx, &conn->inbox->rx);
     if (status != VKP_OK) {
         vkp_i_free(conn->loop->env, conn->inbox, sizeof *conn->inbox);
         conn->inbox = NULL;
