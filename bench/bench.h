@@ -38,12 +38,13 @@
 #endif
 
 #define BENCH_COLUMNS 6
-#define BENCH_GOALS 4
+#define BENCH_GOALS 16
 #define BENCH_UNUSED __attribute__((unused))
 
 typedef enum bench_role { BENCH_OURS, BENCH_PEER, BENCH_LIMIT, BENCH_OTHER } bench_role;
 
-/* At least (or, where less is better, at most) `ratio` times the row of that name. */
+/* At least (or, where less is better, at most) `ratio` times the row of that name in the group, or
+   its "best peer"; or, where that is the name of a column, at most `ratio` in it.              */
 typedef struct bench_goal {
     const char *against;
     double ratio;
@@ -483,7 +484,8 @@ static const bench_row *bench_best(const bench_table *table, const bench_row *ro
         const bench_row *other = &table->rows[i];
         if (other->role == role && strcmp(other->group, row->group) == 0) {
             double value = bench_column(other, rounds, 0, 0.5);
-            if (best == NULL || (table->less_is_better ? value < best_value : value > best_value)) {
+            if (!isnan(value) && (best == NULL || (table->less_is_better ? value < best_value
+                                                                         : value > best_value))) {
                 best = other;
                 best_value = value;
             }
@@ -492,18 +494,34 @@ static const bench_row *bench_best(const bench_table *table, const bench_row *ro
     return best;
 }
 
+static void bench_print_goal(const char *sign, const bench_goal *goal, const char *mark,
+                             double reached, bool met, size_t printed)
+{
+    printf("%s%s %g%s%s: %s (%.2f)", printed > 0 ? "; " : "", sign, goal->ratio, mark,
+           goal->against, met ? "met" : "**MISSED**", reached);
+}
+
 static void bench_print_goals(const bench_table *table, const bench_row *row, size_t rounds)
 {
+    size_t printed = 0;
     size_t i;
+    size_t column;
     for (i = 0; i < BENCH_GOALS && row->goals[i].against != NULL; i++) {
-        const bench_row *other = bench_find(table, row, row->goals[i].against);
-        double ratio = other != NULL ? bench_ratio(row, other, rounds) : NAN;
-        bool met =
-            table->less_is_better ? ratio <= row->goals[i].ratio : ratio >= row->goals[i].ratio;
-        if (!isnan(ratio)) {
-            printf("%s%s%g x %s: %s (%.2f)", i > 0 ? "; " : "",
-                   table->less_is_better ? "<= " : ">= ", row->goals[i].ratio,
-                   row->goals[i].against, met ? "met" : "**MISSED**", ratio);
+        const bench_goal *goal = &row->goals[i];
+        const bench_row *other = strcmp(goal->against, "best peer") == 0
+                                     ? bench_best(table, row, BENCH_PEER, rounds)
+                                     : bench_find(table, row, goal->against);
+        double reached = other != NULL ? bench_ratio(row, other, rounds) : NAN;
+        bool met = table->less_is_better ? reached <= goal->ratio : reached >= goal->ratio;
+        if (!isnan(reached)) {
+            bench_print_goal(table->less_is_better ? "<=" : ">=", goal, " x ", reached, met,
+                             printed++);
+        }
+        for (column = 0; column < table->column_count; column++) {
+            reached = bench_column(row, rounds, column, 0.5);
+            if (strcmp(table->columns[column], goal->against) == 0 && !isnan(reached)) {
+                bench_print_goal("<=", goal, " ", reached, reached <= goal->ratio, printed++);
+            }
         }
     }
 }
@@ -572,37 +590,56 @@ static void bench_interrupt(int number)
     bench_interrupted = 1;
 }
 
-/* Run all rows, `rounds` times, and print; an interrupt prints after the round under way. */
-BENCH_UNUSED static void bench_run(bench_table *table, size_t rounds)
+/* Run the rows of all tables, `rounds` times, and print; an interrupt prints after the round under
+   way. Returns how many rounds there were.                                                     */
+BENCH_UNUSED static size_t bench_run_tables(bench_table *tables, size_t table_count, size_t rounds)
 {
-    size_t *order = (size_t *)malloc(table->count * sizeof *order);
+    bench_row **order;
+    size_t count = 0;
     size_t round;
     size_t i;
-    for (i = 0; i < table->count; i++) {
-        order[i] = i;
-        table->rows[i].samples =
-            (double *)calloc(rounds, BENCH_COLUMNS * sizeof *table->rows[i].samples);
+    size_t j;
+    for (i = 0; i < table_count; i++) {
+        count += tables[i].count;
+    }
+    order = (bench_row **)malloc((count + 1) * sizeof *order);
+    count = 0;
+    for (i = 0; i < table_count; i++) {
+        for (j = 0; j < tables[i].count; j++) {
+            bench_row *row = &tables[i].rows[j];
+            row->samples = (double *)calloc(rounds, BENCH_COLUMNS * sizeof *row->samples);
+            order[count++] = row;
+        }
     }
     signal(SIGINT, bench_interrupt);
     signal(SIGTERM, bench_interrupt);
     for (round = 0; round < rounds && bench_interrupted == 0; round++) {
-        for (i = table->count; i > 1; i--) {
+        for (i = count; i > 1; i--) {
             size_t other = (size_t)(vkp_sys_default()->random_u64() % i);
-            size_t kept = order[i - 1];
+            bench_row *kept = order[i - 1];
             order[i - 1] = order[other];
             order[other] = kept;
         }
-        for (i = 0; i < table->count; i++) {
-            bench_row *row = &table->rows[order[i]];
-            row->run(row, row->samples + round * BENCH_COLUMNS);
+        for (i = 0; i < count; i++) {
+            order[i]->run(order[i], order[i]->samples + round * BENCH_COLUMNS);
         }
-        fprintf(stderr, "%s: round %zu of %zu\n", table->title, round + 1, rounds);
+        fprintf(stderr, "%s: round %zu of %zu\n", tables[0].title, round + 1, rounds);
     }
-    bench_print(table, round);
-    for (i = 0; i < table->count; i++) {
-        free(table->rows[i].samples);
+    for (i = 0; i < table_count; i++) {
+        if (tables[i].count > 0) {
+            bench_print(&tables[i], round);
+        }
+    }
+    for (i = 0; i < count; i++) {
+        free(order[i]->samples);
     }
     free(order);
+    return round;
+}
+
+BENCH_UNUSED static void bench_run(bench_table *table, size_t rounds)
+{
+    (void)bench_run_tables(table, 1, rounds);
 }
 
 /* With a second argument only the groups with that text in their name. */

@@ -1,0 +1,3 @@
+module vkp.bench/worker
+
+go 1.18
