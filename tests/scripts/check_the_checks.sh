@@ -16,10 +16,11 @@ complain() {
 seed() {
     check=$1 expected=$2
     rm -rf "$work/tree"
-    mkdir -p "$work/tree/backends"
+    mkdir -p "$work/tree/backends" "$work/tree/docs"
     cat >"$work/tree/valkey_push.h"
     cp "$root"/backends/*.c "$work/tree/backends/"
-    cp "$root/CHANGELOG.md" "$work/tree/"
+    cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$work/tree/"
+    cp "$root"/docs/*.md "$work/tree/docs/"
     if cmp -s "$root/valkey_push.h" "$work/tree/valkey_push.h"; then
         complain "$check: the defect was not seeded ($expected)"
     elif sh "$here/check_$check.sh" "$work/tree" "$work/$check" >"$work/output" 2>&1; then
@@ -62,6 +63,8 @@ $(lines 90)
 " | seed lengths 'static int vkp_i_seed(int a,'
 awk '{ print } NR == 3 { printf "%101s\n", "x" }' "$header" | seed lengths '101 columns'
 awk '{ print } NR == 3 { print "x " }' "$header" | seed lengths 'blanks at the end'
+sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
+    seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
 export VKP_CMAKE_VERSION
 sed 's/^#define VKP_VERSION_PATCH .*/#define VKP_VERSION_PATCH 999/' "$header" |
@@ -78,4 +81,4 @@ if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_see
     complain "lengths: does not accept long:"
 fi
 [ ! -s "$failures" ]
-echo "12 defects found"
+echo "13 defects found"
