@@ -55,7 +55,8 @@
    The layers, lowest first; each uses only those above it in this list:
        base       statuses, deadlines, env: memory, log, and the operating system in one table
        bytes      immutable ref-counted blocks and slices of them
-       mpsc, oneshot, cancel   what threads wait for; no I/O (VKP_NO_IO keeps these alone)
+       mpsc, oneshot, broadcast, watch, cancel, select   what threads say to each other, and how
+                  they wait; no I/O (VKP_NO_IO keeps these alone)
        loop       one thread's events: descriptors, timers, calls posted by other threads
        resp       incremental reader, writer
        socket     a listening Unix socket that lives as long as somebody refers to it
@@ -85,6 +86,19 @@
            use(vkp_reply_get_value(reply));
            vkp_reply_unref(reply);
        }
+
+   CHANNELS. mpsc: a queue with many senders and one receiver, bounded (senders wait:
+   back-pressure) or not. oneshot: one value, once, in the caller's memory: the reply to a request.
+   broadcast: each receiver sees each value, a slow one hears how many it lost. watch: only the
+   newest value. cancel: a token that ends waits, with its children. Each end waits in three forms:
+   try_x looks, x waits until a deadline, and a loop calls back (vkp_case_watch_open,
+   vkp_mpsc_watch). vkp_select waits for several at once and carries out one:
+       vkp_case cases[] = {vkp_case_cancel(stop), vkp_case_mpsc_recv(jobs, &job)};
+       if (vkp_select(cases, 2, vkp_after_ms(1000), &won) == VKP_OK && won == 1) { work(&job); }
+   A value that one end took is received once or dropped once, through `drop`, whoever goes first.
+   A thread that has to wait looks for some microseconds before it sleeps (vkp_env.spins); the
+   first sender after that wakes it, the others find it awake. Idle channels cost no processor.
+   docs/tokio-to-c.md has each call of Tokio's channels beside ours.
 
    OWNERSHIP. Contracts use five words. takes: yours no more, unless the call fails (descriptors
    too). borrows: until the call returns. shares: the object takes a reference of its own. gives:
@@ -466,8 +480,9 @@ VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns);
 
 /* Plain reads, out of date at once while others send or receive. Any thread.
-   is_closed: the receiver closed, sending cannot succeed any more. room: values that fit now,
-   SIZE_MAX when unbounded. capacity: capacity_items. senders, weak_senders: references.       */
+   is_closed: the receiver closed, sending cannot succeed any more. room: values that fit now by
+   their number, SIZE_MAX when that is unbounded. capacity: capacity_items. senders, weak_senders:
+   references.                                                                                  */
 VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx);
 VKP_API size_t vkp_mpsc_get_room(const vkp_mpsc_tx *tx);
 VKP_API size_t vkp_mpsc_get_capacity(const vkp_mpsc_tx *tx);
@@ -479,7 +494,8 @@ VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns);
 
-/* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting. */
+/* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting: also while the
+   oldest place is another sender's who is about to fill it, or holds a permit.                */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
 /* Take up to `capacity` values at once into the array `out`; waits only for the first, with
@@ -1276,7 +1292,8 @@ VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
 
 /* Call fn(user) on the loop whenever the case could be carried out, as long as that is so: do it
    with its try form, or end the watch. Sending cases give no right to the room: their try form may
-   still be FULL. One watch per receiving end.
+   still be FULL. One watch per receiving end. A watch or select of a one-shot ends before the same
+   side finishes it (send, abandon, close).
    Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
    Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID (vkp_case_fd, closed loop)   */
 typedef struct vkp_case_watch vkp_case_watch;
@@ -3689,6 +3706,7 @@ struct vkp_i_channel {
     vkp_i_waiters closers; /* wait until closed */
     vkp_i_ring *retired;   /* rings left behind after the receiver went */
     vkp_case_watch *watch; /* loop's thread */
+    size_t dead_lanes;     /* atomic: that the receiver has to free */
     vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
     vkp_i_lane lane;       /* the first one */
 };
@@ -3782,7 +3800,8 @@ static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
     if (!vkp_i_bias_enter(&lane->bias)) {
         return false;
     }
-    if (VKP_I_LOAD_ACQ(&lane->tail) == word) {
+    /* The owner last: tail may be what it was, and the lane be shared since then. */
+    if (VKP_I_LOAD_ACQ(&lane->tail) == word && VKP_I_LOAD(&lane->bias.owner) == VKP_I_SELF()) {
         return true;
     }
     vkp_i_bias_exit(&lane->bias);
@@ -4426,46 +4445,6 @@ static void vkp_i_channel_release(vkp_i_channel *channel)
     }
 }
 
-/* EMPTY, CLOSED, or OK with up to `capacity` values. */
-static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
-                                         size_t *count)
-{
-    vkp_status status = VKP_OK;
-    size_t taken = 0;
-    vkp_i_lane *lane;
-    vkp_i_channel_hold(channel);
-    lane = vkp_i_channel_find(channel);
-    if (lane == NULL) {
-        status = vkp_i_channel_end(channel);
-        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
-    }
-    while (lane != NULL && taken < capacity) {
-        uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
-        taken += vkp_i_lane_take(lane, to, VKP_I_MIN(capacity - taken, VKP_I_LANE_TURN));
-        if (VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN == 0 || taken < capacity) {
-            channel->rx_lane = vkp_i_lane_after(lane);
-        }
-        lane = taken < capacity ? vkp_i_channel_find(channel) : NULL;
-    }
-    if (taken > 0) {
-        *count = taken;
-    }
-    vkp_i_channel_freed(channel);
-    vkp_i_channel_release(channel);
-    return status;
-}
-
-/* Whether a receive would give a value, or CLOSED. */
-static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
-{
-    bool ready;
-    vkp_i_channel_hold(channel);
-    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
-    vkp_i_channel_freed(channel); /* places that were given back were passed */
-    vkp_i_channel_release(channel);
-    return ready;
-}
-
 /* Locked: an empty lane gives back what a burst made it take. Its last ticket is frozen, received,
    and so no sender holds the ring.                                                             */
 static void vkp_i_lane_trim(vkp_i_lane *lane)
@@ -4507,12 +4486,59 @@ static void vkp_i_channel_tidy(vkp_i_channel *channel)
             VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head)) {
             VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
             channel->rx_lane = &channel->lane;
+            (void)VKP_I_SUB(&channel->dead_lanes, (size_t)1);
             vkp_i_lane_free(lane);
         } else {
             vkp_i_lane_trim(lane);
             before = lane;
         }
     }
+}
+
+/* EMPTY, CLOSED, or OK with up to `capacity` values. */
+static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
+                                         size_t *count)
+{
+    vkp_status status = VKP_OK;
+    size_t taken = 0;
+    vkp_i_lane *lane;
+    vkp_i_channel_hold(channel);
+    lane = vkp_i_channel_find(channel);
+    if (lane == NULL) {
+        status = vkp_i_channel_end(channel);
+        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
+        if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
+            VKP_I_LOCK(&channel->mutex); /* for a receiver that only looks, and never waits */
+            vkp_i_channel_tidy(channel);
+            VKP_I_UNLOCK(&channel->mutex);
+        }
+    }
+    while (lane != NULL && taken < capacity) {
+        uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
+        size_t turn = VKP_I_LANE_TURN - (size_t)(VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN);
+        taken += vkp_i_lane_take(lane, to, VKP_I_MIN(capacity - taken, turn));
+        if (VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN == 0 || taken < capacity) {
+            channel->rx_lane = vkp_i_lane_after(lane);
+        }
+        lane = taken < capacity ? vkp_i_channel_find(channel) : NULL;
+    }
+    if (taken > 0) {
+        *count = taken;
+    }
+    vkp_i_channel_freed(channel);
+    vkp_i_channel_release(channel);
+    return status;
+}
+
+/* Whether a receive would give a value, or CLOSED. */
+static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
+{
+    bool ready;
+    vkp_i_channel_hold(channel);
+    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
+    vkp_i_channel_freed(channel); /* places that were given back were passed */
+    vkp_i_channel_release(channel);
+    return ready;
 }
 
 static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
@@ -4684,7 +4710,8 @@ VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
     const vkp_i_lane *lane = &rx->channel->lane;
     uint64_t count = 0;
     for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
-        count += (VKP_I_LOAD_ACQ(&lane->tail) >> 1) - VKP_I_LOAD(&lane->head);
+        /* A value may be received before the slow path moved tail. */
+        count += vkp_i_used(VKP_I_LOAD_ACQ(&lane->tail) >> 1, VKP_I_LOAD(&lane->head));
     }
     return (size_t)count;
 }
@@ -4856,7 +4883,10 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
     }
     channel = tx->lane->channel;
     if (VKP_I_UNREF(&tx->refs) == 1) {
-        VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the lane may be gone from here on */
+        if (tx != &channel->tx) {
+            (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
+            VKP_I_STORE_REL(&tx->lane->dead, 1u); /* it may be gone from here on */
+        }
         vkp_i_channel_lose(channel);
     }
 }
@@ -5212,10 +5242,10 @@ static void vkp_i_slot_wake(vkp_i_wait *wait)
     VKP_I_STORE_REL(&wait->done, 1u);
 }
 
-/* End the sender's side with SENT or ABANDONED; false when the receiver closed first. */
-static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t outcome)
+/* End the sender's side, seen in `state`, with SENT or ABANDONED; false when the receiver closed
+   first.                                                                                      */
+static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
 {
-    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
     while ((state & VKP_I_SLOT_ENDED) == 0) {
         bool waits = (state & VKP_I_SLOT_RX_WAITING) != 0;
         vkp_i_wait *receiver = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver) : NULL;
@@ -5234,15 +5264,17 @@ static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t outcome)
 
 VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 {
+    uint32_t state;
     VKP_I_REQUIRE(slot != NULL && item != NULL);
-    VKP_I_REQUIRE((VKP_I_LOAD(&slot->i_state) & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_REQUIRE((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
     VKP_I_COPY_IN(slot->i_value.bytes, item, slot->i_elem_bytes);
-    return vkp_i_oneshot_finish(slot, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
+    return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 {
-    (void)vkp_i_oneshot_finish(slot, VKP_I_SLOT_ABANDONED);
+    (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
 }
 
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
@@ -5598,7 +5630,7 @@ static vkp_status vkp_i_audience_wait_gone(vkp_i_audience *audience, uint64_t de
 }
 
 /* Values that are copied while they may be overwritten, word by word. */
-static void vkp_i_words_store(uint64_t *words, const void *item, size_t bytes)
+static inline void vkp_i_words_store(uint64_t *words, const void *item, size_t bytes)
 {
     const uint8_t *from = (const uint8_t *)item;
     for (; bytes >= sizeof *words; bytes -= sizeof *words, from += sizeof *words, words++) {
@@ -5613,7 +5645,7 @@ static void vkp_i_words_store(uint64_t *words, const void *item, size_t bytes)
     }
 }
 
-static void vkp_i_words_load(void *out, const uint64_t *words, size_t bytes)
+static inline void vkp_i_words_load(void *out, const uint64_t *words, size_t bytes)
 {
     uint8_t *to = (uint8_t *)out;
     for (; bytes >= sizeof *words; bytes -= sizeof *words, to += sizeof *words, words++) {
@@ -5828,25 +5860,37 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
 }
 
 /* Copy the value of the ticket out; false when its place holds a later one. */
-static bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
+static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
 {
     uint64_t *place = vkp_i_place(channel, ticket);
+    uint64_t seq = vkp_i_place_seq(ticket);
     bool held;
-    if (channel->config.retain != NULL) {
-        vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
-        held = VKP_I_LOAD_ACQ(place) == vkp_i_place_seq(ticket);
-        if (held) {
-            VKP_I_COPY_OUT(out, place + 1, channel->config.elem_bytes);
-            channel->config.retain(channel->config.user, out);
+    if (channel->config.retain == NULL) {
+        if (VKP_I_LOAD_ACQ(place) != seq) {
+            return false;
         }
-        vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
-        return held;
+        vkp_i_words_load(out, place + 1, channel->config.elem_bytes);
+        return VKP_I_LOAD(place) == seq;
     }
-    if (VKP_I_LOAD_ACQ(place) != vkp_i_place_seq(ticket)) {
+    vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
+    held = VKP_I_LOAD_ACQ(place) == seq;
+    if (held) {
+        VKP_I_COPY_OUT(out, place + 1, channel->config.elem_bytes);
+        channel->config.retain(channel->config.user, out);
+    }
+    vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
+    return held;
+}
+
+/* The way of nearly every value. */
+static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
+{
+    const vkp_i_broadcast *channel = rx->channel;
+    if (rx->next == VKP_I_LOAD_ACQ(&channel->tail) || !vkp_i_place_read(channel, rx->next, out)) {
         return false;
     }
-    vkp_i_words_load(out, place + 1, channel->config.elem_bytes);
-    return VKP_I_LOAD(place) == vkp_i_place_seq(ticket);
+    rx->next++;
+    return true;
 }
 
 static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_t capacity,
@@ -5936,7 +5980,8 @@ VKP_API vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
-    return vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
+    return vkp_i_broadcast_take_one(rx, out) ? VKP_OK
+                                             : vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
 }
 
 VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size_t capacity,
@@ -5960,7 +6005,10 @@ VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size
 VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out, uint64_t deadline_ns)
 {
     size_t count;
-    return vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_broadcast_take_one(rx, out)
+               ? VKP_OK
+               : vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
 }
 
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
@@ -6018,6 +6066,7 @@ typedef struct vkp_i_watch {
     uint64_t version;    /* atomic: of the newest value */
     vkp_i_cell *current; /* atomic */
     vkp_i_cell *cells;   /* latch */
+    uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
     vkp_i_audience audience;
 } vkp_i_watch;
 
@@ -6094,6 +6143,9 @@ static void vkp_i_watch_unref(vkp_i_watch *watch)
             watch->config.drop(watch->config.user, cell->words);
         }
         vkp_i_free(env, cell, vkp_i_cell_bytes(watch));
+    }
+    if (watch->scratch != NULL) {
+        vkp_i_free(env, watch->scratch, watch->words * sizeof(uint64_t));
     }
     vkp_i_audience_deinit(&watch->audience);
     vkp_i_free(env, watch, sizeof *watch);
@@ -6219,37 +6271,60 @@ VKP_API vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item)
     return vkp_watch_get_receivers(tx) == 0 ? VKP_ERR_CLOSED : vkp_watch_replace(tx, item);
 }
 
+/* Latched: where `modify` may write, apart from the cells that others read; NULL without memory. */
+static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
+{
+    if (watch->scratch == NULL) {
+        watch->scratch =
+            (uint64_t *)vkp_i_alloc_zero(watch->config.env, watch->words * sizeof(uint64_t));
+    }
+    return watch->scratch;
+}
+
+/* Latched: a new version made by `modify`; OK with *modified false when it changed nothing. */
+static vkp_status vkp_i_watch_modify(vkp_i_watch *watch, bool (*modify)(void *user, void *item),
+                                     void *user, bool *modified)
+{
+    uint64_t *scratch = vkp_i_watch_scratch(watch);
+    vkp_i_cell *cell;
+    *modified = false;
+    if (scratch == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_words_load(scratch, VKP_I_LOAD(&watch->current)->words, watch->config.elem_bytes);
+    if (!modify(user, scratch)) {
+        return VKP_OK;
+    }
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_words_store(cell->words, scratch, watch->config.elem_bytes);
+    (void)vkp_i_watch_publish(watch, cell);
+    *modified = true;
+    return VKP_OK;
+}
+
 VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
                                               bool (*modify)(void *user, void *item), void *user,
                                               bool *changed)
 {
     vkp_i_watch *watch;
-    vkp_i_cell *cell;
-    bool modified = false;
+    vkp_status status;
+    bool modified;
     bool biased;
     VKP_I_REQUIRE(tx != NULL && modify != NULL && tx->watch.config.drop == NULL);
     watch = &tx->watch;
     biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
-    cell = vkp_i_watch_take_cell(watch);
-    if (cell != NULL) {
-        vkp_i_words_store(cell->words, VKP_I_LOAD(&watch->current)->words,
-                          watch->config.elem_bytes);
-        modified = modify(user, cell->words);
-        if (modified) {
-            (void)vkp_i_watch_publish(watch, cell);
-        }
-    }
+    status = vkp_i_watch_modify(watch, modify, user, &modified);
     vkp_i_biased_unlock(&watch->latch, biased);
-    if (cell == NULL) {
-        return VKP_ERR_NOMEM;
-    }
     if (modified) {
         vkp_i_audience_signal(&watch->audience);
     }
-    if (changed != NULL) {
+    if (status == VKP_OK && changed != NULL) {
         *changed = modified;
     }
-    return VKP_OK;
+    return status;
 }
 
 /* Copy the newest value out: its version. */
@@ -11859,7 +11934,8 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
         if (slot != NULL) {
             slot->i_owner = NULL; /* before the send: the slot may be gone after it */
             if (reply == NULL) {
-                ended = vkp_i_oneshot_finish(slot, VKP_I_SLOT_ABANDONED);
+                ended = vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state),
+                                             VKP_I_SLOT_ABANDONED);
             } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
                 reply = NULL;
                 ended = true;

@@ -11,7 +11,7 @@ sh tests/run.sh [options]
   --all                   the suite three times: as it is, with ASan + UBSan, with TSan
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
-  --label LABEL           only feature, compile, script, corpus, fuzz or nested tests
+  --label LABEL           only feature, compile, script, corpus, model, fuzz or nested tests
   --no-install            fail instead of installing
 END
 }

@@ -152,6 +152,7 @@ TEST_CASE("base: VKP_ZERO gives all-zero structs", "[base]")
     CHECK(env.user == nullptr);
     CHECK(env.sys == nullptr);
     CHECK(env.log_level == VKP_LOG_DEFAULT);
+    CHECK(env.spins == 0);
 }
 
 TEST_CASE("sys: the default table has every member and is one static table", "[base][sys]")
@@ -167,6 +168,20 @@ TEST_CASE("sys: the default table has every member and is one static table", "[b
         INFO("member " << i);
         CHECK(words[i] != 0);
     }
+}
+
+TEST_CASE("sys: processors are counted; a barrier is there or is not", "[base][sys]")
+{
+    const vkp_sys *sys = vkp_sys_default();
+    CHECK(sys->processors() >= 1);
+    CHECK(sys->processors() == sys->processors());
+    sys->yield();
+    const int prepared = sys->membarrier(true);
+    CHECK((prepared >= 0) == (sys->membarrier(false) >= 0));
+    CHECK(sys->membarrier(true) == prepared);
+#ifndef __linux__
+    CHECK(prepared == -ENOSYS);
+#endif
 }
 
 TEST_CASE("sys: clock, random numbers and process id", "[base][sys]")

@@ -86,7 +86,8 @@ uint64_t sequence_of(uint64_t value)
     return value & 0xffffffffu;
 }
 
-// What a drop function saw. A channel calls it from one thread at a time, yet from any.
+// What a drop function saw, in tests where one thread drops. Two may at once: a sender that was
+// late and the receiver that goes.
 struct Drops {
     std::vector<uint64_t> values;
     static void drop(void *user, void *item)

@@ -1,0 +1,675 @@
+// SPDX-License-Identifier: MIT
+//
+// The one-shot call by call, as its contracts have it, in the caller's memory and on the heap:
+// every operation, its three ways of waiting (try, until a deadline, a loop's watch) on both
+// sides. test_oneshot.cpp has its ends racing each other.
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "support/client_probe.h"
+#include "support/park_probe.h"
+#include "support/support.h"
+
+namespace {
+
+// membarrier or not makes no difference to a slot, which has no gate. Spinning does.
+const std::vector<uint32_t> all_spins = {0, VKP_SPINS_NONE};
+
+vkp_env env_of(uint32_t spins)
+{
+    vkp_env env = VKP_ZERO;
+    env.sys = vkp_test_probed_sys();
+    env.spins = spins;
+    return env;
+}
+
+std::vector<const vkp_backend *> backends()
+{
+    std::vector<const vkp_backend *> found;
+    for (const vkp_backend *const *at = vkp_test_backends(); *at != nullptr; at++) {
+        found.push_back(*at);
+    }
+    return found;
+}
+
+#define ON_EVERY_BACKEND                                           \
+    const vkp_backend *backend = GENERATE(from_range(backends())); \
+    INFO("backend " << backend->name)
+
+struct Drops {
+    std::atomic<uint64_t> count{0};
+    std::atomic<uint64_t> last{0};
+    static void drop(void *user, void *item)
+    {
+        Drops *self = static_cast<Drops *>(user);
+        self->count.fetch_add(1, std::memory_order_relaxed);
+        self->last.store(*static_cast<uint64_t *>(item), std::memory_order_relaxed);
+    }
+};
+
+// A slot for a number, in this object or on the heap. Whoever uses a heap slot to its end on both
+// sides has nothing to free; the counting environment knows.
+struct Slot {
+    Drops drops;
+    vkp_oneshot own;
+    vkp_oneshot *slot = &own;
+    Slot(bool heap, const vkp_env *env)
+    {
+        const vkp_status status = heap ? vkp_oneshot_open(env, 8, Drops::drop, &drops, &slot)
+                                       : vkp_oneshot_init(&own, env, 8, Drops::drop, &drops);
+        if (status != VKP_OK) {
+            vkp_test_fail("no slot");
+        }
+    }
+    Slot(const Slot &) = delete;
+    Slot &operator=(const Slot &) = delete;
+    vkp_status send(uint64_t value)
+    {
+        return vkp_oneshot_send(slot, &value);
+    }
+};
+
+struct Env {
+    vkp_test_env test;
+    explicit Env(const vkp_sys *sys = nullptr)
+    {
+        vkp_test_env_init(&test);
+        test.env.sys = sys;
+    }
+    ~Env()
+    {
+        vkp_test_env_deinit(&test); // aborts if a slot was left behind
+    }
+    Env(const Env &) = delete;
+    Env &operator=(const Env &) = delete;
+};
+
+// A thread inside a call that waits. The constructor returns once others can see it wait.
+class Waiting {
+  public:
+    explicit Waiting(std::function<vkp_status()> call)
+        : thread_([this, call] {
+              vkp_test_parks = &parks_;
+              status_ = call();
+              vkp_test_parks = nullptr;
+          })
+    {
+        vkp_test_await_park(parks_);
+    }
+    ~Waiting()
+    {
+        if (thread_.joinable()) {
+            thread_.join();
+        }
+    }
+    vkp_status join()
+    {
+        thread_.join();
+        return status_;
+    }
+    unsigned parks() const
+    {
+        return parks_.load();
+    }
+
+  private:
+    std::atomic<unsigned> parks_{0};
+    vkp_status status_ = VKP_ERR_INVALID;
+    std::thread thread_;
+};
+
+class CaseWatch {
+  public:
+    CaseWatch(vkp_loop *loop, vkp_case what, std::function<void()> fn) : fn_(std::move(fn))
+    {
+        status = vkp_case_watch_open(loop, &what, call, this, &watch_);
+    }
+    ~CaseWatch()
+    {
+        stop();
+    }
+    CaseWatch(const CaseWatch &) = delete;
+    CaseWatch &operator=(const CaseWatch &) = delete;
+    void stop()
+    {
+        vkp_case_watch_close(std::exchange(watch_, nullptr));
+    }
+    vkp_status status;
+    int calls = 0;
+
+  private:
+    static void call(void *user)
+    {
+        CaseWatch *self = static_cast<CaseWatch *>(user);
+        self->calls++;
+        self->fn_();
+    }
+    std::function<void()> fn_;
+    vkp_case_watch *watch_ = nullptr;
+};
+
+// Rounds in which nothing is due must call nobody.
+void quiet_rounds(vkp_loop *loop)
+{
+    for (int i = 0; i < 3; i++) {
+        if (vkp_loop_run_once(loop, 0) != VKP_OK) {
+            vkp_test_fail("a round failed");
+        }
+    }
+}
+
+} // namespace
+
+// ---------------------------------------------------------------------------------------------
+// Each call
+
+TEST_CASE("oneshot api: open refuses what makes no slot", "[oneshot]")
+{
+    Env counted;
+    vkp_oneshot *slot = nullptr;
+    const vkp_env *env = &counted.test.env;
+    CHECK(vkp_oneshot_open(env, 8, nullptr, nullptr, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_oneshot_open(env, 0, nullptr, nullptr, &slot) == VKP_ERR_INVALID);
+    CHECK(vkp_oneshot_open(env, VKP_ONESHOT_BYTES + 1, nullptr, nullptr, &slot) == VKP_ERR_INVALID);
+    CHECK(vkp_test_env_live_blocks(&counted.test) == 0);
+    vkp_test_env_fault(&counted.test, VKP_TEST_FAULT_ONCE, 1);
+    CHECK(vkp_oneshot_open(env, 8, nullptr, nullptr, &slot) == VKP_ERR_NOMEM);
+    CHECK(slot == nullptr);
+    vkp_test_env_fault(&counted.test, VKP_TEST_FAULT_NONE, 0);
+    REQUIRE(vkp_oneshot_open(env, VKP_ONESHOT_BYTES, nullptr, nullptr, &slot) == VKP_OK);
+    unsigned char in[VKP_ONESHOT_BYTES];
+    unsigned char out[VKP_ONESHOT_BYTES] = {0};
+    std::memset(in, 0x5a, sizeof in);
+    CHECK(vkp_oneshot_send(slot, in) == VKP_OK);
+    CHECK(vkp_oneshot_recv(slot, out, VKP_FOREVER) == VKP_OK);
+    CHECK(std::memcmp(in, out, sizeof in) == 0);
+}
+
+TEST_CASE("oneshot api: one allocation for a slot of the heap, none for what happens to it",
+          "[oneshot][memory]")
+{
+    Env counted;
+    for (uint64_t i = 0; i < 100; i++) {
+        const uint64_t before = vkp_test_env_calls(&counted.test);
+        Slot s(true, &counted.test.env);
+        uint64_t value = 0;
+        CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
+        CHECK(s.send(i) == VKP_OK);
+        CHECK(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+        CHECK(value == i);
+        CHECK(vkp_test_env_calls(&counted.test) == before + 1);
+        CHECK(vkp_test_env_live_blocks(&counted.test) == 0);
+    }
+}
+
+TEST_CASE("oneshot api: null arguments of the further calls are INVALID", "[oneshot]")
+{
+    CHECK(vkp_oneshot_wait_closed(nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_oneshot_wait_closed(nullptr, VKP_FOREVER) == VKP_ERR_INVALID);
+}
+
+TEST_CASE("oneshot api: what is sent before the close of the sender's side is received",
+          "[oneshot]")
+{
+    for (const bool heap : {false, true}) {
+        for (const bool trying : {false, true}) {
+            Env counted;
+            Slot s(heap, &counted.test.env);
+            uint64_t value = 0;
+            CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
+            CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
+            CHECK(s.send(5) == VKP_OK);
+            CHECK((trying ? vkp_oneshot_try_recv(s.slot, &value)
+                          : vkp_oneshot_recv(s.slot, &value, 0)) == VKP_OK);
+            CHECK(value == 5);
+            CHECK(s.drops.count.load() == 0);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: a sender that gives up is CLOSED to the receiver", "[oneshot]")
+{
+    for (const bool heap : {false, true}) {
+        for (const bool trying : {false, true}) {
+            Env counted;
+            Slot s(heap, &counted.test.env);
+            uint64_t value = 3;
+            vkp_oneshot_abandon(s.slot);
+            CHECK((trying ? vkp_oneshot_try_recv(s.slot, &value)
+                          : vkp_oneshot_recv(s.slot, &value, VKP_FOREVER)) == VKP_ERR_CLOSED);
+            CHECK(value == 3);
+            CHECK(s.drops.count.load() == 0);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: a value for a receiver that has gone stays the sender's", "[oneshot]")
+{
+    for (const bool heap : {false, true}) {
+        for (int ending = 0; ending < 2; ending++) { // close, a wait that ran out
+            Env counted;
+            Slot s(heap, &counted.test.env);
+            uint64_t value = 0;
+            if (ending == 0) {
+                vkp_oneshot_close(s.slot);
+            } else {
+                CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_ERR_TIMEOUT);
+            }
+            CHECK(vkp_oneshot_is_closed(s.slot));
+            CHECK(vkp_oneshot_wait_closed(s.slot, 0) == VKP_OK);
+            CHECK(s.send(5) == VKP_ERR_CLOSED);
+            CHECK(s.drops.count.load() == 0);
+        }
+        Env counted;
+        Slot s(heap, &counted.test.env);
+        vkp_oneshot_close(s.slot);
+        vkp_oneshot_abandon(s.slot);
+        CHECK(s.drops.count.load() == 0);
+    }
+}
+
+TEST_CASE("oneshot api: a value that nobody receives is dropped by the receiver's close, once",
+          "[oneshot]")
+{
+    for (const bool heap : {false, true}) {
+        Env counted;
+        Slot s(heap, &counted.test.env);
+        CHECK(s.send(8) == VKP_OK);
+        CHECK(s.drops.count.load() == 0);
+        vkp_oneshot_close(s.slot);
+        CHECK(s.drops.count.load() == 1);
+        CHECK(s.drops.last.load() == 8);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The three ways of waiting, on both sides
+
+TEST_CASE("oneshot api: recv: a try, a deadline, a wait that either end of the sender ends",
+          "[oneshot][threads]")
+{
+    const vkp_env env = env_of(GENERATE(from_range(all_spins)));
+    for (const bool heap : {false, true}) {
+        uint64_t value = 0;
+        {
+            Slot s(heap, &env);
+            CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
+            const uint64_t deadline = vkp_after_ms(2);
+            CHECK(vkp_oneshot_recv(s.slot, &value, deadline) == VKP_ERR_TIMEOUT);
+            CHECK(vkp_now_ns() >= deadline);
+            CHECK(s.send(1) == VKP_ERR_CLOSED);
+        }
+        for (uint64_t i = 0; i < 20; i++) {
+            Slot s(heap, &env);
+            Waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+            if (i % 2 == 0) {
+                REQUIRE(s.send(i) == VKP_OK);
+                REQUIRE(receiver.join() == VKP_OK);
+                REQUIRE(value == i);
+            } else {
+                vkp_oneshot_abandon(s.slot);
+                REQUIRE(receiver.join() == VKP_ERR_CLOSED);
+            }
+            REQUIRE(s.drops.count.load() == 0);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: wait_closed: a try, a deadline, a wait that the receiver's end ends",
+          "[oneshot][threads]")
+{
+    const vkp_env env = env_of(GENERATE(from_range(all_spins)));
+    for (const bool heap : {false, true}) {
+        for (int ending = 0; ending < 2; ending++) { // close, a wait that ran out
+            Slot s(heap, &env);
+            uint64_t value = 0;
+            CHECK(vkp_oneshot_wait_closed(s.slot, 0) == VKP_ERR_TIMEOUT);
+            const uint64_t deadline = vkp_after_ms(2);
+            CHECK(vkp_oneshot_wait_closed(s.slot, deadline) == VKP_ERR_TIMEOUT);
+            CHECK(vkp_now_ns() >= deadline);
+            CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
+            Waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
+            if (ending == 0) {
+                vkp_oneshot_close(s.slot);
+            } else {
+                CHECK(vkp_oneshot_recv(s.slot, &value, vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
+            }
+            CHECK(sender.join() == VKP_OK);
+            CHECK(s.send(1) == VKP_ERR_CLOSED);
+            CHECK(s.drops.count.load() == 0);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: both sides wait: the receiver's deadline ends both", "[oneshot][threads]")
+{
+    const vkp_env env = env_of(VKP_SPINS_NONE);
+    for (int round = 0; round < 20; round++) {
+        Slot s(round % 2 != 0, &env);
+        uint64_t value = 0;
+        Waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
+        CHECK(vkp_oneshot_recv(s.slot, &value, vkp_now_ns() + 100000) == VKP_ERR_TIMEOUT);
+        CHECK(sender.join() == VKP_OK);
+        vkp_oneshot_abandon(s.slot);
+    }
+}
+
+TEST_CASE("oneshot api: after waiting for the close in vain the sender may still send", "[oneshot]")
+{
+    for (const bool heap : {false, true}) {
+        Env counted;
+        Slot s(heap, &counted.test.env);
+        uint64_t value = 0;
+        CHECK(vkp_oneshot_wait_closed(s.slot, vkp_now_ns() + 1000) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
+        CHECK(s.send(4) == VKP_OK);
+        CHECK(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+        CHECK(value == 4);
+    }
+}
+
+TEST_CASE("oneshot api: a receiver's watch is called for the value and for the end, not before",
+          "[oneshot][loop]")
+{
+    ON_EVERY_BACKEND;
+    const vkp_env env = env_of(0);
+    for (const bool heap : {false, true}) {
+        for (int ending = 0; ending < 3; ending++) { // send, abandon, sent before the watch
+            INFO("heap " << heap << " ending " << ending);
+            vkp_test_loop loop(backend);
+            Slot s(heap, &env);
+            uint64_t value = 0;
+            vkp_status status = VKP_ERR_EMPTY;
+            if (ending == 2) {
+                REQUIRE(s.send(6) == VKP_OK);
+            }
+            std::unique_ptr<CaseWatch> watch;
+            watch = std::make_unique<CaseWatch>(loop, vkp_case_oneshot_recv(s.slot, nullptr), [&] {
+                watch->stop(); // before the slot may go
+                status = vkp_oneshot_try_recv(s.slot, &value);
+            });
+            REQUIRE(watch->status == VKP_OK);
+            std::thread sender;
+            if (ending < 2) {
+                quiet_rounds(loop);
+                CHECK(watch->calls == 0);
+                sender = std::thread([&] {
+                    if (ending == 0) {
+                        if (s.send(6) != VKP_OK) {
+                            vkp_test_fail("a value was refused");
+                        }
+                    } else {
+                        vkp_oneshot_abandon(s.slot);
+                    }
+                });
+            }
+            vkp_test_run_until(loop, "the slot's end", [&] { return status != VKP_ERR_EMPTY; });
+            if (sender.joinable()) {
+                sender.join();
+            }
+            CHECK(status == (ending == 1 ? VKP_ERR_CLOSED : VKP_OK));
+            CHECK(value == (ending == 1 ? 0 : 6));
+            quiet_rounds(loop);
+            CHECK(watch->calls == 1);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: a receiver's watch that ends leaves the slot open", "[oneshot][loop]")
+{
+    ON_EVERY_BACKEND;
+    Env counted;
+    vkp_test_loop loop(backend);
+    Slot s(true, &counted.test.env);
+    uint64_t value = 0;
+    {
+        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        REQUIRE(watch.status == VKP_OK);
+        quiet_rounds(loop);
+        CHECK(watch.calls == 0);
+    }
+    CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
+    {
+        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        CHECK(s.send(9) == VKP_OK);
+        watch.stop(); // the wake is under way
+        quiet_rounds(loop);
+        CHECK(watch.calls == 0);
+    }
+    CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
+    CHECK(value == 9);
+}
+
+TEST_CASE("oneshot api: a sender's watch is called when the receiver has closed, not before",
+          "[oneshot][loop]")
+{
+    ON_EVERY_BACKEND;
+    const vkp_env env = env_of(0);
+    for (const bool heap : {false, true}) {
+        vkp_test_loop loop(backend);
+        Slot s(heap, &env);
+        std::unique_ptr<CaseWatch> watch;
+        bool closed = false;
+        watch = std::make_unique<CaseWatch>(loop, vkp_case_oneshot_closed(s.slot), [&] {
+            watch->stop();
+            closed = vkp_oneshot_is_closed(s.slot);
+            vkp_oneshot_abandon(s.slot);
+        });
+        REQUIRE(watch->status == VKP_OK);
+        quiet_rounds(loop);
+        CHECK(watch->calls == 0);
+        std::thread receiver([&] { vkp_oneshot_close(s.slot); });
+        vkp_test_run_until(loop, "the close", [&] { return watch->calls > 0; });
+        receiver.join();
+        CHECK(closed);
+        quiet_rounds(loop);
+        CHECK(watch->calls == 1);
+    }
+    // A sender that answers ends its watch first.
+    vkp_test_loop loop(backend);
+    Slot s(false, &env);
+    uint64_t value = 0;
+    CaseWatch watch(loop, vkp_case_oneshot_closed(s.slot), [] {});
+    quiet_rounds(loop);
+    watch.stop();
+    CHECK(s.send(2) == VKP_OK);
+    quiet_rounds(loop);
+    CHECK(vkp_oneshot_recv(&s.own, &value, 0) == VKP_OK);
+    CHECK(watch.calls == 0);
+}
+
+TEST_CASE("oneshot api: a watch that finds no memory leaves the slot as it was", "[oneshot][loop]")
+{
+    ON_EVERY_BACKEND;
+    vkp_test_loop loop(backend);
+    Slot s(false, nullptr);
+    uint64_t value = 0;
+    vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, 1);
+    {
+        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, &value), [] {});
+        CHECK(watch.status == VKP_ERR_NOMEM);
+    }
+    vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
+    CaseWatch nothing(loop, vkp_case_oneshot_recv(nullptr, &value), [] {});
+    CHECK(nothing.status == VKP_OK);
+    CHECK(s.send(1) == VKP_OK);
+    quiet_rounds(loop);
+    CHECK(nothing.calls == 0);
+    CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
+}
+
+// ---------------------------------------------------------------------------------------------
+// What it costs, and both sides at once
+
+namespace {
+
+// Counts what a slot asks of the system; what no slot needs is not there to be called.
+struct Calls {
+    std::atomic<uint64_t> parks{0};
+    std::atomic<uint64_t> unparks{0};
+    std::atomic<uint64_t> others{0};
+} calls;
+
+const vkp_sys *counting_sys()
+{
+    static const vkp_sys table = [] {
+        vkp_sys counting = {};
+        counting.park = [](vkp_parker *parker, uint64_t deadline_ns) {
+            calls.parks.fetch_add(1);
+            vkp_test_probed_sys()->park(parker, deadline_ns);
+        };
+        counting.unpark = [](vkp_parker *parker) {
+            calls.unparks.fetch_add(1);
+            vkp_sys_default()->unpark(parker);
+        };
+        counting.yield = [] {
+            calls.others.fetch_add(1);
+            vkp_sys_default()->yield();
+        };
+        counting.processors = [] {
+            calls.others.fetch_add(1);
+            return uint32_t{2};
+        };
+        counting.clock_ns = [] {
+            calls.others.fetch_add(1);
+            return vkp_sys_default()->clock_ns();
+        };
+        return counting;
+    }();
+    return &table;
+}
+
+} // namespace
+
+TEST_CASE("oneshot api: the system is called by who sleeps, once, and to wake it, once",
+          "[oneshot][system][threads]")
+{
+    vkp_env env = VKP_ZERO;
+    env.sys = counting_sys();
+    env.spins = GENERATE(from_range(all_spins));
+    for (const bool heap : {false, true}) {
+        uint64_t value = 0;
+        for (uint64_t i = 0; i < 1000; i++) {
+            const uint64_t before = calls.parks + calls.unparks + calls.others;
+            Slot s(heap, &env);
+            REQUIRE(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
+            REQUIRE(s.send(i) == VKP_OK);
+            REQUIRE(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+            REQUIRE(calls.parks + calls.unparks + calls.others == before);
+        }
+        const uint64_t parks = calls.parks.load();
+        const uint64_t unparks = calls.unparks.load();
+        Slot s(heap, &env);
+        Waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+        const uint64_t asleep = calls.parks + calls.unparks + calls.others;
+        for (int lap = 0; lap < 100; lap++) {
+            sched_yield();
+        }
+        CHECK(calls.parks + calls.unparks + calls.others == asleep);
+        REQUIRE(s.send(3) == VKP_OK);
+        CHECK(receiver.join() == VKP_OK);
+        CHECK(calls.parks.load() - parks == 1);
+        CHECK(calls.unparks.load() - unparks == 1);
+    }
+}
+
+TEST_CASE("oneshot api: threads: all ends of a heap slot race: one fate for the value, none leaked",
+          "[oneshot][threads]")
+{
+    const vkp_env env = env_of(GENERATE(from_range(all_spins)));
+    // Slots of the library's default allocator: leaks and late uses are the sanitizers' to find.
+    struct Round {
+        vkp_oneshot *slot = nullptr;
+        Drops drops;
+        vkp_status sent = VKP_ERR_INVALID;
+        vkp_status received = VKP_ERR_INVALID;
+    };
+    const size_t count = 3000;
+    std::vector<Round> rounds(count);
+    for (Round &round : rounds) {
+        REQUIRE(vkp_oneshot_open(&env, 8, Drops::drop, &round.drops, &round.slot) == VKP_OK);
+    }
+    std::atomic<size_t> turn{0};
+    const auto meet = [&](size_t i) { // each side comes to round i with the other
+        turn.fetch_add(1);
+        while (turn.load() < 2 * (i + 1)) {
+            sched_yield();
+        }
+    };
+    std::thread sender([&] {
+        for (size_t i = 0; i < count; i++) {
+            Round &round = rounds[i];
+            const uint64_t value = i;
+            meet(i);
+            for (volatile size_t wait = 0; wait < i * 7 % 150; wait = wait + 1) {
+            }
+            switch (i % 4) {
+            case 0:
+                vkp_oneshot_abandon(round.slot);
+                round.sent = VKP_ERR_CLOSED;
+                break;
+            case 1:
+                round.sent = VKP_ERR_TIMEOUT;
+                if (vkp_oneshot_wait_closed(round.slot, vkp_now_ns() + i % 5 * 5000) == VKP_OK) {
+                    round.sent =
+                        vkp_oneshot_is_closed(round.slot) ? VKP_ERR_CLOSED : VKP_ERR_INVALID;
+                }
+                if (round.sent == VKP_ERR_TIMEOUT) {
+                    round.sent = vkp_oneshot_send(round.slot, &value);
+                } else {
+                    vkp_oneshot_abandon(round.slot);
+                }
+                break;
+            default:
+                round.sent = vkp_oneshot_send(round.slot, &value);
+                break;
+            }
+        }
+    });
+    size_t wrong = 0;
+    for (size_t i = 0; i < count; i++) {
+        Round &round = rounds[i];
+        uint64_t value = UINT64_MAX;
+        meet(i);
+        for (volatile size_t wait = 0; wait < i * 11 % 150; wait = wait + 1) {
+        }
+        switch (i / 4 % 4) {
+        case 0:
+            round.received = vkp_oneshot_recv(round.slot, &value, VKP_FOREVER);
+            break;
+        case 1:
+            round.received = vkp_oneshot_recv(round.slot, &value, vkp_now_ns() + i % 5 * 5000);
+            break;
+        case 2:
+            round.received = vkp_oneshot_try_recv(round.slot, &value);
+            if (round.received == VKP_ERR_EMPTY) {
+                vkp_oneshot_close(round.slot);
+            }
+            break;
+        default:
+            vkp_oneshot_close(round.slot);
+            break;
+        }
+        wrong += round.received == VKP_OK ? value != i : value != UINT64_MAX;
+    }
+    sender.join();
+    for (const Round &round : rounds) {
+        const uint64_t dropped = round.drops.count.load();
+        const uint64_t taken = round.received == VKP_OK ? 1 : 0;
+        wrong += (round.sent == VKP_OK ? 1u : 0u) != taken + dropped ? 1 : 0;
+        wrong += round.sent != VKP_OK && round.sent != VKP_ERR_CLOSED ? 1 : 0;
+    }
+    CHECK(wrong == 0);
+}
