@@ -2068,8 +2068,10 @@ extern "C" {
 #define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
-#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer()) /* who runs, never 0 or 1 */
+/* Who runs; never 0 or 1. */
+#if VKP_I_LINUX && defined(__x86_64__) && \
+    (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
+#define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer())
 #else
 #define VKP_I_SELF() ((uintptr_t)pthread_self())
 #endif
