@@ -1295,7 +1295,8 @@ VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
    still be FULL. One watch per receiving end. A watch or select of a one-shot ends before the same
    side finishes it (send, abandon, close).
    Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
-   Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID (vkp_case_fd, closed loop)   */
+   Threads: loop's     In callbacks: ok
+   Errors: NOMEM, INVALID (vkp_case_fd, vkp_case_deadline, closed loop)                        */
 typedef struct vkp_case_watch vkp_case_watch;
 VKP_API VKP_NODISCARD vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what,
                                                      void (*fn)(void *user), void *user,
@@ -2046,7 +2047,7 @@ extern "C" {
    ======================================================================================
    All atomics of the file go through these macros, so that a model checker can take them over
    (VKP_I_ATOMICS_FILE). No fences: ThreadSanitizer does not see them. Where a store must be seen
-   before a later load of another variable, both sides use the SEQ forms.                      */
+   before a later load of another variable, both sides use the SEQ forms, or a gate (park).    */
 #ifdef VKP_I_ATOMICS_FILE
 #include VKP_I_ATOMICS_FILE
 #else
@@ -2887,7 +2888,8 @@ VKP_API const vkp_sys *vkp_sys_default(void)
    the condition true unlinks it and calls wake, both under the list's lock; so a waiter that is
    no longer linked when its owner takes the lock has been woken completely, and its memory may
    go. wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
-   Lock order: a channel's or token's lock, then nothing (the loop's queue takes no lock).     */
+   Lock order: a channel's or token's lock, then what wake takes: a parker's, where there are no
+   futexes (the loop's queue takes none). Latches: the senders', then a place's.               */
 
 typedef struct vkp_i_waiter {
     struct vkp_i_waiter *prev; /* NULL when not linked */
@@ -3696,7 +3698,7 @@ struct vkp_i_channel {
     vkp_mpsc_tx tx;
     vkp_mpsc_rx rx;
     vkp_mpsc_weak weak;
-    size_t refs;    /* atomic: all senders together, the receiver, weak senders, a watch */
+    size_t refs;    /* atomic: all senders together, the receiver, weak senders */
     size_t handles; /* atomic: senders; the references of one count once */
     uint32_t flags; /* gate: VKP_I_RX_* */
     uint32_t ended; /* atomic: VKP_I_ENDED_* */
@@ -7405,10 +7407,11 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
     return VKP_OK;
 }
 
-/* ---- a channel under watch ----
-   The waiter is linked while the channel is empty. Woken, it queues its task; the task calls back
-   and, if values remain, queues itself again behind the others: a busy channel does not starve
-   the loop. `busy`: the task is queued or running; the struct is freed only when it is not.   */
+/* ---- a case under watch ----
+   Its task calls back when the case is ready, and puts the watch among the unarmed ones. At the end
+   of the round those that are ready queue their tasks again, behind the others: a busy channel
+   does not starve the loop; the rest join their cases once nothing else is left to do. A wake-up
+   queues the task. The struct is freed when the task is not queued and the handle is back.    */
 
 struct vkp_case_watch {
     vkp_i_task task;
