@@ -4636,11 +4636,21 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
+/* Worth to try again: what a receiver that waits awake looks at. */
+static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
+{
+    return channel->evicts
+               ? vkp_i_channel_is_ready(channel)
+               : vkp_i_channel_find(channel) != NULL || VKP_I_LOAD(&channel->ended) != 0;
+}
+
 /* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
 static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
     vkp_i_channel *channel = rx->channel;
+    const vkp_sys *sys = vkp_i_sys(channel->config.env);
+    vkp_i_spin spin = {0, 0};
     vkp_i_batch batch;
     vkp_case cases[2];
     vkp_i_wait waits[2];
@@ -4648,13 +4658,19 @@ static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, s
     vkp_status status;
     if (deadline_ns != 0) {
         vkp_i_lane_linger(channel->rx_lane, channel->spins);
+        while (vkp_i_spin_again(&spin, sys, channel->spins) &&
+               !vkp_i_channel_looks_ready(channel)) {
+        }
+        if (capacity == 1 && vkp_i_lane_recv_fast(channel->rx_lane, out)) {
+            *count = 1;
+            return VKP_OK;
+        }
     }
     batch.out = out;
     batch.capacity = capacity;
     cases[0] = vkp_i_case(&vkp_i_case_recv_many, channel, &batch);
     cases[1] = vkp_case_cancel(cancel);
-    status = vkp_i_select(cases, 2, 0, waits, vkp_i_sys(channel->config.env), channel->spins,
-                          deadline_ns, &won);
+    status = vkp_i_select(cases, 2, 0, waits, sys, 0, deadline_ns, &won);
     if (status != VKP_OK) {
         return status;
     }
@@ -5453,7 +5469,12 @@ VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadl
     if (deadline_ns != 0) {
         const vkp_env *env = slot->i_env;
         vkp_case receive = vkp_i_case(&vkp_i_case_oneshot, slot, out);
-        status = vkp_i_select_few(&receive, 1, env, vkp_i_spins(env), deadline_ns);
+        vkp_i_spin spin = {0, 0};
+        uint32_t spins = vkp_i_spins(env);
+        while (vkp_i_spin_again(&spin, vkp_i_sys(env), spins) &&
+               !vkp_i_oneshot_has_ended(&receive)) {
+        }
+        status = vkp_i_select_few(&receive, 1, env, 0, deadline_ns);
         if (status != VKP_ERR_TIMEOUT) {
             return status;
         }
