@@ -879,6 +879,19 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     {                                                                                              \
         return (name##_tx *)(uintptr_t)vkp_mpsc_tx_ref(name##_raw_tx(tx));                         \
     }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_tx_clone(name##_tx *tx, name##_tx **clone)      \
+    {                                                                                              \
+        vkp_mpsc_tx *raw;                                                                          \
+        vkp_status status;                                                                         \
+        if (clone == NULL) {                                                                       \
+            return VKP_ERR_INVALID;                                                                \
+        }                                                                                          \
+        status = vkp_mpsc_tx_clone(name##_raw_tx(tx), &raw);                                       \
+        if (status == VKP_OK) {                                                                    \
+            *clone = (name##_tx *)(uintptr_t)raw;                                                  \
+        }                                                                                          \
+        return status;                                                                             \
+    }                                                                                              \
     VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                             \
     {                                                                                              \
         vkp_mpsc_tx_unref(name##_raw_tx(tx));                                                      \
@@ -909,7 +922,19 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_reserve(                                        \
         name##_tx *tx, vkp_mpsc_permit *permit, name##_value **value, uint64_t deadline_ns)        \
     {                                                                                              \
-        vkp_status status = vkp_mpsc_reserve(name##_raw_tx(tx), permit, deadline_ns);              \
+        vkp_status status = value != NULL                                                          \
+                                ? vkp_mpsc_reserve(name##_raw_tx(tx), permit, deadline_ns)         \
+                                : VKP_ERR_INVALID;                                                 \
+        if (status == VKP_OK) {                                                                    \
+            *value = (name##_value *)permit->item;                                                 \
+        }                                                                                          \
+        return status;                                                                             \
+    }                                                                                              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_reserve(                                    \
+        name##_tx *tx, vkp_mpsc_permit *permit, name##_value **value)                              \
+    {                                                                                              \
+        vkp_status status =                                                                        \
+            value != NULL ? vkp_mpsc_try_reserve(name##_raw_tx(tx), permit) : VKP_ERR_INVALID;     \
         if (status == VKP_OK) {                                                                    \
             *value = (name##_value *)permit->item;                                                 \
         }                                                                                          \
@@ -932,7 +957,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_peek(name##_rx *rx, const name##_value **value) \
     {                                                                                              \
         const void *item;                                                                          \
-        vkp_status status = vkp_mpsc_peek(name##_raw_rx(rx), &item);                               \
+        vkp_status status =                                                                        \
+            value != NULL ? vkp_mpsc_peek(name##_raw_rx(rx), &item) : VKP_ERR_INVALID;             \
         if (status == VKP_OK) {                                                                    \
             *value = (const name##_value *)item;                                                   \
         }                                                                                          \
@@ -982,69 +1008,89 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     }                                                                                      \
     struct name
 
-#define VKP_BROADCAST_TYPED(name, T)                                                          \
-    typedef T name##_value;                                                                   \
-    typedef struct name##_tx name##_tx;                                                       \
-    typedef struct name##_rx name##_rx;                                                       \
-    VKP_TYPED_CALL vkp_broadcast_tx *name##_raw_tx(const name##_tx *tx)                       \
-    {                                                                                         \
-        return (vkp_broadcast_tx *)(uintptr_t)tx;                                             \
-    }                                                                                         \
-    VKP_TYPED_CALL vkp_broadcast_rx *name##_raw_rx(const name##_rx *rx)                       \
-    {                                                                                         \
-        return (vkp_broadcast_rx *)(uintptr_t)rx;                                             \
-    }                                                                                         \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_broadcast_config *config,   \
-                                                        name##_tx **tx)                       \
-    {                                                                                         \
-        vkp_broadcast_config typed = VKP_ZERO;                                                \
-        vkp_broadcast_tx *raw;                                                                \
-        vkp_status status;                                                                    \
-        if (config == NULL || tx == NULL) {                                                   \
-            return VKP_ERR_INVALID;                                                           \
-        }                                                                                     \
-        typed = *config;                                                                      \
-        typed.elem_bytes = sizeof(name##_value);                                              \
-        status = vkp_broadcast_open(&typed, &raw);                                            \
-        if (status == VKP_OK) {                                                               \
-            *tx = (name##_tx *)(uintptr_t)raw;                                                \
-        }                                                                                     \
-        return status;                                                                        \
-    }                                                                                         \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)   \
-    {                                                                                         \
-        vkp_broadcast_rx *raw;                                                                \
-        vkp_status status = vkp_broadcast_subscribe(name##_raw_tx(tx), &raw);                 \
-        if (status == VKP_OK) {                                                               \
-            *rx = (name##_rx *)(uintptr_t)raw;                                                \
-        }                                                                                     \
-        return status;                                                                        \
-    }                                                                                         \
-    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                    \
-    {                                                                                         \
-        return (name##_tx *)(uintptr_t)vkp_broadcast_tx_ref(name##_raw_tx(tx));               \
-    }                                                                                         \
-    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                        \
-    {                                                                                         \
-        vkp_broadcast_tx_unref(name##_raw_tx(tx));                                            \
-    }                                                                                         \
-    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                        \
-    {                                                                                         \
-        vkp_broadcast_rx_unref(name##_raw_rx(rx));                                            \
-    }                                                                                         \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)    \
-    {                                                                                         \
-        return vkp_broadcast_send(name##_raw_tx(tx), &value);                                 \
-    }                                                                                         \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,     \
-                                                        uint64_t deadline_ns)                 \
-    {                                                                                         \
-        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                       \
-    }                                                                                         \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out) \
-    {                                                                                         \
-        return vkp_broadcast_try_recv(name##_raw_rx(rx), out);                                \
-    }                                                                                         \
+#define VKP_BROADCAST_TYPED(name, T)                                                              \
+    typedef T name##_value;                                                                       \
+    typedef struct name##_tx name##_tx;                                                           \
+    typedef struct name##_rx name##_rx;                                                           \
+    VKP_TYPED_CALL vkp_broadcast_tx *name##_raw_tx(const name##_tx *tx)                           \
+    {                                                                                             \
+        return (vkp_broadcast_tx *)(uintptr_t)tx;                                                 \
+    }                                                                                             \
+    VKP_TYPED_CALL vkp_broadcast_rx *name##_raw_rx(const name##_rx *rx)                           \
+    {                                                                                             \
+        return (vkp_broadcast_rx *)(uintptr_t)rx;                                                 \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_broadcast_config *config,       \
+                                                        name##_tx **tx)                           \
+    {                                                                                             \
+        vkp_broadcast_config typed = VKP_ZERO;                                                    \
+        vkp_broadcast_tx *raw;                                                                    \
+        vkp_status status;                                                                        \
+        if (config == NULL || tx == NULL) {                                                       \
+            return VKP_ERR_INVALID;                                                               \
+        }                                                                                         \
+        typed = *config;                                                                          \
+        typed.elem_bytes = sizeof(name##_value);                                                  \
+        status = vkp_broadcast_open(&typed, &raw);                                                \
+        if (status == VKP_OK) {                                                                   \
+            *tx = (name##_tx *)(uintptr_t)raw;                                                    \
+        }                                                                                         \
+        return status;                                                                            \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)       \
+    {                                                                                             \
+        vkp_broadcast_rx *raw;                                                                    \
+        vkp_status status =                                                                       \
+            rx != NULL ? vkp_broadcast_subscribe(name##_raw_tx(tx), &raw) : VKP_ERR_INVALID;      \
+        if (status == VKP_OK) {                                                                   \
+            *rx = (name##_rx *)(uintptr_t)raw;                                                    \
+        }                                                                                         \
+        return status;                                                                            \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_resubscribe(name##_rx *rx, name##_rx **fresh)  \
+    {                                                                                             \
+        vkp_broadcast_rx *raw;                                                                    \
+        vkp_status status =                                                                       \
+            fresh != NULL ? vkp_broadcast_resubscribe(name##_raw_rx(rx), &raw) : VKP_ERR_INVALID; \
+        if (status == VKP_OK) {                                                                   \
+            *fresh = (name##_rx *)(uintptr_t)raw;                                                 \
+        }                                                                                         \
+        return status;                                                                            \
+    }                                                                                             \
+    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                        \
+    {                                                                                             \
+        return (name##_tx *)(uintptr_t)vkp_broadcast_tx_ref(name##_raw_tx(tx));                   \
+    }                                                                                             \
+    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                            \
+    {                                                                                             \
+        vkp_broadcast_tx_unref(name##_raw_tx(tx));                                                \
+    }                                                                                             \
+    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                            \
+    {                                                                                             \
+        vkp_broadcast_rx_unref(name##_raw_rx(rx));                                                \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)        \
+    {                                                                                             \
+        return vkp_broadcast_send(name##_raw_tx(tx), &value);                                     \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,         \
+                                                        uint64_t deadline_ns)                     \
+    {                                                                                             \
+        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                           \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                     \
+        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns)   \
+    {                                                                                             \
+        return vkp_broadcast_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);     \
+    }                                                                                             \
+    VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                    \
+    {                                                                                             \
+        return vkp_case_broadcast_recv(name##_raw_rx(rx), out);                                   \
+    }                                                                                             \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)     \
+    {                                                                                             \
+        return vkp_broadcast_try_recv(name##_raw_rx(rx), out);                                    \
+    }                                                                                             \
     struct name##_tx
 
 #define VKP_WATCH_TYPED(name, T)                                                                \
@@ -1082,11 +1128,26 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)     \
     {                                                                                           \
         vkp_watch_rx *raw;                                                                      \
-        vkp_status status = vkp_watch_subscribe(name##_raw_tx(tx), &raw);                       \
+        vkp_status status =                                                                     \
+            rx != NULL ? vkp_watch_subscribe(name##_raw_tx(tx), &raw) : VKP_ERR_INVALID;        \
         if (status == VKP_OK) {                                                                 \
             *rx = (name##_rx *)(uintptr_t)raw;                                                  \
         }                                                                                       \
         return status;                                                                          \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_rx_clone(name##_rx *rx, name##_rx **copy)    \
+    {                                                                                           \
+        vkp_watch_rx *raw;                                                                      \
+        vkp_status status =                                                                     \
+            copy != NULL ? vkp_watch_rx_clone(name##_raw_rx(rx), &raw) : VKP_ERR_INVALID;       \
+        if (status == VKP_OK) {                                                                 \
+            *copy = (name##_rx *)(uintptr_t)raw;                                                \
+        }                                                                                       \
+        return status;                                                                          \
+    }                                                                                           \
+    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                      \
+    {                                                                                           \
+        return (name##_tx *)(uintptr_t)vkp_watch_tx_ref(name##_raw_tx(tx));                     \
     }                                                                                           \
     VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                          \
     {                                                                                           \
@@ -1108,9 +1169,18 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     {                                                                                           \
         return vkp_watch_get(name##_raw_rx(rx), out);                                           \
     }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_get_and_update(name##_rx *rx,                \
+                                                                  name##_value *out)            \
+    {                                                                                           \
+        return vkp_watch_get_and_update(name##_raw_rx(rx), out);                                \
+    }                                                                                           \
     VKP_TYPED_CALL const name##_value *name##_borrow(name##_rx *rx)                             \
     {                                                                                           \
         return (const name##_value *)vkp_watch_borrow(name##_raw_rx(rx));                       \
+    }                                                                                           \
+    VKP_TYPED_CALL const name##_value *name##_borrow_and_update(name##_rx *rx)                  \
+    {                                                                                           \
+        return (const name##_value *)vkp_watch_borrow_and_update(name##_raw_rx(rx));            \
     }                                                                                           \
     VKP_TYPED_CALL void name##_release(name##_rx *rx)                                           \
     {                                                                                           \

@@ -275,3 +275,83 @@ TEST_CASE("typed: threads: a request, its slot in the caller's memory, and the r
         CHECK(wrong.load() == 0);
     }
 }
+
+namespace {
+struct Rest {
+    int64_t number;
+};
+VKP_MPSC_TYPED(rest_queue, Rest);
+VKP_BROADCAST_TYPED(rest_news, Rest);
+VKP_WATCH_TYPED(rest_state, Rest);
+} // namespace
+
+TEST_CASE("typed: clones, places, batches and copies have the type, too")
+{
+    rest_queue_tx *tx = nullptr;
+    rest_queue_tx *clone = nullptr;
+    rest_queue_rx *rx = nullptr;
+    vkp_mpsc_config queue = VKP_ZERO;
+    queue.lanes = true;
+    REQUIRE(rest_queue_open(&queue, &tx, &rx) == VKP_OK);
+    REQUIRE(rest_queue_tx_clone(tx, &clone) == VKP_OK);
+    vkp_mpsc_permit permit = VKP_ZERO;
+    Rest *place = nullptr;
+    REQUIRE(rest_queue_try_reserve(clone, &permit, &place) == VKP_OK);
+    place->number = 7;
+    vkp_mpsc_commit(&permit);
+    Rest got = {0};
+    REQUIRE(rest_queue_try_recv(rx, &got) == VKP_OK);
+    CHECK(got.number == 7);
+    CHECK(rest_queue_tx_clone(tx, nullptr) == VKP_ERR_INVALID);
+    CHECK(rest_queue_try_reserve(tx, &permit, nullptr) == VKP_ERR_INVALID);
+    CHECK(rest_queue_peek(rx, nullptr) == VKP_ERR_INVALID);
+    rest_queue_tx_unref(clone);
+    rest_queue_tx_unref(tx);
+    rest_queue_rx_unref(rx);
+
+    rest_news_tx *news = nullptr;
+    rest_news_rx *reader = nullptr;
+    rest_news_rx *late = nullptr;
+    vkp_broadcast_config ring = VKP_ZERO;
+    ring.capacity_items = 4;
+    REQUIRE(rest_news_open(&ring, &news) == VKP_OK);
+    REQUIRE(rest_news_subscribe(news, &reader) == VKP_OK);
+    REQUIRE(rest_news_send(news, Rest{1}) == VKP_OK);
+    REQUIRE(rest_news_resubscribe(reader, &late) == VKP_OK);
+    REQUIRE(rest_news_send(news, Rest{2}) == VKP_OK);
+    Rest batch[4] = {{0}, {0}, {0}, {0}};
+    size_t count = 0;
+    REQUIRE(rest_news_recv_many(reader, batch, 4, &count, 0) == VKP_OK);
+    CHECK(count == 2);
+    CHECK(batch[1].number == 2);
+    size_t won = 9;
+    vkp_case cases[] = {rest_news_case_recv(late, &got)};
+    REQUIRE(vkp_select(cases, 1, 0, &won) == VKP_OK);
+    CHECK(got.number == 2);
+    CHECK(rest_news_resubscribe(reader, nullptr) == VKP_ERR_INVALID);
+    rest_news_rx_unref(reader);
+    rest_news_rx_unref(late);
+    rest_news_tx_unref(news);
+
+    rest_state_tx *state = nullptr;
+    rest_state_rx *looker = nullptr;
+    rest_state_rx *copy = nullptr;
+    const Rest initial = {3};
+    REQUIRE(rest_state_open(nullptr, &initial, &state) == VKP_OK);
+    REQUIRE(rest_state_subscribe(state, &looker) == VKP_OK);
+    REQUIRE(rest_state_rx_clone(looker, &copy) == VKP_OK);
+    rest_state_tx_unref(rest_state_tx_ref(state));
+    REQUIRE(rest_state_send(state, Rest{4}) == VKP_OK);
+    REQUIRE(rest_state_get_and_update(looker, &got) == VKP_OK);
+    CHECK(got.number == 4);
+    CHECK(rest_state_changed(looker, 0) == VKP_ERR_TIMEOUT);
+    const Rest *seen = rest_state_borrow_and_update(copy);
+    REQUIRE(seen != nullptr);
+    CHECK(seen->number == 4);
+    rest_state_release(copy);
+    CHECK(rest_state_changed(copy, 0) == VKP_ERR_TIMEOUT);
+    CHECK(rest_state_rx_clone(looker, nullptr) == VKP_ERR_INVALID);
+    rest_state_rx_unref(copy);
+    rest_state_rx_unref(looker);
+    rest_state_tx_unref(state);
+}
