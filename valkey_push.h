@@ -305,7 +305,8 @@ struct vkp_sys {
     void (*yield)(void);                                    /* let another thread run */
     uint32_t (*processors)(void);                           /* online */
     /* A full barrier on every running thread of the process; `prepare` once before the first one.
-       Negative where there is none: senders then pay for a barrier of their own.              */
+       Negative where there is none: senders then pay for a barrier of their own. What was prepared
+       must work until the end: a sandbox that refuses it comes before the first channel.      */
     int (*membarrier)(bool prepare);
     int (*socket)(int family, int type);
     int (*bind)(int fd, const void *address, uint32_t bytes);
@@ -3355,7 +3356,10 @@ static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, s
                 used++;
             }
         }
-        return sleeper->sys->poll(polls, used, sleeper->deadline_ns) != 0; /* the cases tell more */
+        /* The cases tell more. A poll that ends early, its time-out being too long, is no
+           deadline.                                                                            */
+        return sleeper->sys->poll(polls, used, sleeper->deadline_ns) != 0 ||
+               sleeper->sys->clock_ns() < sleeper->deadline_ns;
     }
 #endif
     (void)cases;
@@ -3454,7 +3458,7 @@ static inline void vkp_i_latch_unlock(uint32_t *latch)
 }
 
 /* Bias: what nearly always ONE thread does belongs to that thread, and it does it with plain
-   stores. Another one that comes revokes that for good (vkp_i_bias_take, under a lock of its own),
+   stores. Another one that comes revokes that for good (vkp_i_biased_lock, vkp_i_lane_own),
    which costs a membarrier once; where there is none nobody owns anything.                     */
 typedef struct vkp_i_bias {
     uintptr_t owner; /* atomic: a thread, VKP_I_NOBODY yet, or VKP_I_SHARED for good */

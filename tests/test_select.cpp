@@ -1252,6 +1252,42 @@ TEST_CASE("select: a sleep among descriptors outlives signals", "[select]")
     CHECK(interrupted.load() > 3);
 }
 
+TEST_CASE("select: a poll that ends before the deadline is not the deadline", "[select]")
+{
+    // As poll does where a time-out is longer than its number of milliseconds can say.
+    static std::atomic<int> early;
+    early = 0;
+    vkp_sys sys = *vkp_sys_default();
+    sys.poll = [](void *pollfds, size_t count, uint64_t deadline_ns) {
+        if (deadline_ns != 0 && early.fetch_add(1) < 3) {
+            return 0;
+        }
+        return vkp_sys_default()->poll(pollfds, count, deadline_ns);
+    };
+    vkp_env env = VKP_ZERO;
+    env.sys = &sys;
+    int fds[2];
+    REQUIRE(pipe(fds) == 0);
+    vkp_cancel *token = nullptr;
+    REQUIRE(vkp_cancel_open(&env, nullptr, &token) == VKP_OK);
+    vkp_case cases[] = {vkp_case_fd(fds[0], VKP_READ), vkp_case_cancel(token)};
+    size_t won = 9;
+    std::atomic<bool> over{false};
+    std::thread other([&] {
+        while (early.load() < 4 && !over.load()) {
+            std::this_thread::yield();
+        }
+        vkp_cancel_trigger(token);
+    });
+    CHECK(vkp_select(cases, 2, vkp_test_deadline(), &won) == VKP_OK);
+    over = true;
+    other.join();
+    CHECK(won == 1);
+    vkp_cancel_unref(token);
+    close(fds[0]);
+    close(fds[1]);
+}
+
 TEST_CASE("select: work until cancelled", "[select][threads]")
 {
     // Tokio's run_until_cancelled: the work in one case, the token in the other.
