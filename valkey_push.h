@@ -843,18 +843,49 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
 
 #define VKP_TYPED_CALL static inline __attribute__((unused))
 
+/* The two ends of a typed channel, for the macros below. */
+#define VKP_TYPED_ENDS(name, T, raw_tx_type, raw_rx_type, raw_tx_ref, raw_tx_unref, raw_rx_unref) \
+    typedef T name##_value;                                                                       \
+    typedef struct name##_tx name##_tx;                                                           \
+    typedef struct name##_rx name##_rx;                                                           \
+    VKP_TYPED_CALL raw_tx_type *name##_raw_tx(const name##_tx *tx)                                \
+    {                                                                                             \
+        return (raw_tx_type *)(uintptr_t)tx;                                                      \
+    }                                                                                             \
+    VKP_TYPED_CALL raw_rx_type *name##_raw_rx(const name##_rx *rx)                                \
+    {                                                                                             \
+        return (raw_rx_type *)(uintptr_t)rx;                                                      \
+    }                                                                                             \
+    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                        \
+    {                                                                                             \
+        return (name##_tx *)(uintptr_t)raw_tx_ref(name##_raw_tx(tx));                             \
+    }                                                                                             \
+    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                            \
+    {                                                                                             \
+        raw_tx_unref(name##_raw_tx(tx));                                                          \
+    }                                                                                             \
+    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                            \
+    {                                                                                             \
+        raw_rx_unref(name##_raw_rx(rx));                                                          \
+    }
+
+/* A call that gives one end (`to` is tx or rx) beside another. */
+#define VKP_TYPED_GIVE(name, verb, from, to, raw_type, raw_call)                                  \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_##verb(name##_##from *self, name##_##to **end) \
+    {                                                                                             \
+        raw_type *raw;                                                                            \
+        vkp_status status =                                                                       \
+            end != NULL ? raw_call(name##_raw_##from(self), &raw) : VKP_ERR_INVALID;              \
+        if (status == VKP_OK) {                                                                   \
+            *end = (name##_##to *)(uintptr_t)raw;                                                 \
+        }                                                                                         \
+        return status;                                                                            \
+    }
+
 #define VKP_MPSC_TYPED(name, T)                                                                    \
-    typedef T name##_value;                                                                        \
-    typedef struct name##_tx name##_tx;                                                            \
-    typedef struct name##_rx name##_rx;                                                            \
-    VKP_TYPED_CALL vkp_mpsc_tx *name##_raw_tx(const name##_tx *tx)                                 \
-    {                                                                                              \
-        return (vkp_mpsc_tx *)(uintptr_t)tx;                                                       \
-    }                                                                                              \
-    VKP_TYPED_CALL vkp_mpsc_rx *name##_raw_rx(const name##_rx *rx)                                 \
-    {                                                                                              \
-        return (vkp_mpsc_rx *)(uintptr_t)rx;                                                       \
-    }                                                                                              \
+    VKP_TYPED_ENDS(name, T, vkp_mpsc_tx, vkp_mpsc_rx, vkp_mpsc_tx_ref, vkp_mpsc_tx_unref,          \
+                   vkp_mpsc_rx_unref)                                                              \
+    VKP_TYPED_GIVE(name, tx_clone, tx, tx, vkp_mpsc_tx, vkp_mpsc_tx_clone)                         \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_mpsc_config *config,             \
                                                         name##_tx **tx, name##_rx **rx)            \
     {                                                                                              \
@@ -875,31 +906,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
             *rx = (name##_rx *)(uintptr_t)raw_rx;                                                  \
         }                                                                                          \
         return status;                                                                             \
-    }                                                                                              \
-    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                         \
-    {                                                                                              \
-        return (name##_tx *)(uintptr_t)vkp_mpsc_tx_ref(name##_raw_tx(tx));                         \
-    }                                                                                              \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_tx_clone(name##_tx *tx, name##_tx **clone)      \
-    {                                                                                              \
-        vkp_mpsc_tx *raw;                                                                          \
-        vkp_status status;                                                                         \
-        if (clone == NULL) {                                                                       \
-            return VKP_ERR_INVALID;                                                                \
-        }                                                                                          \
-        status = vkp_mpsc_tx_clone(name##_raw_tx(tx), &raw);                                       \
-        if (status == VKP_OK) {                                                                    \
-            *clone = (name##_tx *)(uintptr_t)raw;                                                  \
-        }                                                                                          \
-        return status;                                                                             \
-    }                                                                                              \
-    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                             \
-    {                                                                                              \
-        vkp_mpsc_tx_unref(name##_raw_tx(tx));                                                      \
-    }                                                                                              \
-    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                             \
-    {                                                                                              \
-        vkp_mpsc_rx_unref(name##_raw_rx(rx));                                                      \
     }                                                                                              \
     VKP_TYPED_CALL void name##_close(name##_rx *rx)                                                \
     {                                                                                              \
@@ -1009,103 +1015,57 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     }                                                                                      \
     struct name
 
-#define VKP_BROADCAST_TYPED(name, T)                                                              \
-    typedef T name##_value;                                                                       \
-    typedef struct name##_tx name##_tx;                                                           \
-    typedef struct name##_rx name##_rx;                                                           \
-    VKP_TYPED_CALL vkp_broadcast_tx *name##_raw_tx(const name##_tx *tx)                           \
-    {                                                                                             \
-        return (vkp_broadcast_tx *)(uintptr_t)tx;                                                 \
-    }                                                                                             \
-    VKP_TYPED_CALL vkp_broadcast_rx *name##_raw_rx(const name##_rx *rx)                           \
-    {                                                                                             \
-        return (vkp_broadcast_rx *)(uintptr_t)rx;                                                 \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_broadcast_config *config,       \
-                                                        name##_tx **tx)                           \
-    {                                                                                             \
-        vkp_broadcast_config typed = VKP_ZERO;                                                    \
-        vkp_broadcast_tx *raw;                                                                    \
-        vkp_status status;                                                                        \
-        if (config == NULL || tx == NULL) {                                                       \
-            return VKP_ERR_INVALID;                                                               \
-        }                                                                                         \
-        typed = *config;                                                                          \
-        typed.elem_bytes = sizeof(name##_value);                                                  \
-        status = vkp_broadcast_open(&typed, &raw);                                                \
-        if (status == VKP_OK) {                                                                   \
-            *tx = (name##_tx *)(uintptr_t)raw;                                                    \
-        }                                                                                         \
-        return status;                                                                            \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)       \
-    {                                                                                             \
-        vkp_broadcast_rx *raw;                                                                    \
-        vkp_status status =                                                                       \
-            rx != NULL ? vkp_broadcast_subscribe(name##_raw_tx(tx), &raw) : VKP_ERR_INVALID;      \
-        if (status == VKP_OK) {                                                                   \
-            *rx = (name##_rx *)(uintptr_t)raw;                                                    \
-        }                                                                                         \
-        return status;                                                                            \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_resubscribe(name##_rx *rx, name##_rx **fresh)  \
-    {                                                                                             \
-        vkp_broadcast_rx *raw;                                                                    \
-        vkp_status status =                                                                       \
-            fresh != NULL ? vkp_broadcast_resubscribe(name##_raw_rx(rx), &raw) : VKP_ERR_INVALID; \
-        if (status == VKP_OK) {                                                                   \
-            *fresh = (name##_rx *)(uintptr_t)raw;                                                 \
-        }                                                                                         \
-        return status;                                                                            \
-    }                                                                                             \
-    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                        \
-    {                                                                                             \
-        return (name##_tx *)(uintptr_t)vkp_broadcast_tx_ref(name##_raw_tx(tx));                   \
-    }                                                                                             \
-    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                            \
-    {                                                                                             \
-        vkp_broadcast_tx_unref(name##_raw_tx(tx));                                                \
-    }                                                                                             \
-    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                            \
-    {                                                                                             \
-        vkp_broadcast_rx_unref(name##_raw_rx(rx));                                                \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)        \
-    {                                                                                             \
-        return vkp_broadcast_send(name##_raw_tx(tx), &value);                                     \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,         \
-                                                        uint64_t deadline_ns)                     \
-    {                                                                                             \
-        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                           \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                     \
-        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns)   \
-    {                                                                                             \
-        return vkp_broadcast_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);     \
-    }                                                                                             \
-    VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                    \
-    {                                                                                             \
-        return vkp_case_broadcast_recv(name##_raw_rx(rx), out);                                   \
-    }                                                                                             \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)     \
-    {                                                                                             \
-        return vkp_broadcast_try_recv(name##_raw_rx(rx), out);                                    \
-    }                                                                                             \
+#define VKP_BROADCAST_TYPED(name, T)                                                            \
+    VKP_TYPED_ENDS(name, T, vkp_broadcast_tx, vkp_broadcast_rx, vkp_broadcast_tx_ref,           \
+                   vkp_broadcast_tx_unref, vkp_broadcast_rx_unref)                              \
+    VKP_TYPED_GIVE(name, subscribe, tx, rx, vkp_broadcast_rx, vkp_broadcast_subscribe)          \
+    VKP_TYPED_GIVE(name, resubscribe, rx, rx, vkp_broadcast_rx, vkp_broadcast_resubscribe)      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(const vkp_broadcast_config *config,     \
+                                                        name##_tx **tx)                         \
+    {                                                                                           \
+        vkp_broadcast_config typed = VKP_ZERO;                                                  \
+        vkp_broadcast_tx *raw;                                                                  \
+        vkp_status status;                                                                      \
+        if (config == NULL || tx == NULL) {                                                     \
+            return VKP_ERR_INVALID;                                                             \
+        }                                                                                       \
+        typed = *config;                                                                        \
+        typed.elem_bytes = sizeof(name##_value);                                                \
+        status = vkp_broadcast_open(&typed, &raw);                                              \
+        if (status == VKP_OK) {                                                                 \
+            *tx = (name##_tx *)(uintptr_t)raw;                                                  \
+        }                                                                                       \
+        return status;                                                                          \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)      \
+    {                                                                                           \
+        return vkp_broadcast_send(name##_raw_tx(tx), &value);                                   \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,       \
+                                                        uint64_t deadline_ns)                   \
+    {                                                                                           \
+        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                         \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                   \
+        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns) \
+    {                                                                                           \
+        return vkp_broadcast_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);   \
+    }                                                                                           \
+    VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                  \
+    {                                                                                           \
+        return vkp_case_broadcast_recv(name##_raw_rx(rx), out);                                 \
+    }                                                                                           \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)   \
+    {                                                                                           \
+        return vkp_broadcast_try_recv(name##_raw_rx(rx), out);                                  \
+    }                                                                                           \
     struct name##_tx
 
 #define VKP_WATCH_TYPED(name, T)                                                                \
-    typedef T name##_value;                                                                     \
-    typedef struct name##_tx name##_tx;                                                         \
-    typedef struct name##_rx name##_rx;                                                         \
-    VKP_TYPED_CALL vkp_watch_tx *name##_raw_tx(const name##_tx *tx)                             \
-    {                                                                                           \
-        return (vkp_watch_tx *)(uintptr_t)tx;                                                   \
-    }                                                                                           \
-    VKP_TYPED_CALL vkp_watch_rx *name##_raw_rx(const name##_rx *rx)                             \
-    {                                                                                           \
-        return (vkp_watch_rx *)(uintptr_t)rx;                                                   \
-    }                                                                                           \
+    VKP_TYPED_ENDS(name, T, vkp_watch_tx, vkp_watch_rx, vkp_watch_tx_ref, vkp_watch_tx_unref,   \
+                   vkp_watch_rx_unref)                                                          \
+    VKP_TYPED_GIVE(name, subscribe, tx, rx, vkp_watch_rx, vkp_watch_subscribe)                  \
+    VKP_TYPED_GIVE(name, rx_clone, rx, rx, vkp_watch_rx, vkp_watch_rx_clone)                    \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(                                        \
         const vkp_watch_config *config, const name##_value *initial, name##_tx **tx)            \
     {                                                                                           \
@@ -1125,38 +1085,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
             *tx = (name##_tx *)(uintptr_t)raw;                                                  \
         }                                                                                       \
         return status;                                                                          \
-    }                                                                                           \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_subscribe(name##_tx *tx, name##_rx **rx)     \
-    {                                                                                           \
-        vkp_watch_rx *raw;                                                                      \
-        vkp_status status =                                                                     \
-            rx != NULL ? vkp_watch_subscribe(name##_raw_tx(tx), &raw) : VKP_ERR_INVALID;        \
-        if (status == VKP_OK) {                                                                 \
-            *rx = (name##_rx *)(uintptr_t)raw;                                                  \
-        }                                                                                       \
-        return status;                                                                          \
-    }                                                                                           \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_rx_clone(name##_rx *rx, name##_rx **copy)    \
-    {                                                                                           \
-        vkp_watch_rx *raw;                                                                      \
-        vkp_status status =                                                                     \
-            copy != NULL ? vkp_watch_rx_clone(name##_raw_rx(rx), &raw) : VKP_ERR_INVALID;       \
-        if (status == VKP_OK) {                                                                 \
-            *copy = (name##_rx *)(uintptr_t)raw;                                                \
-        }                                                                                       \
-        return status;                                                                          \
-    }                                                                                           \
-    VKP_TYPED_CALL name##_tx *name##_tx_ref(name##_tx *tx)                                      \
-    {                                                                                           \
-        return (name##_tx *)(uintptr_t)vkp_watch_tx_ref(name##_raw_tx(tx));                     \
-    }                                                                                           \
-    VKP_TYPED_CALL void name##_tx_unref(name##_tx *tx)                                          \
-    {                                                                                           \
-        vkp_watch_tx_unref(name##_raw_tx(tx));                                                  \
-    }                                                                                           \
-    VKP_TYPED_CALL void name##_rx_unref(name##_rx *rx)                                          \
-    {                                                                                           \
-        vkp_watch_rx_unref(name##_raw_rx(rx));                                                  \
     }                                                                                           \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name##_tx *tx, name##_value value)      \
     {                                                                                           \
