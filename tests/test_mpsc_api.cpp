@@ -16,52 +16,27 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "support/channel_probe.h"
 #include "support/client_probe.h"
 #include "support/park_probe.h"
 #include "support/support.h"
 
 namespace {
 
-struct Build {
-    const char *name;
-    bool membarrier;
-    uint32_t spins;
-};
+#define EVERY_BUILD \
+    from_range(std::vector<vkp_test_build>(std::begin(vkp_test_builds), std::end(vkp_test_builds)))
 
-const vkp_sys *sys_of(const Build &build)
-{
-    static const vkp_sys fenced = [] {
-        vkp_sys copy = *vkp_test_probed_sys();
-        copy.membarrier = [](bool) { return -ENOSYS; };
-        return copy;
-    }();
-    return build.membarrier ? vkp_test_probed_sys() : &fenced;
-}
-
-// Where the system has no membarrier the first two are the same as the last two.
-const std::vector<Build> builds = {{"membarrier", true, 0},
-                                   {"membarrier, no spins", true, VKP_SPINS_NONE},
-                                   {"fences", false, 0},
-                                   {"fences, no spins", false, VKP_SPINS_NONE}};
-
-vkp_env env_of(const Build &build)
-{
-    vkp_env env = VKP_ZERO;
-    env.sys = sys_of(build);
-    env.spins = build.spins;
-    return env;
-}
-
-#define ON_EVERY_BUILD                                \
-    const Build build = GENERATE(from_range(builds)); \
-    INFO("build: " << build.name);                    \
-    const vkp_env env = env_of(build)
+#define ON_EVERY_BUILD                                  \
+    const vkp_test_build build = GENERATE(EVERY_BUILD); \
+    INFO("build: " << build.name);                      \
+    const vkp_env env = vkp_test_env_of(build)
 
 std::vector<const vkp_backend *> backends()
 {
@@ -178,85 +153,11 @@ struct Drops {
     }
 };
 
-// A thread inside a call that waits. The constructor returns once others can see it wait.
-class Waiting {
-  public:
-    explicit Waiting(std::function<vkp_status()> call)
-        : thread_([this, call] {
-              vkp_test_parks = &parks_;
-              status_ = call();
-              vkp_test_parks = nullptr;
-          })
-    {
-        vkp_test_await_park(parks_);
-    }
-    ~Waiting()
-    {
-        if (thread_.joinable()) {
-            thread_.join();
-        }
-    }
-    vkp_status join()
-    {
-        thread_.join();
-        return status_;
-    }
-    unsigned parks() const
-    {
-        return parks_.load();
-    }
-
-  private:
-    std::atomic<unsigned> parks_{0};
-    vkp_status status_ = VKP_ERR_INVALID;
-    std::thread thread_;
-};
-
-std::unique_ptr<Waiting> waiting_send(vkp_mpsc_tx *tx, uint64_t value,
-                                      uint64_t deadline_ns = VKP_FOREVER)
+std::unique_ptr<vkp_test_waiting> waiting_send(vkp_mpsc_tx *tx, uint64_t value,
+                                               uint64_t deadline_ns = VKP_FOREVER)
 {
-    return std::make_unique<Waiting>([=] { return vkp_mpsc_send(tx, &value, deadline_ns); });
-}
-
-// A case under watch; calls what it is given, until stop.
-class CaseWatch {
-  public:
-    CaseWatch(vkp_loop *loop, vkp_case what, std::function<void()> fn) : fn_(std::move(fn))
-    {
-        status = vkp_case_watch_open(loop, &what, call, this, &watch_);
-    }
-    ~CaseWatch()
-    {
-        stop();
-    }
-    CaseWatch(const CaseWatch &) = delete;
-    CaseWatch &operator=(const CaseWatch &) = delete;
-    void stop()
-    {
-        vkp_case_watch_close(std::exchange(watch_, nullptr));
-    }
-    vkp_status status;
-    int calls = 0;
-
-  private:
-    static void call(void *user)
-    {
-        CaseWatch *self = static_cast<CaseWatch *>(user);
-        self->calls++;
-        self->fn_();
-    }
-    std::function<void()> fn_;
-    vkp_case_watch *watch_ = nullptr;
-};
-
-// Rounds in which nothing is due must call nobody.
-void quiet_rounds(vkp_loop *loop)
-{
-    for (int i = 0; i < 3; i++) {
-        if (vkp_loop_run_once(loop, 0) != VKP_OK) {
-            vkp_test_fail("a round failed");
-        }
-    }
+    return std::make_unique<vkp_test_waiting>(
+        [=] { return vkp_mpsc_send(tx, &value, deadline_ns); });
 }
 
 uint64_t value_of(uint64_t sender, uint64_t sequence)
@@ -602,7 +503,8 @@ TEST_CASE("mpsc api: recv_many takes what is there and waits for the first only"
     REQUIRE(vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER) == VKP_OK);
     CHECK(count == 3);
     CHECK(out[2] == 10);
-    Waiting receiver([&] { return vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER); });
+    vkp_test_waiting receiver(
+        [&] { return vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER); });
     REQUIRE(channel.try_send(11) == VKP_OK);
     CHECK(receiver.join() == VKP_OK);
     CHECK(count == 1);
@@ -623,7 +525,8 @@ TEST_CASE("mpsc api: recv: a try, a deadline, a wait that send ends", "[mpsc][th
         CHECK(vkp_mpsc_recv(channel.rx, &value, deadline) == VKP_ERR_TIMEOUT);
         CHECK(vkp_now_ns() >= deadline);
         for (uint64_t i = 1; i <= 20; i++) {
-            Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+            vkp_test_waiting receiver(
+                [&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
             switch (i % 3) {
             case 0:
                 REQUIRE(channel.try_send(i) == VKP_OK);
@@ -674,7 +577,7 @@ TEST_CASE("mpsc api: room: a try, a deadline, a wait that recv ends", "[mpsc][th
                              : channel.send(next, deadline)) == VKP_ERR_TIMEOUT);
             CHECK(vkp_now_ns() >= deadline);
             for (int i = 0; i < 10; i++, next++) {
-                Waiting sender([&] {
+                vkp_test_waiting sender([&] {
                     if (!reserving) {
                         return vkp_mpsc_send(channel.tx, &next, VKP_FOREVER);
                     }
@@ -709,8 +612,8 @@ TEST_CASE("mpsc api: wait_closed: a try, a deadline, a wait that the receiver's 
         const uint64_t deadline = vkp_after_ms(2);
         CHECK(vkp_mpsc_wait_closed(channel.tx, deadline) == VKP_ERR_TIMEOUT);
         CHECK(vkp_now_ns() >= deadline);
-        Waiting first([&] { return vkp_mpsc_wait_closed(channel.tx, VKP_FOREVER); });
-        Waiting second([&] { return vkp_mpsc_wait_closed(channel.tx, VKP_FOREVER); });
+        vkp_test_waiting first([&] { return vkp_mpsc_wait_closed(channel.tx, VKP_FOREVER); });
+        vkp_test_waiting second([&] { return vkp_mpsc_wait_closed(channel.tx, VKP_FOREVER); });
         CHECK(channel.try_send(1) == VKP_OK);
         CHECK(channel.next() == 1);
         if (dropping) {
@@ -732,13 +635,13 @@ TEST_CASE("mpsc api: an end wakes whoever waits for a value or for room", "[mpsc
     uint64_t value = 0;
     {
         Channel channel(config_of(1, &env));
-        Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
         channel.leave();
         CHECK(receiver.join() == VKP_ERR_CLOSED);
     }
     {
         Channel channel(config_of(1, &env));
-        Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
         vkp_mpsc_close(channel.rx);
         CHECK(receiver.join() == VKP_ERR_CLOSED);
     }
@@ -749,8 +652,9 @@ TEST_CASE("mpsc api: an end wakes whoever waits for a value or for room", "[mpsc
         vkp_mpsc_permit permit;
         REQUIRE(channel.try_send(1) == VKP_OK);
         const auto sender = waiting_send(channel.tx, 2);
-        Waiting reserver([&] { return vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER); });
-        Waiting several(
+        vkp_test_waiting reserver(
+            [&] { return vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER); });
+        vkp_test_waiting several(
             [&] { return vkp_mpsc_send_many(channel.tx, many, 2, &sent, VKP_FOREVER); });
         if (dropping) {
             channel.drop_receiver();
@@ -790,12 +694,12 @@ TEST_CASE("mpsc api: a receiver under watch: called for each value, for the end,
     REQUIRE(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_OK);
     CHECK(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_ERR_INVALID);
     vkp_test_run_until(loop, "the value before", [&] { return got.size() == 1; });
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(got.size() == 1);
     for (uint64_t i = 1; i <= 3; i++) { // from this thread, and from another while the loop waits
         REQUIRE(channel.try_send(i) == VKP_OK);
         vkp_test_run_until(loop, "a value", [&] { return got.size() == i + 1; });
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
     }
     std::thread sender([&] {
         for (uint64_t i = 4; i < 200; i++) {
@@ -809,12 +713,12 @@ TEST_CASE("mpsc api: a receiver under watch: called for each value, for the end,
     vkp_mpsc_unwatch(channel.rx);
     vkp_mpsc_unwatch(channel.rx);
     REQUIRE(channel.try_send(200) == VKP_OK);
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(got.size() == 200);
     REQUIRE(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_OK);
     channel.leave();
     vkp_test_run_until(loop, "the end", [&] { return ends > 0; });
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(ends == 1);
     REQUIRE(got.size() == 201);
     for (uint64_t i = 0; i <= 200; i++) {
@@ -828,16 +732,17 @@ TEST_CASE("mpsc api: a watch stays silent behind a reserved place, and speaks at
     ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Channel channel(config_of(4, nullptr));
-    CaseWatch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] { (void)channel.next(); });
+    vkp_test_case_watch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr),
+                              [&] { (void)channel.next(); });
     REQUIRE(watch.status == VKP_OK);
     vkp_mpsc_permit permits[2];
     REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permits[0]) == VKP_OK);
     REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permits[1]) == VKP_OK);
     REQUIRE(channel.try_send(3) == VKP_OK);
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(watch.calls == 0);
     vkp_mpsc_abort(&permits[0]);
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(watch.calls == 0);
     *static_cast<uint64_t *>(permits[1].item) = 2;
     vkp_mpsc_commit(&permits[1]);
@@ -860,8 +765,8 @@ TEST_CASE("mpsc api: a sender's watch is called while there may be room, and at 
             uint64_t sent = 0;
             vkp_status last = VKP_OK;
             const uint64_t most = capacity != 0 ? capacity : 30;
-            std::unique_ptr<CaseWatch> watch;
-            watch = std::make_unique<CaseWatch>(
+            std::unique_ptr<vkp_test_case_watch> watch;
+            watch = std::make_unique<vkp_test_case_watch>(
                 loop,
                 reserving ? vkp_case_mpsc_reserve(channel.tx, &permit)
                           : vkp_case_mpsc_send(channel.tx, &item),
@@ -874,13 +779,13 @@ TEST_CASE("mpsc api: a sender's watch is called while there may be room, and at 
                 });
             REQUIRE(watch->status == VKP_OK);
             vkp_test_run_until(loop, "a full channel", [&] { return sent == most; });
-            quiet_rounds(loop);
+            vkp_test_settle(loop);
             CHECK(sent == most);
             if (capacity == 0) {
                 continue;
             }
             const int calls = watch->calls;
-            quiet_rounds(loop);
+            vkp_test_settle(loop);
             CHECK(watch->calls == calls);
             std::thread receiver([&] {
                 uint64_t value = 0;
@@ -907,7 +812,7 @@ TEST_CASE("mpsc api: a sender's watch stands in line, and gives its place up whe
     Channel channel(config_of(1, &env));
     const uint64_t item = 7;
     REQUIRE(channel.try_send(0) == VKP_OK);
-    CaseWatch watch(loop, vkp_case_mpsc_send(channel.tx, &item), [] {});
+    vkp_test_case_watch watch(loop, vkp_case_mpsc_send(channel.tx, &item), [] {});
     REQUIRE(watch.status == VKP_OK);
     const auto behind = waiting_send(channel.tx, 1);
     CHECK(channel.next() == 0);
@@ -924,11 +829,11 @@ TEST_CASE("mpsc api: a watch for the receiver's end is called then, not before",
     for (const bool dropping : {false, true}) {
         vkp_test_loop loop(backend);
         Channel channel(config_of(1, nullptr));
-        CaseWatch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         REQUIRE(watch.status == VKP_OK);
         REQUIRE(channel.try_send(1) == VKP_OK);
         REQUIRE(channel.next() == 1);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch.calls == 0);
         std::thread other([&] {
             if (dropping) {
@@ -941,9 +846,9 @@ TEST_CASE("mpsc api: a watch for the receiver's end is called then, not before",
         other.join();
         watch.stop();
         const int calls = watch.calls;
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch.calls == calls);
-        CaseWatch late(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_case_watch late(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         vkp_test_run_until(loop, "an end before the watch", [&] { return late.calls > 0; });
     }
 }
@@ -958,9 +863,9 @@ TEST_CASE("mpsc api: a case of nothing never wins, and its watch is never called
          {vkp_case_mpsc_recv(nullptr, &value), vkp_case_mpsc_send(nullptr, &value),
           vkp_case_mpsc_send(channel.tx, nullptr), vkp_case_mpsc_reserve(nullptr, nullptr),
           vkp_case_mpsc_closed(nullptr), vkp_case_never()}) {
-        CaseWatch watch(loop, what, [] {});
+        vkp_test_case_watch watch(loop, what, [] {});
         CHECK(watch.status == VKP_OK);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch.calls == 0);
     }
 }
@@ -1039,7 +944,8 @@ TEST_CASE("mpsc api: an aborted place lets the sender behind it in", "[mpsc][thr
             vkp_mpsc_abort(&permit);
             CHECK(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
         } else { // the receiver sleeps behind the place
-            Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+            vkp_test_waiting receiver(
+                [&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
             vkp_mpsc_abort(&permit);
             CHECK(receiver.join() == VKP_OK);
         }
@@ -1078,13 +984,13 @@ TEST_CASE("mpsc api: a place reserved before the close is still received", "[mps
     CHECK(channel.try_recv(&value) == VKP_ERR_EMPTY);
     CHECK(vkp_mpsc_recv(channel.rx, &value, vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
     {
-        Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
         *static_cast<uint64_t *>(permits[0].item) = 2;
         vkp_mpsc_commit(&permits[0]);
         CHECK(receiver.join() == VKP_OK);
         CHECK(value == 2);
     }
-    Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+    vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
     vkp_mpsc_abort(&permits[1]);
     CHECK(receiver.join() == VKP_ERR_CLOSED);
     CHECK(drops.count.load() == 0);
@@ -1216,7 +1122,7 @@ TEST_CASE("mpsc api: a burst's memory goes back when the receiver finds nothing"
 {
     ON_EVERY_BUILD;
     (void)env;
-    Env counted(sys_of(build));
+    Env counted(vkp_test_build_sys(build.fenced));
     counted.test.env.spins = VKP_SPINS_NONE;
     {
         Channel channel(config_of(0, counted.env()));
@@ -1447,7 +1353,7 @@ TEST_CASE("mpsc api: send_many waits for room and goes on", "[mpsc][threads]")
             values[static_cast<size_t>(i)] = i;
         }
         size_t sent = 0;
-        Waiting sender(
+        vkp_test_waiting sender(
             [&] { return vkp_mpsc_send_many(channel.tx, values.data(), 50, &sent, VKP_FOREVER); });
         uint64_t value = 0;
         for (uint64_t i = 0; i < 50; i++) {
@@ -1466,7 +1372,8 @@ TEST_CASE("mpsc api: a close in the midst of send_many: the rest stays the calle
     Channel channel(config_of(3, &env));
     const uint64_t values[5] = {0, 1, 2, 3, 4};
     size_t sent = 0;
-    Waiting sender([&] { return vkp_mpsc_send_many(channel.tx, values, 5, &sent, VKP_FOREVER); });
+    vkp_test_waiting sender(
+        [&] { return vkp_mpsc_send_many(channel.tx, values, 5, &sent, VKP_FOREVER); });
     vkp_mpsc_close(channel.rx);
     CHECK(sender.join() == VKP_OK);
     CHECK(sent == 3);
@@ -1781,7 +1688,7 @@ TEST_CASE("mpsc api: whoever waits for room gets it in the order of arrival, wha
         size_t sent = 0;
         vkp_mpsc_permit permit;
         const auto first = waiting_send(channel.tx, 1);
-        Waiting second([&] {
+        vkp_test_waiting second([&] {
             const vkp_status status = vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER);
             if (status == VKP_OK) {
                 *static_cast<uint64_t *>(permit.item) = 2;
@@ -1789,7 +1696,7 @@ TEST_CASE("mpsc api: whoever waits for room gets it in the order of arrival, wha
             }
             return status;
         });
-        Waiting third(
+        vkp_test_waiting third(
             [&] { return vkp_mpsc_send_many(channel.tx, &third_value, 1, &sent, VKP_FOREVER); });
         const auto fourth = waiting_send(channel.tx, 4);
         uint64_t value = 0;
@@ -1927,7 +1834,7 @@ TEST_CASE("mpsc api: a wait that a token ends leaves its place and its value", "
         if (form < 2) {
             REQUIRE(channel.try_send(1) == VKP_OK);
         }
-        Waiting waiter([&] {
+        vkp_test_waiting waiter([&] {
             vkp_case cases[2] = {form == 0   ? vkp_case_mpsc_send(channel.tx, &value)
                                  : form == 1 ? vkp_case_mpsc_reserve(channel.tx, &permit)
                                              : vkp_case_mpsc_recv(channel.rx, &out),
@@ -2018,9 +1925,9 @@ const vkp_sys *counting_sys(bool membarrier)
 TEST_CASE("mpsc api: the system is not called for a value that finds room and a receiver awake",
           "[mpsc][system]")
 {
-    const Build build = GENERATE(from_range(builds));
+    const vkp_test_build build = GENERATE(EVERY_BUILD);
     vkp_env env = VKP_ZERO;
-    env.sys = counting_sys(build.membarrier);
+    env.sys = counting_sys(!build.fenced);
     env.spins = build.spins;
     for (size_t capacity : {size_t{0}, size_t{32}}) {
         Channel channel(config_of(capacity, &env));
@@ -2050,9 +1957,9 @@ TEST_CASE("mpsc api: the system is not called for a value that finds room and a 
 TEST_CASE("mpsc api: who waits sleeps once, and is woken once, however long the channel is idle",
           "[mpsc][system][threads]")
 {
-    const Build build = GENERATE(from_range(builds));
+    const vkp_test_build build = GENERATE(EVERY_BUILD);
     vkp_env env = VKP_ZERO;
-    env.sys = counting_sys(build.membarrier);
+    env.sys = counting_sys(!build.fenced);
     env.spins = build.spins;
     Channel channel(config_of(1, &env));
     Channel other(config_of(1, &env));
@@ -2060,7 +1967,7 @@ TEST_CASE("mpsc api: who waits sleeps once, and is woken once, however long the 
     for (uint64_t i = 0; i < 20; i++) {
         const uint64_t parks = calls.parks.load();
         const uint64_t unparks = calls.unparks.load();
-        Waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
         const uint64_t asleep = calls.all();
         for (int lap = 0; lap < 100; lap++) { // life elsewhere, which is no business of theirs
             REQUIRE(other.try_send(1) == VKP_OK);
@@ -2339,7 +2246,7 @@ TEST_CASE("mpsc api: lanes: a watch hears of every clone", "[mpsc][lanes][loop]"
     Channel channel(config);
     std::vector<uint64_t> got;
     bool ended = false;
-    CaseWatch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] {
+    vkp_test_case_watch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] {
         uint64_t value = 0;
         const vkp_status status = channel.try_recv(&value);
         if (status == VKP_OK) {
@@ -2354,7 +2261,7 @@ TEST_CASE("mpsc api: lanes: a watch hears of every clone", "[mpsc][lanes][loop]"
         REQUIRE(vkp_mpsc_try_send(clone, &i) == VKP_OK);
         vkp_test_run_until(loop, "a clone's value", [&] { return got.size() == i + 1; });
         vkp_mpsc_tx_unref(clone);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(got.back() == i);
         CHECK(watch.calls == static_cast<int>(i) + 1);
     }
@@ -2517,7 +2424,7 @@ TEST_CASE("mpsc api: a waiting reserve that comes for its room and finds no memo
         std::atomic<bool> hold{true};
         vkp_mpsc_permit permit;
         REQUIRE(vkp_mpsc_try_send(channel.tx, value.data()) == VKP_OK);
-        Waiting sender([&] {
+        vkp_test_waiting sender([&] {
             held = &hold;
             return vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER);
         });
@@ -2545,7 +2452,7 @@ TEST_CASE("mpsc api: a watch that finds no memory leaves all as it was", "[mpsc]
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, 1);
     CHECK(vkp_mpsc_watch(channel.rx, loop, fn, &called) == VKP_ERR_NOMEM);
     {
-        CaseWatch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         CHECK(watch.status == VKP_ERR_NOMEM);
     }
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
@@ -2554,7 +2461,7 @@ TEST_CASE("mpsc api: a watch that finds no memory leaves all as it was", "[mpsc]
     vkp_test_run_until(loop, "a value", [&] { return called > 0; });
     channel.drop_receiver(); // ends the watch
     called = 0;
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(called == 0);
 }
 
@@ -2566,7 +2473,7 @@ TEST_CASE("mpsc api: a loop that closes ends its watches", "[mpsc][loop]")
     int called = 0;
     const auto fn = [](void *user) { ++*static_cast<int *>(user); };
     REQUIRE(vkp_mpsc_watch(channel.rx, loop, fn, &called) == VKP_OK);
-    CaseWatch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+    vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
     REQUIRE(watch.status == VKP_OK);
     vkp_loop_close(loop);
     REQUIRE(channel.try_send(1) == VKP_OK);

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "support/channel_probe.h"
 #include "support/client_probe.h"
 #include "support/park_probe.h"
 #include "support/support.h"
@@ -95,80 +96,6 @@ struct Env {
     Env(const Env &) = delete;
     Env &operator=(const Env &) = delete;
 };
-
-// A thread inside a call that waits. The constructor returns once others can see it wait.
-class Waiting {
-  public:
-    explicit Waiting(std::function<vkp_status()> call)
-        : thread_([this, call] {
-              vkp_test_parks = &parks_;
-              status_ = call();
-              vkp_test_parks = nullptr;
-          })
-    {
-        vkp_test_await_park(parks_);
-    }
-    ~Waiting()
-    {
-        if (thread_.joinable()) {
-            thread_.join();
-        }
-    }
-    vkp_status join()
-    {
-        thread_.join();
-        return status_;
-    }
-    unsigned parks() const
-    {
-        return parks_.load();
-    }
-
-  private:
-    std::atomic<unsigned> parks_{0};
-    vkp_status status_ = VKP_ERR_INVALID;
-    std::thread thread_;
-};
-
-class CaseWatch {
-  public:
-    CaseWatch(vkp_loop *loop, vkp_case what, std::function<void()> fn) : fn_(std::move(fn))
-    {
-        status = vkp_case_watch_open(loop, &what, call, this, &watch_);
-    }
-    ~CaseWatch()
-    {
-        stop();
-    }
-    CaseWatch(const CaseWatch &) = delete;
-    CaseWatch &operator=(const CaseWatch &) = delete;
-    void stop()
-    {
-        vkp_case_watch_close(std::exchange(watch_, nullptr));
-    }
-    vkp_status status;
-    int calls = 0;
-
-  private:
-    static void call(void *user)
-    {
-        CaseWatch *self = static_cast<CaseWatch *>(user);
-        self->calls++;
-        self->fn_();
-    }
-    std::function<void()> fn_;
-    vkp_case_watch *watch_ = nullptr;
-};
-
-// Rounds in which nothing is due must call nobody.
-void quiet_rounds(vkp_loop *loop)
-{
-    for (int i = 0; i < 3; i++) {
-        if (vkp_loop_run_once(loop, 0) != VKP_OK) {
-            vkp_test_fail("a round failed");
-        }
-    }
-}
 
 } // namespace
 
@@ -313,7 +240,8 @@ TEST_CASE("oneshot api: recv: a try, a deadline, a wait that either end of the s
         }
         for (uint64_t i = 0; i < 20; i++) {
             Slot s(heap, &env);
-            Waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+            vkp_test_waiting receiver(
+                [&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
             if (i % 2 == 0) {
                 REQUIRE(s.send(i) == VKP_OK);
                 REQUIRE(receiver.join() == VKP_OK);
@@ -340,7 +268,7 @@ TEST_CASE("oneshot api: wait_closed: a try, a deadline, a wait that the receiver
             CHECK(vkp_oneshot_wait_closed(s.slot, deadline) == VKP_ERR_TIMEOUT);
             CHECK(vkp_now_ns() >= deadline);
             CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
-            Waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
+            vkp_test_waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
             if (ending == 0) {
                 vkp_oneshot_close(s.slot);
             } else {
@@ -359,7 +287,7 @@ TEST_CASE("oneshot api: both sides wait: the receiver's deadline ends both", "[o
     for (int round = 0; round < 20; round++) {
         Slot s(round % 2 != 0, &env);
         uint64_t value = 0;
-        Waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
+        vkp_test_waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
         CHECK(vkp_oneshot_recv(s.slot, &value, vkp_now_ns() + 100000) == VKP_ERR_TIMEOUT);
         CHECK(sender.join() == VKP_OK);
         vkp_oneshot_abandon(s.slot);
@@ -395,15 +323,16 @@ TEST_CASE("oneshot api: a receiver's watch is called for the value and for the e
             if (ending == 2) {
                 REQUIRE(s.send(6) == VKP_OK);
             }
-            std::unique_ptr<CaseWatch> watch;
-            watch = std::make_unique<CaseWatch>(loop, vkp_case_oneshot_recv(s.slot, nullptr), [&] {
-                watch->stop(); // before the slot may go
-                status = vkp_oneshot_try_recv(s.slot, &value);
-            });
+            std::unique_ptr<vkp_test_case_watch> watch;
+            watch = std::make_unique<vkp_test_case_watch>(
+                loop, vkp_case_oneshot_recv(s.slot, nullptr), [&] {
+                    watch->stop(); // before the slot may go
+                    status = vkp_oneshot_try_recv(s.slot, &value);
+                });
             REQUIRE(watch->status == VKP_OK);
             std::thread sender;
             if (ending < 2) {
-                quiet_rounds(loop);
+                vkp_test_settle(loop);
                 CHECK(watch->calls == 0);
                 sender = std::thread([&] {
                     if (ending == 0) {
@@ -421,7 +350,7 @@ TEST_CASE("oneshot api: a receiver's watch is called for the value and for the e
             }
             CHECK(status == (ending == 1 ? VKP_ERR_CLOSED : VKP_OK));
             CHECK(value == (ending == 1 ? 0 : 6));
-            quiet_rounds(loop);
+            vkp_test_settle(loop);
             CHECK(watch->calls == 1);
         }
     }
@@ -435,17 +364,17 @@ TEST_CASE("oneshot api: a receiver's watch that ends leaves the slot open", "[on
     Slot s(true, &counted.test.env);
     uint64_t value = 0;
     {
-        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
         REQUIRE(watch.status == VKP_OK);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch.calls == 0);
     }
     CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
     {
-        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
         CHECK(s.send(9) == VKP_OK);
         watch.stop(); // the wake is under way
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch.calls == 0);
     }
     CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
@@ -460,32 +389,32 @@ TEST_CASE("oneshot api: a sender's watch is called when the receiver has closed,
     for (const bool heap : {false, true}) {
         vkp_test_loop loop(backend);
         Slot s(heap, &env);
-        std::unique_ptr<CaseWatch> watch;
+        std::unique_ptr<vkp_test_case_watch> watch;
         bool closed = false;
-        watch = std::make_unique<CaseWatch>(loop, vkp_case_oneshot_closed(s.slot), [&] {
+        watch = std::make_unique<vkp_test_case_watch>(loop, vkp_case_oneshot_closed(s.slot), [&] {
             watch->stop();
             closed = vkp_oneshot_is_closed(s.slot);
             vkp_oneshot_abandon(s.slot);
         });
         REQUIRE(watch->status == VKP_OK);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch->calls == 0);
         std::thread receiver([&] { vkp_oneshot_close(s.slot); });
         vkp_test_run_until(loop, "the close", [&] { return watch->calls > 0; });
         receiver.join();
         CHECK(closed);
-        quiet_rounds(loop);
+        vkp_test_settle(loop);
         CHECK(watch->calls == 1);
     }
     // A sender that answers ends its watch first.
     vkp_test_loop loop(backend);
     Slot s(false, &env);
     uint64_t value = 0;
-    CaseWatch watch(loop, vkp_case_oneshot_closed(s.slot), [] {});
-    quiet_rounds(loop);
+    vkp_test_case_watch watch(loop, vkp_case_oneshot_closed(s.slot), [] {});
+    vkp_test_settle(loop);
     watch.stop();
     CHECK(s.send(2) == VKP_OK);
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(vkp_oneshot_recv(&s.own, &value, 0) == VKP_OK);
     CHECK(watch.calls == 0);
 }
@@ -498,14 +427,14 @@ TEST_CASE("oneshot api: a watch that finds no memory leaves the slot as it was",
     uint64_t value = 0;
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, 1);
     {
-        CaseWatch watch(loop, vkp_case_oneshot_recv(s.slot, &value), [] {});
+        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, &value), [] {});
         CHECK(watch.status == VKP_ERR_NOMEM);
     }
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
-    CaseWatch nothing(loop, vkp_case_oneshot_recv(nullptr, &value), [] {});
+    vkp_test_case_watch nothing(loop, vkp_case_oneshot_recv(nullptr, &value), [] {});
     CHECK(nothing.status == VKP_OK);
     CHECK(s.send(1) == VKP_OK);
-    quiet_rounds(loop);
+    vkp_test_settle(loop);
     CHECK(nothing.calls == 0);
     CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
 }
@@ -572,7 +501,7 @@ TEST_CASE("oneshot api: the system is called by who sleeps, once, and to wake it
         const uint64_t parks = calls.parks.load();
         const uint64_t unparks = calls.unparks.load();
         Slot s(heap, &env);
-        Waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
         const uint64_t asleep = calls.parks + calls.unparks + calls.others;
         for (int lap = 0; lap < 100; lap++) {
             sched_yield();

@@ -159,6 +159,12 @@ class vkp_test_waiting {
     {
         vkp_test_await_park(parks_);
     }
+    ~vkp_test_waiting()
+    {
+        if (thread_.joinable()) {
+            thread_.join();
+        }
+    }
     vkp_status join()
     {
         thread_.join();
@@ -173,6 +179,48 @@ class vkp_test_waiting {
     std::atomic<unsigned> parks_{0};
     vkp_status status_ = VKP_ERR_INVALID;
     std::thread thread_;
+};
+
+/* Runs what is ready now, in a few rounds: a watch may need one to be armed again. */
+inline void vkp_test_settle(vkp_loop *loop)
+{
+    for (int i = 0; i < 3; i++) {
+        if (vkp_loop_run_once(loop, 0) != VKP_OK) {
+            vkp_test_fail("a round failed");
+        }
+    }
+}
+
+/* A case under watch; calls what it is given, until stop, and counts. */
+class vkp_test_case_watch {
+  public:
+    vkp_test_case_watch(vkp_loop *loop, vkp_case what, std::function<void()> fn)
+        : fn_(std::move(fn))
+    {
+        status = vkp_case_watch_open(loop, &what, call, this, &watch_);
+    }
+    ~vkp_test_case_watch()
+    {
+        stop();
+    }
+    vkp_test_case_watch(const vkp_test_case_watch &) = delete;
+    vkp_test_case_watch &operator=(const vkp_test_case_watch &) = delete;
+    void stop()
+    {
+        vkp_case_watch_close(std::exchange(watch_, nullptr));
+    }
+    vkp_status status;
+    int calls = 0;
+
+  private:
+    static void call(void *user)
+    {
+        vkp_test_case_watch *self = static_cast<vkp_test_case_watch *>(user);
+        self->calls++;
+        self->fn_();
+    }
+    std::function<void()> fn_;
+    vkp_case_watch *watch_ = nullptr;
 };
 
 /* A loop of this thread with one watched case. */
@@ -201,24 +249,18 @@ class vkp_test_watched {
     }
     vkp_status watch(const vkp_case &what, std::function<void()> fn)
     {
-        fn_ = std::move(fn);
-        return vkp_case_watch_open(
-            loop_, &what, [](void *user) { static_cast<vkp_test_watched *>(user)->fn_(); }, this,
-            &watch_);
+        watch_ = std::make_unique<vkp_test_case_watch>(loop_, what, std::move(fn));
+        return watch_->status;
     }
-    void end()
+    void end() /* also inside its own call */
     {
-        vkp_case_watch_close(watch_);
-        watch_ = nullptr;
+        if (watch_ != nullptr) {
+            watch_->stop();
+        }
     }
-    /* Runs what is ready now, in a few rounds: a watch may need one to be armed again. */
     void settle()
     {
-        for (int i = 0; i < 3; i++) {
-            if (vkp_loop_run_once(loop_, 0) != VKP_OK) {
-                vkp_test_fail("a round failed");
-            }
-        }
+        vkp_test_settle(loop_);
     }
     template <typename Done>
     void until(const char *what, Done done)
@@ -228,8 +270,7 @@ class vkp_test_watched {
 
   private:
     vkp_loop *loop_ = nullptr;
-    vkp_case_watch *watch_ = nullptr;
-    std::function<void()> fn_;
+    std::unique_ptr<vkp_test_case_watch> watch_;
 };
 
 /* Owners of values that are numbered from 0, each number in the value's first eight bytes. Give it
