@@ -100,6 +100,14 @@
    first sender after that wakes it, the others find it awake. Idle channels cost no processor.
    docs/tokio-to-c.md has each call of Tokio's channels beside ours.
 
+   SOCKETS. A registry knows a program's listening Unix sockets by their paths and keeps none alive.
+   Each handle is a reference: vkp_socket_get_or_create gives one to the live socket or binds a new
+   one, in place of a file that a dead process left; the last vkp_socket_unref removes the file,
+   from whichever thread, without waiting for others. A listener keeps its socket, or follows it
+   (vkp_listener_config.follow): then clients keep it, each by its seat, and the last to leave turns
+   off the light. A gate says who comes in (by default this process's own user), and how many.
+   docs/sockets.md goes through a socket's life; examples/socket_life.c shows one.
+
    OWNERSHIP. Contracts use five words. takes: yours no more, unless the call fails (descriptors
    too). borrows: until the call returns. shares: the object takes a reference of its own. gives:
    one reference is yours to unref. views: valid until the next call that the contract names.
@@ -133,9 +141,9 @@
    and bytes. One block, frame or command is below 4 GiB. Host names are resolved by getaddrinfo,
    which may block the loop's thread; addresses in digits never do.
 
-   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop may be
-   called in a handler. FORK. A child may unref what it inherited, no more; it removes no files.
-
+   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop and
+   vkp_registry_unlink_all may be called in a handler. FORK. A child may unref what it inherited,
+   no more; it removes no files.
    SERVERS. RESP3 servers (Redis 6, Valkey) carry commands and pushes on one connection. On a RESP2
    server the client works too, but a connection with subscriptions takes no commands (REFUSED):
    open a second client.                                                                        */
@@ -283,11 +291,19 @@ typedef struct vkp_address {
     } storage;
 } vkp_address;
 
+/* A client as the kernel knows it. */
+typedef struct vkp_peer {
+    uint32_t uid;
+    uint32_t gid;
+    int pid; /* 0 where the system does not tell */
+} vkp_peer;
+
 /* What lstat says of a path. */
 typedef struct vkp_file_id {
     uint64_t device;
     uint64_t inode;
     uint32_t uid;
+    uint32_t mode; /* permissions */
     bool is_socket;
 } vkp_file_id;
 
@@ -300,6 +316,7 @@ struct vkp_sys {
     uint64_t (*clock_ns)(void);   /* monotonic */
     uint64_t (*random_u64)(void); /* for jitter and names, not for secrets */
     int (*process_id)(void);
+    uint32_t (*user_id)(void);                              /* effective */
     void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
     void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
     void (*yield)(void);                                    /* let another thread run */
@@ -309,22 +326,24 @@ struct vkp_sys {
        must work until the end: a sandbox that refuses it comes before the first channel.      */
     int (*membarrier)(bool prepare);
     int (*socket)(int family, int type);
-    int (*bind)(int fd, const void *address, uint32_t bytes);
+    /* mode: of a Unix socket's file at its birth, less the umask, where the system can. */
+    int (*bind)(int fd, const void *address, uint32_t bytes, uint32_t mode);
     int (*listen)(int fd, int backlog);
     int (*accept)(int fd);
     int (*connect)(int fd, const void *address, uint32_t bytes); /* -EINPROGRESS is progress */
     int (*socket_error)(int fd); /* takes SO_ERROR: 0 or a negated errno */
     int (*prepare)(int fd);      /* non-blocking, close-on-exec, no SIGPIPE: for adopted sockets */
     int (*set_nodelay)(int fd);
-    int (*peer_uid)(int fd, uint32_t *uid);
-    int (*local_port)(int fd); /* of a bound TCP socket */
+    int (*peer)(int fd, vkp_peer *peer); /* of a connected Unix socket */
+    int (*local_port)(int fd);           /* of a bound TCP socket */
     /* Addresses of a TCP host and port, at most capacity: how many. May block on DNS for names. */
     int (*resolve)(const char *host, const char *port, vkp_address *out, size_t capacity);
     int64_t (*read)(int fd, void *buffer, size_t bytes);
     int64_t (*send)(int fd, const vkp_range *ranges, size_t count); /* never SIGPIPE */
     int64_t (*write)(int fd, const void *buffer, size_t bytes);     /* wake pipes */
     int (*close)(int fd);
-    int (*lock_file)(const char *path); /* opens and flocks; -EWOULDBLOCK when another holds it */
+    /* Opens (mode 0600) and flocks; -EWOULDBLOCK when another holds it. id: of what is locked. */
+    int (*lock_file)(const char *path, vkp_file_id *id);
     int (*identify)(const char *path, vkp_file_id *id); /* lstat */
     int (*chmod)(const char *path, uint32_t mode);
     int (*unlink)(const char *path);
@@ -1455,65 +1474,172 @@ VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, v
 VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
 
 /* --------------------------------------------------------------------------------------
-   >>api-socket   Ref-counted listening Unix sockets                                       */
+   >>api-socket   Ref-counted listening Unix sockets
+
+   A socket lives as long as somebody refers to it: handles of the program, listeners, clients.
+   Whoever gives the last reference back stops it and removes its file. A registry knows the
+   sockets of a program by their paths, and keeps none of them alive.
+   A path NULL means a name of the registry's own, unique on this machine. A name that begins with
+   '@' is abstract (Linux: no file, gone with the last descriptor) where the registry says so, and
+   in addresses ("unix:@NAME"); a file of such a name is "./@NAME".                            */
 
 typedef struct vkp_registry vkp_registry;
 typedef struct vkp_socket vkp_socket;
 
+/* What happened to a socket's file behind our back, see vkp_registry_config.check_ms. */
+typedef enum vkp_socket_event {
+    VKP_SOCKET_LOST = 1, /* the file is gone, or another one is there in its place */
+    VKP_SOCKET_REBOUND,  /* bound again: new clients come in */
+    VKP_SOCKET_BLOCKED   /* not bound again: status tells why; tried again at every check */
+} vkp_socket_event;
+
 typedef struct vkp_registry_config {
-    int backlog; /* of listen(2); default 4096, cut by the system */
+    int backlog;         /* of listen(2); default 4096, cut by the system */
+    uint32_t mode;       /* permissions of the files; default 0600. More than that needs gates that
+                              check who comes (vkp_gate), which they do by default             */
+    bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
+    size_t max_sockets;  /* alive at once; default: no limit */
+    size_t max_references; /* of one socket; default and most: 2^29 */
+    const char *folder;    /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
+    vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
+    uint32_t linger_ms; /* a socket ends that long after its last reference; default: at once */
+    uint32_t check_ms;  /* look that often whether the files are still ours; default: never */
+    bool rebind;        /* then bind again what was lost */
+    /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
+    void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
+    void *user;
     const vkp_env *env;
 } vkp_registry_config;
 
 /* Open a registry: path -> weak reference. An object; there is no process-wide one.
-   Owns:   borrows config; gives *registry     Blocks: never     Threads: any     Errors: NOMEM */
+   Owns:   borrows config, shares loop; gives *registry
+   Blocks: never     Threads: any     Errors: NOMEM, INVALID (a timer without a loop)          */
 VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
                                                    vkp_registry **registry);
 VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
-VKP_API void vkp_registry_unref(vkp_registry *registry); /* NULL is ignored */
+
+/* Sockets that live keep their registry. NULL is ignored. Any thread. */
+VKP_API void vkp_registry_unref(vkp_registry *registry);
 
 /* Sockets that are alive in this registry. Any thread; out of date at once. */
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
 VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
 
-/* Stop and unlink every socket now; handles stay valid, inactive. Returns how many. */
+/* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
+   stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
 VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
 
-/* Files that could not be removed at cleanup so far, and the last errno of those. */
-VKP_API size_t vkp_registry_get_unlink_failures(vkp_registry *registry, int *last_errno);
+/* For handlers of crashes: remove the files of the sockets that this process opened, and nothing
+   else. Takes no lock and no memory; async-signal-safe. The program's end must follow.        */
+VKP_API void vkp_registry_unlink_all(vkp_registry *registry);
 
-/* The live socket of the path, or a new one: bound, mode 0600, listening. Atomic. Beside the file
-   stands PATH.lock, held by flock while the socket lives: a file left by a dead process is taken
-   over, one of a live process is not.
-   Owns:   gives *sock     Blocks: on the file system only     Threads: any     In callbacks: ok
-   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit
-   on Linux, 103 elsewhere), IN_USE (another process serves it), EXISTS (something that is no
-   socket of this user is there; untouched), SYS, NOMEM                                        */
+/* Counts since open, but for the first two. */
+typedef struct vkp_registry_stats {
+    size_t live;              /* sockets, those that linger included */
+    size_t references;        /* of them */
+    uint64_t created;         /* sockets */
+    uint64_t taken_over;      /* of those: where a dead process's file stood */
+    uint64_t revived;         /* asked for again while they lingered */
+    uint64_t ended;           /* sockets */
+    uint64_t handed_over;     /* of those: cleaned up by another thread that was in the registry */
+    uint64_t unlink_failures; /* files that could not be removed */
+    int unlink_errno;         /* of the last of those */
+    uint64_t lost;            /* files found gone or replaced, by checks */
+    uint64_t rebound;         /* of those: bound again */
+    uint64_t cleanup_last_ns; /* from the last reference (or the linger's end) to the file gone */
+    uint64_t cleanup_most_ns;
+    uint64_t cleanup_total_ns;
+} vkp_registry_stats;
+VKP_API void vkp_registry_get_stats(vkp_registry *registry,
+                                    vkp_registry_stats *stats); /* any thread */
+
+/* The live socket of the path, or a new one: bound, with the registry's mode, listening. Atomic.
+   Beside the file stands PATH.lock, held by flock while the socket lives: a file left by a dead
+   process is taken over, one of a live process is not. A path is used as it is written.
+   Owns:   borrows path (NULL: a unique one); gives *sock
+   Blocks: on the file system, and on threads that create   Threads: any     In callbacks: ok
+   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit on
+   Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
+   serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
+   SYS, NOMEM                                                                                  */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
                                                           vkp_socket **sock);
 
-/* The live socket of the path. Gives *sock. Errors: NOT_FOUND, INVALID. Any thread. */
+/* The same for text that may hold NUL bytes: INVALID then. */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
+                                                              vkp_socket **sock);
+
+/* The live socket of the path, never a new one. Gives *sock. Any thread.
+   Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
                                                          vkp_socket **sock);
 
 /* Hand over a socket that the caller bound to the path and set listening.
    Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
-   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock),
-   INVALID (no such file, or no socket), SYS, NOMEM                                            */
+   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
+   INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
                                                          int fd, vkp_socket **sock);
 
-VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock); /* any thread */
+/* One more reference: sock, or NULL when it has max_references. Any thread. */
+VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
 
 /* One reference less. The last one stops listening, removes the file if it is still the one this
-   handle bound, and the lock file. In a forked child it removes nothing. NULL is ignored.
-   Any thread; blocks on the file system only.                                                 */
+   handle bound, and the lock file; with linger_ms that comes later. In a forked child it removes
+   nothing. NULL is ignored.
+   Blocks: on the file system only: when another thread is in the registry, that one cleans up
+   before it leaves     Threads: any     In callbacks: ok                                      */
 VKP_API void vkp_socket_unref(vkp_socket *sock);
 
-/* The path (views); whether the file is there and accepts; the references. Any thread. */
+/* A handle that does not keep the socket alive: a value, copied at will, nothing to give back. To
+   be used only while the registry is referred to. Zeroed it is the handle of no socket.       */
+typedef struct vkp_weak_socket {
+    vkp_socket *i_socket;
+    uint32_t i_generation;
+} vkp_weak_socket;
+
+/* sock is borrowed. Any thread. */
+VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock);
+
+/* A reference to the socket while it lives. Gives *sock. Takes no lock. Any thread.
+   Errors: NOT_FOUND (it ended), LIMIT (max_references)                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **sock);
+
+/* The path (views); whether it still accepts; the references. Any thread. */
 VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
 VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
 VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
+
+/* Several sockets, over which clients are spread. A pool refers to its sockets. */
+typedef struct vkp_socket_pool vkp_socket_pool;
+
+typedef enum vkp_balance {
+    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equals, the next in turn */
+    VKP_BALANCE_TURN       /* one after the other */
+} vkp_balance;
+
+typedef struct vkp_socket_pool_config {
+    vkp_registry *registry;   /* required; shared */
+    const char *const *paths; /* NULL: unique ones */
+    size_t count;             /* of sockets; at least 1 */
+    vkp_balance balance;
+} vkp_socket_pool_config;
+
+/* Open the pool and its sockets: all or none.
+   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_get_or_create */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
+                                                      vkp_socket_pool **pool);
+VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
+VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);           /* any; NULL is ignored */
+
+/* The socket for the next client, which is to hold it as long as it is there. Sockets that were
+   cleaned up are passed over. Gives *sock. Any thread.
+   Errors: CLOSED (none is active), LIMIT (max_references, of all)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **sock);
+
+/* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
+VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
+VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index);
 
 /* --------------------------------------------------------------------------------------
    >>api-conn   Connections and listeners
@@ -1628,22 +1754,84 @@ typedef struct vkp_conn_stats {
 } vkp_conn_stats;
 VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats); /* loop's thread */
 
+/* ---- gates: who may come in, and how many at once ---- */
+
+/* Why a client was closed right after accept. */
+typedef enum vkp_refusal {
+    VKP_REFUSAL_USER = 0,  /* its uid is not allowed, or `allow` said no */
+    VKP_REFUSAL_FULL,      /* max_clients, of the gate or of the listener; max_references */
+    VKP_REFUSAL_USER_FULL, /* max_clients_per_uid */
+    VKP_REFUSAL_OVERLOAD,  /* no descriptors for a second and more, or no memory */
+    VKP_REFUSAL_ENDED      /* the socket's last reference was just given back */
+} vkp_refusal;
+#define VKP_REFUSAL_COUNT 5
+
+typedef struct vkp_gate vkp_gate;
+
+typedef struct vkp_gate_config {
+    size_t max_clients; /* at once, over all listeners of the gate; default: no limit */
+    size_t max_clients_per_uid;
+    /* Unix sockets: the process's own (effective) uid, these (copied), or all. */
+    const uint32_t *allow_uids;
+    size_t allow_uid_count;
+    bool allow_any_uid;
+    /* Decides instead. On the accepting loop's thread. */
+    bool (*allow)(void *user, const vkp_peer *peer);
+    void *user;
+    const vkp_env *env;
+} vkp_gate_config;
+
+/* Open a gate; any number of listeners, on any loops, may share it.
+   Owns:   borrows config; gives *gate     Threads: any     Errors: NOMEM                      */
+VKP_API VKP_NODISCARD vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **gate);
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate); /* any thread */
+VKP_API void vkp_gate_unref(vkp_gate *gate);    /* any thread; NULL is ignored */
+
+typedef struct vkp_gate_stats {
+    size_t clients; /* now */
+    uint64_t admitted;
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+} vkp_gate_stats;
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any thread */
+
+/* The place of one admitted client: it counts at the gate, and holds the socket that it came
+   through, if the listener follows that. Connections give theirs back before their on_close.  */
+typedef struct vkp_seat vkp_seat;
+VKP_API void vkp_seat_leave(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+
+/* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
+VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
+
+/* ---- listeners ---- */
+
 typedef struct vkp_listener_config {
     const char *address;    /* or */
     vkp_socket *socket;     /* a ref-counted socket: shared until the listener closes */
     vkp_registry *registry; /* for a unix: address; NULL opens one of its own */
-    vkp_conn_config conn;   /* of every connection accepted; its user is on_accept's first */
+    /* With .socket: hold no reference of it; each client holds one, the program may, and when the
+       last one is given back (and linger_ms passed) the listener ends too.                    */
+    bool follow;
+    vkp_gate *gate;       /* shared; NULL: the process's own uid alone, as many as come */
+    size_t max_clients;   /* of this listener at once; default: no limit */
+    vkp_conn_config conn; /* of every connection accepted; its user is on_accept's first */
     /* A connection was accepted, before its on_open: set its user, refuse by vkp_conn_close. */
     void (*on_accept)(void *user, vkp_conn *conn);
-    /* Instead of a connection: take the descriptor (to hand it to another loop). */
-    void (*on_fd)(void *user, int fd);
+    /* Instead of a connection: take the descriptor and its seat (to hand them to another loop). */
+    void (*on_fd)(void *user, int fd, vkp_seat *seat);
+    /* A client is refused: fd may be written to, and is closed after this. */
+    void (*on_refuse)(void *user, int fd, vkp_refusal why);
+    /* It ended by itself: its socket did, or its loop. Once, not after vkp_listener_close. */
+    void (*on_end)(void *user);
     int backlog; /* default 4096 */
 } vkp_listener_config;
 
-/* Listen and accept on the loop. After EMFILE and its like it pauses for 100 ms and goes on.
-   Owns:   borrows config, shares socket, registry, loop; gives *listener
+/* Listen and accept on the loop. When descriptors or memory run out it pauses, 10 ms at first, 1 s
+   at last, and clients wait in the backlog; when descriptors are short for a second, a spare one
+   serves to tell them (VKP_REFUSAL_OVERLOAD).
+   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
    Blocks: on the file system     Threads: loop's     In callbacks: ok
-   Errors: as vkp_socket_get_or_create; IN_USE for a port taken                                */
+   Errors: as vkp_socket_get_or_create; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
+   (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
                                                    const vkp_listener_config *config,
                                                    vkp_listener **listener);
@@ -1654,6 +1842,92 @@ VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
 /* Stop accepting; connections stay. Idempotent. Loop's thread. */
 VKP_API void vkp_listener_close(vkp_listener *listener);
 VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
+
+/* Shut down in good order: stop accepting, send `notice` (NULL: nothing) to every connection that
+   came through, write what is queued, close each; at the deadline close what is left. Then
+   on_end(user), once. For listeners without on_fd.
+   Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
+VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
+                                                    uint64_t deadline_ns,
+                                                    void (*on_end)(void *user), void *user);
+
+typedef struct vkp_listener_stats {
+    size_t clients; /* now */
+    uint64_t accepted;
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    uint64_t aborted;                    /* left before accept: probes, resets */
+    uint64_t no_descriptors;             /* accept failed with EMFILE or ENFILE */
+    uint64_t no_memory;                  /* with ENOMEM or ENOBUFS */
+    uint64_t failed;                     /* with anything else */
+    uint64_t pauses;                     /* after the last three */
+} vkp_listener_stats;
+VKP_API void vkp_listener_get_stats(const vkp_listener *listener,
+                                    vkp_listener_stats *stats); /* loop's thread */
+
+/* How a listener started from another thread began. */
+typedef struct vkp_listening {
+    vkp_status status;      /* OK, or why not; then the rest is NULL */
+    int sys_error;          /* errno of SYS */
+    const char *path;       /* views */
+    vkp_socket *sock;       /* vkp_listen_with_reference: gives one reference; else NULL */
+    vkp_listener *listener; /* the loop's; vkp_listener_close is yours, unref is not */
+} vkp_listening;
+
+/* Start a listener from any thread. It belongs to the loop, which frees it when it ended or the
+   loop closes. config.address and .socket must be NULL; config.conn.user and .on_... as above.
+   vkp_listen: it keeps its socket alive until it is closed. vkp_listen_with_reference: on_init
+   gets the only reference; the listener follows. vkp_listen_ref: follows a socket that is there.
+   on_init(user, result) runs once on the loop's thread, unless an error comes back here.
+   A registry of their own, where config names none, has no abstract names.
+   Owns:   borrows path (NULL: a unique one), copies config; shares what it names until on_init
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID, LIMIT (max_references of a socket given)                    */
+typedef void vkp_on_listening(void *user, const vkp_listening *result);
+VKP_API VKP_NODISCARD vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config,
+                                            const char *path, vkp_on_listening *on_init,
+                                            void *user);
+VKP_API VKP_NODISCARD vkp_status vkp_listen_with_reference(vkp_loop *loop,
+                                                           const vkp_listener_config *config,
+                                                           const char *path,
+                                                           vkp_on_listening *on_init, void *user);
+VKP_API VKP_NODISCARD vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
+                                                vkp_socket *sock, vkp_on_listening *on_init,
+                                                void *user);
+
+/* ---- health checks ---- */
+
+/* What one check found. */
+typedef struct vkp_health {
+    vkp_status status; /* OK; REFUSED (no connection), PROTOCOL (another answer), DISCONNECTED (it
+                          closed), TIMEOUT, SYS (with sys_error), NOMEM                        */
+    int sys_error;
+    uint64_t elapsed_ns; /* from the connect to the answer */
+    uint64_t failures;   /* in a row, this one included; 0 when OK */
+} vkp_health;
+
+typedef struct vkp_health_check vkp_health_check;
+
+typedef struct vkp_health_config {
+    const char *address;
+    vkp_str request;     /* default "PING\r\n" */
+    vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
+    uint32_t timeout_ms; /* of one check; default 1000 */
+    uint32_t period_ms;  /* 0: once */
+    void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
+    void *user;
+} vkp_health_config;
+
+/* Connect, ask, look at the answer, disconnect; now, and then every period.
+   Owns:   borrows config (texts are copied); shares loop; gives *check
+   Blocks: as vkp_conn_connect     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID, and of Unix addresses LIMIT,
+   UNSUPPORTED                                                                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
+                                                       const vkp_health_config *config,
+                                                       vkp_health_check **check);
+/* End it: no result follows. NULL is ignored. Loop's thread, in on_result too. */
+VKP_API void vkp_health_check_close(vkp_health_check *check);
 
 /* --------------------------------------------------------------------------------------
    >>api-hub   Who is subscribed to what                                                   */
@@ -1925,9 +2199,19 @@ typedef struct vkp_relay_config {
     size_t loop_count;      /* default 1 */
     size_t queue_frames;    /* per client, as vkp_conn_config */
     size_t queue_bytes;
-    vkp_on_full on_full;      /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
-    size_t max_clients;       /* default 16,384 */
-    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
+    vkp_on_full on_full;        /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
+    size_t max_clients;         /* at once; default 16,384 */
+    size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
+    /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
+    const uint32_t *allow_uids;
+    size_t allow_uid_count;
+    /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
+    void (*on_idle)(void *user);
+    void *user;
+    uint32_t linger_ms;
+    uint32_t check_ms; /* look that often at the sockets' files, bind again what is lost */
+    const char *shutdown_notice; /* copied; see vkp_relay_drain; NULL: none */
+    size_t max_request_bytes;    /* one command, or one MULTI block; default 64 MiB */
     size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
     size_t max_subscriptions; /* names of one client; default 100,000 */
     const vkp_env *env;
@@ -1945,16 +2229,19 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, 
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
                                                   const char **bound);
 
-/* Stop accepting, answer what was asked, write what is queued until the deadline, then close;
-   on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.                       */
+/* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
+   then close; on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.
+   The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
+   with subscriptions; to others an error, the answer to whatever they would ask next.         */
+#define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
 VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
                              void *user);
 
 typedef struct vkp_relay_stats {
     size_t clients;
     uint64_t accepted;
-    uint64_t refused;     /* over max_clients */
-    uint64_t messages_in; /* from upstream or by PUBLISH */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    uint64_t messages_in;                /* from upstream or by PUBLISH */
     uint64_t deliveries;
     uint64_t dropped_frames;  /* by the policy */
     uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
@@ -1962,6 +2249,9 @@ typedef struct vkp_relay_stats {
     uint64_t protocol_errors; /* clients closed for them */
 } vkp_relay_stats;
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
+
+/* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
+VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
 
 /* Close at once, and free. The loops do not run any more (or never ran). NULL is ignored. */
 VKP_API void vkp_relay_unref(vkp_relay *relay);
@@ -2065,6 +2355,7 @@ extern "C" {
 #define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_SUB_ACQ_REL(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
@@ -2364,6 +2655,11 @@ static int vkp_i_os_process_id(void)
     return (int)getpid();
 }
 
+static uint32_t vkp_i_os_user_id(void)
+{
+    return (uint32_t)geteuid();
+}
+
 /* Parker states. */
 #define VKP_I_PARK_EMPTY 0u
 #define VKP_I_PARK_NOTIFIED 1u
@@ -2556,7 +2852,7 @@ static int vkp_i_os_socket(int family, int type)
 #endif
 }
 
-static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes)
+static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes, uint32_t mode)
 {
     struct sockaddr_storage copy;
     int on = 1;
@@ -2565,7 +2861,7 @@ static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes)
     }
     memcpy(&copy, address, bytes);
     if (copy.ss_family == AF_UNIX) {
-        (void)fchmod(fd, 0600); /* Linux gives the file this mode; elsewhere chmod follows */
+        (void)fchmod(fd, (mode_t)mode); /* Linux gives the file this; elsewhere chmod follows */
     } else {
         (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     }
@@ -2612,22 +2908,35 @@ static int vkp_i_os_set_nodelay(int fd)
     return vkp_i_os_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
 }
 
-static int vkp_i_os_peer_uid(int fd, uint32_t *uid)
+static int vkp_i_os_peer(int fd, vkp_peer *peer)
 {
 #if VKP_I_LINUX
-    struct ucred peer;
-    socklen_t bytes = sizeof peer;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) < 0) {
+    struct ucred found;
+    socklen_t bytes = sizeof found;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &found, &bytes) < 0) {
         return -errno;
     }
-    *uid = (uint32_t)peer.uid;
+    peer->uid = (uint32_t)found.uid;
+    peer->gid = (uint32_t)found.gid;
+    peer->pid = (int)found.pid;
 #else
     uid_t user;
     gid_t group;
     if (getpeereid(fd, &user, &group) < 0) {
         return -errno;
     }
-    *uid = (uint32_t)user;
+    peer->uid = (uint32_t)user;
+    peer->gid = (uint32_t)group;
+    peer->pid = 0;
+#ifdef LOCAL_PEERPID
+    {
+        pid_t pid = 0;
+        socklen_t bytes = sizeof pid;
+        if (getsockopt(fd, 0 /* SOL_LOCAL */, LOCAL_PEERPID, &pid, &bytes) == 0) {
+            peer->pid = (int)pid;
+        }
+    }
+#endif
 #endif
     return 0;
 }
@@ -2725,9 +3034,18 @@ static int vkp_i_os_close(int fd)
     return vkp_i_os_result(close(fd));
 }
 
+static void vkp_i_os_file_id(const struct stat *found, vkp_file_id *id)
+{
+    id->device = (uint64_t)found->st_dev;
+    id->inode = (uint64_t)found->st_ino;
+    id->uid = (uint32_t)found->st_uid;
+    id->mode = (uint32_t)found->st_mode & 07777u;
+    id->is_socket = S_ISSOCK(found->st_mode);
+}
+
 /* The lock counts only if the locked file is still the one at the path: its last holder removes
    it while holding the lock, so a file opened just before may be a corpse.                    */
-static int vkp_i_os_lock_file(const char *path)
+static int vkp_i_os_lock_file(const char *path, vkp_file_id *id)
 {
     for (;;) {
         struct stat opened;
@@ -2744,6 +3062,7 @@ static int vkp_i_os_lock_file(const char *path)
         }
         if (fstat(fd, &opened) == 0 && lstat(path, &named) == 0 && opened.st_dev == named.st_dev &&
             opened.st_ino == named.st_ino) {
+            vkp_i_os_file_id(&opened, id);
             return fd;
         }
         (void)close(fd);
@@ -2756,10 +3075,7 @@ static int vkp_i_os_identify(const char *path, vkp_file_id *id)
     if (lstat(path, &found) < 0) {
         return -errno;
     }
-    id->device = (uint64_t)found.st_dev;
-    id->inode = (uint64_t)found.st_ino;
-    id->uid = (uint32_t)found.st_uid;
-    id->is_socket = S_ISSOCK(found.st_mode);
+    vkp_i_os_file_id(&found, id);
     return 0;
 }
 
@@ -2869,14 +3185,15 @@ static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_
 VKP_API const vkp_sys *vkp_sys_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,  vkp_i_os_random_u64,    vkp_i_os_process_id, vkp_i_os_park,
-        vkp_i_os_unpark,    vkp_i_os_yield,         vkp_i_os_processors, vkp_i_os_membarrier,
-        VKP_I_OS(socket),   VKP_I_OS(bind),         VKP_I_OS(listen),    VKP_I_OS(accept),
-        VKP_I_OS(connect),  VKP_I_OS(socket_error), VKP_I_OS(prepare),   VKP_I_OS(set_nodelay),
-        VKP_I_OS(peer_uid), VKP_I_OS(local_port),   VKP_I_OS(resolve),   VKP_I_OS(read),
-        VKP_I_OS(send),     VKP_I_OS(write),        VKP_I_OS(close),     VKP_I_OS(lock_file),
-        VKP_I_OS(identify), VKP_I_OS(chmod),        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),
-        VKP_I_OS(poll),     VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait)};
+        vkp_i_os_clock_ns,     vkp_i_os_random_u64, vkp_i_os_process_id,    vkp_i_os_user_id,
+        vkp_i_os_park,         vkp_i_os_unpark,     vkp_i_os_yield,         vkp_i_os_processors,
+        vkp_i_os_membarrier,   VKP_I_OS(socket),    VKP_I_OS(bind),         VKP_I_OS(listen),
+        VKP_I_OS(accept),      VKP_I_OS(connect),   VKP_I_OS(socket_error), VKP_I_OS(prepare),
+        VKP_I_OS(set_nodelay), VKP_I_OS(peer),      VKP_I_OS(local_port),   VKP_I_OS(resolve),
+        VKP_I_OS(read),        VKP_I_OS(send),      VKP_I_OS(write),        VKP_I_OS(close),
+        VKP_I_OS(lock_file),   VKP_I_OS(identify),  VKP_I_OS(chmod),        VKP_I_OS(unlink),
+        VKP_I_OS(wake_pair),   VKP_I_OS(poll),      VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
+        VKP_I_OS(epoll_wait)};
     return &table;
 }
 
@@ -8913,19 +9230,27 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
    Maps: names to objects, for sockets, hubs and clients
    ======================================================================================
    Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
-   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.                      */
+   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.
+   A shared map may be walked by threads that do not hold its lock, if its nodes' memory stays:
+   links are stored whole, old tables kept. Such a walk may miss a node or stray into another
+   chain; what it finds is to be checked, what it does not find to be looked for under the lock. */
 
 typedef struct vkp_i_map_node {
-    struct vkp_i_map_node *next;
+    struct vkp_i_map_node *next; /* atomic, as hash, where the map is shared */
     uint64_t hash;
     vkp_str key; /* the owner's memory */
 } vkp_i_map_node;
 
+typedef struct vkp_i_buckets {
+    struct vkp_i_buckets *older; /* of a shared map: kept */
+    size_t count;                /* a power of two; their links stand behind this struct */
+} vkp_i_buckets;
+
 typedef struct vkp_i_map {
     const vkp_env *env;
-    vkp_i_map_node **buckets;
-    size_t bucket_count; /* a power of two, or 0 */
+    vkp_i_buckets *buckets; /* atomic; NULL at first */
     size_t count;
+    bool shared;
     uint64_t key[2];
 } vkp_i_map;
 
@@ -8952,6 +9277,7 @@ static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
 {
     uint64_t v[4];
     uint64_t word;
+    unsigned shift;
     size_t i;
     v[0] = map->key[0] ^ 0x736f6d6570736575u;
     v[1] = map->key[1] ^ 0x646f72616e646f6du;
@@ -8964,9 +9290,8 @@ static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
         v[0] ^= word;
     }
     word = (uint64_t)text.len << 56;
-    if (text.len > i) {
-        memcpy(&word, text.ptr + i, text.len - i); /* at most 7 bytes: the length stays on top */
-        word = (word & 0x00ffffffffffffffu) | ((uint64_t)text.len << 56);
+    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: a call would cost more */
+        word |= (uint64_t)(unsigned char)text.ptr[i] << shift;
     }
     v[3] ^= word;
     VKP_I_SIP_ROUND(v);
@@ -8987,125 +9312,1207 @@ static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
     map->key[1] = sys->random_u64();
 }
 
+static vkp_i_map_node **vkp_i_map_bucket(vkp_i_buckets *buckets, uint64_t hash)
+{
+    return (vkp_i_map_node **)(void *)(buckets + 1) + (hash & (buckets->count - 1));
+}
+
+static void vkp_i_buckets_free(const vkp_env *env, vkp_i_buckets *buckets)
+{
+    vkp_i_free(env, buckets, sizeof *buckets + buckets->count * sizeof(vkp_i_map_node *));
+}
+
 static void vkp_i_map_deinit(vkp_i_map *map)
 {
-    vkp_i_free(map->env, map->buckets, map->bucket_count * sizeof *map->buckets);
-    map->buckets = NULL;
-    map->bucket_count = 0;
+    while (map->buckets != NULL) {
+        vkp_i_buckets *older = map->buckets->older;
+        vkp_i_buckets_free(map->env, map->buckets);
+        map->buckets = older;
+    }
 }
 
 static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_str key)
 {
-    vkp_i_map_node *node =
-        map->bucket_count > 0 ? map->buckets[hash & (map->bucket_count - 1)] : NULL;
+    vkp_i_map_node *node = map->buckets != NULL ? *vkp_i_map_bucket(map->buckets, hash) : NULL;
     while (node != NULL && (node->hash != hash || !vkp_i_str_equal(node->key, key))) {
         node = node->next;
     }
     return node;
 }
 
+static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
+{
+    vkp_i_map_node **bucket = vkp_i_map_bucket(buckets, node->hash);
+    VKP_I_STORE_REL(&node->next, *bucket);
+    VKP_I_STORE_REL(bucket, node);
+}
+
 static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
 {
-    vkp_i_map_node **buckets =
-        (vkp_i_map_node **)vkp_i_alloc_zero(map->env, bucket_count * sizeof *buckets);
+    vkp_i_buckets *older = map->buckets;
+    vkp_i_buckets *buckets = (vkp_i_buckets *)vkp_i_alloc_zero(
+        map->env, sizeof *buckets + bucket_count * sizeof(vkp_i_map_node *));
     size_t i;
     if (buckets == NULL) {
         return false;
     }
-    for (i = 0; i < map->bucket_count; i++) {
-        vkp_i_map_node *node = map->buckets[i];
+    buckets->count = bucket_count;
+    for (i = 0; older != NULL && i < older->count; i++) {
+        vkp_i_map_node *node = *vkp_i_map_bucket(older, i);
         while (node != NULL) {
             vkp_i_map_node *next = node->next;
-            vkp_i_map_node **bucket = &buckets[node->hash & (bucket_count - 1)];
-            node->next = *bucket;
-            *bucket = node;
+            vkp_i_map_link(buckets, node);
             node = next;
         }
     }
-    vkp_i_free(map->env, map->buckets, map->bucket_count * sizeof *map->buckets);
-    map->buckets = buckets;
-    map->bucket_count = bucket_count;
+    if (older != NULL && map->shared) {
+        buckets->older = older;
+    } else if (older != NULL) {
+        vkp_i_buckets_free(map->env, older);
+    }
+    VKP_I_STORE_REL(&map->buckets, buckets);
     return true;
 }
 
 /* A map that cannot grow gets slower, not wrong; only the first table must be had. */
 static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
 {
-    vkp_i_map_node **bucket;
-    if (map->count >= map->bucket_count &&
-        !vkp_i_map_rehouse(map, map->bucket_count == 0 ? 16 : map->bucket_count * 2) &&
-        map->bucket_count == 0) {
+    size_t room = map->buckets != NULL ? map->buckets->count : 0;
+    if (map->count >= room && !vkp_i_map_rehouse(map, room == 0 ? 16 : room * 2) && room == 0) {
         return false;
     }
-    bucket = &map->buckets[node->hash & (map->bucket_count - 1)];
-    node->next = *bucket;
-    *bucket = node;
+    vkp_i_map_link(map->buckets, node);
     map->count++;
     return true;
 }
 
 static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
 {
-    vkp_i_map_node **link = &map->buckets[node->hash & (map->bucket_count - 1)];
+    vkp_i_map_node **link = vkp_i_map_bucket(map->buckets, node->hash);
     while (*link != node) {
         link = &(*link)->next;
     }
-    *link = node->next;
+    VKP_I_STORE_REL(link, node->next);
     map->count--;
 }
 
 /* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
 static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
 {
+    size_t count = map->buckets != NULL ? map->buckets->count : 0;
     size_t bucket = 0;
+    vkp_i_map_node *found = NULL;
     if (node != NULL) {
         if (node->next != NULL) {
             return node->next;
         }
-        bucket = (node->hash & (map->bucket_count - 1)) + 1;
+        bucket = (node->hash & (count - 1)) + 1;
     }
-    while (bucket < map->bucket_count && map->buckets[bucket] == NULL) {
-        bucket++;
+    for (; bucket < count && found == NULL; bucket++) {
+        found = *vkp_i_map_bucket(map->buckets, bucket);
     }
-    return bucket < map->bucket_count ? map->buckets[bucket] : NULL;
+    return found;
 }
 
 /* ======================================================================================
    >>impl-socket   Ref-counted Unix sockets
    ======================================================================================
-   The registry's lock guards the map and every change of a count to or from zero, file system
-   work included: whoever asks for a path finds a live socket or none, never one that is dying.
-   Counts above one change without the lock. No user code runs under it.
+   A socket is a slot of its registry: its memory is used again for other sockets, and freed with
+   the registry only. So weak handles, and look-ups by name, may look at any slot at any time: one
+   atomic word says which life of the slot this is, and how many refer to it, and whoever got a
+   reference from it knows that the rest of the slot stays.
+
+   The last unref must clean up and may not wait. It takes the count to 0 and the DUTY of the burial
+   in one step, so that nobody else does both. The registry's lock is the word `held`; whoever may
+   wait stands in line at the mutex before it. The burial only tries the word. Where it is taken
+   the slot goes on the list of corpses, which the holder looks at after it let go: either he finds
+   the corpse, or the burial's second try finds the word free.
+   Who looks for a path and finds a slot whose count is 0 buries it himself and makes a new one in
+   another slot; whose duty it was finds it DEAD, and only gives the slot back. A path's next
+   socket is thus never touched by the end of the one before.
+
+   Under the lock there are map, files and counters; descriptors are closed, messages logged and
+   callbacks called after it. A descriptor is an endpoint with a count of its own: a loop that
+   watches it keeps it open, whoever ended the socket.
+
    On disk: PATH.lock is created and flocked first, removed last, so that between processes the
-   lock tells who lives; PATH is bound, given mode 0600, and only then set listening, so that
+   lock tells who lives; PATH is bound, given its mode, and only then set listening, so that
    nobody connects before. A file is unlinked only while device and inode are those recorded.  */
+
+#define VKP_I_REFS ((uint64_t)0x3fffffff) /* of the word: how many refer to it */
+#define VKP_I_MOST_REFS ((size_t)1 << 29) /* far from the next bit: ref adds before it looks */
+#define VKP_I_DEAD ((uint64_t)1 << 30)    /* retired: inactive for good */
+#define VKP_I_DUTY ((uint64_t)1 << 31)    /* somebody is about to bury it */
+#define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32))
+
+#define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1) /* with an end */
+
+typedef struct vkp_i_endpoint {
+    struct vkp_i_endpoint *next; /* of those that wait for their close */
+    const vkp_env *env;
+    size_t refs; /* atomic: the socket's, and one per listener that watches it */
+    int fd;
+} vkp_i_endpoint;
+
+/* A listener's place with its socket; guarded by the registry. */
+typedef struct vkp_i_follower {
+    struct vkp_i_follower *next;
+    vkp_socket *sock; /* NULL: not, or no longer, with it */
+    vkp_loop *loop;
+    vkp_i_task task; /* tells the listener that its socket ended, or has another descriptor */
+    bool queued;
+} vkp_i_follower;
+
+#define VKP_I_SOCKET_ABSTRACT 1u /* flags */
+#define VKP_I_SOCKET_LINGERS 2u
+#define VKP_I_SOCKET_LOST 4u
+#define VKP_I_SOCKET_EVENT(event) (8u << (event)) /* to be told */
+
+struct vkp_socket {
+    vkp_i_map_node node; /* key: path */
+    uint64_t word;       /* atomic */
+    vkp_registry *registry;
+    vkp_socket *all;   /* the registry's slots, linked for good */
+    vkp_socket *link;  /* of corpses, or of free slots */
+    uint64_t ended_ns; /* of him who has the duty */
+    /* Guarded: */
+    vkp_i_endpoint *endpoint; /* NULL once retired */
+    vkp_i_follower *followers;
+    uint64_t linger_until_ns; /* on the loop's clock; 0: not yet known */
+    uint32_t flags;
+    vkp_status blocked; /* why it was not bound again */
+    int lock_fd;
+    /* Read by vkp_registry_unlink_all, too: */
+    uint32_t on_disk; /* atomic: path and ids hold */
+    int opener_pid;
+    vkp_file_id id;
+    vkp_file_id lock_id;
+    char path[VKP_I_PATH_BYTES];
+};
 
 struct vkp_registry {
     const vkp_env *env;
     const vkp_sys *sys;
-    size_t refs; /* atomic */
-    VKP_I_MUTEX mutex;
-    int backlog;
+    size_t refs; /* atomic: the program's, the live sockets', those of work under way */
+    vkp_registry_config config; /* folder is not the caller's */
+    char *folder;
+    VKP_I_MUTEX mutex;   /* the line before `held` */
+    uint32_t held;       /* atomic */
+    vkp_socket *corpses; /* atomic */
+    vkp_socket *all;     /* atomic, newest first */
+    /* Guarded by `held`: */
     vkp_i_map sockets;
-    size_t unlink_failures;
-    int unlink_errno;
+    vkp_socket *spare;
+    vkp_i_endpoint *to_close; /* when the lock is off */
+    size_t released;          /* references to drop then */
+    bool noted;               /* there is a note to log then */
+    vkp_log_level note_level;
+    char note[256];
+    vkp_registry_stats stats;
+    /* Of the loop's timer, guarded too; timer and place belong to its thread. */
+    bool keeper_queued;
+    bool keeper_placed;
+    bool loop_gone;
+    uint64_t next_check_ns;
+    vkp_i_task keeper_task;
+    vkp_timer keeper_timer;
+    vkp_i_attached keeper_place;
 };
 
-struct vkp_socket {
-    vkp_i_map_node node; /* key: path */
-    vkp_registry *registry;
-    size_t refs;     /* atomic; to and from 0 only under the registry's lock */
-    uint32_t active; /* atomic */
-    int fd;
-    int lock_fd;
-    int opener_pid;
-    vkp_file_id id;
-    size_t path_bytes; /* with its terminator; behind this struct */
-};
-
-static char *vkp_i_socket_path(vkp_socket *sock)
+static vkp_status vkp_i_sys_failure(int result)
 {
-    return (char *)(sock + 1);
+    errno = -result;
+    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
+}
+
+/* ---- names ---- */
+
+typedef struct vkp_i_name {
+    const char *text;
+    size_t len;
+    bool abstract; /* text begins with '@' */
+} vkp_i_name;
+
+static bool vkp_i_path_climbs(vkp_str path)
+{
+    size_t begin = 0;
+    size_t i;
+    for (i = 0; i <= path.len; i++) {
+        if (i == path.len || path.ptr[i] == '/') {
+            if (i - begin == 2 && path.ptr[begin] == '.' && path.ptr[begin + 1] == '.') {
+                return true;
+            }
+            begin = i + 1;
+        }
+    }
+    return false;
+}
+
+/* INVALID for what can be no name, LIMIT for what sun_path cannot hold. */
+static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_names,
+                                vkp_i_name *out)
+{
+    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* and a NUL, at either end */
+    size_t len = text.len;
+    VKP_I_REQUIRE(text.ptr != NULL && len > 0 && memchr(text.ptr, '\0', len) == NULL);
+    out->text = text.ptr;
+    out->len = len;
+    out->abstract = abstract_names && text.ptr[0] == '@';
+    if (out->abstract) {
+        len--;
+        VKP_I_REQUIRE(len > 0);
+        if (!VKP_I_LINUX) {
+            return VKP_ERR_UNSUPPORTED;
+        }
+    } else if (vkp_i_path_climbs(text)) {
+        return VKP_ERR_INVALID;
+    }
+    if (len > most) {
+        vkp_i_log(env, VKP_LOG_ERROR, "socket path of %zu bytes, %zu fit: %.*s", len, most,
+                  VKP_FMT(text));
+        return VKP_ERR_LIMIT;
+    }
+    return VKP_OK;
+}
+
+static vkp_address vkp_i_unix_address(vkp_i_name name)
+{
+    union {
+        struct sockaddr_un name;
+        unsigned char bytes[sizeof(struct sockaddr_un)];
+    } local;
+    vkp_address address;
+    memset(&local, 0, sizeof local);
+    memset(&address, 0, sizeof address);
+    local.name.sun_family = AF_UNIX;
+    memcpy(local.name.sun_path, name.text, name.len);
+    address.family = AF_UNIX;
+    address.bytes = (uint32_t)sizeof local;
+    if (name.abstract) {
+        local.name.sun_path[0] = '\0';
+        address.bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + name.len);
+    }
+    memcpy(address.storage.bytes, local.bytes, sizeof local);
+    return address;
+}
+
+static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
+{
+    vkp_i_name name;
+    name.text = sock->path;
+    name.len = sock->node.key.len;
+    name.abstract = (sock->flags & VKP_I_SOCKET_ABSTRACT) != 0;
+    return name;
+}
+
+typedef struct vkp_i_lock_name {
+    char path[VKP_I_PATH_BYTES + 8];
+} vkp_i_lock_name;
+
+static vkp_i_lock_name vkp_i_socket_lock_name(const vkp_socket *sock)
+{
+    static const char suffix[] = ".lock";
+    vkp_i_lock_name name;
+    size_t len = strlen(sock->path);
+    memcpy(name.path, sock->path, len); /* no snprintf: a signal handler comes here, too */
+    memcpy(name.path + len, suffix, sizeof suffix);
+    return name;
+}
+
+/* ---- the registry's lock, and what follows when it is off ---- */
+
+static vkp_i_endpoint *vkp_i_endpoint_open(const vkp_env *env, int fd)
+{
+    vkp_i_endpoint *endpoint = (vkp_i_endpoint *)vkp_i_alloc_zero(env, sizeof *endpoint);
+    if (endpoint != NULL) {
+        endpoint->env = env;
+        endpoint->refs = 1;
+        endpoint->fd = fd;
+    }
+    return endpoint;
+}
+
+static vkp_i_endpoint *vkp_i_endpoint_ref(vkp_i_endpoint *endpoint)
+{
+    (void)VKP_I_ADD(&endpoint->refs, 1);
+    return endpoint;
+}
+
+static void vkp_i_endpoint_unref(vkp_i_endpoint *endpoint)
+{
+    if (endpoint != NULL && VKP_I_UNREF(&endpoint->refs) == 1) {
+        (void)vkp_i_sys(endpoint->env)->close(endpoint->fd);
+        vkp_i_free(endpoint->env, endpoint, sizeof *endpoint);
+    }
+}
+
+static void vkp_i_registry_free(vkp_registry *registry)
+{
+    vkp_loop *loop = registry->config.loop;
+    while (registry->all != NULL) {
+        vkp_socket *sock = registry->all;
+        registry->all = sock->all;
+        vkp_i_free(registry->env, sock, sizeof *sock);
+    }
+    vkp_i_map_deinit(&registry->sockets);
+    VKP_I_MUTEX_DEINIT(&registry->mutex);
+    vkp_i_free_text(registry->env, registry->folder);
+    vkp_i_free(registry->env, registry, sizeof *registry);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_registry_drop(vkp_registry *registry, size_t count)
+{
+    if (count > 0 && VKP_I_SUB_ACQ_REL(&registry->refs, count) == count) {
+        vkp_i_registry_free(registry);
+    }
+}
+
+__attribute__((format(printf, 3, 4))) static void
+vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    registry->noted = true;
+    registry->note_level = level;
+    (void)vsnprintf(registry->note, sizeof registry->note, format, arguments);
+    va_end(arguments);
+}
+
+static void vkp_i_registry_bury_all(vkp_registry *registry);
+
+static void vkp_i_registry_enter(vkp_registry *registry)
+{
+    VKP_I_LOCK(&registry->mutex);
+    vkp_i_latch_lock(&registry->held, registry->sys);
+    vkp_i_registry_bury_all(registry);
+}
+
+static bool vkp_i_registry_try_enter(vkp_registry *registry)
+{
+    return VKP_I_XCHG(&registry->held, 1u) == 0;
+}
+
+/* The caller has a reference of the registry. `in_line`: came through vkp_i_registry_enter.
+   Keeps errno.                                                                                */
+static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
+{
+    int error = errno;
+    size_t released = 0;
+    vkp_i_endpoint *to_close = NULL;
+    vkp_log_level level = VKP_LOG_DEFAULT;
+    char note[sizeof registry->note];
+    note[0] = '\0';
+    do {
+        vkp_i_registry_bury_all(registry);
+        while (registry->to_close != NULL) {
+            vkp_i_endpoint *each = registry->to_close;
+            registry->to_close = each->next;
+            each->next = to_close;
+            to_close = each;
+        }
+        released += registry->released;
+        registry->released = 0;
+        if (registry->noted) {
+            level = registry->note_level;
+            memcpy(note, registry->note, sizeof note);
+            registry->noted = false;
+        }
+        (void)VKP_I_XCHG(&registry->held, 0u);
+    } while (VKP_I_LOAD_ACQ(&registry->corpses) != NULL && vkp_i_registry_try_enter(registry));
+    if (in_line) {
+        VKP_I_UNLOCK(&registry->mutex);
+    }
+    while (to_close != NULL) {
+        vkp_i_endpoint *next = to_close->next;
+        vkp_i_endpoint_unref(to_close);
+        to_close = next;
+    }
+    if (level != VKP_LOG_DEFAULT) {
+        vkp_i_log(registry->env, level, "%s", note);
+    }
+    vkp_i_registry_drop(registry, released);
+    errno = error;
+}
+
+/* ---- references ---- */
+
+/* One more of this life of the slot. `locked` callers bring back those that linger.
+   NOT_FOUND: it ended; LIMIT.                                                                 */
+static vkp_status vkp_i_socket_take(vkp_socket *sock, uint32_t generation, bool locked)
+{
+    vkp_registry *registry = sock->registry;
+    uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
+    do {
+        if (VKP_I_GENERATION(word) != generation || (word & VKP_I_DEAD) != 0 ||
+            ((word & VKP_I_REFS) == 0 && !(locked && registry->config.linger_ms > 0))) {
+            return VKP_ERR_NOT_FOUND;
+        }
+        if ((word & VKP_I_REFS) >= registry->config.max_references) {
+            return VKP_ERR_LIMIT;
+        }
+    } while (!VKP_I_CAS(&sock->word, &word, word + 1));
+    if (locked && (word & VKP_I_REFS) == 0) {
+        sock->flags &= ~VKP_I_SOCKET_LINGERS;
+        registry->stats.revived++;
+    }
+    return VKP_OK;
+}
+
+/* It was not there at once: does it linger? By itself, so that who finds it at once saves no
+   registers for this.                                                                         */
+static __attribute__((noinline)) vkp_status
+vkp_i_socket_take_lingering(vkp_socket *sock, uint32_t generation, vkp_socket **out)
+{
+    vkp_status status = VKP_ERR_NOT_FOUND;
+    if (sock->registry->config.linger_ms > 0 &&
+        VKP_I_GENERATION(VKP_I_LOAD(&sock->word)) == generation) {
+        vkp_i_registry_enter(sock->registry);
+        status = vkp_i_socket_take(sock, generation, true);
+        vkp_i_registry_leave(sock->registry, true);
+    }
+    if (status == VKP_OK) {
+        *out = sock;
+    }
+    return status;
+}
+
+/* The same for those who hold no lock. */
+static vkp_status vkp_i_socket_take_weak(vkp_socket *sock, uint32_t generation, vkp_socket **out)
+{
+    vkp_status status = vkp_i_socket_take(sock, generation, false);
+    if (status == VKP_ERR_NOT_FOUND) {
+        return vkp_i_socket_take_lingering(sock, generation, out);
+    }
+    if (status == VKP_OK) {
+        *out = sock;
+    }
+    return status;
+}
+
+VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock)
+{
+    uint64_t word = VKP_I_ADD(&sock->word, (uint64_t)1);
+    if ((word & VKP_I_REFS) < sock->registry->config.max_references) {
+        return sock;
+    }
+    (void)VKP_I_SUB(&sock->word, (uint64_t)1); /* not the last: the caller has one */
+    return NULL;
+}
+
+static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock);
+
+VKP_API void vkp_socket_unref(vkp_socket *sock)
+{
+    vkp_registry *registry;
+    uint64_t word;
+    uint64_t less;
+    if (sock == NULL) {
+        return;
+    }
+    word = VKP_I_LOAD(&sock->word);
+    do {
+        less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_DUTY;
+    } while (!VKP_I_CAS(&sock->word, &word, less));
+    if ((less & VKP_I_REFS) > 0 || (word & VKP_I_DUTY) != 0) {
+        return; /* others refer to it, or its burial is under way, which will see this */
+    }
+    registry = sock->registry;
+    sock->ended_ns = registry->sys->clock_ns();
+    (void)VKP_I_ADD(&registry->refs, 1); /* whoever buries a corpse drops the socket's own */
+    if (vkp_i_registry_try_enter(registry)) {
+        vkp_i_socket_bury(registry, sock);
+        vkp_i_registry_leave(registry, false);
+    } else {
+        sock->link = VKP_I_LOAD(&registry->corpses);
+        while (!VKP_I_CAS(&registry->corpses, &sock->link, sock)) {
+        }
+        if (vkp_i_registry_try_enter(registry)) {
+            vkp_i_registry_leave(registry, false);
+        }
+    }
+    vkp_i_registry_drop(registry, 1);
+}
+
+VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock)
+{
+    vkp_weak_socket weak;
+    memcpy(&weak.i_socket, &sock, sizeof sock); /* drops const */
+    weak.i_generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word));
+    return weak;
+}
+
+VKP_API vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **out)
+{
+    VKP_I_REQUIRE(weak != NULL && out != NULL);
+    return weak->i_socket != NULL ? vkp_i_socket_take_weak(weak->i_socket, weak->i_generation, out)
+                                  : VKP_ERR_NOT_FOUND;
+}
+
+VKP_API const char *vkp_socket_get_path(const vkp_socket *sock)
+{
+    return sock->path;
+}
+
+VKP_API bool vkp_socket_is_active(const vkp_socket *sock)
+{
+    return (VKP_I_LOAD_ACQ(&sock->word) & VKP_I_DEAD) == 0;
+}
+
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
+{
+    return (size_t)(VKP_I_LOAD(&sock->word) & VKP_I_REFS);
+}
+
+/* ---- the end of a socket; all of it under the lock ---- */
+
+static bool vkp_i_same_file(const vkp_file_id *a, const vkp_file_id *b)
+{
+    return a->device == b->device && a->inode == b->inode;
+}
+
+/* Remove the file while it is the one recorded: 0, or a negated errno. */
+static int vkp_i_unlink_same(const vkp_sys *sys, const char *path, const vkp_file_id *id)
+{
+    vkp_file_id found;
+    int result = sys->identify(path, &found);
+    if (result == 0 && vkp_i_same_file(&found, id)) {
+        result = sys->unlink(path);
+    }
+    return result == -ENOENT ? 0 : result; /* gone, or not ours */
+}
+
+static void vkp_i_registry_remove(vkp_registry *registry, const char *path, const vkp_file_id *id)
+{
+    int result = vkp_i_unlink_same(registry->sys, path, id);
+    if (result < 0) {
+        registry->stats.unlink_failures++;
+        registry->stats.unlink_errno = -result;
+        vkp_i_registry_note(registry, VKP_LOG_WARN, "%s: not removed: %s", path, strerror(-result));
+    }
+}
+
+static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
+{
+    const vkp_sys *sys = sock->registry->sys;
+    if (sock->lock_fd >= 0) {
+        if (unlink) {
+            vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
+            vkp_i_registry_remove(sock->registry, name.path, &sock->lock_id);
+        }
+        (void)sys->close(sock->lock_fd);
+        sock->lock_fd = -1;
+        memset(&sock->lock_id, 0, sizeof sock->lock_id); /* its inode may be another file's next */
+    }
+}
+
+/* An abstract name is free when its descriptor is closed, so that must not wait. */
+static void vkp_i_socket_let_go(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    vkp_i_endpoint *endpoint = sock->endpoint;
+    sock->endpoint = NULL;
+    if (endpoint != NULL && (sock->flags & VKP_I_SOCKET_ABSTRACT) != 0) {
+        vkp_i_endpoint_unref(endpoint);
+    } else if (endpoint != NULL) {
+        endpoint->next = registry->to_close;
+        registry->to_close = endpoint;
+    }
+}
+
+static void vkp_i_follower_tell(vkp_i_follower *follower)
+{
+    if (!follower->queued) {
+        follower->queued = vkp_i_loop_queue(follower->loop, &follower->task);
+    }
+}
+
+/* Make it inactive, take it off the map, remove the file if it is still ours, then the lock file.
+   `since`: when that was called for. False: it was done before.                               */
+static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
+{
+    vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    bool ours = sys->process_id() == sock->opener_pid; /* else forked: the files are the parent's */
+    uint64_t now;
+    if ((VKP_I_OR(&sock->word, VKP_I_DEAD) & VKP_I_DEAD) != 0) {
+        return false;
+    }
+    VKP_I_STORE_REL(&sock->on_disk, 0u);
+    vkp_i_map_remove(&registry->sockets, &sock->node);
+    registry->stats.ended++;
+    while (sock->followers != NULL) {
+        vkp_i_follower *follower = sock->followers;
+        sock->followers = follower->next;
+        follower->sock = NULL;
+        if (ours) {
+            vkp_i_follower_tell(follower);
+        }
+    }
+    if (ours && (sock->flags & VKP_I_SOCKET_ABSTRACT) == 0) {
+        vkp_i_registry_remove(registry, sock->path, &sock->id);
+    }
+    vkp_i_socket_unlock(sock, ours);
+    vkp_i_socket_let_go(sock);
+    now = sys->clock_ns();
+    registry->stats.cleanup_last_ns = now > since_ns ? now - since_ns : 0;
+    registry->stats.cleanup_total_ns += registry->stats.cleanup_last_ns;
+    registry->stats.cleanup_most_ns =
+        VKP_I_MAX(registry->stats.cleanup_most_ns, registry->stats.cleanup_last_ns);
+    return true;
+}
+
+/* Nobody refers to it: the slot's next life may begin. A slot whose generations are used up has
+   none: old weak handles would take it for theirs.                                            */
+static void vkp_i_socket_recycle(vkp_registry *registry, vkp_socket *sock)
+{
+    uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word)) + 1;
+    VKP_I_STORE_REL(&sock->word, (uint64_t)generation << 32);
+    if (generation != 0) {
+        sock->link = registry->spare;
+        registry->spare = sock;
+    }
+    registry->released++;
+}
+
+static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t since_ns)
+{
+    (void)vkp_i_socket_retire(sock, since_ns);
+    vkp_i_socket_recycle(registry, sock);
+}
+
+static bool vkp_i_registry_call_keeper(vkp_registry *registry);
+
+/* With the first socket, and again if there was no memory for the timer then. */
+static void vkp_i_registry_see_to_checks(vkp_registry *registry)
+{
+    if (registry->config.check_ms > 0 && !registry->keeper_placed) {
+        (void)vkp_i_registry_call_keeper(registry);
+    }
+}
+
+/* The duty is the caller's. */
+static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock)
+{
+    uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
+    bool lingers = false;
+    vkp_i_registry_see_to_checks(registry);
+    do {
+        if ((word & VKP_I_REFS) == 0) {
+            lingers = (word & VKP_I_DEAD) == 0 && registry->config.linger_ms > 0 &&
+                      registry->sys->process_id() == sock->opener_pid &&
+                      vkp_i_registry_call_keeper(registry);
+            if (!lingers) {
+                vkp_i_socket_end(registry, sock, sock->ended_ns);
+                return;
+            }
+        }
+    } while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_DUTY));
+    if (lingers) {
+        sock->flags |= VKP_I_SOCKET_LINGERS;
+        sock->linger_until_ns = 0;
+    }
+}
+
+static void vkp_i_registry_bury_all(vkp_registry *registry)
+{
+    vkp_socket *corpse = NULL;
+    if (VKP_I_LOAD_ACQ(&registry->corpses) != NULL) {
+        corpse = VKP_I_XCHG(&registry->corpses, (vkp_socket *)NULL);
+    }
+    while (corpse != NULL) {
+        vkp_socket *next = corpse->link;
+        uint64_t ended = registry->stats.ended;
+        vkp_i_socket_bury(registry, corpse);
+        registry->stats.handed_over += registry->stats.ended - ended; /* it may linger instead */
+        corpse = next;
+    }
+}
+
+/* ---- the beginning of a socket; all of it under the lock ---- */
+
+/* Whether somebody answers at the path: 1 yes, 0 no, or a negated errno. */
+static int vkp_i_socket_probe(const vkp_sys *sys, vkp_i_name name)
+{
+    vkp_address address = vkp_i_unix_address(name);
+    int fd = sys->socket(AF_UNIX, SOCK_STREAM);
+    int result;
+    if (fd < 0) {
+        return fd;
+    }
+    result = sys->connect(fd, address.storage.bytes, address.bytes);
+    (void)sys->close(fd);
+    return result == -ECONNREFUSED || result == -ENOENT ? 0 : 1;
+}
+
+/* PATH.lock is ours: make way for a bind, or say what stands there. */
+static vkp_status vkp_i_socket_clear(vkp_socket *sock, bool *cleared)
+{
+    vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    vkp_file_id found;
+    int result = sys->identify(sock->path, &found);
+    if (result == -ENOENT) {
+        return VKP_OK;
+    }
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    if (!found.is_socket || found.uid != sys->user_id()) {
+        vkp_i_registry_note(registry, VKP_LOG_ERROR, "%s: something that is no socket of this user",
+                            sock->path);
+        return VKP_ERR_EXISTS;
+    }
+    result = vkp_i_socket_probe(sys, vkp_i_socket_name(sock));
+    if (result != 0) {
+        return result < 0 ? vkp_i_sys_failure(result) : VKP_ERR_IN_USE;
+    }
+    result = vkp_i_unlink_same(sys, sock->path, &found);
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    *cleared = true;
+    vkp_i_registry_note(registry, VKP_LOG_INFO, "%s: taken over from a process that is gone",
+                        sock->path);
+    return VKP_OK;
+}
+
+/* Give the file its mode, then listen: the order that lets nobody in before. */
+static int vkp_i_socket_start(vkp_socket *sock, int fd, vkp_file_id *id)
+{
+    const vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    int result = 0;
+    if ((sock->flags & VKP_I_SOCKET_ABSTRACT) == 0) {
+        result = sys->identify(sock->path, id);
+        if (result == 0 && id->mode != registry->config.mode) {
+            result = sys->chmod(sock->path, registry->config.mode);
+        }
+    }
+    return result == 0 ? sys->listen(fd, registry->config.backlog) : result;
+}
+
+/* Bind, and listen: another endpoint in place of the one there was. */
+static vkp_status vkp_i_socket_bind(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    const vkp_sys *sys = registry->sys;
+    vkp_address address = vkp_i_unix_address(vkp_i_socket_name(sock));
+    vkp_i_endpoint *endpoint = NULL;
+    vkp_file_id id;
+    int fd = sys->socket(AF_UNIX, SOCK_STREAM);
+    int result = fd;
+    memset(&id, 0, sizeof id);
+    if (fd >= 0) {
+        endpoint = vkp_i_endpoint_open(registry->env, fd);
+        result = endpoint == NULL
+                     ? -ENOMEM
+                     : sys->bind(fd, address.storage.bytes, address.bytes, registry->config.mode);
+    }
+    if (result == 0) {
+        result = vkp_i_socket_start(sock, fd, &id);
+        if (result < 0 && (id.is_socket || sys->identify(sock->path, &id) == 0)) {
+            (void)vkp_i_unlink_same(sys, sock->path, &id);
+        }
+    }
+    if (result < 0) {
+        if (endpoint != NULL) {
+            vkp_i_endpoint_unref(endpoint);
+        } else if (fd >= 0) {
+            (void)sys->close(fd);
+        }
+        return result == -EADDRINUSE || result == -EEXIST ? VKP_ERR_IN_USE
+                                                          : vkp_i_sys_failure(result);
+    }
+    vkp_i_socket_let_go(sock);
+    sock->endpoint = endpoint;
+    sock->id = id;
+    return VKP_OK;
+}
+
+/* Get PATH.lock. */
+static vkp_status vkp_i_socket_lock(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
+    int result = registry->sys->lock_file(name.path, &sock->lock_id);
+    if (result >= 0) {
+        sock->lock_fd = result;
+        return VKP_OK;
+    }
+    if (result == -EWOULDBLOCK) {
+        vkp_i_registry_note(registry, VKP_LOG_ERROR, "%s: another process serves it", sock->path);
+        return VKP_ERR_IN_USE;
+    }
+    vkp_i_registry_note(registry, VKP_LOG_ERROR, "%s: %s", name.path, strerror(-result));
+    return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
+}
+
+/* Take over what the caller bound. */
+static vkp_status vkp_i_socket_adopt(vkp_socket *sock, int fd)
+{
+    vkp_registry *registry = sock->registry;
+    int result = registry->sys->identify(sock->path, &sock->id);
+    VKP_I_REQUIRE(result == 0 && sock->id.is_socket);
+    result = registry->sys->prepare(fd); /* a blocking one would stop a listener's loop in accept */
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    sock->endpoint = vkp_i_endpoint_open(registry->env, fd);
+    return sock->endpoint != NULL ? VKP_OK : VKP_ERR_NOMEM;
+}
+
+/* A slot for the name, with a count of 0. */
+static vkp_socket *vkp_i_socket_new(vkp_registry *registry, vkp_i_name name)
+{
+    vkp_socket *sock = registry->spare;
+    if (sock != NULL) {
+        registry->spare = sock->link;
+    } else {
+        sock = (vkp_socket *)vkp_i_alloc_zero(registry->env, sizeof *sock);
+        if (sock == NULL) {
+            return NULL;
+        }
+        sock->registry = registry;
+        sock->all = registry->all;
+        VKP_I_STORE_REL(&registry->all, sock);
+    }
+    sock->endpoint = NULL;
+    sock->followers = NULL;
+    sock->flags = name.abstract ? VKP_I_SOCKET_ABSTRACT : 0;
+    sock->blocked = VKP_OK;
+    sock->lock_fd = -1;
+    sock->opener_pid = registry->sys->process_id();
+    memcpy(sock->path, name.text, name.len);
+    sock->path[name.len] = '\0';
+    sock->node.key = vkp_i_str(sock->path, name.len);
+    VKP_I_STORE(&sock->node.hash, vkp_i_map_hash(&registry->sockets, sock->node.key));
+    return sock;
+}
+
+/* Make the socket of a name that has none; fd: one that the caller bound, or -1. */
+static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, int fd,
+                                      vkp_socket **out)
+{
+    vkp_status status = VKP_OK;
+    vkp_socket *sock;
+    bool cleared = false;
+    int error;
+    if (registry->sockets.count >= registry->config.max_sockets) {
+        return VKP_ERR_LIMIT;
+    }
+    sock = vkp_i_socket_new(registry, name);
+    if (sock == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (!name.abstract) {
+        status = vkp_i_socket_lock(sock);
+    }
+    if (status == VKP_OK && fd >= 0) {
+        status = vkp_i_socket_adopt(sock, fd);
+    } else if (status == VKP_OK) {
+        status = name.abstract ? VKP_OK : vkp_i_socket_clear(sock, &cleared);
+        status = status == VKP_OK ? vkp_i_socket_bind(sock) : status;
+    }
+    if (status == VKP_OK && !vkp_i_map_insert(&registry->sockets, &sock->node)) {
+        status = VKP_ERR_NOMEM;
+        if (fd < 0 && !name.abstract) {
+            (void)vkp_i_unlink_same(registry->sys, sock->path, &sock->id);
+        }
+    }
+    if (status == VKP_OK) {
+        uint64_t word = VKP_I_LOAD(&sock->word);
+        VKP_I_STORE_REL(&sock->word, word + 1);
+        VKP_I_STORE_REL(&sock->on_disk, name.abstract ? 0u : 1u);
+        (void)VKP_I_ADD(&registry->refs, 1);
+        registry->stats.created++;
+        registry->stats.taken_over += cleared ? 1u : 0u;
+        vkp_i_registry_see_to_checks(registry);
+        *out = sock;
+        return VKP_OK;
+    }
+    error = errno;
+    if (sock->endpoint != NULL && fd >= 0) { /* the descriptor stays the caller's */
+        vkp_i_free(registry->env, sock->endpoint, sizeof *sock->endpoint);
+        sock->endpoint = NULL;
+    }
+    vkp_i_socket_unlock(sock, true);
+    vkp_i_socket_let_go(sock);
+    sock->link = registry->spare;
+    registry->spare = sock;
+    errno = error;
+    return status;
+}
+
+static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
+{
+    vkp_str key = vkp_i_str(name.text, name.len);
+    vkp_i_map_node *node =
+        vkp_i_map_find(&registry->sockets, vkp_i_map_hash(&registry->sockets, key), key);
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_socket, node) : NULL;
+}
+
+/* The live socket of the name; one that has just died is buried. */
+static vkp_status vkp_i_registry_take(vkp_registry *registry, vkp_i_name name, vkp_socket **out)
+{
+    vkp_socket *sock = vkp_i_registry_find(registry, name);
+    vkp_status status = VKP_ERR_NOT_FOUND;
+    if (sock != NULL) {
+        status = vkp_i_socket_take(sock, VKP_I_GENERATION(VKP_I_LOAD(&sock->word)), true);
+    }
+    if (status == VKP_OK) {
+        *out = sock;
+    } else if (sock != NULL && status == VKP_ERR_NOT_FOUND) {
+        (void)vkp_i_socket_retire(sock, registry->sys->clock_ns());
+    }
+    return status;
+}
+
+/* A walk without the lock that takes before it trusts: NULL says nothing. */
+#define VKP_I_PEEK_STEPS 32
+static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
+{
+    uint64_t hash = vkp_i_map_hash(&registry->sockets, name);
+    vkp_i_buckets *buckets = VKP_I_LOAD_ACQ(&registry->sockets.buckets);
+    vkp_i_map_node *node = buckets != NULL ? VKP_I_LOAD_ACQ(vkp_i_map_bucket(buckets, hash)) : NULL;
+    int steps;
+    for (steps = 0; node != NULL && steps < VKP_I_PEEK_STEPS; steps++) {
+        if (VKP_I_LOAD(&node->hash) == hash) {
+            vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word));
+            if (vkp_i_socket_take(sock, generation, false) != VKP_OK) {
+                return NULL;
+            }
+            if (vkp_i_str_equal(sock->node.key, name)) {
+                return sock;
+            }
+            vkp_socket_unref(sock);
+            return NULL;
+        }
+        node = VKP_I_LOAD_ACQ(&node->next);
+    }
+    return NULL;
+}
+
+/* ---- the keeper: what happens with time, on the loop ---- */
+
+/* Have it look soon. False: there is no loop any more. */
+static bool vkp_i_registry_call_keeper(vkp_registry *registry)
+{
+    if (!registry->keeper_queued && !registry->loop_gone) {
+        registry->keeper_queued = vkp_i_loop_queue(registry->config.loop, &registry->keeper_task);
+        registry->loop_gone = !registry->keeper_queued;
+        if (registry->keeper_queued) {
+            (void)VKP_I_ADD(&registry->refs, 1);
+        }
+    }
+    return !registry->loop_gone;
+}
+
+static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
+{
+    if (sock->registry->config.on_event != NULL) {
+        sock->flags |= VKP_I_SOCKET_EVENT(event);
+    }
+}
+
+/* The lock file may be gone as well, and somebody else may hold the new one. */
+static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
+{
+    vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
+    vkp_i_follower *follower;
+    vkp_file_id found;
+    bool cleared = false;
+    vkp_status status = VKP_OK;
+    if (sock->lock_fd < 0 || sock->registry->sys->identify(name.path, &found) != 0 ||
+        !vkp_i_same_file(&found, &sock->lock_id)) {
+        vkp_i_socket_unlock(sock, false);
+        status = vkp_i_socket_lock(sock);
+    }
+    VKP_I_STORE_REL(&sock->on_disk, 0u);
+    status = status == VKP_OK ? vkp_i_socket_clear(sock, &cleared) : status;
+    status = status == VKP_OK ? vkp_i_socket_bind(sock) : status;
+    VKP_I_STORE_REL(&sock->on_disk, 1u);
+    for (follower = sock->followers; status == VKP_OK && follower != NULL;
+         follower = follower->next) {
+        vkp_i_follower_tell(follower);
+    }
+    return status;
+}
+
+static void vkp_i_socket_check(vkp_socket *sock)
+{
+    vkp_registry *registry = sock->registry;
+    vkp_file_id found;
+    vkp_status status;
+    int result = registry->sys->identify(sock->path, &found);
+    if (result == 0 && vkp_i_same_file(&found, &sock->id)) {
+        sock->flags &= ~VKP_I_SOCKET_LOST; /* it may have come back */
+        sock->blocked = VKP_OK;
+        return;
+    }
+    if (result < 0 && result != -ENOENT && result != -ENOTDIR) {
+        return; /* who cannot look knows nothing */
+    }
+    if ((sock->flags & VKP_I_SOCKET_LOST) == 0) {
+        sock->flags |= VKP_I_SOCKET_LOST;
+        registry->stats.lost++;
+        vkp_i_socket_note_event(sock, VKP_SOCKET_LOST);
+    }
+    if (!registry->config.rebind) {
+        return;
+    }
+    status = vkp_i_socket_rebind(sock);
+    if (status == VKP_OK) {
+        sock->flags &= ~VKP_I_SOCKET_LOST;
+        registry->stats.rebound++;
+        vkp_i_socket_note_event(sock, VKP_SOCKET_REBOUND);
+    } else if (status != sock->blocked) {
+        vkp_i_socket_note_event(sock, VKP_SOCKET_BLOCKED);
+    }
+    sock->blocked = status;
+}
+
+/* Tell what was noted, one at a time: the program may do anything in between. */
+static void vkp_i_registry_tell_events(vkp_registry *registry)
+{
+    for (;;) {
+        vkp_i_map_node *node = NULL;
+        vkp_socket *sock = NULL;
+        uint32_t event = 0;
+        vkp_status status = VKP_OK;
+        vkp_i_registry_enter(registry);
+        while (event == 0 && (node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+            sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            for (event = VKP_SOCKET_BLOCKED; event > 0; event--) {
+                if ((sock->flags & VKP_I_SOCKET_EVENT(event)) != 0) {
+                    break;
+                }
+            }
+            if (event > 0) {
+                event = (sock->flags & VKP_I_SOCKET_EVENT(VKP_SOCKET_LOST)) != 0
+                            ? (uint32_t)VKP_SOCKET_LOST
+                            : event;
+                sock->flags &= ~VKP_I_SOCKET_EVENT(event);
+                status = event == VKP_SOCKET_BLOCKED ? sock->blocked : VKP_OK;
+                if (vkp_i_socket_take(sock, VKP_I_GENERATION(VKP_I_LOAD(&sock->word)), false) !=
+                    VKP_OK) {
+                    event = 0; /* it is about to end */
+                }
+            }
+        }
+        vkp_i_registry_leave(registry, true);
+        if (event == 0) {
+            return;
+        }
+        registry->config.on_event(registry->config.user, sock, (vkp_socket_event)event, status);
+        vkp_socket_unref(sock);
+    }
+}
+
+static void vkp_i_registry_on_timer(vkp_timer *timer);
+
+/* End those that lingered long enough, look at the files: when is there more to do? */
+static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, bool over)
+{
+    uint64_t linger_ns = (uint64_t)registry->config.linger_ms * 1000000u;
+    uint64_t check_ns = (uint64_t)registry->config.check_ms * 1000000u;
+    uint64_t next_ns = VKP_FOREVER;
+    bool check = check_ns > 0 && !over && now_ns >= registry->next_check_ns;
+    vkp_i_map_node *node = NULL;
+    if (check) {
+        registry->next_check_ns = now_ns + check_ns;
+    }
+    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
+        if (lingers && sock->linger_until_ns == 0) {
+            sock->linger_until_ns = now_ns + linger_ns;
+        }
+        if (lingers && (over || now_ns >= sock->linger_until_ns)) {
+            vkp_i_socket_end(registry, sock, registry->sys->clock_ns());
+            continue;
+        }
+        if (lingers) {
+            next_ns = VKP_I_MIN(next_ns, sock->linger_until_ns);
+        }
+        if (check && (sock->flags & VKP_I_SOCKET_ABSTRACT) == 0) {
+            vkp_i_socket_check(sock);
+        }
+    }
+    if (check_ns > 0 && !over && registry->sockets.count > 0) {
+        next_ns = VKP_I_MIN(next_ns, registry->next_check_ns);
+    }
+    return next_ns;
+}
+
+/* Loop's thread, with a reference. A placed keeper has one of its own. */
+static void vkp_i_registry_run_keeper(vkp_registry *registry)
+{
+    vkp_loop *loop = registry->config.loop;
+    uint64_t next_ns;
+    vkp_i_registry_enter(registry);
+    registry->loop_gone = registry->loop_gone || loop->closed;
+    next_ns = vkp_i_registry_keep(registry, loop->now_ns, registry->loop_gone);
+    if (next_ns != VKP_FOREVER && vkp_timer_start(loop, &registry->keeper_timer, next_ns, 0,
+                                                  vkp_i_registry_on_timer) != VKP_OK) {
+        next_ns = vkp_i_registry_keep(registry, loop->now_ns, true); /* nothing lingers without */
+    }
+    if (next_ns != VKP_FOREVER && !registry->keeper_placed) {
+        registry->keeper_placed = true;
+        (void)VKP_I_ADD(&registry->refs, 1);
+        vkp_i_loop_attach(loop, &registry->keeper_place);
+    } else if (next_ns == VKP_FOREVER && registry->keeper_placed) {
+        registry->keeper_placed = false;
+        registry->released++;
+        vkp_timer_stop(&registry->keeper_timer);
+        vkp_i_loop_detach(&registry->keeper_place);
+    }
+    vkp_i_registry_leave(registry, true);
+    if (registry->config.on_event != NULL) {
+        vkp_i_registry_tell_events(registry);
+    }
+}
+
+static void vkp_i_registry_on_timer(vkp_timer *timer)
+{
+    vkp_registry *registry = VKP_I_CONTAINER(timer, vkp_registry, keeper_timer);
+    (void)VKP_I_ADD(&registry->refs, 1);
+    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_drop(registry, 1);
+}
+
+static void vkp_i_registry_on_call(vkp_i_task *task)
+{
+    vkp_registry *registry = VKP_I_CONTAINER(task, vkp_registry, keeper_task);
+    vkp_i_registry_enter(registry);
+    registry->keeper_queued = false;
+    vkp_i_registry_leave(registry, true);
+    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_drop(registry, 1); /* the call's */
+}
+
+static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
+{
+    vkp_registry *registry = VKP_I_CONTAINER(place, vkp_registry, keeper_place);
+    (void)VKP_I_ADD(&registry->refs, 1);
+    vkp_i_registry_run_keeper(registry); /* finds the loop closed */
+    vkp_i_registry_drop(registry, 1);
+}
+
+/* ---- the registry's calls ---- */
+
+/* Where unique names go: the user's own folder if there is one. */
+static const char *vkp_i_default_folder(const vkp_sys *sys)
+{
+    const char *folder = getenv("XDG_RUNTIME_DIR");
+    vkp_file_id id;
+    if (folder != NULL && folder[0] == '/' && sys->identify(folder, &id) == 0 &&
+        id.uid == sys->user_id()) {
+        return folder;
+    }
+    folder = getenv("TMPDIR");
+    return folder != NULL && folder[0] == '/' && sys->identify(folder, &id) == 0 ? folder : "/tmp";
 }
 
 VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_registry **out)
@@ -9113,6 +10520,8 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     vkp_registry *registry;
     const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
     VKP_I_REQUIRE(out != NULL);
+    VKP_I_REQUIRE(config == NULL || config->loop != NULL ||
+                  (config->linger_ms == 0 && config->check_ms == 0));
     registry = (vkp_registry *)vkp_i_alloc_zero(env, sizeof *registry);
     if (registry == NULL) {
         return VKP_ERR_NOMEM;
@@ -9120,9 +10529,36 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     registry->env = env;
     registry->sys = vkp_i_sys(env);
     registry->refs = 1;
-    registry->backlog = config != NULL && config->backlog > 0 ? config->backlog : 4096;
+    if (config != NULL) {
+        registry->config = *config;
+    }
+    registry->folder =
+        vkp_i_copy_text(env, registry->config.folder != NULL ? registry->config.folder
+                                                             : vkp_i_default_folder(registry->sys));
+    if (registry->folder == NULL) {
+        vkp_i_free(env, registry, sizeof *registry);
+        return VKP_ERR_NOMEM;
+    }
+    if (registry->config.backlog <= 0) {
+        registry->config.backlog = 4096;
+    }
+    if (registry->config.mode == 0) {
+        registry->config.mode = 0600;
+    }
+    if (registry->config.max_sockets == 0) {
+        registry->config.max_sockets = SIZE_MAX;
+    }
+    if (registry->config.max_references == 0 || registry->config.max_references > VKP_I_MOST_REFS) {
+        registry->config.max_references = VKP_I_MOST_REFS;
+    }
+    if (registry->config.loop != NULL) {
+        (void)vkp_loop_ref(registry->config.loop);
+    }
+    registry->keeper_task.fn = vkp_i_registry_on_call;
+    registry->keeper_place.on_loop_close = vkp_i_registry_on_loop_close;
     VKP_I_MUTEX_INIT(&registry->mutex);
     vkp_i_map_init(&registry->sockets, env);
+    registry->sockets.shared = true;
     *out = registry;
     return VKP_OK;
 }
@@ -9135,449 +10571,285 @@ VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry)
 
 VKP_API void vkp_registry_unref(vkp_registry *registry)
 {
-    if (registry != NULL && VKP_I_UNREF(&registry->refs) == 1) {
-        vkp_i_map_deinit(&registry->sockets);
-        VKP_I_MUTEX_DEINIT(&registry->mutex);
-        vkp_i_free(registry->env, registry, sizeof *registry);
+    if (registry != NULL) {
+        vkp_i_registry_drop(registry, 1);
     }
+}
+
+VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *stats)
+{
+    vkp_i_map_node *node = NULL;
+    vkp_i_registry_enter(registry);
+    *stats = registry->stats;
+    stats->live = registry->sockets.count;
+    stats->references = 0;
+    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+        stats->references += vkp_socket_get_ref_count(VKP_I_CONTAINER(node, vkp_socket, node));
+    }
+    vkp_i_registry_leave(registry, true);
 }
 
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry)
 {
     size_t count;
-    VKP_I_LOCK(&registry->mutex);
+    vkp_i_registry_enter(registry);
     count = registry->sockets.count;
-    VKP_I_UNLOCK(&registry->mutex);
+    vkp_i_registry_leave(registry, true);
     return count;
-}
-
-VKP_API size_t vkp_registry_get_unlink_failures(vkp_registry *registry, int *last_errno)
-{
-    size_t failures;
-    VKP_I_LOCK(&registry->mutex);
-    failures = registry->unlink_failures;
-    if (last_errno != NULL) {
-        *last_errno = registry->unlink_errno;
-    }
-    VKP_I_UNLOCK(&registry->mutex);
-    return failures;
-}
-
-/* Locked. */
-static vkp_socket *vkp_i_registry_find(vkp_registry *registry, const char *path)
-{
-    vkp_str key = vkp_str_of(path);
-    vkp_i_map_node *node =
-        vkp_i_map_find(&registry->sockets, vkp_i_map_hash(&registry->sockets, key), key);
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_socket, node) : NULL;
 }
 
 VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path)
 {
-    bool found;
-    VKP_I_LOCK(&registry->mutex);
-    found = vkp_i_registry_find(registry, path) != NULL;
-    VKP_I_UNLOCK(&registry->mutex);
-    return found;
-}
-
-static vkp_status vkp_i_sys_failure(int result)
-{
-    errno = -result;
-    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
-}
-
-/* What to tell env.log when the registry's lock is off: no user code runs under it. */
-typedef struct vkp_i_notice {
-    vkp_log_level level; /* VKP_LOG_DEFAULT: nothing */
-    char text[256];
-} vkp_i_notice;
-
-__attribute__((format(printf, 3, 4))) static void
-vkp_i_notice_set(vkp_i_notice *notice, vkp_log_level level, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    notice->level = level;
-    (void)vsnprintf(notice->text, sizeof notice->text, format, arguments);
-    va_end(arguments);
-}
-
-static void vkp_i_notice_log(const vkp_env *env, const vkp_i_notice *notice)
-{
-    if (notice->level != VKP_LOG_DEFAULT) {
-        vkp_i_log(env, notice->level, "%s", notice->text);
-    }
-}
-
-/* INVALID for empty paths and `..` components, LIMIT for what sun_path cannot hold. */
-static vkp_status vkp_i_socket_check_path(const vkp_env *env, const char *path)
-{
-    size_t most = sizeof((struct sockaddr_un *)NULL)->sun_path - 1;
-    const char *part = path;
-    VKP_I_REQUIRE(path != NULL && path[0] != '\0');
-    while (part != NULL) {
-        part += part[0] == '/' ? 1u : 0u;
-        if (part[0] == '.' && part[1] == '.' && (part[2] == '/' || part[2] == '\0')) {
-            return VKP_ERR_INVALID;
-        }
-        part = strchr(part, '/');
-    }
-    if (strlen(path) > most) {
-        vkp_i_log(env, VKP_LOG_ERROR, "socket path of %zu bytes, %zu fit: %s", strlen(path), most,
-                  path);
-        return VKP_ERR_LIMIT;
-    }
-    return VKP_OK;
-}
-
-static vkp_address vkp_i_unix_address(const char *path)
-{
-    union {
-        struct sockaddr_un name;
-        unsigned char bytes[sizeof(struct sockaddr_un)];
-    } local;
-    vkp_address address;
-    memset(&local, 0, sizeof local);
-    memset(&address, 0, sizeof address);
-    local.name.sun_family = AF_UNIX;
-    memcpy(local.name.sun_path, path, strlen(path)); /* checked: fits with its terminator */
-    address.family = AF_UNIX;
-    address.bytes = (uint32_t)sizeof local;
-    memcpy(address.storage.bytes, local.bytes, sizeof local);
-    return address;
-}
-
-/* Whether somebody answers at the path: 1 yes, 0 no, or a negated errno. */
-static int vkp_i_socket_probe(const vkp_sys *sys, const char *path)
-{
-    vkp_address address = vkp_i_unix_address(path);
-    int fd = sys->socket(AF_UNIX, SOCK_STREAM);
-    int result;
-    if (fd < 0) {
-        return fd;
-    }
-    result = sys->connect(fd, address.storage.bytes, address.bytes);
-    (void)sys->close(fd);
-    return result == -ECONNREFUSED || result == -ENOENT ? 0 : 1;
-}
-
-/* The lock is ours: make way for a bind, or say what stands there. `owner` holds the lock file. */
-static vkp_status vkp_i_socket_clear(vkp_registry *registry, const char *path, uint32_t owner,
-                                     vkp_i_notice *notice)
-{
-    vkp_file_id found;
-    int result = registry->sys->identify(path, &found);
-    if (result == -ENOENT) {
-        return VKP_OK;
-    }
-    if (result < 0) {
-        return vkp_i_sys_failure(result);
-    }
-    if (!found.is_socket || found.uid != owner) {
-        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: something that is no socket of this user",
-                         path);
-        return VKP_ERR_EXISTS;
-    }
-    result = vkp_i_socket_probe(registry->sys, path);
-    if (result != 0) {
-        return result < 0 ? vkp_i_sys_failure(result) : VKP_ERR_IN_USE;
-    }
-    result = registry->sys->unlink(path);
-    if (result < 0 && result != -ENOENT) {
-        return vkp_i_sys_failure(result);
-    }
-    vkp_i_notice_set(notice, VKP_LOG_INFO, "%s: taken over from a process that is gone", path);
-    return VKP_OK;
-}
-
-static vkp_status vkp_i_socket_bind(vkp_socket *sock, const char *path)
-{
-    vkp_registry *registry = sock->registry;
-    const vkp_sys *sys = registry->sys;
-    vkp_address address = vkp_i_unix_address(path);
-    int result = sys->socket(AF_UNIX, SOCK_STREAM);
-    if (result < 0) {
-        return vkp_i_sys_failure(result);
-    }
-    sock->fd = result;
-    result = sys->bind(sock->fd, address.storage.bytes, address.bytes);
-    if (result == -EADDRINUSE || result == -EEXIST) {
-        return VKP_ERR_IN_USE;
-    }
-    if (result < 0) {
-        return vkp_i_sys_failure(result);
-    }
-    result = sys->identify(path, &sock->id);
-    if (result == 0) {
-        result = sys->chmod(path, 0600);
-    }
-    if (result == 0) {
-        result = sys->listen(sock->fd, registry->backlog);
-    }
-    if (result < 0) {
-        (void)sys->unlink(path);
-        return vkp_i_sys_failure(result);
-    }
-    return VKP_OK;
-}
-
-typedef struct vkp_i_lock_name {
-    char path[sizeof(((struct sockaddr_un *)NULL)->sun_path) + 8];
-} vkp_i_lock_name;
-
-static vkp_i_lock_name vkp_i_socket_lock_name(const char *path)
-{
-    vkp_i_lock_name name;
-    (void)snprintf(name.path, sizeof name.path, "%s.lock", path);
-    return name;
-}
-
-static vkp_status vkp_i_socket_lock(vkp_socket *sock, const char *path, vkp_i_notice *notice)
-{
-    vkp_i_lock_name name = vkp_i_socket_lock_name(path);
-    int result = sock->registry->sys->lock_file(name.path);
-    if (result == -EWOULDBLOCK) {
-        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: another process serves it", path);
-        return VKP_ERR_IN_USE;
-    }
-    if (result < 0) {
-        vkp_i_notice_set(notice, VKP_LOG_ERROR, "%s: %s", name.path, strerror(-result));
-        return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
-    }
-    sock->lock_fd = result;
-    return VKP_OK;
-}
-
-static void vkp_i_socket_unlock(vkp_socket *sock, const char *path)
-{
-    vkp_i_lock_name name = vkp_i_socket_lock_name(path);
-    if (sock->lock_fd >= 0) {
-        (void)sock->registry->sys->unlink(name.path);
-        (void)sock->registry->sys->close(sock->lock_fd);
-        sock->lock_fd = -1;
-    }
-}
-
-static vkp_socket *vkp_i_socket_new(vkp_registry *registry, const char *path)
-{
-    size_t bytes = strlen(path) + 1;
-    vkp_socket *sock = (vkp_socket *)vkp_i_alloc_zero(registry->env, sizeof *sock + bytes);
-    if (sock != NULL) {
-        sock->registry = vkp_registry_ref(registry);
-        sock->refs = 1;
-        sock->active = 1;
-        sock->fd = -1;
-        sock->lock_fd = -1;
-        sock->opener_pid = registry->sys->process_id();
-        sock->path_bytes = bytes;
-        memcpy(vkp_i_socket_path(sock), path, bytes);
-        sock->node.key = vkp_i_str(vkp_i_socket_path(sock), bytes - 1);
-        sock->node.hash = vkp_i_map_hash(&registry->sockets, sock->node.key);
-    }
-    return sock;
-}
-
-static void vkp_i_socket_free(vkp_socket *sock)
-{
-    vkp_registry *registry = sock->registry;
-    vkp_i_free(registry->env, sock, sizeof *sock + sock->path_bytes);
-    vkp_registry_unref(registry);
-}
-
-/* Locked: remove the file if it is still ours, then the lock file. */
-static void vkp_i_socket_retire(vkp_socket *sock)
-{
-    vkp_registry *registry = sock->registry;
-    const vkp_sys *sys = registry->sys;
-    char *path = vkp_i_socket_path(sock);
-    vkp_file_id found;
-    if (VKP_I_XCHG(&sock->active, 0u) == 0) {
-        return;
-    }
-    vkp_i_map_remove(&registry->sockets, &sock->node);
-    if (sys->process_id() != sock->opener_pid) { /* forked: the file is the parent's */
-        (void)sys->close(sock->lock_fd);
-        sock->lock_fd = -1;
-        return;
-    }
-    if (sys->identify(path, &found) == 0 && found.is_socket && found.device == sock->id.device &&
-        found.inode == sock->id.inode) {
-        int result = sys->unlink(path);
-        if (result < 0 && result != -ENOENT) {
-            registry->unlink_failures++;
-            registry->unlink_errno = -result;
-        }
-    }
-    vkp_i_socket_unlock(sock, path);
-}
-
-/* Locked: make the socket of a path that has none. */
-static vkp_status vkp_i_socket_create(vkp_registry *registry, const char *path, int fd,
-                                      vkp_socket **out, vkp_i_notice *notice)
-{
-    vkp_socket *sock = vkp_i_socket_new(registry, path);
-    vkp_file_id lock_id;
-    vkp_status status;
-    if (sock == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    status = vkp_i_socket_lock(sock, path, notice);
-    if (status == VKP_OK && fd >= 0) {
-        int result = registry->sys->identify(path, &sock->id);
-        status = result == 0 && sock->id.is_socket ? VKP_OK : VKP_ERR_INVALID;
-        if (status == VKP_OK) { /* a blocking one would stop a listener's loop in accept */
-            result = registry->sys->prepare(fd);
-            status = result < 0 ? vkp_i_sys_failure(result) : VKP_OK;
-        }
-    } else if (status == VKP_OK) {
-        vkp_i_lock_name name = vkp_i_socket_lock_name(path);
-        int result = registry->sys->identify(name.path, &lock_id);
-        status = result < 0 ? vkp_i_sys_failure(result)
-                            : vkp_i_socket_clear(registry, path, lock_id.uid, notice);
-        if (status == VKP_OK) {
-            status = vkp_i_socket_bind(sock, path);
-        }
-    }
-    if (status == VKP_OK && !vkp_i_map_insert(&registry->sockets, &sock->node)) {
-        status = VKP_ERR_NOMEM;
-        if (fd < 0) {
-            (void)registry->sys->unlink(path);
-        }
-    }
-    if (status != VKP_OK) {
-        int error = errno;
-        vkp_i_socket_unlock(sock, path);
-        if (sock->fd >= 0) {
-            (void)registry->sys->close(sock->fd);
-        }
-        vkp_i_socket_free(sock);
-        errno = error;
-        return status;
-    }
-    if (fd >= 0) {
-        sock->fd = fd;
-    }
-    *out = sock;
-    return VKP_OK;
-}
-
-VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                            vkp_socket **out)
-{
-    vkp_i_notice notice;
-    vkp_status status;
+    vkp_i_name name;
     vkp_socket *sock;
-    VKP_I_REQUIRE(registry != NULL && out != NULL);
-    notice.level = VKP_LOG_DEFAULT;
-    status = vkp_i_socket_check_path(registry->env, path);
-    if (status != VKP_OK) {
-        return status;
-    }
-    VKP_I_LOCK(&registry->mutex);
-    sock = vkp_i_registry_find(registry, path);
-    if (sock != NULL) {
-        *out = vkp_socket_ref(sock);
-    } else {
-        status = vkp_i_socket_create(registry, path, -1, out, &notice);
-    }
-    VKP_I_UNLOCK(&registry->mutex);
-    vkp_i_notice_log(registry->env, &notice);
-    return status;
-}
-
-VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                           vkp_socket **out)
-{
-    vkp_socket *sock;
-    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
-    VKP_I_LOCK(&registry->mutex);
-    sock = vkp_i_registry_find(registry, path);
-    if (sock != NULL) {
-        *out = vkp_socket_ref(sock);
-    }
-    VKP_I_UNLOCK(&registry->mutex);
-    return sock != NULL ? VKP_OK : VKP_ERR_NOT_FOUND;
-}
-
-VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
-                                           vkp_socket **out)
-{
-    vkp_i_notice notice;
-    vkp_status status;
-    VKP_I_REQUIRE(registry != NULL && out != NULL && fd >= 0);
-    notice.level = VKP_LOG_DEFAULT;
-    status = vkp_i_socket_check_path(registry->env, path);
-    if (status != VKP_OK) {
-        return status;
-    }
-    VKP_I_LOCK(&registry->mutex);
-    status = vkp_i_registry_find(registry, path) != NULL
-                 ? VKP_ERR_EXISTS
-                 : vkp_i_socket_create(registry, path, fd, out, &notice);
-    VKP_I_UNLOCK(&registry->mutex);
-    vkp_i_notice_log(registry->env, &notice);
-    return status;
-}
-
-VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock)
-{
-    (void)VKP_I_ADD(&sock->refs, 1);
-    return sock;
-}
-
-VKP_API void vkp_socket_unref(vkp_socket *sock)
-{
-    vkp_registry *registry;
-    size_t refs;
-    if (sock == NULL) {
-        return;
-    }
-    refs = VKP_I_LOAD(&sock->refs);
-    while (refs > 1) {
-        if (VKP_I_CAS(&sock->refs, &refs, refs - 1)) {
-            return;
-        }
-    }
-    registry = sock->registry;
-    VKP_I_LOCK(&registry->mutex);
-    refs = VKP_I_UNREF(&sock->refs);
-    if (refs == 1) {
-        vkp_i_socket_retire(sock);
-    }
-    VKP_I_UNLOCK(&registry->mutex);
-    if (refs == 1) {
-        (void)registry->sys->close(sock->fd);
-        vkp_i_socket_free(sock);
-    }
+    name.text = path;
+    name.len = strlen(path);
+    name.abstract = false; /* no matter here */
+    vkp_i_registry_enter(registry);
+    sock = vkp_i_registry_find(registry, name);
+    vkp_i_registry_leave(registry, true);
+    return sock != NULL;
 }
 
 VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
 {
     size_t count = 0;
     vkp_i_map_node *node;
-    VKP_I_LOCK(&registry->mutex);
+    uint64_t now_ns;
+    vkp_i_registry_enter(registry);
+    now_ns = registry->sys->clock_ns();
     while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
-        vkp_i_socket_retire(VKP_I_CONTAINER(node, vkp_socket, node));
+        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
+        (void)vkp_i_socket_retire(sock, now_ns);
+        if (lingers) {
+            vkp_i_socket_recycle(registry, sock);
+        }
         count++;
     }
-    VKP_I_UNLOCK(&registry->mutex);
+    vkp_i_registry_leave(registry, true);
     return count;
 }
 
-VKP_API const char *vkp_socket_get_path(const vkp_socket *sock)
+VKP_API void vkp_registry_unlink_all(vkp_registry *registry)
 {
-    return sock->node.key.ptr;
+    const vkp_sys *sys = registry->sys;
+    int error = errno;
+    vkp_socket *sock;
+    for (sock = VKP_I_LOAD_ACQ(&registry->all); sock != NULL; sock = sock->all) {
+        if (VKP_I_LOAD_ACQ(&sock->on_disk) != 0 && sock->opener_pid == sys->process_id()) {
+            vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
+            (void)vkp_i_unlink_same(sys, sock->path, &sock->id);
+            (void)vkp_i_unlink_same(sys, name.path, &sock->lock_id);
+        }
+    }
+    errno = error;
 }
 
-VKP_API bool vkp_socket_is_active(const vkp_socket *sock)
+static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool create,
+                                     vkp_socket **out)
 {
-    return VKP_I_LOAD_ACQ(&sock->active) != 0;
+    vkp_i_name name;
+    vkp_socket *sock = NULL;
+    vkp_status status = VKP_OK;
+    if (text.len > 0) {
+        sock = vkp_i_registry_peek(registry, text); /* what is there has a name that can be */
+    }
+    if (sock == NULL) {
+        status = vkp_i_name_of(registry->env, text, registry->config.abstract_names, &name);
+        if (status != VKP_OK) {
+            return status;
+        }
+        vkp_i_registry_enter(registry);
+        status = vkp_i_registry_take(registry, name, &sock);
+        if (status == VKP_ERR_NOT_FOUND && create) {
+            status = vkp_i_socket_create(registry, name, -1, &sock);
+        }
+        vkp_i_registry_leave(registry, true);
+    }
+    if (status == VKP_OK) {
+        *out = sock;
+    }
+    return status;
 }
 
-VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
+/* A name that nobody has, in the registry's folder. */
+#define VKP_I_UNIQUE_TRIES 8
+static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket **out)
 {
-    return VKP_I_LOAD(&sock->refs);
+    vkp_status status = VKP_ERR_IN_USE;
+    int i;
+    for (i = 0; i < VKP_I_UNIQUE_TRIES && (status == VKP_ERR_IN_USE || status == VKP_ERR_EXISTS);
+         i++) {
+        char text[512];
+        vkp_i_name name;
+        int len = snprintf(text, sizeof text, "%s/vkp-%d-%08lx.sock", registry->folder,
+                           registry->sys->process_id(),
+                           (unsigned long)(registry->sys->random_u64() & 0xffffffffu));
+        status = len < 0 || (size_t)len >= sizeof text
+                     ? VKP_ERR_LIMIT
+                     : vkp_i_name_of(registry->env, vkp_i_str(text, (size_t)len), false, &name);
+        if (status == VKP_OK) {
+            vkp_i_registry_enter(registry);
+            status = vkp_i_registry_find(registry, name) != NULL
+                         ? VKP_ERR_EXISTS
+                         : vkp_i_socket_create(registry, name, -1, out);
+            vkp_i_registry_leave(registry, true);
+        }
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
+                                                vkp_socket **out)
+{
+    VKP_I_REQUIRE(registry != NULL && out != NULL);
+    return vkp_i_registry_get(registry, path, true, out);
+}
+
+VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
+                                            vkp_socket **out)
+{
+    VKP_I_REQUIRE(registry != NULL && out != NULL);
+    return path != NULL ? vkp_i_registry_get(registry, vkp_str_of(path), true, out)
+                        : vkp_i_registry_get_unique(registry, out);
+}
+
+VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
+                                           vkp_socket **out)
+{
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
+    return vkp_i_registry_get(registry, vkp_str_of(path), false, out);
+}
+
+VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
+                                           vkp_socket **out)
+{
+    vkp_i_name name;
+    vkp_socket *sock = NULL;
+    vkp_status status;
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL && fd >= 0);
+    status = vkp_i_name_of(registry->env, vkp_str_of(path), registry->config.abstract_names, &name);
+    if (status == VKP_OK && name.abstract) {
+        status = VKP_ERR_UNSUPPORTED;
+    }
+    if (status != VKP_OK) {
+        return status;
+    }
+    vkp_i_registry_enter(registry);
+    status = vkp_i_registry_take(registry, name, &sock);
+    if (status == VKP_ERR_NOT_FOUND) {
+        status = vkp_i_socket_create(registry, name, fd, out);
+    } else if (status == VKP_OK || status == VKP_ERR_LIMIT) {
+        status = VKP_ERR_EXISTS;
+    }
+    vkp_i_registry_leave(registry, true);
+    vkp_socket_unref(sock);
+    return status;
+}
+
+/* ---- pools ---- */
+
+struct vkp_socket_pool {
+    vkp_registry *registry;
+    size_t refs; /* atomic */
+    size_t turn; /* atomic */
+    vkp_balance balance;
+    size_t capacity;
+    size_t count;
+    vkp_socket **sockets; /* behind this struct */
+};
+
+VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool)
+{
+    (void)VKP_I_ADD(&pool->refs, 1);
+    return pool;
+}
+
+VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool)
+{
+    if (pool != NULL && VKP_I_UNREF(&pool->refs) == 1) {
+        vkp_registry *registry = pool->registry;
+        while (pool->count > 0) {
+            vkp_socket_unref(pool->sockets[--pool->count]);
+        }
+        vkp_i_free(registry->env, pool, sizeof *pool + pool->capacity * sizeof *pool->sockets);
+        vkp_registry_unref(registry);
+    }
+}
+
+VKP_API vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config, vkp_socket_pool **out)
+{
+    vkp_socket_pool *pool;
+    vkp_status status = VKP_OK;
+    VKP_I_REQUIRE(config != NULL && out != NULL && config->registry != NULL && config->count > 0);
+    if (config->count > (SIZE_MAX - sizeof *pool) / sizeof *pool->sockets) {
+        return VKP_ERR_NOMEM;
+    }
+    pool = (vkp_socket_pool *)vkp_i_alloc_zero(
+        config->registry->env, sizeof *pool + config->count * sizeof *pool->sockets);
+    if (pool == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    pool->registry = vkp_registry_ref(config->registry);
+    pool->refs = 1;
+    pool->balance = config->balance;
+    pool->capacity = config->count;
+    pool->sockets = (vkp_socket **)(void *)(pool + 1);
+    while (pool->count < pool->capacity && status == VKP_OK) {
+        const char *path = config->paths != NULL ? config->paths[pool->count] : NULL;
+        status = vkp_socket_get_or_create(pool->registry, path, &pool->sockets[pool->count]);
+        pool->count += status == VKP_OK ? 1u : 0u;
+    }
+    if (status != VKP_OK) {
+        int error = errno;
+        vkp_socket_pool_unref(pool);
+        errno = error;
+        return status;
+    }
+    *out = pool;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **out)
+{
+    vkp_status status = VKP_ERR_CLOSED;
+    vkp_socket *best = NULL;
+    size_t least = SIZE_MAX;
+    size_t start;
+    size_t i;
+    VKP_I_REQUIRE(pool != NULL && out != NULL);
+    start = VKP_I_ADD(&pool->turn, 1);
+    for (i = 0; i < pool->count && least > 0; i++) {
+        vkp_socket *each = pool->sockets[(start + i) % pool->count];
+        size_t load = vkp_socket_get_ref_count(each);
+        if (!vkp_socket_is_active(each) || load >= least) {
+            continue;
+        }
+        status = load < each->registry->config.max_references ? VKP_OK : VKP_ERR_LIMIT;
+        if (status == VKP_OK) {
+            best = each;
+            least = pool->balance == VKP_BALANCE_TURN ? 0 : load;
+        }
+    }
+    if (best != NULL) {
+        best = vkp_socket_ref(best);
+        status = best != NULL ? VKP_OK : VKP_ERR_LIMIT;
+    }
+    if (status == VKP_OK) {
+        *out = best;
+    }
+    return status;
+}
+
+VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool)
+{
+    return pool->count;
+}
+
+VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index)
+{
+    return pool->sockets[index];
 }
 
 /* ======================================================================================
@@ -9611,6 +10883,8 @@ typedef struct vkp_i_profile {
     const vkp_env *env;
     size_t refs;      /* atomic */
     uint64_t dropped; /* atomic: pushes, by the policy, over all connections */
+    size_t live;      /* accepted connections that are open; loop's thread, as when_empty */
+    vkp_i_task *when_empty;
     vkp_conn_config config;
 } vkp_i_profile;
 
@@ -9662,6 +10936,7 @@ struct vkp_conn {
     uint64_t dropped; /* atomic */
     vkp_i_inbox *inbox;
     vkp_i_connecting *connecting;
+    vkp_seat *seat; /* given back at the close */
 };
 
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
@@ -9673,11 +10948,10 @@ VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
 
 static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_config *config)
 {
-    vkp_i_profile *profile = (vkp_i_profile *)vkp_i_alloc(env, sizeof *profile);
+    vkp_i_profile *profile = (vkp_i_profile *)vkp_i_alloc_zero(env, sizeof *profile);
     if (profile != NULL) {
         profile->env = env;
         profile->refs = 1;
-        profile->dropped = 0;
         profile->config = *config;
         if (profile->config.queue_frames == 0) {
             profile->config.queue_frames = 65536;
@@ -9989,7 +11263,8 @@ static bool vkp_i_conn_closed(const vkp_conn *conn)
 /* The one way a connection ends. Loop's thread. */
 static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
 {
-    const vkp_conn_ops *ops = conn->profile->config.ops;
+    vkp_i_profile *profile = conn->profile;
+    const vkp_conn_ops *ops = profile->config.ops;
     if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
         return;
     }
@@ -10007,8 +11282,14 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
         vkp_mpsc_unwatch(conn->inbox->rx);
         vkp_mpsc_close(conn->inbox->rx);
     }
+    vkp_seat_leave(conn->seat);
+    conn->seat = NULL;
     if (ops->on_close != NULL) {
         ops->on_close(conn, conn->user, reason, error);
+    }
+    if (profile->live > 0 && --profile->live == 0 && profile->when_empty != NULL) {
+        vkp_i_loop_defer(conn->loop, profile->when_empty);
+        profile->when_empty = NULL;
     }
     vkp_conn_unref(conn); /* the loop's */
 }
@@ -10682,6 +11963,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
         return status;
     }
     conn->fd = fd;
+    profile->live++;
     *out = vkp_conn_ref(conn);
     return VKP_OK;
 }
@@ -10719,37 +12001,50 @@ static bool vkp_i_is_port(const char *text)
     return len > 0 && text[len] == '\0' && port <= 65535;
 }
 
-/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. *path is set for a Unix one. */
-static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
-                                      size_t capacity, size_t *count, const char **path)
-{
+/* What an address says. */
+typedef struct vkp_i_parts {
+    vkp_i_name name; /* of a Unix socket; text NULL: none */
     char host[256];
     const char *port;
+} vkp_i_parts;
+
+static vkp_status vkp_i_split_address(const vkp_env *env, const char *text, vkp_i_parts *parts)
+{
     size_t len;
-    int found;
-    *path = NULL;
+    memset(parts, 0, sizeof *parts);
     if (strncmp(text, "unix:", 5) == 0) {
-        vkp_status status = vkp_i_socket_check_path(env, text + 5);
-        *path = text + 5;
-        if (status == VKP_OK) {
-            out[0] = vkp_i_unix_address(text + 5);
-            *count = 1;
-        }
-        return status;
+        return vkp_i_name_of(env, vkp_str_of(text + 5), true, &parts->name);
     }
-    port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
-    len = port != NULL ? (size_t)(port - (text + 4)) : 0;
-    if (len == 0 || len >= sizeof host || !vkp_i_is_port(port + 1)) {
+    parts->port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
+    len = parts->port != NULL ? (size_t)(parts->port - (text + 4)) : 0;
+    if (len == 0 || len >= sizeof parts->host || !vkp_i_is_port(++parts->port)) {
         vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
         return VKP_ERR_INVALID;
     }
-    memcpy(host, text + 4, len);
-    host[len] = '\0';
-    if (len > 2 && host[0] == '[' && host[len - 1] == ']') {
-        host[len - 1] = '\0';
-        memmove(host, host + 1, len - 1);
+    text += 4;
+    if (len > 2 && text[0] == '[' && text[len - 1] == ']') {
+        text++;
+        len -= 2;
     }
-    found = vkp_i_sys(env)->resolve(host, port + 1, out, capacity);
+    memcpy(parts->host, text, len);
+    return VKP_OK;
+}
+
+/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
+static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
+                                      size_t capacity, size_t *count)
+{
+    vkp_i_parts parts;
+    vkp_status status = vkp_i_split_address(env, text, &parts);
+    int found = 1;
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (parts.name.text != NULL) {
+        out[0] = vkp_i_unix_address(parts.name);
+    } else {
+        found = vkp_i_sys(env)->resolve(parts.host, parts.port, out, capacity);
+    }
     if (found <= 0) {
         vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
         return VKP_ERR_REFUSED;
@@ -10763,7 +12058,6 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
 {
     vkp_i_profile *profile;
     vkp_conn *conn = NULL;
-    const char *path;
     vkp_status status;
     VKP_I_REQUIRE(loop != NULL && address != NULL && config != NULL && config->ops != NULL);
     VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
@@ -10784,7 +12078,7 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
     status = conn->connecting == NULL
                  ? VKP_ERR_NOMEM
                  : vkp_i_parse_address(loop->env, address, conn->connecting->addresses,
-                                       VKP_I_CONNECT_TRIES, &conn->connecting->count, &path);
+                                       VKP_I_CONNECT_TRIES, &conn->connecting->count);
     if (status == VKP_OK) {
         status = vkp_i_conn_try_next(conn);
     }
@@ -10879,44 +12173,348 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
     stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
 }
 
-/* ---- listeners ---- */
+/* ---- gates ---- */
 
-struct vkp_listener {
-    vkp_loop *loop;
-    vkp_i_profile *profile;
-    vkp_socket *socket;     /* Unix; else NULL */
-    vkp_registry *registry; /* shared while open */
-    vkp_listener_config config;
-    vkp_io watch;
-    vkp_timer pause; /* after EMFILE and its like */
-    int fd;          /* TCP: ours to close */
-    bool dispatching;
-    bool unreferenced;
-    char *address;
+/* All clients of one uid that came through one listener. */
+struct vkp_seat {
+    vkp_seat *prev;
+    vkp_seat *next;
+    vkp_gate *gate;   /* shared */
+    vkp_socket *sock; /* NULL, or each client has a reference of it */
+    uint64_t door;    /* the listener's number */
+    uint32_t uid;
+    bool has_uid;
+    size_t clients;
 };
 
-static void vkp_i_listener_free(vkp_listener *listener)
+struct vkp_gate {
+    const vkp_env *env;
+    const vkp_sys *sys;
+    size_t refs; /* atomic */
+    vkp_gate_config config;
+    uint32_t *allow_uids;
+    uint64_t doors; /* atomic: numbers given */
+    VKP_I_MUTEX mutex;
+    vkp_seat *seats; /* guarded, as all that follows */
+    vkp_gate_stats stats;
+};
+
+VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
 {
-    vkp_loop *loop = listener->loop;
-    vkp_i_profile_unref(listener->profile);
-    vkp_registry_unref(listener->registry);
-    vkp_i_free_text(loop->env, listener->address);
-    vkp_i_free(loop->env, listener, sizeof *listener);
-    vkp_loop_unref(loop);
+    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
+    vkp_gate *gate;
+    VKP_I_REQUIRE(out != NULL);
+    VKP_I_REQUIRE(config == NULL || config->allow_uid_count == 0 || config->allow_uids != NULL);
+    gate = (vkp_gate *)vkp_i_alloc_zero(env, sizeof *gate);
+    if (gate == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    gate->env = env;
+    gate->sys = vkp_i_sys(env);
+    gate->refs = 1;
+    if (config != NULL) {
+        gate->config = *config;
+    }
+    if (gate->config.allow_uid_count > 0) {
+        size_t bytes = gate->config.allow_uid_count * sizeof *gate->allow_uids;
+        gate->allow_uids = (uint32_t *)vkp_i_alloc(env, bytes);
+        if (gate->allow_uids == NULL) {
+            vkp_i_free(env, gate, sizeof *gate);
+            return VKP_ERR_NOMEM;
+        }
+        memcpy(gate->allow_uids, gate->config.allow_uids, bytes);
+    }
+    if (gate->config.max_clients == 0) {
+        gate->config.max_clients = SIZE_MAX;
+    }
+    if (gate->config.max_clients_per_uid == 0) {
+        gate->config.max_clients_per_uid = SIZE_MAX;
+    }
+    VKP_I_MUTEX_INIT(&gate->mutex);
+    *out = gate;
+    return VKP_OK;
+}
+
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate)
+{
+    (void)VKP_I_ADD(&gate->refs, 1);
+    return gate;
+}
+
+VKP_API void vkp_gate_unref(vkp_gate *gate)
+{
+    if (gate != NULL && VKP_I_UNREF(&gate->refs) == 1) {
+        vkp_i_free(gate->env, gate->allow_uids,
+                   gate->config.allow_uid_count * sizeof *gate->allow_uids);
+        VKP_I_MUTEX_DEINIT(&gate->mutex);
+        vkp_i_free(gate->env, gate, sizeof *gate);
+    }
+}
+
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats)
+{
+    VKP_I_LOCK(&gate->mutex);
+    *stats = gate->stats;
+    VKP_I_UNLOCK(&gate->mutex);
+}
+
+static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
+{
+    size_t i;
+    if (gate->config.allow != NULL) {
+        return gate->config.allow(gate->config.user, peer);
+    }
+    if (gate->config.allow_any_uid || peer->uid == gate->sys->user_id()) {
+        return true;
+    }
+    for (i = 0; i < gate->config.allow_uid_count; i++) {
+        if (gate->allow_uids[i] == peer->uid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What came to a door: `seat` as it would be, `most` clients of the listener at once. OK with a
+   seat, or LIMIT or NOMEM with the refusal.                                                   */
+static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t most,
+                                  vkp_seat **out, vkp_refusal *why)
+{
+    vkp_seat *found = NULL;
+    vkp_seat *each;
+    size_t of_door = 0;
+    size_t of_uid = 0;
+    for (each = gate->seats; each != NULL; each = each->next) {
+        bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
+        of_door += each->door == wanted->door ? each->clients : 0;
+        of_uid += same_uid ? each->clients : 0;
+        if (same_uid && each->door == wanted->door) {
+            found = each;
+        }
+    }
+    *why = VKP_REFUSAL_FULL;
+    if (gate->stats.clients >= gate->config.max_clients || of_door >= most) {
+        return VKP_ERR_LIMIT;
+    }
+    *why = VKP_REFUSAL_USER_FULL;
+    if (wanted->has_uid && of_uid >= gate->config.max_clients_per_uid) {
+        return VKP_ERR_LIMIT;
+    }
+    *why = VKP_REFUSAL_OVERLOAD;
+    if (found == NULL) {
+        found = (vkp_seat *)vkp_i_alloc(gate->env, sizeof *found);
+        if (found == NULL) {
+            return VKP_ERR_NOMEM;
+        }
+        *found = *wanted;
+        found->gate = vkp_gate_ref(gate);
+        found->next = gate->seats;
+        if (found->next != NULL) {
+            found->next->prev = found;
+        }
+        gate->seats = found;
+    }
+    found->clients++;
+    gate->stats.clients++;
+    gate->stats.admitted++;
+    *out = found;
+    return VKP_OK;
+}
+
+static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
+{
+    VKP_I_LOCK(&gate->mutex);
+    gate->stats.refused[why]++;
+    VKP_I_UNLOCK(&gate->mutex);
+}
+
+VKP_API void vkp_seat_leave(vkp_seat *seat)
+{
+    vkp_gate *gate;
+    vkp_socket *sock;
+    bool last;
+    if (seat == NULL) {
+        return;
+    }
+    gate = seat->gate;
+    VKP_I_LOCK(&gate->mutex);
+    sock = seat->sock;
+    gate->stats.clients--;
+    last = --seat->clients == 0;
+    if (last) {
+        if (seat->prev != NULL) {
+            seat->prev->next = seat->next;
+        } else {
+            gate->seats = seat->next;
+        }
+        if (seat->next != NULL) {
+            seat->next->prev = seat->prev;
+        }
+    }
+    VKP_I_UNLOCK(&gate->mutex);
+    vkp_socket_unref(sock);
+    if (last) {
+        vkp_i_free(gate->env, seat, sizeof *seat);
+        vkp_gate_unref(gate);
+    }
+}
+
+VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat)
+{
+    conn->seat = seat;
+}
+
+/* ---- listeners ---- */
+
+#define VKP_I_LISTENER_CLOSED 1u     /* flags */
+#define VKP_I_LISTENER_SILENT 2u     /* unreferenced: no callback any more */
+#define VKP_I_LISTENER_LOOPS 4u      /* the loop's: goes when it is closed */
+#define VKP_I_LISTENER_TOLD_LATER 8u /* closed while its follower's task was queued */
+#define VKP_I_LISTENER_DRAINS 16u
+
+/* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
+   queued task of the follower, of a drain under way, of the loop's own release.               */
+struct vkp_listener {
+    vkp_loop *loop;
+    size_t refs;
+    uint32_t flags;
+    vkp_i_profile *profile;
+    vkp_listener_config config; /* its address is not ours */
+    vkp_gate *gate;
+    uint64_t door;
+    vkp_registry *registry; /* Unix; else NULL */
+    vkp_socket *socket;     /* Unix: with a reference, unless it follows */
+    uint32_t generation;    /* of the socket */
+    vkp_i_follower follower;
+    vkp_i_endpoint *endpoint; /* what it accepts from */
+    vkp_io watch;
+    vkp_timer pause;      /* after EMFILE and its like */
+    uint64_t pause_ns;    /* 0: the last accept was fine */
+    uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
+    int spare;            /* descriptor, to have one when there is none */
+    vkp_i_task release_task;
+    vkp_timer drain_timer;
+    vkp_i_task drain_task;
+    void (*on_drained)(void *user);
+    void *drain_user;
+    char *address;
+    vkp_listener_stats stats; /* but for clients */
+};
+
+static void vkp_i_listener_release(vkp_listener *listener)
+{
+    if (--listener->refs == 0) {
+        vkp_loop *loop = listener->loop;
+        vkp_i_profile_unref(listener->profile);
+        vkp_registry_unref(listener->registry);
+        vkp_gate_unref(listener->gate);
+        vkp_i_free_text(loop->env, listener->address);
+        vkp_i_free(loop->env, listener, sizeof *listener);
+        vkp_loop_unref(loop);
+    }
+}
+
+static void vkp_i_listener_release_later(vkp_i_task *task)
+{
+    vkp_i_listener_release(VKP_I_CONTAINER(task, vkp_listener, release_task));
+}
+
+/* It ended by itself. */
+static void vkp_i_listener_end(vkp_listener *listener)
+{
+    void (*on_end)(void *user) = listener->config.on_end;
+    void *user = listener->config.conn.user;
+    bool was_open = (listener->flags & VKP_I_LISTENER_CLOSED) == 0;
+    vkp_listener_close(listener);
+    if (was_open && on_end != NULL) {
+        on_end(user);
+    }
+}
+
+/* ---- accepting ---- */
+
+static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal why)
+{
+    listener->stats.refused[why]++;
+    vkp_i_gate_count_refusal(listener->gate, why);
+    if (listener->config.on_refuse != NULL) {
+        listener->config.on_refuse(listener->config.conn.user, fd, why);
+    }
+    (void)listener->loop->sys->close(fd);
+}
+
+/* A seat for who came. NOT_FOUND: he left again; LIMIT, NOMEM: refused. */
+static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat **seat,
+                                       vkp_refusal *why)
+{
+    vkp_gate *gate = listener->gate;
+    vkp_peer peer;
+    vkp_seat wanted;
+    vkp_status status = VKP_OK;
+    memset(&wanted, 0, sizeof wanted);
+    if (listener->socket != NULL) {
+        int result = listener->loop->sys->peer(fd, &peer);
+        if (result == -ENOTCONN || result == -ECONNRESET) {
+            return VKP_ERR_NOT_FOUND;
+        }
+        *why = VKP_REFUSAL_USER;
+        if (result < 0 || !vkp_i_gate_allows(gate, &peer)) {
+            return VKP_ERR_LIMIT;
+        }
+        wanted.uid = peer.uid;
+        wanted.has_uid = true;
+        if (listener->config.follow) {
+            status = vkp_i_socket_take_weak(listener->socket, listener->generation, &wanted.sock);
+            *why = status == VKP_ERR_LIMIT ? VKP_REFUSAL_FULL : VKP_REFUSAL_ENDED;
+        }
+    }
+    if (status != VKP_OK) {
+        return VKP_ERR_LIMIT;
+    }
+    wanted.door = listener->door;
+    VKP_I_LOCK(&gate->mutex);
+    status = vkp_i_gate_seat(gate, &wanted, listener->config.max_clients, seat, why);
+    VKP_I_UNLOCK(&gate->mutex);
+    if (status != VKP_OK) {
+        vkp_socket_unref(wanted.sock);
+    }
+    return status;
 }
 
 static void vkp_i_listener_give(vkp_listener *listener, int fd)
 {
-    vkp_conn *conn;
     const vkp_conn_ops *ops = listener->profile->config.ops;
-    if (listener->config.on_fd != NULL) {
-        listener->config.on_fd(listener->config.conn.user, fd);
-        return;
-    }
-    if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
+    vkp_seat *seat = NULL;
+    vkp_refusal why = VKP_REFUSAL_OVERLOAD;
+    vkp_conn *conn;
+    vkp_status status = vkp_i_listener_admit(listener, fd, &seat, &why);
+    if (status == VKP_ERR_NOT_FOUND) {
+        listener->stats.aborted++;
         (void)listener->loop->sys->close(fd);
         return;
     }
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
+        vkp_seat_leave(seat);
+        listener->config.on_refuse = NULL;
+        vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
+        return;
+    }
+    if (status != VKP_OK) {
+        vkp_i_listener_refuse(listener, fd, why);
+        return;
+    }
+    if (listener->config.on_fd != NULL) {
+        listener->stats.accepted++;
+        listener->config.on_fd(listener->config.conn.user, fd, seat);
+        return;
+    }
+    if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
+        vkp_seat_leave(seat);
+        vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
+        return;
+    }
+    listener->stats.accepted++;
+    conn->seat = seat;
     if (listener->config.on_accept != NULL) {
         listener->config.on_accept(listener->config.conn.user, conn);
     }
@@ -10926,82 +12524,206 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
     vkp_conn_unref(conn);
 }
 
-#define VKP_I_ACCEPT_PAUSE_NS 100000000u
+#define VKP_I_ACCEPT_BATCH 64
+#define VKP_I_PAUSE_LEAST_NS 10000000u
+#define VKP_I_PAUSE_MOST_NS 1000000000u
 
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
     if (vkp_io_set(&listener->watch, VKP_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
-        (void)!vkp_timer_start(listener->loop, timer,
-                               listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
-                               vkp_i_listener_unpause);
+        (void)!vkp_timer_start(listener->loop, timer, listener->loop->now_ns + VKP_I_PAUSE_MOST_NS,
+                               0, vkp_i_listener_unpause);
     }
 }
 
-/* Out of descriptors or memory, or whatever else: the connection waits in the backlog, and the loop
-   does not spin.                                                                              */
+/* The connection waits in the backlog, and the loop does not spin. */
 static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 {
-    vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for 100 ms",
-              listener->address, strerror(error));
+    listener->pause_ns = listener->pause_ns == 0
+                             ? VKP_I_PAUSE_LEAST_NS
+                             : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
     if (vkp_timer_start(listener->loop, &listener->pause,
-                        listener->loop->now_ns + VKP_I_ACCEPT_PAUSE_NS, 0,
+                        listener->loop->now_ns + listener->pause_ns, 0,
                         vkp_i_listener_unpause) == VKP_OK) {
         (void)!vkp_io_set(&listener->watch, 0);
+        listener->stats.pauses++;
+    }
+    vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
+              listener->address, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+}
+
+/* Descriptors are short for long: those who wait shall know. */
+static void vkp_i_listener_turn_away(vkp_listener *listener)
+{
+    const vkp_sys *sys = listener->loop->sys;
+    int fd = 0;
+    int i;
+    if (listener->spare >= 0) {
+        (void)sys->close(listener->spare);
+        listener->spare = -1;
+        for (i = 0; i < VKP_I_ACCEPT_BATCH && fd >= 0 && listener->endpoint != NULL; i++) {
+            fd = sys->accept(listener->endpoint->fd);
+            if (fd >= 0) {
+                vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
+            }
+        }
+    }
+    if (listener->endpoint != NULL) {
+        listener->spare = sys->socket(AF_UNIX, SOCK_STREAM);
     }
 }
 
-#define VKP_I_ACCEPT_BATCH 64
+/* After a failed accept: whether to try the next at once. */
+static bool vkp_i_listener_failed(vkp_listener *listener, int error)
+{
+    if (error == EINTR) {
+        return true;
+    }
+    if (error == EAGAIN || error == EWOULDBLOCK) {
+        return false;
+    }
+    if (error == ECONNABORTED || error == EPROTO || error == ENETDOWN || error == EHOSTUNREACH ||
+        error == ENETUNREACH) { /* of the connection that was at the head */
+        listener->stats.aborted++;
+        return true;
+    }
+    if (error == EMFILE || error == ENFILE) {
+        uint64_t now_ns = listener->loop->now_ns;
+        listener->stats.no_descriptors++;
+        if (listener->shortage_ns == 0) {
+            listener->shortage_ns = now_ns;
+        } else if (now_ns - listener->shortage_ns >= VKP_I_PAUSE_MOST_NS) {
+            vkp_i_listener_turn_away(listener);
+        }
+    } else if (error == ENOMEM || error == ENOBUFS) {
+        listener->stats.no_memory++;
+    } else {
+        listener->stats.failed++;
+    }
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) == 0) {
+        vkp_i_listener_back_off(listener, error);
+    }
+    return false;
+}
 
 static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 {
     vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
+    bool more = true;
     int i;
+    listener->refs++;
     if (ready == 0) {
-        vkp_listener_close(listener);
-        return;
+        vkp_i_listener_end(listener);
     }
-    listener->dispatching = true;
-    for (i = 0; i < VKP_I_ACCEPT_BATCH && listener->watch.i_loop != NULL; i++) {
-        int fd = listener->loop->sys->accept(listener->watch.i_fd);
-        if (fd == -EINTR || fd == -ECONNABORTED) {
+    for (i = 0; i < VKP_I_ACCEPT_BATCH && more && listener->endpoint != NULL; i++) {
+        int fd = listener->loop->sys->accept(listener->endpoint->fd);
+        if (fd < 0) {
+            more = vkp_i_listener_failed(listener, -fd);
             continue;
         }
-        if (fd < 0) {
-            if (fd != -EAGAIN && fd != -EWOULDBLOCK) {
-                vkp_i_listener_back_off(listener, -fd);
-            }
-            break;
+        listener->pause_ns = 0;
+        listener->shortage_ns = 0;
+        if (i == 0 && listener->spare < 0) { /* there was none for it before */
+            listener->spare = listener->loop->sys->socket(AF_UNIX, SOCK_STREAM);
         }
         if (listener->socket == NULL) {
             (void)listener->loop->sys->set_nodelay(fd);
         }
         vkp_i_listener_give(listener, fd);
     }
-    listener->dispatching = false;
-    if (listener->unreferenced) {
-        vkp_i_listener_free(listener);
-    }
+    vkp_i_listener_release(listener);
 }
+
+/* ---- with a socket ---- */
+
+/* The socket ended, or has another descriptor. */
+static void vkp_i_listener_told(vkp_i_task *task)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, follower.task);
+    vkp_i_endpoint *endpoint = NULL;
+    vkp_i_registry_enter(listener->registry);
+    listener->follower.queued = false;
+    if (listener->follower.sock != NULL) {
+        endpoint = vkp_i_endpoint_ref(listener->follower.sock->endpoint);
+    }
+    vkp_i_registry_leave(listener->registry, true);
+    if ((listener->flags & VKP_I_LISTENER_TOLD_LATER) != 0) {
+        vkp_i_listener_release(listener);
+    } else if (endpoint == NULL) {
+        vkp_i_listener_end(listener);
+    } else if (endpoint != listener->endpoint) {
+        vkp_i_endpoint *before = listener->endpoint;
+        listener->endpoint = endpoint;
+        endpoint = before; /* to be given back */
+        vkp_io_stop(&listener->watch);
+        vkp_timer_stop(&listener->pause);
+        if (vkp_io_start(listener->loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+                         vkp_i_listener_event) != VKP_OK) {
+            vkp_i_listener_end(listener);
+        }
+    }
+    vkp_i_endpoint_unref(endpoint);
+}
+
+static vkp_status vkp_i_listener_join(vkp_listener *listener)
+{
+    vkp_socket *sock = listener->socket;
+    vkp_i_registry_enter(listener->registry);
+    if (sock->endpoint != NULL) {
+        listener->endpoint = vkp_i_endpoint_ref(sock->endpoint);
+        listener->follower.loop = listener->loop;
+        listener->follower.task.fn = vkp_i_listener_told;
+        listener->follower.sock = sock;
+        listener->follower.next = sock->followers;
+        sock->followers = &listener->follower;
+    }
+    vkp_i_registry_leave(listener->registry, true);
+    return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
+}
+
+static void vkp_i_listener_part(vkp_listener *listener)
+{
+    vkp_i_follower *follower = &listener->follower;
+    vkp_i_registry_enter(listener->registry);
+    if (follower->sock != NULL) {
+        vkp_i_follower **link = &follower->sock->followers;
+        while (*link != follower) {
+            link = &(*link)->next;
+        }
+        *link = follower->next;
+        follower->sock = NULL;
+    }
+    if (follower->queued) {
+        listener->flags |= VKP_I_LISTENER_TOLD_LATER;
+        listener->refs++;
+    }
+    vkp_i_registry_leave(listener->registry, true);
+}
+
+/* ---- opening ---- */
 
 static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address,
                                    const char *text)
 {
     const vkp_sys *sys = listener->loop->sys;
     char full[320];
-    int result = sys->socket(address->family, SOCK_STREAM);
-    if (result < 0) {
-        return vkp_i_sys_failure(result);
+    int fd = sys->socket(address->family, SOCK_STREAM);
+    int result = fd;
+    if (fd >= 0) {
+        listener->endpoint = vkp_i_endpoint_open(listener->loop->env, fd);
+        if (listener->endpoint == NULL) {
+            (void)sys->close(fd);
+            return VKP_ERR_NOMEM;
+        }
+        result = sys->bind(fd, address->storage.bytes, address->bytes, 0);
     }
-    listener->fd = result;
-    result = sys->bind(listener->fd, address->storage.bytes, address->bytes);
     if (result == 0) {
-        result = sys->listen(listener->fd,
-                             listener->config.backlog > 0 ? listener->config.backlog : 4096);
+        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog : 4096);
     }
     if (result == 0) {
-        result = sys->local_port(listener->fd);
+        result = sys->local_port(fd);
     }
     if (result < 0) {
         return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
@@ -11011,45 +12733,79 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
     return listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
 }
 
-static vkp_status vkp_i_listen_unix(vkp_listener *listener, const char *path)
+/* listener->socket is set, with a reference. */
+static vkp_status vkp_i_listen_unix(vkp_listener *listener)
 {
-    char full[160];
-    vkp_status status = VKP_OK;
-    if (listener->config.socket != NULL) {
-        listener->socket = vkp_socket_ref(listener->config.socket);
+    char full[sizeof "unix:" + VKP_I_PATH_BYTES];
+    (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
+    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
+    return listener->address != NULL ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+}
+
+static vkp_status vkp_i_listener_open_registry(vkp_listener *listener)
+{
+    vkp_registry_config config;
+    memset(&config, 0, sizeof config);
+    config.env = listener->loop->env;
+    config.backlog = listener->config.backlog;
+    config.abstract_names = VKP_I_LINUX;
+    return vkp_registry_open(&config, &listener->registry);
+}
+
+/* "unix:PATH" or, for a unique one, "unix:". */
+static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *path)
+{
+    vkp_status status = path[0] == '@' && !VKP_I_LINUX ? VKP_ERR_UNSUPPORTED : VKP_OK;
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (listener->config.registry == NULL) {
+        status = vkp_i_listener_open_registry(listener);
     } else {
-        status = vkp_socket_get_or_create(listener->registry, path, &listener->socket);
+        VKP_I_REQUIRE(path[0] != '@' || listener->config.registry->config.abstract_names);
+        listener->registry = vkp_registry_ref(listener->config.registry);
     }
     if (status == VKP_OK) {
-        (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
-        listener->address = vkp_i_copy_text(listener->loop->env, full);
-        status = listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+        status = vkp_socket_get_or_create(listener->registry, path[0] != '\0' ? path : NULL,
+                                          &listener->socket);
     }
-    return status;
+    return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
 }
 
 static vkp_status vkp_i_listener_bind(vkp_listener *listener)
 {
-    const vkp_env *env = listener->loop->env;
     const char *text = listener->config.address;
-    const char *path = NULL;
     vkp_address address;
     size_t count = 0;
-    vkp_status status = VKP_OK;
-    if (listener->config.socket == NULL) {
-        status = vkp_i_parse_address(env, text, &address, 1, &count, &path);
-        if (status == VKP_OK && path == NULL) {
-            return vkp_i_listen_tcp(listener, &address, text);
-        }
-        if (status == VKP_OK && listener->registry == NULL) {
-            vkp_registry_config config;
-            memset(&config, 0, sizeof config);
-            config.env = env;
-            config.backlog = listener->config.backlog;
-            status = vkp_registry_open(&config, &listener->registry);
-        }
+    vkp_status status;
+    if (listener->config.socket != NULL) {
+        listener->registry = vkp_registry_ref(listener->config.socket->registry);
+        listener->socket = vkp_socket_ref(listener->config.socket);
+        return listener->socket != NULL ? vkp_i_listen_unix(listener) : VKP_ERR_LIMIT;
     }
-    return status == VKP_OK ? vkp_i_listen_unix(listener, path) : status;
+    if (strncmp(text, "unix:", 5) == 0) {
+        return vkp_i_listener_bind_unix(listener, text + 5);
+    }
+    status = vkp_i_parse_address(listener->loop->env, text, &address, 1, &count);
+    return status == VKP_OK ? vkp_i_listen_tcp(listener, &address, text) : status;
+}
+
+static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
+{
+    vkp_gate_config config;
+    vkp_status status = VKP_OK;
+    memset(&config, 0, sizeof config);
+    config.env = listener->loop->env;
+    if (listener->config.gate != NULL) {
+        listener->gate = vkp_gate_ref(listener->config.gate);
+    } else {
+        status = vkp_gate_open(&config, &listener->gate);
+    }
+    if (status == VKP_OK) {
+        listener->door = VKP_I_ADD(&listener->gate->doors, (uint64_t)1);
+    }
+    return status;
 }
 
 VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *config,
@@ -11060,6 +12816,7 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
     int error;
     VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
     VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
+    VKP_I_REQUIRE(config->socket != NULL || !config->follow);
     VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
     if (loop->closed) {
         return VKP_ERR_CLOSED;
@@ -11074,21 +12831,30 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
         return VKP_ERR_NOMEM;
     }
     listener->loop = vkp_loop_ref(loop);
+    listener->refs = 1;
     listener->config = *config;
-    listener->registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
-    listener->fd = -1;
-    status = vkp_i_listener_bind(listener);
+    listener->spare = -1;
+    if (listener->config.max_clients == 0) {
+        listener->config.max_clients = SIZE_MAX;
+    }
+    status = vkp_i_listener_open_gate(listener);
+    status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
     if (status == VKP_OK) {
-        status = vkp_io_start(loop, &listener->watch,
-                              listener->socket != NULL ? listener->socket->fd : listener->fd,
-                              VKP_READ, vkp_i_listener_event);
+        status = vkp_io_start(loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+                              vkp_i_listener_event);
     }
     error = errno;
     listener->config.address = NULL; /* was the caller's */
     if (status != VKP_OK) {
+        listener->config.follow = false; /* it has the reference of its opening still */
         vkp_listener_unref(listener);
         errno = error;
         return status;
+    }
+    listener->spare =
+        loop->sys->socket(AF_UNIX, SOCK_STREAM); /* missing, it is made up for later */
+    if (config->follow) {
+        vkp_socket_unref(listener->socket); /* the caller has another */
     }
     *out = listener;
     return VKP_OK;
@@ -11099,15 +12865,40 @@ VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
     return listener->address;
 }
 
+VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_stats *stats)
+{
+    const vkp_seat *each;
+    *stats = listener->stats;
+    stats->clients = 0;
+    VKP_I_LOCK(&listener->gate->mutex);
+    for (each = listener->gate->seats; each != NULL; each = each->next) {
+        stats->clients += each->door == listener->door ? each->clients : 0;
+    }
+    VKP_I_UNLOCK(&listener->gate->mutex);
+}
+
 VKP_API void vkp_listener_close(vkp_listener *listener)
 {
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
+        return;
+    }
+    listener->flags |= VKP_I_LISTENER_CLOSED;
     vkp_io_stop(&listener->watch);
     vkp_timer_stop(&listener->pause);
-    vkp_socket_unref(listener->socket);
-    listener->socket = NULL;
-    if (listener->fd >= 0) {
-        (void)listener->loop->sys->close(listener->fd);
-        listener->fd = -1;
+    if (listener->registry != NULL) {
+        vkp_i_listener_part(listener);
+    }
+    vkp_i_endpoint_unref(listener->endpoint);
+    listener->endpoint = NULL;
+    if (!listener->config.follow) {
+        vkp_socket_unref(listener->socket);
+    }
+    if (listener->spare >= 0) {
+        (void)listener->loop->sys->close(listener->spare);
+        listener->spare = -1;
+    }
+    if ((listener->flags & VKP_I_LISTENER_LOOPS) != 0) {
+        vkp_i_loop_defer(listener->loop, &listener->release_task);
     }
 }
 
@@ -11117,10 +12908,456 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
         return;
     }
     vkp_listener_close(listener);
-    if (listener->dispatching) {
-        listener->unreferenced = true; /* freed when its accept loop is left */
+    if ((listener->flags & VKP_I_LISTENER_DRAINS) != 0) {
+        listener->flags &= ~VKP_I_LISTENER_DRAINS;
+        vkp_timer_stop(&listener->drain_timer);
+        listener->on_drained = NULL;
+        if (listener->profile->when_empty != NULL) { /* else its task is on its way */
+            listener->profile->when_empty = NULL;
+            vkp_i_listener_release(listener);
+        }
+    }
+    vkp_i_listener_release(listener);
+}
+
+/* ---- draining ---- */
+
+/* The next of the listener's connections from slot *index on; they are all on its loop. */
+static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
+{
+    vkp_loop *loop = listener->loop;
+    while (*index < loop->slot_count) {
+        vkp_io *watch = loop->slots[(*index)++].watch;
+        if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
+            vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+            if (conn->profile == listener->profile) {
+                return conn;
+            }
+        }
+    }
+    return NULL;
+}
+
+static void vkp_i_listener_drained(vkp_i_task *task)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, drain_task);
+    void (*on_drained)(void *user) = listener->on_drained;
+    listener->flags &= ~VKP_I_LISTENER_DRAINS;
+    vkp_timer_stop(&listener->drain_timer);
+    if (on_drained != NULL) {
+        on_drained(listener->drain_user);
+    }
+    vkp_i_listener_release(listener);
+}
+
+static void vkp_i_listener_drain_over(vkp_timer *timer)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, drain_timer);
+    vkp_conn *conn;
+    size_t index = 0;
+    listener->refs++;
+    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    }
+    vkp_i_listener_release(listener);
+}
+
+VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
+                                      uint64_t deadline_ns, void (*on_end)(void *user), void *user)
+{
+    vkp_conn *conn;
+    size_t index = 0;
+    VKP_I_REQUIRE(listener != NULL && listener->config.on_fd == NULL);
+    VKP_I_REQUIRE(listener->drain_task.fn == NULL);
+    if (deadline_ns != VKP_FOREVER) {
+        vkp_status status = vkp_timer_start(listener->loop, &listener->drain_timer, deadline_ns, 0,
+                                            vkp_i_listener_drain_over);
+        if (status != VKP_OK) {
+            return status;
+        }
+    }
+    listener->refs++;
+    listener->flags |= VKP_I_LISTENER_DRAINS;
+    listener->drain_task.fn = vkp_i_listener_drained;
+    listener->on_drained = on_end;
+    listener->drain_user = user;
+    vkp_listener_close(listener);
+    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+        if (notice != NULL && vkp_conn_send(conn, notice) == VKP_ERR_NOMEM) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        }
+        vkp_conn_drain(conn);
+    }
+    if (listener->profile->live > 0) {
+        listener->profile->when_empty = &listener->drain_task;
     } else {
-        vkp_i_listener_free(listener);
+        vkp_i_loop_defer(listener->loop, &listener->drain_task);
+    }
+    return VKP_OK;
+}
+
+/* ---- listeners started from other threads ---- */
+
+typedef struct vkp_i_listen {
+    vkp_i_task task;
+    vkp_loop *loop;
+    vkp_listener_config config; /* shares its registry and gate */
+    char *path;
+    vkp_socket *sock; /* vkp_listen_ref: shared */
+    bool give;        /* the reference, to on_init */
+    vkp_on_listening *on_init;
+    void *user;
+} vkp_i_listen;
+
+static void vkp_i_listen_free(vkp_i_listen *listen)
+{
+    vkp_loop *loop = listen->loop;
+    vkp_registry_unref(listen->config.registry);
+    vkp_gate_unref(listen->config.gate);
+    vkp_socket_unref(listen->sock);
+    vkp_i_free_text(loop->env, listen->path);
+    vkp_i_free(loop->env, listen, sizeof *listen);
+    vkp_loop_unref(loop);
+}
+
+static vkp_status vkp_i_listen_open(vkp_i_listen *listen, vkp_listener **out)
+{
+    vkp_loop *loop = listen->loop;
+    vkp_status status = loop->closed ? VKP_ERR_CLOSED : VKP_OK;
+    if (status == VKP_OK && listen->config.registry == NULL && listen->sock == NULL) {
+        vkp_registry_config config;
+        memset(&config, 0, sizeof config);
+        config.env = loop->env;
+        config.backlog = listen->config.backlog;
+        status = vkp_registry_open(&config, &listen->config.registry);
+    }
+    if (status == VKP_OK && listen->sock == NULL) {
+        status = vkp_socket_get_or_create(listen->config.registry, listen->path, &listen->sock);
+    }
+    if (status == VKP_OK) {
+        listen->config.socket = listen->sock;
+        status = vkp_listener_open(loop, &listen->config, out);
+    }
+    return status;
+}
+
+static void vkp_i_listen_run(vkp_i_task *task)
+{
+    vkp_i_listen *listen = VKP_I_CONTAINER(task, vkp_i_listen, task);
+    vkp_listener *listener = NULL;
+    vkp_listening result;
+    memset(&result, 0, sizeof result);
+    result.status = vkp_i_listen_open(listen, &listener);
+    if (result.status == VKP_OK) {
+        listener->flags |= VKP_I_LISTENER_LOOPS;
+        listener->release_task.fn = vkp_i_listener_release_later;
+        result.path = vkp_socket_get_path(listen->sock);
+        result.listener = listener;
+        if (listen->give) {
+            result.sock = listen->sock;
+        }
+    } else if (result.status == VKP_ERR_SYS) {
+        result.sys_error = errno;
+    }
+    listen->on_init(listen->user, &result);
+    if (result.sock != NULL) {
+        listen->sock = NULL; /* given */
+    }
+    vkp_i_listen_free(listen);
+}
+
+static vkp_status vkp_i_listen_start(vkp_loop *loop, const vkp_listener_config *config,
+                                     const char *path, vkp_socket *sock, bool give,
+                                     vkp_on_listening *on_init, void *user)
+{
+    vkp_i_listen *listen;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && on_init != NULL);
+    VKP_I_REQUIRE(config->address == NULL && config->socket == NULL);
+    VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
+    listen = (vkp_i_listen *)vkp_i_alloc_zero(loop->env, sizeof *listen);
+    if (listen == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    listen->task.fn = vkp_i_listen_run;
+    listen->loop = vkp_loop_ref(loop);
+    listen->config = *config;
+    listen->config.follow = give || sock != NULL;
+    listen->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
+    listen->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
+    listen->give = give;
+    listen->on_init = on_init;
+    listen->user = user;
+    if (path != NULL) {
+        listen->path = vkp_i_copy_text(loop->env, path);
+    }
+    if (sock != NULL) {
+        listen->sock = vkp_socket_ref(sock);
+    }
+    if ((path != NULL && listen->path == NULL) || (sock != NULL && listen->sock == NULL)) {
+        vkp_status status = sock != NULL ? VKP_ERR_LIMIT : VKP_ERR_NOMEM;
+        vkp_i_listen_free(listen);
+        return status;
+    }
+    if (!vkp_i_loop_queue(loop, &listen->task)) {
+        vkp_i_listen_free(listen);
+        return VKP_ERR_CLOSED;
+    }
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config, const char *path,
+                              vkp_on_listening *on_init, void *user)
+{
+    return vkp_i_listen_start(loop, config, path, NULL, false, on_init, user);
+}
+
+VKP_API vkp_status vkp_listen_with_reference(vkp_loop *loop, const vkp_listener_config *config,
+                                             const char *path, vkp_on_listening *on_init,
+                                             void *user)
+{
+    return vkp_i_listen_start(loop, config, path, NULL, true, on_init, user);
+}
+
+VKP_API vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
+                                  vkp_socket *sock, vkp_on_listening *on_init, void *user)
+{
+    VKP_I_REQUIRE(sock != NULL);
+    return vkp_i_listen_start(loop, config, NULL, sock, false, on_init, user);
+}
+
+/* ---- health checks ---- */
+
+struct vkp_health_check {
+    vkp_loop *loop;
+    vkp_health_config config;
+    char *texts; /* address, request and answer, of the copies that config has */
+    size_t text_bytes;
+    vkp_conn *conn;  /* of the check under way */
+    vkp_timer timer; /* its deadline, or the next check */
+    vkp_i_attached place;
+    uint64_t began_ns;
+    uint64_t failures;
+    bool calling;
+    bool closed;
+};
+
+static void vkp_i_health_begin(vkp_timer *timer);
+
+static void vkp_i_health_free(vkp_health_check *check)
+{
+    vkp_loop *loop = check->loop;
+    vkp_i_free(loop->env, check->texts, check->text_bytes);
+    vkp_i_free(loop->env, check, sizeof *check);
+    vkp_loop_unref(loop);
+}
+
+/* Part with the connection first: its on_close must find no check under way. */
+static void vkp_i_health_hang_up(vkp_health_check *check)
+{
+    vkp_conn *conn = check->conn;
+    check->conn = NULL;
+    if (conn != NULL) {
+        vkp_conn_set_user(conn, NULL);
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+}
+
+static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int error)
+{
+    vkp_loop *loop = check->loop;
+    vkp_health health;
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+    check->failures = status == VKP_OK ? 0 : check->failures + 1;
+    memset(&health, 0, sizeof health);
+    health.status = status;
+    health.sys_error = status == VKP_ERR_SYS ? error : 0;
+    health.elapsed_ns = vkp_i_loop_clock(loop) - check->began_ns;
+    health.failures = check->failures;
+    check->calling = true;
+    check->config.on_result(check->config.user, &health);
+    check->calling = false;
+    if (check->closed) {
+        vkp_i_health_free(check);
+    } else if (check->config.period_ms > 0 && !loop->closed) {
+        uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
+        /* There is room: its own entry just left. */
+        (void)!vkp_timer_start(loop, &check->timer, VKP_I_MAX(next_ns, loop->now_ns), 0,
+                               vkp_i_health_begin);
+    }
+}
+
+static void vkp_i_health_on_open(vkp_conn *conn, void *user)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_bytes request;
+    vkp_status status;
+    if (check == NULL) {
+        return;
+    }
+    status = vkp_bytes_copy(check->loop->env, check->config.request.ptr, check->config.request.len,
+                            &request);
+    if (status == VKP_OK) {
+        status = vkp_conn_send(conn, &request);
+        vkp_bytes_unref(&request);
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_end(check, status, 0);
+    }
+}
+
+static size_t vkp_i_health_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_str answer;
+    size_t len;
+    (void)conn;
+    if (check == NULL) {
+        return in->len;
+    }
+    answer = check->config.answer;
+    len = VKP_I_MIN(in->len, answer.len);
+    if (memcmp(in->data, answer.ptr, len) != 0) {
+        vkp_i_health_end(check, VKP_ERR_PROTOCOL, 0);
+    } else if (len == answer.len) {
+        vkp_i_health_end(check, VKP_OK, 0);
+    } else {
+        return 0; /* the rest comes with this again */
+    }
+    return in->len;
+}
+
+static void vkp_i_health_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_status status = VKP_ERR_DISCONNECTED;
+    (void)conn;
+    if (check == NULL) {
+        return;
+    }
+    if (reason == VKP_CLOSE_NOMEM) {
+        status = VKP_ERR_NOMEM;
+    } else if (reason == VKP_CLOSE_ERROR && error != EPIPE && error != ECONNRESET) {
+        status = error == ECONNREFUSED || error == ENOENT ? VKP_ERR_REFUSED : VKP_ERR_SYS;
+    }
+    vkp_i_health_end(check, status, error);
+}
+
+static const vkp_conn_ops vkp_i_health_ops = {
+    vkp_i_health_on_open, vkp_i_health_on_data, NULL, NULL, vkp_i_health_on_close, NULL};
+
+static void vkp_i_health_late(vkp_timer *timer)
+{
+    vkp_i_health_end(VKP_I_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
+}
+
+static void vkp_i_health_begin(vkp_timer *timer)
+{
+    vkp_health_check *check = VKP_I_CONTAINER(timer, vkp_health_check, timer);
+    vkp_loop *loop = check->loop;
+    vkp_conn_config config;
+    vkp_status status;
+    memset(&config, 0, sizeof config);
+    config.ops = &vkp_i_health_ops;
+    config.user = check;
+    config.input_bytes = check->config.answer.len + loop->read_bytes;
+    config.loop_only = true;
+    check->began_ns = vkp_i_loop_clock(loop);
+    status = vkp_timer_start(loop, timer,
+                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u, 0,
+                             vkp_i_health_late);
+    if (status == VKP_OK) {
+        status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
+    }
+    if (status == VKP_ERR_SYS && (errno == ECONNREFUSED || errno == ENOENT)) {
+        status = VKP_ERR_REFUSED;
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_end(check, status, errno);
+    }
+}
+
+static void vkp_i_health_on_loop_close(vkp_i_attached *place)
+{
+    vkp_health_check *check = VKP_I_CONTAINER(place, vkp_health_check, place);
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+}
+
+/* Copy a text behind the ones before. */
+static vkp_str vkp_i_health_copy(vkp_health_check *check, size_t *at, vkp_str text)
+{
+    char *copy = check->texts + *at;
+    memcpy(copy, text.ptr, text.len);
+    copy[text.len] = '\0';
+    *at += text.len + 1;
+    return vkp_i_str(copy, text.len);
+}
+
+VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config *config,
+                                         vkp_health_check **out)
+{
+    vkp_health_check *check;
+    vkp_str address;
+    vkp_i_parts parts;
+    vkp_status status;
+    size_t at = 0;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE(config->address != NULL && config->on_result != NULL);
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    status = vkp_i_split_address(loop->env, config->address, &parts);
+    if (status != VKP_OK) {
+        return status;
+    }
+    check = (vkp_health_check *)vkp_i_alloc_zero(loop->env, sizeof *check);
+    if (check == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    check->config = *config;
+    if (check->config.request.len == 0) {
+        check->config.request = vkp_str_of("PING\r\n");
+    }
+    if (check->config.answer.len == 0) {
+        check->config.answer = vkp_str_of("+PONG\r\n");
+    }
+    if (check->config.timeout_ms == 0) {
+        check->config.timeout_ms = 1000;
+    }
+    check->loop = vkp_loop_ref(loop);
+    address = vkp_str_of(config->address);
+    check->text_bytes = address.len + check->config.request.len + check->config.answer.len + 3;
+    check->texts = (char *)vkp_i_alloc(loop->env, check->text_bytes);
+    status = check->texts != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (status == VKP_OK) {
+        check->config.address = vkp_i_health_copy(check, &at, address).ptr;
+        check->config.request = vkp_i_health_copy(check, &at, check->config.request);
+        check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
+        status = vkp_timer_start(loop, &check->timer, 0, 0, vkp_i_health_begin);
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_free(check);
+        return status;
+    }
+    check->place.on_loop_close = vkp_i_health_on_loop_close;
+    vkp_i_loop_attach(loop, &check->place);
+    *out = check;
+    return VKP_OK;
+}
+
+VKP_API void vkp_health_check_close(vkp_health_check *check)
+{
+    if (check == NULL) {
+        return;
+    }
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+    vkp_i_loop_detach(&check->place);
+    check->closed = true;
+    if (!check->calling) {
+        vkp_i_health_free(check);
     }
 }
 
@@ -13495,7 +15732,8 @@ struct vkp_relay {
     vkp_i_shard *shards;
     size_t shard_count;
     size_t next_shard; /* loop 0's */
-    size_t max_clients;
+    vkp_registry *registry;
+    vkp_gate *gate;
     size_t max_request_bytes;
     size_t max_reply_bytes;
     size_t max_subscriptions;
@@ -13511,11 +15749,15 @@ struct vkp_relay {
     vkp_timer drain_timer;
     vkp_i_task end_task;
     void (*on_end)(void *user);
+    void *end_user;
+    char *notice; /* for the shutdown, or NULL */
+    void (*on_idle)(void *user);
     void *user;
-    size_t clients; /* atomic, as all counters that follow */
-    uint64_t accepted;
-    uint64_t refused;
-    uint64_t messages_in;
+    uint64_t linger_ns;
+    uint32_t idle_queued; /* atomic */
+    vkp_i_task idle_task;
+    vkp_timer idle_timer; /* loop 0's */
+    uint64_t messages_in; /* atomic, as all counters that follow */
     uint64_t deliveries;
     uint64_t lagged;
     uint64_t slow_closed;
@@ -13523,6 +15765,13 @@ struct vkp_relay {
 };
 
 static void vkp_i_relay_release(vkp_relay *relay);
+
+static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
+{
+    vkp_gate_stats stats;
+    vkp_gate_get_stats(relay->gate, &stats);
+    return stats.clients;
+}
 
 /* ---- answers ---- */
 
@@ -13556,6 +15805,39 @@ static void vkp_i_local_fail(vkp_i_local *local)
 #define VKP_I_MOST_ASKED ((size_t)4 << 20)
 #define VKP_I_MOST_UNREAD ((size_t)1 << 20)
 
+__attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
+                                                                    const char *format, ...);
+
+/* Tell it why no more is answered, see vkp_relay_drain. */
+static void vkp_i_local_notify(vkp_i_local *local)
+{
+    vkp_i_shard *shard = local->shard;
+    const vkp_hub_member *member = &local->member;
+    vkp_str notice = vkp_str_of(shard->relay->notice);
+    if (member->protocol == 3 || member->counts[0] + member->counts[1] + member->counts[2] > 0) {
+        vkp_i_message message;
+        const vkp_bytes *frame;
+        vkp_i_message_init(&message, "message", vkp_i_str(NULL, 0),
+                           vkp_str_of(VKP_RELAY_NOTICE_CHANNEL), notice);
+        frame = vkp_i_message_frame(shard->hub, &message, member->protocol);
+        if (frame != NULL) {
+            vkp_i_local_send(local, frame);
+        }
+    } else {
+        vkp_i_local_error(local, "ERR %s", notice.ptr);
+    }
+}
+
+static void vkp_i_local_leave(vkp_i_local *local)
+{
+    if (local->shard->draining && local->shard->relay->notice != NULL &&
+        (local->flags & VKP_I_LOCAL_FAILED) == 0 &&
+        (local->member.conn->flags & VKP_I_CONN_DRAINING) == 0) {
+        vkp_i_local_notify(local);
+    }
+    vkp_conn_drain(local->member.conn);
+}
+
 /* Go on reading, or leave, as far as nothing stands against it. */
 static void vkp_i_local_proceed(vkp_i_local *local)
 {
@@ -13579,7 +15861,7 @@ static void vkp_i_local_proceed(vkp_i_local *local)
     }
     if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
         if (local->answers == NULL) { /* input that is left is no whole command */
-            vkp_conn_drain(local->member.conn);
+            vkp_i_local_leave(local);
         }
         return;
     }
@@ -14699,7 +16981,7 @@ static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
     (void)snprintf(text, sizeof text,
                    "# Server\r\nvalkey_push_version:%s\r\nredis_mode:standalone\r\n"
                    "# Clients\r\nconnected_clients:%llu\r\n# Persistence\r\nloading:0\r\n",
-                   VKP_VERSION_STR, (unsigned long long)VKP_I_LOAD(&relay->clients));
+                   VKP_VERSION_STR, (unsigned long long)vkp_i_relay_count_clients(relay));
     vkp_resp_writer_init(&writer, relay->env);
     vkp_i_put_text(&writer, text);
     vkp_i_local_answer_writer(local, &writer);
@@ -15278,6 +17560,7 @@ static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 }
 
 static void vkp_i_shard_told(vkp_i_shard *shard);
+static void vkp_i_relay_client_left(vkp_relay *relay);
 
 static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
@@ -15302,10 +17585,10 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
         local->next->prev = local->prev;
     }
     shard->local_count--;
-    (void)VKP_I_SUB(&relay->clients, 1);
     local->member.conn = NULL;
     vkp_conn_unref(conn);
     vkp_i_shard_told(shard);
+    vkp_i_relay_client_left(relay);
     vkp_i_local_release(local);
 }
 
@@ -15316,8 +17599,8 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_i_local_on_close,
                                              vkp_resp_frame_len};
 
-/* Serve an accepted descriptor on this shard's loop. Takes fd. */
-static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd)
+/* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
+static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = shard->relay;
     vkp_i_local *local = NULL;
@@ -15328,9 +17611,11 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd)
     if (local == NULL || vkp_i_conn_adopt(shard->loop, fd, shard->profile, true, &conn) != VKP_OK) {
         vkp_i_free(relay->env, local, sizeof *local);
         (void)shard->loop->sys->close(fd);
-        (void)VKP_I_SUB(&relay->clients, 1);
+        vkp_seat_leave(seat);
+        vkp_i_relay_client_left(relay);
         return;
     }
+    vkp_conn_set_seat(conn, seat);
     local->member.conn = conn;
     local->member.protocol = 2;
     local->shard = shard;
@@ -15355,6 +17640,7 @@ typedef struct vkp_i_handover {
     vkp_i_shard *shard;
     struct vkp_i_handover *prev; /* of the shard; guarded by the relay's mutex */
     struct vkp_i_handover *next;
+    vkp_seat *seat;
     int fd; /* -1: the relay was let go meanwhile */
 } vkp_i_handover;
 
@@ -15392,19 +17678,20 @@ static void vkp_i_handover_home(vkp_i_task *task)
     vkp_relay *relay = handover->shard->relay;
     vkp_i_handover_unlink(handover);
     if (handover->fd >= 0) {
-        vkp_i_shard_adopt(handover->shard, handover->fd);
+        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat);
     }
     vkp_i_free(relay->env, handover, sizeof *handover);
     vkp_i_relay_release(relay);
 }
 
-static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd)
+static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
     if (handover != NULL) {
         handover->task.fn = vkp_i_handover_home;
         handover->shard = shard;
         handover->fd = fd;
+        handover->seat = seat;
         (void)VKP_I_ADD(&relay->refs, 1);
         vkp_i_handover_link(handover);
         if (vkp_i_loop_queue(shard->loop, &handover->task)) {
@@ -15415,29 +17702,67 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd)
         vkp_i_relay_release(relay);
     }
     (void)shard->loop->sys->close(fd);
-    (void)VKP_I_SUB(&relay->clients, 1);
+    vkp_seat_leave(seat);
+    vkp_i_relay_client_left(relay);
 }
 
-static void vkp_i_relay_on_fd(void *user, int fd)
+static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = (vkp_relay *)user;
     vkp_i_shard *shard = &relay->shards[relay->next_shard++ % relay->shard_count];
-    if (VKP_I_LOAD(&relay->clients) >= relay->max_clients) {
-        static const char full[] = "-ERR max number of clients reached\r\n";
-        vkp_range range;
-        range.base = full;
-        range.len = sizeof full - 1;
-        (void)shard->loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
-        (void)shard->loop->sys->close(fd);
-        (void)VKP_I_ADD(&relay->refused, (uint64_t)1);
+    if (shard == &relay->shards[0]) {
+        vkp_i_shard_adopt(shard, fd, seat);
+    } else {
+        vkp_i_relay_hand_over(relay, shard, fd, seat);
+    }
+}
+
+static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
+{
+    static const char *const texts[VKP_REFUSAL_COUNT] = {
+        "-ERR this user is not allowed here\r\n", "-ERR max number of clients reached\r\n",
+        "-ERR max number of clients of this user reached\r\n",
+        "-ERR the relay is out of descriptors or memory\r\n", "-ERR the relay is ending\r\n"};
+    vkp_relay *relay = (vkp_relay *)user;
+    vkp_range range;
+    range.base = texts[why];
+    range.len = strlen(texts[why]);
+    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
+}
+
+/* ---- nobody there ---- */
+
+static void vkp_i_relay_idle_over(vkp_timer *timer)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, idle_timer);
+    if (vkp_i_relay_count_clients(relay) == 0) {
+        relay->on_idle(relay->user);
+    }
+}
+
+static void vkp_i_relay_idle_begins(vkp_i_task *task)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, idle_task);
+    vkp_loop *loop = relay->shards[0].loop;
+    (void)VKP_I_XCHG(&relay->idle_queued, 0u);
+    if (!loop->closed && !relay->draining && vkp_i_relay_count_clients(relay) == 0 &&
+        vkp_timer_start(loop, &relay->idle_timer, vkp_i_add_ns(loop->now_ns, relay->linger_ns), 0,
+                        vkp_i_relay_idle_over) != VKP_OK) {
+        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Any shard's loop. The last one's leaving starts the time to linger. */
+static void vkp_i_relay_client_left(vkp_relay *relay)
+{
+    if (relay->on_idle == NULL || vkp_i_relay_count_clients(relay) > 0 ||
+        VKP_I_XCHG(&relay->idle_queued, 1u) != 0) {
         return;
     }
-    (void)VKP_I_ADD(&relay->accepted, (uint64_t)1);
-    (void)VKP_I_ADD(&relay->clients, 1);
-    if (shard == &relay->shards[0]) {
-        vkp_i_shard_adopt(shard, fd);
-    } else {
-        vkp_i_relay_hand_over(relay, shard, fd);
+    (void)VKP_I_ADD(&relay->refs, 1);
+    if (!vkp_i_loop_queue(relay->shards[0].loop, &relay->idle_task)) {
+        vkp_i_relay_release(relay);
     }
 }
 
@@ -15456,7 +17781,10 @@ VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, const char *address, const
     relay->listeners = (vkp_listener **)listeners;
     memset(&config, 0, sizeof config);
     config.address = address;
+    config.registry = relay->registry;
+    config.gate = relay->gate;
     config.on_fd = vkp_i_relay_on_fd;
+    config.on_refuse = vkp_i_relay_on_refuse;
     config.conn.user = relay;
     status = vkp_listener_open(relay->shards[0].loop, &config, &listener);
     if (status == VKP_OK) {
@@ -15510,7 +17838,7 @@ static void vkp_i_relay_end(vkp_i_task *task)
         vkp_client_close(relay->client);
     }
     if (relay->on_end != NULL) {
-        relay->on_end(relay->user);
+        relay->on_end(relay->end_user);
     }
     vkp_i_relay_release(relay);
 }
@@ -15542,7 +17870,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
         vkp_i_local *next = local->next;
         local->flags |= VKP_I_LOCAL_LEAVING;
         if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
-            vkp_conn_drain(local->member.conn);
+            vkp_i_local_leave(local);
         } else {
             vkp_conn_pause(local->member.conn); /* no new commands */
         }
@@ -15590,7 +17918,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_e
     }
     relay->draining = true;
     relay->on_end = on_end;
-    relay->user = user;
+    relay->end_user = user;
+    vkp_timer_stop(&relay->idle_timer);
     relay->live_shards = relay->shard_count;
     for (i = 0; i < relay->listener_count; i++) {
         vkp_listener_close(relay->listeners[i]);
@@ -15625,6 +17954,9 @@ static void vkp_i_relay_free(vkp_relay *relay)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_deinit(&relay->census[kind]);
     }
+    vkp_gate_unref(relay->gate);
+    vkp_registry_unref(relay->registry);
+    vkp_i_free_text(env, relay->notice);
     vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
@@ -15645,7 +17977,7 @@ static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
     VKP_I_LOCK(&relay->mutex);
     for (each = shard->handovers; each != NULL; each = each->next) {
         (void)shard->loop->sys->close(each->fd);
-        (void)VKP_I_SUB(&relay->clients, 1);
+        vkp_seat_leave(each->seat);
         each->fd = -1;
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -15662,6 +17994,8 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     }
     relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
+    vkp_timer_stop(&relay->idle_timer);
+    relay->on_idle = NULL;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
@@ -15759,6 +18093,48 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
 }
 
+static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
+                                vkp_status status)
+{
+    static const char *const texts[] = {"", "the file is gone or replaced", "bound again",
+                                        "cannot be bound again: "};
+    const vkp_relay *relay = (const vkp_relay *)user;
+    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), texts[event],
+              event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
+}
+
+/* Who may come in, and where. */
+static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_config *config)
+{
+    vkp_gate_config gate;
+    vkp_registry_config registry;
+    vkp_status status;
+    memset(&gate, 0, sizeof gate);
+    gate.max_clients = config->max_clients > 0 ? config->max_clients : 16384;
+    gate.max_clients_per_uid = config->max_clients_per_uid;
+    gate.allow_uids = config->allow_uids;
+    gate.allow_uid_count = config->allow_uid_count;
+    gate.env = relay->env;
+    status = vkp_gate_open(&gate, &relay->gate);
+    memset(&registry, 0, sizeof registry);
+    registry.mode = config->allow_uid_count > 0 ? 0666 : 0600;
+    registry.abstract_names = VKP_I_LINUX;
+    registry.loop = relay->shards[0].loop;
+    registry.check_ms = config->check_ms;
+    registry.rebind = true;
+    registry.on_event = vkp_i_relay_on_file;
+    registry.user = relay;
+    registry.env = relay->env;
+    if (status == VKP_OK) {
+        status = vkp_registry_open(&registry, &relay->registry);
+    }
+    if (status == VKP_OK && config->shutdown_notice != NULL) {
+        relay->notice = vkp_i_copy_text(relay->env, config->shutdown_notice);
+        status = relay->notice != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    }
+    return status;
+}
+
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
 {
     const vkp_env *env;
@@ -15777,7 +18153,10 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     }
     relay->env = env;
     relay->refs = 1;
-    relay->max_clients = config->max_clients > 0 ? config->max_clients : 16384;
+    relay->on_idle = config->on_idle;
+    relay->user = config->user;
+    relay->linger_ns = (uint64_t)config->linger_ms * 1000000u;
+    relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
     relay->max_reply_bytes =
@@ -15796,6 +18175,9 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     for (i = 0; i < count && status == VKP_OK; i++) {
         status = vkp_i_shard_open(&relay->shards[i], relay, config, i);
     }
+    if (status == VKP_OK) {
+        status = vkp_i_relay_open_doors(relay, config);
+    }
     if (status == VKP_OK && config->server != NULL) {
         status = vkp_i_relay_open_client(relay, config);
     }
@@ -15807,12 +18189,19 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     return VKP_OK;
 }
 
+VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
+{
+    return relay->registry;
+}
+
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
 {
     size_t i;
-    stats->clients = VKP_I_LOAD(&relay->clients);
-    stats->accepted = VKP_I_LOAD(&relay->accepted);
-    stats->refused = VKP_I_LOAD(&relay->refused);
+    vkp_gate_stats gate;
+    vkp_gate_get_stats(relay->gate, &gate);
+    stats->clients = gate.clients;
+    stats->accepted = gate.admitted;
+    memcpy(stats->refused, gate.refused, sizeof stats->refused);
     stats->messages_in = VKP_I_LOAD(&relay->messages_in);
     stats->deliveries = VKP_I_LOAD(&relay->deliveries);
     stats->lagged = VKP_I_LOAD(&relay->lagged);

@@ -18,9 +18,12 @@
 
 #define MOST_LISTENERS 16
 #define MOST_THREADS 64
+#define MOST_UIDS 64
 #define DRAIN_MS 5000
+#define NO_LINGER SIZE_MAX
 
 typedef struct options {
+    const char *check;
     const char *server;
     const char *user;
     const char *password;
@@ -32,6 +35,12 @@ typedef struct options {
     size_t queue_bytes;
     vkp_on_full on_full;
     size_t max_clients;
+    size_t max_clients_per_uid;
+    uint32_t allow_uids[MOST_UIDS];
+    size_t allow_uid_count;
+    size_t linger_ms;
+    size_t check_files_ms;
+    const char *shutdown_notice;
     vkp_log_level log_level;
 } options;
 
@@ -52,18 +61,34 @@ static const char usage[] =
     "  --queue-frames N     most messages that wait for one client; default 65536\n"
     "  --queue-bytes N      most bytes that wait for one client; default 8388608\n"
     "  --on-full POLICY     drop-oldest, drop-newest or disconnect (default)\n"
-    "  --max-clients N      default 16384\n"
+    "  --max-clients N      most clients at once; default 16384\n"
+    "  --max-clients-per-uid N\n"
+    "                       most clients of one user over unix sockets; default: no limit\n"
+    "  --allow-uid UID      let this user in over unix sockets, too, not the relay's own alone;\n"
+    "                       their files then have mode 0666; may be repeated\n"
+    "  --linger MS          end that long after the last client left, once there was one\n"
+    "  --check-files MS     look that often at the sockets' files, bind again when one is gone\n"
+    "  --shutdown-notice TEXT\n"
+    "                       what clients are told before the end: a message of the channel\n"
+    "                       " VKP_RELAY_NOTICE_CHANNEL ", or an error where none can be\n"
     "  --log LEVEL          error, warn (default), info or debug; on stderr\n"
+    "  --check ADDR         do not serve: ask whoever serves there for a PONG, within a second;\n"
+    "                       prints one line; exit code 0 (it answers) or 1\n"
     "  --help, --version\n"
-    "Prints `ready: ADDR` per address once it accepts. SIGTERM and SIGINT drain and end it.\n";
+    "Prints `ready: ADDR` per address once it accepts. SIGTERM and SIGINT drain and end it.\n"
+    "SIGUSR1 prints its counters on stderr, a line `name value` for each.\n";
 
-static volatile sig_atomic_t signals_seen;
+static volatile sig_atomic_t ends_asked;
+static volatile sig_atomic_t metrics_asked;
 static vkp_loop *main_loop; /* for the handler */
 
 static void on_signal(int number)
 {
-    (void)number;
-    signals_seen++;
+    if (number == SIGUSR1) {
+        metrics_asked = 1;
+    } else {
+        ends_asked++;
+    }
     vkp_loop_stop(main_loop);
 }
 
@@ -115,6 +140,48 @@ static bool read_backend(const char *text, options *opts)
     return strcmp(text, "poll") == 0;
 }
 
+static bool read_uid(const char *text, options *opts)
+{
+    size_t uid;
+    /* The largest number is how the system calls say "none". */
+    if (opts->allow_uid_count == MOST_UIDS || !read_number(text, &uid) || uid >= UINT32_MAX) {
+        return false;
+    }
+    opts->allow_uids[opts->allow_uid_count++] = (uint32_t)uid;
+    return true;
+}
+
+typedef struct number_option {
+    const char *name;
+    size_t *value;
+    size_t least;
+    size_t most;
+} number_option;
+
+/* *known: there is an option of that name that takes a number. */
+static bool read_number_option(options *opts, const char *name, const char *text, bool *known)
+{
+    const number_option all[] = {
+        {"--threads", &opts->threads, 1, MOST_THREADS},
+        {"--queue-frames", &opts->queue_frames, 1, SIZE_MAX},
+        {"--queue-bytes", &opts->queue_bytes, 1, SIZE_MAX},
+        {"--max-clients", &opts->max_clients, 1, SIZE_MAX},
+        {"--max-clients-per-uid", &opts->max_clients_per_uid, 1, SIZE_MAX},
+        {"--linger", &opts->linger_ms, 0, UINT32_MAX},
+        {"--check-files", &opts->check_files_ms, 1, UINT32_MAX},
+    };
+    size_t i;
+    for (i = 0; i < sizeof all / sizeof *all; i++) {
+        if (strcmp(name, all[i].name) == 0) {
+            *known = true;
+            return read_number(text, all[i].value) && *all[i].value >= all[i].least &&
+                   *all[i].value <= all[i].most;
+        }
+    }
+    *known = false;
+    return false;
+}
+
 /* One option and its value. False: unknown, or not a value for it. */
 static bool read_option(options *opts, const char *name, const char *value)
 {
@@ -123,7 +190,12 @@ static bool read_option(options *opts, const char *name, const char *value)
                                           VKP_ON_FULL_DISCONNECT};
     static const char *const levels[] = {"error", "warn", "info", "debug"};
     size_t index;
-    bool ok = true;
+    bool known;
+    bool ok = read_number_option(opts, name, value, &known);
+    if (known) {
+        return ok;
+    }
+    ok = true;
     if (strcmp(name, "--server") == 0) {
         opts->server = value;
     } else if (strcmp(name, "--user") == 0) {
@@ -138,18 +210,15 @@ static bool read_option(options *opts, const char *name, const char *value)
         }
     } else if (strcmp(name, "--backend") == 0) {
         ok = read_backend(value, opts);
-    } else if (strcmp(name, "--threads") == 0) {
-        ok = read_number(value, &opts->threads) && opts->threads >= 1 &&
-             opts->threads <= MOST_THREADS;
-    } else if (strcmp(name, "--queue-frames") == 0) {
-        ok = read_number(value, &opts->queue_frames) && opts->queue_frames > 0;
-    } else if (strcmp(name, "--queue-bytes") == 0) {
-        ok = read_number(value, &opts->queue_bytes) && opts->queue_bytes > 0;
     } else if (strcmp(name, "--on-full") == 0) {
         ok = read_choice(value, policies, 3, &index);
         opts->on_full = on_full[ok ? index : 2];
-    } else if (strcmp(name, "--max-clients") == 0) {
-        ok = read_number(value, &opts->max_clients) && opts->max_clients > 0;
+    } else if (strcmp(name, "--allow-uid") == 0) {
+        ok = read_uid(value, opts);
+    } else if (strcmp(name, "--shutdown-notice") == 0) {
+        opts->shutdown_notice = value;
+    } else if (strcmp(name, "--check") == 0) {
+        opts->check = value;
     } else if (strcmp(name, "--log") == 0) {
         ok = read_choice(value, levels, 4, &index);
         opts->log_level = (vkp_log_level)(index + 1);
@@ -166,6 +235,7 @@ static int read_options(int argc, char **argv, options *opts)
     memset(opts, 0, sizeof *opts);
     (void)read_backend("epoll", opts); /* falls back to poll where there is none */
     opts->threads = 1;
+    opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
     for (i = 1; i < argc; i += 2) {
         if (strcmp(argv[i], "--help") == 0) {
@@ -202,31 +272,17 @@ static void catch_signals(void)
     action.sa_handler = on_signal;
     (void)sigaction(SIGTERM, &action, NULL);
     (void)sigaction(SIGINT, &action, NULL);
+    (void)sigaction(SIGUSR1, &action, NULL);
     action.sa_handler = SIG_IGN;
     (void)sigaction(SIGPIPE, &action, NULL);
 }
 
-static void default_address(char *text, size_t size)
-{
-    const char *folder = getenv("XDG_RUNTIME_DIR");
-    if (folder == NULL || access(folder, W_OK) != 0) {
-        folder = getenv("TMPDIR");
-    }
-    if (folder == NULL || access(folder, W_OK) != 0) {
-        folder = "/tmp";
-    }
-    (void)snprintf(text, size, "unix:%s/valkey-push-relay-%ld-%08lx.sock", folder, (long)getpid(),
-                   (unsigned long)(vkp_sys_default()->random_u64() & 0xffffffffu));
-}
-
 static int listen_all(vkp_relay *relay, const options *opts)
 {
-    char fallback[256];
     size_t count = opts->listen_count > 0 ? opts->listen_count : 1;
     size_t i;
-    default_address(fallback, sizeof fallback);
     for (i = 0; i < count; i++) {
-        const char *address = opts->listen_count > 0 ? opts->listen[i] : fallback;
+        const char *address = opts->listen_count > 0 ? opts->listen[i] : "unix:";
         const char *bound = NULL;
         vkp_status status = vkp_relay_listen(relay, address, &bound);
         if (status != VKP_OK) {
@@ -238,43 +294,99 @@ static int listen_all(vkp_relay *relay, const options *opts)
     return 0;
 }
 
+/* ---- metrics ---- */
+
+static void print_metric(const char *name, uint64_t value)
+{
+    fprintf(stderr, "%s %llu\n", name, (unsigned long long)value);
+}
+
+static void print_relay_metrics(vkp_relay *relay)
+{
+    vkp_relay_stats stats;
+    vkp_relay_get_stats(relay, &stats);
+    print_metric("clients", stats.clients);
+    print_metric("accepted", stats.accepted);
+    print_metric("refused_user", stats.refused[VKP_REFUSAL_USER]);
+    print_metric("refused_full", stats.refused[VKP_REFUSAL_FULL]);
+    print_metric("refused_user_full", stats.refused[VKP_REFUSAL_USER_FULL]);
+    print_metric("refused_overload", stats.refused[VKP_REFUSAL_OVERLOAD]);
+    print_metric("refused_ended", stats.refused[VKP_REFUSAL_ENDED]);
+    print_metric("messages_in", stats.messages_in);
+    print_metric("deliveries", stats.deliveries);
+    print_metric("dropped_frames", stats.dropped_frames);
+    print_metric("slow_closed", stats.slow_closed);
+    print_metric("lagged", stats.lagged);
+    print_metric("protocol_errors", stats.protocol_errors);
+}
+
+static void print_socket_metrics(vkp_relay *relay)
+{
+    vkp_registry_stats stats;
+    vkp_registry_get_stats(vkp_relay_get_registry(relay), &stats);
+    print_metric("sockets_live", stats.live);
+    print_metric("sockets_references", stats.references);
+    print_metric("sockets_created", stats.created);
+    print_metric("sockets_taken_over", stats.taken_over);
+    print_metric("sockets_revived", stats.revived);
+    print_metric("sockets_ended", stats.ended);
+    print_metric("sockets_handed_over", stats.handed_over);
+    print_metric("sockets_unlink_failures", stats.unlink_failures);
+    print_metric("sockets_unlink_errno", (uint64_t)stats.unlink_errno);
+    print_metric("sockets_lost", stats.lost);
+    print_metric("sockets_rebound", stats.rebound);
+    print_metric("sockets_cleanup_last_ns", stats.cleanup_last_ns);
+    print_metric("sockets_cleanup_most_ns", stats.cleanup_most_ns);
+    print_metric("sockets_cleanup_total_ns", stats.cleanup_total_ns);
+}
+
+/* ---- serving ---- */
+
+/* Until somebody stops the loop: a signal, a drain that ended, or the last client's absence. */
+static vkp_status run_main_loop(vkp_relay *relay)
+{
+    vkp_status status = vkp_loop_run(main_loop);
+    if (metrics_asked) {
+        metrics_asked = 0;
+        print_relay_metrics(relay);
+        print_socket_metrics(relay);
+    }
+    return status;
+}
+
 static void *run_loop(void *loop)
 {
     (void)!vkp_loop_run((vkp_loop *)loop);
     return NULL;
 }
 
-static void on_drained(void *user)
+static void set_and_stop(void *flag)
 {
-    *(bool *)user = true;
+    *(bool *)flag = true;
     vkp_loop_stop(main_loop);
 }
 
-/* Run until a signal, then drain; a second signal ends it at once. */
-static int serve(vkp_relay *relay)
+/* Run until a signal, or until nobody is left, then drain; a second signal ends it at once. */
+static int serve(vkp_relay *relay, const bool *idle)
 {
     bool drained = false;
     vkp_status status = VKP_OK;
-    while (status == VKP_OK && signals_seen == 0) {
-        status = vkp_loop_run(main_loop);
+    while (status == VKP_OK && ends_asked == 0 && !*idle) {
+        status = run_main_loop(relay);
     }
     if (status == VKP_OK) {
-        vkp_relay_drain(relay, vkp_after_ms(DRAIN_MS), on_drained, &drained);
-        while (status == VKP_OK && !drained && signals_seen < 2) {
-            status = vkp_loop_run(main_loop);
+        vkp_relay_drain(relay, vkp_after_ms(DRAIN_MS), set_and_stop, &drained);
+        while (status == VKP_OK && !drained && ends_asked < 2) {
+            status = run_main_loop(relay);
         }
     }
     return status == VKP_OK ? 0 : fail("event loop", strerror(errno));
 }
 
-static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
+static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop **loops, bool *idle,
+                             vkp_relay **relay)
 {
-    pthread_t threads[MOST_THREADS];
     vkp_relay_config config = VKP_ZERO;
-    vkp_relay *relay;
-    vkp_status status;
-    size_t started = 1;
-    int code;
     config.server = opts->server;
     config.username = opts->user;
     config.password = opts->password;
@@ -284,11 +396,32 @@ static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
     config.queue_bytes = opts->queue_bytes;
     config.on_full = opts->on_full;
     config.max_clients = opts->max_clients;
+    config.max_clients_per_uid = opts->max_clients_per_uid;
+    config.allow_uids = opts->allow_uids;
+    config.allow_uid_count = opts->allow_uid_count;
+    config.check_ms = (uint32_t)opts->check_files_ms;
+    config.shutdown_notice = opts->shutdown_notice;
+    if (opts->linger_ms != NO_LINGER) {
+        config.linger_ms = (uint32_t)opts->linger_ms;
+        config.on_idle = set_and_stop;
+        config.user = idle;
+    }
     config.env = env;
-    status = vkp_relay_open(&config, &relay);
+    return vkp_relay_open(&config, relay);
+}
+
+static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
+{
+    pthread_t threads[MOST_THREADS];
+    vkp_relay *relay;
+    size_t started = 1;
+    bool idle = false;
+    int code;
+    vkp_status status = open_relay(opts, env, loops, &idle, &relay);
     if (status != VKP_OK) {
         return fail(opts->server != NULL ? opts->server : "relay", vkp_status_str(status));
     }
+    catch_signals();
     code = listen_all(relay, opts);
     while (code == 0 && started < opts->threads) {
         if (pthread_create(&threads[started], NULL, run_loop, loops[started]) != 0) {
@@ -298,7 +431,7 @@ static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
         }
     }
     if (code == 0) {
-        code = serve(relay);
+        code = serve(relay, &idle);
     }
     while (started > 1) {
         started--;
@@ -307,6 +440,66 @@ static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
     }
     vkp_relay_unref(relay);
     return code;
+}
+
+/* ---- the check of another relay, or of a server ---- */
+
+typedef struct check_result {
+    vkp_health health;
+    bool there;
+} check_result;
+
+static void on_health(void *user, const vkp_health *health)
+{
+    check_result *result = (check_result *)user;
+    result->health = *health;
+    result->there = true;
+    vkp_loop_stop(main_loop);
+}
+
+static const char *health_text(const vkp_health *health)
+{
+    switch (health->status) {
+    case VKP_ERR_SYS:
+        return strerror(health->sys_error);
+    case VKP_ERR_REFUSED:
+        return "nobody accepts connections there";
+    case VKP_ERR_PROTOCOL:
+        return "the answer to PING is not PONG";
+    case VKP_ERR_DISCONNECTED:
+        return "it closed the connection without an answer";
+    case VKP_ERR_TIMEOUT:
+        return "no answer in time";
+    default:
+        return vkp_status_str(health->status);
+    }
+}
+
+static int check(const char *address)
+{
+    vkp_health_config config = VKP_ZERO;
+    vkp_health_check *running;
+    check_result result = VKP_ZERO;
+    vkp_status status;
+    config.address = address;
+    config.on_result = on_health;
+    config.user = &result;
+    status = vkp_health_check_open(main_loop, &config, &running);
+    if (status != VKP_OK) {
+        return fail(address, vkp_status_str(status));
+    }
+    while (status == VKP_OK && !result.there) {
+        status = vkp_loop_run(main_loop);
+    }
+    vkp_health_check_close(running);
+    if (status != VKP_OK) {
+        return fail("event loop", strerror(errno));
+    }
+    if (result.health.status != VKP_OK) {
+        return fail(address, health_text(&result.health));
+    }
+    printf("ok: %s answered in %.3f ms\n", address, (double)result.health.elapsed_ns / 1e6);
+    return 0;
 }
 
 int main(int argc, char **argv)
@@ -321,19 +514,18 @@ int main(int argc, char **argv)
         return code;
     }
     raise_descriptor_limit();
-    env.log = on_log;
+    env.log = opts.check == NULL ? on_log : NULL; /* a check prints one line */
     env.log_level = opts.log_level;
     config.backend = opts.backend;
     config.env = &env;
     while (opened < opts.threads && vkp_loop_open(&config, &loops[opened]) == VKP_OK) {
         opened++;
     }
-    if (opened == opts.threads) {
-        main_loop = loops[0];
-        catch_signals();
-        code = run(&opts, &env, loops);
-    } else {
+    if (opened < opts.threads) {
         code = fail("event loop", strerror(errno));
+    } else {
+        main_loop = loops[0];
+        code = opts.check != NULL ? check(opts.check) : run(&opts, &env, loops);
     }
     while (opened > 0) {
         opened--;

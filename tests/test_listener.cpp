@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Listeners over every backend: addresses and ports, sockets of their own and shared ones, accept
-// that fails, connections refused or handed on, the end in every callback.
+// that fails, connections refused or handed on, the end in every callback. Who is let in, and how
+// many, is in test_gate.cpp; listeners that follow their clients are in test_listen.cpp.
 #include <catch2/catch.hpp>
 
 #include <cerrno>
@@ -14,6 +15,7 @@
 
 #include <csignal>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -97,9 +99,13 @@ struct Echo {
     int accepts = 0;
     int opens = 0;
     int closes = 0;
+    int ends = 0;
     std::vector<std::string> told;
+    std::vector<vkp_refusal> refused;
     std::function<void(vkp_conn *)> on_accept;
-    std::function<void(int)> on_fd;
+    std::function<void(int, vkp_seat *)> on_fd;
+    std::function<void(int)> on_refuse;
+    std::function<void()> on_end;
 
     Echo()
     {
@@ -130,6 +136,20 @@ struct Echo {
                 self->on_accept(conn);
             }
         };
+        config.on_refuse = [](void *user, int fd, vkp_refusal why) {
+            Echo *self = static_cast<Echo *>(user);
+            self->refused.push_back(why);
+            if (self->on_refuse) {
+                self->on_refuse(fd);
+            }
+        };
+        config.on_end = [](void *user) {
+            Echo *self = static_cast<Echo *>(user);
+            self->ends++;
+            if (self->on_end) {
+                self->on_end();
+            }
+        };
     }
     // Its connections must not tell it anything afterwards.
     ~Echo()
@@ -144,10 +164,10 @@ struct Echo {
     Echo &operator=(const Echo &) = delete;
     void hand_on()
     {
-        config.on_fd = [](void *user, int fd) {
+        config.on_fd = [](void *user, int fd, vkp_seat *seat) {
             Echo *self = static_cast<Echo *>(user);
             self->told.push_back("fd");
-            self->on_fd(fd);
+            self->on_fd(fd, seat);
         };
     }
     vkp_status open(vkp_loop *loop, const char *address)
@@ -166,6 +186,12 @@ struct Echo {
     std::string address() const
     {
         return vkp_listener_get_address(listener);
+    }
+    vkp_listener_stats stats() const
+    {
+        vkp_listener_stats stats;
+        vkp_listener_get_stats(listener, &stats);
+        return stats;
     }
     void drop()
     {
@@ -254,7 +280,7 @@ TEST_CASE("listener: arguments that cannot be")
     echo.config.conn.ops = nullptr;
     CHECK(vkp_listener_open(loop, &echo.config, &listener) == VKP_ERR_INVALID);
     Echo bad;
-    for (const char *address : {"", "unix:", "unix:a/../b", "tcp:", "tcp:127.0.0.1",
+    for (const char *address : {"", "unix", "unix:a/../b", "tcp:", "tcp:127.0.0.1",
                                 "tcp:127.0.0.1:", "tcp:127.0.0.1:65536", "tcp:127.0.0.1:x", "0"}) {
         INFO("address " << address);
         CHECK(bad.open(loop, address) == VKP_ERR_INVALID);
@@ -443,13 +469,23 @@ TEST_CASE("listener: the registry's cleanup under a listener")
     Echo echo;
     echo.config.registry = registry;
     REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+    Client client(address);
+    vkp_test_run_until(loop, "the connection", [&] { return echo.opens == 1; });
     CHECK(vkp_registry_cleanup_all(registry) == 1);
+    CHECK_FALSE(vkp_test_exists(path_of(address)));
     CHECK(Client(address).refused());
+    CHECK(echo.ends == 0); // on the loop's thread, in a round
     loop.rounds(3);
+    CHECK(echo.ends == 1);
+    client.say("still here");
+    vkp_test_run_until(loop, "the echo", [&] { return client.hear() == "still here"; });
+    CHECK(vkp_registry_cleanup_all(registry) == 0);
     Echo next;
     next.config.registry = registry;
     REQUIRE(next.open(loop, address.c_str()) == VKP_OK);
     echo.drop();
+    loop.rounds(3);
+    CHECK(echo.ends == 1);
     check_echo(loop, address);
     CHECK(next.accepts == 1);
     vkp_registry_unref(registry);
@@ -519,11 +555,13 @@ TEST_CASE("listener: on_fd takes the descriptor instead")
     REQUIRE(echo.open(loop, address == "unix:" ? vkp_test_fresh_address("l") : address.c_str()) ==
             VKP_OK);
     Echo served;
-    echo.on_fd = [&](int fd) {
+    echo.on_fd = [&](int fd, vkp_seat *seat) {
         CHECK((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0);
         CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
         vkp_conn *conn = nullptr;
         REQUIRE(vkp_conn_open(elsewhere, fd, &served.config.conn, &conn) == VKP_OK);
+        REQUIRE(seat != nullptr);
+        vkp_conn_set_seat(conn, seat);
         vkp_conn_unref(conn);
     };
     Client client(echo.address());
@@ -532,7 +570,11 @@ TEST_CASE("listener: on_fd takes the descriptor instead")
     vkp_test_run_until(elsewhere, "the echo", [&] { return client.hear() == "hi"; });
     CHECK(echo.told == std::vector<std::string>{"fd"});
     CHECK(served.opens == 1);
+    CHECK(echo.stats().clients == 1);
     elsewhere.close();
+    CHECK(served.closes == 1);
+    CHECK(echo.stats().clients == 0);
+    CHECK(echo.stats().accepted == 1);
 }
 
 TEST_CASE("listener: closing stops accepting, and connections stay")
@@ -595,12 +637,50 @@ TEST_CASE("listener: close and unref inside its callbacks")
     {
         echo.hand_on();
         REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
-        echo.on_fd = [&](int fd) {
+        const bool seat_first = GENERATE(false, true);
+        echo.on_fd = [&](int fd, vkp_seat *seat) {
             close(fd);
+            if (seat_first) {
+                vkp_seat_leave(seat);
+            }
             end();
+            if (!seat_first) {
+                vkp_seat_leave(seat);
+            }
         };
         clients[0] = new Client(address);
         vkp_test_run_until(loop, "the descriptor", [&] { return echo.told.size() == 1; });
+    }
+    SECTION("on_refuse, with more in the backlog")
+    {
+        echo.config.max_clients = 1;
+        REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+        clients[0] = new Client(address);
+        vkp_test_run_until(loop, "the first", [&] { return echo.opens == 1; });
+        echo.on_refuse = [&](int) { end(); };
+        for (int i = 1; i < 3; i++) {
+            clients[i] = new Client(address);
+        }
+        for (int i = 1; i < 3; i++) {
+            vkp_test_run_until(loop, "the end", [&] {
+                clients[i]->hear();
+                return clients[i]->ended;
+            });
+        }
+        CHECK(echo.refused == std::vector<vkp_refusal>{VKP_REFUSAL_FULL});
+        clients[0]->say("served");
+        vkp_test_run_until(loop, "the echo", [&] { return clients[0]->hear() == "served"; });
+    }
+    SECTION("on_end")
+    {
+        vkp_registry *registry = nullptr;
+        REQUIRE(vkp_registry_open(nullptr, &registry) == VKP_OK);
+        echo.config.registry = registry;
+        REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+        echo.on_end = [&] { end(); };
+        CHECK(vkp_registry_cleanup_all(registry) == 1);
+        vkp_registry_unref(registry);
+        vkp_test_run_until(loop, "the end", [&] { return echo.ends == 1; });
     }
     CHECK_FALSE(vkp_test_exists(path_of(address)));
     for (Client *client : clients) {
@@ -609,18 +689,35 @@ TEST_CASE("listener: close and unref inside its callbacks")
     loop.rounds(3);
 }
 
-TEST_CASE("listener: the loop's close stops it")
+TEST_CASE("listener: the loop's close stops it, and it says so")
 {
     ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
-    const std::string address = vkp_test_fresh_address("l");
-    REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+    const bool tcp = GENERATE(false, true);
+    REQUIRE(echo.open(loop, tcp ? "tcp:127.0.0.1:0" : vkp_test_fresh_address("l")) == VKP_OK);
+    const std::string address = echo.address();
     Client client(address);
     vkp_test_run_until(loop, "the connection", [&] { return echo.opens == 1; });
-    loop.close();
+    SECTION("open until then")
+    {
+        loop.close();
+        CHECK(echo.ends == 1);
+    }
+    SECTION("closed before: that was no end by itself")
+    {
+        vkp_listener_close(echo.listener);
+        loop.close();
+        CHECK(echo.ends == 0);
+    }
+    SECTION("let go in the callback")
+    {
+        echo.on_end = [&] { echo.drop(); };
+        loop.close();
+        CHECK(echo.ends == 1);
+    }
     CHECK(echo.closes == 1);
-    CHECK_FALSE(vkp_test_exists(path_of(address)));
+    CHECK((tcp || !vkp_test_exists(path_of(address))));
     CHECK(Client(address).refused());
     echo.drop();
 }
@@ -662,49 +759,283 @@ TEST_CASE("listener: more connections than one round accepts")
     CHECK(echo.accepts == 200);
 }
 
-TEST_CASE("listener: out of descriptors it pauses without spinning, and recovers")
+// Accept that fails as it is told to, and counts.
+namespace faulty {
+
+int fault;
+int calls;
+
+int accept(int fd)
 {
-    static int fault;
-    static int calls;
-    static bool failing;
+    calls++;
+    return fault != 0 ? -fault : vkp_sys_default()->accept(fd);
+}
+
+vkp_sys table()
+{
     vkp_sys sys = *vkp_sys_default();
-    sys.accept = [](int fd) {
-        calls++;
-        return failing ? -fault : vkp_sys_default()->accept(fd);
-    };
-    fault = GENERATE(EMFILE, ENFILE, ENOMEM, ENOBUFS);
-    INFO("error " << fault);
+    sys.accept = accept;
+    fault = 0;
     calls = 0;
-    failing = true;
-    Loop loop(&vkp_backend_null, &sys); // virtual time: nothing but timers moves it
+    return sys;
+}
+
+} // namespace faulty
+
+constexpr uint64_t k_ms = 1000000;
+
+// A failed accept, and then silence for exactly so long, on virtual time: nothing but timers moves
+// it.
+void check_pause(Loop &loop, uint64_t pause_ms)
+{
+    INFO("a pause of " << pause_ms << " ms");
+    const int before = faulty::calls;
+    const uint64_t since = vkp_loop_get_now(loop);
+    loop.rounds(2);
+    CHECK(faulty::calls == before + 1);
+    loop.rounds(20);
+    CHECK(faulty::calls == before + 1); // the client waits, and costs no round
+    CHECK(vkp_loop_get_now(loop) == since);
+    CHECK(vkp_loop_get_deadline(loop) == since + pause_ms * k_ms);
+    REQUIRE(vkp_loop_run_once(loop, VKP_FOREVER) == VKP_OK);
+    CHECK(vkp_loop_get_now(loop) == since + pause_ms * k_ms);
+}
+
+TEST_CASE("listener: when accept fails it pauses ever longer without spinning, and recovers")
+{
+    const vkp_sys sys = faulty::table();
+    const int fault = GENERATE(EMFILE, ENFILE, ENOMEM, ENOBUFS, EIO);
+    INFO("error " << fault);
+    const bool descriptors = fault == EMFILE || fault == ENFILE;
+    Loop loop(&vkp_backend_null, &sys);
     Echo echo;
     const std::string address = vkp_test_fresh_address("l");
     REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+    faulty::fault = fault;
     Client client(address);
     client.say("hello?");
-    loop.rounds(1);
-    CHECK(calls == 1);
+    // Short of descriptors for a second it does more than wait: another test.
+    for (uint64_t pause : {10u, 20u, 40u, 80u, 160u, 320u}) {
+        check_pause(loop, pause);
+    }
+    for (uint64_t pause : {640u, 1000u, 1000u, 1000u}) {
+        if (!descriptors) {
+            check_pause(loop, pause);
+        }
+    }
     CHECK(vkp_test_env_logged(&loop.test, "accept"));
-    const uint64_t paused = vkp_loop_get_now(loop);
-    loop.rounds(20);
-    CHECK(calls == 1); // the connection waits, and costs no round
-    CHECK(vkp_loop_get_deadline(loop) == paused + 100000000);
-    REQUIRE(vkp_loop_run_once(loop, VKP_FOREVER) == VKP_OK);
-    CHECK(vkp_loop_get_now(loop) == paused + 100000000);
-    loop.rounds(1);
-    CHECK(calls == 2); // still no room: once more
-    failing = false;
-    vkp_test_run_until(loop, "the echo", [&] { return client.hear() == "hello?"; });
-    CHECK(echo.accepts == 1);
+    const uint64_t failures = descriptors ? 6 : 10;
+    vkp_listener_stats stats = echo.stats();
+    CHECK(stats.no_descriptors == (descriptors ? failures : 0));
+    CHECK(stats.no_memory == (fault == ENOMEM || fault == ENOBUFS ? failures : 0));
+    CHECK(stats.failed == (fault == EIO ? failures : 0));
+    CHECK(stats.pauses == failures);
+    CHECK(stats.accepted == 0);
+    CHECK(echo.refused.empty());
+    SECTION("recovered: served, and the next shortage begins small")
+    {
+        faulty::fault = 0;
+        loop.rounds(3);
+        CHECK(client.hear() == "hello?");
+        CHECK(echo.accepts == 1);
+        CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+        faulty::fault = fault;
+        Client other(address);
+        check_pause(loop, 10);
+        check_pause(loop, 20);
+        faulty::fault = 0;
+        other.say("me too");
+        loop.rounds(3);
+        CHECK(other.hear() == "me too");
+        stats = echo.stats();
+        CHECK(stats.accepted == 2);
+        CHECK(stats.clients == 2);
+        CHECK(stats.pauses == failures + 2);
+    }
     SECTION("closed while it pauses")
     {
-        failing = true;
-        Client other(address);
         loop.rounds(2);
-        echo.drop();
+        if (GENERATE(false, true)) {
+            echo.drop();
+        } else {
+            vkp_listener_close(echo.listener);
+        }
         CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
         loop.rounds(3);
+        CHECK(echo.ends == 0);
     }
+}
+
+// Descriptors as the kernel counts them, but few. Those that do not come from here are ignored.
+namespace few {
+
+int left;
+std::vector<int> given;
+
+int take(int fd)
+{
+    if (fd >= 0) {
+        left--;
+        given.push_back(fd);
+    }
+    return fd;
+}
+
+vkp_sys table(int fault)
+{
+    static int error;
+    error = fault;
+    vkp_sys sys = *vkp_sys_default();
+    sys.socket = [](int family, int type) {
+        return left > 0 ? take(vkp_sys_default()->socket(family, type)) : -error;
+    };
+    sys.accept = [](int fd) { return left > 0 ? take(vkp_sys_default()->accept(fd)) : -error; };
+    sys.close = [](int fd) {
+        for (size_t i = 0; i < given.size(); i++) {
+            if (given[i] == fd) {
+                given.erase(given.begin() + static_cast<ptrdiff_t>(i));
+                left++;
+                break;
+            }
+        }
+        return vkp_sys_default()->close(fd);
+    };
+    left = 100;
+    given.clear();
+    return sys;
+}
+
+} // namespace few
+
+void say_sorry(int fd)
+{
+    const vkp_range range = {"sorry", 5};
+    CHECK(vkp_sys_default()->send(fd, &range, 1) == 5);
+}
+
+TEST_CASE("listener: short of descriptors for a second it tells clients, by a spare one")
+{
+    const int fault = GENERATE(EMFILE, ENFILE);
+    const vkp_sys sys = few::table(fault);
+    Loop loop(&vkp_backend_null, &sys);
+    Echo echo;
+    echo.on_refuse = say_sorry;
+    const std::string address = vkp_test_fresh_address("l");
+    REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+    few::left = 0;
+    std::vector<std::unique_ptr<Client>> clients;
+    for (int i = 0; i < 3; i++) {
+        clients.push_back(std::make_unique<Client>(address));
+    }
+    auto all_told = [&] {
+        bool all = true;
+        for (auto &client : clients) {
+            all = all && client->hear() == "sorry" && client->ended;
+        }
+        return all;
+    };
+    loop.rounds(1);
+    const uint64_t since = vkp_loop_get_now(loop);
+    uint64_t first = 0;
+    for (int tries = 0; !all_told(); tries++) {
+        REQUIRE(tries < 100);
+        REQUIRE(vkp_loop_run_once(loop, VKP_FOREVER) == VKP_OK);
+        if (first == 0 && !echo.refused.empty()) {
+            first = vkp_loop_get_now(loop);
+        }
+    }
+    CHECK(first >= since + 1000 * k_ms);
+    CHECK(first <= since + 2000 * k_ms);
+    CHECK(echo.refused == std::vector<vkp_refusal>(3, VKP_REFUSAL_OVERLOAD));
+    CHECK(echo.stats().refused[VKP_REFUSAL_OVERLOAD] == 3);
+    CHECK(echo.stats().no_descriptors > 3);
+    CHECK(echo.accepts == 0);
+    CHECK(few::left == 0); // the spare one is there again
+    SECTION("then there are some again")
+    {
+        few::left = 10;
+        Client client(address);
+        client.say("hello");
+        vkp_test_run_until(loop, "the echo", [&] { return client.hear() == "hello"; });
+        // The next shortage is a new one: nobody is told before it lasted.
+        few::left = 0;
+        Client other(address);
+        const uint64_t again = vkp_loop_get_now(loop);
+        while (echo.refused.size() == 3) {
+            REQUIRE(vkp_loop_run_once(loop, VKP_FOREVER) == VKP_OK);
+        }
+        CHECK(vkp_loop_get_now(loop) >= again + 1000 * k_ms);
+        vkp_test_run_until(loop, "the excuse", [&] { return other.hear() == "sorry"; });
+    }
+    SECTION("somebody takes the descriptor that the spare one gave back")
+    {
+        echo.on_refuse = [&](int fd) {
+            say_sorry(fd);
+            few::left--;
+        };
+        clients.push_back(std::make_unique<Client>(address));
+        vkp_test_run_until(loop, "the excuse", all_told);
+        CHECK(few::left == 0);
+        // Without it there is nothing to tell by: they wait, and are served when they can be.
+        Client waits(address);
+        waits.say("hello");
+        for (int i = 0; i < 10; i++) {
+            REQUIRE(vkp_loop_run_once(loop, VKP_FOREVER) == VKP_OK);
+        }
+        CHECK(echo.refused.size() == 4);
+        few::left = 10;
+        vkp_test_run_until(loop, "the echo", [&] { return waits.hear() == "hello"; });
+        // And the spare one is made when it can be.
+        echo.on_refuse = say_sorry;
+        few::left = 0;
+        clients.push_back(std::make_unique<Client>(address));
+        vkp_test_run_until(loop, "the excuse", all_told);
+        CHECK(echo.refused.size() == 5);
+    }
+    SECTION("the end while it is so")
+    {
+        echo.on_refuse = [&](int) { echo.drop(); };
+        Client client(address);
+        vkp_test_run_until(loop, "the end", [&] {
+            client.hear();
+            return client.ended;
+        });
+        CHECK(echo.listener == nullptr);
+    }
+}
+
+TEST_CASE("listener: a process that ran out of descriptors, by its real limit")
+{
+    Loop loop(&vkp_backend_null);
+    Echo echo;
+    echo.on_refuse = say_sorry;
+    const std::string address = vkp_test_fresh_address("l");
+    REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
+    Client told(address);
+    rlimit before;
+    REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    // The lowest free number is the limit: all below it are taken.
+    const int lowest = dup(0);
+    REQUIRE(lowest >= 0);
+    close(lowest);
+    rlimit low = before;
+    low.rlim_cur = static_cast<rlim_t>(lowest);
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &low) == 0);
+    for (int i = 0; i < 100 && echo.refused.empty(); i++) {
+        if (vkp_loop_run_once(loop, VKP_FOREVER) != VKP_OK) {
+            vkp_test_fail("a round failed");
+        }
+    }
+    const bool excused = told.hear() == "sorry";
+    const int none = dup(0);
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &before) == 0);
+    CHECK(none == -1);
+    CHECK(excused);
+    CHECK(echo.refused == std::vector<vkp_refusal>{VKP_REFUSAL_OVERLOAD});
+    CHECK(echo.stats().no_descriptors > 3);
+    CHECK(echo.stats().accepted == 0);
+    check_echo(loop, address);
+    CHECK(echo.stats().accepted == 1);
 }
 
 TEST_CASE("listener: an aborted or interrupted accept goes on with the next")
@@ -714,15 +1045,24 @@ TEST_CASE("listener: an aborted or interrupted accept goes on with the next")
     static int left;
     vkp_sys sys = *vkp_sys_default();
     sys.accept = [](int fd) { return left-- > 0 ? -fault : vkp_sys_default()->accept(fd); };
-    fault = GENERATE(ECONNABORTED, EINTR);
+    fault = GENERATE(ECONNABORTED, EPROTO, EINTR);
+    INFO("error " << fault);
     left = 3;
     Loop loop(backend, &sys);
     Echo echo;
     const std::string address = vkp_test_fresh_address("l");
     REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
-    check_echo(loop, address);
+    Client client(address);
+    client.say("echo?");
+    loop.rounds(3); // no timer's time passes: there was no pause
+    CHECK(client.hear() == "echo?");
     CHECK(left < 0);
     CHECK(echo.accepts == 1);
+    const vkp_listener_stats stats = echo.stats();
+    CHECK(stats.accepted == 1);
+    CHECK(stats.aborted == (fault == EINTR ? 0 : 3)); // nobody left by EINTR
+    CHECK(stats.failed + stats.no_memory + stats.no_descriptors + stats.pauses == 0);
+    CHECK_FALSE(vkp_test_env_logged(&loop.test, "accept"));
 }
 
 TEST_CASE("listener: every allocation of open may fail")
@@ -760,8 +1100,8 @@ TEST_CASE("listener: every system call of open may fail")
     sys.socket = [](int family, int type) {
         return calls++ == fault_at ? -EMFILE : vkp_sys_default()->socket(family, type);
     };
-    sys.bind = [](int fd, const void *address, uint32_t bytes) {
-        return calls++ == fault_at ? -EACCES : vkp_sys_default()->bind(fd, address, bytes);
+    sys.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
+        return calls++ == fault_at ? -EACCES : vkp_sys_default()->bind(fd, address, bytes, mode);
     };
     sys.listen = [](int fd, int backlog) {
         return calls++ == fault_at ? -EIO : vkp_sys_default()->listen(fd, backlog);

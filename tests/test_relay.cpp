@@ -19,6 +19,7 @@
 #include <vector>
 
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "support/client_probe.h"
@@ -1744,7 +1745,7 @@ TEST_CASE("a storm of connections over max_clients: the first are served, the ot
         CHECK(hear(refused).empty());
     }
     vkp_test_wait_until("the last refusal to be counted",
-                        [&] { return relay.stats().refused == 200; });
+                        [&] { return relay.stats().refused[VKP_REFUSAL_FULL] == 200; });
     CHECK(relay.stats().clients == 10);
     CHECK(relay.stats().accepted == 10);
     for (const Peer &peer : served) {
@@ -1932,6 +1933,94 @@ TEST_CASE("a drain answers what was asked, delivers what is queued, and removes 
     CHECK(ask(direct, "GET", "n") == bulk(std::to_string(last)));
 }
 
+TEST_CASE("a drain tells each client why, in its own language, after all it was owed")
+{
+    EVERY_SETUP();
+    const std::string notice = GENERATE(as<std::string>{}, "going down", "two\r\nlines", "",
+                                        "long " + std::string(2000, 'x'));
+    vkp_relay_config config = {};
+    config.shutdown_notice = notice.c_str();
+    Relay relay(setup, config);
+    const std::string channel = VKP_RELAY_NOTICE_CHANNEL;
+    std::vector<Peer> plain = relay.client_per_loop();
+    std::vector<Peer> plain3 = relay.client_per_loop();
+    for (const Peer &peer : plain3) {
+        ask(peer, "HELLO", "3");
+    }
+    Peer subscribed = relay.client();
+    ask(subscribed, "SUBSCRIBE", "a");
+    Peer patterned = relay.client();
+    ask(patterned, "PSUBSCRIBE", "*");
+    Peer sharded = relay.client();
+    ask(sharded, "HELLO", "3");
+    ask(sharded, "SSUBSCRIBE", "s");
+    Peer former = relay.client(); // subscribed no more: a client like any other
+    ask(former, "SUBSCRIBE", "a");
+    ask(former, "UNSUBSCRIBE", "a");
+    Peer within = relay.client(); // and one in the middle of a command
+    ask(within, "PING");
+    say(within, "*2\r\n$4\r\nECHO\r\n$5\r\nhal");
+    ask(plain[0], "PUBLISH", "a", "last");
+    std::atomic<int> ends{0};
+    relay.on_loop([&] {
+        vkp_relay_drain(
+            relay, vkp_test_deadline(),
+            [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends);
+    });
+    auto is_error = [&](const std::string &frame) {
+        const bool one_line = frame.find("\r\n") == frame.size() - 2;
+        const std::string words = notice.substr(0, notice.find('\r')).substr(0, 100);
+        return starts_with(frame, "-ERR " + words) && one_line;
+    };
+    for (const Peer &peer : plain) {
+        Strings heard = hear_all(peer);
+        REQUIRE(heard.size() == 1);
+        CHECK(is_error(heard[0]));
+    }
+    for (const Peer &peer : plain3) {
+        CHECK(hear_all(peer) == Strings{message(3, channel, notice)});
+    }
+    CHECK(hear_all(subscribed) == Strings{message(2, "a", "last"), message(2, channel, notice)});
+    const Strings heard = hear_all(patterned);
+    REQUIRE(heard.size() == 2);
+    CHECK(starts_with(heard[0], "*4\r\n$8\r\npmessage"));
+    CHECK(heard[1] == message(2, channel, notice));
+    CHECK(hear_all(sharded) == Strings{message(3, channel, notice)});
+    for (const Peer *peer : {&former, &within}) {
+        const Strings last = hear_all(*peer);
+        REQUIRE(last.size() == 1);
+        CHECK(is_error(last[0]));
+    }
+    vkp_test_wait_until("the end", [&] { return ends == 1; });
+    CHECK(relay.stats().clients == 0);
+}
+
+TEST_CASE("a drain's notice comes behind the answers that the server still owes")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Server server = start_server();
+    vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
+    config.shutdown_notice = "going down";
+    Relay relay(setup, config);
+    Peer asking = relay.connected_client();
+    std::string script;
+    for (int i = 0; i < 200; i++) {
+        script += wire("INCR n");
+    }
+    say(asking, script);
+    CHECK(hear(asking) == ":1\r\n"); // it has begun
+    relay.on_loop([&] { vkp_relay_drain(relay, vkp_test_deadline(), nullptr, nullptr); });
+    const Strings heard = hear_all(asking);
+    REQUIRE(!heard.empty());
+    for (size_t i = 0; i + 1 < heard.size(); i++) {
+        CHECK(heard[i] == ":" + std::to_string(i + 2) + "\r\n");
+    }
+    CHECK(heard.back() == "-ERR going down\r\n");
+    Peer direct = open(vkp_test_server_unix(server.get()));
+    CHECK(ask(direct, "GET", "n") == bulk(std::to_string(heard.size())));
+}
+
 TEST_CASE("a drain ends at its deadline, whoever does not read")
 {
     EVERY_SETUP();
@@ -1955,6 +2044,306 @@ TEST_CASE("a drain ends at its deadline, whoever does not read")
     vkp_test_wait_until("the end", [&] { return ends == 1; });
     CHECK(relay.stats().clients == 0);
     CHECK(hear(publisher).empty());
+}
+
+// ---------------------------------------------------------------------------------------------
+// Who comes, who stays, where
+
+// One relay on a loop whose time the test moves.
+class StillRelay {
+  public:
+    explicit StillRelay(vkp_relay_config config, const vkp_sys *sys = nullptr)
+        : loop(&vkp_backend_null, sys)
+    {
+        view_ = loop;
+        config.loops = &view_;
+        config.loop_count = 1;
+        config.env = &loop.test.env;
+        address = vkp_test_fresh_address("still");
+        if (vkp_relay_open(&config, &relay_) != VKP_OK ||
+            vkp_relay_listen(relay_, address.c_str(), nullptr) != VKP_OK) {
+            vkp_test_fail("no relay at %s", address.c_str());
+        }
+    }
+    ~StillRelay()
+    {
+        vkp_relay_unref(relay_);
+    }
+    StillRelay(const StillRelay &) = delete;
+    StillRelay &operator=(const StillRelay &) = delete;
+    operator vkp_relay *() const
+    {
+        return relay_;
+    }
+    vkp_relay_stats stats() const
+    {
+        vkp_relay_stats stats;
+        vkp_relay_get_stats(relay_, &stats);
+        return stats;
+    }
+    // What a new client is told when it asks, or without that.
+    std::string knock(Peer *peer)
+    {
+        *peer = open(address);
+        (void)vkp_test_peer_send_text(peer->get(), "PING\r\n"); // it may be closed
+        return vkp_test_frame_on(loop, peer->get());
+    }
+    void leave(Peer *peer)
+    {
+        const size_t before = stats().clients;
+        peer->reset();
+        vkp_test_run_until(loop, "a client to go", [&] { return stats().clients < before; });
+    }
+    void pass(uint64_t ms)
+    {
+        const uint64_t until = loop.now() + ms * 1000000;
+        while (loop.now() < until) {
+            loop.round(until);
+        }
+    }
+
+    vkp_test_loop loop;
+    std::string address;
+
+  private:
+    vkp_loop *view_ = nullptr;
+    vkp_relay *relay_ = nullptr;
+};
+
+TEST_CASE("nobody there for the time to linger, once somebody was: on_idle")
+{
+    struct Idle {
+        int count = 0;
+    } idle;
+    vkp_relay_config config = {};
+    config.linger_ms = 1000;
+    config.on_idle = [](void *user) { static_cast<Idle *>(user)->count++; };
+    config.user = &idle;
+    config.max_clients = 2;
+    StillRelay relay(config);
+    Peer first;
+    Peer second;
+    Peer third;
+    relay.pass(5000);
+    CHECK(idle.count == 0); // nobody was ever there
+    CHECK(relay.knock(&first) == "+PONG\r\n");
+    relay.pass(5000);
+    CHECK(idle.count == 0);
+    relay.leave(&first);
+    relay.pass(999);
+    CHECK(relay.knock(&first) == "+PONG\r\n"); // just in time
+    relay.pass(5000);
+    CHECK(idle.count == 0);
+    CHECK(relay.knock(&second) == "+PONG\r\n");
+    CHECK(starts_with(relay.knock(&third), "-ERR max"));
+    relay.leave(&first);
+    relay.pass(5000);
+    CHECK(idle.count == 0); // one is still there
+    relay.leave(&second);
+    relay.pass(999);
+    CHECK(idle.count == 0);
+    SECTION("the whole time")
+    {
+        relay.pass(1);
+        CHECK(idle.count == 1);
+        relay.pass(5000);
+        CHECK(idle.count == 1);
+    }
+    SECTION("a short visit begins it anew")
+    {
+        CHECK(relay.knock(&first) == "+PONG\r\n");
+        relay.leave(&first);
+        relay.pass(999);
+        CHECK(idle.count == 0);
+        relay.pass(1);
+        CHECK(idle.count == 1);
+    }
+    SECTION("a drain ends it")
+    {
+        vkp_relay_drain(relay, VKP_FOREVER, nullptr, nullptr);
+        relay.pass(5000);
+        CHECK(idle.count == 0);
+    }
+}
+
+TEST_CASE("on_idle comes on loop 0, whichever loop the last client was on, and may drain")
+{
+    EVERY_SETUP();
+    struct Idle {
+        vkp_relay *relay = nullptr;
+        std::atomic<int> count{0};
+        std::atomic<bool> ended{false};
+    } idle;
+    vkp_relay_config config = {};
+    config.on_idle = [](void *user) {
+        Idle *self = static_cast<Idle *>(user);
+        self->count++;
+        vkp_relay_drain(
+            self->relay, vkp_test_deadline(),
+            [](void *arg) { static_cast<Idle *>(arg)->ended = true; }, self);
+    };
+    config.user = &idle;
+    Relay relay(setup, config);
+    idle.relay = relay;
+    std::vector<Peer> peers = relay.client_per_loop();
+    for (const Peer &peer : peers) {
+        ask(peer, "SUBSCRIBE", "a");
+    }
+    while (peers.size() > 1) {
+        peers.erase(peers.begin());
+    }
+    vkp_test_wait_until("one client", [&] { return relay.stats().clients == 1; });
+    CHECK(ask(peers[0], "PING") != "");
+    CHECK(idle.count == 0);
+    peers.clear();
+    vkp_test_wait_until("the end", [&] { return idle.ended.load(); });
+    CHECK(idle.count == 1);
+    CHECK(vkp_test_connect(relay.address.c_str()) == -1);
+}
+
+TEST_CASE("so many clients of one user over Unix sockets, and no more")
+{
+    EVERY_SETUP();
+    vkp_relay_config config = {};
+    config.max_clients_per_uid = 2;
+    Relay relay(setup, config);
+    std::string tcp;
+    relay.on_loop([&] {
+        const char *bound = nullptr;
+        tcp = vkp_relay_listen(relay, "tcp:127.0.0.1:0", &bound) == VKP_OK ? bound : "";
+    });
+    Peer first = relay.client();
+    Peer second = relay.client();
+    CHECK(ask(first, "PING") == "+PONG\r\n");
+    CHECK(ask(second, "PING") == "+PONG\r\n");
+    Peer third = relay.client();
+    CHECK(hear(third) == "-ERR max number of clients of this user reached\r\n");
+    CHECK(hear(third).empty());
+    std::vector<Peer> others;
+    for (int i = 0; i < 5; i++) { // nobody knows whose they are
+        others.push_back(open(tcp));
+        CHECK(ask(others.back(), "PING") == "+PONG\r\n");
+    }
+    const vkp_relay_stats stats = relay.stats();
+    CHECK(stats.clients == 7);
+    CHECK(stats.accepted == 7);
+    CHECK(stats.refused[VKP_REFUSAL_USER_FULL] == 1);
+    CHECK(stats.refused[VKP_REFUSAL_FULL] == 0);
+    first.reset();
+    vkp_test_wait_until("a place", [&] { return relay.stats().clients == 6; });
+    first = relay.client();
+    CHECK(ask(first, "PING") == "+PONG\r\n");
+}
+
+TEST_CASE("other users come in when they are allowed to, and see the file then")
+{
+    static uint32_t uid;
+    vkp_sys sys = *vkp_sys_default();
+    sys.peer = [](int fd, vkp_peer *peer) {
+        const int result = vkp_sys_default()->peer(fd, peer);
+        peer->uid = uid;
+        return result;
+    };
+    const uint32_t own = vkp_sys_default()->user_id();
+    const uint32_t allowed[] = {own + 1, own + 2};
+    const bool some = GENERATE(false, true);
+    vkp_relay_config config = {};
+    config.allow_uids = some ? allowed : nullptr;
+    config.allow_uid_count = some ? 2 : 0;
+    StillRelay relay(config, &sys);
+    struct stat status;
+    REQUIRE(stat(relay.address.c_str() + 5, &status) == 0);
+    CHECK((status.st_mode & 07777) == (some ? 0666 : 0600));
+    uint64_t refused = 0;
+    for (uint32_t each : {own, own + 1, own + 2, own + 3, own - 1}) {
+        Peer peer;
+        uid = each;
+        INFO("user " << each);
+        const bool in = each == own || (some && (each == own + 1 || each == own + 2));
+        CHECK(relay.knock(&peer) == (in ? "+PONG\r\n" : "-ERR this user is not allowed here\r\n"));
+        refused += in ? 0 : 1;
+    }
+    CHECK(relay.stats().refused[VKP_REFUSAL_USER] == refused);
+}
+
+TEST_CASE("a file that is taken away is bound again; clients notice nothing")
+{
+    EVERY_SETUP();
+    vkp_relay_config config = {};
+    config.check_ms = 5;
+    Relay relay(setup, config);
+    Peer steady = relay.client();
+    ask(steady, "SUBSCRIBE", "a");
+    for (int i = 1; i <= 3; i++) {
+        REQUIRE(unlink(relay.address.c_str() + 5) == 0);
+        vkp_registry_stats stats;
+        vkp_test_wait_until("the file", [&] {
+            vkp_registry_get_stats(vkp_relay_get_registry(relay), &stats);
+            return stats.rebound == static_cast<uint64_t>(i);
+        });
+        CHECK(stats.lost == static_cast<uint64_t>(i));
+        CHECK(stats.live == 1);
+        Peer next = relay.client();
+        CHECK(ask(next, "PUBLISH", "a", "hi") == ":1\r\n");
+        CHECK(hear(steady) == message(2, "a", "hi"));
+    }
+    CHECK(contains(relay.log(), "bound again"));
+}
+
+TEST_CASE("an address without a path is a name of its own; an abstract one has no file")
+{
+    REQUIRE(setenv("XDG_RUNTIME_DIR", vkp_test_dir(), 1) == 0);
+    EVERY_SETUP();
+    std::set<std::string> paths;
+    vkp_test_loop loop; // of the library's own client, who knows abstract names
+    {
+        Relay relay(setup);
+        for (int i = 0; i < 3; i++) {
+            std::string address;
+            relay.on_loop([&] {
+                const char *bound = nullptr;
+                address = vkp_relay_listen(relay, "unix:", &bound) == VKP_OK ? bound : "";
+            });
+            CHECK(starts_with(address, std::string("unix:") + vkp_test_dir() + "/"));
+            CHECK(paths.insert(address.substr(5)).second);
+            CHECK(vkp_test_exists(address.c_str() + 5));
+            CHECK(ask(open(address), "PING") == "+PONG\r\n");
+        }
+        vkp_registry_stats stats;
+        vkp_registry_get_stats(vkp_relay_get_registry(relay), &stats);
+        CHECK(stats.live == 4);
+        CHECK(stats.created == 4);
+        vkp_status abstract = VKP_OK;
+        std::string name = "unix:@" + std::string(vkp_test_fresh_path("abstract"));
+        relay.on_loop([&] { abstract = vkp_relay_listen(relay, name.c_str(), nullptr); });
+#ifdef __linux__
+        REQUIRE(abstract == VKP_OK);
+        CHECK_FALSE(vkp_test_exists(name.c_str() + 5));
+        CHECK_FALSE(vkp_test_exists(name.c_str() + 6));
+        struct Answer {
+            std::atomic<int> status{1};
+        } answer;
+        vkp_health_config config = {};
+        config.address = name.c_str();
+        config.timeout_ms = 30000;
+        config.user = &answer;
+        config.on_result = [](void *user, const vkp_health *health) {
+            static_cast<Answer *>(user)->status = health->status;
+        };
+        vkp_health_check *check = nullptr;
+        REQUIRE(vkp_health_check_open(loop, &config, &check) == VKP_OK);
+        vkp_test_run_until(loop, "an answer", [&] { return answer.status != 1; });
+        CHECK(answer.status == VKP_OK);
+        vkp_health_check_close(check);
+#else
+        CHECK(abstract == VKP_ERR_UNSUPPORTED);
+#endif
+    }
+    for (const std::string &path : paths) {
+        CHECK_FALSE(vkp_test_exists(path.c_str()));
+        CHECK_FALSE(vkp_test_exists((path + ".lock").c_str()));
+    }
+    REQUIRE(unsetenv("XDG_RUNTIME_DIR") == 0);
 }
 
 TEST_CASE("wrong configs are refused")

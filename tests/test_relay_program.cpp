@@ -8,6 +8,7 @@
 #include <catch2/catch.hpp>
 #endif
 
+#include <algorithm>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
@@ -239,12 +240,37 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
     std::string text = help.rest();
     CHECK(help.reap() == 0);
     CHECK(help.errors().empty());
-    for (const char *option :
-         {"--server", "--user", "--pass-env", "--listen", "--backend", "--threads",
-          "--queue-frames", "--queue-bytes", "--on-full", "--max-clients", "--log", "--help",
-          "--version", "drop-oldest", "drop-newest", "disconnect"}) {
+    for (const char *option : {"--server",
+                               "--user",
+                               "--pass-env",
+                               "--listen",
+                               "--backend",
+                               "--threads",
+                               "--queue-frames",
+                               "--queue-bytes",
+                               "--on-full",
+                               "--max-clients ",
+                               "--max-clients-per-uid",
+                               "--allow-uid",
+                               "--linger",
+                               "--check-files",
+                               "--shutdown-notice",
+                               "--log",
+                               "--check ",
+                               "--help",
+                               "--version",
+                               "drop-oldest",
+                               "drop-newest",
+                               "disconnect",
+                               "SIGUSR1",
+                               VKP_RELAY_NOTICE_CHANNEL}) {
         INFO(option);
         CHECK(contains(text, option));
+    }
+    std::istringstream lines(text);
+    for (std::string each; std::getline(lines, each);) {
+        INFO(each);
+        CHECK(each.size() <= 95); // for a terminal that is not wide
     }
     Process version(relay_words({"--version"}));
     CHECK(version.line() == std::string("valkey-push-relay ") + vkp_version());
@@ -261,6 +287,11 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
         Strings{"--queue-bytes", ""}, Strings{"--queue-bytes", "99999999999999999999999"},
         Strings{"--on-full", "wait"}, Strings{"--on-full", "DISCONNECT"},
         Strings{"--max-clients", "0"}, Strings{"--log", "loud"},
+        Strings{"--max-clients-per-uid", "0"}, Strings{"--max-clients-per-uid", "-1"},
+        Strings{"--allow-uid", "root"}, Strings{"--allow-uid", "4294967295"},
+        Strings{"--allow-uid", "-1"}, Strings{"--allow-uid"}, Strings{"--linger", "soon"},
+        Strings{"--linger", "4294967296"}, Strings{"--check-files", "0"},
+        Strings{"--check-files", "4294967296"}, Strings{"--shutdown-notice"}, Strings{"--check"},
         Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"});
     INFO(bad.front());
     Process relay(relay_words(bad));
@@ -272,12 +303,11 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
 
 TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
 {
-    const Strings bad =
-        GENERATE(Strings{"--server", "nonsense"}, Strings{"--server", "tcp:localhost"},
-                 Strings{"--server", "http:x"}, Strings{"--listen", "nonsense"},
-                 Strings{"--listen", "unix:"}, Strings{"--listen", "unix:/nosuch/dir/x.sock"},
-                 Strings{"--listen", "tcp:127.0.0.1:99999"},
-                 Strings{"--listen", "unix:/" + std::string(200, 'x')});
+    const Strings bad = GENERATE(
+        Strings{"--server", "nonsense"}, Strings{"--server", "tcp:localhost"},
+        Strings{"--server", "http:x"}, Strings{"--listen", "nonsense"}, Strings{"--listen", "unix"},
+        Strings{"--listen", "unix:/nosuch/dir/x.sock"}, Strings{"--listen", "tcp:127.0.0.1:99999"},
+        Strings{"--listen", "unix:/" + std::string(200, 'x')});
     INFO(bad[0] << " " << bad[1]);
     Process relay(relay_words(bad));
     CHECK(relay.line().empty());
@@ -292,7 +322,7 @@ TEST_CASE("without --listen: a unique socket in the user's folder, which is prin
     REQUIRE(setenv("XDG_RUNTIME_DIR", vkp_test_dir(), 1) == 0);
     {
         Relay first({}, false);
-        Relay second({}, false);
+        Relay second({"--listen", "unix:"}, false); // the same in words
         CHECK(starts_with(first.address, std::string("unix:") + vkp_test_dir() + "/"));
         CHECK(first.address != second.address);
         struct stat status;
@@ -435,6 +465,252 @@ TEST_CASE("SIGPIPE does not end it, nor do clients that go in the middle of an a
     }
     CHECK(ask(open(relay.address), "PING") == "+PONG\r\n");
     CHECK(relay.reap(SIGTERM) == 0);
+}
+
+// The snapshot as one text; its last line is known.
+std::string metrics_of(const Relay &relay)
+{
+    const size_t before = relay.errors().size();
+    if (kill(relay.pid, SIGUSR1) != 0) {
+        vkp_test_fail("the relay is gone");
+    }
+    std::string text;
+    vkp_test_wait_until("the metrics", [&] {
+        text = relay.errors().substr(before);
+        const size_t last = text.find("sockets_cleanup_total_ns ");
+        return last != std::string::npos && text.find('\n', last) != std::string::npos;
+    });
+    return "\n" + text;
+}
+
+TEST_CASE("SIGUSR1 prints the counters, a line each, and it goes on")
+{
+    const std::string threads = GENERATE("1", "3");
+    Relay relay({"--threads", threads, "--max-clients", "2", "--listen", "tcp:127.0.0.1:0"});
+    const std::string unix_address = relay.line().substr(7);
+    Peer one = open(unix_address);
+    Peer two = open(relay.address);
+    ask(one, "SUBSCRIBE", "a");
+    ask(two, "PUBLISH", "a", "hi");
+    CHECK(hear(one) == message("a", "hi"));
+    hear(open(relay.address)); // one too many
+    std::string text = metrics_of(relay);
+    for (const char *line :
+         {"clients 2", "accepted 2", "refused_user 0", "refused_full 1", "refused_user_full 0",
+          "refused_overload 0", "refused_ended 0", "messages_in 1", "deliveries 1",
+          "dropped_frames 0", "slow_closed 0", "lagged 0", "protocol_errors 0", "sockets_live 1",
+          "sockets_created 1", "sockets_ended 0", "sockets_unlink_failures 0", "sockets_lost 0",
+          "sockets_rebound 0"}) {
+        INFO(line);
+        CHECK(contains(text, "\n" + std::string(line) + "\n"));
+    }
+    std::istringstream lines(text.substr(1));
+    for (std::string line; std::getline(lines, line);) {
+        INFO(line);
+        const size_t blank = line.find(' ');
+        REQUIRE(blank != std::string::npos);
+        CHECK(line.find_first_not_of("abcdefghijklmnopqrstuvwxyz_") == blank);
+        CHECK(line.find_first_not_of("0123456789", blank + 1) == std::string::npos);
+    }
+    two.reset();
+    vkp_test_wait_until("one client less",
+                        [&] { return contains(metrics_of(relay), "\nclients 1\n"); });
+    CHECK(ask(open(relay.address), "PUBLISH", "a", "still") == ":1\r\n");
+    CHECK(hear(one) == message("a", "still"));
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+TEST_CASE("--shutdown-notice: what clients hear before the end")
+{
+    Relay relay({"--shutdown-notice", "back at noon"});
+    Peer plain = open(relay.address);
+    ask(plain, "PING");
+    Peer subscriber = open(relay.address);
+    ask(subscriber, "SUBSCRIBE", "a");
+    CHECK(relay.reap(SIGTERM) == 0);
+    CHECK(hear(plain) == "-ERR back at noon\r\n");
+    CHECK(hear(plain).empty());
+    CHECK(hear(subscriber) == message(VKP_RELAY_NOTICE_CHANNEL, "back at noon"));
+    CHECK(hear(subscriber).empty());
+}
+
+TEST_CASE("redis-cli prints the notice")
+{
+    NEEDS_TOOL(cli, "cli");
+    Relay relay({"--shutdown-notice", "back at noon"});
+    Process subscriber({cli, "-s", relay.path(), "SUBSCRIBE", "news"});
+    Peer peer = open(relay.address);
+    vkp_test_wait_until("the subscriber", [&] {
+        return ask(peer, "PUBSUB", "NUMSUB", "news") == "*2\r\n$4\r\nnews\r\n:1\r\n";
+    });
+    CHECK(relay.reap(SIGTERM) == 0);
+    std::string text;
+    for (std::string line = subscriber.line(); !line.empty(); line = subscriber.line()) {
+        text += line + "\n";
+        if (line == "back at noon") {
+            break;
+        }
+    }
+    CHECK(contains(text, VKP_RELAY_NOTICE_CHANNEL "\nback at noon\n"));
+    (void)subscriber.reap(SIGKILL); // it would connect again for ever
+}
+
+TEST_CASE("--linger: the end comes with the last client's leaving; a signal still ends it before")
+{
+    const std::string threads = GENERATE("1", "2");
+    Relay relay({"--linger", "0", "--threads", threads});
+    Peer first = open(relay.address);
+    CHECK(ask(first, "PING") == "+PONG\r\n");
+    Peer second = open(relay.address);
+    CHECK(ask(second, "PING") == "+PONG\r\n");
+    first.reset();
+    vkp_test_wait_until("one client less",
+                        [&] { return contains(metrics_of(relay), "\nclients 1\n"); });
+    CHECK(ask(second, "PING") == "+PONG\r\n");
+    if (GENERATE(true, false)) {
+        second.reset();
+        CHECK(relay.reap() == 0);
+    } else {
+        CHECK(relay.reap(SIGTERM) == 0);
+    }
+    CHECK(!vkp_test_exists(relay.path().c_str()));
+    CHECK(!vkp_test_exists((relay.path() + ".lock").c_str()));
+}
+
+TEST_CASE("--linger: before there was a client, and while one may return, it stays")
+{
+    Relay relay({"--linger", "3600000"});
+    for (int i = 0; i < 3; i++) {
+        CHECK(ask(open(relay.address), "PING") == "+PONG\r\n");
+        vkp_test_wait_until("nobody", [&] { return contains(metrics_of(relay), "\nclients 0\n"); });
+    }
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Who comes, and is it well
+
+TEST_CASE("--max-clients-per-uid")
+{
+    Relay relay({"--max-clients-per-uid", "1"});
+    Peer one = open(relay.address);
+    CHECK(ask(one, "PING") == "+PONG\r\n");
+    CHECK(hear(open(relay.address)) == "-ERR max number of clients of this user reached\r\n");
+    CHECK(contains(metrics_of(relay), "\nrefused_user_full 1\n"));
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
+TEST_CASE("--allow-uid lets other users in, and nobody else")
+{
+    if (geteuid() != 0) {
+        WARN("not run: only root can be somebody else");
+        return;
+    }
+    constexpr unsigned nobody = 65534;
+    const bool allowed = GENERATE(true, false);
+    REQUIRE(chmod(vkp_test_dir(), 0711) == 0);
+    Strings options = {"--allow-uid", "12345"};
+    if (allowed) {
+        options.insert(options.end(), {"--allow-uid", std::to_string(nobody)});
+    }
+    Relay relay(options);
+    struct stat status;
+    REQUIRE(stat(relay.path().c_str(), &status) == 0);
+    CHECK((status.st_mode & 0777) == 0666);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        char told[64] = "";
+        signal(SIGPIPE, SIG_IGN);
+        if (setgid(nobody) != 0 || setuid(nobody) != 0) {
+            _exit(9);
+        }
+        const int fd = vkp_test_connect(relay.address.c_str());
+        (void)!write(fd, "PING\r\n", 6); // it may be closed
+        const ssize_t got = fd < 0 ? -1 : read(fd, told, sizeof told - 1);
+        const std::string text(told, got > 0 ? static_cast<size_t>(got) : 0);
+        _exit(text == "+PONG\r\n" ? 0 : text == "-ERR this user is not allowed here\r\n" ? 1 : 2);
+    }
+    CHECK(vkp_test_reap(pid, 0) == (allowed ? 0 : 1));
+    CHECK(ask(open(relay.address), "PING") == "+PONG\r\n");
+    CHECK(relay.reap(SIGTERM) == 0);
+    REQUIRE(chmod(vkp_test_dir(), 0700) == 0);
+}
+
+TEST_CASE("--check-files: what is taken away is bound again")
+{
+    Relay relay({"--check-files", "5", "--linger", "3600000"});
+    Peer steady = open(relay.address);
+    ask(steady, "SUBSCRIBE", "a");
+    REQUIRE(unlink(relay.path().c_str()) == 0);
+    vkp_test_wait_until("the file",
+                        [&] { return contains(metrics_of(relay), "\nsockets_rebound 1\n"); });
+    CHECK(ask(open(relay.address), "PUBLISH", "a", "hi") == ":1\r\n");
+    CHECK(hear(steady) == message("a", "hi"));
+    CHECK(contains(relay.errors(), "bound again"));
+    CHECK(relay.reap(SIGTERM) == 0);
+    CHECK(!vkp_test_exists(relay.path().c_str()));
+}
+
+TEST_CASE("--check says with its exit code whether somebody answers, and in a line what is wrong")
+{
+    auto check = [](const std::string &address) {
+        Process process(relay_words({"--check", address}));
+        std::string out = process.rest();
+        int code = process.reap();
+        std::string text = out + process.errors();
+        INFO(text);
+        CHECK(std::count(text.begin(), text.end(), '\n') == 1);
+        CHECK(contains(text, address));
+        CHECK((code == 0) == starts_with(out, "ok: "));
+        return std::to_string(code) + " " + text;
+    };
+    SECTION("a relay")
+    {
+        Relay relay({"--listen", "tcp:127.0.0.1:0"});
+        std::string second = relay.line().substr(7);
+        CHECK(starts_with(check(relay.address), "0 ok: " + relay.address + " answered in "));
+        CHECK(starts_with(check(second), "0 "));
+        CHECK(contains(metrics_of(relay), "\naccepted 2\n"));
+        CHECK(relay.reap(SIGTERM) == 0);
+        CHECK(starts_with(check(second), "1 "));
+        CHECK(contains(check(relay.address), "nobody accepts connections there"));
+    }
+    SECTION("a relay that is full")
+    {
+        Relay relay({"--max-clients", "1"});
+        Peer peer = open(relay.address);
+        ask(peer, "PING");
+        // The excuse, or what comes after it when that was overtaken.
+        const std::string told = check(relay.address);
+        CHECK((contains(told, "is not PONG") || contains(told, "it closed the connection")));
+    }
+    SECTION("a process that was stopped")
+    {
+        Relay relay({});
+        REQUIRE(kill(relay.pid, SIGSTOP) == 0);
+        int status = 0;
+        REQUIRE(waitpid(relay.pid, &status, WUNTRACED) == relay.pid);
+        CHECK(contains(check(relay.address), "no answer in time"));
+        REQUIRE(kill(relay.pid, SIGCONT) == 0);
+        CHECK(relay.reap(SIGTERM) == 0);
+    }
+    SECTION("what can be no address")
+    {
+        CHECK(starts_with(check("nonsense"), "1 "));
+    }
+}
+
+TEST_CASE("--check of a real server")
+{
+    NEEDS_SERVER();
+    Server server = start_server();
+    Process well(relay_words({"--check", vkp_test_server_tcp(server.get())}));
+    CHECK(starts_with(well.line(), "ok: "));
+    CHECK(well.reap() == 0);
+    vkp_test_server_kill(server.get());
+    Process dead(relay_words({"--check", vkp_test_server_tcp(server.get())}));
+    CHECK(dead.line().empty());
+    CHECK(dead.reap() == 1);
 }
 
 // ---------------------------------------------------------------------------------------------

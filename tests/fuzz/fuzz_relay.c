@@ -84,11 +84,12 @@ static int give_listener(int family, int type)
     return bell[0];
 }
 
-static int accept_bind(int fd, const void *address, uint32_t bytes)
+static int accept_bind(int fd, const void *address, uint32_t bytes, uint32_t mode)
 {
     (void)fd;
     (void)address;
     (void)bytes;
+    (void)mode;
     return 0;
 }
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The names that README.md and docs/*.md give exist: in the header, in a backend, or as an option in
-# CMakeLists.txt. check_docs_names.sh ROOT WORK
+# The names that README.md and docs/*.md give exist: in the header, in a backend, as an option in
+# CMakeLists.txt, or in bench/run.sh. check_docs_names.sh ROOT WORK
 set -eu
 root=$1 work=$2
 
@@ -12,7 +12,8 @@ names() {
         LC_ALL=C sort -u
 }
 
-names "$root/valkey_push.h" "$root"/backends/*.c "$root/CMakeLists.txt" >"$work/there.txt"
+names "$root/valkey_push.h" "$root"/backends/*.c "$root/CMakeLists.txt" "$root/bench/run.sh" \
+    >"$work/there.txt"
 bad=0 count=0
 for file in "$root/README.md" "$root"/docs/*.md; do
     names "$file" >"$work/given.txt"
