@@ -1,13 +1,14 @@
 #!/bin/sh
 # sh bench/run.sh PROGRAM|all [rounds [part of a group's name]]
-# PROGRAM: channels oneshot broadcast watch loop reader subscriber fanout
+# PROGRAM: channels oneshot broadcast watch loop reader subscriber fanout sockets
 # Builds ours and every peer that is installed (on Debian as root it installs those that are
 # missing), and prints the program's tables. VKP_BENCH_BUILD names the build folder,
-# VKP_BENCH_SERVER another server than redis-server.
+# VKP_BENCH_SERVER another server than redis-server, VKP_BENCH_FOLDER where sockets has its files
+# (default: /dev/shm, else /tmp).
 set -eu
 
 usage() {
-    sed -n '2,6s/^# //p' "$0" >&2
+    sed -n '2,7s/^# //p' "$0" >&2
     exit 2
 }
 
@@ -15,8 +16,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 build=${VKP_BENCH_BUILD:-$root/build-bench}
 [ $# -ge 1 ] || usage
 case $1 in
-channels | oneshot | broadcast | watch | loop | reader | subscriber | fanout) programs=$1 ;;
-all) programs='channels oneshot broadcast watch loop reader subscriber fanout' ;;
+channels | oneshot | broadcast | watch | loop | reader | subscriber | fanout | sockets)
+    programs=$1
+    ;;
+all) programs='channels oneshot broadcast watch loop reader subscriber fanout sockets' ;;
 *) usage ;;
 esac
 shift
@@ -30,11 +33,17 @@ install_peers() {
     case $programs in
     reader | subscriber | fanout) ;;
     *)
-        packages="$packages g++ libck-dev libglib2.0-dev libaprutil1-dev libapr1-dev libzmq3-dev"
-        packages="$packages libnng-dev libconcurrentqueue-dev golang-go librust-tokio-dev"
-        packages="$packages librust-parking-lot-dev librust-crossbeam-channel-dev librust-flume-dev"
+        packages="$packages librust-tokio-dev librust-parking-lot-dev"
+        packages="$packages librust-crossbeam-channel-dev librust-flume-dev"
         packages="$packages librust-async-channel-dev librust-async-broadcast-dev"
         command -v cargo >/dev/null 2>&1 || packages="$packages cargo"
+        ;;
+    esac
+    case $programs in
+    reader | subscriber | fanout | sockets) ;;
+    *)
+        packages="$packages g++ libck-dev libglib2.0-dev libaprutil1-dev libapr1-dev libzmq3-dev"
+        packages="$packages libnng-dev libconcurrentqueue-dev golang-go"
         ;;
     esac
     for package in $packages; do
@@ -75,6 +84,7 @@ install_peers
     cmake --build "$build"
     case $programs in
     reader | subscriber | fanout) ;;
+    sockets) build_rust ;;
     *)
         build_rust
         build_go

@@ -1,10 +1,11 @@
-//! Worker: the channels of Rust; called as the C workers are, and prints the same line (see
-//! worker.h). Here COUNT is of all senders or clients together.
+//! Worker: the channels of Rust, and its sockets by name; called as the C workers are, and prints
+//! the same line (see worker.h). Here COUNT is of all senders or clients together.
 //! SPDX-License-Identifier: MIT
 
 mod cast;
 mod channels;
 mod requests;
+mod sockets;
 mod watch;
 
 use std::mem::{size_of, zeroed};
@@ -154,14 +155,16 @@ fn main() {
         count: number(6),
     };
     let figures = match order.item.as_str() {
+        "memory" if order.kind == "mutex" => sockets::work(&order),
         "flow" | "pair" | "pong" | "memory" => channels::work(&order),
         "call" => requests::call(&order),
         "once" => requests::once(&order),
         "cast" => cast::work(&order),
+        "ref" | "upgrade" | "find" | "obtain" | "cycle" | "end" | "crowd" => sockets::work(&order),
         _ => watch::work(&order),
     };
     println!(
-        "{:.9} {:.9} {:.0} nan {:.1} {:.1}",
+        "{:.9} {:.9} {:.0} nan {:.6} {:.6}",
         figures.seconds, figures.cpu_seconds, figures.sleeps, figures.more[0], figures.more[1]
     );
 }
