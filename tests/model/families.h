@@ -25,5 +25,6 @@ void cancel_models(void);
 void broadcast_models(void);
 void watch_models(void);
 void select_models(void);
+void socket_models(void);
 
 #endif

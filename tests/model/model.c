@@ -3,6 +3,7 @@
 #include "model.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -356,6 +357,12 @@ static void stepped(void)
     run.yielded &= 1u << run.thread;
 }
 
+void model_step(void)
+{
+    (void)point(true);
+    stepped();
+}
+
 void model_yield(void)
 {
     if (run.concurrent) {
@@ -676,6 +683,14 @@ void *__wrap_memset(void *to, int byte, size_t bytes)
 {
     plain_range((uintptr_t)to, bytes, true, __builtin_return_address(0));
     return __real_memset(to, byte, bytes);
+}
+int __real_memcmp(const void *a, const void *b, size_t bytes);
+int __wrap_memcmp(const void *a, const void *b, size_t bytes);
+int __wrap_memcmp(const void *a, const void *b, size_t bytes)
+{
+    plain_range((uintptr_t)a, bytes, false, __builtin_return_address(0));
+    plain_range((uintptr_t)b, bytes, false, __builtin_return_address(0));
+    return __real_memcmp(a, b, bytes);
 }
 
 /* ---------------------------------------------------------------------------------------------
@@ -1275,6 +1290,27 @@ const char *model_failure(void)
     return run.failure;
 }
 
+/* What a fault in the library may lead to: an execution that fails as others do. */
+static void on_crash(int number)
+{
+    (void)number;
+    model_fail("a crash: memory that is not there");
+}
+
+static void catch_crashes(void)
+{
+    static char stack[1 << 16]; /* that of a fiber may be what is not there */
+    stack_t aside = {.ss_sp = stack, .ss_size = sizeof stack};
+    struct sigaction action;
+    __real_memset(&action, 0, sizeof action);
+    action.sa_handler = on_crash;
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;
+    if (sigaltstack(&aside, NULL) != 0 || sigaction(SIGSEGV, &action, NULL) != 0) {
+        perror("sigaction");
+        exit(2);
+    }
+}
+
 void model_prepare(void)
 {
     arena = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -1285,4 +1321,5 @@ void model_prepare(void)
         exit(2);
     }
     fibers_reset();
+    catch_crashes();
 }

@@ -113,6 +113,9 @@ void model_mutex_deinit(model_mutex *mutex);
 void model_lock(struct model_site *site, model_mutex *mutex);
 void model_unlock(struct model_site *site, model_mutex *mutex);
 
+/* Before what others may notice although it is no atomic operation: a call of the system. */
+void model_step(void);
+
 /* Let another thread make a step, if any can. */
 void model_yield(void);
 

@@ -51,6 +51,10 @@ if ! echo 'int main(void) { return 0; }' | "$compiler" -x c -std=gnu11 -fsanitiz
     echo "model: not run: $compiler does not know -fsanitize=thread"
     exit 77
 fi
+link() { # into $1
+    "$compiler" -no-pie -g "$work"/*.o \
+        -Wl,--wrap=memcmp,--wrap=memcpy,--wrap=memmove,--wrap=memset -pthread -o "$1"
+}
 rm -f "$work"/*.o
 for source in "$here"/*.c; do
     name=$(basename "$source" .c)
@@ -62,8 +66,7 @@ for source in "$here"/*.c; do
     # shellcheck disable=SC2086
     "$compiler" $options -c "$source" -o "$work/$name.o"
 done
-"$compiler" -no-pie -g "$work"/*.o -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset -pthread \
-    -o "$work/model"
+link "$work/model"
 
 if [ -n "$sweep" ]; then
     # shellcheck disable=SC2086
@@ -78,6 +81,26 @@ if [ -z "$mutants" ]; then
     grep -v '^model ' "$work/models.log"
     echo "model: each model and its executions: $work/models.log"
 fi
-if [ -z "$only" ] || [ -n "$mutants" ]; then
-    exec "$work/model" ${only:+--only "$only"} --mutants
+if [ -n "$only" ] && [ -z "$mutants" ]; then
+    exit 0
 fi
+"$work/model" ${only:+--only "$only"} --mutants
+
+# seed PART WHAT SED-PROGRAM: the models with PART in their names notice that fault in the header.
+seed() {
+    mkdir -p "$work/seeded"
+    sed "$3" "$root/valkey_push.h" >"$work/seeded/valkey_push.h"
+    if cmp -s "$root/valkey_push.h" "$work/seeded/valkey_push.h"; then
+        echo "model: the fault was not seeded: $2"
+        exit 1
+    fi
+    # shellcheck disable=SC2086
+    "$compiler" $watched "-I$work/seeded" $common -O1 -g0 -w -c "$here/models_socket.c" \
+        -o "$work/models_socket.o"
+    link "$work/seeded/model"
+    "$work/seeded/model" --only "$1" --seeded "$2"
+}
+# shellcheck source=/dev/null
+case $only in
+'' | socket*) . "$here/socket_faults.sh" ;;
+esac

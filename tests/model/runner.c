@@ -65,6 +65,12 @@ static const struct model_family families[] = {
      .models = 190,
      .executions = 90000,
      .sleeps = true},
+    {.name = "socket",
+     .prefixes = "vkp_socket_ vkp_registry_ vkp_i_socket_ vkp_i_registry_ vkp_i_map_ vkp_i_latch_ ",
+     .add = socket_models,
+     .models = 320,
+     .executions = 700000,
+     .releases = true},
 };
 #define FAMILIES (sizeof families / sizeof *families)
 
@@ -291,6 +297,12 @@ static bool run_mutants(void)
     return all;
 }
 
+/* A fault in the text of the header, put there before the build. */
+static bool run_seeded(const char *fault)
+{
+    return models_count > 0 && must_die(models[0].family, fault);
+}
+
 static const char *order_name(const struct model_site *site, unsigned order)
 {
     static const char *const names[8] = {"relaxed", "acquire", "release", "acq_rel",
@@ -382,7 +394,9 @@ static int usage(void)
         "  every model within its bounds; N preemptions more; further ones for N minutes in all\n"
         "model [--only PART-OF-NAMES] --mutants | --sweep BEGINNING-OF-FUNCTIONS [--more N]\n"
         "  with faults: those that must be noticed; or each order of the header weakened in turn,\n"
-        "  with one preemption, or N more\n",
+        "  with one preemption, or N more\n"
+        "model --only PART-OF-NAMES --seeded FAULT\n"
+        "  built with a fault in the header, which those models must notice\n",
         stderr);
     return 2;
 }
@@ -394,6 +408,7 @@ int main(int argc, char **argv)
     unsigned more = 0;
     bool mutants = false;
     const char *sweep = NULL;
+    const char *seeded = NULL;
     uint64_t total = 0;
     size_t f;
     int i;
@@ -403,6 +418,8 @@ int main(int argc, char **argv)
             mutants = true;
         } else if (strcmp(argv[i], "--sweep") == 0 && has_value) {
             sweep = argv[++i];
+        } else if (strcmp(argv[i], "--seeded") == 0 && has_value) {
+            seeded = argv[++i];
         } else if (strcmp(argv[i], "--only") == 0 && has_value) {
             only = argv[++i];
         } else if (strcmp(argv[i], "--minutes") == 0 && has_value) {
@@ -418,6 +435,9 @@ int main(int argc, char **argv)
         families[f].add();
     }
     model_prepare();
+    if (seeded != NULL) {
+        return run_seeded(seeded) ? 0 : 1;
+    }
     if (mutants || sweep != NULL) {
         return (mutants ? run_mutants() : run_sweep(sweep, 1 + more)) ? 0 : 1;
     }
