@@ -1839,7 +1839,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
 /* The address with the port that the system chose, as "tcp:HOST:PORT" or "unix:PATH". Views. */
 VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
 
-/* Stop accepting; connections stay. Idempotent. Loop's thread. */
+/* Stop accepting; connections stay, and a drain goes on. Idempotent. Loop's thread. */
 VKP_API void vkp_listener_close(vkp_listener *listener);
 VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
 
@@ -12367,10 +12367,9 @@ VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat)
 /* ---- listeners ---- */
 
 #define VKP_I_LISTENER_CLOSED 1u     /* flags */
-#define VKP_I_LISTENER_SILENT 2u     /* unreferenced: no callback any more */
-#define VKP_I_LISTENER_LOOPS 4u      /* the loop's: goes when it is closed */
-#define VKP_I_LISTENER_TOLD_LATER 8u /* closed while its follower's task was queued */
-#define VKP_I_LISTENER_DRAINS 16u
+#define VKP_I_LISTENER_LOOPS 2u      /* the loop's: goes when it is closed */
+#define VKP_I_LISTENER_TOLD_LATER 4u /* closed while its follower's task was queued */
+#define VKP_I_LISTENER_DRAINS 8u
 
 /* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
    queued task of the follower, of a drain under way, of the loop's own release.               */
@@ -12424,9 +12423,8 @@ static void vkp_i_listener_end(vkp_listener *listener)
 {
     void (*on_end)(void *user) = listener->config.on_end;
     void *user = listener->config.conn.user;
-    bool was_open = (listener->flags & VKP_I_LISTENER_CLOSED) == 0;
     vkp_listener_close(listener);
-    if (was_open && on_end != NULL) {
+    if (on_end != NULL) {
         on_end(user);
     }
 }

@@ -459,20 +459,21 @@ static void on_health(void *user, const vkp_health *health)
 
 static const char *health_text(const vkp_health *health)
 {
-    switch (health->status) {
-    case VKP_ERR_SYS:
-        return strerror(health->sys_error);
-    case VKP_ERR_REFUSED:
-        return "nobody accepts connections there";
-    case VKP_ERR_PROTOCOL:
-        return "the answer to PING is not PONG";
-    case VKP_ERR_DISCONNECTED:
-        return "it closed the connection without an answer";
-    case VKP_ERR_TIMEOUT:
-        return "no answer in time";
-    default:
-        return vkp_status_str(health->status);
+    static const struct {
+        vkp_status status;
+        const char *text;
+    } texts[] = {{VKP_ERR_REFUSED, "nobody accepts connections there"},
+                 {VKP_ERR_PROTOCOL, "the answer to PING is not PONG"},
+                 {VKP_ERR_DISCONNECTED, "it closed the connection without an answer"},
+                 {VKP_ERR_TIMEOUT, "no answer in time"}};
+    size_t i;
+    for (i = 0; i < sizeof texts / sizeof *texts; i++) {
+        if (texts[i].status == health->status) {
+            return texts[i].text;
+        }
     }
+    return health->status == VKP_ERR_SYS ? strerror(health->sys_error)
+                                         : vkp_status_str(health->status);
 }
 
 static int check(const char *address)

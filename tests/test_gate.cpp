@@ -4,6 +4,7 @@
 // a client goes.
 #include <catch2/catch.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <functional>
