@@ -237,6 +237,78 @@ TEST_CASE("socket edges: as many last references as one likes are handed over at
     CHECK(registry.fds_more() == 0);
 }
 
+TEST_CASE("socket edges: what is handed over while the holder cleans up is not left lying")
+{
+    // Each goes in the removal of the one before, the last ones when the first look was over.
+    const vkp_test_watchdog watchdog;
+    vkp_test_folder folder;
+    vkp_test_hooks hooks;
+    vkp_test_registry registry(hooks.sys());
+    std::vector<vkp_socket *> socks;
+    std::vector<std::string> paths;
+    for (int i = 0; i < 5; i++) {
+        paths.push_back(folder.file(std::to_string(i)));
+        socks.push_back(registry.make(paths.back()));
+    }
+    size_t gone = 0;
+    hooks.before = [&](const vkp_test_step &step) {
+        const bool is_next = gone == 0 ? step.call == call::bind
+                                       : gone < 5 && step.is(call::unlink, paths[gone - 1]);
+        if (is_next) {
+            vkp_socket_unref(socks[gone++]);
+        }
+        return 0;
+    };
+    vkp_socket *sock = registry.make(folder.file());
+    CHECK(gone == 5);
+    CHECK(folder.names() == std::vector<std::string>{"s", "s.lock"}); // before anybody comes again
+    CHECK(registry.stats().handed_over == 5);
+    vkp_socket_unref(sock);
+    CHECK(folder.is_empty());
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket edges: two last references at once: each is cleaned up when both came back")
+{
+    constexpr int rounds = 1000;
+    vkp_test_folder folder;
+    vkp_test_registry registry;
+    const std::string paths[2] = {folder.file("a"), folder.file("b")};
+    vkp_socket *socks[2] = {nullptr, nullptr};
+    std::atomic<int> round{0};
+    std::atomic<int> done{0};
+    int left = 0;
+    const auto await = [](const std::atomic<int> &word, int value) {
+        const uint64_t deadline = vkp_test_deadline();
+        while (word.load() < value) {
+            if (vkp_now_ns() > deadline) {
+                vkp_test_fail("a round that never came");
+            }
+            sched_yield();
+        }
+    };
+    std::thread second([&] {
+        for (int i = 1; i <= rounds; i++) {
+            await(round, i);
+            vkp_socket_unref(socks[1]);
+            done.store(i);
+        }
+    });
+    for (int i = 1; i <= rounds; i++) {
+        socks[0] = registry.make(paths[0]);
+        socks[1] = registry.make(paths[1]);
+        round.store(i);
+        vkp_socket_unref(socks[0]);
+        await(done, i);
+        left += vkp_test_exists(paths[0].c_str()) || vkp_test_exists(paths[1].c_str()) ? 1 : 0;
+    }
+    second.join();
+    CHECK(left == 0);
+    CHECK(registry.stats().ended == 2 * rounds);
+    CHECK(registry.count() == 0);
+    CHECK(registry.fds_more() == 0);
+}
+
 TEST_CASE("socket edges: references and weak handles wait for nobody in the registry")
 {
     const vkp_test_watchdog watchdog;
@@ -529,6 +601,35 @@ TEST_CASE("socket edges: cleanup goes on when the folder itself is gone, or noth
     CHECK(registry.count() == 0);
     CHECK_FALSE(vkp_test_exists(path.c_str()));
     CHECK_FALSE(vkp_test_has_lock(path));
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket edges: a dead socket that was replaced after the look at it is left alone")
+{
+    vkp_test_folder folder;
+    vkp_test_hooks hooks;
+    vkp_test_registry registry(hooks.sys());
+    const std::string path = folder.file();
+    close(vkp_test_foreign_socket(path, 1));
+    int theirs = -1;
+    hooks.before = [&](const vkp_test_step &step) {
+        if (step.call == call::close && theirs < 0) { // the probe is over: nobody answered
+            REQUIRE(rename(path.c_str(), folder.file("dead").c_str()) == 0);
+            theirs = vkp_test_foreign_socket(path, 4);
+        }
+        return 0;
+    };
+    vkp_socket *sock = nullptr;
+    CHECK(get(registry, path, &sock) == VKP_ERR_IN_USE);
+    hooks.heal();
+    CHECK(theirs >= 0);
+    CHECK(vkp_test_answers(path));
+    CHECK(registry.stats().taken_over == 0);
+    close(theirs);
+    unlink(folder.file("dead").c_str());
+    vkp_socket_unref(registry.make(path));
+    CHECK(registry.stats().taken_over == 1);
+    CHECK(folder.is_empty());
     CHECK(registry.fds_more() == 0);
 }
 
@@ -874,8 +975,10 @@ TEST_CASE("socket edges: a dead socket in the place of a lost file makes way")
     CHECK(timed.kinds() == kinds{VKP_SOCKET_LOST, VKP_SOCKET_REBOUND});
     CHECK(timed.registry.stats().taken_over == 0); // that counts sockets made, and this is none
     check_serves(timed.registry, sock, path);
-    vkp_socket_unref(sock);
+    vkp_registry_unlink_all(timed.registry); // a crash removes the new file as it did the old one
     CHECK(folder.is_empty());
+    vkp_socket_unref(sock);
+    CHECK(timed.registry.stats().unlink_failures == 0);
 }
 
 TEST_CASE("socket edges: the files of sockets that linger are checked, too")
@@ -984,6 +1087,24 @@ TEST_CASE("socket edges: every allocation of a rebind may fail; a later check ma
         check_serves(timed.registry, sock, path);
         CHECK(vkp_test_fd_count() == fds);
     }
+    vkp_socket_unref(sock);
+    CHECK(folder.is_empty());
+}
+
+TEST_CASE("socket edges: checks that found no memory for their timer begin later")
+{
+    vkp_test_folder folder;
+    Timed timed(checked(false));
+    const std::string path = folder.file();
+    vkp_socket *sock = timed.registry.make(path);
+    vkp_test_env_fault(&timed.loop.test, VKP_TEST_FAULT_FROM, 1);
+    timed.pass(1);
+    vkp_test_env_fault(&timed.loop.test, VKP_TEST_FAULT_NONE, 0);
+    vkp_socket_unref(timed.registry.make(folder.file("other"))); // somebody comes by
+    timed.pass(1);
+    REQUIRE(unlink(path.c_str()) == 0);
+    timed.pass(check_ms);
+    CHECK(timed.kinds() == kinds{VKP_SOCKET_LOST});
     vkp_socket_unref(sock);
     CHECK(folder.is_empty());
 }
@@ -1232,6 +1353,7 @@ TEST_CASE("socket edges: an abstract name has no file, and is gone with its last
     CHECK_FALSE(vkp_test_has_lock(name));
     vkp_socket_unref(sock);
     CHECK(abstract_answers(name));
+    vkp_registry_unlink_all(registry);
     vkp_socket_unref(sock);
     CHECK_FALSE(abstract_answers(name));
     CHECK(touched.empty());
@@ -1247,6 +1369,52 @@ TEST_CASE("socket edges: an abstract name has no file, and is gone with its last
     check_serves(registry, sock, path);
     vkp_socket_unref(sock);
     CHECK(folder.is_empty());
+}
+
+TEST_CASE("socket edges: an abstract name asked for while its last reference goes, at every step")
+{
+    // The name is free when the descriptor is closed: nobody may look for it before.
+    const vkp_test_watchdog watchdog;
+    int k = 1;
+    for (bool stopped = true; stopped; k++) {
+        INFO("before call " << k << " of the last unref");
+        vkp_test_hooks hooks;
+        vkp_test_registry registry(abstract_config(), hooks.sys());
+        vkp_test_stop stop;
+        std::atomic<bool> ended{false};
+        std::atomic<bool> got{false};
+        const std::string name = abstract_name();
+        vkp_socket *old = registry.make(name);
+        vkp_socket *fresh = nullptr;
+        int calls = 0;
+        hooks.before = [&](const vkp_test_step &) {
+            if (is_counted && ++calls == k) {
+                stop.arrive();
+            }
+            return 0;
+        };
+        std::thread last([&] {
+            is_counted = true;
+            vkp_socket_unref(old);
+            ended = true;
+        });
+        stopped = stop.await_arrival(ended);
+        std::thread next([&] {
+            fresh = registry.make(name);
+            got = true;
+        });
+        vkp_test_let_run([&] { return got.load(); });
+        stop.let_go();
+        last.join();
+        next.join();
+        CHECK(vkp_socket_is_active(fresh));
+        CHECK(abstract_answers(name));
+        CHECK(registry.count() == 1);
+        vkp_socket_unref(fresh);
+        CHECK_FALSE(abstract_answers(name));
+        CHECK(registry.fds_more() == 0);
+    }
+    CHECK(k > 3);
 }
 
 TEST_CASE("socket edges: an abstract name of somebody else is in use")
@@ -1377,16 +1545,22 @@ TEST_CASE("socket edges: a registry takes as many sockets as it may, those that 
     CHECK(folder.is_empty());
 }
 
-TEST_CASE("socket edges: a creation that failed does not count against the limit")
+TEST_CASE("socket edges: a creation that failed counts against no limit, and takes no memory")
 {
     vkp_test_folder folder;
     vkp_registry_config config = {};
     config.max_sockets = 1;
     vkp_test_registry registry(config);
     vkp_socket *sock = nullptr;
-    for (int i = 0; i < 3; i++) {
+    size_t bytes = 0;
+    for (int i = 0; i < 20; i++) {
         CHECK(get(registry, folder.file("nowhere/s"), &sock) == VKP_ERR_SYS);
+        if (i == 1) {
+            bytes = vkp_test_env_live_bytes(&registry.test);
+        }
     }
+    CHECK(vkp_test_env_live_bytes(&registry.test) == bytes);
+    CHECK(registry.stats().created == 0);
     vkp_socket_unref(registry.make(folder.file()));
     CHECK(folder.is_empty());
 }
@@ -1696,6 +1870,63 @@ TEST_CASE("socket edges: last references of other threads linger, too, and are r
     CHECK(timed.registry.fds_more() == 0);
 }
 
+TEST_CASE("socket edges: a socket revived before its last unref is over has its whole time again")
+{
+    // Who took the count to 0 has the duty to clean up, and nobody else: however often it is
+    // revived and given back meanwhile, and however long that takes.
+    const vkp_test_watchdog watchdog;
+    const bool is_held = GENERATE(false, true);
+    INFO((is_held ? "held then" : "given back then"));
+    vkp_test_folder folder;
+    vkp_test_hooks hooks;
+    Timed timed(lingering(), hooks.sys());
+    const std::string path = folder.file();
+    vkp_socket *sock = timed.registry.make(path);
+    const vkp_weak_socket weak = vkp_socket_downgrade(sock);
+    vkp_test_stop stop;
+    std::atomic<bool> ended{false};
+    int calls = 0;
+    hooks.before = [&](const vkp_test_step &) {
+        if (is_counted && ++calls == 1) {
+            stop.arrive();
+        }
+        return 0;
+    };
+    std::thread last([&] {
+        is_counted = true;
+        vkp_socket_unref(sock);
+        ended = true;
+    });
+    REQUIRE(stop.await_arrival(ended));
+    for (int i = 0; i < 3; i++) {
+        vkp_socket *again = nullptr;
+        REQUIRE(vkp_socket_upgrade(&weak, &again) == VKP_OK);
+        vkp_socket_unref(again);
+        timed.pass(2 * linger_ms);
+        CHECK(timed.registry.make(path) == sock);
+        vkp_socket_unref(sock);
+    }
+    if (is_held) {
+        CHECK(timed.registry.make(path) == sock);
+    }
+    stop.let_go();
+    last.join();
+    if (is_held) {
+        timed.pass(2 * linger_ms);
+        check_serves(timed.registry, sock, path);
+        CHECK(vkp_socket_get_ref_count(sock) == 1);
+        vkp_socket_unref(sock);
+    }
+    timed.pass(linger_ms - 1);
+    CHECK(vkp_test_exists(path.c_str()));
+    timed.pass(1);
+    CHECK(timed.registry.stats().created == 1);
+    CHECK(timed.registry.stats().ended == 1);
+    CHECK(timed.registry.count() == 0);
+    CHECK(folder.is_empty());
+    CHECK(timed.registry.fds_more() == 0);
+}
+
 TEST_CASE("socket edges: a socket revived at the very end of its time survives")
 {
     // The timer's task is at its first call; the name is asked for before it takes the lock.
@@ -1936,6 +2167,59 @@ TEST_CASE("socket edges: weak handles that race the end get the live socket or n
     CHECK(registry.stats().references == 0);
     CHECK(registry.stats().created == registry.stats().ended);
     CHECK(folder.is_empty());
+    CHECK(registry.fds_more() == 0);
+}
+
+TEST_CASE("socket edges: look-ups by name while slots change hands and the registry grows")
+{
+    vkp_test_folder folder;
+    vkp_test_registry registry;
+    const std::string paths[3] = {folder.file("a"), folder.file("b"), folder.file("c")};
+    std::vector<std::string> more;
+    for (int i = 0; i < 150; i++) {
+        more.push_back(folder.file("more" + std::to_string(i)));
+    }
+    std::atomic<int> wrong{0};
+    std::atomic<int> makers{3};
+    const auto look = [&](const std::string &path) {
+        vkp_socket *sock = nullptr;
+        const vkp_status status = vkp_socket_get_existing(registry, path.c_str(), &sock);
+        if (status == VKP_OK) {
+            wrong += vkp_socket_get_path(sock) == path && vkp_socket_is_active(sock) ? 0 : 1;
+            vkp_socket_unref(sock);
+        } else {
+            wrong += status == VKP_ERR_NOT_FOUND ? 0 : 1;
+        }
+    };
+    vkp_test_run_threads(6, [&](int i) {
+        if (i < 2) { // each of them a slot that goes from name to name
+            for (int round = 0; round < 300; round++) {
+                vkp_socket_unref(registry.make(paths[static_cast<size_t>(round + i) % 3]));
+            }
+            makers--;
+        } else if (i == 2) {
+            for (int round = 0; round < 2; round++) {
+                std::vector<vkp_socket *> socks;
+                for (const std::string &path : more) {
+                    socks.push_back(registry.make(path));
+                    look(more[socks.size() / 2]);
+                }
+                for (vkp_socket *sock : socks) {
+                    vkp_socket_unref(sock);
+                }
+            }
+            makers--;
+        } else {
+            for (size_t turn = 0; makers.load() > 0; turn++) {
+                look(paths[turn % 3]);
+                look(more[turn % more.size()]);
+            }
+        }
+    });
+    CHECK(wrong.load() == 0);
+    CHECK(folder.is_empty());
+    CHECK(registry.count() == 0);
+    CHECK(registry.stats().created == registry.stats().ended);
     CHECK(registry.fds_more() == 0);
 }
 

@@ -623,6 +623,31 @@ TEST_CASE("socket processes: nothing that a forked child does with what it inher
     CHECK(registry.fds_more() == 0);
 }
 
+TEST_CASE("socket processes: in a forked child nothing lingers")
+{
+    vkp_test_folder folder;
+    vkp_test_loop loop(&vkp_backend_null);
+    vkp_registry_config config = {};
+    config.linger_ms = 1000;
+    config.loop = loop;
+    vkp_test_registry registry(config);
+    const std::string path = folder.file();
+    vkp_socket *sock = registry.make(path);
+    vkp_test_child child([&] {
+        vkp_socket_unref(sock);
+        VKP_TEST_EXPECT(vkp_registry_get_count(registry) == 0);
+        return 0;
+    });
+    CHECK(child.end() == 0);
+    loop.round(loop.now() + 5000000000);
+    CHECK(vkp_test_answers(path));
+    CHECK(vkp_socket_get_ref_count(sock) == 1);
+    vkp_socket_unref(sock);
+    loop.round();
+    loop.round(loop.now() + 1000000000);
+    CHECK(folder.is_empty());
+}
+
 TEST_CASE("socket processes: a child that still has what it inherited does not hold the path")
 {
     vkp_test_folder folder;
