@@ -20,19 +20,14 @@
 #include <unistd.h>
 
 #include "support/client_probe.h"
+#include "support/listener_probe.h"
 
 namespace {
 
 using Strings = std::vector<std::string>;
 using Uids = std::vector<uint32_t>;
 
-struct PeerDeleter {
-    void operator()(vkp_test_peer *peer) const
-    {
-        vkp_test_peer_close(peer);
-    }
-};
-using Peer = std::unique_ptr<vkp_test_peer, PeerDeleter>;
+using Peer = vkp_test_peer_ptr;
 
 void tell(int fd, const std::string &text)
 {
@@ -69,13 +64,7 @@ class Door {
             table.on_close = [](vkp_conn *conn, void *user, vkp_close_reason reason, int) {
                 Door *self = static_cast<Door *>(user);
                 self->left.push_back(reason);
-                for (vkp_conn *&each : self->inside) {
-                    if (each == conn) {
-                        std::swap(each, self->inside.back());
-                        self->inside.pop_back();
-                        break;
-                    }
-                }
+                vkp_test_forget_conn(&self->inside, conn);
             };
             return table;
         }();
@@ -90,9 +79,7 @@ class Door {
     // Its connections must not tell it anything afterwards.
     ~Door()
     {
-        while (!inside.empty()) {
-            vkp_conn_close(inside.back());
-        }
+        vkp_test_close_conns(&inside);
         vkp_listener_unref(listener);
         vkp_loop_unref(loop_);
     }
@@ -113,14 +100,12 @@ class Door {
     // One more client, and what it was told first.
     std::string knock(Peer *peer)
     {
-        peer->reset(vkp_test_peer_open(address.c_str()));
+        *peer = vkp_test_peer_to(address);
         return vkp_test_frame_on(loop_, peer->get());
     }
     vkp_listener_stats stats() const
     {
-        vkp_listener_stats stats;
-        vkp_listener_get_stats(listener, &stats);
-        return stats;
+        return vkp_test_listener_stats_of(listener);
     }
 
     vkp_listener *listener = nullptr;
@@ -857,12 +842,12 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
     Handing handing(gate);
     handing.config.address = address.c_str();
     REQUIRE(vkp_listener_open(loop, &handing.config, &handing.listener) == VKP_OK);
-    Peer peer(vkp_test_peer_open(address.c_str()));
+    Peer peer = vkp_test_peer_to(address);
     vkp_test_run_until(loop, "a descriptor", [&] { return handing.given.size() == 1; });
     const int fd = handing.given[0].first;
     vkp_seat *seat = handing.given[0].second;
     REQUIRE(seat != nullptr);
-    Peer more(vkp_test_peer_open(address.c_str()));
+    Peer more = vkp_test_peer_to(address);
     CHECK(vkp_test_frame_on(loop, more.get()).empty());
     CHECK(handing.refused == std::vector<vkp_refusal>{VKP_REFUSAL_FULL});
     CHECK(clients() == 1);
@@ -905,7 +890,7 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
         vkp_conn_unref(conn);
     }
     if (gate != nullptr && loop != nullptr) {
-        Peer next(vkp_test_peer_open(address.c_str()));
+        Peer next = vkp_test_peer_to(address);
         vkp_test_run_until(loop, "the next", [&] { return handing.given.size() == 2; });
         close(handing.given[1].first);
         vkp_seat_leave(handing.given[1].second);
@@ -1082,7 +1067,7 @@ TEST_CASE("gate: threads: one gate before two listeners on two loops never has t
             std::vector<Peer> mine;
             for (size_t i = 0; i < 300; i++) {
                 const size_t at = (i + static_cast<size_t>(t)) % 2;
-                Peer peer(vkp_test_peer_open(doors[at].address.c_str()));
+                Peer peer = vkp_test_peer_to(doors[at].address);
                 const std::string told = vkp_test_frame(peer.get());
                 if (told == k_in) {
                     in++;
@@ -1162,7 +1147,7 @@ TEST_CASE("gate: threads: seats are left by threads while others are taken")
             }
         });
         for (size_t i = 0; i < knocks; i++) {
-            Peer peer(vkp_test_peer_open(address.c_str()));
+            Peer peer = vkp_test_peer_to(address);
             wrong += vkp_test_frame(peer.get()) == "+done\r\n" ? 0 : 1;
         }
         leaver.join();

@@ -17,25 +17,11 @@
 #include <unistd.h>
 
 #include "support/client_probe.h"
+#include "support/listener_probe.h"
 
 namespace {
 
 using Statuses = std::vector<vkp_status>;
-
-std::vector<const vkp_backend *> all_backends()
-{
-    std::vector<const vkp_backend *> found;
-    for (const vkp_backend *const *at = vkp_test_backends_all(); *at != nullptr; at++) {
-        found.push_back(*at);
-    }
-    return found;
-}
-
-#define ON_EVERY_BACKEND                                               \
-    const vkp_backend *backend = GENERATE(from_range(all_backends())); \
-    INFO("backend " << backend->name)
-
-constexpr uint64_t k_ms = 1000000;
 
 // A server on the loop that does as it is told with what it is asked.
 class Patient {
@@ -63,13 +49,7 @@ class Patient {
             table.on_close = [](vkp_conn *conn, void *user, vkp_close_reason reason, int) {
                 Patient *self = static_cast<Patient *>(user);
                 self->left.push_back(reason);
-                for (vkp_conn *&each : self->conns) {
-                    if (each == conn) {
-                        std::swap(each, self->conns.back());
-                        self->conns.pop_back();
-                        break;
-                    }
-                }
+                vkp_test_forget_conn(&self->conns, conn);
             };
             return table;
         }();
@@ -85,9 +65,7 @@ class Patient {
     // Its connections must not tell it anything afterwards.
     ~Patient()
     {
-        while (!conns.empty()) {
-            vkp_conn_close(conns.back());
-        }
+        vkp_test_close_conns(&conns);
         vkp_listener_unref(listener_);
     }
     Patient(const Patient &) = delete;
@@ -182,17 +160,10 @@ struct Doctor {
     }
 };
 
-void rounds(vkp_test_loop &loop, int count)
-{
-    for (int i = 0; i < count; i++) {
-        loop.round();
-    }
-}
-
 // Let time pass, in steps that a timer may cut short.
 void pass(vkp_test_loop &loop, uint64_t ms)
 {
-    const uint64_t until = loop.now() + ms * k_ms;
+    const uint64_t until = loop.now() + ms * vkp_test_ms;
     while (loop.now() < until) {
         loop.round(until);
     }
@@ -224,13 +195,13 @@ TEST_CASE("health: arguments that cannot be")
     }
     CHECK(check == nullptr);
     vkp_health_check_close(nullptr);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(doctor.told.empty());
 }
 
 TEST_CASE("health: an answer is OK, the request is PING, and the check hangs up")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const bool tcp = GENERATE(true, false);
     Patient patient(loop, tcp ? "tcp:127.0.0.1:0" : vkp_test_fresh_address("health"));
@@ -242,12 +213,12 @@ TEST_CASE("health: an answer is OK, the request is PING, and the check hangs up"
     CHECK(health.status == VKP_OK);
     CHECK(health.sys_error == 0);
     CHECK(health.failures == 0);
-    CHECK(health.elapsed_ns < 30000 * k_ms);
+    CHECK(health.elapsed_ns < 30000 * vkp_test_ms);
     CHECK(patient.asked == "PING\r\n");
     vkp_test_run_until(loop, "the end", [&] { return patient.left.size() == 1; });
     CHECK(patient.left[0] == VKP_CLOSE_PEER);
     // Once means once.
-    rounds(loop, 5);
+    vkp_test_rounds(loop, 5);
     CHECK(doctor.told.size() == 1);
     CHECK(patient.conns.empty());
 }
@@ -264,7 +235,7 @@ TEST_CASE("health: an answer in any pieces, and with more behind it, is one")
     doctor.open(loop, patient.address);
     vkp_test_run_until(loop, "the request", [&] { return patient.asked == "PING\r\n"; });
     patient.say(patient.conns[0], whole.substr(0, split));
-    rounds(loop, 5);
+    vkp_test_rounds(loop, 5);
     CHECK(doctor.told.empty());
     patient.say(patient.conns[0], whole.substr(split));
     CHECK(doctor.next().status == VKP_OK);
@@ -286,7 +257,7 @@ TEST_CASE("health: another answer is PROTOCOL as soon as it is another")
         CHECK(health.status == VKP_ERR_TIMEOUT);
     } else {
         CHECK(health.status == VKP_ERR_PROTOCOL);
-        CHECK(health.elapsed_ns < 1000 * k_ms);
+        CHECK(health.elapsed_ns < 1000 * vkp_test_ms);
     }
     vkp_test_run_until(loop, "the end", [&] { return patient.left.size() == 1; });
 }
@@ -315,7 +286,7 @@ TEST_CASE("health: another question with another answer, as texts that are copie
 
 TEST_CASE("health: nobody there is REFUSED")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     std::string address = vkp_test_fresh_address("health");
     SECTION("no file")
@@ -340,7 +311,7 @@ TEST_CASE("health: nobody there is REFUSED")
     const vkp_health health = doctor.next();
     CHECK(health.status == VKP_ERR_REFUSED);
     CHECK(health.failures == 1);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(doctor.told.size() == 1);
 }
 
@@ -374,7 +345,7 @@ TEST_CASE("health: another failure of the system is SYS, with its error")
 
 TEST_CASE("health: one that closes without an answer is DISCONNECTED")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const bool tcp = GENERATE(true, false);
     Patient patient(loop, tcp ? "tcp:127.0.0.1:0" : vkp_test_fresh_address("health"));
@@ -399,7 +370,7 @@ TEST_CASE("health: one that closes without an answer is DISCONNECTED")
     INFO("error " << health.sys_error);
     CHECK(health.status == VKP_ERR_DISCONNECTED); // a reset, too, if the request was not read
     CHECK(health.failures == 1);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(doctor.told.size() == 1);
 }
 
@@ -408,7 +379,7 @@ TEST_CASE("health: a silent one is TIMEOUT, exactly in time")
     vkp_test_loop loop(&vkp_backend_null);
     Patient patient(loop);
     const uint32_t wanted = GENERATE(0u, 1u, 250u, 60000u);
-    const uint64_t timeout = (wanted == 0 ? 1000 : wanted) * k_ms;
+    const uint64_t timeout = (wanted == 0 ? 1000 : wanted) * vkp_test_ms;
     const std::string part = GENERATE(as<std::string>{}, "", "+PON");
     patient.answer(part);
     Doctor doctor;
@@ -422,7 +393,7 @@ TEST_CASE("health: a silent one is TIMEOUT, exactly in time")
     CHECK(loop.now() == since + timeout);
     vkp_test_run_until(loop, "the end", [&] { return patient.left.size() == 1; });
     // What comes late comes to nobody.
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(doctor.told.size() == 1);
 }
 
@@ -450,8 +421,8 @@ TEST_CASE("health: every period, one at a time, with the failures in a row")
     for (int i = 0; i < 3; i++) {
         CHECK(doctor.next().status == VKP_OK);
     }
-    CHECK(doctor.times[1] - doctor.times[0] == 500 * k_ms);
-    CHECK(doctor.times[2] - doctor.times[1] == 500 * k_ms);
+    CHECK(doctor.times[1] - doctor.times[0] == 500 * vkp_test_ms);
+    CHECK(doctor.times[2] - doctor.times[1] == 500 * vkp_test_ms);
     SECTION("wrong, silent, gone, back")
     {
         patient->answer("-ERR\r\n");
@@ -474,7 +445,8 @@ TEST_CASE("health: every period, one at a time, with the failures in a row")
             const uint64_t apart = doctor.times[i] - doctor.times[i - 1];
             INFO("result " << i);
             // From begin to begin: a timeout's result is late, the one after it early.
-            CHECK((apart == 500 * k_ms || apart == 700 * k_ms || apart == 300 * k_ms));
+            CHECK((apart == 500 * vkp_test_ms || apart == 700 * vkp_test_ms ||
+                   apart == 300 * vkp_test_ms));
         }
     }
     SECTION("a check that takes longer than the period delays the next, and they do not pile up")
@@ -495,7 +467,7 @@ TEST_CASE("health: every period, one at a time, with the failures in a row")
         }
         CHECK(most == 1);
         CHECK(slow.told[4].failures == 5);
-        CHECK(slow.times[4] - slow.times[0] == 4 * 200 * k_ms);
+        CHECK(slow.times[4] - slow.times[0] == 4 * 200 * vkp_test_ms);
     }
     SECTION("until its close")
     {
@@ -508,7 +480,7 @@ TEST_CASE("health: every period, one at a time, with the failures in a row")
 
 TEST_CASE("health: closed anywhere, no result follows")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Patient patient(loop);
     Doctor doctor;
@@ -573,7 +545,7 @@ TEST_CASE("health: closed anywhere, no result follows")
         CHECK(doctor.next().status == VKP_ERR_TIMEOUT);
         told = 1;
     }
-    rounds(loop, 5);
+    vkp_test_rounds(loop, 5);
     CHECK(doctor.told.size() == told);
     CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
     vkp_test_run_until(loop, "the end", [&] { return patient.conns.empty(); });
@@ -581,7 +553,7 @@ TEST_CASE("health: closed anywhere, no result follows")
 
 TEST_CASE("health: the loop closes under it")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Patient patient(loop);
     Doctor doctor;
@@ -641,7 +613,7 @@ TEST_CASE("health: every allocation may fail: one result per check, and it goes 
             vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
             CHECK(status == VKP_ERR_NOMEM);
             CHECK(doctor.check == nullptr);
-            rounds(loop, 3);
+            vkp_test_rounds(loop, 3);
             CHECK(doctor.told.empty());
             CHECK(vkp_test_fd_count() == fds);
             in_open++;

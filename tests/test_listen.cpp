@@ -22,36 +22,13 @@
 #include <unistd.h>
 
 #include "support/client_probe.h"
+#include "support/listener_probe.h"
 
 namespace {
 
 using Strings = std::vector<std::string>;
 
-std::vector<const vkp_backend *> all_backends()
-{
-    std::vector<const vkp_backend *> found;
-    for (const vkp_backend *const *at = vkp_test_backends_all(); *at != nullptr; at++) {
-        found.push_back(*at);
-    }
-    return found;
-}
-
-#define ON_EVERY_BACKEND                                               \
-    const vkp_backend *backend = GENERATE(from_range(all_backends())); \
-    INFO("backend " << backend->name)
-
-struct PeerDeleter {
-    void operator()(vkp_test_peer *peer) const
-    {
-        vkp_test_peer_close(peer);
-    }
-};
-using Peer = std::unique_ptr<vkp_test_peer, PeerDeleter>;
-
-Peer connect(const std::string &address)
-{
-    return Peer(vkp_test_peer_open(address.c_str()));
-}
+using Peer = vkp_test_peer_ptr;
 
 bool refuses(const std::string &address)
 {
@@ -134,19 +111,11 @@ struct Host {
                     self->on_open(conn);
                 }
             };
-            table.on_data = [](vkp_conn *conn, void *, const vkp_bytes *in) {
-                return vkp_conn_send(conn, in) == VKP_OK ? in->len : 0;
-            };
+            table.on_data = vkp_test_echo;
             table.on_close = [](vkp_conn *conn, void *user, vkp_close_reason, int) {
                 Host *self = static_cast<Host *>(user);
                 self->closes++;
-                for (vkp_conn *&each : self->conns) {
-                    if (each == conn) {
-                        std::swap(each, self->conns.back());
-                        self->conns.pop_back();
-                        break;
-                    }
-                }
+                vkp_test_forget_conn(&self->conns, conn);
                 if (self->on_close) {
                     self->on_close();
                 }
@@ -170,9 +139,7 @@ struct Host {
     // Its connections must not tell it anything afterwards.
     ~Host()
     {
-        while (!conns.empty()) {
-            vkp_conn_close(conns.back());
-        }
+        vkp_test_close_conns(&conns);
         vkp_listener_unref(listener);
     }
     Host(const Host &) = delete;
@@ -207,20 +174,9 @@ struct Host {
     }
     vkp_listener_stats stats() const
     {
-        vkp_listener_stats stats;
-        vkp_listener_get_stats(listener, &stats);
-        return stats;
+        return vkp_test_listener_stats_of(listener);
     }
 };
-
-void rounds(vkp_test_loop &loop, int count)
-{
-    for (int i = 0; i < count; i++) {
-        loop.round();
-    }
-}
-
-constexpr uint64_t k_ms = 1000000;
 
 } // namespace
 
@@ -229,7 +185,7 @@ constexpr uint64_t k_ms = 1000000;
 
 TEST_CASE("listen: a listener that follows ends with the last client, and the file with it")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const std::string address = vkp_test_fresh_address("f");
     const std::string path = address.substr(5);
@@ -238,16 +194,16 @@ TEST_CASE("listen: a listener that follows ends with the last client, and the fi
     vkp_socket *sock = registry.socket(path);
     host.follow(loop, sock);
     CHECK(vkp_socket_get_ref_count(sock) == 1); // it holds none
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == 0);
-    Peer first = connect(address);
+    Peer first = vkp_test_peer_to(address);
     CHECK(is_served(loop, first));
     CHECK(vkp_socket_get_ref_count(sock) == 2);
     SECTION("clients hold it when the program does not")
     {
         vkp_socket_unref(std::exchange(sock, nullptr));
         CHECK(registry.stats().references == 1);
-        Peer second = connect(address);
+        Peer second = vkp_test_peer_to(address);
         CHECK(is_served(loop, second));
         CHECK(registry.stats().references == 2);
         first.reset();
@@ -260,10 +216,10 @@ TEST_CASE("listen: a listener that follows ends with the last client, and the fi
     {
         first.reset();
         vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(host.ends == 0);
         CHECK(vkp_socket_get_ref_count(sock) == 1);
-        Peer next = connect(address);
+        Peer next = vkp_test_peer_to(address);
         CHECK(is_served(loop, next));
         next.reset();
         vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 2; });
@@ -279,7 +235,7 @@ TEST_CASE("listen: a listener that follows ends with the last client, and the fi
         CHECK_FALSE(vkp_test_exists(path.c_str()));
     }
     vkp_test_run_until(loop, "the end", [&] { return host.ends > 0; });
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == 1);
     CHECK(host.end_thread == std::this_thread::get_id());
     CHECK_FALSE(vkp_test_exists(path.c_str()));
@@ -292,7 +248,7 @@ TEST_CASE("listen: a listener that follows ends with the last client, and the fi
     Host next;
     next.config.registry = registry;
     next.open(loop, address);
-    Peer peer = connect(address);
+    Peer peer = vkp_test_peer_to(address);
     CHECK(is_served(loop, peer));
     host.drop();
     CHECK(is_served(loop, peer));
@@ -331,7 +287,7 @@ TEST_CASE("listen: a listener closed before is not told of its socket's end")
     Host host;
     vkp_socket *sock = registry.socket(address.substr(5));
     host.follow(loop, sock);
-    Peer peer = connect(address);
+    Peer peer = vkp_test_peer_to(address);
     CHECK(is_served(loop, peer));
     vkp_listener_close(host.listener);
     vkp_socket_unref(sock);
@@ -340,7 +296,7 @@ TEST_CASE("listen: a listener closed before is not told of its socket's end")
     peer.reset();
     vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
     CHECK_FALSE(vkp_test_exists(address.c_str() + 5));
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == 0);
 }
 
@@ -359,13 +315,13 @@ TEST_CASE("listen: closed after its socket ended and before it was told")
     } else {
         vkp_listener_close(host.listener);
     }
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == 0);
 }
 
 TEST_CASE("listen: the loop closes before a listener was told of its socket's end")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const std::string address = vkp_test_fresh_address("f");
     Registry registry;
@@ -390,39 +346,39 @@ TEST_CASE("listen: with linger the socket waits for another client, so long and 
         Host host;
         vkp_socket *sock = registry.socket(address.substr(5));
         host.follow(loop, sock);
-        Peer first = connect(address);
+        Peer first = vkp_test_peer_to(address);
         CHECK(is_served(loop, first));
         vkp_socket_unref(sock);
         for (int i = 1; i <= 3; i++) {
             first.reset();
             vkp_test_run_until(loop, "the client to go", [&] { return host.closes == i; });
             const uint64_t since = loop.now();
-            while (loop.now() < since + 900 * k_ms) {
-                loop.round(since + 900 * k_ms);
+            while (loop.now() < since + 900 * vkp_test_ms) {
+                loop.round(since + 900 * vkp_test_ms);
             }
             CHECK(vkp_test_exists(address.c_str() + 5));
             CHECK(registry.stats().live == 1);
             CHECK(registry.stats().references == 0);
-            first = connect(address);
+            first = vkp_test_peer_to(address);
             CHECK(is_served(loop, first));
             CHECK(registry.stats().references == 1);
             CHECK(registry.stats().revived == static_cast<uint64_t>(i));
         }
         // While there is a client no time is enough.
         const uint64_t since = loop.now();
-        while (loop.now() < since + 5000 * k_ms) {
-            loop.round(since + 5000 * k_ms);
+        while (loop.now() < since + 5000 * vkp_test_ms) {
+            loop.round(since + 5000 * vkp_test_ms);
         }
         CHECK(host.ends == 0);
         first.reset();
         vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 4; });
         const uint64_t left = loop.now();
         vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
-        CHECK(loop.now() >= left + 1000 * k_ms);
-        CHECK(loop.now() <= left + 1001 * k_ms);
+        CHECK(loop.now() >= left + 1000 * vkp_test_ms);
+        CHECK(loop.now() <= left + 1001 * vkp_test_ms);
         CHECK_FALSE(vkp_test_exists(address.c_str() + 5));
         CHECK(registry.stats().live == 0);
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(host.ends == 1);
     }
 }
@@ -432,7 +388,7 @@ static vkp_socket *last_handle;
 
 TEST_CASE("listen: a client that comes just after the last reference went is told so")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const std::string address = vkp_test_fresh_address("f");
     Registry registry;
@@ -448,7 +404,7 @@ TEST_CASE("listen: a client that comes just after the last reference went is tol
     REQUIRE(vkp_gate_open(&config, &gate) == VKP_OK);
     host.config.gate = gate;
     host.follow(loop, last_handle);
-    Peer late = connect(address);
+    Peer late = vkp_test_peer_to(address);
     CHECK(vkp_test_frame_on(loop, late.get()).empty());
     CHECK_FALSE(vkp_test_exists(address.c_str() + 5));
     vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
@@ -473,15 +429,15 @@ TEST_CASE("listen: a client that would be one reference too many is refused")
     Host host;
     vkp_socket *sock = registry.socket(address.substr(5));
     host.follow(loop, sock);
-    Peer first = connect(address);
+    Peer first = vkp_test_peer_to(address);
     CHECK(is_served(loop, first));
-    Peer second = connect(address);
+    Peer second = vkp_test_peer_to(address);
     CHECK(vkp_test_frame_on(loop, second.get()).empty());
     CHECK(host.refused == std::vector<vkp_refusal>{VKP_REFUSAL_FULL});
     CHECK(is_served(loop, first));
     first.reset();
     vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
-    Peer third = connect(address);
+    Peer third = vkp_test_peer_to(address);
     CHECK(is_served(loop, third));
     third.reset();
     vkp_socket_unref(sock);
@@ -490,7 +446,7 @@ TEST_CASE("listen: a client that would be one reference too many is refused")
 
 TEST_CASE("listen: a seat handed on holds the socket as its client does")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const std::string address = vkp_test_fresh_address("f");
     Registry registry;
@@ -498,7 +454,7 @@ TEST_CASE("listen: a seat handed on holds the socket as its client does")
     host.hand_on();
     vkp_socket *sock = registry.socket(address.substr(5));
     host.follow(loop, sock);
-    Peer peers[2] = {connect(address), connect(address)};
+    Peer peers[2] = {vkp_test_peer_to(address), vkp_test_peer_to(address)};
     vkp_test_run_until(loop, "the descriptors", [&] { return host.given.size() == 2; });
     CHECK(vkp_socket_get_ref_count(sock) == 3);
     vkp_socket_unref(sock);
@@ -516,7 +472,7 @@ TEST_CASE("listen: a seat handed on holds the socket as its client does")
     if (!early) {
         vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
     }
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == (early ? 0 : 1));
 }
 
@@ -543,7 +499,7 @@ static vkp_sys noting_sys()
 
 TEST_CASE("listen: a descriptor's number is not free before the loop let go of it")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     const vkp_sys sys = noting_sys();
     vkp_test_loop loop(backend, &sys);
     const std::string address = vkp_test_fresh_address("f");
@@ -557,12 +513,12 @@ TEST_CASE("listen: a descriptor's number is not free before the loop let go of i
     Peer waits; // makes the descriptor ready, so that the loop has an event for it
     if (follow) {
         host.follow(loop, sock);
-        waits = connect(address);
+        waits = vkp_test_peer_to(address);
         vkp_socket_unref(sock);
     } else {
         host.config.socket = sock;
         host.open(loop);
-        waits = connect(address);
+        waits = vkp_test_peer_to(address);
         CHECK(vkp_registry_cleanup_all(registry) == 1);
         vkp_socket_unref(sock);
     }
@@ -580,7 +536,7 @@ TEST_CASE("listen: threads: several loops accept at one socket, until each is to
 {
     constexpr size_t count = 3;
     const vkp_backend *backend = GENERATE(from_range([] {
-        std::vector<const vkp_backend *> real = all_backends();
+        std::vector<const vkp_backend *> real = vkp_test_every_backend();
         real.pop_back(); // time stands still in vkp_backend_null
         return real;
     }()));
@@ -602,7 +558,7 @@ TEST_CASE("listen: threads: several loops accept at one socket, until each is to
         auto served = [&] { return hosts[0].opens + hosts[1].opens + hosts[2].opens; };
         std::vector<Peer> peers;
         for (int i = 0; i < 200; i++) {
-            peers.push_back(connect(address));
+            peers.push_back(vkp_test_peer_to(address));
             REQUIRE(vkp_test_peer_send_text(peers.back().get(), "+echo\r\n"));
         }
         for (const Peer &peer : peers) {
@@ -656,24 +612,24 @@ TEST_CASE("listen: clients of a socket that was cleaned up have no part in the o
     Host old;
     vkp_socket *sock = registry.socket(address.substr(5));
     old.follow(loop, sock);
-    Peer of_old = connect(address);
+    Peer of_old = vkp_test_peer_to(address);
     CHECK(is_served(loop, of_old));
     CHECK(vkp_registry_cleanup_all(registry) == 1);
     vkp_socket *heir = registry.socket(address.substr(5));
     Host host;
     host.follow(loop, heir);
-    Peer of_heir = connect(address);
+    Peer of_heir = vkp_test_peer_to(address);
     CHECK(is_served(loop, of_heir));
     vkp_socket_unref(heir);
     // All that held the old one goes; the new one has its own.
     vkp_socket_unref(sock);
     of_old.reset();
     vkp_test_run_until(loop, "the old client to go", [&] { return old.closes == 1; });
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(old.ends == 1);
     CHECK(host.ends == 0);
     CHECK(vkp_test_exists(address.c_str() + 5));
-    Peer another = connect(address);
+    Peer another = vkp_test_peer_to(address);
     CHECK(is_served(loop, another));
     CHECK(registry.stats().references == 2);
     another.reset();
@@ -684,7 +640,7 @@ TEST_CASE("listen: clients of a socket that was cleaned up have no part in the o
 
 TEST_CASE("listen: a file taken away is bound again under its listeners")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     const vkp_sys sys = noting_sys();
     vkp_test_loop loop(backend, &sys);
     vkp_test_loop elsewhere(backend, &sys);
@@ -712,7 +668,7 @@ TEST_CASE("listen: a file taken away is bound again under its listeners")
     second.open(elsewhere, address);
     const int old_fd = listening_fd;
     const int fds_open = vkp_test_fd_count();
-    Peer steady = connect(address);
+    Peer steady = vkp_test_peer_to(address);
     CHECK(is_served(loop, steady));
     REQUIRE(unlink(path) == 0);
     SECTION("gone")
@@ -745,16 +701,16 @@ TEST_CASE("listen: a file taken away is bound again under its listeners")
     CHECK(registry.stats().rebound == 1);
     CHECK(registry.stats().live == 1);
     // The old descriptor is closed when the last listener left it: nothing piles up.
-    rounds(elsewhere, 3);
-    rounds(loop, 3);
+    vkp_test_rounds(elsewhere, 3);
+    vkp_test_rounds(loop, 3);
     if (listening_fd != old_fd) {
         CHECK(fcntl(old_fd, F_GETFD) == -1);
     }
     // Whoever was there stays; who comes is served, by either.
     CHECK(is_served(loop, steady));
-    Peer next = connect(address);
+    Peer next = vkp_test_peer_to(address);
     CHECK(is_served(loop, next));
-    Peer other = connect(address);
+    Peer other = vkp_test_peer_to(address);
     CHECK(is_served(elsewhere, other));
     CHECK(host.ends + second.ends == 0);
     CHECK(vkp_test_fd_count() == fds_open + 2 * 3);
@@ -829,7 +785,7 @@ static vkp_status start(Form form, vkp_loop *loop, const vkp_listener_config &co
 
 TEST_CASE("listen: started from another thread: by path, with a reference, on a handle")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     const Form form = GENERATE(Form::plain, Form::reference, Form::handle);
     INFO(form);
     vkp_test_loop loop(backend);
@@ -856,8 +812,8 @@ TEST_CASE("listen: started from another thread: by path, with a reference, on a 
     } else {
         CHECK(told.result.sock == nullptr);
     }
-    rounds(loop, 3);
-    Peer peer = connect(address);
+    vkp_test_rounds(loop, 3);
+    Peer peer = vkp_test_peer_to(address);
     CHECK(is_served(loop, peer));
     const bool follows = form != Form::plain;
     CHECK(registry.stats().references == (follows ? 2 : 1));
@@ -865,9 +821,9 @@ TEST_CASE("listen: started from another thread: by path, with a reference, on a 
     {
         peer.reset();
         vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(host.ends == 0);
-        Peer next = connect(address);
+        Peer next = vkp_test_peer_to(address);
         CHECK(is_served(loop, next));
         vkp_socket_unref(std::exchange(sock, nullptr));
         CHECK(is_served(loop, next));
@@ -876,7 +832,7 @@ TEST_CASE("listen: started from another thread: by path, with a reference, on a 
         if (follows) {
             vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
         } else {
-            rounds(loop, 3);
+            vkp_test_rounds(loop, 3);
             CHECK(host.ends == 0);
             vkp_listener_close(told.result.listener);
         }
@@ -885,7 +841,7 @@ TEST_CASE("listen: started from another thread: by path, with a reference, on a 
     {
         vkp_listener_close(told.result.listener);
         vkp_socket_unref(std::exchange(sock, nullptr));
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(is_served(loop, peer));
         CHECK(host.ends == 0);
         peer.reset();
@@ -930,7 +886,7 @@ TEST_CASE("listen: without a path the socket has a name of its own")
             CHECK(paths.insert(told[i].path).second);
             CHECK(told[i].path.find(vkp_test_dir()) == 0);
             CHECK(vkp_test_exists(told[i].path.c_str()));
-            Peer peer = connect("unix:" + told[i].path);
+            Peer peer = vkp_test_peer_to("unix:" + told[i].path);
             CHECK(is_served(loop, peer));
             peer.reset();
             vkp_test_run_until(loop, "the client to go", [&] { return hosts[i].closes == 1; });
@@ -988,7 +944,7 @@ TEST_CASE("listen: what does not begin tells why, and leaves nothing")
             CHECK(told.result.listener == nullptr);
         } else {
             CHECK(now == each.status);
-            rounds(loop, 3);
+            vkp_test_rounds(loop, 3);
             CHECK(told.calls == 0);
         }
         CHECK(vkp_test_fd_count() == fds);
@@ -1024,7 +980,7 @@ TEST_CASE("listen: calls that cannot be are refused at once")
     config.conn.ops = nullptr;
     refused(loop, &config, Start::on_init);
     CHECK(vkp_listen_ref(loop, &host.config, nullptr, Start::on_init, &told) == VKP_ERR_INVALID);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(told.calls == 0);
     CHECK(vkp_socket_get_ref_count(sock) == 1);
     vkp_socket_unref(sock);
@@ -1061,7 +1017,7 @@ TEST_CASE("listen: the loop closes before it came to it, or was closed before")
 
 TEST_CASE("listen: on_init may end what just began")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     const Form form = GENERATE(Form::plain, Form::reference, Form::handle);
     INFO(form);
     vkp_test_loop loop(backend);
@@ -1081,7 +1037,7 @@ TEST_CASE("listen: on_init may end what just began")
         vkp_test_run_until(loop, "the start", [&] { return told.calls == 1; });
         vkp_socket_unref(sock);
         CHECK_FALSE(vkp_test_exists(path.c_str()));
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(host.ends == 0);
     }
     SECTION("by letting go of the last reference")
@@ -1096,7 +1052,7 @@ TEST_CASE("listen: on_init may end what just began")
         REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
         vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
         CHECK_FALSE(vkp_test_exists(path.c_str()));
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         CHECK(host.ends == 1);
     }
     CHECK(told.calls == 1);
@@ -1143,9 +1099,9 @@ TEST_CASE("listen: what the call names may be let go of as soon as it returned")
         }
         vkp_test_run_until(loop, "the start", [&] { return told.calls == 1; });
         REQUIRE(told.result.status == VKP_OK);
-        Peer first = connect("unix:" + path);
+        Peer first = vkp_test_peer_to("unix:" + path);
         CHECK(is_served(loop, first));
-        Peer second = connect("unix:" + path);
+        Peer second = vkp_test_peer_to("unix:" + path);
         CHECK(vkp_test_frame_on(loop, second.get()).empty());
         CHECK(host.refused == std::vector<vkp_refusal>{VKP_REFUSAL_FULL});
         admitted++;
@@ -1187,7 +1143,7 @@ TEST_CASE("listen: every allocation of a start may fail: told once, and nothing 
         const int fds = vkp_test_fd_count();
         vkp_test_env_fault(&loop.test, fault, k);
         const vkp_status now = start(form, loop, host.config, path.c_str(), sock, &told);
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
         if (now != VKP_OK) {
             CHECK(now == VKP_ERR_NOMEM);
@@ -1203,7 +1159,7 @@ TEST_CASE("listen: every allocation of a start may fail: told once, and nothing 
             }
         }
         if (done) {
-            Peer peer = connect("unix:" + path);
+            Peer peer = vkp_test_peer_to("unix:" + path);
             CHECK(is_served(loop, peer));
             peer.reset();
             vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
@@ -1264,7 +1220,7 @@ TEST_CASE("listen: threads: many start at once on a loop that runs")
                         begun++;
                         const std::string path = vkp_socket_get_path(sock);
                         {
-                            Peer peer = connect("unix:" + path);
+                            Peer peer = vkp_test_peer_to("unix:" + path);
                             wrong += vkp_test_peer_send_text(peer.get(), "+echo\r\n") &&
                                              vkp_test_frame(peer.get()) == "+echo\r\n"
                                          ? 0
@@ -1320,7 +1276,7 @@ static Strings hear_out(vkp_loop *loop, const Peer &peer)
 
 TEST_CASE("listen: a drain tells each client after what was queued, then closes")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const bool tcp = GENERATE(false, true);
     const bool noticed = GENERATE(true, false);
@@ -1329,7 +1285,7 @@ TEST_CASE("listen: a drain tells each client after what was queued, then closes"
     const std::string address = vkp_listener_get_address(host.listener);
     std::vector<Peer> peers;
     for (int i = 0; i < 5; i++) {
-        peers.push_back(connect(address));
+        peers.push_back(vkp_test_peer_to(address));
         CHECK(is_served(loop, peers.back()));
     }
     REQUIRE(host.conns.size() == 5);
@@ -1354,7 +1310,7 @@ TEST_CASE("listen: a drain tells each client after what was queued, then closes"
     CHECK(host.closes == 5);
     CHECK_FALSE(vkp_conn_is_open(kept));
     CHECK(host.stats().clients == 0);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(ends.count == 1);
     CHECK(host.ends == 0); // it was told to
     CHECK(vkp_listener_drain(host.listener, nullptr, 0, Ends::on_end, &ends) == VKP_ERR_INVALID);
@@ -1371,7 +1327,7 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
     host.config.conn.queue_bytes = 64 << 20;
     host.open(loop, vkp_test_fresh_address("d"));
     const std::string address = vkp_listener_get_address(host.listener);
-    Peer slow = connect(address);
+    Peer slow = vkp_test_peer_to(address);
     CHECK(is_served(loop, slow));
     vkp_conn *stuck = host.conns[0];
     const std::string text(1 << 20, 'x');
@@ -1380,11 +1336,11 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
     for (int i = 0; i < 8; i++) {
         REQUIRE(vkp_conn_push(stuck, &bytes, 0) == VKP_OK);
     }
-    Peer quick = connect(address);
+    Peer quick = vkp_test_peer_to(address);
     CHECK(is_served(loop, quick));
     Ends ends;
     const uint64_t since = loop.now();
-    const uint64_t deadline = GENERATE(500, 0) * k_ms;
+    const uint64_t deadline = GENERATE(500, 0) * vkp_test_ms;
     REQUIRE(vkp_listener_drain(host.listener, &k_notice, deadline == 0 ? 0 : since + deadline,
                                Ends::on_end, &ends) == VKP_OK);
     if (deadline != 0) {
@@ -1394,7 +1350,7 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
         CHECK(host.closes == 1);
         vkp_test_run_until(loop, "the deadline", [&] { return ends.count == 1; });
         CHECK(loop.now() >= since + deadline);
-        CHECK(loop.now() <= since + deadline + k_ms);
+        CHECK(loop.now() <= since + deadline + vkp_test_ms);
     }
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
     CHECK(host.closes == 2);
@@ -1402,14 +1358,14 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
     // Cut short: no whole notice behind what did not fit.
     (void)vkp_test_peer_drain(slow.get());
     CHECK(vkp_test_peer_is_ended(slow.get()));
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
     CHECK(ends.count == 1);
 }
 
 TEST_CASE("listen: a drain without clients ends all the same, once")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Host host;
     host.open(loop, vkp_test_fresh_address("d"));
@@ -1421,14 +1377,14 @@ TEST_CASE("listen: a drain without clients ends all the same, once")
     REQUIRE(vkp_listener_drain(host.listener, &k_notice, forever ? VKP_FOREVER : 0, Ends::on_end,
                                &ends) == VKP_OK);
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(ends.count == 1);
     CHECK(host.ends == 0);
 }
 
 TEST_CASE("listen: a listener let go just before its drain's end was told tells nothing")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Host host;
     host.open(loop, vkp_test_fresh_address("d"));
@@ -1436,7 +1392,7 @@ TEST_CASE("listen: a listener let go just before its drain's end was told tells 
     const bool client = GENERATE(true, false);
     Peer peer;
     if (client) {
-        peer = connect(vkp_listener_get_address(host.listener));
+        peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
         CHECK(is_served(loop, peer));
     }
     REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
@@ -1446,13 +1402,13 @@ TEST_CASE("listen: a listener let go just before its drain's end was told tells 
     }
     const int before = ends.count; // told inside the calls, or later
     host.drop();
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(ends.count == before);
 }
 
 TEST_CASE("listen: a listener may be let go by the first client that a drain closes")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     const bool late = GENERATE(false, true); // closed by the drain itself, or at its deadline
     const std::string text(4 << 20, 'x');
@@ -1463,7 +1419,7 @@ TEST_CASE("listen: a listener may be let go by the first client that a drain clo
     const std::string address = vkp_listener_get_address(host.listener);
     std::vector<Peer> peers;
     for (int i = 0; i < 5; i++) {
-        peers.push_back(connect(address));
+        peers.push_back(vkp_test_peer_to(address));
         CHECK(is_served(loop, peers.back()));
         if (late) {
             REQUIRE(vkp_conn_push(host.conns.back(), &bytes, 0) == VKP_OK);
@@ -1477,20 +1433,20 @@ TEST_CASE("listen: a listener may be let go by the first client that a drain clo
     while (!host.conns.empty()) { // what is left is the program's
         vkp_conn_close(host.conns.back());
     }
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.closes == 5);
     CHECK(ends.count == 0);
 }
 
 TEST_CASE("listen: clients that leave in a drain are part of it; no callback is one too many")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Host host;
     host.config.conn.queue_bytes = 64 << 20;
     host.open(loop, vkp_test_fresh_address("d"));
     const std::string address = vkp_listener_get_address(host.listener);
-    Peer first = connect(address);
+    Peer first = vkp_test_peer_to(address);
     CHECK(is_served(loop, first));
     const std::string text(4 << 20, 'x');
     const std::string frame = "$" + std::to_string(text.size()) + "\r\n" + text + "\r\n";
@@ -1499,7 +1455,7 @@ TEST_CASE("listen: clients that leave in a drain are part of it; no callback is 
     Ends ends;
     REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
             VKP_OK);
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(ends.count == 0);
     bool told = true;
     SECTION("it leaves")
@@ -1533,7 +1489,7 @@ TEST_CASE("listen: clients that leave in a drain are part of it; no callback is 
     }
     if (loop != nullptr) {
         vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
-        rounds(loop, 3);
+        vkp_test_rounds(loop, 3);
     }
     CHECK(ends.count == (told ? 1 : 0));
     CHECK(host.ends == 0);
@@ -1541,7 +1497,7 @@ TEST_CASE("listen: clients that leave in a drain are part of it; no callback is 
 
 TEST_CASE("listen: a drain begins in callbacks, too")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Host host;
     Ends ends;
@@ -1556,7 +1512,7 @@ TEST_CASE("listen: a drain begins in callbacks, too")
     ends.hook = [&] { host.drop(); };
     std::vector<Peer> peers;
     for (int i = 0; i < 4; i++) {
-        peers.push_back(connect(address));
+        peers.push_back(vkp_test_peer_to(address));
     }
     int told = 0;
     for (const Peer &peer : peers) {
@@ -1578,7 +1534,7 @@ TEST_CASE("listen: a drain of one that follows leaves the socket to its handles"
     Host host;
     vkp_socket *sock = registry.socket(address.substr(5));
     host.follow(loop, sock);
-    Peer peer = connect(address);
+    Peer peer = vkp_test_peer_to(address);
     CHECK(is_served(loop, peer));
     const bool held = GENERATE(true, false);
     if (!held) {
@@ -1589,7 +1545,7 @@ TEST_CASE("listen: a drain of one that follows leaves the socket to its handles"
             VKP_OK);
     CHECK(hear_out(loop, peer) == Strings{"+bye\r\n"});
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(host.ends == 0);
     CHECK(vkp_test_exists(address.c_str() + 5) == held);
     vkp_socket_unref(sock);
@@ -1608,7 +1564,7 @@ TEST_CASE("listen: a drain that cannot be changes nothing")
         host.open(loop, vkp_test_fresh_address("d"));
         CHECK(vkp_listener_drain(host.listener, &k_notice, 0, Ends::on_end, &ends) ==
               VKP_ERR_INVALID);
-        Peer peer = connect(vkp_listener_get_address(host.listener));
+        Peer peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
         vkp_test_run_until(loop, "the client", [&] { return host.given.size() == 1; });
         close(host.given[0].first);
         vkp_seat_leave(host.given[0].second);
@@ -1617,7 +1573,7 @@ TEST_CASE("listen: a drain that cannot be changes nothing")
     {
         CHECK(vkp_listener_drain(nullptr, &k_notice, 0, Ends::on_end, &ends) == VKP_ERR_INVALID);
     }
-    rounds(loop, 3);
+    vkp_test_rounds(loop, 3);
     CHECK(ends.count == 0);
 }
 
@@ -1627,7 +1583,7 @@ TEST_CASE("listen: a drain of a listener that was closed still tells its clients
     Host host;
     Ends ends;
     host.open(loop, vkp_test_fresh_address("d"));
-    Peer peer = connect(vkp_listener_get_address(host.listener));
+    Peer peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
     CHECK(is_served(loop, peer));
     vkp_listener_close(host.listener);
     REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
@@ -1648,7 +1604,7 @@ TEST_CASE("listen: a drain for which memory is missing at any allocation changes
         const std::string address = vkp_listener_get_address(host.listener);
         std::vector<Peer> peers;
         for (int i = 0; i < 3; i++) {
-            peers.push_back(connect(address));
+            peers.push_back(vkp_test_peer_to(address));
             CHECK(is_served(loop, peers.back()));
         }
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, k);
@@ -1659,7 +1615,7 @@ TEST_CASE("listen: a drain for which memory is missing at any allocation changes
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
         if (status != VKP_OK) {
             CHECK(status == VKP_ERR_NOMEM);
-            peers.push_back(connect(address));
+            peers.push_back(vkp_test_peer_to(address));
             for (const Peer &peer : peers) {
                 CHECK(is_served(loop, peer));
             }

@@ -22,22 +22,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "support/listener_probe.h"
 #include "support/support.h"
 
 namespace {
-
-std::vector<const vkp_backend *> all_backends()
-{
-    std::vector<const vkp_backend *> found;
-    for (const vkp_backend *const *at = vkp_test_backends_all(); *at != nullptr; at++) {
-        found.push_back(*at);
-    }
-    return found;
-}
-
-#define ON_EVERY_BACKEND                                               \
-    const vkp_backend *backend = GENERATE(from_range(all_backends())); \
-    INFO("backend " << backend->name)
 
 // A loop that checks at its end that it gave everything back. Declared first, it ends last.
 class Loop {
@@ -77,15 +65,6 @@ class Loop {
             vkp_loop_unref(std::exchange(loop_, nullptr));
         }
     }
-    void rounds(int count)
-    {
-        for (int i = 0; i < count; i++) {
-            if (vkp_loop_run_once(loop_, 0) != VKP_OK) {
-                vkp_test_fail("a round failed");
-            }
-        }
-    }
-
     // One round that a timer ends, or virtual time.
     void wait()
     {
@@ -125,9 +104,7 @@ struct Echo {
                 self->opens++;
                 self->told.push_back("open");
             };
-            table.on_data = [](vkp_conn *conn, void *, const vkp_bytes *in) {
-                return vkp_conn_send(conn, in) == VKP_OK ? in->len : 0;
-            };
+            table.on_data = vkp_test_echo;
             table.on_close = [](vkp_conn *, void *user, vkp_close_reason, int) {
                 Echo *self = static_cast<Echo *>(user);
                 self->closes++;
@@ -198,9 +175,7 @@ struct Echo {
     }
     vkp_listener_stats stats() const
     {
-        vkp_listener_stats stats;
-        vkp_listener_get_stats(listener, &stats);
-        return stats;
+        return vkp_test_listener_stats_of(listener);
     }
     void drop()
     {
@@ -308,7 +283,7 @@ TEST_CASE("listener: arguments that cannot be")
 
 TEST_CASE("listener: a TCP port of the system's choice")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     std::string address = "tcp:127.0.0.1:0";
@@ -360,7 +335,7 @@ TEST_CASE("listener: IPv6, where the system has it")
 
 TEST_CASE("listener: a Unix address has a socket of its own")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const std::string address = vkp_test_fresh_address("l");
@@ -394,7 +369,7 @@ TEST_CASE("listener: something else at the path is refused and left alone")
 
 TEST_CASE("listener: listeners of one registry share the path's socket")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     vkp_registry *registry = nullptr;
     REQUIRE(vkp_registry_open(nullptr, &registry) == VKP_OK);
@@ -445,7 +420,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
 
 TEST_CASE("listener: a registered socket serves, even one that the caller left blocking")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     vkp_registry *registry = nullptr;
     REQUIRE(vkp_registry_open(nullptr, &registry) == VKP_OK);
@@ -470,7 +445,7 @@ TEST_CASE("listener: a registered socket serves, even one that the caller left b
 
 TEST_CASE("listener: the registry's cleanup under a listener")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     vkp_registry *registry = nullptr;
     REQUIRE(vkp_registry_open(nullptr, &registry) == VKP_OK);
@@ -484,7 +459,7 @@ TEST_CASE("listener: the registry's cleanup under a listener")
     CHECK_FALSE(vkp_test_exists(path_of(address)));
     CHECK(Client(address).refused());
     CHECK(echo.ends == 0); // on the loop's thread, in a round
-    loop.rounds(3);
+    vkp_test_rounds(loop, 3);
     CHECK(echo.ends == 1);
     client.say("still here");
     vkp_test_run_until(loop, "the echo", [&] { return client.hear() == "still here"; });
@@ -493,7 +468,7 @@ TEST_CASE("listener: the registry's cleanup under a listener")
     next.config.registry = registry;
     REQUIRE(next.open(loop, address.c_str()) == VKP_OK);
     echo.drop();
-    loop.rounds(3);
+    vkp_test_rounds(loop, 3);
     CHECK(echo.ends == 1);
     check_echo(loop, address);
     CHECK(next.accepts == 1);
@@ -502,7 +477,7 @@ TEST_CASE("listener: the registry's cleanup under a listener")
 
 TEST_CASE("listener: on_accept comes before on_open, sets the user, refuses by close")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     Echo other;
@@ -554,7 +529,7 @@ TEST_CASE("listener: on_accept comes before on_open, sets the user, refuses by c
 
 TEST_CASE("listener: on_fd takes the descriptor instead")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Loop elsewhere(backend);
     Echo echo;
@@ -588,7 +563,7 @@ TEST_CASE("listener: on_fd takes the descriptor instead")
 
 TEST_CASE("listener: closing stops accepting, and connections stay")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const std::string address = GENERATE(as<std::string>{}, "tcp:127.0.0.1:0", "unix:");
@@ -611,7 +586,7 @@ TEST_CASE("listener: closing stops accepting, and connections stay")
 
 TEST_CASE("listener: close and unref inside its callbacks")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     const bool unref = GENERATE(false, true);
     Loop loop(backend);
     Echo echo;
@@ -695,12 +670,12 @@ TEST_CASE("listener: close and unref inside its callbacks")
     for (Client *client : clients) {
         delete client;
     }
-    loop.rounds(3);
+    vkp_test_rounds(loop, 3);
 }
 
 TEST_CASE("listener: the loop's close stops it, and it says so")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const bool tcp = GENERATE(false, true);
@@ -733,7 +708,7 @@ TEST_CASE("listener: the loop's close stops it, and it says so")
 
 TEST_CASE("listener: peers that leave at once are no error")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const std::string address = GENERATE(as<std::string>{}, "tcp:127.0.0.1:0", "unix:");
@@ -751,7 +726,7 @@ TEST_CASE("listener: peers that leave at once are no error")
 
 TEST_CASE("listener: more connections than one round accepts")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const std::string address = vkp_test_fresh_address("l");
@@ -791,8 +766,6 @@ vkp_sys table()
 
 } // namespace faulty
 
-constexpr uint64_t k_ms = 1000000;
-
 // A failed accept, and then silence for exactly so long, on virtual time: nothing but timers moves
 // it.
 void check_pause(Loop &loop, uint64_t pause_ms)
@@ -800,14 +773,14 @@ void check_pause(Loop &loop, uint64_t pause_ms)
     INFO("a pause of " << pause_ms << " ms");
     const int before = faulty::calls;
     const uint64_t since = vkp_loop_get_now(loop);
-    loop.rounds(2);
+    vkp_test_rounds(loop, 2);
     CHECK(faulty::calls == before + 1);
-    loop.rounds(20);
+    vkp_test_rounds(loop, 20);
     CHECK(faulty::calls == before + 1); // the client waits, and costs no round
     CHECK(vkp_loop_get_now(loop) == since);
-    CHECK(vkp_loop_get_deadline(loop) == since + pause_ms * k_ms);
+    CHECK(vkp_loop_get_deadline(loop) == since + pause_ms * vkp_test_ms);
     loop.wait();
-    CHECK(vkp_loop_get_now(loop) == since + pause_ms * k_ms);
+    CHECK(vkp_loop_get_now(loop) == since + pause_ms * vkp_test_ms);
 }
 
 TEST_CASE("listener: when accept fails it pauses ever longer without spinning, and recovers")
@@ -844,7 +817,7 @@ TEST_CASE("listener: when accept fails it pauses ever longer without spinning, a
     SECTION("recovered: served, and the next shortage begins small")
     {
         faulty::fault = 0;
-        loop.rounds(3);
+        vkp_test_rounds(loop, 3);
         CHECK(client.hear() == "hello?");
         CHECK(echo.accepts == 1);
         CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
@@ -854,7 +827,7 @@ TEST_CASE("listener: when accept fails it pauses ever longer without spinning, a
         check_pause(loop, 20);
         faulty::fault = 0;
         other.say("me too");
-        loop.rounds(3);
+        vkp_test_rounds(loop, 3);
         CHECK(other.hear() == "me too");
         stats = echo.stats();
         CHECK(stats.accepted == 2);
@@ -863,14 +836,14 @@ TEST_CASE("listener: when accept fails it pauses ever longer without spinning, a
     }
     SECTION("closed while it pauses")
     {
-        loop.rounds(2);
+        vkp_test_rounds(loop, 2);
         if (GENERATE(false, true)) {
             echo.drop();
         } else {
             vkp_listener_close(echo.listener);
         }
         CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
-        loop.rounds(3);
+        vkp_test_rounds(loop, 3);
         CHECK(echo.ends == 0);
     }
 }
@@ -943,7 +916,7 @@ TEST_CASE("listener: short of descriptors for a second it tells clients, by a sp
         }
         return all;
     };
-    loop.rounds(1);
+    vkp_test_rounds(loop, 1);
     const uint64_t since = vkp_loop_get_now(loop);
     uint64_t first = 0;
     for (int tries = 0; !all_told(); tries++) {
@@ -953,8 +926,8 @@ TEST_CASE("listener: short of descriptors for a second it tells clients, by a sp
             first = vkp_loop_get_now(loop);
         }
     }
-    CHECK(first >= since + 1000 * k_ms);
-    CHECK(first <= since + 2000 * k_ms);
+    CHECK(first >= since + 1000 * vkp_test_ms);
+    CHECK(first <= since + 2000 * vkp_test_ms);
     CHECK(echo.refused == std::vector<vkp_refusal>(3, VKP_REFUSAL_OVERLOAD));
     CHECK(echo.stats().refused[VKP_REFUSAL_OVERLOAD] == 3);
     CHECK(echo.stats().no_descriptors > 3);
@@ -973,7 +946,7 @@ TEST_CASE("listener: short of descriptors for a second it tells clients, by a sp
         while (echo.refused.size() == 3) {
             loop.wait();
         }
-        CHECK(vkp_loop_get_now(loop) >= again + 1000 * k_ms);
+        CHECK(vkp_loop_get_now(loop) >= again + 1000 * vkp_test_ms);
         vkp_test_run_until(loop, "the excuse", [&] { return other.hear() == "sorry"; });
     }
     SECTION("somebody takes the descriptor that the spare one gave back")
@@ -1047,7 +1020,7 @@ TEST_CASE("listener: a process that ran out of descriptors, by its real limit")
 
 TEST_CASE("listener: an aborted or interrupted accept goes on with the next")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     static int fault;
     static int left;
     vkp_sys sys = *vkp_sys_default();
@@ -1061,7 +1034,7 @@ TEST_CASE("listener: an aborted or interrupted accept goes on with the next")
     REQUIRE(echo.open(loop, address.c_str()) == VKP_OK);
     Client client(address);
     client.say("echo?");
-    loop.rounds(3); // no timer's time passes: there was no pause
+    vkp_test_rounds(loop, 3); // no timer's time passes: there was no pause
     CHECK(client.hear() == "echo?");
     CHECK(left < 0);
     CHECK(echo.accepts == 1);
@@ -1142,7 +1115,7 @@ TEST_CASE("listener: every system call of open may fail")
 
 TEST_CASE("listener: a connection that there is no memory for is closed, the others are served")
 {
-    ON_EVERY_BACKEND;
+    VKP_TEST_ON_EVERY_BACKEND;
     Loop loop(backend);
     Echo echo;
     const std::string address = vkp_test_fresh_address("l");
