@@ -307,9 +307,14 @@ typedef struct vkp_file_id {
     bool is_socket;
 } vkp_file_id;
 
+/* What stands behind a descriptor, as far as it matters to who waits for it (vkp_sys.fd_kind). */
+#define VKP_FD_OTHER 0
+#define VKP_FD_FILE 1 /* a regular one */
+#define VKP_FD_SOCKET 2
+
 /* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
    inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
-   write may be called in a signal handler and leaves errno alone.
+   write and kevent may be called in a signal handler and leave errno alone.
    Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
    thread.                                                                                     */
 struct vkp_sys {
@@ -352,6 +357,11 @@ struct vkp_sys {
     int (*epoll_create)(void); /* -ENOSYS where there is none, as the next two */
     int (*epoll_ctl)(int epoll_fd, int operation, int fd, void *event);
     int (*epoll_wait)(int epoll_fd, void *events, int capacity, uint64_t deadline_ns);
+    int (*kqueue_create)(void); /* -ENOSYS where there is none, as the next */
+    /* Applies the changes, then waits for events; for none (event_count 0) it does not wait. */
+    int (*kevent)(int kq, const void *changes, int change_count, void *events, int event_count,
+                  uint64_t deadline_ns);
+    int (*fd_kind)(int fd); /* VKP_FD_* */
 };
 
 /* The table over libc. Static. Any thread. */
@@ -1198,10 +1208,16 @@ typedef struct vkp_backend {
 } vkp_backend;
 
 /* The backends of this tree; link the file of the one you use. */
-extern const vkp_backend vkp_backend_poll;  /* backends/vkp_backend_poll.c: any POSIX  */
-extern const vkp_backend vkp_backend_epoll; /* backends/vkp_backend_epoll.c: Linux     */
-extern const vkp_backend vkp_backend_null;  /* backends/vkp_backend_null.c: tests;
-                                                        virtual time, events in fd order       */
+extern const vkp_backend vkp_backend_poll;   /* backends/vkp_backend_poll.c: any POSIX          */
+extern const vkp_backend vkp_backend_epoll;  /* backends/vkp_backend_epoll.c: Linux             */
+extern const vkp_backend vkp_backend_kqueue; /* backends/vkp_backend_kqueue.c: macOS, the BSDs  */
+extern const vkp_backend vkp_backend_null;   /* backends/vkp_backend_null.c: tests;
+                                                virtual time, events in fd order               */
+
+/* Guests: vkp_loop_config.foreign is the program's own loop. docs/embedding.md has the rules. */
+extern const vkp_backend vkp_backend_libev;    /* backends/vkp_backend_libev.c: struct ev_loop *  */
+extern const vkp_backend vkp_backend_libuv;    /* backends/vkp_backend_libuv.c: uv_loop_t *       */
+extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_base *             */
 
 typedef struct vkp_loop vkp_loop;
 
@@ -1226,7 +1242,8 @@ VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
 VKP_API void vkp_loop_unref(vkp_loop *loop);
 
 /* Close everything on the loop (connections, listeners, clients: their on_close run now), run
-   what was posted, refuse new posts. Idempotent. Loop's thread, not inside vkp_loop_run.      */
+   what was posted, stop timers, refuse new posts. Idempotent. Loop's thread, not inside
+   vkp_loop_run.                                                                                */
 VKP_API void vkp_loop_close(vkp_loop *loop);
 
 /* Run rounds until vkp_loop_stop. OK, INVALID (two threads, a guest backend), or SYS.
@@ -2290,6 +2307,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay);
 #endif
 
 #include <errno.h>
+#include <float.h>
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
@@ -2300,7 +2318,6 @@ VKP_API void vkp_relay_unref(vkp_relay *relay);
 #include <time.h>
 #include <unistd.h>
 #if VKP_I_LINUX
-#include <linux/futex.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
 #if defined(__STRICT_ANSI__) && !defined(__USE_GNU) && defined(__GLIBC__)
@@ -2324,6 +2341,10 @@ VKP_API void vkp_relay_unref(vkp_relay *relay);
 #if VKP_I_LINUX
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#else
+#pragma push_macro("EV_ERROR") /* an enumerator in <ev.h>, which the program may use as well */
+#include <sys/event.h>
+#pragma pop_macro("EV_ERROR")
 #endif
 #endif
 
@@ -2674,11 +2695,21 @@ struct vkp_parker {
 };
 
 #if VKP_I_LINUX
+/* A 32-bit system's first futex call takes two words, whatever the size of its time_t, which libc
+   may have made 64 bits wide. Systems younger than that change have the second call alone.     */
 #ifdef SYS_futex
 #define VKP_I_FUTEX SYS_futex
+typedef long vkp_i_futex_number;
 #else
 #define VKP_I_FUTEX SYS_futex_time64
+typedef long long vkp_i_futex_number;
 #endif
+
+/* From the kernel's interface: its own headers are no part of every libc's (musl). */
+#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)
+#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128)
+#define VKP_I_FUTEX_ANY 0xffffffffu
+#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* who wakes after 68 years looks, and sleeps again */
 
 static void vkp_i_parker_init(vkp_parker *parker)
 {
@@ -2694,18 +2725,22 @@ static void vkp_i_parker_deinit(vkp_parker *parker)
    is due; its exchange pairs with the loads here.                                             */
 static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
 {
-    struct timespec until;
+    struct {
+        vkp_i_futex_number s;
+        vkp_i_futex_number ns;
+    } until;
+    uint64_t s = deadline_ns / VKP_I_NS_PER_S;
     uint32_t state = VKP_I_PARK_EMPTY;
     (void)VKP_I_CAS(&parker->state, &state, VKP_I_PARK_ASLEEP);
-    until.tv_sec = (time_t)(deadline_ns / VKP_I_NS_PER_S);
-    until.tv_nsec = (long)(deadline_ns % VKP_I_NS_PER_S);
+    until.s = (vkp_i_futex_number)(s < VKP_I_FUTEX_MOST_S ? s : VKP_I_FUTEX_MOST_S);
+    until.ns = (vkp_i_futex_number)(deadline_ns % VKP_I_NS_PER_S);
     while (VKP_I_LOAD_ACQ(&parker->state) != VKP_I_PARK_NOTIFIED) {
         if (deadline_ns != VKP_FOREVER && vkp_i_os_clock_ns() >= deadline_ns) {
             return;
         }
-        (void)syscall(VKP_I_FUTEX, &parker->state, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG,
+        (void)syscall(VKP_I_FUTEX, &parker->state, VKP_I_FUTEX_WAIT_BITSET_PRIVATE,
                       VKP_I_PARK_ASLEEP, deadline_ns == VKP_FOREVER ? NULL : &until, NULL,
-                      FUTEX_BITSET_MATCH_ANY);
+                      VKP_I_FUTEX_ANY);
     }
 }
 
@@ -2713,8 +2748,7 @@ static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
 static void vkp_i_os_unpark(vkp_parker *parker)
 {
     if (VKP_I_XCHG(&parker->state, VKP_I_PARK_NOTIFIED) == VKP_I_PARK_ASLEEP) {
-        (void)syscall(VKP_I_FUTEX, &parker->state, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL,
-                      0);
+        (void)syscall(VKP_I_FUTEX, &parker->state, VKP_I_FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
     }
 }
 #else
@@ -3177,6 +3211,67 @@ static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_
     return -ENOSYS;
 #endif
 }
+
+static int vkp_i_os_kqueue_create(void)
+{
+#if VKP_I_LINUX
+    return -ENOSYS;
+#else
+    int kq = kqueue();
+    if (kq < 0) {
+        return -errno;
+    }
+    (void)fcntl(kq, F_SETFD, FD_CLOEXEC);
+    return kq;
+#endif
+}
+
+/* In whole microseconds, since some kernels cut off the rest. They also limit the time (to a day,
+   to three years) or refuse a longer one, and may measure it by another clock: so the deadline
+   decides whether it was enough.                                                              */
+static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *events,
+                           int event_count, uint64_t deadline_ns)
+{
+#if VKP_I_LINUX
+    (void)kq;
+    (void)changes;
+    (void)change_count;
+    (void)events;
+    (void)event_count;
+    (void)deadline_ns;
+    return -ENOSYS;
+#else
+    const int before = errno;
+    int result;
+    bool too_early;
+    do {
+        const uint64_t now = deadline_ns == 0 ? 0 : vkp_i_os_clock_ns();
+        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / 1000u + 1u : 0;
+        struct timespec wait;
+        us = VKP_I_MIN(us, (uint64_t)86400u * 1000000u);
+        wait.tv_sec = (time_t)(us / 1000000u);
+        wait.tv_nsec = (long)(us % 1000000u * 1000u);
+        result = vkp_i_os_result(kevent(kq, (const struct kevent *)changes, change_count,
+                                        (struct kevent *)events, event_count,
+                                        deadline_ns == VKP_FOREVER ? NULL : &wait));
+        change_count = 0;
+        too_early = result == 0 && event_count > 0 && us > 0 && vkp_i_os_clock_ns() < deadline_ns;
+    } while (too_early);
+    errno = before;
+    return result;
+#endif
+}
+
+static int vkp_i_os_fd_kind(int fd)
+{
+    struct stat found;
+    if (fstat(fd, &found) < 0) {
+        return -errno;
+    }
+    return S_ISREG(found.st_mode)    ? VKP_FD_FILE
+           : S_ISSOCK(found.st_mode) ? VKP_FD_SOCKET
+                                     : VKP_FD_OTHER;
+}
 #define VKP_I_OS(name) vkp_i_os_##name
 #else
 #define VKP_I_OS(name) NULL
@@ -3185,15 +3280,15 @@ static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_
 VKP_API const vkp_sys *vkp_sys_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,     vkp_i_os_random_u64, vkp_i_os_process_id,    vkp_i_os_user_id,
-        vkp_i_os_park,         vkp_i_os_unpark,     vkp_i_os_yield,         vkp_i_os_processors,
-        vkp_i_os_membarrier,   VKP_I_OS(socket),    VKP_I_OS(bind),         VKP_I_OS(listen),
-        VKP_I_OS(accept),      VKP_I_OS(connect),   VKP_I_OS(socket_error), VKP_I_OS(prepare),
-        VKP_I_OS(set_nodelay), VKP_I_OS(peer),      VKP_I_OS(local_port),   VKP_I_OS(resolve),
-        VKP_I_OS(read),        VKP_I_OS(send),      VKP_I_OS(write),        VKP_I_OS(close),
-        VKP_I_OS(lock_file),   VKP_I_OS(identify),  VKP_I_OS(chmod),        VKP_I_OS(unlink),
-        VKP_I_OS(wake_pair),   VKP_I_OS(poll),      VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
-        VKP_I_OS(epoll_wait)};
+        vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,
+        vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,         vkp_i_os_processors,
+        vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),         VKP_I_OS(listen),
+        VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error), VKP_I_OS(prepare),
+        VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),   VKP_I_OS(resolve),
+        VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),        VKP_I_OS(close),
+        VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),        VKP_I_OS(unlink),
+        VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
+        VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
     return &table;
 }
 
@@ -7111,6 +7206,7 @@ typedef struct vkp_i_task {
 typedef struct vkp_i_attached {
     struct vkp_i_attached *prev;
     struct vkp_i_attached *next;
+    vkp_loop *loop;
     void (*on_loop_close)(struct vkp_i_attached *self);
 } vkp_i_attached;
 
@@ -7145,6 +7241,8 @@ struct vkp_loop {
     bool in_round;
     bool closed;
     uint32_t unpolled;     /* rounds since the backend was asked */
+    uint64_t reminder_ns;  /* when a guest calls for a round by itself */
+    bool reminded;         /* it still does */
     vkp_i_waiters unarmed; /* case watches that look by themselves until the loop would sleep */
     uint64_t now_ns;
     vkp_event *events;
@@ -7197,20 +7295,47 @@ static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
     return true;
 }
 
+#define VKP_I_SOME_DAY (VKP_FOREVER - 1)
+
+/* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
+   with this; so does whatever makes work outside of rounds. Objects that have no deadline still
+   have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
+static vkp_status vkp_i_loop_remind(vkp_loop *loop)
+{
+    uint64_t deadline_ns;
+    vkp_status status = VKP_OK;
+    if (loop->backend->timer == NULL || loop->in_round || loop->closed) {
+        return VKP_OK;
+    }
+    deadline_ns = vkp_loop_get_deadline(loop);
+    if (deadline_ns == VKP_FOREVER && loop->attached.next != &loop->attached) {
+        deadline_ns = VKP_I_SOME_DAY;
+    }
+    if (!loop->reminded || deadline_ns != loop->reminder_ns) {
+        status = loop->backend->timer(loop->backend_state, deadline_ns);
+        loop->reminded = status == VKP_OK;
+        loop->reminder_ns = deadline_ns;
+    }
+    return status;
+}
+
 /* Run a task at the end of this round. Loop's thread. */
 static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
 {
     task->next = NULL;
     *loop->deferred_end = task;
     loop->deferred_end = &task->next;
+    (void)!vkp_i_loop_remind(loop);
 }
 
 static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
 {
     object->prev = loop->attached.prev;
     object->next = &loop->attached;
+    object->loop = loop;
     loop->attached.prev->next = object;
     loop->attached.prev = object;
+    (void)!vkp_i_loop_remind(loop);
 }
 
 static void vkp_i_loop_detach(vkp_i_attached *object)
@@ -7220,6 +7345,7 @@ static void vkp_i_loop_detach(vkp_i_attached *object)
         object->next->prev = object->prev;
         object->prev = NULL;
         object->next = NULL;
+        (void)!vkp_i_loop_remind(object->loop);
     }
 }
 
@@ -7265,13 +7391,21 @@ static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
                                            : loop->sys->clock_ns();
 }
 
+/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
+   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
 static void vkp_i_backend_round(void *user)
 {
-    (void)!vkp_loop_run_once((vkp_loop *)user, 0); /* a guest has nobody to tell */
+    vkp_loop *loop = (vkp_loop *)user;
+    if (loop->in_round) {
+        loop->reminded = false;
+    } else if (!loop->closed) {
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+    }
 }
 
 static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
 {
+    vkp_status status;
     loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
     loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
     loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
@@ -7288,7 +7422,16 @@ static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config
     loop->host.foreign = config->foreign;
     loop->host.loop = loop;
     loop->host.round = vkp_i_backend_round;
-    return loop->backend->open(&loop->host, &loop->backend_state);
+    status = loop->backend->open(&loop->host, &loop->backend_state);
+    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    if (status == VKP_OK && loop->backend->timer != NULL) {
+        status = loop->backend->timer(loop->backend_state, 0);
+        loop->reminded = true;
+        if (status != VKP_OK) {
+            loop->backend->close(loop->backend_state);
+        }
+    }
+    return status;
 }
 
 VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
@@ -7389,7 +7532,13 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     /* What was posted so far runs; what it posts is refused. */
     vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
     vkp_i_loop_run_deferred(loop);
+    while (loop->timer_count > 0) { /* stopped: their owners may say so after the loop is gone */
+        loop->timers[--loop->timer_count].timer->i_index = 0;
+    }
     loop->in_round = false;
+    if (loop->backend->timer != NULL) {
+        (void)loop->backend->timer(loop->backend_state, VKP_FOREVER);
+    }
     VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
     if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
         vkp_loop_unref(loop);
@@ -7411,7 +7560,8 @@ VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
 
 VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop)
 {
-    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL) {
+    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL ||
+        !vkp_i_waiters_empty(&loop->unarmed)) {
         return 0;
     }
     return loop->timer_count > 0 ? loop->timers[0].deadline_ns : VKP_FOREVER;
@@ -7466,6 +7616,7 @@ VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
     vkp_status status;
     VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
     loop = watch->i_loop;
+    interest &= VKP_READ | VKP_WRITE;
     if (watch->i_interest == interest) {
         return VKP_OK;
     }
@@ -7552,7 +7703,7 @@ static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entr
     vkp_i_timer_place(loop, index, entry);
 }
 
-VKP_API void vkp_timer_stop(vkp_timer *timer)
+static void vkp_i_timer_remove(vkp_timer *timer)
 {
     vkp_loop *loop = timer->i_loop;
     size_t index;
@@ -7573,11 +7724,20 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
     }
 }
 
+VKP_API void vkp_timer_stop(vkp_timer *timer)
+{
+    if (timer->i_index != 0) {
+        vkp_i_timer_remove(timer);
+        (void)!vkp_i_loop_remind(timer->i_loop); /* if it fails: a round too many */
+    }
+}
+
 VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t deadline_ns,
                                    uint64_t period_ns, void (*fn)(vkp_timer *timer))
 {
     vkp_i_timer_entry entry;
     void *timers;
+    vkp_status status;
     VKP_I_REQUIRE(loop != NULL && timer != NULL && fn != NULL && vkp_i_on_loop(loop));
     timers = loop->timers;
     if (!vkp_i_grow(loop->env, &timers, &loop->timer_capacity, loop->timer_count + 1,
@@ -7585,7 +7745,7 @@ VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t de
         return VKP_ERR_NOMEM;
     }
     loop->timers = (vkp_i_timer_entry *)timers;
-    vkp_timer_stop(timer);
+    vkp_i_timer_remove(timer);
     timer->i_loop = loop;
     timer->i_fn = fn;
     timer->i_deadline_ns = deadline_ns;
@@ -7595,7 +7755,11 @@ VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t de
     entry.order = loop->timer_order++;
     entry.timer = timer;
     vkp_i_timer_sift_up(loop, loop->timer_count++, entry);
-    return VKP_OK;
+    status = vkp_i_loop_remind(loop);
+    if (status != VKP_OK) {
+        vkp_timer_stop(timer);
+    }
+    return status;
 }
 
 static uint64_t vkp_i_add_ns(uint64_t a, uint64_t b)
@@ -7611,7 +7775,7 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
     while (loop->timer_count > 0 && loop->timers[0].deadline_ns <= loop->now_ns &&
            loop->timers[0].order < newest) {
         vkp_timer *timer = loop->timers[0].timer;
-        vkp_timer_stop(timer);
+        vkp_i_timer_remove(timer);
         if (timer->i_period_ns != 0) {
             uint64_t next = vkp_i_add_ns(timer->i_deadline_ns, timer->i_period_ns);
             if (next <= loop->now_ns) {
@@ -7651,6 +7815,9 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     }
     VKP_I_STORE_SEQ(&loop->asleep, 0u);
     loop->now_ns = vkp_i_loop_clock(loop);
+    if (loop->reminder_ns <= loop->now_ns) {
+        loop->reminded = false; /* a guest's timer has gone off, or is about to for nothing */
+    }
     if (status != VKP_OK) {
         count = 0;
     }
@@ -7665,6 +7832,9 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     loop->in_round = false;
     /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
+    if (vkp_i_loop_remind(loop) != VKP_OK && status == VKP_OK) {
+        status = VKP_ERR_SYS;
+    }
     return status;
 }
 
@@ -8232,7 +8402,8 @@ static double vkp_i_to_double(const char *text, size_t len)
     return strtod(copy, NULL);
 }
 
-#define VKP_I_DOUBLE_MAX 1.7976931348623157e308
+/* Not as a literal: where doubles are computed with more bits (x87) that one is a bit less. */
+#define VKP_I_DOUBLE_MAX DBL_MAX
 
 /* Whether the text is a double of the grammar and finite, or one of the named ones. */
 static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
@@ -9406,7 +9577,7 @@ static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node
         if (node->next != NULL) {
             return node->next;
         }
-        bucket = (node->hash & (count - 1)) + 1;
+        bucket = (size_t)(node->hash & (count - 1)) + 1;
     }
     for (; bucket < count && found == NULL; bucket++) {
         found = *vkp_i_map_bucket(map->buckets, bucket);
@@ -12754,10 +12925,12 @@ static vkp_status vkp_i_listener_open_registry(vkp_listener *listener)
 /* "unix:PATH" or, for a unique one, "unix:". */
 static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *path)
 {
-    vkp_status status = path[0] == '@' && !VKP_I_LINUX ? VKP_ERR_UNSUPPORTED : VKP_OK;
-    if (status != VKP_OK) {
-        return status;
+    vkp_status status = VKP_OK;
+#if !VKP_I_LINUX
+    if (path[0] == '@') {
+        return VKP_ERR_UNSUPPORTED;
     }
+#endif
     if (listener->config.registry == NULL) {
         status = vkp_i_listener_open_registry(listener);
     } else {

@@ -12,7 +12,11 @@
    - Regular files get EPERM, which is reported. EPOLLHUP and EPOLLERR mean both directions too.
    - Edge-triggered, one busy peer can hold up the others. Level-triggered, what stays ready goes
      to the end of the kernel's queue, and a batch that was cut short starves nobody.          */
+#if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
+#else /* installed, or copied into another folder */
+#include "valkey_push.h"
+#endif
 
 #ifdef __linux__ /* elsewhere this file is empty: one build line serves every platform */
 

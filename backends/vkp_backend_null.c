@@ -11,7 +11,11 @@
      without waiting. Only a wait without end sleeps, for nothing else could end it: the clock has
      nowhere to jump to. Order and clock repeat exactly as long as the peers are in this thread.
    Poll's own faults are dealt with as in vkp_backend_poll.c; the set is sorted, not indexed.    */
+#if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
+#else /* installed, or copied into another folder */
+#include "valkey_push.h"
+#endif
 
 #include <errno.h>
 #include <poll.h>

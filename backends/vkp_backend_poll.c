@@ -14,7 +14,11 @@
      kind of descriptor. It becomes "readable, writable, hung up": readers drain before they
      believe it.
    - Nothing but a descriptor ends the call early: a pipe or an eventfd in the set is the wake. */
+#if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
+#else /* installed, or copied into another folder */
+#include "valkey_push.h"
+#endif
 
 #include <errno.h>
 #include <poll.h>

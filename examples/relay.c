@@ -1,4 +1,5 @@
-/* mkdir -p build; cc -O2 -I. examples/relay.c backends/v*poll.c -pthread -o build/valkey-push-relay
+/* mkdir -p build
+   cc -O2 -I. examples/relay.c backends/*_[ekp]*.c -pthread -o build/valkey-push-relay
    SPDX-License-Identifier: MIT
 
    valkey-push-relay: one connection to a Valkey server, any number of local clients; without
@@ -55,6 +56,8 @@ static const char usage[] =
     "  --backend NAME       poll" /* the list goes on below */
 #ifdef __linux__
     " or epoll (default)"
+#else
+    " or kqueue (default)"
 #endif
     "\n"
     "  --threads N          event loops, clients are spread over them; default 1\n"
@@ -133,6 +136,11 @@ static bool read_backend(const char *text, options *opts)
 #ifdef __linux__
     if (strcmp(text, "epoll") == 0) {
         opts->backend = &vkp_backend_epoll;
+        return true;
+    }
+#else
+    if (strcmp(text, "kqueue") == 0) {
+        opts->backend = &vkp_backend_kqueue;
         return true;
     }
 #endif
@@ -233,7 +241,7 @@ static int read_options(int argc, char **argv, options *opts)
 {
     int i;
     memset(opts, 0, sizeof *opts);
-    (void)read_backend("epoll", opts); /* falls back to poll where there is none */
+    (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the system's own */
     opts->threads = 1;
     opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;

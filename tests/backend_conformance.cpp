@@ -29,10 +29,12 @@
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "support/foreign/foreign.h"
 #include "support/support.h"
 
 namespace {
@@ -47,6 +49,22 @@ std::vector<const vkp_backend *> all_backends()
         found.push_back(*at);
     }
     return found;
+}
+
+// A guest's loop waits in its stead, and knows some things less well than we ask for.
+bool is_guest()
+{
+    return vkp_test_foreign_loop() != nullptr;
+}
+
+bool dies_of_closed()
+{
+    return is_guest() && vkp_test_foreign_loop()->dies_of_closed;
+}
+
+bool spins_on_closed()
+{
+    return is_guest() && vkp_test_foreign_loop()->spins_on_closed;
 }
 
 #define ON_EVERY_BACKEND                                                                         \
@@ -126,14 +144,38 @@ struct Socket {
 
 // ---- a table of system calls with faults in it ----
 
+class Fault {
+public:
+    Fault &operator=(int error) // a negated errno, or 0 for the real call
+    {
+        error_ = error;
+        hits = 0;
+        return *this;
+    }
+    template <typename Call> int or_else(Call call)
+    {
+        if (error_ == 0) {
+            return call(); // without a trace: wakes come from other threads
+        }
+        hits++;
+        return error_;
+    }
+    int hits = 0;
+
+private:
+    int error_ = 0;
+};
+
 struct Faults {
-    int wake_pair = 0; // negated errno, or 0 for the real call
-    int epoll_create = 0;
-    int epoll_ctl = 0;
-    int wait = 0;           // poll and epoll_wait
+    Fault wake_pair;
+    Fault create; // of an epoll set or a kqueue
+    Fault change; // of what such a one watches
+    Fault wait;
     bool pipe_wake = false; // as where there is no eventfd
 };
 Faults faults;
+const std::array<Fault Faults::*, 3> faults_of_opening = {&Faults::wake_pair, &Faults::create,
+                                                          &Faults::change};
 
 int pipe_wake_pair(int fds[2])
 {
@@ -149,30 +191,35 @@ int pipe_wake_pair(int fds[2])
 
 const vkp_sys *faulty_sys()
 {
+    static const vkp_sys *const real = vkp_test_sys();
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *real;
         copy.wake_pair = [](int fds[2]) {
-            if (faults.wake_pair != 0) {
-                return faults.wake_pair;
-            }
-            return faults.pipe_wake ? pipe_wake_pair(fds) : vkp_sys_default()->wake_pair(fds);
+            return faults.wake_pair.or_else(
+                [&] { return faults.pipe_wake ? pipe_wake_pair(fds) : real->wake_pair(fds); });
         };
         copy.epoll_create = [] {
-            return faults.epoll_create != 0 ? faults.epoll_create
-                                            : vkp_sys_default()->epoll_create();
+            return faults.create.or_else([] { return real->epoll_create(); });
         };
         copy.epoll_ctl = [](int set, int operation, int fd, void *event) {
-            return faults.epoll_ctl != 0 ? faults.epoll_ctl
-                                         : vkp_sys_default()->epoll_ctl(set, operation, fd, event);
+            return faults.change.or_else(
+                [&] { return real->epoll_ctl(set, operation, fd, event); });
         };
         copy.poll = [](void *fds, size_t count, uint64_t deadline_ns) {
-            return faults.wait != 0 ? faults.wait
-                                    : vkp_sys_default()->poll(fds, count, deadline_ns);
+            return faults.wait.or_else([&] { return real->poll(fds, count, deadline_ns); });
         };
         copy.epoll_wait = [](int set, void *events, int capacity, uint64_t deadline_ns) {
-            return faults.wait != 0
-                       ? faults.wait
-                       : vkp_sys_default()->epoll_wait(set, events, capacity, deadline_ns);
+            return faults.wait.or_else(
+                [&] { return real->epoll_wait(set, events, capacity, deadline_ns); });
+        };
+        copy.kqueue_create = [] {
+            return faults.create.or_else([] { return real->kqueue_create(); });
+        };
+        copy.kevent = [](int kq, const void *changes, int change_count, void *events,
+                         int event_count, uint64_t deadline_ns) {
+            return (change_count > 0 ? faults.change : faults.wait).or_else([&] {
+                return real->kevent(kq, changes, change_count, events, event_count, deadline_ns);
+            });
         };
         return copy;
     }();
@@ -461,15 +508,47 @@ TEST_CASE("backend: of several descriptors exactly the ready ones are reported, 
     CHECK(bench.ready() == expected);
 }
 
-TEST_CASE("backend: more than a thousand descriptors")
+TEST_CASE("backend: what can be read and written is one event")
 {
     ON_EVERY_BACKEND;
-    constexpr size_t count = 1100;
+    std::vector<Socket> sockets(8);
+    Bench bench(backend);
+    Ready expected;
+    for (size_t i = 0; i < sockets.size(); i++) {
+        REQUIRE(bench.watch(sockets[i].mine, both, i) == VKP_OK);
+        put(sockets[i].peer);
+        expected[i] = both;
+    }
+    for (int i = 0; i < 3; i++) {
+        CHECK(bench.ready() == expected);
+    }
+    // Cut off between the two directions, the rest comes later.
+    for (const size_t capacity : {1u, 3u, 5u}) {
+        Ready seen;
+        for (int i = 0; i < 32; i++) {
+            for (const auto &event : bench.ready(capacity)) {
+                seen[event.first] |= event.second;
+            }
+        }
+        CHECK(seen == expected);
+    }
+}
+
+TEST_CASE("backend: a thousand descriptors, and ten thousand")
+{
+    ON_EVERY_BACKEND;
+    const size_t count = GENERATE(1100u, 10000u);
+    INFO(count << " descriptors");
     rlimit limit;
     REQUIRE(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    const rlimit before = limit;
     if (limit.rlim_cur < count + 200) {
         limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, count + 200);
         REQUIRE(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    }
+    if (limit.rlim_cur < count + 200) {
+        WARN("this system allows " << limit.rlim_cur << " descriptors, not " << count + 200);
+        return;
     }
     Pipe pipe; // many descriptors of two pipes: half as many are needed as for pipes of their own
     Pipe quiet;
@@ -477,20 +556,29 @@ TEST_CASE("backend: more than a thousand descriptors")
     Bench bench(backend);
     Ready expected;
     for (size_t i = 0; i < count; i++) {
-        fds.emplace_back(dup(i % 10 == 0 ? pipe.reader : quiet.reader));
+        const bool busy = i % (count / 110) == 0; // one batch takes them all
+        fds.emplace_back(dup(busy ? pipe.reader : quiet.reader));
         REQUIRE(int(fds.back()) >= 0);
         REQUIRE(bench.watch(fds.back(), VKP_READ, i) == VKP_OK);
-        if (i % 10 == 0) {
+        if (busy) {
             expected[i] = VKP_READ;
         }
     }
     CHECK(bench.ready(count) == Ready{});
     put(pipe.writer);
-    CHECK(bench.ready(count) == expected);
+    Ready seen;
+    for (int i = 0; i < 3; i++) { // libev's first batch has room for 64
+        for (const auto &event : bench.ready(count)) {
+            seen.insert(event);
+        }
+    }
+    CHECK(seen == expected);
     for (size_t i = 0; i < count; i++) {
         REQUIRE(bench.watch(fds[i], 0) == VKP_OK);
     }
     CHECK(bench.ready(count) == Ready{});
+    fds.clear();
+    REQUIRE(setrlimit(RLIMIT_NOFILE, &before) == 0);
 }
 
 TEST_CASE("backend: a regular file is ready at once or refused with the system's error")
@@ -683,7 +771,109 @@ TEST_CASE("backend: a pipe that nobody will read tells its writer")
     CHECK((events[1] & (VKP_ERR | VKP_HUP)) != 0);
 }
 
+TEST_CASE("backend: a pipe that nobody reads any more is refused, or tells its writer")
+{
+    ON_EVERY_BACKEND;
+    Pipe pipe;
+    Bench bench(backend);
+    pipe.reader.reset();
+    errno = 0;
+    if (bench.watch(pipe.writer, VKP_WRITE, 1) == VKP_OK) {
+        Ready events = bench.ready();
+        REQUIRE(events.count(1) == 1);
+        CHECK((events[1] & (VKP_ERR | VKP_HUP)) != 0);
+    } else {
+        CHECK(errno == EPIPE);
+        CHECK(bench.ready() == Ready{});
+    }
+    CHECK(bench.watch(pipe.writer, 0) == VKP_OK);
+    CHECK(bench.ready() == Ready{});
+}
+
+TEST_CASE("backend: a half-open socket lets the loop sleep")
+{
+    ON_EVERY_BACKEND;
+    Socket socket;
+    Bench bench(backend);
+    const std::string chunk(4096, 'x');
+    SECTION("the peer sends no more, and that was read")
+    {
+        REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+        REQUIRE(shutdown(socket.peer, SHUT_WR) == 0);
+        CHECK((bench.ready()[1] & VKP_READ) != 0);
+        CHECK(take(socket.mine).empty());
+        REQUIRE(bench.watch(socket.mine, 0, 1) == VKP_OK);
+        CHECK(bench.early_returns(100) <= 1);
+        put(socket.mine, "answer");
+        CHECK(take(socket.peer) == "answer");
+        CHECK(bench.early_returns(100) <= 1);
+    }
+    SECTION("the peer sends no more, and does not read")
+    {
+        while (write(socket.mine, chunk.data(), chunk.size()) > 0) {
+        }
+        REQUIRE(shutdown(socket.peer, SHUT_WR) == 0);
+        REQUIRE(bench.watch(socket.mine, VKP_WRITE, 1) == VKP_OK);
+        CHECK(bench.early_returns(100) <= 1);
+        while (bench.ready().empty()) {
+            take(socket.peer);
+        }
+        CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+        CHECK(write(socket.mine, chunk.data(), 1) == 1);
+    }
+    SECTION("we send no more, and wait for the answer")
+    {
+        REQUIRE(shutdown(socket.mine, SHUT_WR) == 0);
+        REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+        CHECK(bench.early_returns(100) <= 1);
+        put(socket.peer, "answer");
+        CHECK((bench.ready()[1] & VKP_READ) != 0);
+        CHECK(take(socket.mine) == "answer");
+        CHECK(bench.early_returns(100) <= 1);
+    }
+    SECTION("both ends are closed, and the watch is over")
+    {
+        REQUIRE(bench.watch(socket.mine, both, 1) == VKP_OK);
+        socket.peer.reset();
+        CHECK((bench.ready()[1] & both) == both);
+        REQUIRE(bench.watch(socket.mine, 0, 1) == VKP_OK);
+        CHECK(bench.early_returns(100) <= 1);
+    }
+}
+
 // ---- descriptors that are closed and used again ----
+
+TEST_CASE("backend: descriptors are closed while their batch is handled")
+{
+    ON_EVERY_BACKEND;
+    std::vector<Pipe> pipes(12);
+    std::vector<Pipe> fresh;
+    Bench bench(backend);
+    Ready expected;
+    for (size_t i = 0; i < pipes.size(); i++) {
+        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, i) == VKP_OK);
+        put(pipes[i].writer);
+    }
+    CHECK(bench.ready().size() == pipes.size());
+    for (size_t i = 0; i < pipes.size(); i++) {
+        if (i % 3 == 0) { // its own, and the next one's, whose event is still to be handled
+            for (const size_t ended : {i, i + 1}) {
+                REQUIRE(bench.watch(pipes[ended].reader, 0) == VKP_OK);
+                pipes[ended] = Pipe(); // another file, of the same number more often than not
+            }
+            REQUIRE(bench.watch(pipes[i].reader, VKP_READ, 100 + i) == VKP_OK);
+        } else if (i % 3 == 2) {
+            expected[i] = VKP_READ;
+        }
+    }
+    CHECK(bench.ready() == expected);
+    for (size_t i = 0; i < pipes.size(); i += 3) {
+        put(pipes[i].writer);
+        put(pipes[i + 1].writer);
+        expected[100 + i] = VKP_READ;
+    }
+    CHECK(bench.ready() == expected);
+}
 
 TEST_CASE("backend: a number used again inside a batch brings no event of its former owner")
 {
@@ -771,7 +961,7 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
         REQUIRE(dup2(fresh.reader, number) == number); // closes what was there
         REQUIRE(bench.watch(number, VKP_READ, 2) == VKP_OK);
         CHECK(bench.ready() == Ready{});
-        CHECK(bench.early_returns(10) <= 2);
+        CHECK(bench.early_returns(10) <= (spins_on_closed() ? 10 : 2));
         put(fresh.writer);
         CHECK(bench.ready() == Ready{{2, VKP_READ}});
     }
@@ -799,6 +989,9 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
     }
     SECTION("and others were closed without a word as well")
     {
+        if (dies_of_closed()) {
+            return;
+        }
         std::vector<int> closed;
         {
             std::vector<Pipe> more(5);
@@ -829,11 +1022,11 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
     {
         old.reader.reset();
         CHECK(bench.watch(number, 0) == VKP_OK);
-        faults.epoll_create = -EMFILE;
+        faults.create = -EMFILE;
         for (int i = 0; i < 5; i++) {
             CHECK(bench.ready() == Ready{});
         }
-        faults.epoll_create = 0;
+        faults.create = 0;
         CHECK(bench.ready() == Ready{});
         CHECK(bench.early_returns(10) <= 2);
     }
@@ -892,7 +1085,8 @@ TEST_CASE("backend: a signal is no event and no error")
     {
         faults.wait = -EINTR;
         std::vector<vkp_event> events(1);
-        for (const uint64_t deadline : {uint64_t(0), bench.now() + ms, VKP_FOREVER}) {
+        const uint64_t last = is_guest() ? bench.now() + 2 * ms : VKP_FOREVER;
+        for (const uint64_t deadline : {uint64_t(0), bench.now() + ms, last}) {
             CHECK(bench.try_wait(deadline, &events) == VKP_OK);
             CHECK(events.empty());
         }
@@ -909,13 +1103,79 @@ TEST_CASE("backend: a signal is no event and no error")
         REQUIRE(setitimer(ITIMER_REAL, &every, nullptr) == 0);
         bool quiet = true;
         for (int i = 0; i < 50; i++) {
-            quiet = bench.wait(VKP_FOREVER).empty() && quiet; // nothing but a signal can end it
+            // Nothing but a signal can end it. A guest's loop goes on: not before its deadline.
+            const uint64_t deadline = is_guest() ? bench.now() + ms : VKP_FOREVER;
+            const bool none = bench.wait(deadline).empty();
+            quiet = none && (!is_guest() || bench.now() >= deadline) && quiet;
         }
         every = itimerval();
         REQUIRE(setitimer(ITIMER_REAL, &every, nullptr) == 0);
         REQUIRE(sigaction(SIGALRM, &before, nullptr) == 0);
         CHECK(quiet);
     }
+}
+
+TEST_CASE("backend: a storm of signals loses no event and no wake")
+{
+    ON_EVERY_BACKEND;
+    static std::atomic<int> signals;
+    constexpr int rounds = 1000;
+    Socket socket;
+    Bench bench(backend);
+    REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+    std::atomic<int> wakes{0};
+    int echoed = 0;
+    int answered = 0;
+    signals = 0;
+    // Each round of the other thread needs an event here, and each second one a wake as well.
+    std::thread other([&] {
+        sigset_t blocked; // the storm is for the thread that waits
+        sigemptyset(&blocked);
+        sigaddset(&blocked, SIGALRM);
+        pthread_sigmask(SIG_BLOCK, &blocked, nullptr);
+        for (int i = 0; i < rounds; i++) {
+            put(socket.peer);
+            take(socket.peer, 1);
+            if (i % 2 == 0) {
+                wakes.fetch_add(1);
+                bench.wake();
+                take(socket.peer, 1);
+            }
+        }
+    });
+    struct sigaction action = {};
+    struct sigaction before = {};
+    action.sa_handler = [](int) { signals.fetch_add(1); };
+    REQUIRE(sigaction(SIGALRM, &action, &before) == 0);
+    itimerval every = {};
+    every.it_interval.tv_usec = 100;
+    every.it_value.tv_usec = 100;
+    REQUIRE(setitimer(ITIMER_REAL, &every, nullptr) == 0);
+    while (echoed < rounds || answered < rounds / 2) {
+        const uint64_t deadline = bench.patience();
+        for (const vkp_event &event : bench.wait(deadline)) {
+            if (event.ready != VKP_READ) {
+                vkp_test_fail("backend %s: not readable alone", backend->name);
+            }
+            take(socket.mine, 1);
+            put(socket.mine);
+            echoed++;
+        }
+        if (bench.now() >= deadline) {
+            vkp_test_fail("backend %s lost an event or a wake", backend->name);
+        }
+        for (; answered < wakes.load(); answered++) {
+            put(socket.mine);
+        }
+    }
+    every = itimerval();
+    REQUIRE(setitimer(ITIMER_REAL, &every, nullptr) == 0);
+    REQUIRE(sigaction(SIGALRM, &before, nullptr) == 0);
+    other.join();
+    CHECK(echoed == rounds);
+    CHECK(answered == rounds / 2);
+    CHECK(signals > 0);
+    CHECK(bench.early_returns(100) <= 2);
 }
 
 // ---- wake ----
@@ -1043,12 +1303,12 @@ std::atomic<bool> errno_changed{false};
 
 void wake_in_handler(int)
 {
+    handlers_run.fetch_add(1); // before the wakes: who is woken by the last of them counts it
     errno = E2BIG;
     for (int i = 0; i < 10; i++) {
         signalled_bench->wake();
     }
     errno_changed.store(errno_changed.load() || errno != E2BIG);
-    handlers_run.fetch_add(1);
 }
 
 } // namespace
@@ -1175,17 +1435,17 @@ TEST_CASE("backend: after_fork parts the child from its parent")
     }
     SECTION("a failure is reported, and the state can still be closed")
     {
-        faults.wake_pair = -EMFILE;
-        errno = 0;
-        CHECK(bench.after_fork() == VKP_ERR_SYS);
-        CHECK(errno == EMFILE);
-        bench.wake();
-        faults.wake_pair = 0;
-        faults.epoll_create = -ENFILE;
-        if (bench.after_fork() != VKP_OK) {
-            CHECK(errno == ENFILE);
+        for (Fault Faults::*fault : faults_of_opening) {
+            faults.*fault = -ENFILE;
+            errno = 0;
+            const vkp_status status = bench.after_fork();
+            CHECK(status == ((faults.*fault).hits > 0 ? VKP_ERR_SYS : VKP_OK));
+            if (status != VKP_OK) {
+                CHECK(errno == ENFILE);
+            }
+            bench.wake();
+            faults.*fault = 0;
         }
-        faults.epoll_create = 0;
         REQUIRE(bench.after_fork() == VKP_OK);
         CHECK(bench.ready() == Ready{{1, VKP_READ}});
         bench.close();
@@ -1194,36 +1454,63 @@ TEST_CASE("backend: after_fork parts the child from its parent")
     }
 }
 
+TEST_CASE("backend: a forked child closes no descriptor that is not the backend's")
+{
+    ON_EVERY_BACKEND;
+    const bool after_fork = GENERATE(false, true);
+    INFO((after_fork ? "after_fork, then close" : "close alone"));
+    Pipe pipe;
+    Bench bench(backend);
+    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    struct stat expected = {};
+    REQUIRE(fstat(pipe.reader, &expected) == 0);
+    CHECK(in_child([&] {
+              // Numbers that were free at the fork, a queue's that is not inherited among them.
+              std::vector<Fd> taken;
+              for (int i = 0; i < 16; i++) {
+                  taken.emplace_back(dup(pipe.reader));
+              }
+              if (after_fork && bench.after_fork() != VKP_OK) {
+                  return 1;
+              }
+              bench.close();
+              for (const Fd &fd : taken) {
+                  struct stat found = {};
+                  if (fstat(fd, &found) != 0 || found.st_ino != expected.st_ino) {
+                      return 2;
+                  }
+              }
+              return bench.blocks() == 0 ? 0 : 3;
+          }) == 0);
+    put(pipe.writer);
+    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+}
+
 // ---- faults ----
 
 TEST_CASE("backend: an open that fails leaves nothing behind")
 {
     ON_EVERY_BACKEND;
-    const bool is_epoll = std::string(backend->name) == "epoll";
     Host host(backend);
-    struct Case {
-        int Faults::*call;
-        int error;
-        bool used;
-    };
-    for (const Case &fault : {Case{&Faults::wake_pair, EMFILE, true},
-                              Case{&Faults::wake_pair, ENOMEM, true},
-                              Case{&Faults::epoll_create, EMFILE, is_epoll},
-                              Case{&Faults::epoll_create, ENOMEM, is_epoll},
-                              Case{&Faults::epoll_ctl, ENOSPC, is_epoll}}) {
-        faults = Faults();
-        faults.*fault.call = -fault.error;
-        errno = 0;
-        const vkp_status status = host.open();
-        CHECK(status == (fault.used ? VKP_ERR_SYS : VKP_OK));
-        if (status != VKP_OK) {
-            CHECK(errno == fault.error);
-            CHECK_FALSE(host.is_open());
+    int failures = 0;
+    for (Fault Faults::*fault : faults_of_opening) {
+        for (const int error : {EMFILE, ENOMEM, ENOSPC}) {
+            faults = Faults();
+            faults.*fault = -error;
+            errno = 0;
+            const vkp_status status = host.open();
+            CHECK(status == ((faults.*fault).hits > 0 ? VKP_ERR_SYS : VKP_OK));
+            if (status != VKP_OK) {
+                CHECK(errno == error);
+                CHECK_FALSE(host.is_open());
+                failures++;
+            }
+            host.close();
+            CHECK(host.blocks() == 0);
+            CHECK(host.fds_more() == 0);
         }
-        host.close();
-        CHECK(host.blocks() == 0);
-        CHECK(host.fds_more() == 0);
     }
+    CHECK((is_guest() || failures > 0)); // a foreign loop may need none of these calls
 }
 
 TEST_CASE("backend: a wait that fails says so and can be repeated")
@@ -1247,18 +1534,20 @@ TEST_CASE("backend: a wait that fails says so and can be repeated")
 TEST_CASE("backend: a watch that fails says so and changes nothing")
 {
     ON_EVERY_BACKEND;
-    if (std::string(backend->name) != "epoll") {
-        return; // no system call, so no fault; memory has its own test
-    }
     Pipe pipe;
     Pipe other;
     Bench bench(backend);
     REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
     put(pipe.writer);
     put(other.writer);
-    faults.epoll_ctl = -ENOSPC;
+    faults.change = -ENOSPC;
     errno = 0;
-    CHECK(bench.watch(other.reader, VKP_READ, 2) == VKP_ERR_SYS);
+    const vkp_status status = bench.watch(other.reader, VKP_READ, 2);
+    if (faults.change.hits == 0) {
+        CHECK(status == VKP_OK); // no system call, so no fault; memory has its own test
+        return;
+    }
+    CHECK(status == VKP_ERR_SYS);
     CHECK(errno == ENOSPC);
     CHECK(bench.watch(pipe.reader, VKP_WRITE, 3) == VKP_ERR_SYS);
     CHECK(bench.ready() == Ready{{1, VKP_READ}});
@@ -1283,7 +1572,7 @@ TEST_CASE("backend: every allocation may fail")
     ON_EVERY_BACKEND;
     Pipe pipe;
     std::vector<Fd> fds;
-    for (int i = 0; i < 40; i++) {
+    for (int i = 0; i < 30; i++) { // libevent's first batch has room for 32
         fds.emplace_back(dup(pipe.reader));
         REQUIRE(int(fds.back()) >= 0);
     }
@@ -1349,6 +1638,142 @@ TEST_CASE("backend: the pollable descriptor is readable when a wait would end")
     CHECK(bench.ready() == Ready{});
     CHECK_FALSE(readable());
 }
+
+// ---- in the loop ----
+
+namespace {
+
+// The parts of a small program on the loop.
+struct Program {
+    explicit Program(const vkp_backend *backend)
+    {
+        vkp_test_env_init(&test);
+        test.env.sys = faulty_sys();
+        faults = Faults();
+        vkp_loop_config config = {};
+        config.backend = backend;
+        config.env = &test.env;
+        if (vkp_loop_open(&config, &loop) != VKP_OK) {
+            vkp_test_fail("no loop over %s", backend->name);
+        }
+    }
+    ~Program()
+    {
+        vkp_loop_close(loop);
+        vkp_loop_unref(loop);
+        vkp_test_env_deinit(&test);
+    }
+    Program(const Program &) = delete;
+    Program &operator=(const Program &) = delete;
+
+    vkp_test_env test;
+    vkp_loop *loop = nullptr;
+};
+
+struct Reader : vkp_io {
+    std::vector<std::unique_ptr<Reader>> *all;
+    Pipe pipe;
+    int calls = 0;
+    Reader() : vkp_io() {}
+    void end()
+    {
+        vkp_io_stop(this);
+        pipe.reader.reset();
+    }
+};
+
+struct Alarm : vkp_timer {
+    uint64_t deadline_ns = 0;
+    std::vector<size_t> *order = nullptr;
+    size_t index = 0;
+    bool early = false;
+    Alarm() : vkp_timer() {}
+};
+
+} // namespace
+
+TEST_CASE("backend: in the loop, callbacks close their own descriptors and others'")
+{
+    ON_EVERY_BACKEND;
+    Program program(backend);
+    std::vector<std::unique_ptr<Reader>> readers;
+    for (int i = 0; i < 12; i++) {
+        readers.push_back(std::make_unique<Reader>());
+        Reader &reader = *readers.back();
+        reader.all = &readers;
+        put(reader.pipe.writer);
+        REQUIRE(vkp_io_start(program.loop, &reader, reader.pipe.reader, VKP_READ,
+                             [](vkp_io *watch, uint32_t) {
+                                 Reader *self = static_cast<Reader *>(watch);
+                                 self->calls++;
+                                 for (auto &other : *self->all) { // all of the batch but the last
+                                     if (other->calls == 0 && other != self->all->back()) {
+                                         other->end();
+                                     }
+                                 }
+                                 self->end();
+                             }) == VKP_OK);
+    }
+    int calls = 0;
+    const auto count = [&] {
+        calls = 0;
+        for (const auto &reader : readers) {
+            calls += reader->calls;
+        }
+        return calls;
+    };
+    vkp_test_run_until(program.loop, "the last reader", [&] { return readers.back()->calls > 0; });
+    for (int i = 0; i < 5; i++) {
+        REQUIRE(vkp_loop_run_once(program.loop, 0) == VKP_OK);
+    }
+    CHECK(readers.back()->calls == 1);
+    CHECK(count() <= 2); // of the others at most one was first
+}
+
+TEST_CASE("backend: in the loop, timers fire in order and not early, whatever else happens")
+{
+    ON_EVERY_BACKEND;
+    Program program(backend);
+    constexpr size_t count = 60;
+    std::vector<Alarm> alarms(count);
+    std::vector<size_t> order;
+    std::vector<size_t> expected(count);
+    const uint64_t start = vkp_loop_get_now(program.loop);
+    for (size_t i = 0; i < count; i++) {
+        // Shuffled, some of them equal, some in the past.
+        alarms[i].deadline_ns = start + (i * 37 % 20) * (ms / 3);
+        alarms[i].order = &order;
+        alarms[i].index = i;
+        expected[i] = i;
+        REQUIRE(vkp_timer_start(program.loop, &alarms[i], alarms[i].deadline_ns, 0,
+                                [](vkp_timer *timer) {
+                                    Alarm *self = static_cast<Alarm *>(timer);
+                                    self->order->push_back(self->index);
+                                    self->early =
+                                        vkp_loop_get_now(self->i_loop) < self->deadline_ns;
+                                }) == VKP_OK);
+    }
+    std::stable_sort(expected.begin(), expected.end(), [&](size_t a, size_t b) {
+        return alarms[a].deadline_ns < alarms[b].deadline_ns;
+    });
+    Reader reader; // its events end waits again and again
+    REQUIRE(vkp_io_start(program.loop, &reader, reader.pipe.reader, VKP_READ,
+                         [](vkp_io *watch, uint32_t) {
+                             take(static_cast<Reader *>(watch)->pipe.reader, 1);
+                         }) == VKP_OK);
+    int rounds = 0;
+    vkp_test_run_until(program.loop, "all timers", [&] {
+        if (rounds++ % 2 == 0) {
+            put(reader.pipe.writer);
+        }
+        return order.size() == count;
+    });
+    CHECK(order == expected);
+    CHECK(std::none_of(alarms.begin(), alarms.end(), [](const Alarm &each) { return each.early; }));
+    vkp_io_stop(&reader);
+}
+
+// ---- the null backend alone ----
 
 TEST_CASE("null backend: events come in ascending order of descriptors")
 {

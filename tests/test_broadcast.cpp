@@ -218,6 +218,9 @@ TEST_CASE("broadcast: a capacity beyond all memory is refused, not wrapped aroun
          {SIZE_MAX, SIZE_MAX / 2 + 2, SIZE_MAX / 2 + 1, SIZE_MAX / 8, SIZE_MAX / 65536 + 1}) {
         for (size_t elem_bytes : {size_t{1}, size_t{8}, size_t{65536}}) {
             INFO("capacity " << capacity << " of " << elem_bytes);
+            if (capacity <= (size_t{1} << 30) / elem_bytes) {
+                continue; // with sizes of 32 bits there is memory for the least of them
+            }
             vkp_env env = VKP_ZERO;
             // Stands for a machine without that much, whatever a sanitizer makes of such a size.
             env.alloc = [](void *, void *ptr, size_t, size_t bytes) -> void * {

@@ -33,6 +33,7 @@
 namespace {
 
 constexpr uint64_t ms = 1000000;
+constexpr int crowd = 30; // that one round reports: libevent's first batch has room for 32
 
 std::vector<const vkp_backend *> all_backends()
 {
@@ -468,6 +469,205 @@ TEST_CASE("loop: a guest backend is not run")
     guest.timer = [](void *, uint64_t) { return VKP_OK; };
     Loop loop(&guest);
     CHECK(vkp_loop_run(loop) == VKP_ERR_INVALID);
+}
+
+namespace {
+
+// A guest over poll whose foreign loop is the test: what it is told is written down.
+struct Told {
+    const vkp_backend_host *host = nullptr;
+    std::vector<uint64_t> deadlines;
+    vkp_status answer = VKP_OK;
+    uint64_t last() const { return deadlines.empty() ? 1 : deadlines.back(); }
+    void round() { host->round(host->loop); }
+};
+Told told;
+
+const vkp_backend *told_guest()
+{
+    static const vkp_backend guest = [] {
+        vkp_backend copy = vkp_backend_poll;
+        copy.flags = VKP_BACKEND_GUEST;
+        copy.open = [](const vkp_backend_host *host, void **state) {
+            told.host = host;
+            return vkp_backend_poll.open(host, state);
+        };
+        copy.timer = [](void *, uint64_t deadline_ns) {
+            told.deadlines.push_back(deadline_ns);
+            return told.answer;
+        };
+        return copy;
+    }();
+    told = Told();
+    return &guest;
+}
+
+} // namespace
+
+TEST_CASE("loop: a guest is told when its next round is due, and no more often than needed")
+{
+    Loop loop(told_guest());
+    CHECK(told.deadlines == std::vector<uint64_t>{0}); // what was posted before waits for it
+    int ran = 0;
+    REQUIRE(post(loop, [&] { ran++; }) == VKP_OK);
+    told.round();
+    CHECK(ran == 1);
+    CHECK(told.deadlines == std::vector<uint64_t>{0, VKP_FOREVER});
+    told.deadlines.clear();
+    told.round();
+    CHECK(told.deadlines.empty());
+
+    const uint64_t hour = uint64_t(3600) * 1000 * ms;
+    const uint64_t start = loop.now();
+    SECTION("timers, also between rounds")
+    {
+        Timer first;
+        Timer second;
+        Timer third;
+        REQUIRE(second.start(loop, start + 2 * hour, 0, [] {}) == VKP_OK);
+        REQUIRE(first.start(loop, start + hour, 0, [] {}) == VKP_OK);
+        REQUIRE(third.start(loop, start + 3 * hour, 0, [] {}) == VKP_OK);
+        CHECK(told.deadlines == std::vector<uint64_t>{start + 2 * hour, start + hour});
+        vkp_timer_stop(&third);
+        vkp_timer_stop(&first);
+        CHECK(told.last() == start + 2 * hour);
+        told.round();
+        CHECK(told.deadlines.size() == 3);
+        vkp_timer_stop(&second);
+        CHECK(told.last() == VKP_FOREVER);
+        CHECK(told.deadlines.size() == 4);
+        // A timer of the guest's has gone off by the round at its deadline: it is told again.
+        int fired = 0;
+        REQUIRE(first.start(loop, start, 0, [&] { fired++; }) == VKP_OK);
+        CHECK(told.last() <= loop.now());
+        told.round();
+        CHECK(fired == 1);
+        CHECK(told.last() == VKP_FOREVER);
+        CHECK(told.deadlines.size() == 6);
+    }
+    SECTION("work that makes work: round by round, not within one")
+    {
+        int rounds = 0;
+        std::function<void()> again = [&] {
+            if (++rounds < 3 && post(loop, again) != VKP_OK) {
+                vkp_test_fail("a post was refused");
+            }
+        };
+        REQUIRE(post(loop, again) == VKP_OK);
+        for (int i = 1; i <= 3; i++) {
+            told.round();
+            CHECK(rounds == i);
+        }
+        CHECK(told.deadlines == std::vector<uint64_t>{0, 0, VKP_FOREVER});
+    }
+    SECTION("what is deferred between rounds, once")
+    {
+        int fds[2];
+        vkp_test_socket_pair(fds);
+        vkp_conn_ops ops = {};
+        vkp_conn_config config = {};
+        config.ops = &ops;
+        config.loop_only = true; // nor is its inbox under watch
+        vkp_conn *conn = nullptr;
+        REQUIRE(vkp_conn_open(loop, fds[0], &config, &conn) == VKP_OK);
+        told.round();
+        told.deadlines.clear();
+        vkp_bytes frame;
+        REQUIRE(vkp_bytes_copy(&loop.test.env, "x", 1, &frame) == VKP_OK);
+        for (int i = 0; i < 10; i++) {
+            REQUIRE(vkp_conn_send(conn, &frame) == VKP_OK);
+        }
+        vkp_bytes_unref(&frame);
+        CHECK(told.deadlines == std::vector<uint64_t>{0});
+        told.round();
+        CHECK(told.last() == VKP_FOREVER);
+        char text[16];
+        CHECK(read(fds[1], text, sizeof text) == 10);
+        close(fds[1]);
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+    SECTION("objects without a deadline: one that is not VKP_FOREVER, and never comes")
+    {
+        vkp_mpsc_config config = {};
+        config.elem_bytes = 1;
+        vkp_mpsc_tx *tx = nullptr;
+        vkp_mpsc_rx *rx = nullptr;
+        REQUIRE(vkp_mpsc_open(&config, &tx, &rx) == VKP_OK);
+        REQUIRE(vkp_mpsc_watch(rx, loop, [](void *) {}, nullptr) == VKP_OK);
+        CHECK(told.last() != VKP_FOREVER);
+        CHECK(told.last() > start + 24 * 365 * hour);
+        told.round();
+        vkp_mpsc_unwatch(rx);
+        CHECK(told.last() == VKP_FOREVER);
+        vkp_mpsc_tx_unref(tx);
+        vkp_mpsc_rx_unref(rx);
+    }
+    SECTION("an end: there is no next round")
+    {
+        Timer timer;
+        REQUIRE(timer.start(loop, start + hour, 0, [] {}) == VKP_OK);
+        vkp_loop_close(loop);
+        CHECK(told.last() == VKP_FOREVER);
+        const size_t times = told.deadlines.size();
+        told.round();
+        vkp_timer_stop(&timer);
+        CHECK(told.deadlines.size() == times);
+    }
+}
+
+TEST_CASE("loop: a guest that asks for a round inside one is told anew at its end")
+{
+    Loop loop(told_guest());
+    told.round();
+    Timer timer;
+    REQUIRE(timer.start(loop, loop.now() + uint64_t(3600) * 1000 * ms, 0, [] {}) == VKP_OK);
+    const std::vector<uint64_t> before = told.deadlines;
+    int ran = 0;
+    REQUIRE(post(loop, [&] {
+                ran++;
+                if (post(loop, [&] { ran += 10; }) != VKP_OK) {
+                    vkp_test_fail("a post was refused");
+                }
+                told.round();
+                ran += ran == 1 ? 100 : 0;
+            }) == VKP_OK);
+    told.round();
+    CHECK(ran == 101);
+    CHECK(told.last() == 0);
+    told.round();
+    CHECK(ran == 111);
+    CHECK(told.last() == before.back());
+    REQUIRE(post(loop, [] { told.round(); }) == VKP_OK);
+    const size_t times = told.deadlines.size();
+    told.round();
+    CHECK(told.deadlines.size() == times + 1); // its timer may have gone off for nothing
+    CHECK(told.last() == before.back());
+}
+
+TEST_CASE("loop: a guest without a timer fails what needs one")
+{
+    const int fds = vkp_test_fd_count();
+    vkp_test_env test;
+    vkp_test_env_init(&test);
+    vkp_loop_config config = {};
+    config.backend = told_guest();
+    config.env = &test.env;
+    vkp_loop *loop = nullptr;
+    told.answer = VKP_ERR_NOMEM;
+    CHECK(vkp_loop_open(&config, &loop) == VKP_ERR_NOMEM);
+    CHECK(vkp_test_env_live_blocks(&test) == 0);
+    CHECK(vkp_test_fd_count() == fds);
+    vkp_test_env_deinit(&test);
+    Loop other(told_guest());
+    Timer timer;
+    int fired = 0;
+    told.answer = VKP_ERR_NOMEM;
+    CHECK(timer.start(other, 0, 0, [&] { fired++; }) == VKP_ERR_NOMEM);
+    told.answer = VKP_OK;
+    told.round();
+    CHECK(fired == 0);
+    CHECK(told.last() == VKP_FOREVER);
 }
 
 TEST_CASE("loop: a single round waits until its deadline, or not at all")
@@ -1025,7 +1225,7 @@ TEST_CASE("loop: many watches started inside a callback")
                 if (!watches.empty()) {
                     return;
                 }
-                for (int i = 0; i < 100; i++) {
+                for (int i = 0; i < crowd; i++) {
                     fds.push_back(dup(pipe.reader()));
                     watches.push_back(std::make_unique<Watch>());
                     if (watches.back()->start(loop, fds.back(), VKP_READ,
@@ -1037,7 +1237,7 @@ TEST_CASE("loop: many watches started inside a callback")
     loop.round(loop.patience());
     CHECK(calls == 0);
     loop.round(loop.patience());
-    CHECK(calls == 100);
+    CHECK(calls == crowd);
     watches.clear();
     for (int fd : fds) {
         close(fd);
@@ -1059,7 +1259,7 @@ TEST_CASE("loop: watches that are refused")
     std::vector<std::unique_ptr<Watch>> watches;
     int refused = 0;
     int calls = 0;
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < crowd; i++) {
         fds.push_back(dup(pipe.reader()));
         watches.push_back(std::make_unique<Watch>());
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_ONCE, 1);
@@ -1074,7 +1274,7 @@ TEST_CASE("loop: watches that are refused")
     CHECK(refused > 0);
     pipe.put();
     loop.round(loop.patience());
-    CHECK(calls == 60);
+    CHECK(calls == crowd);
     watches.clear();
     for (int fd : fds) {
         close(fd);
@@ -1278,6 +1478,33 @@ TEST_CASE("loop: close runs what was posted, and no timer")
     CHECK(vkp_mpsc_try_recv(channel.rx, &value) == VKP_OK);
     CHECK(post(loop, [] {}) == VKP_ERR_CLOSED);
     vkp_timer_stop(&timer);
+}
+
+TEST_CASE("loop: timers and watches may be stopped when their loop is gone")
+{
+    ON_EVERY_BACKEND;
+    Pipe pipe;
+    Timer timers[3];
+    Watch watch;
+    int calls = 0;
+    {
+        Loop loop(backend);
+        for (uint64_t i = 0; i < 3; i++) {
+            REQUIRE(timers[i].start(loop, i, 1, [&] { calls++; }) == VKP_OK);
+        }
+        REQUIRE(watch.start(loop, pipe.reader(), VKP_READ, [&](uint32_t ready) {
+                    calls += ready != 0 ? 1 : 0;
+                }) == VKP_OK);
+    }
+    for (Timer &timer : timers) {
+        vkp_timer_stop(&timer);
+    }
+    vkp_io_stop(&watch);
+    CHECK(calls == 0);
+    Loop next(backend);
+    REQUIRE(timers[0].restart(next, 0) == VKP_OK);
+    next.round();
+    CHECK(calls == 1);
 }
 
 TEST_CASE("loop: posts that race a close are run or refused, never lost")

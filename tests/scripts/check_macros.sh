@@ -1,6 +1,7 @@
 #!/bin/sh
 # Including the header's declarations defines no macros but VKP_*, VALKEY_PUSH_H, and those of the
-# three standard headers it needs; private ones (VKP_I_*) are gone again: check_macros.sh ROOT WORK
+# three standard headers it needs, and reads no other file; private macros (VKP_I_*) are gone again:
+# check_macros.sh ROOT WORK
 set -eu
 root=$1 work=$2
 cc=${CC:-cc}
@@ -25,6 +26,18 @@ if grep -Ev '^(VKP_|VALKEY_PUSH_H$)' "$work/added.txt" || grep '^VKP_I_' "$work/
 fi
 if ! grep -q '^VKP_VERSION_MAJOR$' "$work/added.txt"; then
     echo "the header defined nothing"
+    bad=1
+fi
+
+# The files that each reads, one per line.
+files() {
+    "$cc" -std=c99 -I"$root" -M "$1" | tr ' ' '\n' | grep '\.h$' | LC_ALL=C sort -u
+}
+files "$work/without.c" >"$work/files_without.txt"
+files "$work/with.c" >"$work/files_with.txt"
+if LC_ALL=C comm -13 "$work/files_without.txt" "$work/files_with.txt" |
+    grep -v '/valkey_push\.h$'; then
+    echo "these files are read besides"
     bad=1
 fi
 [ $bad = 1 ] || echo "$(wc -l <"$work/added.txt") macros"

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The implementation's object defines only vkp_ names, none of them private (vkp_i_), and none at
-# all with VKP_STATIC: check_symbols.sh ROOT WORK
+# all with VKP_STATIC; a backend's defines its one struct, or nothing, on other systems:
+# check_symbols.sh ROOT WORK
 set -eu
 root=$1 work=$2
 cc=${CC:-cc}
@@ -29,6 +30,28 @@ if [ -s "$work/static.txt" ]; then
     bad=1
 fi
 
+# A guest is compiled where its library's header is.
+backends=0
+for file in "$root"/backends/vkp_backend_*.c; do
+    name=$(basename "$file" .c)
+    if ! "$cc" -std=c99 -w -I"$root" -c "$file" -o "$work/backend.o" 2>"$work/backend.log"; then
+        grep -q "$(sed -n 's/^#include <\([^>]*\)>.*/\1/p' "$file" | sed 1q)" "$work/backend.log" &&
+            continue
+        cat "$work/backend.log"
+        bad=1
+        continue
+    fi
+    symbols=$(defined "$work/backend.o")
+    backends=$((backends + 1))
+    if [ "$symbols" != "$name" ] && [ -n "$symbols" ]; then
+        echo "$name defines: $symbols"
+        bad=1
+    fi
+    case $name in
+    *_poll | *_null) [ -n "$symbols" ] || { echo "$name defines nothing"; bad=1; } ;;
+    esac
+done
+
 # What is declared is defined, and the other way round.
 awk '/^#endif \/\* VALKEY_PUSH_H/ { exit }
     /^VKP_API / { text = "" ; inside = 1 }
@@ -43,5 +66,5 @@ if ! diff "$work/declared.txt" "$work/shared.txt"; then
     echo "< is declared and not defined, > is defined and not declared"
     bad=1
 fi
-[ $bad = 1 ] || echo "$(wc -l <"$work/shared.txt") functions"
+[ $bad = 1 ] || echo "$(wc -l <"$work/shared.txt") functions, $backends backends"
 exit $bad

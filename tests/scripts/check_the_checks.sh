@@ -18,7 +18,7 @@ seed() {
     rm -rf "$work/tree"
     mkdir -p "$work/tree/backends" "$work/tree/docs"
     cat >"$work/tree/valkey_push.h"
-    cp "$root"/backends/*.c "$work/tree/backends/"
+    cp "$root"/backends/*.[ch] "$work/tree/backends/"
     cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$work/tree/"
     cp "$root"/docs/*.md "$work/tree/docs/"
     if cmp -s "$root/valkey_push.h" "$work/tree/valkey_push.h"; then
@@ -63,6 +63,9 @@ $(lines 90)
 " | seed lengths 'static int vkp_i_seed(int a,'
 awk '{ print } NR == 3 { printf "%101s\n", "x" }' "$header" | seed lengths '101 columns'
 awk '{ print } NR == 3 { print "x " }' "$header" | seed lengths 'blanks at the end'
+awk -v end="$before_end" '$0 == end { print "#include <signal.h>" } { print }' "$header" |
+    seed macros 'signal.h'
+sed "s/needs GCC or Clang/seed/" "$header" | seed errors 'needs GCC or Clang'
 sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
@@ -81,4 +84,4 @@ if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_see
     complain "lengths: does not accept long:"
 fi
 [ ! -s "$failures" ]
-echo "13 defects found"
+echo "15 defects found"

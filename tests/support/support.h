@@ -100,11 +100,15 @@ void vkp_test_env_log_clear(vkp_test_env *env);
 /* --------------------------------------------------------------------------------------
    Loops                                                                                     */
 
-/* The backends of this platform that keep real time; ends with NULL. */
+/* The backends of this platform that keep real time; ends with NULL. In programs that are linked
+   with a foreign loop (foreign/foreign.h) it is the guest in that one instead.                  */
 const vkp_backend *const *vkp_test_backends(void);
 
-/* The same and vkp_backend_null. */
+/* The same and, but for those, vkp_backend_null; on Linux kqueue's as well, over an emulation. */
 const vkp_backend *const *vkp_test_backends_all(void);
+
+/* The default table of system calls, but with a kqueue everywhere: on Linux an emulation. */
+const vkp_sys *vkp_test_sys(void);
 
 /* Run rounds until done(user) is true; aborts with `what` at the deadline. */
 void vkp_test_run_until(vkp_loop *loop, bool (*done)(void *user), void *user, const char *what);

@@ -1,0 +1,169 @@
+/* vkp_backend_libevent.c - a loop's backend that is a guest in the program's own event_base
+   SPDX-License-Identifier: MIT
+
+   What is wrong with libevent here, besides what every guest meets (vkp_guest.h), and what is done:
+   - event_active on an event that runs puts it into the same batch, behind the others. That is the
+     end of the batch that a round waits for; but a round that did it again would never let the
+     base look at its descriptors. So a round goes on through the timer, next iteration.
+   - It is safe from other threads only where the program chose so (evthread), from signal handlers
+     never. So there is a wake of our own under an event.
+   - Such an event keeps event_base_dispatch from returning, and there is no call that excuses it.
+     libevent excuses its own by a flag of its public structure, and so do we.
+   - It registers open files, not descriptors. One that was closed without a word while a duplicate
+     lives goes on being reported, by a base that spins on it: stop watches, then close.
+   - Refusals (a regular file, say) come at once, from event_add, and into its log.
+
+   vkp_loop_config.foreign is the struct event_base *, of libevent 2.1 or later. The wake does not
+   keep event_base_dispatch from returning; descriptors under watch, timers and work that is due
+   do.                                                                                         */
+#include "vkp_guest.h"
+
+#include <event2/event.h>
+#include <event2/event_struct.h>
+
+typedef struct vkp_i_libevent_entry {
+    vkp_i_guest_entry base;
+    struct event event;
+} vkp_i_libevent_entry;
+
+typedef struct vkp_i_libevent {
+    vkp_i_guest base;
+    struct event_base *loop;
+    struct event timer;
+    struct event gather; /* only ever made active, never added */
+} vkp_i_libevent;
+
+static void vkp_i_libevent_on_event(evutil_socket_t fd, short events, void *entry)
+{
+    (void)fd;
+    (void)events;
+    vkp_i_guest_note((vkp_i_guest_entry *)entry);
+}
+
+static void vkp_i_libevent_on_timer(evutil_socket_t fd, short events, void *self)
+{
+    (void)fd;
+    (void)events;
+    vkp_i_guest_on_timer((vkp_i_guest *)self);
+}
+
+static void vkp_i_libevent_on_gather(evutil_socket_t fd, short events, void *self)
+{
+    (void)fd;
+    (void)events;
+    vkp_i_guest_round((vkp_i_guest *)self);
+}
+
+/* Where a call fails for want of memory, errno may be silent. */
+static int vkp_i_libevent_add(struct event *event, const struct timeval *after)
+{
+    errno = 0;
+    if (event_add(event, after) == 0) {
+        return 0;
+    }
+    return errno != 0 ? -errno : -ENOMEM;
+}
+
+/* Removed and added, not changed: the number may stand for another file than before. */
+static int vkp_i_libevent_arm(vkp_i_guest_entry *entry, uint32_t interest)
+{
+    vkp_i_libevent *self = (vkp_i_libevent *)(void *)entry->guest;
+    struct event *event = &((vkp_i_libevent_entry *)(void *)entry)->event;
+    const int events = EV_PERSIST | ((interest & VKP_READ) != 0 ? EV_READ : 0) |
+                       ((interest & VKP_WRITE) != 0 ? EV_WRITE : 0);
+    int rc;
+    if (entry->interest != 0) {
+        (void)event_del(event);
+        event_debug_unassign(event);
+    }
+    (void)event_assign(event, self->loop, entry->fd, (short)events, vkp_i_libevent_on_event, entry);
+    if (entry->fd == self->base.wake_fds[0]) {
+        event->ev_evcallback.evcb_flags |= EVLIST_INTERNAL;
+    }
+    rc = vkp_i_libevent_add(event, NULL);
+    if (rc < 0 && entry->interest == 0) {
+        event_debug_unassign(event);
+    }
+    return rc;
+}
+
+static void vkp_i_libevent_drop(vkp_i_guest_entry *entry)
+{
+    struct event *event = &((vkp_i_libevent_entry *)(void *)entry)->event;
+    (void)event_del(event);
+    event_debug_unassign(event);
+    vkp_i_guest_free(entry);
+}
+
+static void vkp_i_libevent_gather(vkp_i_guest *base)
+{
+    vkp_i_libevent *self = (vkp_i_libevent *)(void *)base;
+    event_active(&self->gather, EV_TIMEOUT, 0);
+}
+
+static int vkp_i_libevent_set_timer(vkp_i_guest *base, uint64_t left_ns)
+{
+    vkp_i_libevent *self = (vkp_i_libevent *)(void *)base;
+    const uint64_t left_us = (left_ns + 999u) / 1000u;
+    struct timeval after;
+    if (left_ns == VKP_FOREVER) {
+        (void)event_del(&self->timer);
+        return 0;
+    }
+    after.tv_sec = (time_t)(left_us / 1000000u);
+    after.tv_usec = (suseconds_t)(left_us % 1000000u);
+    return vkp_i_libevent_add(&self->timer, &after);
+}
+
+static const vkp_i_guest_ops vkp_i_libevent_ops = {sizeof(vkp_i_libevent_entry), vkp_i_libevent_arm,
+                                                   vkp_i_libevent_drop, vkp_i_libevent_gather,
+                                                   vkp_i_libevent_set_timer};
+
+static vkp_status vkp_i_libevent_open(const vkp_backend_host *host, void **state)
+{
+    const vkp_env *env = host->env;
+    vkp_i_libevent *self;
+    vkp_status status;
+    if (host->foreign == NULL) {
+        return VKP_ERR_INVALID;
+    }
+    self = (vkp_i_libevent *)env->alloc(env->user, NULL, 0, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    memset(self, 0, sizeof *self);
+    vkp_i_guest_init(&self->base, host, &vkp_i_libevent_ops);
+    self->loop = (struct event_base *)host->foreign;
+    status = vkp_i_guest_open_wake(&self->base);
+    if (status != VKP_OK) {
+        (void)env->alloc(env->user, self, sizeof *self, 0);
+        return status;
+    }
+    (void)event_assign(&self->timer, self->loop, -1, 0, vkp_i_libevent_on_timer, self);
+    (void)event_assign(&self->gather, self->loop, -1, 0, vkp_i_libevent_on_gather, self);
+    *state = self;
+    return VKP_OK;
+}
+
+/* In a forked child the set of the kernel may still be the parent's, and event_del would take our
+   descriptors out of it: the child's copy of the base gets one of its own first.              */
+static void vkp_i_libevent_close(void *state)
+{
+    vkp_i_libevent *self = (vkp_i_libevent *)state;
+    const vkp_env env = self->base.env;
+    if (vkp_i_guest_is_forked(&self->base)) {
+        (void)event_reinit(self->loop);
+    }
+    vkp_i_guest_close(&self->base);
+    (void)event_del(&self->timer);
+    (void)event_del(&self->gather);
+    event_debug_unassign(&self->timer);
+    event_debug_unassign(&self->gather);
+    (void)env.alloc(env.user, self, sizeof *self, 0);
+}
+
+const vkp_backend vkp_backend_libevent = {
+    VKP_BACKEND_ABI,        VKP_BACKEND_GUEST,       "libevent",
+    vkp_i_libevent_open,    vkp_i_libevent_close,    vkp_i_guest_watch,
+    vkp_i_guest_wait,       vkp_i_guest_wake,        vkp_i_guest_timer,
+    vkp_i_guest_after_fork, vkp_i_guest_pollable_fd, NULL};

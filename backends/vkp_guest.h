@@ -1,0 +1,365 @@
+/* vkp_guest.h - what the guests of foreign loops have in common; for their files alone
+   SPDX-License-Identifier: MIT
+
+   What is wrong with living in the loop of somebody else, and what is done about it:
+   - It calls back for one descriptor at a time, while our loop gathers what is written over a
+     batch. So a callback only notes its descriptor and asks for ONE round behind the batch.
+   - It tells less than wait() promises: nothing of hang-ups or errors, a direction too many, news
+     of a number that stands for another file by now. The round asks poll for exactly what was
+     noted, without waiting; what is not so any more is dropped.
+   - It reports in an order of its own. What does not fit a round stays noted, in front: nobody
+     starves. What stays ready is reported again, so forgetting a note costs nothing either.
+   - It reads its clock once per iteration, so its timers go off early. Ours looks at the clock and
+     waits for the rest.
+   - It may let go of a watcher late (libuv), so each descriptor has memory of its own, and what
+     gives it back needs nothing of ours but its allocator.                                    */
+#ifndef VKP_GUEST_H
+#define VKP_GUEST_H
+
+#if __has_include("../valkey_push.h")
+#include "../valkey_push.h"
+#else /* installed, or copied into another folder */
+#include "valkey_push.h"
+#endif
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+
+#define VKP_I_GUEST_BATCH 256 /* most descriptors of one poll */
+
+/* Foreign timers run no longer than this at once: some count milliseconds in 32 bits. */
+#define VKP_I_GUEST_DAY_NS (UINT64_C(86400) * 1000000000u)
+
+/* A descriptor under watch: the first member of each guest's own, beside its watcher. */
+typedef struct vkp_i_guest_entry {
+    struct vkp_i_guest *guest;
+    struct vkp_i_guest_entry *prev; /* in the ring of what is noted; NULL: it is not */
+    struct vkp_i_guest_entry *next;
+    uint64_t token;
+    uint32_t interest; /* 0 before the first arm */
+    int fd;
+} vkp_i_guest_entry;
+
+/* What each guest does in its own way. */
+typedef struct vkp_i_guest_ops {
+    size_t entry_bytes;
+    /* Have the callback note the entry whenever it is ready for one of the interest: 0 or a negated
+       errno, and then an entry that was never armed is unknown to the foreign loop.           */
+    int (*arm)(vkp_i_guest_entry *entry, uint32_t interest);
+    void (*drop)(vkp_i_guest_entry *entry); /* no more callbacks; free it, now or later */
+    void (*gather)(struct vkp_i_guest *self);
+    int (*set_timer)(struct vkp_i_guest *self, uint64_t left_ns); /* VKP_FOREVER stops it */
+} vkp_i_guest_ops;
+
+/* The first member of each guest's state. */
+typedef struct vkp_i_guest {
+    vkp_env env; /* a copy: the loop's goes with the loop */
+    const vkp_i_guest_ops *ops;
+    const vkp_backend_host *host;
+    vkp_i_guest_entry **entries; /* by descriptor */
+    size_t items;                /* allocated in entries */
+    vkp_i_guest_entry noted;     /* ring, oldest first */
+    uint64_t deadline_ns;        /* of the next round, whatever happens */
+    int pid;
+    vkp_i_guest_entry *wake; /* of the pair below; NULL for guests that wake by other means */
+    int wake_fds[2];         /* twice the same for an eventfd; -1 where there is none */
+    struct pollfd polled[VKP_I_GUEST_BATCH];
+} vkp_i_guest;
+
+static inline void vkp_i_guest_init(vkp_i_guest *self, const vkp_backend_host *host,
+                                    const vkp_i_guest_ops *ops)
+{
+    self->env = *host->env;
+    self->ops = ops;
+    self->host = host;
+    self->noted.prev = self->noted.next = &self->noted;
+    self->deadline_ns = VKP_FOREVER;
+    self->pid = self->env.sys->process_id();
+    self->wake_fds[0] = self->wake_fds[1] = -1;
+}
+
+static inline void vkp_i_guest_forget(vkp_i_guest_entry *entry)
+{
+    if (entry->next != NULL) {
+        entry->next->prev = entry->prev;
+        entry->prev->next = entry->next;
+        entry->prev = entry->next = NULL;
+    }
+}
+
+static inline void vkp_i_guest_free(vkp_i_guest_entry *entry)
+{
+    const vkp_env *env = &entry->guest->env;
+    (void)env->alloc(env->user, entry, entry->guest->ops->entry_bytes, 0);
+}
+
+static inline vkp_status vkp_i_guest_fail(int rc)
+{
+    errno = -rc;
+    return VKP_ERR_SYS;
+}
+
+/* ---- descriptors ---- */
+
+static inline vkp_status vkp_i_guest_add(vkp_i_guest *self, int fd, uint32_t interest,
+                                         vkp_i_guest_entry **added)
+{
+    const vkp_env *env = &self->env;
+    int rc;
+    vkp_i_guest_entry *entry =
+        (vkp_i_guest_entry *)env->alloc(env->user, NULL, 0, self->ops->entry_bytes);
+    if (entry == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    memset(entry, 0, self->ops->entry_bytes);
+    entry->guest = self;
+    entry->fd = fd;
+    rc = self->ops->arm(entry, interest);
+    if (rc < 0) {
+        vkp_i_guest_free(entry);
+        return vkp_i_guest_fail(rc);
+    }
+    entry->interest = interest;
+    *added = entry;
+    return VKP_OK;
+}
+
+static inline bool vkp_i_guest_reserve(vkp_i_guest *self, int fd)
+{
+    const size_t each = sizeof(vkp_i_guest_entry *);
+    const size_t wanted = (size_t)fd + (size_t)fd / 2 + 16;
+    void *grown;
+    if ((size_t)fd < self->items) {
+        return true;
+    }
+    grown = self->env.alloc(self->env.user, self->entries, self->items * each, wanted * each);
+    if (grown == NULL) {
+        return false;
+    }
+    self->entries = (vkp_i_guest_entry **)grown;
+    memset(self->entries + self->items, 0, (wanted - self->items) * each);
+    self->items = wanted;
+    return true;
+}
+
+static inline vkp_status vkp_i_guest_watch(void *state, int fd, uint32_t interest, uint64_t token)
+{
+    vkp_i_guest *self = (vkp_i_guest *)state;
+    vkp_i_guest_entry *entry;
+    vkp_status status = VKP_OK;
+    if (fd < 0) {
+        return VKP_ERR_INVALID;
+    }
+    entry = (size_t)fd < self->items ? self->entries[fd] : NULL;
+    if (interest == 0) {
+        if (entry != NULL) {
+            self->entries[fd] = NULL;
+            vkp_i_guest_forget(entry);
+            self->ops->drop(entry);
+        }
+        return VKP_OK;
+    }
+    if (entry == NULL) {
+        status = vkp_i_guest_reserve(self, fd)
+                     ? vkp_i_guest_add(self, fd, interest, &self->entries[fd])
+                     : VKP_ERR_NOMEM;
+        entry = status == VKP_OK ? self->entries[fd] : NULL;
+    } else {
+        const int rc = self->ops->arm(entry, interest);
+        if (rc < 0) { /* the former interest had just been given up: there is room for it */
+            (void)self->ops->arm(entry, entry->interest);
+            return vkp_i_guest_fail(rc);
+        }
+    }
+    if (entry != NULL) {
+        entry->interest = interest;
+        entry->token = token;
+    }
+    return status;
+}
+
+/* ---- rounds ---- */
+
+/* A descriptor may be ready: from the foreign loop's callback. */
+static inline void vkp_i_guest_note(vkp_i_guest_entry *entry)
+{
+    vkp_i_guest *self = entry->guest;
+    unsigned char sink[64];
+    if (entry == self->wake) {
+        while (self->env.sys->read(entry->fd, sink, sizeof sink) == (int64_t)sizeof sink) {
+        }
+    } else if (entry->next == NULL) {
+        entry->next = &self->noted;
+        entry->prev = self->noted.prev;
+        entry->prev->next = entry->next->prev = entry;
+    }
+    self->ops->gather(self);
+}
+
+static inline void vkp_i_guest_round(vkp_i_guest *self)
+{
+    self->host->round(self->host->loop);
+}
+
+static inline uint32_t vkp_i_guest_ready(int revents)
+{
+    uint32_t ready = (revents & POLLIN) != 0 ? VKP_READ : 0;
+    ready |= (revents & POLLOUT) != 0 ? VKP_WRITE : 0;
+    ready |= (revents & POLLHUP) != 0 ? VKP_READ | VKP_WRITE | VKP_HUP : 0;
+    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_READ | VKP_WRITE | VKP_ERR : 0;
+    return ready;
+}
+
+/* The foreign loop did the waiting, so the deadline is of no concern here. */
+static inline vkp_status vkp_i_guest_wait(void *state, uint64_t deadline_ns, vkp_event *out,
+                                          size_t capacity, size_t *count)
+{
+    vkp_i_guest *self = (vkp_i_guest *)state;
+    size_t found = 0;
+    (void)deadline_ns;
+    while (self->noted.next != &self->noted && found < capacity) {
+        const vkp_i_guest_entry *entry = self->noted.next;
+        size_t asked = 0;
+        size_t i;
+        int rc;
+        for (; entry != &self->noted && asked < VKP_I_GUEST_BATCH && asked < capacity - found;
+             entry = entry->next) {
+            struct pollfd *each = &self->polled[asked++];
+            each->fd = entry->fd;
+            each->events = (short)(((entry->interest & VKP_READ) != 0 ? POLLIN : 0) |
+                                   ((entry->interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+            each->revents = 0;
+        }
+        rc = self->env.sys->poll(self->polled, asked, 0);
+        if (rc < 0 && rc != -EINTR && found == 0) {
+            return vkp_i_guest_fail(rc);
+        }
+        if (rc < 0) {
+            break; /* all are noted still, and reported again */
+        }
+        for (i = 0; i < asked; i++) {
+            vkp_i_guest_entry *first = self->noted.next;
+            vkp_i_guest_forget(first);
+            if (self->polled[i].revents != 0) {
+                out[found].token = first->token;
+                out[found++].ready = vkp_i_guest_ready(self->polled[i].revents);
+            }
+        }
+    }
+    *count = found;
+    return VKP_OK;
+}
+
+/* ---- time ---- */
+
+static inline uint64_t vkp_i_guest_left_ns(const vkp_i_guest *self)
+{
+    const uint64_t now_ns = self->env.sys->clock_ns();
+    const uint64_t left_ns = self->deadline_ns > now_ns ? self->deadline_ns - now_ns : 0;
+    if (self->deadline_ns == VKP_FOREVER) {
+        return VKP_FOREVER;
+    }
+    return left_ns < VKP_I_GUEST_DAY_NS ? left_ns : VKP_I_GUEST_DAY_NS;
+}
+
+static inline vkp_status vkp_i_guest_timer(void *state, uint64_t deadline_ns)
+{
+    vkp_i_guest *self = (vkp_i_guest *)state;
+    int rc;
+    self->deadline_ns = deadline_ns;
+    rc = self->ops->set_timer(self, vkp_i_guest_left_ns(self));
+    return rc < 0 ? vkp_i_guest_fail(rc) : VKP_OK;
+}
+
+/* The foreign timer went off. A new one that cannot be had makes for a round too early: harmless,
+   and it ends with another try.                                                               */
+static inline void vkp_i_guest_on_timer(vkp_i_guest *self)
+{
+    const uint64_t left_ns = vkp_i_guest_left_ns(self);
+    if (left_ns == 0 || self->ops->set_timer(self, left_ns) < 0) {
+        self->ops->gather(self);
+    }
+}
+
+/* ---- a wake of our own, where the library has none for threads and signal handlers alike ---- */
+
+static inline void vkp_i_guest_wake(void *state)
+{
+    const vkp_i_guest *self = (const vkp_i_guest *)state;
+    const uint64_t one = 1;
+    while (self->env.sys->write(self->wake_fds[1], &one, sizeof one) == -EINTR) {
+    }
+}
+
+static inline void vkp_i_guest_close_wake(vkp_i_guest *self)
+{
+    if (self->wake != NULL) {
+        self->ops->drop(self->wake);
+        self->wake = NULL;
+    }
+    if (self->wake_fds[1] != self->wake_fds[0]) {
+        (void)self->env.sys->close(self->wake_fds[1]);
+    }
+    if (self->wake_fds[0] >= 0) {
+        (void)self->env.sys->close(self->wake_fds[0]);
+    }
+    self->wake_fds[0] = self->wake_fds[1] = -1;
+}
+
+static inline vkp_status vkp_i_guest_open_wake(vkp_i_guest *self)
+{
+    int fds[2];
+    vkp_status status;
+    const int rc = self->env.sys->wake_pair(fds);
+    if (rc < 0) {
+        return vkp_i_guest_fail(rc);
+    }
+    self->wake_fds[0] = fds[0]; /* before arm, which treats this one in its own way */
+    self->wake_fds[1] = fds[1];
+    status = vkp_i_guest_add(self, fds[0], VKP_READ, &self->wake);
+    if (status != VKP_OK) {
+        vkp_i_guest_close_wake(self);
+    }
+    return status;
+}
+
+/* The foreign loop is the program's to fork; the wake is shared, and one may not be lost. */
+static inline vkp_status vkp_i_guest_after_fork(void *state)
+{
+    vkp_i_guest *self = (vkp_i_guest *)state;
+    vkp_status status;
+    self->pid = self->env.sys->process_id();
+    vkp_i_guest_close_wake(self);
+    status = vkp_i_guest_open_wake(self);
+    if (status == VKP_OK) {
+        vkp_i_guest_wake(self);
+    }
+    return status;
+}
+
+/* ---- the rest ---- */
+
+/* Whether this is a child that never heard of after_fork, nor, as far as we know, its loop. */
+static inline bool vkp_i_guest_is_forked(const vkp_i_guest *self)
+{
+    return self->pid != self->env.sys->process_id();
+}
+
+static inline void vkp_i_guest_close(vkp_i_guest *self)
+{
+    size_t fd;
+    for (fd = 0; fd < self->items; fd++) {
+        (void)vkp_i_guest_watch(self, (int)fd, 0, 0);
+    }
+    vkp_i_guest_close_wake(self);
+    (void)self->env.alloc(self->env.user, self->entries, self->items * sizeof *self->entries, 0);
+}
+
+static inline int vkp_i_guest_pollable_fd(void *state)
+{
+    (void)state;
+    return -1; /* the foreign loop's, if it has one, is not ours to give away */
+}
+
+#endif /* VKP_GUEST_H */
