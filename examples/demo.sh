@@ -109,7 +109,7 @@ fi
 echo "building the relay and a client with $cc"
 programs=build/demo-$$
 mkdir -p "$programs"
-"$cc" -O2 -I. examples/relay.c backends/*_[ekp]*.c -pthread -o "$programs/valkey-push-relay" &
+"$cc" -O2 -I. examples/relay.c backends/v*_[ekp]*.c -pthread -o "$programs/valkey-push-relay" &
 building=$!
 "$cc" -O2 -I. examples/demo_client.c backends/vkp_backend_poll.c -pthread \
     -o "$programs/demo_client" || fail "the client does not build"

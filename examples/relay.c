@@ -1,5 +1,5 @@
 /* mkdir -p build
-   cc -O2 -I. examples/relay.c backends/*_[ekp]*.c -pthread -o build/valkey-push-relay
+   cc -O2 -I. examples/relay.c backends/v*_[ekp]*.c -pthread -o build/valkey-push-relay
    SPDX-License-Identifier: MIT
 
    valkey-push-relay: one connection to a Valkey server, any number of local clients; without

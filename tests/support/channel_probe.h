@@ -351,6 +351,9 @@ inline void vkp_test_fill(void *item, size_t bytes, uint64_t number)
         out[i] = i < 8 ? static_cast<unsigned char>(number >> (8 * i))
                        : static_cast<unsigned char>(number * 31 + i * 7);
     }
+    if (bytes >= sizeof number) { // to be read as a number again, on any processor
+        std::memcpy(item, &number, sizeof number);
+    }
 }
 
 inline bool vkp_test_is_filled(const void *item, size_t bytes, uint64_t number)
