@@ -2,6 +2,7 @@
    vkp_sys that channels use. The library's own system functions run too, on the checker's futex,
    clock and membarrier.                                                                       */
 #include <errno.h>
+#include <linux/futex.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <sys/syscall.h>

@@ -358,15 +358,9 @@ inline void vkp_test_fill(void *item, size_t bytes, uint64_t number)
 
 inline bool vkp_test_is_filled(const void *item, size_t bytes, uint64_t number)
 {
-    const unsigned char *in = static_cast<const unsigned char *>(item);
-    for (size_t i = 0; i < bytes; i++) {
-        const unsigned char want = i < 8 ? static_cast<unsigned char>(number >> (8 * i))
-                                         : static_cast<unsigned char>(number * 31 + i * 7);
-        if (in[i] != want) {
-            return false;
-        }
-    }
-    return true;
+    std::vector<unsigned char> want(bytes);
+    vkp_test_fill(want.data(), bytes, number);
+    return std::memcmp(item, want.data(), bytes) == 0;
 }
 
 #endif /* VKP_TEST_CHANNEL_PROBE_H */
