@@ -1238,7 +1238,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vk
 /* One more reference (gives). Any thread. Connections, clients and listeners hold one each. */
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
 
-/* One reference less; the last one frees the loop. NULL is ignored. Any thread. */
+/* One reference less; the last one frees the loop. NULL is ignored. Any thread; over a guest
+   the last one comes on the foreign loop's, before that is freed.                             */
 VKP_API void vkp_loop_unref(vkp_loop *loop);
 
 /* Close everything on the loop (connections, listeners, clients: their on_close run now), run
@@ -1268,7 +1269,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
 VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
 
-/* The loop's clock, read once per round: nanoseconds, monotonic. Loop's thread. */
+/* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
 VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
 
 /* A descriptor under watch, in the caller's memory; fields are private. */
@@ -7391,6 +7392,12 @@ static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
                                            : loop->sys->clock_ns();
 }
 
+/* Between rounds the last round's time may be long ago: another loop may do the waiting. */
+static uint64_t vkp_i_loop_now(const vkp_loop *loop)
+{
+    return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
+}
+
 /* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
    no round. The one under way reminds the guest once more, whose timer may have gone off here. */
 static void vkp_i_backend_round(void *user)
@@ -7549,7 +7556,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
 
 VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop)
 {
-    return loop->now_ns;
+    return vkp_i_loop_now(loop);
 }
 
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
@@ -14939,7 +14946,7 @@ VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
 
 static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 {
-    uint64_t deadline = vkp_i_after_ms(client->loop->now_ns, ms);
+    uint64_t deadline = vkp_i_after_ms(vkp_i_loop_now(client->loop), ms);
     if (vkp_timer_start(client->loop, &client->timer, deadline, 0, vkp_i_client_on_timer) !=
         VKP_OK) {
         vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");

@@ -2,9 +2,8 @@
 //
 // Loops that are guests in the loop of another library, as programs have them: beside watchers and
 // timers of the program's own, several in one loop, with clients, listeners and connections on
-// them, closed in every order. Linked with one library at a time (support/foreign/foreign.h),
-// whose guest also passes what every backend and loop must: backend_conformance.cpp,
-// test_loop.cpp.
+// them, closed in every order. Linked with one library at a time (support/foreign/foreign.h); the
+// guest in it also passes what every backend must: backend_conformance.cpp, test_loop.cpp.
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
 #else
@@ -23,7 +22,8 @@
 #include <utility>
 #include <vector>
 
-#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1090,6 +1090,42 @@ TEST_CASE("guest: a client subscribes, publishes and asks")
     vkp_client_close(state.client);
     vkp_client_unref(state.client);
     program.run(); // a closed client keeps nobody
+}
+
+namespace {
+std::atomic<uint64_t> ahead_ns{0};
+}
+
+TEST_CASE("guest: a client opened long after the last round has its whole time to connect")
+{
+    const std::string path = vkp_test_fresh_path("silent");
+    const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    REQUIRE(path.size() < sizeof address.sun_path);
+    memcpy(address.sun_path, path.c_str(), path.size());
+    REQUIRE(bind(fd, reinterpret_cast<sockaddr *>(&address), sizeof address) == 0);
+    REQUIRE(listen(fd, 1) == 0); // and never answers
+    Program program;
+    Guest guest(program);
+    ahead_ns = 0;
+    guest.sys.clock_ns = [] { return vkp_sys_default()->clock_ns() + ahead_ns.load(); };
+    program.step();
+    ahead_ns = 3600 * 1000 * ms;
+    CHECK(vkp_loop_get_now(guest) >= ahead_ns);
+    vkp_client_config config = {};
+    const std::string where = "unix:" + path;
+    config.address = where.c_str();
+    vkp_client *client = nullptr;
+    REQUIRE(vkp_client_open(guest, &config, &client) == VKP_OK);
+    for (int i = 0; i < 3; i++) {
+        program.step();
+    }
+    CHECK(vkp_client_get_state(client) == VKP_CLIENT_CONNECTING);
+    vkp_client_close(client);
+    vkp_client_unref(client);
+    close(fd);
+    unlink(path.c_str());
 }
 
 // ---- fork ----
