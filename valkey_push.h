@@ -18402,7 +18402,7 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
 /* ======================================================================================
    >>licence   MIT
    ======================================================================================
-   Copyright (c) valkey_push contributors
+   Copyright (c) 2026 valkey_push contributors
 
    Permission is hereby granted, free of charge, to any person obtaining a copy of this software
    and associated documentation files (the "Software"), to deal in the Software without

