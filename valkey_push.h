@@ -155,7 +155,8 @@
    VKP_STATIC           unset   everywhere it is used: all functions are static, a private copy
    VKP_API              extern  everywhere: linkage of the functions (visibility attributes)
    VKP_ASSERT(x)        nothing implementation: programmer's errors; the call returns INVALID too
-   VKP_NO_IO            unset   implementation: channels only, no sockets, loop, client, relay
+   VKP_NO_IO            unset   implementation: channels only, no loop, RESP, sockets, client,
+                                relay; a file that defines it sees no others declared
 */
 #ifndef VKP_API
 #ifdef VKP_STATIC
@@ -839,11 +840,12 @@ VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx);
 
 /* Cancelled; the deadline passed; the descriptor is ready: status OK. A descriptor is for a select
    (a loop has vkp_io) and makes it sleep in poll(2), with a wake pipe opened for the sleep. Where
-   poll fails the case wins with status SYS, where the pipe does vkp_select returns SYS. Not there
-   with VKP_NO_IO.                                                                             */
+   poll fails the case wins with status SYS, where the pipe does vkp_select returns SYS. */
 VKP_API vkp_case vkp_case_cancel(vkp_cancel *token);
 VKP_API vkp_case vkp_case_deadline(uint64_t deadline_ns);
+#ifndef VKP_NO_IO
 VKP_API vkp_case vkp_case_fd(int fd, uint32_t interest);
+#endif
 VKP_API vkp_case vkp_case_never(void); /* to leave out a case by a condition */
 
 /* Wait until a case can be carried out, and carry out that one and no other. Biased: of several
@@ -1150,6 +1152,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
     }                                                                                           \
     struct name##_tx
 
+#ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
    >>api-loop   One thread's event loop, and the backend contract                          */
 
@@ -2273,6 +2276,7 @@ VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
 
 /* Close at once, and free. The loops do not run any more (or never ran). NULL is ignored. */
 VKP_API void vkp_relay_unref(vkp_relay *relay);
+#endif /* VKP_NO_IO */
 
 #ifdef __cplusplus
 }
@@ -4122,12 +4126,12 @@ struct vkp_i_channel {
     bool evicts;    /* senders may take the oldest value: receiving needs the mutex too */
     VKP_I_MUTEX mutex;
     vkp_i_waiters receiver;
-    vkp_i_waiters closers; /* wait until closed */
-    vkp_i_ring *retired;   /* rings left behind after the receiver went */
-    vkp_case_watch *watch; /* loop's thread */
-    size_t dead_lanes;     /* atomic: that the receiver has to free */
-    vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
-    vkp_i_lane lane;       /* the first one */
+    vkp_i_waiters closers;        /* wait until closed */
+    vkp_i_ring *retired;          /* rings left behind after the receiver went */
+    struct vkp_case_watch *watch; /* loop's thread */
+    size_t dead_lanes;            /* atomic: that the receiver has to free */
+    vkp_i_lane *rx_lane;          /* the receiver's: where it took the last value */
+    vkp_i_lane lane;              /* the first one */
 };
 
 /* ---- rings ---- */

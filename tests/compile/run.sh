@@ -88,6 +88,7 @@ link_and_run two_copies "$work/static_main.o" "$work/static_unit.o"
 
 compile "$here/implementation.c" channels -DVKP_NO_IO
 link_and_run channels_only "$work/main.o" "$work/unit.o" "$work/channels.o"
+compile "$here/implementation.c" static_channels -DVKP_NO_IO -DVKP_STATIC
 compile "$here/sleeps.c" sleeps
 link_and_run sleeps "$work/sleeps.o"
 
