@@ -3,11 +3,12 @@
 
    Servers, each a process on core 0: the relay as a stand-alone broker, the relay behind a server
    (which then runs on core 1), redis-server, and the limit: a loop that writes the messages that
-   came in one read to each subscriber in one call. This process, on core 1, publishes a window of
-   messages in one write and reads until all subscribers have all of them; then the next window.
-   What is compared is the server's CPU time for each delivered message. System calls are counted
-   by strace, in the first round, off the clock.                                                */
-#include "bench.h"
+   came in one read to each subscriber in one call; and the same loop with io_uring, where one
+   submit writes to up to 256 of them. This process, on core 1, publishes a window of messages in
+   one write and reads until all subscribers have all of them; then the next window. What is
+   compared is the server's CPU time for each delivered message. System calls are counted by
+   strace, in the first round, off the clock.                                                   */
+#include "uring.h"
 
 #define SUBSCRIBERS_MOST 1000
 #define MEMORY_CONNECTIONS 2000
@@ -30,7 +31,7 @@ typedef struct server {
     char publisher[96]; /* where PUBLISH goes */
 } server;
 
-enum { RELAY, RELAY_BEHIND, REDIS, RAW, SERVERS };
+enum { RELAY, RELAY_BEHIND, REDIS, RAW, RAW_URING, SERVERS };
 static server servers[2][SERVERS]; /* by transport */
 static const char *const transports[2] = {"unix", "tcp"};
 static char folder[64];
@@ -118,6 +119,58 @@ static void raw_answer(int fd, const char *text, size_t times)
     }
 }
 
+#if VKP_BENCH_URING
+static uring ring;
+
+static bool ring_open(void)
+{
+    return uring_open(&ring, IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN);
+}
+
+static void ring_know(int fd, bool on)
+{
+    if (ring.has_files) {
+        uring_set_file(&ring, fd, on);
+    }
+}
+
+/* What a full socket does not take goes the other way. */
+static void ring_write(const int *fds, size_t count, const char *data, size_t len)
+{
+    while (count > 0 && len > 0) {
+        unsigned part = count < URING_ENTRIES ? (unsigned)count : URING_ENTRIES;
+        const struct io_uring_cqe *cqe;
+        unsigned i;
+        for (i = 0; i < part; i++) {
+            uring_send(&ring, fds[i], data, len, (uint64_t)fds[i]);
+        }
+        uring_submit(&ring, part);
+        while ((cqe = uring_peek(&ring)) != NULL) {
+            size_t put = cqe->res > 0 ? (size_t)cqe->res : 0;
+            bench_write((int)cqe->user_data, data + put, len - put);
+            uring_took(&ring);
+        }
+        fds += part;
+        count -= part;
+    }
+}
+#endif
+
+/* The same to each. */
+static void raw_write(const int *fds, size_t count, const char *data, size_t len)
+{
+    size_t at;
+#if VKP_BENCH_URING
+    if (ring.has_files) {
+        ring_write(fds, count, data, len);
+        return;
+    }
+#endif
+    for (at = 0; at < count; at++) {
+        bench_write(fds[at], data, len);
+    }
+}
+
 /* Subscribers begin with HELLO, the publisher with PUBLISH. It holds what it counts, no more. */
 static void raw_serve(const char *address)
 {
@@ -158,19 +211,23 @@ static void raw_serve(const char *address)
                         subscribers[at] = subscribers[--subscriber_count];
                     }
                 }
+#if VKP_BENCH_URING
+                ring_know(fd, false);
+#endif
                 close(fd);
             } else if (in[0] == 'P' && torn[fd] == 0) {
                 raw_answer(fd, "+PONG\r\n", 1);
             } else if (in[0] == 'H' && torn[fd] == 0) {
                 subscribers[subscriber_count++] = fd;
+#if VKP_BENCH_URING
+                ring_know(fd, true);
+#endif
                 raw_answer(fd, confirmed, 1);
             } else {
                 torn[fd] += (size_t)got;
                 whole = torn[fd] / PUBLISH_BYTES;
                 torn[fd] %= PUBLISH_BYTES;
-                for (at = 0; at < subscriber_count; at++) {
-                    bench_write(subscribers[at], joined, whole * PUSH_BYTES);
-                }
+                raw_write(subscribers, subscriber_count, joined, whole * PUSH_BYTES);
                 for (at = 0; at < whole; at++) {
                     memcpy(replies + at * 4, ":1\r\n", 4);
                 }
@@ -238,7 +295,8 @@ static pid_t start_redis(const server *self, int core, int which)
 static void start(int transport, int kind)
 {
     static const char *const names[SERVERS] = {"relay, stand-alone", "relay behind a server",
-                                               "redis-server", "limit: joined write"};
+                                               "redis-server", "limit: joined write",
+                                               "limit, by io_uring"};
     server *self = &servers[transport][kind];
     int which = transport * 10 + kind;
     int fd;
@@ -260,11 +318,19 @@ static void start(int transport, int kind)
         if (self->pid == 0 && kind == RELAY) {
             relay_serve(NULL, self->address);
         } else if (self->pid == 0) {
+#if VKP_BENCH_URING
+            if (kind == RAW_URING) {
+                if (!ring_open()) {
+                    bench_fail("io_uring: %s", strerror(errno));
+                }
+                uring_open_files(&ring);
+            }
+#endif
             raw_serve(self->address);
         }
     }
     fd = bench_dial(self->address);
-    if (kind != RAW) { /* a relay answers once its server does */
+    if (kind < RAW) { /* a relay answers once its server does */
         bench_write(fd, "PING\r\n", 6);
         bench_expect(fd, "PONG\r\n");
     }
@@ -470,6 +536,13 @@ int main(int argc, char **argv)
     size_t j;
     int transport;
     int kind;
+    int kinds = RAW_URING;
+#if VKP_BENCH_URING
+    if (ring_open()) { /* the kernel has what it takes, and lets us */
+        close(ring.fd);
+        kinds = SERVERS;
+    }
+#endif
     bench_raise_descriptors();
     snprintf(folder, sizeof folder, "/tmp/vkp-bench-XXXXXX");
     if (mkdtemp(folder) == NULL) {
@@ -481,13 +554,13 @@ int main(int argc, char **argv)
     printf("\n### fanout: memory of a connection, bytes of the server's resident set (unix, %d "
            "connections)\n\n| | idle | subscribed |\n|---|---|---|\n",
            MEMORY_CONNECTIONS);
-    for (kind = 0; kind < SERVERS; kind++) {
+    for (kind = 0; kind <= RAW; kind++) {
         memory(kind);
     }
     fflush(stdout);
     bench_stop_children(); /* the memory table's upstream too */
     for (transport = 0; transport < 2; transport++) {
-        for (kind = 0; kind < SERVERS; kind++) {
+        for (kind = 0; kind < kinds; kind++) {
             start(transport, kind);
         }
         for (i = 0; i < 3; i++) {
@@ -496,7 +569,7 @@ int main(int argc, char **argv)
                 bool small = windows[j] == 16;
                 snprintf(groups[group], sizeof groups[group], "%s, %ld clients, window %ld",
                          transports[transport], crowds[i], windows[j]);
-                for (kind = 0; kind < SERVERS; kind++) {
+                for (kind = 0; kind < kinds; kind++) {
                     bench_row row = {
                         groups[group], servers[transport][kind].name, BENCH_OTHER, run, crowds[i],
                         windows[j],    &servers[transport][kind],     {{NULL, 0}}, NULL};

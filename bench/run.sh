@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh bench/run.sh PROGRAM|all [rounds [part of a group's name]]
-# PROGRAM: channels oneshot broadcast watch loop reader subscriber fanout sockets
+# PROGRAM: channels oneshot broadcast watch loop reader subscriber fanout sockets uring
 # Builds ours and every peer that is installed (on Debian as root it installs those that are
 # missing), and prints the program's tables. VKP_BENCH_BUILD names the build folder,
 # VKP_BENCH_SERVER another server than redis-server, VKP_BENCH_FOLDER where sockets has its files
@@ -16,10 +16,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 build=${VKP_BENCH_BUILD:-$root/build-bench}
 [ $# -ge 1 ] || usage
 case $1 in
-channels | oneshot | broadcast | watch | loop | reader | subscriber | fanout | sockets)
+channels | oneshot | broadcast | watch | loop | reader | subscriber | fanout | sockets | uring)
     programs=$1
     ;;
-all) programs='channels oneshot broadcast watch loop reader subscriber fanout sockets' ;;
+all) programs='channels oneshot broadcast watch loop reader subscriber fanout sockets uring' ;;
 *) usage ;;
 esac
 shift
@@ -31,7 +31,7 @@ install_peers() {
     missing=
     packages='cmake pkg-config libhiredis-dev libevent-dev libev-dev libuv1-dev redis-server strace'
     case $programs in
-    reader | subscriber | fanout) ;;
+    reader | subscriber | fanout | uring) ;;
     *)
         packages="$packages librust-tokio-dev librust-parking-lot-dev"
         packages="$packages librust-crossbeam-channel-dev librust-flume-dev"
@@ -40,7 +40,7 @@ install_peers() {
         ;;
     esac
     case $programs in
-    reader | subscriber | fanout | sockets) ;;
+    reader | subscriber | fanout | sockets | uring) ;;
     *)
         packages="$packages g++ libck-dev libglib2.0-dev libaprutil1-dev libapr1-dev libzmq3-dev"
         packages="$packages libnng-dev libconcurrentqueue-dev golang-go"
@@ -83,7 +83,7 @@ install_peers
         -DVKP_EXAMPLES=OFF
     cmake --build "$build"
     case $programs in
-    reader | subscriber | fanout) ;;
+    reader | subscriber | fanout | uring) ;;
     sockets) build_rust ;;
     *)
         build_rust

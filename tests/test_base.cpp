@@ -338,9 +338,25 @@ TEST_CASE("sys: sockets are non-blocking and close-on-exec from birth", "[base][
     CHECK(std::string(buffer, 5) == "abcde");
     CHECK(sys->read(server, buffer, sizeof buffer) == -EAGAIN);
 
+    // One range goes by another call of the system's; a full socket says so to both.
+    CHECK(sys->send(client, ranges, 1) == 2);
+    REQUIRE(sys->read(server, buffer, sizeof buffer) == 2);
+    CHECK(std::string(buffer, 2) == "ab");
+    const std::string much(4096, 'x');
+    std::string in(65536, '\0');
+    const vkp_range large[2] = {{much.data(), much.size()}, {much.data(), much.size()}};
+    int64_t put = 0;
+    while ((put = sys->send(client, large, 1)) > 0) {
+    }
+    CHECK(put == -EAGAIN);
+    CHECK(sys->send(client, large, 2) == -EAGAIN);
+    while (sys->read(server, &in[0], in.size()) > 0) { // or the close would be a reset
+    }
+
     // The default action of SIGPIPE would end this process.
     CHECK(sys->close(server) == 0);
     CHECK(sys->send(client, ranges, 1) == -EPIPE);
+    CHECK(sys->send(client, ranges, 3) == -EPIPE);
     CHECK(sys->read(client, buffer, sizeof buffer) == 0);
     CHECK(sys->close(client) == 0);
     CHECK(sys->close(listener) == 0);
