@@ -1,11 +1,12 @@
 #!/bin/sh
 # Builds and runs a program from outside the tree: consumer.sh WAY ROOT BUILD WORK, where WAY is
 # find_package, pkg_config, add_subdirectory or FetchContent, and BUILD a build of the tree, from
-# which the first two are installed. Exit 77: there is no pkg-config.
+# which the first two are installed; with GUESTS ("libev libuv") in the environment, what BUILD
+# found, also a program for each. Exit 77: there is no pkg-config.
 set -eu
 way=$1 root=$2 build=$3 work=$4
 cc=${CC:-cc} cxx=${CXX:-c++}
-here=$root/tests/packaging/consumer
+here=$root/tests/packaging/consumer programs_of_guests=''
 
 rm -rf "$work"
 mkdir -p "$work"
@@ -20,7 +21,7 @@ install_tree() {
     fi
 }
 run_all() { # FOLDER
-    for program in library_c library_cpp header_c header_cpp; do
+    for program in library_c library_cpp header_c header_cpp $programs_of_guests; do
         "$1/$program" >"$work/$program.txt" || {
             cat "$work/$program.txt"
             echo "$program failed"
@@ -28,12 +29,16 @@ run_all() { # FOLDER
         }
     done
     cmp "$work/library_c.txt" "$work/header_c.txt"
-    cat "$work/library_c.txt" "$work/library_cpp.txt"
+    cat "$work"/*.txt
 }
 
 by_cmake() {
+    for guest in ${GUESTS:-}; do
+        programs_of_guests="$programs_of_guests guest_$guest"
+    done
     cmake -S "$work/source" -B "$work/build" -DVKP_CONSUMER="$way" -DCMAKE_BUILD_TYPE=Debug \
-        -DCMAKE_C_COMPILER="$cc" -DCMAKE_CXX_COMPILER="$cxx" "$@" >"$work/configure.log" || {
+        -DCMAKE_C_COMPILER="$cc" -DCMAKE_CXX_COMPILER="$cxx" \
+        -DVKP_CONSUMER_GUESTS="$(echo "${GUESTS:-}" | tr ' ' ';')" "$@" >"$work/configure.log" || {
         cat "$work/configure.log"
         exit 1
     }

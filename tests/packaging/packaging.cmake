@@ -1,6 +1,8 @@
 # packaging.<way>: programs from outside the tree come by it in each of the ways that
 # packaging/README.md promises; the relay's package; the recipes for other package managers.
-set(packaging_environment "CC=${CMAKE_C_COMPILER};CXX=${CMAKE_CXX_COMPILER}")
+string(REPLACE ";" " " guests_found "${guests}")
+set(packaging_environment "CC=${CMAKE_C_COMPILER}" "CXX=${CMAKE_CXX_COMPILER}"
+                          "GUESTS=${guests_found}")
 function(add_packaging_test name script)
   add_test(NAME packaging.${name}
            COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/packaging/${script} ${ARGN}

@@ -1,0 +1,33 @@
+# valkey_push_add_guest(NAME BACKENDS_DIR): valkey_push::NAME, the guest of that library's loop (NAME
+# is libev, libuv or libevent), if the library is found; valkey_push_NAME_FOUND says whether. For the
+# source tree, and for the components of find_package. The library is the program's, so its guest is
+# built where the program is. No program takes two of them by accident: libev and libevent export
+# the same names.
+function(valkey_push_add_guest name backends_dir)
+  if(name STREQUAL "libev")
+    set(header ev.h)
+    set(library ev)
+  elseif(name STREQUAL "libuv")
+    set(header uv.h)
+    set(library uv)
+  else()
+    set(header event2/event.h)
+    set(library event_core)
+  endif()
+  string(TOUPPER ${name} upper)
+  find_path(VKP_${upper}_INCLUDE ${header})
+  find_library(VKP_${upper}_LIBRARY ${library})
+  mark_as_advanced(VKP_${upper}_INCLUDE VKP_${upper}_LIBRARY)
+  set(found OFF)
+  if(VKP_${upper}_INCLUDE AND VKP_${upper}_LIBRARY)
+    set(found ON)
+  endif()
+  set(valkey_push_${name}_FOUND ${found} PARENT_SCOPE)
+  if(NOT found OR TARGET vkp_${name})
+    return()
+  endif()
+  add_library(vkp_${name} STATIC EXCLUDE_FROM_ALL ${backends_dir}/vkp_backend_${name}.c)
+  add_library(valkey_push::${name} ALIAS vkp_${name})
+  target_include_directories(vkp_${name} SYSTEM PUBLIC ${VKP_${upper}_INCLUDE})
+  target_link_libraries(vkp_${name} PUBLIC valkey_push::header ${VKP_${upper}_LIBRARY})
+endfunction()
