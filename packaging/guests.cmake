@@ -1,8 +1,8 @@
-# valkey_push_add_guest(NAME BACKENDS_DIR): valkey_push::NAME, the guest of that library's loop (NAME
-# is libev, libuv or libevent), if the library is found; valkey_push_NAME_FOUND says whether. For the
-# source tree, and for the components of find_package. The library is the program's, so its guest is
-# built where the program is. No program takes two of them by accident: libev and libevent export
-# the same names.
+# valkey_push_add_guest(NAME BACKENDS_DIR): valkey_push::NAME, the guest of that library's loop
+# (NAME is libev, libuv or libevent), if the library is found; valkey_push_NAME_FOUND says whether.
+# For the source tree, and for the components of find_package. The library is the program's, so its
+# guest is built where the program is. No program takes two of them by accident: libev and libevent
+# export the same names.
 function(valkey_push_add_guest name backends_dir)
   if(name STREQUAL "libev")
     set(header ev.h)

@@ -8,8 +8,8 @@ set(backends_dir ${CMAKE_INSTALL_DATADIR}/valkey_push/backends)
 set(generated_dir ${CMAKE_CURRENT_BINARY_DIR}/packaging)
 file(GLOB backend_sources CONFIGURE_DEPENDS backends/*.[ch])
 
-# Of the guests (valkey_push::libev and its kind) the sources are installed, like those of all backends
-# of all systems: the libraries that they are built against are the program's.
+# Of the guests (valkey_push::libev and its kind) the sources are installed, like those of all
+# backends of all systems: the libraries that they are built against are the program's.
 target_include_directories(vkp_header INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 set_target_properties(vkp_header PROPERTIES EXPORT_NAME header)
 set_target_properties(vkp_impl PROPERTIES EXPORT_NAME impl)

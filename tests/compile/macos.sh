@@ -1,8 +1,8 @@
 #!/bin/sh
 # Compiles the library, its backends, the examples and the suites for macOS, and links them, without
 # a warning: macos.sh ARCHITECTURE ROOT WORK, with ZIG (the cross compiler; default: the one on
-# PATH) and SUITES=no (without them) in the environment. Nothing of it can be run here. Exit 77:
-# there is no zig.
+# PATH) and SUITES (those and no others, or "none"; default: all) in the environment. Nothing of it
+# can be run here. Exit 77: there is no zig.
 set -eu
 architecture=$1 root=$2 work=$3
 zig=${ZIG:-zig}
@@ -76,23 +76,23 @@ done
 for folder in /usr/include /usr/local/include; do
     [ ! -e "$folder/catch2/catch.hpp" ] || ln -sfn "$folder/catch2" "$work/include/catch2"
 done
-if [ "${SUITES:-yes}" = no ] || [ ! -e "$work/include/catch2/catch.hpp" ]; then
+suites=${SUITES:-$(cd "$root/tests" && echo backend_conformance.cpp test_*.cpp | sed 's/\.cpp//g')}
+if [ "$suites" = none ] || [ ! -e "$work/include/catch2/catch.hpp" ]; then
     echo "$architecture: $count units without a warning, $programs programs linked, but no suites" \
-        "(they take SUITES=yes, and Catch2 of version 2, which is one header)"
+        "(they take Catch2 of version 2, which is one header)"
     exit 0
 fi
 # What runs is tested elsewhere: no checks and no debugging information, which take zig longer.
 tests="c++ -std=c++17 -O0 -g0 -fno-sanitize=undefined -Wall -Wextra -Werror -isystem $work/include"
 compile "$root/tests/support/main.cpp" catch_main $tests
 compile "$root/tests/typed_unit.c" typed_unit cc -std=c99 $strict
-for source in "$root"/tests/test_*.cpp "$root/tests/backend_conformance.cpp"; do
-    suite=$(basename "$source" .cpp)
+for suite in $suites; do
     case $suite in
     test_guests) continue ;; # needs libev, libuv or libevent
     test_typed) more=$work/typed_unit.o ;;
     *) more='' ;;
     esac
-    compile "$source" "$suite" $tests
+    compile "$root/tests/$suite.cpp" "$suite" $tests
     link "$suite" c++ "$work/$suite.o" "$work/catch_main.o" "$work"/support_*.o $more $library
 done
 echo "$architecture: $count units without a warning, $programs programs linked"

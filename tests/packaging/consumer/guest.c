@@ -1,5 +1,5 @@
-/* A program with a loop of its own, which ours is a guest of (GUEST: libev, libuv or libevent): what
-   is posted runs in it.
+/* A program with a loop of its own, which ours is a guest of (GUEST: libev, libuv or libevent):
+   what is posted runs in it.
    SPDX-License-Identifier: MIT */
 #include <valkey_push.h>
 
