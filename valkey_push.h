@@ -2274,7 +2274,8 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
 /* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
 VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
 
-/* Close at once, and free. The loops do not run any more (or never ran). NULL is ignored. */
+/* Close at once, and free; a drain's on_end that was not called is not called any more. The loops
+   do not run any more (or never ran). NULL is ignored.                                         */
 VKP_API void vkp_relay_unref(vkp_relay *relay);
 #endif /* VKP_NO_IO */
 
@@ -17931,7 +17932,8 @@ static void vkp_i_relay_idle_begins(vkp_i_task *task)
     vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, idle_task);
     vkp_loop *loop = relay->shards[0].loop;
     (void)VKP_I_XCHG(&relay->idle_queued, 0u);
-    if (!loop->closed && !relay->draining && vkp_i_relay_count_clients(relay) == 0 &&
+    if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
+        vkp_i_relay_count_clients(relay) == 0 &&
         vkp_timer_start(loop, &relay->idle_timer, vkp_i_add_ns(loop->now_ns, relay->linger_ns), 0,
                         vkp_i_relay_idle_over) != VKP_OK) {
         vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
@@ -18181,7 +18183,8 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
     vkp_timer_stop(&relay->idle_timer);
-    relay->on_idle = NULL;
+    relay->on_idle = NULL; /* tasks that are queued still run, when the loops do or close */
+    relay->on_end = NULL;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
@@ -18198,6 +18201,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     if (relay->client != NULL) {
         vkp_i_client_shut(relay->client); /* answers under way come home now */
         vkp_client_unref(relay->client);
+        relay->client = NULL;
     }
     vkp_i_relay_release(relay);
 }

@@ -2021,6 +2021,35 @@ TEST_CASE("a drain's notice comes behind the answers that the server still owes"
     CHECK(ask(direct, "GET", "n") == bulk(std::to_string(heard.size())));
 }
 
+TEST_CASE("a relay is gone before its drain's end was told: nobody is told any more")
+{
+    const bool early = GENERATE(true, false);
+    vkp_test_env test;
+    vkp_test_env_init(&test);
+    {
+        vkp_test_loop loop(vkp_test_backends()[0]);
+        vkp_loop *loops[] = {loop};
+        vkp_relay_config config = upstream_of(vkp_test_fresh_address("nobody"));
+        config.loops = loops;
+        config.loop_count = 1;
+        config.env = &test.env;
+        vkp_relay *relay = nullptr;
+        REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
+        int told = 0;
+        vkp_relay_drain(
+            relay, vkp_test_deadline(), [](void *user) { ++*static_cast<int *>(user); }, &told);
+        // This round finds no clients; what it queues is for the next one, which a close runs.
+        REQUIRE(vkp_loop_run_once(loop, 0) == VKP_OK);
+        if (early) {
+            vkp_relay_unref(std::exchange(relay, nullptr));
+        }
+        vkp_loop_close(loop);
+        CHECK(told == (early ? 0 : 1));
+        vkp_relay_unref(relay);
+    }
+    vkp_test_env_deinit(&test);
+}
+
 TEST_CASE("a drain ends at its deadline, whoever does not read")
 {
     EVERY_SETUP();
@@ -2164,6 +2193,57 @@ TEST_CASE("nobody there for the time to linger, once somebody was: on_idle")
         relay.pass(5000);
         CHECK(idle.count == 0);
     }
+}
+
+TEST_CASE("a relay is gone before loop 0 heard that the last client left: no time to linger begins")
+{
+    vkp_test_env test;
+    vkp_test_env_init(&test);
+    {
+        vkp_test_loop first(vkp_test_backends()[0]);
+        vkp_test_loop second(vkp_test_backends()[0]);
+        vkp_loop *loops[] = {first, second};
+        vkp_relay_config config = {};
+        config.loops = loops;
+        config.loop_count = 2;
+        config.env = &test.env;
+        config.linger_ms = 1000;
+        config.on_idle = [](void *) { vkp_test_fail("on_idle of a relay that is gone"); };
+        vkp_relay *relay = nullptr;
+        const char *bound = nullptr;
+        REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
+        REQUIRE(vkp_relay_listen(relay, vkp_test_fresh_address("idle"), &bound) == VKP_OK);
+        std::vector<Peer> peers;
+        for (int i = 0; i < 4; i++) { // two on each loop
+            peers.push_back(open(bound));
+            say(peers.back(), wire("PING"));
+        }
+        const auto clients = [&] {
+            vkp_relay_stats stats;
+            vkp_relay_get_stats(relay, &stats);
+            return stats.clients;
+        };
+        const uint64_t deadline = vkp_test_deadline();
+        for (const Peer &peer : peers) {
+            size_t len = 0;
+            while (vkp_test_peer_try_read_frame(peer.get(), &len) == nullptr) {
+                REQUIRE(vkp_sys_default()->clock_ns() < deadline);
+                REQUIRE(vkp_loop_run_once(first, 0) == VKP_OK);
+                REQUIRE(vkp_loop_run_once(second, 0) == VKP_OK);
+            }
+        }
+        peers.clear();
+        while (clients() > 2) {
+            REQUIRE(vkp_loop_run_once(first, deadline) == VKP_OK);
+        }
+        while (clients() > 0) { // tells the first loop, which runs no more
+            REQUIRE(vkp_loop_run_once(second, deadline) == VKP_OK);
+        }
+        vkp_relay_unref(relay);
+        vkp_loop_close(first);
+        vkp_loop_close(second);
+    }
+    vkp_test_env_deinit(&test);
 }
 
 TEST_CASE("on_idle comes on loop 0, whichever loop the last client was on, and may drain")
