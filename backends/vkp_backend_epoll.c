@@ -10,20 +10,16 @@
      says ENOENT where ADD would have done. After a dup2, ADD says EEXIST. Each falls back.
    - A forked child shares the set: its changes are the parent's. after_fork builds a new one.
    - Regular files get EPERM, which is reported. EPOLLHUP and EPOLLERR mean both directions too.
-   - Edge-triggered, one busy peer can hold up the others. Level-triggered, what stays ready goes
-     to the end of the kernel's queue, and a batch that was cut short starves nobody.          */
+   - Edge-triggered, a busy peer holds up others. Level-triggered, it goes to the queue's end.  */
 #if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
 #else /* installed, or copied into another folder */
 #include "valkey_push.h"
 #endif
-
 #ifdef __linux__ /* elsewhere this file is empty: one build line serves every platform */
-
 #include <errno.h>
 #include <string.h>
 #include <sys/epoll.h>
-
 #define VKP_I_EPOLL_BATCH 256 /* most events of one wait */
 
 typedef struct vkp_i_epoll_entry {
@@ -82,8 +78,8 @@ static int vkp_i_epoll_rebuild(vkp_i_epoll *self)
 
 static void vkp_i_epoll_close_fds(vkp_i_epoll *self)
 {
-    const int other = self->wake_fds[1] != self->wake_fds[0] ? self->wake_fds[1] : -1;
-    const int fds[3] = {self->epoll_fd, self->wake_fds[0], other};
+    const int fds[3] = {self->epoll_fd, self->wake_fds[0],
+                        self->wake_fds[1] != self->wake_fds[0] ? self->wake_fds[1] : -1};
     size_t i;
     for (i = 0; i < 3; i++) {
         if (fds[i] >= 0) {
@@ -251,5 +247,4 @@ const vkp_backend vkp_backend_epoll = {
     VKP_BACKEND_ABI,   0,                 "epoll", vkp_i_epoll_open,
     vkp_i_epoll_close, vkp_i_epoll_watch, vkp_i_epoll_wait, vkp_i_epoll_wake,
     NULL, vkp_i_epoll_after_fork, vkp_i_epoll_pollable_fd, NULL};
-
 #endif /* __linux__ */

@@ -17,7 +17,6 @@
 #else /* installed, or copied into another folder */
 #include "valkey_push.h"
 #endif
-
 /* Elsewhere this file is empty: one build line serves every platform. Tests emulate a kqueue. */
 #if !defined(__linux__) || defined(VKP_KQUEUE_EMULATED)
 #include <errno.h>
@@ -25,7 +24,6 @@
 #include <sys/types.h>
 #include <sys/event.h>
 #define VKP_I_KQUEUE_BATCH 256 /* most events of one wait */
-
 /* In a table by descriptor: the pointer that an event brings back may be too small for a token. */
 typedef struct vkp_i_kqueue_entry {
     uint64_t token;
@@ -105,9 +103,7 @@ static vkp_status vkp_i_kqueue_open_fds(vkp_i_kqueue *self)
     vkp_i_kqueue_close_fds(self);
     self->queue = rc = self->env->sys->kqueue_create();
     self->queue_pid = self->env->sys->process_id();
-    if (rc >= 0) {
-        rc = vkp_i_kqueue_signal(self, true);
-    }
+    rc = rc < 0 ? rc : vkp_i_kqueue_signal(self, true);
     for (fd = 0; fd < self->items && rc >= 0; fd++) {
         rc = vkp_i_kqueue_change(self, (int)fd, self->entries[fd].interest, true);
         rc = rc == -EBADF ? 0 : rc; /* closed unseen */

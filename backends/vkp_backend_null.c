@@ -16,13 +16,10 @@
 #else /* installed, or copied into another folder */
 #include "valkey_push.h"
 #endif
-
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-
-/* Where the clock begins: past 0, which as a deadline has always passed. */
-#define VKP_I_NULL_START_NS 1000000000u
+#define VKP_I_NULL_START_NS 1000000000u /* past 0, which as a deadline has always passed */
 
 typedef struct vkp_i_null {
     const vkp_env *env;
