@@ -1,5 +1,5 @@
 /* valkey_push.h - server pushes for C, in one header
-   SPDX-License-Identifier: MIT
+   Made of the parts in src/ by src/amalgamate.sh: edit those. SPDX-License-Identifier: MIT
 
    Do this, in ONE source file of the program:
        #define VKP_IMPLEMENTATION
@@ -18,30 +18,26 @@
    TABLE OF CONTENTS (search for the token)
        >>manual        concepts, ownership, threads, errors, limits
        >>config        macros that change the build
-       >>api           declarations, by noun
-           >>api-base   >>api-bytes  >>api-mpsc   >>api-oneshot  >>api-broadcast  >>api-watch
-           >>api-cancel >>api-select >>api-typed  >>api-loop     >>api-resp       >>api-socket
-           >>api-conn   >>api-hub    >>api-client >>api-pushloop >>api-relay
-       >>impl          implementation, lowest layer first
-           >>impl-base   >>impl-sys    >>impl-park >>impl-bytes    >>impl-mpsc >>impl-oneshot
-           >>impl-broadcast >>impl-watch >>impl-cancel >>impl-select >>impl-loop >>impl-resp
-           >>impl-socket >>impl-conn   >>impl-hub  >>impl-client   >>impl-pushloop >>impl-relay
+       >>api           declarations: what people come for first
+           >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
+           >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch  >>api-cancel
+           >>api-select  >>api-handler  >>api-resp  >>api-socket  >>api-conn  >>api-gate
+           >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay  >>api-sys
+           >>api-backend  >>api-typed
+       >>impl          implementation: lowest layer first
+           >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
+           >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
+           >>impl-audience  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
+           >>impl-handler  >>impl-value  >>impl-resp  >>impl-frame  >>impl-resp-writer
+           >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate  >>impl-conn-queue
+           >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push  >>impl-client
+           >>impl-client-link  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
+           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
+
 #ifndef VALKEY_PUSH_H
 #define VALKEY_PUSH_H
-
-#ifdef VKP_IMPLEMENTATION /* before the first system header of this file */
-#if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1
-#elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
-#define _DARWIN_C_SOURCE 1
-#endif
-#endif
-
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 
 /* ======================================================================================
    >>manual   Concepts
@@ -158,6 +154,18 @@
    VKP_NO_IO            unset   implementation: channels only, no loop, RESP, sockets, client,
                                 relay; a file that defines it sees no others declared
 */
+#ifdef VKP_IMPLEMENTATION /* before the first system header of this file */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1
+#elif defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
 #ifndef VKP_API
 #ifdef VKP_STATIC
 #define VKP_API static __attribute__((unused))
@@ -200,6 +208,55 @@ extern "C" {
    "Loop" as a thread means: the thread that opened the loop, until one runs it; then that one;
    after vkp_loop_run returned, any ONE thread.
    Every pointer argument must be valid; NULL where it is not allowed gives INVALID.           */
+
+/* --------------------------------------------------------------------------------------
+   >>api-handles   The handles, by section                                                 */
+
+/* What an object takes from the program around it: memory, log, the operating system. */
+typedef struct vkp_env vkp_env;
+typedef struct vkp_sys vkp_sys;
+
+/* Bytes that are shared: see vkp_bytes. */
+typedef struct vkp_block vkp_block;
+
+/* A server's client, and its replies. */
+typedef struct vkp_client vkp_client;
+typedef struct vkp_reply vkp_reply;
+
+/* One thread's events. */
+typedef struct vkp_loop vkp_loop;
+typedef struct vkp_backend vkp_backend;
+typedef struct vkp_case_watch vkp_case_watch;
+
+/* Channels. tx sends: any number of references, any threads. rx receives: one thread at a time. */
+typedef struct vkp_mpsc_tx vkp_mpsc_tx;
+typedef struct vkp_mpsc_rx vkp_mpsc_rx;
+typedef struct vkp_mpsc_weak vkp_mpsc_weak; /* may become a sender again; keeps nothing open */
+typedef struct vkp_oneshot vkp_oneshot;     /* one value, once: no handle, but caller's memory */
+typedef struct vkp_broadcast_tx vkp_broadcast_tx;
+typedef struct vkp_broadcast_rx vkp_broadcast_rx;
+typedef struct vkp_watch_tx vkp_watch_tx;
+typedef struct vkp_watch_rx vkp_watch_rx;
+typedef struct vkp_cancel vkp_cancel; /* a token that ends waits */
+
+/* RESP. */
+typedef struct vkp_resp_reader vkp_resp_reader;
+
+/* Sockets, connections, and who may connect. */
+typedef struct vkp_registry vkp_registry;
+typedef struct vkp_socket vkp_socket;
+typedef struct vkp_socket_pool vkp_socket_pool;
+typedef struct vkp_conn vkp_conn;
+typedef struct vkp_peer vkp_peer;
+typedef struct vkp_gate vkp_gate;
+typedef struct vkp_seat vkp_seat;
+typedef struct vkp_listener vkp_listener;
+typedef struct vkp_health_check vkp_health_check;
+
+/* Where messages go. */
+typedef struct vkp_hub vkp_hub;
+typedef struct vkp_push_loop vkp_push_loop;
+typedef struct vkp_relay vkp_relay;
 
 /* --------------------------------------------------------------------------------------
    >>api-base   Status, deadlines, environment                                             */
@@ -254,11 +311,9 @@ typedef enum vkp_log_level {
     VKP_LOG_DEBUG = 4
 } vkp_log_level;
 
-typedef struct vkp_sys vkp_sys;
-
 /* What an object takes from the program around it. Objects keep the POINTER: an env outlives
    every object opened with it. NULL env, and NULL members, mean the defaults.               */
-typedef struct vkp_env {
+struct vkp_env {
     /* realloc with sizes: ptr NULL allocates, new_bytes 0 frees and returns NULL. Must be
        callable from any thread. Default: the C library's. NULL for a non-zero size = failure. */
     void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
@@ -270,103 +325,9 @@ typedef struct vkp_env {
     /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
        some microseconds. Default: 200, and none where one processor is online.                */
     uint32_t spins;
-} vkp_env;
-
-#define VKP_SPINS_NONE UINT32_MAX /* vkp_env.spins: sleep at once */
-
-typedef struct vkp_parker vkp_parker;
-
-/* One range of a gathered write. Laid out as POSIX's struct iovec. */
-typedef struct vkp_range {
-    const void *base;
-    size_t len; /* bytes */
-} vkp_range;
-
-/* A socket address, as bind and connect take it. */
-typedef struct vkp_address {
-    uint32_t bytes; /* of storage in use */
-    uint16_t family;
-    union {
-        uint64_t align;
-        unsigned char bytes[128];
-    } storage;
-} vkp_address;
-
-/* A client as the kernel knows it. */
-typedef struct vkp_peer {
-    uint32_t uid;
-    uint32_t gid;
-    int pid; /* 0 where the system does not tell */
-} vkp_peer;
-
-/* What lstat says of a path. */
-typedef struct vkp_file_id {
-    uint64_t device;
-    uint64_t inode;
-    uint32_t uid;
-    uint32_t mode; /* permissions */
-    bool is_socket;
-} vkp_file_id;
-
-/* What stands behind a descriptor, as far as it matters to who waits for it (vkp_sys.fd_kind). */
-#define VKP_FD_OTHER 0
-#define VKP_FD_FILE 1 /* a regular one */
-#define VKP_FD_SOCKET 2
-
-/* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
-   inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
-   write and kevent may be called in a signal handler and leave errno alone.
-   Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
-   thread.                                                                                     */
-struct vkp_sys {
-    uint64_t (*clock_ns)(void);   /* monotonic */
-    uint64_t (*random_u64)(void); /* for jitter and names, not for secrets */
-    int (*process_id)(void);
-    uint32_t (*user_id)(void);                              /* effective */
-    void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
-    void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
-    void (*yield)(void);                                    /* let another thread run */
-    uint32_t (*processors)(void);                           /* online */
-    /* A full barrier on every running thread of the process; `prepare` once before the first one.
-       Negative where there is none: senders then pay for a barrier of their own. What was prepared
-       must work until the end: a sandbox that refuses it comes before the first channel.      */
-    int (*membarrier)(bool prepare);
-    int (*socket)(int family, int type);
-    /* mode: of a Unix socket's file at its birth, less the umask, where the system can. */
-    int (*bind)(int fd, const void *address, uint32_t bytes, uint32_t mode);
-    int (*listen)(int fd, int backlog);
-    int (*accept)(int fd);
-    int (*connect)(int fd, const void *address, uint32_t bytes); /* -EINPROGRESS is progress */
-    int (*socket_error)(int fd); /* takes SO_ERROR: 0 or a negated errno */
-    int (*prepare)(int fd);      /* non-blocking, close-on-exec, no SIGPIPE: for adopted sockets */
-    int (*set_nodelay)(int fd);
-    int (*peer)(int fd, vkp_peer *peer); /* of a connected Unix socket */
-    int (*local_port)(int fd);           /* of a bound TCP socket */
-    /* Addresses of a TCP host and port, at most capacity: how many. May block on DNS for names. */
-    int (*resolve)(const char *host, const char *port, vkp_address *out, size_t capacity);
-    int64_t (*read)(int fd, void *buffer, size_t bytes);
-    int64_t (*send)(int fd, const vkp_range *ranges, size_t count); /* never SIGPIPE */
-    int64_t (*write)(int fd, const void *buffer, size_t bytes);     /* wake pipes */
-    int (*close)(int fd);
-    /* Opens (mode 0600) and flocks; -EWOULDBLOCK when another holds it. id: of what is locked. */
-    int (*lock_file)(const char *path, vkp_file_id *id);
-    int (*identify)(const char *path, vkp_file_id *id); /* lstat */
-    int (*chmod)(const char *path, uint32_t mode);
-    int (*unlink)(const char *path);
-    int (*wake_pair)(int fds[2]); /* [0] polls readable after a write to [1]; may be one fd */
-    int (*poll)(void *pollfds, size_t count, uint64_t deadline_ns);
-    int (*epoll_create)(void); /* -ENOSYS where there is none, as the next two */
-    int (*epoll_ctl)(int epoll_fd, int operation, int fd, void *event);
-    int (*epoll_wait)(int epoll_fd, void *events, int capacity, uint64_t deadline_ns);
-    int (*kqueue_create)(void); /* -ENOSYS where there is none, as the next */
-    /* Applies the changes, then waits for events; for none (event_count 0) it does not wait. */
-    int (*kevent)(int kq, const void *changes, int change_count, void *events, int event_count,
-                  uint64_t deadline_ns);
-    int (*fd_kind)(int fd); /* VKP_FD_* */
 };
 
-/* The table over libc. Static. Any thread. */
-VKP_API const vkp_sys *vkp_sys_default(void);
+#define VKP_SPINS_NONE UINT32_MAX /* vkp_env.spins: sleep at once */
 
 /* --------------------------------------------------------------------------------------
    >>api-bytes   Text views, and immutable ref-counted bytes                               */
@@ -382,8 +343,6 @@ typedef struct vkp_str {
 
 /* A view of a terminated string; NULL gives the empty text. Any thread. */
 VKP_API vkp_str vkp_str_of(const char *text);
-
-typedef struct vkp_block vkp_block;
 
 /* A slice of an immutable block. The value holds ONE reference when block is not NULL; copying
    the struct does not copy the reference. Block NULL: static bytes, or empty.                 */
@@ -412,12 +371,348 @@ VKP_API vkp_bytes vkp_bytes_slice(const vkp_bytes *bytes, size_t offset, size_t 
    value are ignored. Any thread.                                                              */
 VKP_API void vkp_bytes_unref(vkp_bytes *bytes);
 
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-value   Values of RESP2 and RESP3
+   Facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md).            */
+
+typedef enum vkp_type {
+    VKP_NULL = 0,
+    VKP_STRING,   /* $ + =      str, len; VKP_F_SIMPLE or VKP_F_VERBATIM tell which            */
+    VKP_ERROR,    /* - !        str, len                                                       */
+    VKP_INTEGER,  /* :          integer                                                        */
+    VKP_DOUBLE,   /* ,          str, len: the digits; vkp_value_get_double converts            */
+    VKP_BOOL,     /* #          integer 0 or 1                                                 */
+    VKP_BIGNUM,   /* (          str, len: the digits with their sign                           */
+    VKP_ARRAY,    /* *          len elements                                                   */
+    VKP_SET,      /* ~          len elements                                                   */
+    VKP_PUSH,     /* >          len elements, the first a string: its kind */
+    VKP_MAP,      /* %          len elements: key, value, key, value ... (twice the wire's n)  */
+    VKP_ATTRIBUTE /* |          as VKP_MAP; stands before the value that it annotates          */
+} vkp_type;
+
+#define VKP_F_SIMPLE 1u     /* + or -: a line */
+#define VKP_F_VERBATIM 2u   /* =: str is past the four bytes "txt:" */
+#define VKP_F_NULL_BULK 4u  /* null came as $-1 */
+#define VKP_F_NULL_ARRAY 8u /* null came as *-1 */
+/* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
+   that publishes to its own connection. Not an element: counted by nobody, passed over by the
+   walk.                                                                                       */
+#define VKP_F_OUT_OF_BAND 16u
+
+/* One value of a tree. A tree is one array in reading order: the elements of an aggregate follow
+   it, each with its own. Walk with vkp_value_first and vkp_value_next, never by index.          */
+typedef struct vkp_value {
+    uint8_t type;  /* vkp_type */
+    uint8_t flags; /* VKP_F_* */
+    uint16_t i_depth;
+    uint32_t span;       /* places in the array that it takes, its elements included */
+    uint32_t attributes; /* places back to the VKP_ATTRIBUTE that annotates it; 0 = none */
+    uint32_t i_reserved;
+    size_t len; /* bytes of str, or number of elements */
+    union {
+        const char *str; /* not terminated */
+        int64_t integer;
+        size_t i_offset;
+    } u;
+} vkp_value;
+
+/* The first element of an aggregate, or NULL; then its next sibling, or NULL after the last.
+   `parent` is the aggregate. Attributes are passed over. Any thread; views.                   */
+VKP_API const vkp_value *vkp_value_first(const vkp_value *parent);
+VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value);
+
+/* str and len of a STRING, ERROR, BIGNUM or DOUBLE; empty for everything else, NULL included.
+   Views. Any thread.                                                                          */
+VKP_API vkp_str vkp_value_str(const vkp_value *value);
+
+/* The number of a DOUBLE or an INTEGER in any locale; 0 for the rest. Any thread. */
+VKP_API double vkp_value_get_double(const vkp_value *value);
+
+/* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
+VKP_API bool vkp_value_is(const vkp_value *value, const char *text);
+
+typedef struct vkp_resp_config {
+    uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
+    uint32_t max_elements;  /* elements of one aggregate on the wire; default 4,294,967,295 / 2 */
+    size_t max_bulk_bytes;  /* one bulk string; default 512 MiB */
+    size_t max_line_bytes;  /* one line, CRLF not counted; default 64 KiB */
+    size_t max_frame_bytes; /* one whole frame; default 1 GiB, at most 4 GiB - 1 */
+    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
+    const vkp_env *env;
+} vkp_resp_config;
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-push   What a server pushes                                                       */
+
+typedef enum vkp_sub_kind {
+    VKP_CHANNEL = 0, /* SUBSCRIBE, exact name */
+    VKP_PATTERN,     /* PSUBSCRIBE, glob */
+    VKP_SHARD        /* SSUBSCRIBE, exact name */
+} vkp_sub_kind;
+
+typedef enum vkp_push_kind {
+    VKP_PUSH_MESSAGE = 0,  /* channel, payload */
+    VKP_PUSH_PMESSAGE,     /* pattern, channel, payload */
+    VKP_PUSH_SMESSAGE,     /* channel, payload */
+    VKP_PUSH_SUBSCRIBED,   /* channel: confirmed for the first time, or again after an outage */
+    VKP_PUSH_UNSUBSCRIBED, /* channel; also when the server took a shard channel away */
+    VKP_PUSH_INVALIDATE,   /* frame: the keys; a null instead means all of them */
+    VKP_PUSH_OTHER,        /* any other push: frame, kind's name in channel */
+    VKP_PUSH_CONNECTED,    /* the first connection stands */
+    VKP_PUSH_DISCONNECTED, /* once per outage; payload tells why */
+    VKP_PUSH_RECONNECTED,  /* the outage is over; subscriptions are on their way back */
+    VKP_PUSH_GAP,          /* all are back: messages between from_ns and to_ns may be lost */
+    VKP_PUSH_LAGGED        /* the channel of pushes was full: `missed` were dropped before this */
+} vkp_push_kind;
+
+/* The kind in lower case; static, never NULL. Any thread. */
+VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
+
+/* One push. A value: in a callback it is borrowed; out of a channel it is yours to unref. */
+typedef struct vkp_push {
+    vkp_push_kind kind;
+    vkp_sub_kind sub; /* of SUBSCRIBED, UNSUBSCRIBED and the messages */
+    vkp_bytes frame;  /* the RESP bytes as received; empty for events of the client */
+    vkp_str channel;  /* these view frame */
+    vkp_str pattern;
+    vkp_str payload;
+    uint64_t from_ns; /* GAP: monotonic times */
+    uint64_t to_ns;
+    uint64_t missed; /* LAGGED */
+} vkp_push;
+
+/* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
+VKP_API size_t vkp_push_cost(const void *push);
+
+/* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
+VKP_API void vkp_push_drop(void *user, void *push);
+
+/* Give the push's reference back and empty it. Any thread. */
+VKP_API void vkp_push_unref(vkp_push *push);
+
+/* Read a frame as a push. Messages need no allocation and no reader.
+   Owns:   *push views value and gets no reference (frame is empty)   Errors: INVALID (no push) */
+VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-client   A connection to a server, shared by many threads                         */
+
+/* A reply: one whole value and the bytes it came in. Immutable, ref-counted. */
+VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply); /* views the reply */
+VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);        /* views, no reference */
+VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
+VKP_API void vkp_reply_unref(vkp_reply *reply); /* NULL is ignored; any thread */
+
+typedef enum vkp_client_state {
+    VKP_CLIENT_CONNECTING = 0,
+    VKP_CLIENT_READY,
+    VKP_CLIENT_WAITING, /* for the next try */
+    VKP_CLIENT_CLOSED
+} vkp_client_state;
+
+typedef struct vkp_client_config {
+    const char *address;         /* required */
+    const char *username;        /* default user when NULL */
+    const char *password;        /* none when NULL */
+    const char *name;            /* CLIENT SETNAME; none when NULL */
+    int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
+    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too */
+    uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
+    uint64_t retry_max_ms; /* default 5,000 */
+    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000 */
+    uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
+    size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
+    vkp_resp_config resp;          /* limits of the reader; lenient is set */
+    /* Pushes, on the loop's thread; the push is borrowed. Either this, or the channel. */
+    void (*on_push)(void *user, const vkp_push *push);
+    void *user;
+    vkp_mpsc_tx *pushes; /* of vkp_push; shared. A full channel drops, and LAGGED tells. */
+    const vkp_env *env;  /* default: the loop's */
+} vkp_client_config;
+
+/* Open a client and begin to connect; it reconnects until it is closed. With a password the
+   connection is refused rather than used unauthenticated.
+   Owns:   borrows config (copies texts), shares loop and pushes; gives *client
+   Blocks: on DNS for host names only    Threads: loop's    In callbacks: ok
+   Errors: INVALID, NOMEM, CLOSED (loop)                                                       */
+VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                                 vkp_client **client);
+
+VKP_API vkp_client *vkp_client_ref(vkp_client *client); /* any thread */
+VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; any thread */
+
+/* Close: commands not answered get CLOSED, then nothing is called any more. Idempotent. Any
+   thread; from others than the loop's it is posted.                                           */
+VKP_API void vkp_client_close(vkp_client *client);
+
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
+VKP_API int vkp_client_get_protocol(const vkp_client *client);           /* 0 until one was tried */
+
+/* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
+VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
+
+/* Subscribe, once upstream however often it is asked; each call wants one unsubscribe. Survives
+   outages. SUBSCRIBED follows in the push stream.
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
+                                                      vkp_str name);
+
+/* As vkp_client_subscribe, and done(user, status) on the loop's thread, once: OK when the server
+   confirmed (at once if it had), DISCONNECTED when there is no connection (the subscription
+   stands and comes with it), REFUSED (the server said no: the subscription is gone), CLOSED.  */
+VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
+                                                           vkp_str name,
+                                                           void (*done)(void *user, vkp_status),
+                                                           void *user);
+
+/* Give up one interest; the last one unsubscribes. Errors: NOMEM, CLOSED. Any thread. A name that
+   was not subscribed is ignored.                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
+                                                        vkp_str name);
+
+/* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
+   of the server is a reply of type VKP_ERROR. The slot is initialised here. The arguments are
+   terminated strings, the last one NULL.
+   Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
+   command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
+   CLIENT REPLY, MULTI, ...), LIMIT (more than 64 arguments: vkp_client_command_argv takes them),
+   CLOSED, NOMEM, INVALID. After OK, recv gives CLOSED when the connection was lost before the
+   reply: the command may or may not have run.                                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
+    __attribute__((sentinel));
+
+/* The same with counted arguments. */
+VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
+                                                         size_t argc, const vkp_str *argv);
+
+/* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
+   value of the LAST reply, on the loop's thread, exactly once: status OK, or with NULL
+   DISCONNECTED, CLOSED, or REFUSED (RESP2 and something is subscribed). The bytes are not
+   inspected.
+   Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
+   Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
+typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
+                             const vkp_bytes *frame);
+VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
+                                                 uint32_t replies, vkp_reply_fn on_reply,
+                                                 void *user);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-loop   One thread's event loop                                                    */
+
+typedef struct vkp_loop_config {
+    const vkp_backend *backend; /* required */
+    const vkp_env *env;
+    void *foreign;          /* for guest backends: the program's own loop */
+    size_t read_bytes;      /* bytes of one read; default 64 KiB, at least 1 KiB */
+    size_t events_per_wait; /* default 256 */
+} vkp_loop_config;
+
+/* Open a loop. It belongs to whichever thread runs it; one thread at a time.
+   Owns:   borrows config (keeps env and backend pointers); gives *loop
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (no backend, or a wrong ABI: logged with the files to link), NOMEM, SYS     */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **loop);
+
+/* One more reference (gives). Any thread. Connections, clients and listeners hold one each. */
+VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
+
+/* One reference less; the last one frees the loop. NULL is ignored. Any thread; over a guest
+   the last one comes on the foreign loop's, before that is freed.                             */
+VKP_API void vkp_loop_unref(vkp_loop *loop);
+
+/* Close everything on the loop (connections, listeners, clients: their on_close run now), run
+   what was posted, stop timers, refuse new posts. Idempotent. Loop's thread, not inside
+   vkp_loop_run.                                                                                */
+VKP_API void vkp_loop_close(vkp_loop *loop);
+
+/* Run rounds until vkp_loop_stop. OK, INVALID (two threads, a guest backend), or SYS.
+   Calling thread becomes the loop's.                                                          */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
+
+/* One round: wait until the deadline at most (0: do not wait), dispatch, write. Loop's thread.
+   Errors: INVALID (inside a callback), SYS.                                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns);
+
+/* Make vkp_loop_run return after the round under way. Sticky until it did. Any thread, and
+   signal handlers.                                                                            */
+VKP_API void vkp_loop_stop(vkp_loop *loop);
+
+/* Call fn(user) on the loop's thread, in the order posted by each thread.
+   Owns:   user stays the caller's     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED (the loop was closed), INVALID                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user);
+
+/* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
+   (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
+VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
+
+/* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
+VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
+
+/* A descriptor under watch, in the caller's memory; fields are private. */
+typedef struct vkp_io vkp_io;
+struct vkp_io {
+    vkp_loop *i_loop;
+    void (*i_fn)(vkp_io *watch, uint32_t ready);
+    int i_fd;
+    uint32_t i_slot;
+    uint32_t i_interest;
+};
+
+/* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
+   watch is stopped then). The fd stays the caller's and must stay open until the stop.
+   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd,
+                                              uint32_t interest,
+                                              void (*fn)(vkp_io *watch, uint32_t ready));
+
+/* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
+   Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *watch, uint32_t interest);
+
+/* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
+   started or zeroed watch. Loop's thread.                                                     */
+VKP_API void vkp_io_stop(vkp_io *watch);
+
+/* A timer in the caller's memory; fields are private. Zero it before the first start. */
+typedef struct vkp_timer vkp_timer;
+struct vkp_timer {
+    vkp_loop *i_loop;
+    void (*i_fn)(vkp_timer *timer);
+    uint64_t i_deadline_ns;
+    uint64_t i_period_ns;
+    size_t i_index; /* place in the heap + 1; 0 = not running */
+};
+
+/* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
+   timer that fell behind fires once and goes on from now.
+   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
+VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer,
+                                                 uint64_t deadline_ns, uint64_t period_ns,
+                                                 void (*fn)(vkp_timer *timer));
+
+/* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
+VKP_API void vkp_timer_stop(vkp_timer *timer);
+
+#endif /* VKP_NO_IO */
+
 /* --------------------------------------------------------------------------------------
    >>api-mpsc   Many senders, one receiver                                                 */
-
-typedef struct vkp_mpsc_tx vkp_mpsc_tx;     /* sends; any number of references, any threads */
-typedef struct vkp_mpsc_weak vkp_mpsc_weak; /* may become a sender again; keeps nothing open */
-typedef struct vkp_mpsc_rx vkp_mpsc_rx;     /* receives; one thread at a time */
 
 typedef struct vkp_mpsc_config {
     size_t elem_bytes;     /* bytes of one value; required */
@@ -562,7 +857,7 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);
    private. The sender may use it until it sent or abandoned; the receiver until recv returned or
    it closed. A library-side sender (vkp_client_command) detaches itself on close; with a sender
    of your own the memory must outlive it, or come from vkp_oneshot_open.                      */
-typedef struct vkp_oneshot {
+struct vkp_oneshot {
     uint32_t i_state;
     uint32_t i_elem_bytes;
     void *i_receiver; /* waiters */
@@ -577,7 +872,7 @@ typedef struct vkp_oneshot {
         uint64_t align_u64;
         unsigned char bytes[VKP_ONESHOT_BYTES];
     } i_value;
-} vkp_oneshot;
+};
 
 /* Prepare the slot for one value.
    Owns:   the caller's memory; drop (may be NULL) is called with user on a value never received
@@ -626,9 +921,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint
 
 /* --------------------------------------------------------------------------------------
    >>api-broadcast   Every receiver sees every value                                       */
-
-typedef struct vkp_broadcast_tx vkp_broadcast_tx; /* any number of references, any threads */
-typedef struct vkp_broadcast_rx vkp_broadcast_rx; /* one thread at a time */
 
 typedef struct vkp_broadcast_config {
     size_t elem_bytes; /* bytes of one value; required */
@@ -699,9 +991,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx,
 
 /* --------------------------------------------------------------------------------------
    >>api-watch   Only the newest value                                                     */
-
-typedef struct vkp_watch_tx vkp_watch_tx; /* any number of references, any threads */
-typedef struct vkp_watch_rx vkp_watch_rx; /* one thread at a time */
 
 typedef struct vkp_watch_config {
     size_t elem_bytes;   /* bytes of the value; required */
@@ -775,8 +1064,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_
 
 /* --------------------------------------------------------------------------------------
    >>api-cancel   Cancellation tokens                                                      */
-
-typedef struct vkp_cancel vkp_cancel;
 
 /* Open a token; a child is cancelled with its parent (at once, if that was cancelled before), and
    uses its parent's env.
@@ -861,6 +1148,922 @@ VKP_API VKP_NODISCARD vkp_status vkp_select(vkp_case *cases, size_t count, uint6
    case that stays ready waits for at most count - 1 others.                                   */
 VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, uint32_t *turn,
                                                  uint64_t deadline_ns, size_t *won);
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-handler   Callbacks of a loop for channels                                        */
+
+/* Call fn(user) on the loop whenever vkp_mpsc_try_recv would not return EMPTY, as long as that
+   is so: take something, or stop the watch. One watch per receiver.
+   Owns:   shares loop     Threads: loop's     In callbacks: ok     Errors: INVALID (watched) */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop,
+                                                void (*fn)(void *user), void *user);
+
+/* Stop the watch: fn is not called again. Idempotent. Loop's thread. */
+VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
+
+/* Call fn(user) on the loop whenever the case could be carried out, as long as that is so: do it
+   with its try form, or end the watch. Sending cases give no right to the room: their try form may
+   still be FULL. One watch per receiving end. A watch or select of a one-shot ends before the same
+   side finishes it (send, abandon, close).
+   Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
+   Threads: loop's     In callbacks: ok
+   Errors: NOMEM, INVALID (vkp_case_fd, vkp_case_deadline, closed loop)                        */
+VKP_API VKP_NODISCARD vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what,
+                                                     void (*fn)(void *user), void *user,
+                                                     vkp_case_watch **watch);
+
+/* End the watch: fn is not called again. NULL is ignored. Loop's thread; a loop that closes ends
+   its watches itself, and then this only gives the handle back.                               */
+VKP_API void vkp_case_watch_close(vkp_case_watch *watch);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-resp   RESP reader and writer                                                     */
+
+/* Open an incremental reader. It allocates as bytes arrive, never for what a header announces.
+   Owns:   borrows config; gives *reader   Blocks: never   Threads: any, one at a time
+   Errors: NOMEM, INVALID                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_open(const vkp_resp_config *config,
+                                                      vkp_resp_reader **reader);
+
+/* Free the reader and the values it gave. NULL is ignored. */
+VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader);
+
+/* Append bytes to the reader's own buffer.
+   Owns:   borrows data (copies)     Blocks: never     Threads: the reader's
+   Errors: NOMEM (nothing was taken), or the reader's earlier error                            */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data,
+                                                      size_t len);
+
+/* The next whole value of what was fed.
+   Owns:   *value views the reader: valid until the next call on it     Blocks: never
+   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_error), NOMEM
+   (try again)                                                                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
+                                                      const vkp_value **value);
+
+/* The same without a copy: read one value from a window of the caller's. On EMPTY call again
+   with the SAME bytes, possibly moved, and more behind them: the reader goes on where it was.
+   On OK *consumed is the length of the frame; the next window starts behind it.
+   Owns:   borrows window; *value views the window and the reader     Blocks: never
+   Errors: as vkp_resp_reader_next; not to be mixed with feed between two frames               */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *window,
+                                                      size_t len, const vkp_value **value,
+                                                      size_t *consumed);
+
+/* What was wrong and where: the byte's position since open or reset, and the reason with the
+   limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
+VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position);
+
+/* Forget the error, the buffer and the frame under way. */
+VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
+
+/* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
+   a strict reader accepted before. Any thread.                                                */
+VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len);
+
+/* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
+   kept: write everything, then look at what take returns.                                     */
+typedef struct vkp_resp_writer {
+    const vkp_env *i_env;
+    vkp_block *i_block;
+    size_t i_len;
+    vkp_status i_status;
+} vkp_resp_writer;
+
+/* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
+   strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
+VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count);
+VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
+VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
+VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);
+VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
+VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
+
+/* A whole value, in RESP3, or as a server writes it to a RESP2 client (maps and sets as arrays,
+   doubles as bulk strings, booleans as 0 and 1, null as $-1 unless it came as *-1, attributes not
+   at all).                                                                                    */
+VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol);
+
+/* End the building: the bytes, or the first error met.
+   Owns:   gives *bytes; the writer is empty again, its error forgotten
+   Errors: NOMEM, LIMIT (4 GiB), INVALID (a CR or LF in put_simple or put_error)               */
+VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
+
+/* Drop what was built. */
+VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-socket   Ref-counted listening Unix sockets
+
+   A socket lives as long as somebody refers to it: handles of the program, listeners, clients.
+   Whoever gives the last reference back stops it and removes its file. A registry knows the
+   sockets of a program by their paths, and keeps none of them alive.
+   A path NULL means a name of the registry's own, unique on this machine. A name that begins with
+   '@' is abstract (Linux: no file, gone with the last descriptor) where the registry says so, and
+   in addresses ("unix:@NAME"); a file of such a name is "./@NAME".                            */
+
+/* What happened to a socket's file behind our back, see vkp_registry_config.check_ms. */
+typedef enum vkp_socket_event {
+    VKP_SOCKET_LOST = 1, /* the file is gone, or another one is there in its place */
+    VKP_SOCKET_REBOUND,  /* bound again: new clients come in */
+    VKP_SOCKET_BLOCKED   /* not bound again: status tells why; tried again at every check */
+} vkp_socket_event;
+
+typedef struct vkp_registry_config {
+    int backlog;         /* of listen(2); default 4096, cut by the system */
+    uint32_t mode;       /* permissions of the files; default 0600. More than that needs gates that
+                              check who comes (vkp_gate), which they do by default             */
+    bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
+    size_t max_sockets;  /* alive at once; default: no limit */
+    size_t max_references; /* of one socket; default and most: 2^29 */
+    const char *folder;    /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
+    vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
+    uint32_t linger_ms; /* a socket ends that long after its last reference; default: at once */
+    uint32_t check_ms;  /* look that often whether the files are still ours; default: never */
+    bool rebind;        /* then bind again what was lost */
+    /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
+    void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
+    void *user;
+    const vkp_env *env;
+} vkp_registry_config;
+
+/* Open a registry: path -> weak reference. An object; there is no process-wide one.
+   Owns:   borrows config, shares loop; gives *registry
+   Blocks: never     Threads: any     Errors: NOMEM, INVALID (a timer without a loop)          */
+VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
+                                                   vkp_registry **registry);
+VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
+
+/* Sockets that live keep their registry. NULL is ignored. Any thread. */
+VKP_API void vkp_registry_unref(vkp_registry *registry);
+
+/* Sockets that are alive in this registry. Any thread; out of date at once. */
+VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
+
+/* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
+   stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
+VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
+
+/* For handlers of crashes: remove the files of the sockets that this process opened, and nothing
+   else. Takes no lock and no memory; async-signal-safe. The program's end must follow.        */
+VKP_API void vkp_registry_unlink_all(vkp_registry *registry);
+
+/* Counts since open, but for the first two. */
+typedef struct vkp_registry_stats {
+    size_t live;              /* sockets, those that linger included */
+    size_t references;        /* of them */
+    uint64_t created;         /* sockets */
+    uint64_t taken_over;      /* of those: where a dead process's file stood */
+    uint64_t revived;         /* asked for again while they lingered */
+    uint64_t ended;           /* sockets */
+    uint64_t handed_over;     /* of those: cleaned up by another thread that was in the registry */
+    uint64_t unlink_failures; /* files that could not be removed */
+    int unlink_errno;         /* of the last of those */
+    uint64_t lost;            /* files found gone or replaced, by checks */
+    uint64_t rebound;         /* of those: bound again */
+    uint64_t cleanup_last_ns; /* from the last reference (or the linger's end) to the file gone */
+    uint64_t cleanup_most_ns;
+    uint64_t cleanup_total_ns;
+} vkp_registry_stats;
+VKP_API void vkp_registry_get_stats(vkp_registry *registry,
+                                    vkp_registry_stats *stats); /* any thread */
+
+/* The live socket of the path, or a new one: bound, with the registry's mode, listening. Atomic.
+   Beside the file stands PATH.lock, held by flock while the socket lives: a file left by a dead
+   process is taken over, one of a live process is not. A path is used as it is written.
+   Owns:   borrows path (NULL: a unique one); gives *sock
+   Blocks: on the file system, and on threads that create   Threads: any     In callbacks: ok
+   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit on
+   Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
+   serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
+   SYS, NOMEM                                                                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
+                                                          vkp_socket **sock);
+
+/* The same for text that may hold NUL bytes: INVALID then. */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
+                                                              vkp_socket **sock);
+
+/* The live socket of the path, never a new one. Gives *sock. Any thread.
+   Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
+                                                         vkp_socket **sock);
+
+/* Hand over a socket that the caller bound to the path and set listening.
+   Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
+   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
+   INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
+                                                         int fd, vkp_socket **sock);
+
+/* One more reference: sock, or NULL when it has max_references. Any thread. */
+VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
+
+/* One reference less. The last one stops listening, removes the file if it is still the one this
+   handle bound, and the lock file; with linger_ms that comes later. In a forked child it removes
+   nothing. NULL is ignored.
+   Blocks: on the file system only: when another thread is in the registry, that one cleans up
+   before it leaves     Threads: any     In callbacks: ok                                      */
+VKP_API void vkp_socket_unref(vkp_socket *sock);
+
+/* A handle that does not keep the socket alive: a value, copied at will, nothing to give back. To
+   be used only while the registry is referred to. Zeroed it is the handle of no socket.       */
+typedef struct vkp_weak_socket {
+    vkp_socket *i_socket;
+    uint32_t i_generation;
+} vkp_weak_socket;
+
+/* sock is borrowed. Any thread. */
+VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock);
+
+/* A reference to the socket while it lives. Gives *sock. Takes no lock. Any thread.
+   Errors: NOT_FOUND (it ended), LIMIT (max_references)                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **sock);
+
+/* The path (views); whether it still accepts; the references. Any thread. */
+VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
+VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
+
+/* Several sockets, over which clients are spread. A pool refers to its sockets. */
+
+typedef enum vkp_balance {
+    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equals, the next in turn */
+    VKP_BALANCE_TURN       /* one after the other */
+} vkp_balance;
+
+typedef struct vkp_socket_pool_config {
+    vkp_registry *registry;   /* required; shared */
+    const char *const *paths; /* NULL: unique ones */
+    size_t count;             /* of sockets; at least 1 */
+    vkp_balance balance;
+} vkp_socket_pool_config;
+
+/* Open the pool and its sockets: all or none.
+   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_get_or_create */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
+                                                      vkp_socket_pool **pool);
+VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
+VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);           /* any; NULL is ignored */
+
+/* The socket for the next client, which is to hold it as long as it is there. Sockets that were
+   cleaned up are passed over. Gives *sock. Any thread.
+   Errors: CLOSED (none is active), LIMIT (max_references, of all)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **sock);
+
+/* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
+VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
+VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-conn   Connections and listeners
+   Addresses: "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT".                                  */
+
+typedef enum vkp_close_reason {
+    VKP_CLOSE_LOCAL = 0, /* vkp_conn_close, or drained after vkp_conn_drain */
+    VKP_CLOSE_PEER,      /* end of file */
+    VKP_CLOSE_ERROR,     /* a system call failed: sys_error tells */
+    VKP_CLOSE_SLOW,      /* VKP_ON_FULL_DISCONNECT */
+    VKP_CLOSE_LOOP,      /* the loop was closed */
+    VKP_CLOSE_NOMEM      /* no memory for what was received or for the response stream */
+} vkp_close_reason;
+
+/* The reason as a short text; static, never NULL. Any thread. */
+VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
+
+/* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
+typedef enum vkp_on_full {
+    VKP_ON_FULL_WAIT = 0,    /* vkp_conn_push waits; on the loop's thread it gets FULL */
+    VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
+    VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
+    VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
+    VKP_ON_FULL_DISCONNECT   /* CLOSED; the connection closes with VKP_CLOSE_SLOW */
+} vkp_on_full;
+
+/* Callbacks of a connection, all on its loop's thread, none under a lock, none after on_close.
+   Any may be NULL. The table is kept by pointer.                                              */
+typedef struct vkp_conn_ops {
+    void (*on_open)(vkp_conn *conn, void *user); /* once, connected: may be before open returned */
+    /* Bytes arrived. Returns how many were used; the rest comes again, with more behind it.
+       `in` views the read block: keep parts with vkp_bytes_slice.                            */
+    size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
+    void (*on_drain)(vkp_conn *conn, void *user); /* the queue is empty after it had to wait */
+    /* The peer will send no more. True: keep the connection to write (end it with vkp_conn_drain or
+       vkp_conn_close); false, or no on_end: it closes with VKP_CLOSE_PEER.                   */
+    bool (*on_end)(vkp_conn *conn, void *user);
+    void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
+    /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
+       one block are kept and written as one range; vkp_resp_frame_len is one.                */
+    size_t (*frame_len)(const uint8_t *data, size_t len);
+} vkp_conn_ops;
+
+typedef struct vkp_conn_config {
+    const vkp_conn_ops *ops; /* required */
+    void *user;
+    size_t queue_frames; /* most frames queued; default 65,536 */
+    size_t queue_bytes;  /* most bytes queued; default 8 MiB. One frame always fits. */
+    size_t input_bytes;  /* most bytes kept for on_data; default 512 MiB. Beyond: closed. */
+    vkp_on_full on_full;
+    bool loop_only; /* pushes come from the loop's thread alone: saves the inbox, 200 bytes */
+} vkp_conn_config;
+
+/* The queues above have the limit each: what waits for the loop (inbox: pushed by other threads)
+   and what waits for the peer (outbox).                                                       */
+
+/* Serve a connected stream socket on the loop.
+   Owns:   takes fd (on failure it stays the caller's), shares loop; gives *conn (the loop keeps a
+   reference of its own until the close)   Blocks: never   Threads: loop's   In callbacks: ok
+   Errors: NOMEM, SYS, INVALID, CLOSED (loop)                                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
+                                               const vkp_conn_config *config, vkp_conn **conn);
+
+/* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
+   NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
+   Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+                                                  const vkp_conn_config *config, vkp_conn **conn);
+
+VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */
+VKP_API void vkp_conn_unref(vkp_conn *conn);    /* any thread; does not close; NULL is ignored */
+
+/* Push one frame, by the policy when the queue is full. On the loop's thread, and when loop_only
+   is set, it goes straight to the outbox; from other threads through the inbox.
+   Owns:   borrows frame (takes a reference of its own)
+   Blocks: until deadline_ns with VKP_ON_FULL_WAIT on other threads; else never
+   Threads: any (the loop's alone with loop_only)     In callbacks: ok
+   Errors: FULL, DROPPED, CLOSED, TIMEOUT, NOMEM, INVALID                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame,
+                                               uint64_t deadline_ns);
+
+/* Append to the response stream: in order with pushes, never dropped, not bounded by the queue's
+   limits (stop reading instead: vkp_conn_pause).
+   Owns:   borrows frame     Blocks: never     Threads: loop's     Errors: CLOSED, NOMEM       */
+VKP_API VKP_NODISCARD vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame);
+
+/* Stop and go on reading; on_data sees what was kept at the next round. Loop's thread. */
+VKP_API void vkp_conn_pause(vkp_conn *conn);
+VKP_API void vkp_conn_resume(vkp_conn *conn);
+
+/* Read no more, write what is queued, then close with VKP_CLOSE_LOCAL. Loop's thread. */
+VKP_API void vkp_conn_drain(vkp_conn *conn);
+
+/* Close. On the loop's thread on_close runs before it returns; from others it is posted.
+   Idempotent. Any thread.                                                                     */
+VKP_API void vkp_conn_close(vkp_conn *conn);
+
+/* Plain reads and the user pointer. Loop's thread where nothing else is said. */
+VKP_API void *vkp_conn_get_user(const vkp_conn *conn);
+VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user); /* loop's thread */
+VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn);  /* views */
+VKP_API int vkp_conn_get_fd(const vkp_conn *conn);          /* -1 when closed; loop's thread */
+VKP_API bool vkp_conn_is_open(const vkp_conn *conn);        /* any thread */
+
+typedef struct vkp_conn_stats {
+    size_t queued_frames; /* in the outbox */
+    size_t queued_bytes;
+    uint64_t dropped_frames; /* by the policy, since open */
+} vkp_conn_stats;
+VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats); /* loop's thread */
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-gate   Who may come in, and how many at once                                      */
+
+/* Why a client was closed right after accept. */
+typedef enum vkp_refusal {
+    VKP_REFUSAL_USER = 0,  /* its uid is not allowed, or `allow` said no */
+    VKP_REFUSAL_FULL,      /* max_clients, of the gate or of the listener; max_references */
+    VKP_REFUSAL_USER_FULL, /* max_clients_per_uid */
+    VKP_REFUSAL_OVERLOAD,  /* no descriptors for a second and more, or no memory */
+    VKP_REFUSAL_ENDED      /* the socket's last reference was just given back */
+} vkp_refusal;
+#define VKP_REFUSAL_COUNT 5
+
+typedef struct vkp_gate_config {
+    size_t max_clients; /* at once, over all listeners of the gate; default: no limit */
+    size_t max_clients_per_uid;
+    /* Unix sockets: the process's own (effective) uid, these (copied), or all. */
+    const uint32_t *allow_uids;
+    size_t allow_uid_count;
+    bool allow_any_uid;
+    /* Decides instead. On the accepting loop's thread. */
+    bool (*allow)(void *user, const vkp_peer *peer);
+    void *user;
+    const vkp_env *env;
+} vkp_gate_config;
+
+/* Open a gate; any number of listeners, on any loops, may share it.
+   Owns:   borrows config; gives *gate     Threads: any     Errors: NOMEM                      */
+VKP_API VKP_NODISCARD vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **gate);
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate); /* any thread */
+VKP_API void vkp_gate_unref(vkp_gate *gate);    /* any thread; NULL is ignored */
+
+typedef struct vkp_gate_stats {
+    size_t clients; /* now */
+    uint64_t admitted;
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+} vkp_gate_stats;
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any thread */
+
+/* The place of one admitted client: it counts at the gate, and holds the socket that it came
+   through, if the listener follows that. Connections give theirs back before their on_close.  */
+VKP_API void vkp_seat_leave(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+
+/* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
+VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-listener   Accept connections                                                     */
+
+typedef struct vkp_listener_config {
+    const char *address;    /* or */
+    vkp_socket *socket;     /* a ref-counted socket: shared until the listener closes */
+    vkp_registry *registry; /* for a unix: address; NULL opens one of its own */
+    /* With .socket: hold no reference of it; each client holds one, the program may, and when the
+       last one is given back (and linger_ms passed) the listener ends too.                    */
+    bool follow;
+    vkp_gate *gate;       /* shared; NULL: the process's own uid alone, as many as come */
+    size_t max_clients;   /* of this listener at once; default: no limit */
+    vkp_conn_config conn; /* of every connection accepted; its user is on_accept's first */
+    /* A connection was accepted, before its on_open: set its user, refuse by vkp_conn_close. */
+    void (*on_accept)(void *user, vkp_conn *conn);
+    /* Instead of a connection: take the descriptor and its seat (to hand them to another loop). */
+    void (*on_fd)(void *user, int fd, vkp_seat *seat);
+    /* A client is refused: fd may be written to, and is closed after this. */
+    void (*on_refuse)(void *user, int fd, vkp_refusal why);
+    /* It ended by itself: its socket did, or its loop. Once, not after vkp_listener_close. */
+    void (*on_end)(void *user);
+    int backlog; /* default 4096 */
+} vkp_listener_config;
+
+/* Listen and accept on the loop. When descriptors or memory run out it pauses, 10 ms at first, 1 s
+   at last, and clients wait in the backlog; when descriptors are short for a second, a spare one
+   serves to tell them (VKP_REFUSAL_OVERLOAD).
+   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
+   Blocks: on the file system     Threads: loop's     In callbacks: ok
+   Errors: as vkp_socket_get_or_create; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
+   (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
+VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
+                                                   const vkp_listener_config *config,
+                                                   vkp_listener **listener);
+
+/* The address with the port that the system chose, as "tcp:HOST:PORT" or "unix:PATH". Views. */
+VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
+
+/* Stop accepting; connections stay, and a drain goes on. Idempotent. Loop's thread. */
+VKP_API void vkp_listener_close(vkp_listener *listener);
+VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
+
+/* Shut down in good order: stop accepting, send `notice` (NULL: nothing) to every connection that
+   came through, write what is queued, close each; at the deadline close what is left. Then
+   on_end(user), once. For listeners without on_fd.
+   Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
+VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
+                                                    uint64_t deadline_ns,
+                                                    void (*on_end)(void *user), void *user);
+
+typedef struct vkp_listener_stats {
+    size_t clients; /* now */
+    uint64_t accepted;
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    uint64_t aborted;                    /* left before accept: probes, resets */
+    uint64_t no_descriptors;             /* accept failed with EMFILE or ENFILE */
+    uint64_t no_memory;                  /* with ENOMEM or ENOBUFS */
+    uint64_t failed;                     /* with anything else */
+    uint64_t pauses;                     /* after the last three */
+} vkp_listener_stats;
+VKP_API void vkp_listener_get_stats(const vkp_listener *listener,
+                                    vkp_listener_stats *stats); /* loop's thread */
+
+/* How a listener started from another thread began. */
+typedef struct vkp_listening {
+    vkp_status status;      /* OK, or why not; then the rest is NULL */
+    int sys_error;          /* errno of SYS */
+    const char *path;       /* views */
+    vkp_socket *sock;       /* vkp_listen_with_reference: gives one reference; else NULL */
+    vkp_listener *listener; /* the loop's; vkp_listener_close is yours, unref is not */
+} vkp_listening;
+
+/* Start a listener from any thread. It belongs to the loop, which frees it when it ended or the
+   loop closes. config.address and .socket must be NULL; config.conn.user and .on_... as above.
+   vkp_listen: it keeps its socket alive until it is closed. vkp_listen_with_reference: on_init
+   gets the only reference; the listener follows. vkp_listen_ref: follows a socket that is there.
+   on_init(user, result) runs once on the loop's thread, unless an error comes back here.
+   A registry of their own, where config names none, has no abstract names.
+   Owns:   borrows path (NULL: a unique one), copies config; shares what it names until on_init
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID, LIMIT (max_references of a socket given)                    */
+typedef void vkp_on_listening(void *user, const vkp_listening *result);
+VKP_API VKP_NODISCARD vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config,
+                                            const char *path, vkp_on_listening *on_init,
+                                            void *user);
+VKP_API VKP_NODISCARD vkp_status vkp_listen_with_reference(vkp_loop *loop,
+                                                           const vkp_listener_config *config,
+                                                           const char *path,
+                                                           vkp_on_listening *on_init, void *user);
+VKP_API VKP_NODISCARD vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
+                                                vkp_socket *sock, vkp_on_listening *on_init,
+                                                void *user);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-health   Is a server well?                                                        */
+
+/* What one check found. */
+typedef struct vkp_health {
+    vkp_status status; /* OK; REFUSED (no connection), PROTOCOL (another answer), DISCONNECTED (it
+                          closed), TIMEOUT, SYS (with sys_error), NOMEM                        */
+    int sys_error;
+    uint64_t elapsed_ns; /* from the connect to the answer */
+    uint64_t failures;   /* in a row, this one included; 0 when OK */
+} vkp_health;
+
+typedef struct vkp_health_config {
+    const char *address;
+    vkp_str request;     /* default "PING\r\n" */
+    vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
+    uint32_t timeout_ms; /* of one check; default 1000 */
+    uint32_t period_ms;  /* 0: once */
+    void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
+    void *user;
+} vkp_health_config;
+
+/* Connect, ask, look at the answer, disconnect; now, and then every period.
+   Owns:   borrows config (texts are copied); shares loop; gives *check
+   Blocks: as vkp_conn_connect     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID, and of Unix addresses LIMIT,
+   UNSUPPORTED                                                                                  */
+VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
+                                                       const vkp_health_config *config,
+                                                       vkp_health_check **check);
+/* End it: no result follows. NULL is ignored. Loop's thread, in on_result too. */
+VKP_API void vkp_health_check_close(vkp_health_check *check);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-hub   Who is subscribed to what                                                   */
+
+/* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
+   in time linear in text x pattern at worst. Any thread.                                      */
+VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text);
+
+typedef struct vkp_hub_sub vkp_hub_sub;
+
+/* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
+typedef struct vkp_hub_member {
+    vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
+    int protocol;       /* 2 or 3: how messages are written to it */
+    uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
+    vkp_hub_sub *i_subs[3];
+} vkp_hub_member;
+
+typedef struct vkp_hub_config {
+    /* A name got its first member (added) or lost its last. Not inside vkp_hub_publish. */
+    void (*on_interest)(void *user, vkp_sub_kind kind, vkp_str name, bool added);
+    void *user;
+    const vkp_env *env;
+} vkp_hub_config;
+
+/* Open a hub. It belongs to one loop's thread.
+   Owns:   borrows config; gives *hub     Blocks: never     Errors: NOMEM                      */
+VKP_API VKP_NODISCARD vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **hub);
+VKP_API void vkp_hub_unref(vkp_hub *hub); /* every member has left; NULL is ignored */
+
+/* Add the member to a name. OK also when it was there (then *added is false; may be NULL).
+   Errors: NOMEM, LIMIT (a name above 4 GiB). Loop's thread.                                   */
+VKP_API VKP_NODISCARD vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member,
+                                                   vkp_sub_kind kind, vkp_str name, bool *added);
+
+/* Take the member off a name. False when it was not there. Loop's thread. */
+VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                 vkp_str name);
+
+/* Take the member off everything. Loop's thread. */
+VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
+
+/* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
+   member's next change. Loop's thread.                                                        */
+VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
+
+/* Whether the member has the name. Loop's thread. */
+VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
+                                   vkp_sub_kind kind, vkp_str name);
+
+/* Deliver a message to every member of the channel and, for VKP_CHANNEL, of every pattern that
+   matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
+   as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
+VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);
+
+/* Deliver a push of a server, as it came: a message to the members of its channel, a pmessage to
+   those of its pattern (the server sends one push for each). Members of protocol 3 share the
+   received bytes. Returns deliveries tried; 0 for pushes that are no messages. Loop's thread. */
+VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push);
+
+/* Members of a name; number of names; the names one by one (walk from NULL; views until the next
+   change). Loop's thread.                                                                     */
+VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name);
+VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind);
+VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-pushloop   From a channel of pushes to where they are wanted                      */
+
+/* Where a push loop writes; exactly one. */
+typedef struct vkp_sink {
+    vkp_hub *hub;   /* messages are published; only on the hub's loop */
+    vkp_conn *conn; /* frames are pushed as received; events of the client are not written */
+    void (*callback)(void *user, const vkp_push *push); /* borrows */
+    void *user;
+} vkp_sink;
+
+/* Receive pushes until the channel closes, in this thread. A sink that fails (a full queue, a
+   closed connection) loses that push; the loop goes on.
+   Owns:   borrows rx, sink     Blocks: until the channel is closed and drained, or cancelled
+   Threads: any, not a hub's     Errors: CANCELLED (cancel may be NULL), INVALID
+   OK means the channel closed.                                                                */
+VKP_API VKP_NODISCARD vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink,
+                                                   vkp_cancel *cancel);
+
+/* The same on an event loop, batch by batch. on_end(user) once, when the channel closed; the
+   push loop is stopped then and waits for its unref.
+   Owns:   takes rx (on failure it stays the caller's), shares loop and sink.conn, views sink.hub;
+   gives *push_loop     Threads: loop's     Errors: INVALID, NOMEM                             */
+VKP_API VKP_NODISCARD vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx,
+                                                    const vkp_sink *sink,
+                                                    void (*on_end)(void *user), void *user,
+                                                    vkp_push_loop **push_loop);
+VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop); /* stops it; loop's thread */
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
+
+typedef struct vkp_relay_config {
+    const char *server;   /* upstream address; NULL: a stand-alone pub/sub broker */
+    const char *username; /* of the upstream connection */
+    const char *password;
+    vkp_loop *const *loops; /* connections are spread over these; at least one */
+    size_t loop_count;      /* default 1 */
+    size_t queue_frames;    /* per client, as vkp_conn_config */
+    size_t queue_bytes;
+    vkp_on_full on_full;        /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
+    size_t max_clients;         /* at once; default 16,384 */
+    size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
+    /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
+    const uint32_t *allow_uids;
+    size_t allow_uid_count;
+    /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
+    void (*on_idle)(void *user);
+    void *user;
+    uint32_t linger_ms;
+    uint32_t check_ms; /* look that often at the sockets' files, bind again what is lost */
+    const char *shutdown_notice; /* copied; see vkp_relay_drain; NULL: none */
+    size_t max_request_bytes;    /* one command, or one MULTI block; default 64 MiB */
+    size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
+    size_t max_subscriptions; /* names of one client; default 100,000 */
+    const vkp_env *env;
+} vkp_relay_config;
+
+/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the
+   upstream connection and the listeners.
+   Owns:   borrows config, shares loops; gives *relay     Threads: before the loops run
+   Errors: INVALID, NOMEM, and those of vkp_client_open                                        */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
+
+/* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
+   loops[0]'s. *bound (may be NULL) views the address with the port chosen.
+   Errors: those of vkp_listener_open                                                          */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
+                                                  const char **bound);
+
+/* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
+   then close; on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.
+   The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
+   with subscriptions; to others an error, the answer to whatever they would ask next.         */
+#define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
+VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
+                             void *user);
+
+typedef struct vkp_relay_stats {
+    size_t clients;
+    uint64_t accepted;
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    uint64_t messages_in;                /* from upstream or by PUBLISH */
+    uint64_t deliveries;
+    uint64_t dropped_frames;  /* by the policy */
+    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
+    uint64_t lagged;          /* messages lost to a loop that was 64 MiB behind */
+    uint64_t protocol_errors; /* clients closed for them */
+} vkp_relay_stats;
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
+
+/* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
+VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
+
+/* Close at once, and free; a drain's on_end that was not called is not called any more. The loops
+   do not run any more (or never ran). NULL is ignored.                                         */
+VKP_API void vkp_relay_unref(vkp_relay *relay);
+
+#endif /* VKP_NO_IO */
+
+/* --------------------------------------------------------------------------------------
+   >>api-sys   The operating system behind one table                                       */
+
+typedef struct vkp_parker vkp_parker;
+
+/* One range of a gathered write. Laid out as POSIX's struct iovec. */
+typedef struct vkp_range {
+    const void *base;
+    size_t len; /* bytes */
+} vkp_range;
+
+/* A socket address, as bind and connect take it. */
+typedef struct vkp_address {
+    uint32_t bytes; /* of storage in use */
+    uint16_t family;
+    union {
+        uint64_t align;
+        unsigned char bytes[128];
+    } storage;
+} vkp_address;
+
+/* A client as the kernel knows it. */
+struct vkp_peer {
+    uint32_t uid;
+    uint32_t gid;
+    int pid; /* 0 where the system does not tell */
+};
+
+/* What lstat says of a path. */
+typedef struct vkp_file_id {
+    uint64_t device;
+    uint64_t inode;
+    uint32_t uid;
+    uint32_t mode; /* permissions */
+    bool is_socket;
+} vkp_file_id;
+
+/* What stands behind a descriptor, as far as it matters to who waits for it (vkp_sys.fd_kind). */
+#define VKP_FD_OTHER 0
+#define VKP_FD_FILE 1 /* a regular one */
+#define VKP_FD_SOCKET 2
+
+/* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
+   inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
+   write and kevent may be called in a signal handler and leave errno alone.
+   Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
+   thread.                                                                                     */
+struct vkp_sys {
+    uint64_t (*clock_ns)(void);   /* monotonic */
+    uint64_t (*random_u64)(void); /* for jitter and names, not for secrets */
+    int (*process_id)(void);
+    uint32_t (*user_id)(void);                              /* effective */
+    void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
+    void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
+    void (*yield)(void);                                    /* let another thread run */
+    uint32_t (*processors)(void);                           /* online */
+    /* A full barrier on every running thread of the process; `prepare` once before the first one.
+       Negative where there is none: senders then pay for a barrier of their own. What was prepared
+       must work until the end: a sandbox that refuses it comes before the first channel.      */
+    int (*membarrier)(bool prepare);
+    int (*socket)(int family, int type);
+    /* mode: of a Unix socket's file at its birth, less the umask, where the system can. */
+    int (*bind)(int fd, const void *address, uint32_t bytes, uint32_t mode);
+    int (*listen)(int fd, int backlog);
+    int (*accept)(int fd);
+    int (*connect)(int fd, const void *address, uint32_t bytes); /* -EINPROGRESS is progress */
+    int (*socket_error)(int fd); /* takes SO_ERROR: 0 or a negated errno */
+    int (*prepare)(int fd);      /* non-blocking, close-on-exec, no SIGPIPE: for adopted sockets */
+    int (*set_nodelay)(int fd);
+    int (*peer)(int fd, vkp_peer *peer); /* of a connected Unix socket */
+    int (*local_port)(int fd);           /* of a bound TCP socket */
+    /* Addresses of a TCP host and port, at most capacity: how many. May block on DNS for names. */
+    int (*resolve)(const char *host, const char *port, vkp_address *out, size_t capacity);
+    int64_t (*read)(int fd, void *buffer, size_t bytes);
+    int64_t (*send)(int fd, const vkp_range *ranges, size_t count); /* never SIGPIPE */
+    int64_t (*write)(int fd, const void *buffer, size_t bytes);     /* wake pipes */
+    int (*close)(int fd);
+    /* Opens (mode 0600) and flocks; -EWOULDBLOCK when another holds it. id: of what is locked. */
+    int (*lock_file)(const char *path, vkp_file_id *id);
+    int (*identify)(const char *path, vkp_file_id *id); /* lstat */
+    int (*chmod)(const char *path, uint32_t mode);
+    int (*unlink)(const char *path);
+    int (*wake_pair)(int fds[2]); /* [0] polls readable after a write to [1]; may be one fd */
+    int (*poll)(void *pollfds, size_t count, uint64_t deadline_ns);
+    int (*epoll_create)(void); /* -ENOSYS where there is none, as the next two */
+    int (*epoll_ctl)(int epoll_fd, int operation, int fd, void *event);
+    int (*epoll_wait)(int epoll_fd, void *events, int capacity, uint64_t deadline_ns);
+    int (*kqueue_create)(void); /* -ENOSYS where there is none, as the next */
+    /* Applies the changes, then waits for events; for none (event_count 0) it does not wait. */
+    int (*kevent)(int kq, const void *changes, int change_count, void *events, int event_count,
+                  uint64_t deadline_ns);
+    int (*fd_kind)(int fd); /* VKP_FD_* */
+};
+
+/* The table over libc. Static. Any thread. */
+VKP_API const vkp_sys *vkp_sys_default(void);
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-backend   The contract of backends                                                */
+
+#define VKP_BACKEND_ABI 1u
+
+/* Interest and readiness. HUP and ERR imply both directions: readers drain before they believe
+   a hang-up.                                                                                  */
+#define VKP_READ 1u
+#define VKP_WRITE 2u
+#define VKP_HUP 4u
+#define VKP_ERR 8u
+
+/* vkp_backend.flags */
+#define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
+#define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
+
+typedef struct vkp_event {
+    uint64_t token; /* as given to watch */
+    uint32_t ready; /* VKP_READ | VKP_WRITE | VKP_HUP | VKP_ERR */
+} vkp_event;
+
+/* What a backend gets at open; valid until its close. */
+typedef struct vkp_backend_host {
+    const vkp_env *env;        /* members filled in, sys never NULL */
+    void *foreign;             /* vkp_loop_config.foreign: the program's own loop, for guests */
+    void *loop;                /* handed back in `round` */
+    void (*round)(void *loop); /* guests: run one round without waiting (loop thread only) */
+} vkp_backend_host;
+
+/* A backend is one constant struct. docs/porting-a-backend.md is its manual, tests/
+   backend_conformance.cpp its proof. All calls come from the loop's thread, except wake.      */
+struct vkp_backend {
+    uint32_t abi;   /* VKP_BACKEND_ABI */
+    uint32_t flags; /* VKP_BACKEND_* */
+    const char *name;
+    vkp_status (*open)(const vkp_backend_host *host, void **state);
+    void (*close)(void *state);
+    /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
+       Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
+       INVALID (fd < 0).                                                                       */
+    vkp_status (*watch)(void *state, int fd, uint32_t interest, uint64_t token);
+    /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
+       (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
+    vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
+                       size_t *count);
+    /* Any thread or signal handler. Coalesces; a wake before a wait ends that wait at once. */
+    void (*wake)(void *state);
+    /* Guests: run a round at that deadline. NULL for backends that own the wait. */
+    vkp_status (*timer)(void *state, uint64_t deadline_ns);
+    /* In a forked child, before anything else: stop sharing kernel state with the parent. */
+    vkp_status (*after_fork)(void *state);
+    /* A descriptor that polls readable when wait would give events, or -1. */
+    int (*pollable_fd)(void *state);
+    /* VKP_BACKEND_VIRTUAL_TIME: the clock. Otherwise NULL. */
+    uint64_t (*clock_ns)(void *state);
+};
+
+/* The backends of this tree; link the file of the one you use. */
+extern const vkp_backend vkp_backend_poll;   /* backends/vkp_backend_poll.c: any POSIX          */
+extern const vkp_backend vkp_backend_epoll;  /* backends/vkp_backend_epoll.c: Linux             */
+extern const vkp_backend vkp_backend_kqueue; /* backends/vkp_backend_kqueue.c: macOS, the BSDs  */
+extern const vkp_backend vkp_backend_null;   /* backends/vkp_backend_null.c: tests;
+                                                virtual time, events in fd order               */
+
+/* Guests: vkp_loop_config.foreign is the program's own loop. docs/embedding.md has the rules. */
+extern const vkp_backend vkp_backend_libev;    /* backends/vkp_backend_libev.c: struct ev_loop *  */
+extern const vkp_backend vkp_backend_libuv;    /* backends/vkp_backend_libuv.c: uv_loop_t *       */
+extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_base *             */
+
+#endif /* VKP_NO_IO */
 
 /* --------------------------------------------------------------------------------------
    >>api-typed   Channels of a type
@@ -1151,1133 +2354,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
         return vkp_watch_changed(name##_raw_rx(rx), deadline_ns);                               \
     }                                                                                           \
     struct name##_tx
-
-#ifndef VKP_NO_IO
-/* --------------------------------------------------------------------------------------
-   >>api-loop   One thread's event loop, and the backend contract                          */
-
-#define VKP_BACKEND_ABI 1u
-
-/* Interest and readiness. HUP and ERR imply both directions: readers drain before they believe
-   a hang-up.                                                                                  */
-#define VKP_READ 1u
-#define VKP_WRITE 2u
-#define VKP_HUP 4u
-#define VKP_ERR 8u
-
-/* vkp_backend.flags */
-#define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
-#define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
-
-typedef struct vkp_event {
-    uint64_t token; /* as given to watch */
-    uint32_t ready; /* VKP_READ | VKP_WRITE | VKP_HUP | VKP_ERR */
-} vkp_event;
-
-/* What a backend gets at open; valid until its close. */
-typedef struct vkp_backend_host {
-    const vkp_env *env;        /* members filled in, sys never NULL */
-    void *foreign;             /* vkp_loop_config.foreign: the program's own loop, for guests */
-    void *loop;                /* handed back in `round` */
-    void (*round)(void *loop); /* guests: run one round without waiting (loop thread only) */
-} vkp_backend_host;
-
-/* A backend is one constant struct. docs/porting-a-backend.md is its manual, tests/
-   backend_conformance.cpp its proof. All calls come from the loop's thread, except wake.      */
-typedef struct vkp_backend {
-    uint32_t abi;   /* VKP_BACKEND_ABI */
-    uint32_t flags; /* VKP_BACKEND_* */
-    const char *name;
-    vkp_status (*open)(const vkp_backend_host *host, void **state);
-    void (*close)(void *state);
-    /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
-       Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
-       INVALID (fd < 0).                                                                       */
-    vkp_status (*watch)(void *state, int fd, uint32_t interest, uint64_t token);
-    /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
-       (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
-    vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
-                       size_t *count);
-    /* Any thread or signal handler. Coalesces; a wake before a wait ends that wait at once. */
-    void (*wake)(void *state);
-    /* Guests: run a round at that deadline. NULL for backends that own the wait. */
-    vkp_status (*timer)(void *state, uint64_t deadline_ns);
-    /* In a forked child, before anything else: stop sharing kernel state with the parent. */
-    vkp_status (*after_fork)(void *state);
-    /* A descriptor that polls readable when wait would give events, or -1. */
-    int (*pollable_fd)(void *state);
-    /* VKP_BACKEND_VIRTUAL_TIME: the clock. Otherwise NULL. */
-    uint64_t (*clock_ns)(void *state);
-} vkp_backend;
-
-/* The backends of this tree; link the file of the one you use. */
-extern const vkp_backend vkp_backend_poll;   /* backends/vkp_backend_poll.c: any POSIX          */
-extern const vkp_backend vkp_backend_epoll;  /* backends/vkp_backend_epoll.c: Linux             */
-extern const vkp_backend vkp_backend_kqueue; /* backends/vkp_backend_kqueue.c: macOS, the BSDs  */
-extern const vkp_backend vkp_backend_null;   /* backends/vkp_backend_null.c: tests;
-                                                virtual time, events in fd order               */
-
-/* Guests: vkp_loop_config.foreign is the program's own loop. docs/embedding.md has the rules. */
-extern const vkp_backend vkp_backend_libev;    /* backends/vkp_backend_libev.c: struct ev_loop *  */
-extern const vkp_backend vkp_backend_libuv;    /* backends/vkp_backend_libuv.c: uv_loop_t *       */
-extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_base *             */
-
-typedef struct vkp_loop vkp_loop;
-
-typedef struct vkp_loop_config {
-    const vkp_backend *backend; /* required */
-    const vkp_env *env;
-    void *foreign;          /* for guest backends: the program's own loop */
-    size_t read_bytes;      /* bytes of one read; default 64 KiB, at least 1 KiB */
-    size_t events_per_wait; /* default 256 */
-} vkp_loop_config;
-
-/* Open a loop. It belongs to whichever thread runs it; one thread at a time.
-   Owns:   borrows config (keeps env and backend pointers); gives *loop
-   Blocks: never     Threads: any     In callbacks: ok
-   Errors: INVALID (no backend, or a wrong ABI: logged with the files to link), NOMEM, SYS     */
-VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **loop);
-
-/* One more reference (gives). Any thread. Connections, clients and listeners hold one each. */
-VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
-
-/* One reference less; the last one frees the loop. NULL is ignored. Any thread; over a guest
-   the last one comes on the foreign loop's, before that is freed.                             */
-VKP_API void vkp_loop_unref(vkp_loop *loop);
-
-/* Close everything on the loop (connections, listeners, clients: their on_close run now), run
-   what was posted, stop timers, refuse new posts. Idempotent. Loop's thread, not inside
-   vkp_loop_run.                                                                                */
-VKP_API void vkp_loop_close(vkp_loop *loop);
-
-/* Run rounds until vkp_loop_stop. OK, INVALID (two threads, a guest backend), or SYS.
-   Calling thread becomes the loop's.                                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
-
-/* One round: wait until the deadline at most (0: do not wait), dispatch, write. Loop's thread.
-   Errors: INVALID (inside a callback), SYS.                                                   */
-VKP_API VKP_NODISCARD vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns);
-
-/* Make vkp_loop_run return after the round under way. Sticky until it did. Any thread, and
-   signal handlers.                                                                            */
-VKP_API void vkp_loop_stop(vkp_loop *loop);
-
-/* Call fn(user) on the loop's thread, in the order posted by each thread.
-   Owns:   user stays the caller's     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED (the loop was closed), INVALID                                        */
-VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user);
-
-/* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
-   (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
-VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
-VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
-
-/* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
-VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
-
-/* A descriptor under watch, in the caller's memory; fields are private. */
-typedef struct vkp_io vkp_io;
-struct vkp_io {
-    vkp_loop *i_loop;
-    void (*i_fn)(vkp_io *watch, uint32_t ready);
-    int i_fd;
-    uint32_t i_slot;
-    uint32_t i_interest;
-};
-
-/* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
-   watch is stopped then). The fd stays the caller's and must stay open until the stop.
-   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd,
-                                              uint32_t interest,
-                                              void (*fn)(vkp_io *watch, uint32_t ready));
-
-/* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
-   Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *watch, uint32_t interest);
-
-/* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
-   started or zeroed watch. Loop's thread.                                                     */
-VKP_API void vkp_io_stop(vkp_io *watch);
-
-/* A timer in the caller's memory; fields are private. Zero it before the first start. */
-typedef struct vkp_timer vkp_timer;
-struct vkp_timer {
-    vkp_loop *i_loop;
-    void (*i_fn)(vkp_timer *timer);
-    uint64_t i_deadline_ns;
-    uint64_t i_period_ns;
-    size_t i_index; /* place in the heap + 1; 0 = not running */
-};
-
-/* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
-   timer that fell behind fires once and goes on from now.
-   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
-VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer,
-                                                 uint64_t deadline_ns, uint64_t period_ns,
-                                                 void (*fn)(vkp_timer *timer));
-
-/* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
-VKP_API void vkp_timer_stop(vkp_timer *timer);
-
-/* Call fn(user) on the loop whenever vkp_mpsc_try_recv would not return EMPTY, as long as that
-   is so: take something, or stop the watch. One watch per receiver.
-   Owns:   shares loop     Threads: loop's     In callbacks: ok     Errors: INVALID (watched) */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop,
-                                                void (*fn)(void *user), void *user);
-
-/* Stop the watch: fn is not called again. Idempotent. Loop's thread. */
-VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
-
-/* Call fn(user) on the loop whenever the case could be carried out, as long as that is so: do it
-   with its try form, or end the watch. Sending cases give no right to the room: their try form may
-   still be FULL. One watch per receiving end. A watch or select of a one-shot ends before the same
-   side finishes it (send, abandon, close).
-   Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
-   Threads: loop's     In callbacks: ok
-   Errors: NOMEM, INVALID (vkp_case_fd, vkp_case_deadline, closed loop)                        */
-typedef struct vkp_case_watch vkp_case_watch;
-VKP_API VKP_NODISCARD vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what,
-                                                     void (*fn)(void *user), void *user,
-                                                     vkp_case_watch **watch);
-
-/* End the watch: fn is not called again. NULL is ignored. Loop's thread; a loop that closes ends
-   its watches itself, and then this only gives the handle back.                               */
-VKP_API void vkp_case_watch_close(vkp_case_watch *watch);
-
-/* --------------------------------------------------------------------------------------
-   >>api-resp   RESP2 and RESP3: values, reader, writer
-   Facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md).            */
-
-typedef enum vkp_type {
-    VKP_NULL = 0,
-    VKP_STRING,   /* $ + =      str, len; VKP_F_SIMPLE or VKP_F_VERBATIM tell which            */
-    VKP_ERROR,    /* - !        str, len                                                       */
-    VKP_INTEGER,  /* :          integer                                                        */
-    VKP_DOUBLE,   /* ,          str, len: the digits; vkp_value_get_double converts            */
-    VKP_BOOL,     /* #          integer 0 or 1                                                 */
-    VKP_BIGNUM,   /* (          str, len: the digits with their sign                           */
-    VKP_ARRAY,    /* *          len elements                                                   */
-    VKP_SET,      /* ~          len elements                                                   */
-    VKP_PUSH,     /* >          len elements, the first a string: its kind */
-    VKP_MAP,      /* %          len elements: key, value, key, value ... (twice the wire's n)  */
-    VKP_ATTRIBUTE /* |          as VKP_MAP; stands before the value that it annotates          */
-} vkp_type;
-
-#define VKP_F_SIMPLE 1u     /* + or -: a line */
-#define VKP_F_VERBATIM 2u   /* =: str is past the four bytes "txt:" */
-#define VKP_F_NULL_BULK 4u  /* null came as $-1 */
-#define VKP_F_NULL_ARRAY 8u /* null came as *-1 */
-/* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
-   that publishes to its own connection. Not an element: counted by nobody, passed over by the
-   walk.                                                                                       */
-#define VKP_F_OUT_OF_BAND 16u
-
-/* One value of a tree. A tree is one array in reading order: the elements of an aggregate follow
-   it, each with its own. Walk with vkp_value_first and vkp_value_next, never by index.          */
-typedef struct vkp_value {
-    uint8_t type;  /* vkp_type */
-    uint8_t flags; /* VKP_F_* */
-    uint16_t i_depth;
-    uint32_t span;       /* places in the array that it takes, its elements included */
-    uint32_t attributes; /* places back to the VKP_ATTRIBUTE that annotates it; 0 = none */
-    uint32_t i_reserved;
-    size_t len; /* bytes of str, or number of elements */
-    union {
-        const char *str; /* not terminated */
-        int64_t integer;
-        size_t i_offset;
-    } u;
-} vkp_value;
-
-/* The first element of an aggregate, or NULL; then its next sibling, or NULL after the last.
-   `parent` is the aggregate. Attributes are passed over. Any thread; views.                   */
-VKP_API const vkp_value *vkp_value_first(const vkp_value *parent);
-VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value);
-
-/* str and len of a STRING, ERROR, BIGNUM or DOUBLE; empty for everything else, NULL included.
-   Views. Any thread.                                                                          */
-VKP_API vkp_str vkp_value_str(const vkp_value *value);
-
-/* The number of a DOUBLE or an INTEGER in any locale; 0 for the rest. Any thread. */
-VKP_API double vkp_value_get_double(const vkp_value *value);
-
-/* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
-VKP_API bool vkp_value_is(const vkp_value *value, const char *text);
-
-typedef struct vkp_resp_config {
-    uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
-    uint32_t max_elements;  /* elements of one aggregate on the wire; default 4,294,967,295 / 2 */
-    size_t max_bulk_bytes;  /* one bulk string; default 512 MiB */
-    size_t max_line_bytes;  /* one line, CRLF not counted; default 64 KiB */
-    size_t max_frame_bytes; /* one whole frame; default 1 GiB, at most 4 GiB - 1 */
-    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
-    const vkp_env *env;
-} vkp_resp_config;
-
-typedef struct vkp_resp_reader vkp_resp_reader;
-
-/* Open an incremental reader. It allocates as bytes arrive, never for what a header announces.
-   Owns:   borrows config; gives *reader   Blocks: never   Threads: any, one at a time
-   Errors: NOMEM, INVALID                                                                      */
-VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_open(const vkp_resp_config *config,
-                                                      vkp_resp_reader **reader);
-
-/* Free the reader and the values it gave. NULL is ignored. */
-VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader);
-
-/* Append bytes to the reader's own buffer.
-   Owns:   borrows data (copies)     Blocks: never     Threads: the reader's
-   Errors: NOMEM (nothing was taken), or the reader's earlier error                            */
-VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data,
-                                                      size_t len);
-
-/* The next whole value of what was fed.
-   Owns:   *value views the reader: valid until the next call on it     Blocks: never
-   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_error), NOMEM
-   (try again)                                                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
-                                                      const vkp_value **value);
-
-/* The same without a copy: read one value from a window of the caller's. On EMPTY call again
-   with the SAME bytes, possibly moved, and more behind them: the reader goes on where it was.
-   On OK *consumed is the length of the frame; the next window starts behind it.
-   Owns:   borrows window; *value views the window and the reader     Blocks: never
-   Errors: as vkp_resp_reader_next; not to be mixed with feed between two frames               */
-VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *window,
-                                                      size_t len, const vkp_value **value,
-                                                      size_t *consumed);
-
-/* What was wrong and where: the byte's position since open or reset, and the reason with the
-   limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
-VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position);
-
-/* Forget the error, the buffer and the frame under way. */
-VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
-
-/* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
-   a strict reader accepted before. Any thread.                                                */
-VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len);
-
-/* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
-   kept: write everything, then look at what take returns.                                     */
-typedef struct vkp_resp_writer {
-    const vkp_env *i_env;
-    vkp_block *i_block;
-    size_t i_len;
-    vkp_status i_status;
-} vkp_resp_writer;
-
-/* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
-   strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
-VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
-VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count);
-VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
-VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
-VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
-VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
-VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
-VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);
-VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
-VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
-
-/* A whole value, in RESP3, or as a server writes it to a RESP2 client (maps and sets as arrays,
-   doubles as bulk strings, booleans as 0 and 1, null as $-1 unless it came as *-1, attributes not
-   at all).                                                                                    */
-VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol);
-
-/* End the building: the bytes, or the first error met.
-   Owns:   gives *bytes; the writer is empty again, its error forgotten
-   Errors: NOMEM, LIMIT (4 GiB), INVALID (a CR or LF in put_simple or put_error)               */
-VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
-
-/* Drop what was built. */
-VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
-
-/* --------------------------------------------------------------------------------------
-   >>api-socket   Ref-counted listening Unix sockets
-
-   A socket lives as long as somebody refers to it: handles of the program, listeners, clients.
-   Whoever gives the last reference back stops it and removes its file. A registry knows the
-   sockets of a program by their paths, and keeps none of them alive.
-   A path NULL means a name of the registry's own, unique on this machine. A name that begins with
-   '@' is abstract (Linux: no file, gone with the last descriptor) where the registry says so, and
-   in addresses ("unix:@NAME"); a file of such a name is "./@NAME".                            */
-
-typedef struct vkp_registry vkp_registry;
-typedef struct vkp_socket vkp_socket;
-
-/* What happened to a socket's file behind our back, see vkp_registry_config.check_ms. */
-typedef enum vkp_socket_event {
-    VKP_SOCKET_LOST = 1, /* the file is gone, or another one is there in its place */
-    VKP_SOCKET_REBOUND,  /* bound again: new clients come in */
-    VKP_SOCKET_BLOCKED   /* not bound again: status tells why; tried again at every check */
-} vkp_socket_event;
-
-typedef struct vkp_registry_config {
-    int backlog;         /* of listen(2); default 4096, cut by the system */
-    uint32_t mode;       /* permissions of the files; default 0600. More than that needs gates that
-                              check who comes (vkp_gate), which they do by default             */
-    bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
-    size_t max_sockets;  /* alive at once; default: no limit */
-    size_t max_references; /* of one socket; default and most: 2^29 */
-    const char *folder;    /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
-    vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
-    uint32_t linger_ms; /* a socket ends that long after its last reference; default: at once */
-    uint32_t check_ms;  /* look that often whether the files are still ours; default: never */
-    bool rebind;        /* then bind again what was lost */
-    /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
-    void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
-    void *user;
-    const vkp_env *env;
-} vkp_registry_config;
-
-/* Open a registry: path -> weak reference. An object; there is no process-wide one.
-   Owns:   borrows config, shares loop; gives *registry
-   Blocks: never     Threads: any     Errors: NOMEM, INVALID (a timer without a loop)          */
-VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
-                                                   vkp_registry **registry);
-VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
-
-/* Sockets that live keep their registry. NULL is ignored. Any thread. */
-VKP_API void vkp_registry_unref(vkp_registry *registry);
-
-/* Sockets that are alive in this registry. Any thread; out of date at once. */
-VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
-VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
-
-/* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
-   stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
-VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
-
-/* For handlers of crashes: remove the files of the sockets that this process opened, and nothing
-   else. Takes no lock and no memory; async-signal-safe. The program's end must follow.        */
-VKP_API void vkp_registry_unlink_all(vkp_registry *registry);
-
-/* Counts since open, but for the first two. */
-typedef struct vkp_registry_stats {
-    size_t live;              /* sockets, those that linger included */
-    size_t references;        /* of them */
-    uint64_t created;         /* sockets */
-    uint64_t taken_over;      /* of those: where a dead process's file stood */
-    uint64_t revived;         /* asked for again while they lingered */
-    uint64_t ended;           /* sockets */
-    uint64_t handed_over;     /* of those: cleaned up by another thread that was in the registry */
-    uint64_t unlink_failures; /* files that could not be removed */
-    int unlink_errno;         /* of the last of those */
-    uint64_t lost;            /* files found gone or replaced, by checks */
-    uint64_t rebound;         /* of those: bound again */
-    uint64_t cleanup_last_ns; /* from the last reference (or the linger's end) to the file gone */
-    uint64_t cleanup_most_ns;
-    uint64_t cleanup_total_ns;
-} vkp_registry_stats;
-VKP_API void vkp_registry_get_stats(vkp_registry *registry,
-                                    vkp_registry_stats *stats); /* any thread */
-
-/* The live socket of the path, or a new one: bound, with the registry's mode, listening. Atomic.
-   Beside the file stands PATH.lock, held by flock while the socket lives: a file left by a dead
-   process is taken over, one of a live process is not. A path is used as it is written.
-   Owns:   borrows path (NULL: a unique one); gives *sock
-   Blocks: on the file system, and on threads that create   Threads: any     In callbacks: ok
-   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit on
-   Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
-   serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
-   SYS, NOMEM                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                                          vkp_socket **sock);
-
-/* The same for text that may hold NUL bytes: INVALID then. */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
-                                                              vkp_socket **sock);
-
-/* The live socket of the path, never a new one. Gives *sock. Any thread.
-   Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                                         vkp_socket **sock);
-
-/* Hand over a socket that the caller bound to the path and set listening.
-   Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
-   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
-   INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
-                                                         int fd, vkp_socket **sock);
-
-/* One more reference: sock, or NULL when it has max_references. Any thread. */
-VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
-
-/* One reference less. The last one stops listening, removes the file if it is still the one this
-   handle bound, and the lock file; with linger_ms that comes later. In a forked child it removes
-   nothing. NULL is ignored.
-   Blocks: on the file system only: when another thread is in the registry, that one cleans up
-   before it leaves     Threads: any     In callbacks: ok                                      */
-VKP_API void vkp_socket_unref(vkp_socket *sock);
-
-/* A handle that does not keep the socket alive: a value, copied at will, nothing to give back. To
-   be used only while the registry is referred to. Zeroed it is the handle of no socket.       */
-typedef struct vkp_weak_socket {
-    vkp_socket *i_socket;
-    uint32_t i_generation;
-} vkp_weak_socket;
-
-/* sock is borrowed. Any thread. */
-VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock);
-
-/* A reference to the socket while it lives. Gives *sock. Takes no lock. Any thread.
-   Errors: NOT_FOUND (it ended), LIMIT (max_references)                                        */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **sock);
-
-/* The path (views); whether it still accepts; the references. Any thread. */
-VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
-VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
-VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
-
-/* Several sockets, over which clients are spread. A pool refers to its sockets. */
-typedef struct vkp_socket_pool vkp_socket_pool;
-
-typedef enum vkp_balance {
-    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equals, the next in turn */
-    VKP_BALANCE_TURN       /* one after the other */
-} vkp_balance;
-
-typedef struct vkp_socket_pool_config {
-    vkp_registry *registry;   /* required; shared */
-    const char *const *paths; /* NULL: unique ones */
-    size_t count;             /* of sockets; at least 1 */
-    vkp_balance balance;
-} vkp_socket_pool_config;
-
-/* Open the pool and its sockets: all or none.
-   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_get_or_create */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
-                                                      vkp_socket_pool **pool);
-VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
-VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);           /* any; NULL is ignored */
-
-/* The socket for the next client, which is to hold it as long as it is there. Sockets that were
-   cleaned up are passed over. Gives *sock. Any thread.
-   Errors: CLOSED (none is active), LIMIT (max_references, of all)                             */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **sock);
-
-/* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
-VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
-VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index);
-
-/* --------------------------------------------------------------------------------------
-   >>api-conn   Connections and listeners
-   Addresses: "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT".                                  */
-
-typedef struct vkp_conn vkp_conn;
-typedef struct vkp_listener vkp_listener;
-
-typedef enum vkp_close_reason {
-    VKP_CLOSE_LOCAL = 0, /* vkp_conn_close, or drained after vkp_conn_drain */
-    VKP_CLOSE_PEER,      /* end of file */
-    VKP_CLOSE_ERROR,     /* a system call failed: sys_error tells */
-    VKP_CLOSE_SLOW,      /* VKP_ON_FULL_DISCONNECT */
-    VKP_CLOSE_LOOP,      /* the loop was closed */
-    VKP_CLOSE_NOMEM      /* no memory for what was received or for the response stream */
-} vkp_close_reason;
-
-/* The reason as a short text; static, never NULL. Any thread. */
-VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
-
-/* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
-typedef enum vkp_on_full {
-    VKP_ON_FULL_WAIT = 0,    /* vkp_conn_push waits; on the loop's thread it gets FULL */
-    VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
-    VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
-    VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
-    VKP_ON_FULL_DISCONNECT   /* CLOSED; the connection closes with VKP_CLOSE_SLOW */
-} vkp_on_full;
-
-/* Callbacks of a connection, all on its loop's thread, none under a lock, none after on_close.
-   Any may be NULL. The table is kept by pointer.                                              */
-typedef struct vkp_conn_ops {
-    void (*on_open)(vkp_conn *conn, void *user); /* once, connected: may be before open returned */
-    /* Bytes arrived. Returns how many were used; the rest comes again, with more behind it.
-       `in` views the read block: keep parts with vkp_bytes_slice.                            */
-    size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
-    void (*on_drain)(vkp_conn *conn, void *user); /* the queue is empty after it had to wait */
-    /* The peer will send no more. True: keep the connection to write (end it with vkp_conn_drain or
-       vkp_conn_close); false, or no on_end: it closes with VKP_CLOSE_PEER.                   */
-    bool (*on_end)(vkp_conn *conn, void *user);
-    void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
-    /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
-       one block are kept and written as one range; vkp_resp_frame_len is one.                */
-    size_t (*frame_len)(const uint8_t *data, size_t len);
-} vkp_conn_ops;
-
-typedef struct vkp_conn_config {
-    const vkp_conn_ops *ops; /* required */
-    void *user;
-    size_t queue_frames; /* most frames queued; default 65,536 */
-    size_t queue_bytes;  /* most bytes queued; default 8 MiB. One frame always fits. */
-    size_t input_bytes;  /* most bytes kept for on_data; default 512 MiB. Beyond: closed. */
-    vkp_on_full on_full;
-    bool loop_only; /* pushes come from the loop's thread alone: saves the inbox, 200 bytes */
-} vkp_conn_config;
-
-/* The queues above have the limit each: what waits for the loop (inbox: pushed by other threads)
-   and what waits for the peer (outbox).                                                       */
-
-/* Serve a connected stream socket on the loop.
-   Owns:   takes fd (on failure it stays the caller's), shares loop; gives *conn (the loop keeps a
-   reference of its own until the close)   Blocks: never   Threads: loop's   In callbacks: ok
-   Errors: NOMEM, SYS, INVALID, CLOSED (loop)                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
-                                               const vkp_conn_config *config, vkp_conn **conn);
-
-/* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
-   NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
-   Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
-                                                  const vkp_conn_config *config, vkp_conn **conn);
-
-VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */
-VKP_API void vkp_conn_unref(vkp_conn *conn);    /* any thread; does not close; NULL is ignored */
-
-/* Push one frame, by the policy when the queue is full. On the loop's thread, and when loop_only
-   is set, it goes straight to the outbox; from other threads through the inbox.
-   Owns:   borrows frame (takes a reference of its own)
-   Blocks: until deadline_ns with VKP_ON_FULL_WAIT on other threads; else never
-   Threads: any (the loop's alone with loop_only)     In callbacks: ok
-   Errors: FULL, DROPPED, CLOSED, TIMEOUT, NOMEM, INVALID                                      */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame,
-                                               uint64_t deadline_ns);
-
-/* Append to the response stream: in order with pushes, never dropped, not bounded by the queue's
-   limits (stop reading instead: vkp_conn_pause).
-   Owns:   borrows frame     Blocks: never     Threads: loop's     Errors: CLOSED, NOMEM       */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame);
-
-/* Stop and go on reading; on_data sees what was kept at the next round. Loop's thread. */
-VKP_API void vkp_conn_pause(vkp_conn *conn);
-VKP_API void vkp_conn_resume(vkp_conn *conn);
-
-/* Read no more, write what is queued, then close with VKP_CLOSE_LOCAL. Loop's thread. */
-VKP_API void vkp_conn_drain(vkp_conn *conn);
-
-/* Close. On the loop's thread on_close runs before it returns; from others it is posted.
-   Idempotent. Any thread.                                                                     */
-VKP_API void vkp_conn_close(vkp_conn *conn);
-
-/* Plain reads and the user pointer. Loop's thread where nothing else is said. */
-VKP_API void *vkp_conn_get_user(const vkp_conn *conn);
-VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user); /* loop's thread */
-VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn);  /* views */
-VKP_API int vkp_conn_get_fd(const vkp_conn *conn);          /* -1 when closed; loop's thread */
-VKP_API bool vkp_conn_is_open(const vkp_conn *conn);        /* any thread */
-
-typedef struct vkp_conn_stats {
-    size_t queued_frames; /* in the outbox */
-    size_t queued_bytes;
-    uint64_t dropped_frames; /* by the policy, since open */
-} vkp_conn_stats;
-VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats); /* loop's thread */
-
-/* ---- gates: who may come in, and how many at once ---- */
-
-/* Why a client was closed right after accept. */
-typedef enum vkp_refusal {
-    VKP_REFUSAL_USER = 0,  /* its uid is not allowed, or `allow` said no */
-    VKP_REFUSAL_FULL,      /* max_clients, of the gate or of the listener; max_references */
-    VKP_REFUSAL_USER_FULL, /* max_clients_per_uid */
-    VKP_REFUSAL_OVERLOAD,  /* no descriptors for a second and more, or no memory */
-    VKP_REFUSAL_ENDED      /* the socket's last reference was just given back */
-} vkp_refusal;
-#define VKP_REFUSAL_COUNT 5
-
-typedef struct vkp_gate vkp_gate;
-
-typedef struct vkp_gate_config {
-    size_t max_clients; /* at once, over all listeners of the gate; default: no limit */
-    size_t max_clients_per_uid;
-    /* Unix sockets: the process's own (effective) uid, these (copied), or all. */
-    const uint32_t *allow_uids;
-    size_t allow_uid_count;
-    bool allow_any_uid;
-    /* Decides instead. On the accepting loop's thread. */
-    bool (*allow)(void *user, const vkp_peer *peer);
-    void *user;
-    const vkp_env *env;
-} vkp_gate_config;
-
-/* Open a gate; any number of listeners, on any loops, may share it.
-   Owns:   borrows config; gives *gate     Threads: any     Errors: NOMEM                      */
-VKP_API VKP_NODISCARD vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **gate);
-VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate); /* any thread */
-VKP_API void vkp_gate_unref(vkp_gate *gate);    /* any thread; NULL is ignored */
-
-typedef struct vkp_gate_stats {
-    size_t clients; /* now */
-    uint64_t admitted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-} vkp_gate_stats;
-VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any thread */
-
-/* The place of one admitted client: it counts at the gate, and holds the socket that it came
-   through, if the listener follows that. Connections give theirs back before their on_close.  */
-typedef struct vkp_seat vkp_seat;
-VKP_API void vkp_seat_leave(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
-
-/* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
-VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
-
-/* ---- listeners ---- */
-
-typedef struct vkp_listener_config {
-    const char *address;    /* or */
-    vkp_socket *socket;     /* a ref-counted socket: shared until the listener closes */
-    vkp_registry *registry; /* for a unix: address; NULL opens one of its own */
-    /* With .socket: hold no reference of it; each client holds one, the program may, and when the
-       last one is given back (and linger_ms passed) the listener ends too.                    */
-    bool follow;
-    vkp_gate *gate;       /* shared; NULL: the process's own uid alone, as many as come */
-    size_t max_clients;   /* of this listener at once; default: no limit */
-    vkp_conn_config conn; /* of every connection accepted; its user is on_accept's first */
-    /* A connection was accepted, before its on_open: set its user, refuse by vkp_conn_close. */
-    void (*on_accept)(void *user, vkp_conn *conn);
-    /* Instead of a connection: take the descriptor and its seat (to hand them to another loop). */
-    void (*on_fd)(void *user, int fd, vkp_seat *seat);
-    /* A client is refused: fd may be written to, and is closed after this. */
-    void (*on_refuse)(void *user, int fd, vkp_refusal why);
-    /* It ended by itself: its socket did, or its loop. Once, not after vkp_listener_close. */
-    void (*on_end)(void *user);
-    int backlog; /* default 4096 */
-} vkp_listener_config;
-
-/* Listen and accept on the loop. When descriptors or memory run out it pauses, 10 ms at first, 1 s
-   at last, and clients wait in the backlog; when descriptors are short for a second, a spare one
-   serves to tell them (VKP_REFUSAL_OVERLOAD).
-   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
-   Blocks: on the file system     Threads: loop's     In callbacks: ok
-   Errors: as vkp_socket_get_or_create; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
-   (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
-VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
-                                                   const vkp_listener_config *config,
-                                                   vkp_listener **listener);
-
-/* The address with the port that the system chose, as "tcp:HOST:PORT" or "unix:PATH". Views. */
-VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
-
-/* Stop accepting; connections stay, and a drain goes on. Idempotent. Loop's thread. */
-VKP_API void vkp_listener_close(vkp_listener *listener);
-VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
-
-/* Shut down in good order: stop accepting, send `notice` (NULL: nothing) to every connection that
-   came through, write what is queued, close each; at the deadline close what is left. Then
-   on_end(user), once. For listeners without on_fd.
-   Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
-   Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
-VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
-                                                    uint64_t deadline_ns,
-                                                    void (*on_end)(void *user), void *user);
-
-typedef struct vkp_listener_stats {
-    size_t clients; /* now */
-    uint64_t accepted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-    uint64_t aborted;                    /* left before accept: probes, resets */
-    uint64_t no_descriptors;             /* accept failed with EMFILE or ENFILE */
-    uint64_t no_memory;                  /* with ENOMEM or ENOBUFS */
-    uint64_t failed;                     /* with anything else */
-    uint64_t pauses;                     /* after the last three */
-} vkp_listener_stats;
-VKP_API void vkp_listener_get_stats(const vkp_listener *listener,
-                                    vkp_listener_stats *stats); /* loop's thread */
-
-/* How a listener started from another thread began. */
-typedef struct vkp_listening {
-    vkp_status status;      /* OK, or why not; then the rest is NULL */
-    int sys_error;          /* errno of SYS */
-    const char *path;       /* views */
-    vkp_socket *sock;       /* vkp_listen_with_reference: gives one reference; else NULL */
-    vkp_listener *listener; /* the loop's; vkp_listener_close is yours, unref is not */
-} vkp_listening;
-
-/* Start a listener from any thread. It belongs to the loop, which frees it when it ended or the
-   loop closes. config.address and .socket must be NULL; config.conn.user and .on_... as above.
-   vkp_listen: it keeps its socket alive until it is closed. vkp_listen_with_reference: on_init
-   gets the only reference; the listener follows. vkp_listen_ref: follows a socket that is there.
-   on_init(user, result) runs once on the loop's thread, unless an error comes back here.
-   A registry of their own, where config names none, has no abstract names.
-   Owns:   borrows path (NULL: a unique one), copies config; shares what it names until on_init
-   Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID, LIMIT (max_references of a socket given)                    */
-typedef void vkp_on_listening(void *user, const vkp_listening *result);
-VKP_API VKP_NODISCARD vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config,
-                                            const char *path, vkp_on_listening *on_init,
-                                            void *user);
-VKP_API VKP_NODISCARD vkp_status vkp_listen_with_reference(vkp_loop *loop,
-                                                           const vkp_listener_config *config,
-                                                           const char *path,
-                                                           vkp_on_listening *on_init, void *user);
-VKP_API VKP_NODISCARD vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
-                                                vkp_socket *sock, vkp_on_listening *on_init,
-                                                void *user);
-
-/* ---- health checks ---- */
-
-/* What one check found. */
-typedef struct vkp_health {
-    vkp_status status; /* OK; REFUSED (no connection), PROTOCOL (another answer), DISCONNECTED (it
-                          closed), TIMEOUT, SYS (with sys_error), NOMEM                        */
-    int sys_error;
-    uint64_t elapsed_ns; /* from the connect to the answer */
-    uint64_t failures;   /* in a row, this one included; 0 when OK */
-} vkp_health;
-
-typedef struct vkp_health_check vkp_health_check;
-
-typedef struct vkp_health_config {
-    const char *address;
-    vkp_str request;     /* default "PING\r\n" */
-    vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
-    uint32_t timeout_ms; /* of one check; default 1000 */
-    uint32_t period_ms;  /* 0: once */
-    void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
-    void *user;
-} vkp_health_config;
-
-/* Connect, ask, look at the answer, disconnect; now, and then every period.
-   Owns:   borrows config (texts are copied); shares loop; gives *check
-   Blocks: as vkp_conn_connect     Threads: loop's     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID, and of Unix addresses LIMIT,
-   UNSUPPORTED                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
-                                                       const vkp_health_config *config,
-                                                       vkp_health_check **check);
-/* End it: no result follows. NULL is ignored. Loop's thread, in on_result too. */
-VKP_API void vkp_health_check_close(vkp_health_check *check);
-
-/* --------------------------------------------------------------------------------------
-   >>api-hub   Who is subscribed to what                                                   */
-
-typedef enum vkp_sub_kind {
-    VKP_CHANNEL = 0, /* SUBSCRIBE, exact name */
-    VKP_PATTERN,     /* PSUBSCRIBE, glob */
-    VKP_SHARD        /* SSUBSCRIBE, exact name */
-} vkp_sub_kind;
-
-/* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
-   in time linear in text x pattern at worst. Any thread.                                      */
-VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text);
-
-typedef struct vkp_hub vkp_hub;
-typedef struct vkp_hub_sub vkp_hub_sub;
-
-/* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
-typedef struct vkp_hub_member {
-    vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
-    int protocol;       /* 2 or 3: how messages are written to it */
-    uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
-    vkp_hub_sub *i_subs[3];
-} vkp_hub_member;
-
-typedef struct vkp_hub_config {
-    /* A name got its first member (added) or lost its last. Not inside vkp_hub_publish. */
-    void (*on_interest)(void *user, vkp_sub_kind kind, vkp_str name, bool added);
-    void *user;
-    const vkp_env *env;
-} vkp_hub_config;
-
-/* Open a hub. It belongs to one loop's thread.
-   Owns:   borrows config; gives *hub     Blocks: never     Errors: NOMEM                      */
-VKP_API VKP_NODISCARD vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **hub);
-VKP_API void vkp_hub_unref(vkp_hub *hub); /* every member has left; NULL is ignored */
-
-/* Add the member to a name. OK also when it was there (then *added is false; may be NULL).
-   Errors: NOMEM, LIMIT (a name above 4 GiB). Loop's thread.                                   */
-VKP_API VKP_NODISCARD vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member,
-                                                   vkp_sub_kind kind, vkp_str name, bool *added);
-
-/* Take the member off a name. False when it was not there. Loop's thread. */
-VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
-                                 vkp_str name);
-
-/* Take the member off everything. Loop's thread. */
-VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
-
-/* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
-   member's next change. Loop's thread.                                                        */
-VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
-
-/* Whether the member has the name. Loop's thread. */
-VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
-                                   vkp_sub_kind kind, vkp_str name);
-
-/* Deliver a message to every member of the channel and, for VKP_CHANNEL, of every pattern that
-   matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
-   as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
-VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);
-
-/* Deliver a push of a server, as it came: a message to the members of its channel, a pmessage to
-   those of its pattern (the server sends one push for each). Members of protocol 3 share the
-   received bytes. Returns deliveries tried; 0 for pushes that are no messages. Loop's thread. */
-struct vkp_push;
-VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const struct vkp_push *push);
-
-/* Members of a name; number of names; the names one by one (walk from NULL; views until the next
-   change). Loop's thread.                                                                     */
-VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name);
-VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind);
-VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name);
-
-/* --------------------------------------------------------------------------------------
-   >>api-client   A connection to a server, shared by many threads                         */
-
-typedef enum vkp_push_kind {
-    VKP_PUSH_MESSAGE = 0,  /* channel, payload */
-    VKP_PUSH_PMESSAGE,     /* pattern, channel, payload */
-    VKP_PUSH_SMESSAGE,     /* channel, payload */
-    VKP_PUSH_SUBSCRIBED,   /* channel: confirmed for the first time, or again after an outage */
-    VKP_PUSH_UNSUBSCRIBED, /* channel; also when the server took a shard channel away */
-    VKP_PUSH_INVALIDATE,   /* frame: the keys; a null instead means all of them */
-    VKP_PUSH_OTHER,        /* any other push: frame, kind's name in channel */
-    VKP_PUSH_CONNECTED,    /* the first connection stands */
-    VKP_PUSH_DISCONNECTED, /* once per outage; payload tells why */
-    VKP_PUSH_RECONNECTED,  /* the outage is over; subscriptions are on their way back */
-    VKP_PUSH_GAP,          /* all are back: messages between from_ns and to_ns may be lost */
-    VKP_PUSH_LAGGED        /* the channel of pushes was full: `missed` were dropped before this */
-} vkp_push_kind;
-
-/* The kind in lower case; static, never NULL. Any thread. */
-VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
-
-/* One push. A value: in a callback it is borrowed; out of a channel it is yours to unref. */
-typedef struct vkp_push {
-    vkp_push_kind kind;
-    vkp_sub_kind sub; /* of SUBSCRIBED, UNSUBSCRIBED and the messages */
-    vkp_bytes frame;  /* the RESP bytes as received; empty for events of the client */
-    vkp_str channel;  /* these view frame */
-    vkp_str pattern;
-    vkp_str payload;
-    uint64_t from_ns; /* GAP: monotonic times */
-    uint64_t to_ns;
-    uint64_t missed; /* LAGGED */
-} vkp_push;
-
-/* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
-VKP_API size_t vkp_push_cost(const void *push);
-
-/* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
-VKP_API void vkp_push_drop(void *user, void *push);
-
-/* Give the push's reference back and empty it. Any thread. */
-VKP_API void vkp_push_unref(vkp_push *push);
-
-/* Read a frame as a push. Messages need no allocation and no reader.
-   Owns:   *push views value and gets no reference (frame is empty)   Errors: INVALID (no push) */
-VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
-
-/* A reply: one whole value and the bytes it came in. Immutable, ref-counted. */
-typedef struct vkp_reply vkp_reply;
-VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply); /* views the reply */
-VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);        /* views, no reference */
-VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
-VKP_API void vkp_reply_unref(vkp_reply *reply); /* NULL is ignored; any thread */
-
-typedef enum vkp_client_state {
-    VKP_CLIENT_CONNECTING = 0,
-    VKP_CLIENT_READY,
-    VKP_CLIENT_WAITING, /* for the next try */
-    VKP_CLIENT_CLOSED
-} vkp_client_state;
-
-typedef struct vkp_client vkp_client;
-
-typedef struct vkp_client_config {
-    const char *address;         /* required */
-    const char *username;        /* default user when NULL */
-    const char *password;        /* none when NULL */
-    const char *name;            /* CLIENT SETNAME; none when NULL */
-    int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
-    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too */
-    uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
-    uint64_t retry_max_ms; /* default 5,000 */
-    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000 */
-    uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
-    size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
-    vkp_resp_config resp;          /* limits of the reader; lenient is set */
-    /* Pushes, on the loop's thread; the push is borrowed. Either this, or the channel. */
-    void (*on_push)(void *user, const vkp_push *push);
-    void *user;
-    vkp_mpsc_tx *pushes; /* of vkp_push; shared. A full channel drops, and LAGGED tells. */
-    const vkp_env *env;  /* default: the loop's */
-} vkp_client_config;
-
-/* Open a client and begin to connect; it reconnects until it is closed. With a password the
-   connection is refused rather than used unauthenticated.
-   Owns:   borrows config (copies texts), shares loop and pushes; gives *client
-   Blocks: on DNS for host names only    Threads: loop's    In callbacks: ok
-   Errors: INVALID, NOMEM, CLOSED (loop)                                                       */
-VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
-                                                 vkp_client **client);
-
-VKP_API vkp_client *vkp_client_ref(vkp_client *client); /* any thread */
-VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; any thread */
-
-/* Close: commands not answered get CLOSED, then nothing is called any more. Idempotent. Any
-   thread; from others than the loop's it is posted.                                           */
-VKP_API void vkp_client_close(vkp_client *client);
-
-VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
-VKP_API int vkp_client_get_protocol(const vkp_client *client);           /* 0 until one was tried */
-
-/* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
-VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
-
-/* Subscribe, once upstream however often it is asked; each call wants one unsubscribe. Survives
-   outages. SUBSCRIBED follows in the push stream.
-   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID                                                              */
-VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
-                                                      vkp_str name);
-
-/* As vkp_client_subscribe, and done(user, status) on the loop's thread, once: OK when the server
-   confirmed (at once if it had), DISCONNECTED when there is no connection (the subscription
-   stands and comes with it), REFUSED (the server said no: the subscription is gone), CLOSED.  */
-VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
-                                                           vkp_str name,
-                                                           void (*done)(void *user, vkp_status),
-                                                           void *user);
-
-/* Give up one interest; the last one unsubscribes. Errors: NOMEM, CLOSED. Any thread. A name that
-   was not subscribed is ignored.                                                              */
-VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
-                                                        vkp_str name);
-
-/* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
-   of the server is a reply of type VKP_ERROR. The slot is initialised here. The arguments are
-   terminated strings, the last one NULL.
-   Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
-   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
-   Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
-   command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
-   CLIENT REPLY, MULTI, ...), LIMIT (more than 64 arguments: vkp_client_command_argv takes them),
-   CLOSED, NOMEM, INVALID. After OK, recv gives CLOSED when the connection was lost before the
-   reply: the command may or may not have run.                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
-    __attribute__((sentinel));
-
-/* The same with counted arguments. */
-VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
-                                                         size_t argc, const vkp_str *argv);
-
-/* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
-   value of the LAST reply, on the loop's thread, exactly once: status OK, or with NULL
-   DISCONNECTED, CLOSED, or REFUSED (RESP2 and something is subscribed). The bytes are not
-   inspected.
-   Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
-   Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
-typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
-                             const vkp_bytes *frame);
-VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
-                                                 uint32_t replies, vkp_reply_fn on_reply,
-                                                 void *user);
-
-/* --------------------------------------------------------------------------------------
-   >>api-pushloop   From a channel of pushes to where they are wanted                      */
-
-/* Where a push loop writes; exactly one. */
-typedef struct vkp_sink {
-    vkp_hub *hub;   /* messages are published; only on the hub's loop */
-    vkp_conn *conn; /* frames are pushed as received; events of the client are not written */
-    void (*callback)(void *user, const vkp_push *push); /* borrows */
-    void *user;
-} vkp_sink;
-
-/* Receive pushes until the channel closes, in this thread. A sink that fails (a full queue, a
-   closed connection) loses that push; the loop goes on.
-   Owns:   borrows rx, sink     Blocks: until the channel is closed and drained, or cancelled
-   Threads: any, not a hub's     Errors: CANCELLED (cancel may be NULL), INVALID
-   OK means the channel closed.                                                                */
-VKP_API VKP_NODISCARD vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink,
-                                                   vkp_cancel *cancel);
-
-typedef struct vkp_push_loop vkp_push_loop;
-
-/* The same on an event loop, batch by batch. on_end(user) once, when the channel closed; the
-   push loop is stopped then and waits for its unref.
-   Owns:   takes rx (on failure it stays the caller's), shares loop and sink.conn, views sink.hub;
-   gives *push_loop     Threads: loop's     Errors: INVALID, NOMEM                             */
-VKP_API VKP_NODISCARD vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx,
-                                                    const vkp_sink *sink,
-                                                    void (*on_end)(void *user), void *user,
-                                                    vkp_push_loop **push_loop);
-VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop); /* stops it; loop's thread */
-
-/* --------------------------------------------------------------------------------------
-   >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
-
-typedef struct vkp_relay vkp_relay;
-
-typedef struct vkp_relay_config {
-    const char *server;   /* upstream address; NULL: a stand-alone pub/sub broker */
-    const char *username; /* of the upstream connection */
-    const char *password;
-    vkp_loop *const *loops; /* connections are spread over these; at least one */
-    size_t loop_count;      /* default 1 */
-    size_t queue_frames;    /* per client, as vkp_conn_config */
-    size_t queue_bytes;
-    vkp_on_full on_full;        /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
-    size_t max_clients;         /* at once; default 16,384 */
-    size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
-    /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
-    const uint32_t *allow_uids;
-    size_t allow_uid_count;
-    /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
-    void (*on_idle)(void *user);
-    void *user;
-    uint32_t linger_ms;
-    uint32_t check_ms; /* look that often at the sockets' files, bind again what is lost */
-    const char *shutdown_notice; /* copied; see vkp_relay_drain; NULL: none */
-    size_t max_request_bytes;    /* one command, or one MULTI block; default 64 MiB */
-    size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
-    size_t max_subscriptions; /* names of one client; default 100,000 */
-    const vkp_env *env;
-} vkp_relay_config;
-
-/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the
-   upstream connection and the listeners.
-   Owns:   borrows config, shares loops; gives *relay     Threads: before the loops run
-   Errors: INVALID, NOMEM, and those of vkp_client_open                                        */
-VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
-
-/* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
-   loops[0]'s. *bound (may be NULL) views the address with the port chosen.
-   Errors: those of vkp_listener_open                                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
-                                                  const char **bound);
-
-/* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
-   then close; on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.
-   The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
-   with subscriptions; to others an error, the answer to whatever they would ask next.         */
-#define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
-VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
-                             void *user);
-
-typedef struct vkp_relay_stats {
-    size_t clients;
-    uint64_t accepted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-    uint64_t messages_in;                /* from upstream or by PUBLISH */
-    uint64_t deliveries;
-    uint64_t dropped_frames;  /* by the policy */
-    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
-    uint64_t lagged;          /* messages lost to a loop that was 64 MiB behind */
-    uint64_t protocol_errors; /* clients closed for them */
-} vkp_relay_stats;
-VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
-
-/* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
-VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
-
-/* Close at once, and free; a drain's on_end that was not called is not called any more. The loops
-   do not run any more (or never ran). NULL is ignored.                                         */
-VKP_API void vkp_relay_unref(vkp_relay *relay);
-#endif /* VKP_NO_IO */
 
 #ifdef __cplusplus
 }
@@ -2640,6 +2716,24 @@ static void vkp_i_free_text(const vkp_env *env, char *text)
     if (text != NULL) {
         vkp_i_free(env, text, strlen(text) + 1);
     }
+}
+static bool vkp_i_starts_with(vkp_str text, const char *start)
+{
+    size_t len = strlen(start);
+    return text.len >= len && memcmp(text.ptr, start, len) == 0;
+}
+
+static uint64_t vkp_i_load64(const void *from)
+{
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static vkp_status vkp_i_sys_failure(int result)
+{
+    errno = -result;
+    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
 }
 #endif
 
@@ -3480,6 +3574,12 @@ struct vkp_i_case_kind {
     const vkp_env *(*env)(const vkp_case *each);
 };
 
+typedef struct vkp_i_batch { /* where a receive of several values puts them */
+    void *out;
+    size_t capacity;
+    size_t count;
+} vkp_i_batch;
+
 static vkp_case vkp_i_case(const vkp_i_case_kind *kind, void *object, void *out)
 {
     vkp_case each;
@@ -4030,6 +4130,387 @@ VKP_API void vkp_bytes_unref(vkp_bytes *bytes)
     }
 }
 
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-map   Names to objects, for sockets, hubs and clients
+   ======================================================================================
+   Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
+   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.
+   A shared map may be walked by threads that do not hold its lock, if its nodes' memory stays:
+   links are stored whole, old tables kept. Such a walk may miss a node or stray into another
+   chain; what it finds is to be checked, what it does not find to be looked for under the lock. */
+
+typedef struct vkp_i_map_node {
+    struct vkp_i_map_node *next; /* atomic, as hash, where the map is shared */
+    uint64_t hash;
+    vkp_str key; /* the owner's memory */
+} vkp_i_map_node;
+
+typedef struct vkp_i_buckets {
+    struct vkp_i_buckets *older; /* of a shared map: kept */
+    size_t count;                /* a power of two; their links stand behind this struct */
+} vkp_i_buckets;
+
+typedef struct vkp_i_map {
+    const vkp_env *env;
+    vkp_i_buckets *buckets; /* atomic; NULL at first */
+    size_t count;
+    bool shared;
+    uint64_t key[2];
+} vkp_i_map;
+
+#define VKP_I_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
+#define VKP_I_SIP_ROUND(v)               \
+    do {                                 \
+        (v)[0] += (v)[1];                \
+        (v)[1] = VKP_I_ROTL((v)[1], 13); \
+        (v)[1] ^= (v)[0];                \
+        (v)[0] = VKP_I_ROTL((v)[0], 32); \
+        (v)[2] += (v)[3];                \
+        (v)[3] = VKP_I_ROTL((v)[3], 16); \
+        (v)[3] ^= (v)[2];                \
+        (v)[0] += (v)[3];                \
+        (v)[3] = VKP_I_ROTL((v)[3], 21); \
+        (v)[3] ^= (v)[0];                \
+        (v)[2] += (v)[1];                \
+        (v)[1] = VKP_I_ROTL((v)[1], 17); \
+        (v)[1] ^= (v)[2];                \
+        (v)[2] = VKP_I_ROTL((v)[2], 32); \
+    } while (0)
+
+static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
+{
+    uint64_t v[4];
+    uint64_t word;
+    unsigned shift;
+    size_t i;
+    v[0] = map->key[0] ^ 0x736f6d6570736575u;
+    v[1] = map->key[1] ^ 0x646f72616e646f6du;
+    v[2] = map->key[0] ^ 0x6c7967656e657261u;
+    v[3] = map->key[1] ^ 0x7465646279746573u;
+    for (i = 0; i + 8 <= text.len; i += 8) {
+        word = vkp_i_load64(text.ptr + i);
+        v[3] ^= word;
+        VKP_I_SIP_ROUND(v);
+        v[0] ^= word;
+    }
+    word = (uint64_t)text.len << 56;
+    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: a call would cost more */
+        word |= (uint64_t)(unsigned char)text.ptr[i] << shift;
+    }
+    v[3] ^= word;
+    VKP_I_SIP_ROUND(v);
+    v[0] ^= word;
+    v[2] ^= 0xff;
+    VKP_I_SIP_ROUND(v);
+    VKP_I_SIP_ROUND(v);
+    VKP_I_SIP_ROUND(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    memset(map, 0, sizeof *map);
+    map->env = env;
+    map->key[0] = sys->random_u64();
+    map->key[1] = sys->random_u64();
+}
+
+static vkp_i_map_node **vkp_i_map_bucket(vkp_i_buckets *buckets, uint64_t hash)
+{
+    return (vkp_i_map_node **)(void *)(buckets + 1) + (hash & (buckets->count - 1));
+}
+
+static void vkp_i_buckets_free(const vkp_env *env, vkp_i_buckets *buckets)
+{
+    vkp_i_free(env, buckets, sizeof *buckets + buckets->count * sizeof(vkp_i_map_node *));
+}
+
+static void vkp_i_map_deinit(vkp_i_map *map)
+{
+    while (map->buckets != NULL) {
+        vkp_i_buckets *older = map->buckets->older;
+        vkp_i_buckets_free(map->env, map->buckets);
+        map->buckets = older;
+    }
+}
+
+static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_str key)
+{
+    vkp_i_map_node *node = map->buckets != NULL ? *vkp_i_map_bucket(map->buckets, hash) : NULL;
+    while (node != NULL && (node->hash != hash || !vkp_i_str_equal(node->key, key))) {
+        node = node->next;
+    }
+    return node;
+}
+
+static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
+{
+    vkp_i_map_node **bucket = vkp_i_map_bucket(buckets, node->hash);
+    VKP_I_STORE_REL(&node->next, *bucket);
+    VKP_I_STORE_REL(bucket, node);
+}
+
+static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
+{
+    vkp_i_buckets *older = map->buckets;
+    vkp_i_buckets *buckets = (vkp_i_buckets *)vkp_i_alloc_zero(
+        map->env, sizeof *buckets + bucket_count * sizeof(vkp_i_map_node *));
+    size_t i;
+    if (buckets == NULL) {
+        return false;
+    }
+    buckets->count = bucket_count;
+    for (i = 0; older != NULL && i < older->count; i++) {
+        vkp_i_map_node *node = *vkp_i_map_bucket(older, i);
+        while (node != NULL) {
+            vkp_i_map_node *next = node->next;
+            vkp_i_map_link(buckets, node);
+            node = next;
+        }
+    }
+    if (older != NULL && map->shared) {
+        buckets->older = older;
+    } else if (older != NULL) {
+        vkp_i_buckets_free(map->env, older);
+    }
+    VKP_I_STORE_REL(&map->buckets, buckets);
+    return true;
+}
+
+/* A map that cannot grow gets slower, not wrong; only the first table must be had. */
+static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
+{
+    size_t room = map->buckets != NULL ? map->buckets->count : 0;
+    if (map->count >= room && !vkp_i_map_rehouse(map, room == 0 ? 16 : room * 2) && room == 0) {
+        return false;
+    }
+    vkp_i_map_link(map->buckets, node);
+    map->count++;
+    return true;
+}
+
+static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
+{
+    vkp_i_map_node **link = vkp_i_map_bucket(map->buckets, node->hash);
+    while (*link != node) {
+        link = &(*link)->next;
+    }
+    VKP_I_STORE_REL(link, node->next);
+    map->count--;
+}
+
+/* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
+static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
+{
+    size_t count = map->buckets != NULL ? map->buckets->count : 0;
+    size_t bucket = 0;
+    vkp_i_map_node *found = NULL;
+    if (node != NULL) {
+        if (node->next != NULL) {
+            return node->next;
+        }
+        bucket = (size_t)(node->hash & (count - 1)) + 1;
+    }
+    for (; bucket < count && found == NULL; bucket++) {
+        found = *vkp_i_map_bucket(map->buckets, bucket);
+    }
+    return found;
+}
+
+#endif /* VKP_I_IO */
+
+/* ======================================================================================
+   >>impl-cancel   Cancellation tokens
+   ======================================================================================
+   A tree shares one lock, owned by its root: walking it needs no lock order. A child holds a
+   reference to its parent; the parent's list of children is weak. `triggered` is written under
+   the lock and read without.                                                                  */
+
+typedef struct vkp_i_cancel_tree {
+    VKP_I_MUTEX mutex;
+    size_t refs; /* atomic: one per token */
+} vkp_i_cancel_tree;
+
+struct vkp_cancel {
+    const vkp_env *env;
+    vkp_i_cancel_tree *tree;
+    vkp_cancel *parent;
+    vkp_cancel *first_child;
+    vkp_cancel *prev_sibling;
+    vkp_cancel *next_sibling;
+    size_t refs;        /* atomic */
+    uint32_t triggered; /* atomic, release / acquire */
+    vkp_i_waiters waiters;
+};
+
+VKP_API vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent, vkp_cancel **token)
+{
+    vkp_cancel *self;
+    VKP_I_REQUIRE(token != NULL);
+    /* One env for the tree: whichever token is the last one frees the lock. */
+    env = parent != NULL ? parent->env : vkp_i_env(env);
+    self = (vkp_cancel *)vkp_i_alloc_zero(env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (parent == NULL) {
+        self->tree = (vkp_i_cancel_tree *)vkp_i_alloc_zero(env, sizeof *self->tree);
+        if (self->tree == NULL) {
+            vkp_i_free(env, self, sizeof *self);
+            return VKP_ERR_NOMEM;
+        }
+        VKP_I_MUTEX_INIT(&self->tree->mutex);
+    } else {
+        self->tree = parent->tree;
+        self->parent = vkp_cancel_ref(parent);
+    }
+    self->env = env;
+    self->refs = 1;
+    vkp_i_waiters_init(&self->waiters);
+    VKP_I_LOCK(&self->tree->mutex);
+    (void)VKP_I_ADD(&self->tree->refs, 1);
+    if (parent != NULL) {
+        self->next_sibling = parent->first_child;
+        if (parent->first_child != NULL) {
+            parent->first_child->prev_sibling = self;
+        }
+        parent->first_child = self;
+        self->triggered = VKP_I_LOAD(&parent->triggered);
+    }
+    VKP_I_UNLOCK(&self->tree->mutex);
+    *token = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token)
+{
+    (void)VKP_I_ADD(&token->refs, 1);
+    return token;
+}
+
+static void vkp_i_cancel_unlink(vkp_cancel *token)
+{
+    VKP_I_LOCK(&token->tree->mutex);
+    if (token->prev_sibling != NULL) {
+        token->prev_sibling->next_sibling = token->next_sibling;
+    } else if (token->parent != NULL) {
+        token->parent->first_child = token->next_sibling;
+    }
+    if (token->next_sibling != NULL) {
+        token->next_sibling->prev_sibling = token->prev_sibling;
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+VKP_API void vkp_cancel_unref(vkp_cancel *token)
+{
+    while (token != NULL && VKP_I_UNREF(&token->refs) == 1) {
+        vkp_cancel *parent = token->parent;
+        vkp_i_cancel_tree *tree = token->tree;
+        vkp_i_cancel_unlink(token);
+        if (VKP_I_UNREF(&tree->refs) == 1) {
+            VKP_I_MUTEX_DEINIT(&tree->mutex);
+            vkp_i_free(token->env, tree, sizeof *tree);
+        }
+        vkp_i_free(token->env, token, sizeof *token);
+        token = parent;
+    }
+}
+
+/* Locked: the next token of the subtree under `top`, parents before children. */
+static vkp_cancel *vkp_i_cancel_next(vkp_cancel *token, vkp_cancel *top)
+{
+    if (token->first_child != NULL) {
+        return token->first_child;
+    }
+    while (token != top && token->next_sibling == NULL) {
+        token = token->parent;
+    }
+    return token == top ? NULL : token->next_sibling;
+}
+
+VKP_API void vkp_cancel_trigger(vkp_cancel *token)
+{
+    vkp_cancel *each = token;
+    VKP_I_LOCK(&token->tree->mutex);
+    while (each != NULL) {
+        VKP_I_STORE_REL(&each->triggered, 1u);
+        vkp_i_waiters_wake_all(&each->waiters);
+        each = vkp_i_cancel_next(each, token);
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token)
+{
+    return VKP_I_LOAD_ACQ(&token->triggered) != 0;
+}
+
+/* Link the waiter unless the token is cancelled already. */
+static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
+{
+    bool triggered;
+    VKP_I_LOCK(&token->tree->mutex);
+    triggered = VKP_I_LOAD(&token->triggered) != 0;
+    if (!triggered) {
+        vkp_i_waiter_link(&token->waiters, waiter);
+    }
+    VKP_I_UNLOCK(&token->tree->mutex);
+    return !triggered;
+}
+
+static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&token->tree->mutex);
+    (void)vkp_i_waiter_unlink(waiter);
+    VKP_I_UNLOCK(&token->tree->mutex);
+}
+
+static vkp_status vkp_i_case_cancel_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_cancel_is_ready(const vkp_case *each)
+{
+    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object);
+}
+
+static bool vkp_i_case_cancel_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_cancel_join((vkp_cancel *)each->i_object, &wait->node);
+}
+
+static void vkp_i_case_cancel_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_cancel_leave((vkp_cancel *)each->i_object, &wait->node);
+}
+
+static const vkp_env *vkp_i_case_cancel_env(const vkp_case *each)
+{
+    return ((vkp_cancel *)each->i_object)->env;
+}
+
+static const vkp_i_case_kind vkp_i_case_kind_cancel = {
+    vkp_i_case_cancel_attempt, vkp_i_case_cancel_is_ready, vkp_i_case_cancel_join,
+    vkp_i_case_cancel_leave, vkp_i_case_cancel_env};
+
+VKP_API vkp_case vkp_case_cancel(vkp_cancel *token)
+{
+    return token != NULL ? vkp_i_case(&vkp_i_case_kind_cancel, token, NULL) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
+{
+    vkp_case cancelled;
+    VKP_I_REQUIRE(token != NULL);
+    cancelled = vkp_case_cancel(token);
+    return vkp_i_select_few(&cancelled, 1, token->env, 0, deadline_ns);
+}
+
 /* ======================================================================================
    >>impl-mpsc   Many senders, one receiver
    ======================================================================================
@@ -4209,7 +4690,7 @@ static void vkp_i_ring_close(const vkp_env *env, vkp_i_ring *ring)
     }
 }
 
-/* ---- the senders' side of a lane ---- */
+/* ---- what both sides do ---- */
 
 static size_t vkp_i_channel_cost(const vkp_i_channel *channel, const void *item)
 {
@@ -4221,6 +4702,114 @@ static uint64_t vkp_i_used(uint64_t ticket, uint64_t head)
 {
     return (int64_t)(ticket - head) > 0 ? ticket - head : 0;
 }
+
+/* The oldest value where it lies, or NULL. Skips what was aborted, and follows to the next ring. */
+static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
+{
+    for (;;) {
+        uint64_t head = VKP_I_LOAD(&lane->head);
+        vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+        uint32_t stamp;
+        if (ring == NULL) {
+            return NULL;
+        }
+        stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
+        if (stamp == vkp_i_stamp(head)) {
+            return vkp_i_ring_item(ring, head);
+        }
+        if (stamp == (vkp_i_stamp(head) | VKP_I_STAMP_ABORTED)) {
+            VKP_I_STORE_REL(&lane->head, head + 1);
+        } else if (VKP_I_LOAD_ACQ(&ring->end) == head) {
+            vkp_i_channel *channel = lane->channel;
+            VKP_I_STORE(&lane->rx_ring, ring->next);
+            if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
+                ring->next = channel->retired; /* a drop may still be looking at a value in it */
+                channel->retired = ring;
+            } else {
+                vkp_i_ring_close(channel->config.env, ring);
+            }
+        } else {
+            return NULL;
+        }
+    }
+}
+
+/* The oldest value is out: its place is free. Senders are let in by vkp_i_lane_freed. */
+static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
+{
+    if (lane->channel->config.capacity_bytes != 0) {
+        size_t cost = vkp_i_channel_cost(lane->channel, item);
+        VKP_I_STORE_REL(&lane->taken_cost, VKP_I_LOAD(&lane->taken_cost) + cost);
+    }
+    VKP_I_STORE_REL(&lane->head, VKP_I_LOAD(&lane->head) + 1);
+}
+
+static vkp_i_lane *vkp_i_lane_after(const vkp_i_lane *lane)
+{
+    vkp_i_lane *next = VKP_I_LOAD_ACQ(&lane->next);
+    return next != NULL ? next : &lane->channel->lane;
+}
+
+/* The lane of the receiver's next value, or NULL: where it is, as long as there is something. */
+static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
+{
+    vkp_i_lane *first = channel->rx_lane;
+    vkp_i_lane *lane = first;
+    do {
+        if (vkp_i_lane_oldest(lane) != NULL) {
+            channel->rx_lane = lane;
+            return lane;
+        }
+        lane = vkp_i_lane_after(lane);
+    } while (lane != first);
+    return NULL;
+}
+
+/* Locked: wake the receiver if it sleeps. */
+static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
+{
+    if (!vkp_i_waiters_empty(&channel->receiver)) {
+        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_waiters_wake_all(&channel->receiver);
+    }
+}
+
+/* Drop what is queued. Values come out one by one, so that drop runs without the mutex. */
+static void vkp_i_channel_purge(vkp_i_channel *channel)
+{
+    for (;;) {
+        vkp_i_lane *lane;
+        uint8_t *item;
+        VKP_I_LOCK(&channel->mutex);
+        lane = vkp_i_channel_find(channel);
+        item = lane != NULL ? vkp_i_lane_oldest(lane) : NULL;
+        if (item != NULL) {
+            vkp_i_lane_pop(lane, item);
+        }
+        VKP_I_UNLOCK(&channel->mutex);
+        if (item == NULL) {
+            return;
+        }
+        if (channel->config.drop != NULL) {
+            channel->config.drop(channel->config.user, item);
+        }
+    }
+}
+
+/* A sender saw that the receiver sleeps, or that it has gone and nobody will take the value. */
+static void vkp_i_channel_signal(vkp_i_channel *channel)
+{
+    VKP_I_LOCK(&channel->mutex);
+    vkp_i_channel_wake_receiver(channel);
+    VKP_I_UNLOCK(&channel->mutex);
+    if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
+        vkp_i_channel_purge(channel);
+    }
+}
+
+/* ======================================================================================
+   >>impl-mpsc-send   mpsc: the senders' side
+   ====================================================================================== */
 
 /* The owner begins on the fast path, unless the lane changed since it read `word`. */
 static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
@@ -4272,8 +4861,6 @@ static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *t
         }
     }
 }
-
-static void vkp_i_channel_signal(vkp_i_channel *channel);
 
 /* The value of the ticket is in its slot: show it, and wake the receiver if it sleeps. */
 static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64_t ticket,
@@ -4413,15 +5000,6 @@ static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void
     lane->sent_cost += cost;
     VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket), vkp_i_stamp(ticket));
     return VKP_OK;
-}
-
-/* Locked: wake the receiver if it sleeps. */
-static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
-{
-    if (!vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
-        vkp_i_waiters_wake_all(&channel->receiver);
-    }
 }
 
 /* Locked: take the sender out of the queue with its outcome, and wake it. */
@@ -4587,9 +5165,6 @@ static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
 }
 
 /* The cancel section's; a thread waits for a token beside its channel. */
-static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter);
-static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter);
-
 /* Send or reserve, waiting for room, for the token (may be NULL; TIMEOUT then), or the deadline. */
 static vkp_status vkp_i_lane_send(vkp_i_lane *lane, const void *item, vkp_mpsc_permit *permit,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
@@ -4709,48 +5284,9 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
     return VKP_OK;
 }
 
-/* ---- the receiver's side ---- */
-
-/* The oldest value where it lies, or NULL. Skips what was aborted, and follows to the next ring. */
-static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
-{
-    for (;;) {
-        uint64_t head = VKP_I_LOAD(&lane->head);
-        vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
-        uint32_t stamp;
-        if (ring == NULL) {
-            return NULL;
-        }
-        stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
-        if (stamp == vkp_i_stamp(head)) {
-            return vkp_i_ring_item(ring, head);
-        }
-        if (stamp == (vkp_i_stamp(head) | VKP_I_STAMP_ABORTED)) {
-            VKP_I_STORE_REL(&lane->head, head + 1);
-        } else if (VKP_I_LOAD_ACQ(&ring->end) == head) {
-            vkp_i_channel *channel = lane->channel;
-            VKP_I_STORE(&lane->rx_ring, ring->next);
-            if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
-                ring->next = channel->retired; /* a drop may still be looking at a value in it */
-                channel->retired = ring;
-            } else {
-                vkp_i_ring_close(channel->config.env, ring);
-            }
-        } else {
-            return NULL;
-        }
-    }
-}
-
-/* The oldest value is out: its place is free. Senders are let in by vkp_i_lane_freed. */
-static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
-{
-    if (lane->channel->config.capacity_bytes != 0) {
-        size_t cost = vkp_i_channel_cost(lane->channel, item);
-        VKP_I_STORE_REL(&lane->taken_cost, VKP_I_LOAD(&lane->taken_cost) + cost);
-    }
-    VKP_I_STORE_REL(&lane->head, VKP_I_LOAD(&lane->head) + 1);
-}
+/* ======================================================================================
+   >>impl-mpsc-receive   mpsc: the receiver's side
+   ====================================================================================== */
 
 /* Senders wait who could not know of the places just freed. */
 static void vkp_i_lane_let_in(vkp_i_lane *lane)
@@ -4758,27 +5294,6 @@ static void vkp_i_lane_let_in(vkp_i_lane *lane)
     VKP_I_LOCK(&lane->channel->mutex);
     vkp_i_lane_admit(lane);
     VKP_I_UNLOCK(&lane->channel->mutex);
-}
-
-static vkp_i_lane *vkp_i_lane_after(const vkp_i_lane *lane)
-{
-    vkp_i_lane *next = VKP_I_LOAD_ACQ(&lane->next);
-    return next != NULL ? next : &lane->channel->lane;
-}
-
-/* The lane of the receiver's next value, or NULL: where it is, as long as there is something. */
-static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
-{
-    vkp_i_lane *first = channel->rx_lane;
-    vkp_i_lane *lane = first;
-    do {
-        if (vkp_i_lane_oldest(lane) != NULL) {
-            channel->rx_lane = lane;
-            return lane;
-        }
-        lane = vkp_i_lane_after(lane);
-    } while (lane != first);
-    return NULL;
 }
 
 /* Nothing was there: EMPTY, CLOSED, or OK when something just came. */
@@ -5012,12 +5527,6 @@ static void vkp_i_lane_linger(vkp_i_lane *lane, uint32_t spins)
     }
 }
 
-typedef struct vkp_i_batch { /* where a receive of several values puts them */
-    void *out;
-    size_t capacity;
-    size_t count;
-} vkp_i_batch;
-
 static vkp_status vkp_i_case_recv_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     size_t count;
@@ -5165,40 +5674,9 @@ VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx)
     return VKP_I_LOAD_ACQ(&rx->channel->ended) != 0;
 }
 
-/* ---- the ends ---- */
-
-/* Drop what is queued. Values come out one by one, so that drop runs without the mutex. */
-static void vkp_i_channel_purge(vkp_i_channel *channel)
-{
-    for (;;) {
-        vkp_i_lane *lane;
-        uint8_t *item;
-        VKP_I_LOCK(&channel->mutex);
-        lane = vkp_i_channel_find(channel);
-        item = lane != NULL ? vkp_i_lane_oldest(lane) : NULL;
-        if (item != NULL) {
-            vkp_i_lane_pop(lane, item);
-        }
-        VKP_I_UNLOCK(&channel->mutex);
-        if (item == NULL) {
-            return;
-        }
-        if (channel->config.drop != NULL) {
-            channel->config.drop(channel->config.user, item);
-        }
-    }
-}
-
-/* A sender saw that the receiver sleeps, or that it has gone and nobody will take the value. */
-static void vkp_i_channel_signal(vkp_i_channel *channel)
-{
-    VKP_I_LOCK(&channel->mutex);
-    vkp_i_channel_wake_receiver(channel);
-    VKP_I_UNLOCK(&channel->mutex);
-    if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
-        vkp_i_channel_purge(channel);
-    }
-}
+/* ======================================================================================
+   >>impl-mpsc-ends   mpsc: opening, closing, cases
+   ====================================================================================== */
 
 static void vkp_i_channel_unref(vkp_i_channel *channel)
 {
@@ -5932,15 +6410,8 @@ VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot)
 }
 
 /* ======================================================================================
-   >>impl-broadcast   Every receiver sees every value
-   ======================================================================================
-   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
-   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
-   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
-   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
-   acquire: a word of a later value shows the later seq, too.
-   Values that own something are copied and retained under a latch of their place instead.
-   Who waits for a value does so in the audience.                                              */
+   >>impl-audience   What broadcast and watch share
+   ====================================================================================== */
 
 /* ---- what broadcast and watch share: receivers, those who wait for news, and their leaving
    ----                                                                                         */
@@ -6108,6 +6579,17 @@ static inline void vkp_i_words_load(void *out, const uint64_t *words, size_t byt
 }
 
 #define VKP_I_OWNED_BYTES 256u /* most of a value with a drop: it is a handle */
+
+/* ======================================================================================
+   >>impl-broadcast   Every receiver sees every value
+   ======================================================================================
+   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
+   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
+   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
+   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
+   acquire: a word of a later value shows the later seq, too.
+   Values that own something are copied and retained under a latch of their place instead.
+   Who waits for a value does so in the audience.                                              */
 
 typedef struct vkp_i_broadcast {
     vkp_broadcast_config config;
@@ -6946,196 +7428,6 @@ VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
 }
 
 /* ======================================================================================
-   >>impl-cancel   Cancellation tokens
-   ======================================================================================
-   A tree shares one lock, owned by its root: walking it needs no lock order. A child holds a
-   reference to its parent; the parent's list of children is weak. `triggered` is written under
-   the lock and read without.                                                                  */
-
-typedef struct vkp_i_cancel_tree {
-    VKP_I_MUTEX mutex;
-    size_t refs; /* atomic: one per token */
-} vkp_i_cancel_tree;
-
-struct vkp_cancel {
-    const vkp_env *env;
-    vkp_i_cancel_tree *tree;
-    vkp_cancel *parent;
-    vkp_cancel *first_child;
-    vkp_cancel *prev_sibling;
-    vkp_cancel *next_sibling;
-    size_t refs;        /* atomic */
-    uint32_t triggered; /* atomic, release / acquire */
-    vkp_i_waiters waiters;
-};
-
-VKP_API vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent, vkp_cancel **token)
-{
-    vkp_cancel *self;
-    VKP_I_REQUIRE(token != NULL);
-    /* One env for the tree: whichever token is the last one frees the lock. */
-    env = parent != NULL ? parent->env : vkp_i_env(env);
-    self = (vkp_cancel *)vkp_i_alloc_zero(env, sizeof *self);
-    if (self == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    if (parent == NULL) {
-        self->tree = (vkp_i_cancel_tree *)vkp_i_alloc_zero(env, sizeof *self->tree);
-        if (self->tree == NULL) {
-            vkp_i_free(env, self, sizeof *self);
-            return VKP_ERR_NOMEM;
-        }
-        VKP_I_MUTEX_INIT(&self->tree->mutex);
-    } else {
-        self->tree = parent->tree;
-        self->parent = vkp_cancel_ref(parent);
-    }
-    self->env = env;
-    self->refs = 1;
-    vkp_i_waiters_init(&self->waiters);
-    VKP_I_LOCK(&self->tree->mutex);
-    (void)VKP_I_ADD(&self->tree->refs, 1);
-    if (parent != NULL) {
-        self->next_sibling = parent->first_child;
-        if (parent->first_child != NULL) {
-            parent->first_child->prev_sibling = self;
-        }
-        parent->first_child = self;
-        self->triggered = VKP_I_LOAD(&parent->triggered);
-    }
-    VKP_I_UNLOCK(&self->tree->mutex);
-    *token = self;
-    return VKP_OK;
-}
-
-VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token)
-{
-    (void)VKP_I_ADD(&token->refs, 1);
-    return token;
-}
-
-static void vkp_i_cancel_unlink(vkp_cancel *token)
-{
-    VKP_I_LOCK(&token->tree->mutex);
-    if (token->prev_sibling != NULL) {
-        token->prev_sibling->next_sibling = token->next_sibling;
-    } else if (token->parent != NULL) {
-        token->parent->first_child = token->next_sibling;
-    }
-    if (token->next_sibling != NULL) {
-        token->next_sibling->prev_sibling = token->prev_sibling;
-    }
-    VKP_I_UNLOCK(&token->tree->mutex);
-}
-
-VKP_API void vkp_cancel_unref(vkp_cancel *token)
-{
-    while (token != NULL && VKP_I_UNREF(&token->refs) == 1) {
-        vkp_cancel *parent = token->parent;
-        vkp_i_cancel_tree *tree = token->tree;
-        vkp_i_cancel_unlink(token);
-        if (VKP_I_UNREF(&tree->refs) == 1) {
-            VKP_I_MUTEX_DEINIT(&tree->mutex);
-            vkp_i_free(token->env, tree, sizeof *tree);
-        }
-        vkp_i_free(token->env, token, sizeof *token);
-        token = parent;
-    }
-}
-
-/* Locked: the next token of the subtree under `top`, parents before children. */
-static vkp_cancel *vkp_i_cancel_next(vkp_cancel *token, vkp_cancel *top)
-{
-    if (token->first_child != NULL) {
-        return token->first_child;
-    }
-    while (token != top && token->next_sibling == NULL) {
-        token = token->parent;
-    }
-    return token == top ? NULL : token->next_sibling;
-}
-
-VKP_API void vkp_cancel_trigger(vkp_cancel *token)
-{
-    vkp_cancel *each = token;
-    VKP_I_LOCK(&token->tree->mutex);
-    while (each != NULL) {
-        VKP_I_STORE_REL(&each->triggered, 1u);
-        vkp_i_waiters_wake_all(&each->waiters);
-        each = vkp_i_cancel_next(each, token);
-    }
-    VKP_I_UNLOCK(&token->tree->mutex);
-}
-
-VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token)
-{
-    return VKP_I_LOAD_ACQ(&token->triggered) != 0;
-}
-
-/* Link the waiter unless the token is cancelled already. */
-static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
-{
-    bool triggered;
-    VKP_I_LOCK(&token->tree->mutex);
-    triggered = VKP_I_LOAD(&token->triggered) != 0;
-    if (!triggered) {
-        vkp_i_waiter_link(&token->waiters, waiter);
-    }
-    VKP_I_UNLOCK(&token->tree->mutex);
-    return !triggered;
-}
-
-static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
-{
-    VKP_I_LOCK(&token->tree->mutex);
-    (void)vkp_i_waiter_unlink(waiter);
-    VKP_I_UNLOCK(&token->tree->mutex);
-}
-
-static vkp_status vkp_i_case_cancel_attempt(vkp_case *each, vkp_i_wait *wait)
-{
-    (void)wait;
-    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
-}
-
-static bool vkp_i_case_cancel_is_ready(const vkp_case *each)
-{
-    return vkp_cancel_is_triggered((vkp_cancel *)each->i_object);
-}
-
-static bool vkp_i_case_cancel_join(const vkp_case *each, vkp_i_wait *wait)
-{
-    return vkp_i_cancel_join((vkp_cancel *)each->i_object, &wait->node);
-}
-
-static void vkp_i_case_cancel_leave(const vkp_case *each, vkp_i_wait *wait)
-{
-    vkp_i_cancel_leave((vkp_cancel *)each->i_object, &wait->node);
-}
-
-static const vkp_env *vkp_i_case_cancel_env(const vkp_case *each)
-{
-    return ((vkp_cancel *)each->i_object)->env;
-}
-
-static const vkp_i_case_kind vkp_i_case_kind_cancel = {
-    vkp_i_case_cancel_attempt, vkp_i_case_cancel_is_ready, vkp_i_case_cancel_join,
-    vkp_i_case_cancel_leave, vkp_i_case_cancel_env};
-
-VKP_API vkp_case vkp_case_cancel(vkp_cancel *token)
-{
-    return token != NULL ? vkp_i_case(&vkp_i_case_kind_cancel, token, NULL) : vkp_case_never();
-}
-
-VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
-{
-    vkp_case cancelled;
-    VKP_I_REQUIRE(token != NULL);
-    cancelled = vkp_case_cancel(token);
-    return vkp_i_select_few(&cancelled, 1, token->env, 0, deadline_ns);
-}
-
-/* ======================================================================================
    >>impl-select   Wait for whichever comes first
    ======================================================================================
    The engine is in the section park: every wait of the library is a select. Here are its public
@@ -7933,6 +8225,13 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
     return VKP_OK;
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-handler   Callbacks of a loop for channels
+   ====================================================================================== */
+
 /* ---- a case under watch ----
    Its task calls back when the case is ready, and puts the watch among the unarmed ones. At the end
    of the round those that are ready queue their tasks again, behind the others: a busy channel
@@ -8097,6 +8396,195 @@ VKP_API vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop, void (*fn)(vo
     return vkp_case_watch_open(loop, &receive, fn, user, &rx->channel->watch);
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-value   Values of RESP2 and RESP3
+   ====================================================================================== */
+
+static bool vkp_i_value_is_element(const vkp_value *value)
+{
+    return value->type != VKP_ATTRIBUTE && (value->flags & VKP_F_OUT_OF_BAND) == 0;
+}
+
+static bool vkp_i_is_message_kind(const char *text, size_t len)
+{
+    size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
+    return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
+}
+
+static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_value *value)
+{
+    const vkp_value *end = parent + parent->span;
+    while (value < end && !vkp_i_value_is_element(value)) {
+        value += value->span;
+    }
+    return value < end ? value : NULL;
+}
+
+VKP_API const vkp_value *vkp_value_first(const vkp_value *parent)
+{
+    return vkp_i_value_from(parent, parent + 1);
+}
+
+VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value)
+{
+    return value != NULL ? vkp_i_value_from(parent, value + value->span) : NULL;
+}
+
+VKP_API vkp_str vkp_value_str(const vkp_value *value)
+{
+    bool text = value != NULL && (value->type == VKP_STRING || value->type == VKP_ERROR ||
+                                  value->type == VKP_BIGNUM || value->type == VKP_DOUBLE);
+    return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
+}
+
+VKP_API bool vkp_value_is(const vkp_value *value, const char *text)
+{
+    return (value->type == VKP_STRING || value->type == VKP_ERROR) && text != NULL &&
+           vkp_i_str_is(vkp_value_str(value), text);
+}
+
+/* ---- doubles ---- */
+
+static size_t vkp_i_digits(const char *text, size_t len, size_t at)
+{
+    size_t start = at;
+    while (at < len && text[at] >= '0' && text[at] <= '9') {
+        at++;
+    }
+    return at - start;
+}
+
+#define VKP_I_EXPONENT_MAX 100000000L
+
+/* The digits of an exponent, saturated a little above the maximum. */
+static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
+{
+    bool negative = at < len && text[at] == '-';
+    long value = 0;
+    at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
+    for (; at < len && value <= VKP_I_EXPONENT_MAX; at++) {
+        value = value * 10 + (text[at] - '0');
+    }
+    return negative ? -value : value;
+}
+
+/* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
+   an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
+   digit tells whether they were zero.                                                         */
+static double vkp_i_to_double(const char *text, size_t len)
+{
+    char copy[840];
+    size_t used = 0;
+    size_t kept = 0;
+    size_t i = 0;
+    long shift = 0;
+    bool fraction = false;
+    bool cut = false;
+    if (text[0] == '-' || text[0] == '+') {
+        copy[used++] = text[i++];
+    }
+    for (; i < len && text[i] != 'e' && text[i] != 'E'; i++) {
+        if (text[i] == '.') {
+            fraction = true;
+            continue;
+        }
+        shift -= fraction ? 1 : 0;
+        if (kept < 780) {
+            copy[used] = text[i];
+            used += kept > 0 || text[i] != '0' ? 1u : 0u;
+            kept += kept > 0 || text[i] != '0' ? 1u : 0u;
+        } else {
+            shift++;
+            cut = cut || text[i] != '0';
+        }
+    }
+    if (cut || kept == 0) {
+        copy[used++] = cut ? '1' : '0';
+        shift -= cut ? 1 : 0;
+    }
+    if (i < len) {
+        long exponent = vkp_i_to_exponent(text, len, i + 1);
+        shift = exponent > VKP_I_EXPONENT_MAX    ? VKP_I_EXPONENT_MAX
+                : exponent < -VKP_I_EXPONENT_MAX ? -VKP_I_EXPONENT_MAX
+                                                 : shift + exponent;
+    }
+    (void)snprintf(copy + used, sizeof copy - used, "e%ld", shift);
+    return strtod(copy, NULL);
+}
+
+/* Not as a literal: where doubles are computed with more bits (x87) that one is a bit less. */
+#define VKP_I_DOUBLE_MAX DBL_MAX
+
+/* Whether the text is a double of the grammar and finite, or one of the named ones. */
+static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
+{
+    vkp_str all = vkp_i_str(text, len);
+    size_t at = len > 0 && (text[0] == '-' || text[0] == '+') ? 1 : 0;
+    size_t whole;
+    size_t fraction = 0;
+    double value;
+    if (vkp_i_str_equal(all, vkp_str_of("inf")) || vkp_i_str_equal(all, vkp_str_of("-inf")) ||
+        vkp_i_str_equal(all, vkp_str_of("nan"))) {
+        return true;
+    }
+    if (lenient && len >= at + 3 && memcmp(text + at, "nan", 3) == 0) {
+        return len == at + 3 || (text[at + 3] == '(' && text[len - 1] == ')');
+    }
+    whole = vkp_i_digits(text, len, at);
+    at += whole;
+    if (at < len && text[at] == '.') {
+        fraction = vkp_i_digits(text, len, at + 1);
+        at += 1 + fraction;
+        if (lenient ? whole + fraction == 0 : whole == 0 || fraction == 0) {
+            return false;
+        }
+    } else if (whole == 0) {
+        return false;
+    }
+    if (at < len && (text[at] == 'e' || text[at] == 'E')) {
+        size_t exponent;
+        at++;
+        at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
+        exponent = vkp_i_digits(text, len, at);
+        at += exponent;
+        if (exponent == 0) {
+            return false;
+        }
+    }
+    if (at != len) {
+        return false;
+    }
+    value = vkp_i_to_double(text, len);
+    return value <= VKP_I_DOUBLE_MAX && value >= -VKP_I_DOUBLE_MAX;
+}
+
+VKP_API double vkp_value_get_double(const vkp_value *value)
+{
+    const char *text = value->u.str;
+    double infinity = VKP_I_DOUBLE_MAX * 10.0;
+    size_t at;
+    if (value->type == VKP_INTEGER) {
+        return (double)value->u.integer;
+    }
+    if (value->type != VKP_DOUBLE) {
+        return 0.0;
+    }
+    at = text[0] == '-' || text[0] == '+' ? 1 : 0;
+    if (text[at] == 'i') {
+        return at == 1 ? -infinity : infinity;
+    }
+    if (text[at] == 'n') {
+        return infinity - infinity;
+    }
+    return vkp_i_to_double(text, value->len);
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
    >>impl-resp   RESP2 and RESP3
    ======================================================================================
@@ -8141,13 +8629,6 @@ struct vkp_resp_reader {
 
 static const char vkp_i_message_prefix[] = ">3\r\n$7\r\nmessage\r\n$";
 #define VKP_I_MESSAGE_PREFIX 18u
-
-static uint64_t vkp_i_load64(const void *from)
-{
-    uint64_t value;
-    memcpy(&value, from, sizeof value);
-    return value;
-}
 
 static bool vkp_i_is_crlf(const uint8_t *at, const uint8_t *end)
 {
@@ -8349,140 +8830,6 @@ static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *wind
     reader->line_seen = 0;
     *end = cr_at;
     return VKP_OK;
-}
-
-static size_t vkp_i_digits(const char *text, size_t len, size_t at)
-{
-    size_t start = at;
-    while (at < len && text[at] >= '0' && text[at] <= '9') {
-        at++;
-    }
-    return at - start;
-}
-
-#define VKP_I_EXPONENT_MAX 100000000L
-
-/* The digits of an exponent, saturated a little above the maximum. */
-static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
-{
-    bool negative = at < len && text[at] == '-';
-    long value = 0;
-    at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
-    for (; at < len && value <= VKP_I_EXPONENT_MAX; at++) {
-        value = value * 10 + (text[at] - '0');
-    }
-    return negative ? -value : value;
-}
-
-/* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
-   an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
-   digit tells whether they were zero.                                                         */
-static double vkp_i_to_double(const char *text, size_t len)
-{
-    char copy[840];
-    size_t used = 0;
-    size_t kept = 0;
-    size_t i = 0;
-    long shift = 0;
-    bool fraction = false;
-    bool cut = false;
-    if (text[0] == '-' || text[0] == '+') {
-        copy[used++] = text[i++];
-    }
-    for (; i < len && text[i] != 'e' && text[i] != 'E'; i++) {
-        if (text[i] == '.') {
-            fraction = true;
-            continue;
-        }
-        shift -= fraction ? 1 : 0;
-        if (kept < 780) {
-            copy[used] = text[i];
-            used += kept > 0 || text[i] != '0' ? 1u : 0u;
-            kept += kept > 0 || text[i] != '0' ? 1u : 0u;
-        } else {
-            shift++;
-            cut = cut || text[i] != '0';
-        }
-    }
-    if (cut || kept == 0) {
-        copy[used++] = cut ? '1' : '0';
-        shift -= cut ? 1 : 0;
-    }
-    if (i < len) {
-        long exponent = vkp_i_to_exponent(text, len, i + 1);
-        shift = exponent > VKP_I_EXPONENT_MAX    ? VKP_I_EXPONENT_MAX
-                : exponent < -VKP_I_EXPONENT_MAX ? -VKP_I_EXPONENT_MAX
-                                                 : shift + exponent;
-    }
-    (void)snprintf(copy + used, sizeof copy - used, "e%ld", shift);
-    return strtod(copy, NULL);
-}
-
-/* Not as a literal: where doubles are computed with more bits (x87) that one is a bit less. */
-#define VKP_I_DOUBLE_MAX DBL_MAX
-
-/* Whether the text is a double of the grammar and finite, or one of the named ones. */
-static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
-{
-    vkp_str all = vkp_i_str(text, len);
-    size_t at = len > 0 && (text[0] == '-' || text[0] == '+') ? 1 : 0;
-    size_t whole;
-    size_t fraction = 0;
-    double value;
-    if (vkp_i_str_equal(all, vkp_str_of("inf")) || vkp_i_str_equal(all, vkp_str_of("-inf")) ||
-        vkp_i_str_equal(all, vkp_str_of("nan"))) {
-        return true;
-    }
-    if (lenient && len >= at + 3 && memcmp(text + at, "nan", 3) == 0) {
-        return len == at + 3 || (text[at + 3] == '(' && text[len - 1] == ')');
-    }
-    whole = vkp_i_digits(text, len, at);
-    at += whole;
-    if (at < len && text[at] == '.') {
-        fraction = vkp_i_digits(text, len, at + 1);
-        at += 1 + fraction;
-        if (lenient ? whole + fraction == 0 : whole == 0 || fraction == 0) {
-            return false;
-        }
-    } else if (whole == 0) {
-        return false;
-    }
-    if (at < len && (text[at] == 'e' || text[at] == 'E')) {
-        size_t exponent;
-        at++;
-        at += at < len && (text[at] == '-' || text[at] == '+') ? 1u : 0u;
-        exponent = vkp_i_digits(text, len, at);
-        at += exponent;
-        if (exponent == 0) {
-            return false;
-        }
-    }
-    if (at != len) {
-        return false;
-    }
-    value = vkp_i_to_double(text, len);
-    return value <= VKP_I_DOUBLE_MAX && value >= -VKP_I_DOUBLE_MAX;
-}
-
-VKP_API double vkp_value_get_double(const vkp_value *value)
-{
-    const char *text = value->u.str;
-    double infinity = VKP_I_DOUBLE_MAX * 10.0;
-    size_t at;
-    if (value->type == VKP_INTEGER) {
-        return (double)value->u.integer;
-    }
-    if (value->type != VKP_DOUBLE) {
-        return 0.0;
-    }
-    at = text[0] == '-' || text[0] == '+' ? 1 : 0;
-    if (text[at] == 'i') {
-        return at == 1 ? -infinity : infinity;
-    }
-    if (text[at] == 'n') {
-        return infinity - infinity;
-    }
-    return vkp_i_to_double(text, value->len);
 }
 
 /* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
@@ -8798,12 +9145,6 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     }
 }
 
-static bool vkp_i_is_message_kind(const char *text, size_t len)
-{
-    size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
-    return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
-}
-
 static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
@@ -9034,46 +9375,12 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
     return vkp_resp_reader_scan(reader, window, reader->end - reader->begin, value, &reader->given);
 }
 
-/* ---- values ---- */
+#endif /* VKP_I_IO */
 
-static bool vkp_i_value_is_element(const vkp_value *value)
-{
-    return value->type != VKP_ATTRIBUTE && (value->flags & VKP_F_OUT_OF_BAND) == 0;
-}
-
-static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_value *value)
-{
-    const vkp_value *end = parent + parent->span;
-    while (value < end && !vkp_i_value_is_element(value)) {
-        value += value->span;
-    }
-    return value < end ? value : NULL;
-}
-
-VKP_API const vkp_value *vkp_value_first(const vkp_value *parent)
-{
-    return vkp_i_value_from(parent, parent + 1);
-}
-
-VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value)
-{
-    return value != NULL ? vkp_i_value_from(parent, value + value->span) : NULL;
-}
-
-VKP_API vkp_str vkp_value_str(const vkp_value *value)
-{
-    bool text = value != NULL && (value->type == VKP_STRING || value->type == VKP_ERROR ||
-                                  value->type == VKP_BIGNUM || value->type == VKP_DOUBLE);
-    return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
-}
-
-VKP_API bool vkp_value_is(const vkp_value *value, const char *text)
-{
-    return (value->type == VKP_STRING || value->type == VKP_ERROR) && text != NULL &&
-           vkp_i_str_is(vkp_value_str(value), text);
-}
-
-/* ---- the length of a frame that is known to be well-formed ---- */
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-frame   The length of a frame
+   ====================================================================================== */
 
 static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
 {
@@ -9164,7 +9471,12 @@ VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len)
     return vkp_i_skip_value(data, len, at);
 }
 
-/* ---- writer ---- */
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-resp-writer   RESP writer
+   ====================================================================================== */
 
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env)
 {
@@ -9413,194 +9725,148 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
     vkp_resp_writer_init(writer, writer->i_env);
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
-   Maps: names to objects, for sockets, hubs and clients
-   ======================================================================================
-   Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
-   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.
-   A shared map may be walked by threads that do not hold its lock, if its nodes' memory stays:
-   links are stored whole, old tables kept. Such a walk may miss a node or stray into another
-   chain; what it finds is to be checked, what it does not find to be looked for under the lock. */
+   >>impl-address   Addresses
+   ====================================================================================== */
 
-typedef struct vkp_i_map_node {
-    struct vkp_i_map_node *next; /* atomic, as hash, where the map is shared */
-    uint64_t hash;
-    vkp_str key; /* the owner's memory */
-} vkp_i_map_node;
+typedef struct vkp_i_name {
+    const char *text;
+    size_t len;
+    bool abstract; /* text begins with '@' */
+} vkp_i_name;
 
-typedef struct vkp_i_buckets {
-    struct vkp_i_buckets *older; /* of a shared map: kept */
-    size_t count;                /* a power of two; their links stand behind this struct */
-} vkp_i_buckets;
-
-typedef struct vkp_i_map {
-    const vkp_env *env;
-    vkp_i_buckets *buckets; /* atomic; NULL at first */
-    size_t count;
-    bool shared;
-    uint64_t key[2];
-} vkp_i_map;
-
-#define VKP_I_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
-#define VKP_I_SIP_ROUND(v)               \
-    do {                                 \
-        (v)[0] += (v)[1];                \
-        (v)[1] = VKP_I_ROTL((v)[1], 13); \
-        (v)[1] ^= (v)[0];                \
-        (v)[0] = VKP_I_ROTL((v)[0], 32); \
-        (v)[2] += (v)[3];                \
-        (v)[3] = VKP_I_ROTL((v)[3], 16); \
-        (v)[3] ^= (v)[2];                \
-        (v)[0] += (v)[3];                \
-        (v)[3] = VKP_I_ROTL((v)[3], 21); \
-        (v)[3] ^= (v)[0];                \
-        (v)[2] += (v)[1];                \
-        (v)[1] = VKP_I_ROTL((v)[1], 17); \
-        (v)[1] ^= (v)[2];                \
-        (v)[2] = VKP_I_ROTL((v)[2], 32); \
-    } while (0)
-
-static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
+static bool vkp_i_path_climbs(vkp_str path)
 {
-    uint64_t v[4];
-    uint64_t word;
-    unsigned shift;
+    size_t begin = 0;
     size_t i;
-    v[0] = map->key[0] ^ 0x736f6d6570736575u;
-    v[1] = map->key[1] ^ 0x646f72616e646f6du;
-    v[2] = map->key[0] ^ 0x6c7967656e657261u;
-    v[3] = map->key[1] ^ 0x7465646279746573u;
-    for (i = 0; i + 8 <= text.len; i += 8) {
-        word = vkp_i_load64(text.ptr + i);
-        v[3] ^= word;
-        VKP_I_SIP_ROUND(v);
-        v[0] ^= word;
-    }
-    word = (uint64_t)text.len << 56;
-    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: a call would cost more */
-        word |= (uint64_t)(unsigned char)text.ptr[i] << shift;
-    }
-    v[3] ^= word;
-    VKP_I_SIP_ROUND(v);
-    v[0] ^= word;
-    v[2] ^= 0xff;
-    VKP_I_SIP_ROUND(v);
-    VKP_I_SIP_ROUND(v);
-    VKP_I_SIP_ROUND(v);
-    return v[0] ^ v[1] ^ v[2] ^ v[3];
-}
-
-static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
-{
-    const vkp_sys *sys = vkp_i_sys(env);
-    memset(map, 0, sizeof *map);
-    map->env = env;
-    map->key[0] = sys->random_u64();
-    map->key[1] = sys->random_u64();
-}
-
-static vkp_i_map_node **vkp_i_map_bucket(vkp_i_buckets *buckets, uint64_t hash)
-{
-    return (vkp_i_map_node **)(void *)(buckets + 1) + (hash & (buckets->count - 1));
-}
-
-static void vkp_i_buckets_free(const vkp_env *env, vkp_i_buckets *buckets)
-{
-    vkp_i_free(env, buckets, sizeof *buckets + buckets->count * sizeof(vkp_i_map_node *));
-}
-
-static void vkp_i_map_deinit(vkp_i_map *map)
-{
-    while (map->buckets != NULL) {
-        vkp_i_buckets *older = map->buckets->older;
-        vkp_i_buckets_free(map->env, map->buckets);
-        map->buckets = older;
-    }
-}
-
-static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_str key)
-{
-    vkp_i_map_node *node = map->buckets != NULL ? *vkp_i_map_bucket(map->buckets, hash) : NULL;
-    while (node != NULL && (node->hash != hash || !vkp_i_str_equal(node->key, key))) {
-        node = node->next;
-    }
-    return node;
-}
-
-static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
-{
-    vkp_i_map_node **bucket = vkp_i_map_bucket(buckets, node->hash);
-    VKP_I_STORE_REL(&node->next, *bucket);
-    VKP_I_STORE_REL(bucket, node);
-}
-
-static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
-{
-    vkp_i_buckets *older = map->buckets;
-    vkp_i_buckets *buckets = (vkp_i_buckets *)vkp_i_alloc_zero(
-        map->env, sizeof *buckets + bucket_count * sizeof(vkp_i_map_node *));
-    size_t i;
-    if (buckets == NULL) {
-        return false;
-    }
-    buckets->count = bucket_count;
-    for (i = 0; older != NULL && i < older->count; i++) {
-        vkp_i_map_node *node = *vkp_i_map_bucket(older, i);
-        while (node != NULL) {
-            vkp_i_map_node *next = node->next;
-            vkp_i_map_link(buckets, node);
-            node = next;
+    for (i = 0; i <= path.len; i++) {
+        if (i == path.len || path.ptr[i] == '/') {
+            if (i - begin == 2 && path.ptr[begin] == '.' && path.ptr[begin + 1] == '.') {
+                return true;
+            }
+            begin = i + 1;
         }
     }
-    if (older != NULL && map->shared) {
-        buckets->older = older;
-    } else if (older != NULL) {
-        vkp_i_buckets_free(map->env, older);
-    }
-    VKP_I_STORE_REL(&map->buckets, buckets);
-    return true;
+    return false;
 }
 
-/* A map that cannot grow gets slower, not wrong; only the first table must be had. */
-static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
+/* INVALID for what can be no name, LIMIT for what sun_path cannot hold. */
+static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_names,
+                                vkp_i_name *out)
 {
-    size_t room = map->buckets != NULL ? map->buckets->count : 0;
-    if (map->count >= room && !vkp_i_map_rehouse(map, room == 0 ? 16 : room * 2) && room == 0) {
-        return false;
-    }
-    vkp_i_map_link(map->buckets, node);
-    map->count++;
-    return true;
-}
-
-static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
-{
-    vkp_i_map_node **link = vkp_i_map_bucket(map->buckets, node->hash);
-    while (*link != node) {
-        link = &(*link)->next;
-    }
-    VKP_I_STORE_REL(link, node->next);
-    map->count--;
-}
-
-/* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
-static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
-{
-    size_t count = map->buckets != NULL ? map->buckets->count : 0;
-    size_t bucket = 0;
-    vkp_i_map_node *found = NULL;
-    if (node != NULL) {
-        if (node->next != NULL) {
-            return node->next;
+    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* and a NUL, at either end */
+    size_t len = text.len;
+    VKP_I_REQUIRE(text.ptr != NULL && len > 0 && memchr(text.ptr, '\0', len) == NULL);
+    out->text = text.ptr;
+    out->len = len;
+    out->abstract = abstract_names && text.ptr[0] == '@';
+    if (out->abstract) {
+        len--;
+        VKP_I_REQUIRE(len > 0);
+        if (!VKP_I_LINUX) {
+            return VKP_ERR_UNSUPPORTED;
         }
-        bucket = (size_t)(node->hash & (count - 1)) + 1;
+    } else if (vkp_i_path_climbs(text)) {
+        return VKP_ERR_INVALID;
     }
-    for (; bucket < count && found == NULL; bucket++) {
-        found = *vkp_i_map_bucket(map->buckets, bucket);
+    if (len > most) {
+        vkp_i_log(env, VKP_LOG_ERROR, "socket path of %zu bytes, %zu fit: %.*s", len, most,
+                  VKP_FMT(text));
+        return VKP_ERR_LIMIT;
     }
-    return found;
+    return VKP_OK;
 }
 
+static vkp_address vkp_i_unix_address(vkp_i_name name)
+{
+    union {
+        struct sockaddr_un name;
+        unsigned char bytes[sizeof(struct sockaddr_un)];
+    } local;
+    vkp_address address;
+    memset(&local, 0, sizeof local);
+    memset(&address, 0, sizeof address);
+    local.name.sun_family = AF_UNIX;
+    memcpy(local.name.sun_path, name.text, name.len);
+    address.family = AF_UNIX;
+    address.bytes = (uint32_t)sizeof local;
+    if (name.abstract) {
+        local.name.sun_path[0] = '\0';
+        address.bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + name.len);
+    }
+    memcpy(address.storage.bytes, local.bytes, sizeof local);
+    return address;
+}
+
+/* Decimal, 0 to 65535: resolvers take more and cut it. */
+static bool vkp_i_is_port(const char *text)
+{
+    unsigned port = 0;
+    size_t len = 0;
+    for (; text[len] >= '0' && text[len] <= '9' && len < 6; len++) {
+        port = port * 10 + (unsigned)(text[len] - '0');
+    }
+    return len > 0 && text[len] == '\0' && port <= 65535;
+}
+
+/* What an address says. */
+typedef struct vkp_i_parts {
+    vkp_i_name name; /* of a Unix socket; text NULL: none */
+    char host[256];
+    const char *port;
+} vkp_i_parts;
+
+static vkp_status vkp_i_split_address(const vkp_env *env, const char *text, vkp_i_parts *parts)
+{
+    size_t len;
+    memset(parts, 0, sizeof *parts);
+    if (strncmp(text, "unix:", 5) == 0) {
+        return vkp_i_name_of(env, vkp_str_of(text + 5), true, &parts->name);
+    }
+    parts->port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
+    len = parts->port != NULL ? (size_t)(parts->port - (text + 4)) : 0;
+    if (len == 0 || len >= sizeof parts->host || !vkp_i_is_port(++parts->port)) {
+        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
+        return VKP_ERR_INVALID;
+    }
+    text += 4;
+    if (len > 2 && text[0] == '[' && text[len - 1] == ']') {
+        text++;
+        len -= 2;
+    }
+    memcpy(parts->host, text, len);
+    return VKP_OK;
+}
+
+/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
+static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
+                                      size_t capacity, size_t *count)
+{
+    vkp_i_parts parts;
+    vkp_status status = vkp_i_split_address(env, text, &parts);
+    int found = 1;
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (parts.name.text != NULL) {
+        out[0] = vkp_i_unix_address(parts.name);
+    } else {
+        found = vkp_i_sys(env)->resolve(parts.host, parts.port, out, capacity);
+    }
+    if (found <= 0) {
+        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
+        return VKP_ERR_REFUSED;
+    }
+    *count = (size_t)found;
+    return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
    >>impl-socket   Ref-counted Unix sockets
    ======================================================================================
@@ -9705,83 +9971,6 @@ struct vkp_registry {
     vkp_timer keeper_timer;
     vkp_i_attached keeper_place;
 };
-
-static vkp_status vkp_i_sys_failure(int result)
-{
-    errno = -result;
-    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
-}
-
-/* ---- names ---- */
-
-typedef struct vkp_i_name {
-    const char *text;
-    size_t len;
-    bool abstract; /* text begins with '@' */
-} vkp_i_name;
-
-static bool vkp_i_path_climbs(vkp_str path)
-{
-    size_t begin = 0;
-    size_t i;
-    for (i = 0; i <= path.len; i++) {
-        if (i == path.len || path.ptr[i] == '/') {
-            if (i - begin == 2 && path.ptr[begin] == '.' && path.ptr[begin + 1] == '.') {
-                return true;
-            }
-            begin = i + 1;
-        }
-    }
-    return false;
-}
-
-/* INVALID for what can be no name, LIMIT for what sun_path cannot hold. */
-static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_names,
-                                vkp_i_name *out)
-{
-    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* and a NUL, at either end */
-    size_t len = text.len;
-    VKP_I_REQUIRE(text.ptr != NULL && len > 0 && memchr(text.ptr, '\0', len) == NULL);
-    out->text = text.ptr;
-    out->len = len;
-    out->abstract = abstract_names && text.ptr[0] == '@';
-    if (out->abstract) {
-        len--;
-        VKP_I_REQUIRE(len > 0);
-        if (!VKP_I_LINUX) {
-            return VKP_ERR_UNSUPPORTED;
-        }
-    } else if (vkp_i_path_climbs(text)) {
-        return VKP_ERR_INVALID;
-    }
-    if (len > most) {
-        vkp_i_log(env, VKP_LOG_ERROR, "socket path of %zu bytes, %zu fit: %.*s", len, most,
-                  VKP_FMT(text));
-        return VKP_ERR_LIMIT;
-    }
-    return VKP_OK;
-}
-
-static vkp_address vkp_i_unix_address(vkp_i_name name)
-{
-    union {
-        struct sockaddr_un name;
-        unsigned char bytes[sizeof(struct sockaddr_un)];
-    } local;
-    vkp_address address;
-    memset(&local, 0, sizeof local);
-    memset(&address, 0, sizeof address);
-    local.name.sun_family = AF_UNIX;
-    memcpy(local.name.sun_path, name.text, name.len);
-    address.family = AF_UNIX;
-    address.bytes = (uint32_t)sizeof local;
-    if (name.abstract) {
-        local.name.sun_path[0] = '\0';
-        address.bytes = (uint32_t)(offsetof(struct sockaddr_un, sun_path) + name.len);
-    }
-    memcpy(address.storage.bytes, local.bytes, sizeof local);
-    return address;
-}
 
 static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
 {
@@ -10168,7 +10357,18 @@ static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t 
     vkp_i_socket_recycle(registry, sock);
 }
 
-static bool vkp_i_registry_call_keeper(vkp_registry *registry);
+/* Have it look soon. False: there is no loop any more. */
+static bool vkp_i_registry_call_keeper(vkp_registry *registry)
+{
+    if (!registry->keeper_queued && !registry->loop_gone) {
+        registry->keeper_queued = vkp_i_loop_queue(registry->config.loop, &registry->keeper_task);
+        registry->loop_gone = !registry->keeper_queued;
+        if (registry->keeper_queued) {
+            (void)VKP_I_ADD(&registry->refs, 1);
+        }
+    }
+    return !registry->loop_gone;
+}
 
 /* With the first socket, and again if there was no memory for the timer then. */
 static void vkp_i_registry_see_to_checks(vkp_registry *registry)
@@ -10481,20 +10681,14 @@ static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
     return NULL;
 }
 
-/* ---- the keeper: what happens with time, on the loop ---- */
+#endif /* VKP_I_IO */
 
-/* Have it look soon. False: there is no loop any more. */
-static bool vkp_i_registry_call_keeper(vkp_registry *registry)
-{
-    if (!registry->keeper_queued && !registry->loop_gone) {
-        registry->keeper_queued = vkp_i_loop_queue(registry->config.loop, &registry->keeper_task);
-        registry->loop_gone = !registry->keeper_queued;
-        if (registry->keeper_queued) {
-            (void)VKP_I_ADD(&registry->refs, 1);
-        }
-    }
-    return !registry->loop_gone;
-}
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-registry   The registry of sockets
+   ====================================================================================== */
+
+/* ---- the keeper: what happens with time, on the loop ---- */
 
 static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
 {
@@ -11039,8 +11233,202 @@ VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t inde
     return pool->sockets[index];
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
-   >>impl-conn   Connections and listeners
+   >>impl-gate   Who may come in
+   ====================================================================================== */
+
+/* All clients of one uid that came through one listener. */
+struct vkp_seat {
+    vkp_seat *prev;
+    vkp_seat *next;
+    vkp_gate *gate;   /* shared */
+    vkp_socket *sock; /* NULL, or each client has a reference of it */
+    uint64_t door;    /* the listener's number */
+    uint32_t uid;
+    bool has_uid;
+    size_t clients;
+};
+
+struct vkp_gate {
+    const vkp_env *env;
+    const vkp_sys *sys;
+    size_t refs; /* atomic */
+    vkp_gate_config config;
+    uint32_t *allow_uids;
+    uint64_t doors; /* atomic: numbers given */
+    VKP_I_MUTEX mutex;
+    vkp_seat *seats; /* guarded, as all that follows */
+    vkp_gate_stats stats;
+};
+
+VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
+{
+    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
+    vkp_gate *gate;
+    VKP_I_REQUIRE(out != NULL);
+    VKP_I_REQUIRE(config == NULL || config->allow_uid_count == 0 || config->allow_uids != NULL);
+    gate = (vkp_gate *)vkp_i_alloc_zero(env, sizeof *gate);
+    if (gate == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    gate->env = env;
+    gate->sys = vkp_i_sys(env);
+    gate->refs = 1;
+    if (config != NULL) {
+        gate->config = *config;
+    }
+    if (gate->config.allow_uid_count > 0) {
+        size_t bytes = gate->config.allow_uid_count * sizeof *gate->allow_uids;
+        gate->allow_uids = (uint32_t *)vkp_i_alloc(env, bytes);
+        if (gate->allow_uids == NULL) {
+            vkp_i_free(env, gate, sizeof *gate);
+            return VKP_ERR_NOMEM;
+        }
+        memcpy(gate->allow_uids, gate->config.allow_uids, bytes);
+    }
+    if (gate->config.max_clients == 0) {
+        gate->config.max_clients = SIZE_MAX;
+    }
+    if (gate->config.max_clients_per_uid == 0) {
+        gate->config.max_clients_per_uid = SIZE_MAX;
+    }
+    VKP_I_MUTEX_INIT(&gate->mutex);
+    *out = gate;
+    return VKP_OK;
+}
+
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate)
+{
+    (void)VKP_I_ADD(&gate->refs, 1);
+    return gate;
+}
+
+VKP_API void vkp_gate_unref(vkp_gate *gate)
+{
+    if (gate != NULL && VKP_I_UNREF(&gate->refs) == 1) {
+        vkp_i_free(gate->env, gate->allow_uids,
+                   gate->config.allow_uid_count * sizeof *gate->allow_uids);
+        VKP_I_MUTEX_DEINIT(&gate->mutex);
+        vkp_i_free(gate->env, gate, sizeof *gate);
+    }
+}
+
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats)
+{
+    VKP_I_LOCK(&gate->mutex);
+    *stats = gate->stats;
+    VKP_I_UNLOCK(&gate->mutex);
+}
+
+static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
+{
+    size_t i;
+    if (gate->config.allow != NULL) {
+        return gate->config.allow(gate->config.user, peer);
+    }
+    if (gate->config.allow_any_uid || peer->uid == gate->sys->user_id()) {
+        return true;
+    }
+    for (i = 0; i < gate->config.allow_uid_count; i++) {
+        if (gate->allow_uids[i] == peer->uid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What came to a door: `seat` as it would be, `most` clients of the listener at once. OK with a
+   seat, or LIMIT or NOMEM with the refusal.                                                   */
+static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t most,
+                                  vkp_seat **out, vkp_refusal *why)
+{
+    vkp_seat *found = NULL;
+    vkp_seat *each;
+    size_t of_door = 0;
+    size_t of_uid = 0;
+    for (each = gate->seats; each != NULL; each = each->next) {
+        bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
+        of_door += each->door == wanted->door ? each->clients : 0;
+        of_uid += same_uid ? each->clients : 0;
+        if (same_uid && each->door == wanted->door) {
+            found = each;
+        }
+    }
+    *why = VKP_REFUSAL_FULL;
+    if (gate->stats.clients >= gate->config.max_clients || of_door >= most) {
+        return VKP_ERR_LIMIT;
+    }
+    *why = VKP_REFUSAL_USER_FULL;
+    if (wanted->has_uid && of_uid >= gate->config.max_clients_per_uid) {
+        return VKP_ERR_LIMIT;
+    }
+    *why = VKP_REFUSAL_OVERLOAD;
+    if (found == NULL) {
+        found = (vkp_seat *)vkp_i_alloc(gate->env, sizeof *found);
+        if (found == NULL) {
+            return VKP_ERR_NOMEM;
+        }
+        *found = *wanted;
+        found->gate = vkp_gate_ref(gate);
+        found->next = gate->seats;
+        if (found->next != NULL) {
+            found->next->prev = found;
+        }
+        gate->seats = found;
+    }
+    found->clients++;
+    gate->stats.clients++;
+    gate->stats.admitted++;
+    *out = found;
+    return VKP_OK;
+}
+
+static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
+{
+    VKP_I_LOCK(&gate->mutex);
+    gate->stats.refused[why]++;
+    VKP_I_UNLOCK(&gate->mutex);
+}
+
+VKP_API void vkp_seat_leave(vkp_seat *seat)
+{
+    vkp_gate *gate;
+    vkp_socket *sock;
+    bool last;
+    if (seat == NULL) {
+        return;
+    }
+    gate = seat->gate;
+    VKP_I_LOCK(&gate->mutex);
+    sock = seat->sock;
+    gate->stats.clients--;
+    last = --seat->clients == 0;
+    if (last) {
+        if (seat->prev != NULL) {
+            seat->prev->next = seat->next;
+        } else {
+            gate->seats = seat->next;
+        }
+        if (seat->next != NULL) {
+            seat->next->prev = seat->prev;
+        }
+    }
+    VKP_I_UNLOCK(&gate->mutex);
+    vkp_socket_unref(sock);
+    if (last) {
+        vkp_i_free(gate->env, seat, sizeof *seat);
+        vkp_gate_unref(gate);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-conn-queue   Connections: the struct, and its queue
    ======================================================================================
    Everything of a connection belongs to its loop's thread, but for its count, `state` and the
    inbox. The outbox is a queue of spans: neighbouring frames of one block are ONE span, which
@@ -11407,6 +11795,13 @@ static vkp_status vkp_i_spans_push(vkp_conn *conn, const vkp_bytes *frame, bool 
     }
     return VKP_OK;
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-conn   Connections
+   ====================================================================================== */
 
 /* ---- life ---- */
 
@@ -12177,69 +12572,6 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
-/* Decimal, 0 to 65535: resolvers take more and cut it. */
-static bool vkp_i_is_port(const char *text)
-{
-    unsigned port = 0;
-    size_t len = 0;
-    for (; text[len] >= '0' && text[len] <= '9' && len < 6; len++) {
-        port = port * 10 + (unsigned)(text[len] - '0');
-    }
-    return len > 0 && text[len] == '\0' && port <= 65535;
-}
-
-/* What an address says. */
-typedef struct vkp_i_parts {
-    vkp_i_name name; /* of a Unix socket; text NULL: none */
-    char host[256];
-    const char *port;
-} vkp_i_parts;
-
-static vkp_status vkp_i_split_address(const vkp_env *env, const char *text, vkp_i_parts *parts)
-{
-    size_t len;
-    memset(parts, 0, sizeof *parts);
-    if (strncmp(text, "unix:", 5) == 0) {
-        return vkp_i_name_of(env, vkp_str_of(text + 5), true, &parts->name);
-    }
-    parts->port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
-    len = parts->port != NULL ? (size_t)(parts->port - (text + 4)) : 0;
-    if (len == 0 || len >= sizeof parts->host || !vkp_i_is_port(++parts->port)) {
-        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
-        return VKP_ERR_INVALID;
-    }
-    text += 4;
-    if (len > 2 && text[0] == '[' && text[len - 1] == ']') {
-        text++;
-        len -= 2;
-    }
-    memcpy(parts->host, text, len);
-    return VKP_OK;
-}
-
-/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
-static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
-                                      size_t capacity, size_t *count)
-{
-    vkp_i_parts parts;
-    vkp_status status = vkp_i_split_address(env, text, &parts);
-    int found = 1;
-    if (status != VKP_OK) {
-        return status;
-    }
-    if (parts.name.text != NULL) {
-        out[0] = vkp_i_unix_address(parts.name);
-    } else {
-        found = vkp_i_sys(env)->resolve(parts.host, parts.port, out, capacity);
-    }
-    if (found <= 0) {
-        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
-        return VKP_ERR_REFUSED;
-    }
-    *count = (size_t)found;
-    return VKP_OK;
-}
-
 VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
                                     const vkp_conn_config *config, vkp_conn **out)
 {
@@ -12338,6 +12670,11 @@ VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user)
     conn->user = user;
 }
 
+VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat)
+{
+    conn->seat = seat;
+}
+
 VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn)
 {
     return conn->loop;
@@ -12360,198 +12697,12 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
     stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
 }
 
-/* ---- gates ---- */
+#endif /* VKP_I_IO */
 
-/* All clients of one uid that came through one listener. */
-struct vkp_seat {
-    vkp_seat *prev;
-    vkp_seat *next;
-    vkp_gate *gate;   /* shared */
-    vkp_socket *sock; /* NULL, or each client has a reference of it */
-    uint64_t door;    /* the listener's number */
-    uint32_t uid;
-    bool has_uid;
-    size_t clients;
-};
-
-struct vkp_gate {
-    const vkp_env *env;
-    const vkp_sys *sys;
-    size_t refs; /* atomic */
-    vkp_gate_config config;
-    uint32_t *allow_uids;
-    uint64_t doors; /* atomic: numbers given */
-    VKP_I_MUTEX mutex;
-    vkp_seat *seats; /* guarded, as all that follows */
-    vkp_gate_stats stats;
-};
-
-VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
-{
-    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
-    vkp_gate *gate;
-    VKP_I_REQUIRE(out != NULL);
-    VKP_I_REQUIRE(config == NULL || config->allow_uid_count == 0 || config->allow_uids != NULL);
-    gate = (vkp_gate *)vkp_i_alloc_zero(env, sizeof *gate);
-    if (gate == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    gate->env = env;
-    gate->sys = vkp_i_sys(env);
-    gate->refs = 1;
-    if (config != NULL) {
-        gate->config = *config;
-    }
-    if (gate->config.allow_uid_count > 0) {
-        size_t bytes = gate->config.allow_uid_count * sizeof *gate->allow_uids;
-        gate->allow_uids = (uint32_t *)vkp_i_alloc(env, bytes);
-        if (gate->allow_uids == NULL) {
-            vkp_i_free(env, gate, sizeof *gate);
-            return VKP_ERR_NOMEM;
-        }
-        memcpy(gate->allow_uids, gate->config.allow_uids, bytes);
-    }
-    if (gate->config.max_clients == 0) {
-        gate->config.max_clients = SIZE_MAX;
-    }
-    if (gate->config.max_clients_per_uid == 0) {
-        gate->config.max_clients_per_uid = SIZE_MAX;
-    }
-    VKP_I_MUTEX_INIT(&gate->mutex);
-    *out = gate;
-    return VKP_OK;
-}
-
-VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate)
-{
-    (void)VKP_I_ADD(&gate->refs, 1);
-    return gate;
-}
-
-VKP_API void vkp_gate_unref(vkp_gate *gate)
-{
-    if (gate != NULL && VKP_I_UNREF(&gate->refs) == 1) {
-        vkp_i_free(gate->env, gate->allow_uids,
-                   gate->config.allow_uid_count * sizeof *gate->allow_uids);
-        VKP_I_MUTEX_DEINIT(&gate->mutex);
-        vkp_i_free(gate->env, gate, sizeof *gate);
-    }
-}
-
-VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats)
-{
-    VKP_I_LOCK(&gate->mutex);
-    *stats = gate->stats;
-    VKP_I_UNLOCK(&gate->mutex);
-}
-
-static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
-{
-    size_t i;
-    if (gate->config.allow != NULL) {
-        return gate->config.allow(gate->config.user, peer);
-    }
-    if (gate->config.allow_any_uid || peer->uid == gate->sys->user_id()) {
-        return true;
-    }
-    for (i = 0; i < gate->config.allow_uid_count; i++) {
-        if (gate->allow_uids[i] == peer->uid) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* What came to a door: `seat` as it would be, `most` clients of the listener at once. OK with a
-   seat, or LIMIT or NOMEM with the refusal.                                                   */
-static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t most,
-                                  vkp_seat **out, vkp_refusal *why)
-{
-    vkp_seat *found = NULL;
-    vkp_seat *each;
-    size_t of_door = 0;
-    size_t of_uid = 0;
-    for (each = gate->seats; each != NULL; each = each->next) {
-        bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
-        of_door += each->door == wanted->door ? each->clients : 0;
-        of_uid += same_uid ? each->clients : 0;
-        if (same_uid && each->door == wanted->door) {
-            found = each;
-        }
-    }
-    *why = VKP_REFUSAL_FULL;
-    if (gate->stats.clients >= gate->config.max_clients || of_door >= most) {
-        return VKP_ERR_LIMIT;
-    }
-    *why = VKP_REFUSAL_USER_FULL;
-    if (wanted->has_uid && of_uid >= gate->config.max_clients_per_uid) {
-        return VKP_ERR_LIMIT;
-    }
-    *why = VKP_REFUSAL_OVERLOAD;
-    if (found == NULL) {
-        found = (vkp_seat *)vkp_i_alloc(gate->env, sizeof *found);
-        if (found == NULL) {
-            return VKP_ERR_NOMEM;
-        }
-        *found = *wanted;
-        found->gate = vkp_gate_ref(gate);
-        found->next = gate->seats;
-        if (found->next != NULL) {
-            found->next->prev = found;
-        }
-        gate->seats = found;
-    }
-    found->clients++;
-    gate->stats.clients++;
-    gate->stats.admitted++;
-    *out = found;
-    return VKP_OK;
-}
-
-static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
-{
-    VKP_I_LOCK(&gate->mutex);
-    gate->stats.refused[why]++;
-    VKP_I_UNLOCK(&gate->mutex);
-}
-
-VKP_API void vkp_seat_leave(vkp_seat *seat)
-{
-    vkp_gate *gate;
-    vkp_socket *sock;
-    bool last;
-    if (seat == NULL) {
-        return;
-    }
-    gate = seat->gate;
-    VKP_I_LOCK(&gate->mutex);
-    sock = seat->sock;
-    gate->stats.clients--;
-    last = --seat->clients == 0;
-    if (last) {
-        if (seat->prev != NULL) {
-            seat->prev->next = seat->next;
-        } else {
-            gate->seats = seat->next;
-        }
-        if (seat->next != NULL) {
-            seat->next->prev = seat->prev;
-        }
-    }
-    VKP_I_UNLOCK(&gate->mutex);
-    vkp_socket_unref(sock);
-    if (last) {
-        vkp_i_free(gate->env, seat, sizeof *seat);
-        vkp_gate_unref(gate);
-    }
-}
-
-VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat)
-{
-    conn->seat = seat;
-}
-
-/* ---- listeners ---- */
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-listener   Accept connections
+   ====================================================================================== */
 
 #define VKP_I_LISTENER_CLOSED 1u     /* flags */
 #define VKP_I_LISTENER_LOOPS 2u      /* the loop's: goes when it is closed */
@@ -13312,7 +13463,12 @@ VKP_API vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *con
     return vkp_i_listen_start(loop, config, NULL, sock, false, on_init, user);
 }
 
-/* ---- health checks ---- */
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-health   Is a server well?
+   ====================================================================================== */
 
 struct vkp_health_check {
     vkp_loop *loop;
@@ -13548,6 +13704,9 @@ VKP_API void vkp_health_check_close(vkp_health_check *check)
     }
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
    >>impl-hub   Who is subscribed to what
    ======================================================================================
@@ -14036,112 +14195,12 @@ VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
     return vkp_i_topic_deliver(hub, topic, &message);
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
-   >>impl-client   A connection to a server, shared by many threads
-   ======================================================================================
-   Other threads append requests to `submitted` under the mutex and queue one task; the loop takes
-   the list, writes each request's bytes and moves it to `flight`, the requests whose replies are
-   still to come, in order. Each reply settles the oldest one. A SUBSCRIBE has no reply but one
-   push, in its place among the replies: it settles the same way, by name.
-   `submitted`, `queued_bytes`, `accepting`, the one-shots' links and `error` are guarded by the
-   mutex; everything else is the loop's. Callbacks run without the lock, and any of them may
-   close the client: whoever calls one looks at `closed` afterwards.                           */
-
-typedef enum vkp_i_request_kind {
-    VKP_I_REQUEST_COMMAND,
-    VKP_I_REQUEST_HELLO,
-    VKP_I_REQUEST_LOGIN, /* RESP2: AUTH */
-    VKP_I_REQUEST_NAME,  /* RESP2: CLIENT SETNAME, whose answer does not matter */
-    VKP_I_REQUEST_PING,
-    VKP_I_REQUEST_SUBSCRIBE,
-    VKP_I_REQUEST_UNSUBSCRIBE,
-    VKP_I_REQUEST_WANT, /* submitted only: one interest more */
-    VKP_I_REQUEST_LEAVE /* submitted only: one less */
-} vkp_i_request_kind;
-
-typedef struct vkp_i_request {
-    struct vkp_i_request *next;
-    vkp_client *client;
-    vkp_i_request_kind kind;
-    uint32_t replies; /* still to come */
-    size_t cost;
-    vkp_bytes bytes;   /* what to write; of WANT and LEAVE the name */
-    vkp_oneshot *slot; /* guarded by the mutex */
-    vkp_reply_fn on_reply;
-    void (*done)(void *user, vkp_status status);
-    void *user;
-    vkp_sub_kind sub;
-    struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
-} vkp_i_request;
-
-static void vkp_i_client_release(vkp_client *client);
-
-typedef struct vkp_i_requests {
-    vkp_i_request *first;
-    vkp_i_request **end;
-} vkp_i_requests;
-
-/* A name that somebody wants, or that is still on its way out. */
-typedef struct vkp_i_interest {
-    vkp_i_map_node node;
-    vkp_sub_kind kind;
-    size_t wanted;          /* calls of subscribe not taken back */
-    size_t in_flight;       /* SUBSCRIBE and UNSUBSCRIBE not settled */
-    bool subscribed;        /* what the last command sent asks for */
-    bool confirmed;         /* the server said so */
-    bool resuming;          /* after an outage: GAP waits for it */
-    vkp_i_requests waiters; /* WANTs to be told */
-} vkp_i_interest;           /* its name is behind the struct */
-
-struct vkp_reply {
-    const vkp_env *env;
-    size_t refs;  /* atomic */
-    size_t bytes; /* of this allocation */
-    vkp_bytes frame;
-    vkp_value *values;
-};
-
-struct vkp_client {
-    const vkp_env *env;
-    vkp_loop *loop;
-    vkp_client_config config; /* texts are copies */
-    size_t refs;              /* atomic: users, the loop while open, the queued task */
-    size_t users;             /* atomic: the last one closes */
-    uint32_t state;           /* atomic: vkp_client_state */
-    uint32_t protocol;        /* atomic */
-    VKP_I_MUTEX mutex;
-    vkp_i_requests submitted;
-    size_t queued_bytes;
-    bool accepting; /* commands */
-    bool ended;     /* nothing at all */
-    bool task_queued;
-    bool close_wanted;
-    char error[128];
-
-    bool closed;
-    bool ready;
-    bool outage;   /* DISCONNECTED was told, RECONNECTED was not */
-    bool gap_open; /* since lost_ns, until GAP is told */
-    bool was_ready;
-    bool falling_back;
-    bool ping_sent;
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_conn *conn;
-    vkp_resp_reader *reader;
-    vkp_block *out; /* small commands are gathered here: one range to write */
-    vkp_i_requests flight;
-    vkp_i_requests taken;  /* from submitted, next in turn */
-    vkp_i_requests failed; /* their end is not told yet */
-    vkp_i_map interests[3];
-    size_t confirmed; /* interests that are */
-    size_t resuming;
-    uint64_t lost_ns;
-    uint64_t heard_ns;
-    uint64_t missed;
-    uint32_t tries;
-    vkp_timer timer; /* connecting: the limit; waiting: the next try; ready: the heartbeat */
-};
+   >>impl-push   What a server pushes
+   ====================================================================================== */
 
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
 {
@@ -14169,8 +14228,6 @@ VKP_API void vkp_push_drop(void *user, void *push)
     (void)user;
     vkp_push_unref((vkp_push *)push);
 }
-
-/* ---- pushes ---- */
 
 typedef struct vkp_i_push_form {
     const char *name;
@@ -14239,6 +14296,149 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
     push->kind = VKP_PUSH_OTHER;
     push->channel = vkp_value_str(&value[1]);
     return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client   A connection to a server, shared by many threads
+   ======================================================================================
+   Other threads append requests to `submitted` under the mutex and queue one task; the loop takes
+   the list, writes each request's bytes and moves it to `flight`, the requests whose replies are
+   still to come, in order. Each reply settles the oldest one. A SUBSCRIBE has no reply but one
+   push, in its place among the replies: it settles the same way, by name.
+   `submitted`, `queued_bytes`, `accepting`, the one-shots' links and `error` are guarded by the
+   mutex; everything else is the loop's. Callbacks run without the lock, and any of them may
+   close the client: whoever calls one looks at `closed` afterwards.                           */
+
+typedef enum vkp_i_request_kind {
+    VKP_I_REQUEST_COMMAND,
+    VKP_I_REQUEST_HELLO,
+    VKP_I_REQUEST_LOGIN, /* RESP2: AUTH */
+    VKP_I_REQUEST_NAME,  /* RESP2: CLIENT SETNAME, whose answer does not matter */
+    VKP_I_REQUEST_PING,
+    VKP_I_REQUEST_SUBSCRIBE,
+    VKP_I_REQUEST_UNSUBSCRIBE,
+    VKP_I_REQUEST_WANT, /* submitted only: one interest more */
+    VKP_I_REQUEST_LEAVE /* submitted only: one less */
+} vkp_i_request_kind;
+
+typedef struct vkp_i_request {
+    struct vkp_i_request *next;
+    vkp_client *client;
+    vkp_i_request_kind kind;
+    uint32_t replies; /* still to come */
+    size_t cost;
+    vkp_bytes bytes;   /* what to write; of WANT and LEAVE the name */
+    vkp_oneshot *slot; /* guarded by the mutex */
+    vkp_reply_fn on_reply;
+    void (*done)(void *user, vkp_status status);
+    void *user;
+    vkp_sub_kind sub;
+    struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
+} vkp_i_request;
+
+typedef struct vkp_i_requests {
+    vkp_i_request *first;
+    vkp_i_request **end;
+} vkp_i_requests;
+
+/* A name that somebody wants, or that is still on its way out. */
+typedef struct vkp_i_interest {
+    vkp_i_map_node node;
+    vkp_sub_kind kind;
+    size_t wanted;          /* calls of subscribe not taken back */
+    size_t in_flight;       /* SUBSCRIBE and UNSUBSCRIBE not settled */
+    bool subscribed;        /* what the last command sent asks for */
+    bool confirmed;         /* the server said so */
+    bool resuming;          /* after an outage: GAP waits for it */
+    vkp_i_requests waiters; /* WANTs to be told */
+} vkp_i_interest;           /* its name is behind the struct */
+
+struct vkp_reply {
+    const vkp_env *env;
+    size_t refs;  /* atomic */
+    size_t bytes; /* of this allocation */
+    vkp_bytes frame;
+    vkp_value *values;
+};
+
+struct vkp_client {
+    const vkp_env *env;
+    vkp_loop *loop;
+    vkp_client_config config; /* texts are copies */
+    size_t refs;              /* atomic: users, the loop while open, the queued task */
+    size_t users;             /* atomic: the last one closes */
+    uint32_t state;           /* atomic: vkp_client_state */
+    uint32_t protocol;        /* atomic */
+    VKP_I_MUTEX mutex;
+    vkp_i_requests submitted;
+    size_t queued_bytes;
+    bool accepting; /* commands */
+    bool ended;     /* nothing at all */
+    bool task_queued;
+    bool close_wanted;
+    char error[128];
+
+    bool closed;
+    bool ready;
+    bool outage;   /* DISCONNECTED was told, RECONNECTED was not */
+    bool gap_open; /* since lost_ns, until GAP is told */
+    bool was_ready;
+    bool falling_back;
+    bool ping_sent;
+    vkp_i_task task;
+    vkp_i_attached attached;
+    vkp_conn *conn;
+    vkp_resp_reader *reader;
+    vkp_block *out; /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;
+    vkp_i_requests taken;  /* from submitted, next in turn */
+    vkp_i_requests failed; /* their end is not told yet */
+    vkp_i_map interests[3];
+    size_t confirmed; /* interests that are */
+    size_t resuming;
+    uint64_t lost_ns;
+    uint64_t heard_ns;
+    uint64_t missed;
+    uint32_t tries;
+    vkp_timer timer; /* connecting: the limit; waiting: the next try; ready: the heartbeat */
+};
+
+static void vkp_i_client_free(vkp_client *client)
+{
+    vkp_loop *loop = client->loop;
+    const vkp_env *env = client->env;
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&client->interests[kind]);
+    }
+    vkp_resp_reader_unref(client->reader);
+    vkp_i_block_unref(client->out);
+    vkp_mpsc_tx_unref(client->config.pushes);
+    VKP_I_MUTEX_DEINIT(&client->mutex);
+    {
+        /* The copies were ours. */
+        char *texts[4];
+        size_t i;
+        memcpy(&texts[0], &client->config.address, sizeof texts[0]);
+        memcpy(&texts[1], &client->config.username, sizeof texts[1]);
+        memcpy(&texts[2], &client->config.password, sizeof texts[2]);
+        memcpy(&texts[3], &client->config.name, sizeof texts[3]);
+        for (i = 0; i < 4; i++) {
+            vkp_i_free_text(env, texts[i]);
+        }
+    }
+    vkp_i_free(env, client, sizeof *client);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_client_release(vkp_client *client)
+{
+    if (VKP_I_UNREF(&client->refs) == 1) {
+        vkp_i_client_free(client);
+    }
 }
 
 /* ---- replies ---- */
@@ -14416,8 +14616,6 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
 }
 
 /* ---- submitting, from any thread ---- */
-
-static void vkp_i_client_run(vkp_i_task *task);
 
 /* Locked: make sure that the loop will look. */
 static void vkp_i_client_nudge(vkp_client *client)
@@ -14610,6 +14808,13 @@ VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
 {
     return vkp_i_client_interest(client, VKP_I_REQUEST_LEAVE, kind, name, NULL, NULL);
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client-link   The connection of a client
+   ====================================================================================== */
 
 /* ---- events ---- */
 
@@ -15141,12 +15346,6 @@ static bool vkp_i_client_hello(vkp_client *client)
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
 }
 
-static bool vkp_i_starts_with(vkp_str text, const char *start)
-{
-    size_t len = strlen(start);
-    return text.len >= len && memcmp(text.ptr, start, len) == 0;
-}
-
 /* The end of a try, with the server's own words (which go with the connection). */
 static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str text)
 {
@@ -15484,41 +15683,6 @@ static void vkp_i_client_shut(vkp_client *client)
     vkp_i_client_release(client);
 }
 
-static void vkp_i_client_free(vkp_client *client)
-{
-    vkp_loop *loop = client->loop;
-    const vkp_env *env = client->env;
-    int kind;
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_deinit(&client->interests[kind]);
-    }
-    vkp_resp_reader_unref(client->reader);
-    vkp_i_block_unref(client->out);
-    vkp_mpsc_tx_unref(client->config.pushes);
-    VKP_I_MUTEX_DEINIT(&client->mutex);
-    {
-        /* The copies were ours. */
-        char *texts[4];
-        size_t i;
-        memcpy(&texts[0], &client->config.address, sizeof texts[0]);
-        memcpy(&texts[1], &client->config.username, sizeof texts[1]);
-        memcpy(&texts[2], &client->config.password, sizeof texts[2]);
-        memcpy(&texts[3], &client->config.name, sizeof texts[3]);
-        for (i = 0; i < 4; i++) {
-            vkp_i_free_text(env, texts[i]);
-        }
-    }
-    vkp_i_free(env, client, sizeof *client);
-    vkp_loop_unref(loop);
-}
-
-static void vkp_i_client_release(vkp_client *client)
-{
-    if (VKP_I_UNREF(&client->refs) == 1) {
-        vkp_i_client_free(client);
-    }
-}
-
 /* What other threads queued. The task holds a reference. */
 static void vkp_i_client_run(vkp_i_task *task)
 {
@@ -15676,6 +15840,9 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     return VKP_OK;
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
    >>impl-pushloop   From a channel of pushes to where they are wanted
    ====================================================================================== */
@@ -15813,6 +15980,9 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
     }
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
 /* ======================================================================================
    >>impl-relay   Serve local Valkey clients over one upstream connection, or none
    ======================================================================================
@@ -15951,7 +16121,40 @@ struct vkp_relay {
     uint64_t protocol_errors;
 };
 
-static void vkp_i_relay_release(vkp_relay *relay);
+static void vkp_i_relay_free(vkp_relay *relay)
+{
+    const vkp_env *env = relay->env;
+    size_t i;
+    int kind;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard *shard = &relay->shards[i];
+        vkp_hub_unref(shard->hub);
+        vkp_resp_reader_unref(shard->reader);
+        if (shard->profile != NULL) {
+            vkp_i_profile_unref(shard->profile);
+        }
+        vkp_i_free(env, shard->argv, shard->argv_capacity * sizeof *shard->argv);
+        vkp_i_free(env, shard->inline_text, shard->inline_capacity);
+        vkp_loop_unref(shard->loop);
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&relay->census[kind]);
+    }
+    vkp_gate_unref(relay->gate);
+    vkp_registry_unref(relay->registry);
+    vkp_i_free_text(env, relay->notice);
+    vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
+    vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    VKP_I_MUTEX_DEINIT(&relay->mutex);
+    vkp_i_free(env, relay, sizeof *relay);
+}
+
+static void vkp_i_relay_release(vkp_relay *relay)
+{
+    if (VKP_I_UNREF(&relay->refs) == 1) {
+        vkp_i_relay_free(relay);
+    }
+}
 
 static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
 {
@@ -16209,6 +16412,13 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
     return verb;
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-resp2   Relay: replies for clients of RESP2
+   ====================================================================================== */
+
 /* ---- conversion of replies ---- */
 
 /* Whether the bytes as received say the same in RESP2. */
@@ -16401,6 +16611,13 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
         vkp_i_answer_home(&answer->task);
     }
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-subscribe   Relay: subscriptions
+   ====================================================================================== */
 
 /* ---- the census ---- */
 
@@ -16742,6 +16959,13 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
     }
     vkp_i_local_answer_writer(local, &writer);
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-commands   Relay: commands
+   ====================================================================================== */
 
 /* ---- commands ---- */
 
@@ -17490,6 +17714,13 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
     return true;
 }
 
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-serve   Relay: clients, and the relay itself
+   ====================================================================================== */
+
 /* ---- requests ---- */
 
 __attribute__((format(printf, 2, 3))) static void
@@ -18122,41 +18353,6 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_e
 }
 
 /* ---- opening, closing ---- */
-
-static void vkp_i_relay_free(vkp_relay *relay)
-{
-    const vkp_env *env = relay->env;
-    size_t i;
-    int kind;
-    for (i = 0; i < relay->shard_count; i++) {
-        vkp_i_shard *shard = &relay->shards[i];
-        vkp_hub_unref(shard->hub);
-        vkp_resp_reader_unref(shard->reader);
-        if (shard->profile != NULL) {
-            vkp_i_profile_unref(shard->profile);
-        }
-        vkp_i_free(env, shard->argv, shard->argv_capacity * sizeof *shard->argv);
-        vkp_i_free(env, shard->inline_text, shard->inline_capacity);
-        vkp_loop_unref(shard->loop);
-    }
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_deinit(&relay->census[kind]);
-    }
-    vkp_gate_unref(relay->gate);
-    vkp_registry_unref(relay->registry);
-    vkp_i_free_text(env, relay->notice);
-    vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
-    vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
-    VKP_I_MUTEX_DEINIT(&relay->mutex);
-    vkp_i_free(env, relay, sizeof *relay);
-}
-
-static void vkp_i_relay_release(vkp_relay *relay)
-{
-    if (VKP_I_UNREF(&relay->refs) == 1) {
-        vkp_i_relay_free(relay);
-    }
-}
 
 /* The loops do not run: what was handed to them is closed now, the tasks find nothing later. */
 static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)

@@ -79,8 +79,8 @@ build_go() {
 
 install_peers
 {
-    cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DVKP_BENCH=ON -DVKP_TESTS=OFF \
-        -DVKP_EXAMPLES=OFF
+    cmake -S "$root" -B "$build" -DVKP_DEVELOPER=OFF -DCMAKE_BUILD_TYPE=Release \
+        -DVKP_BENCH=ON -DVKP_TESTS=OFF -DVKP_EXAMPLES=OFF
     cmake --build "$build"
     case $programs in
     reader | subscriber | fanout | uring) ;;

@@ -271,7 +271,7 @@ if [ -z "$build" ]; then
 fi
 
 jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-cmake -S "$root" -B "$build" "$@"
+cmake -S "$root" -B "$build" -DVKP_DEVELOPER=OFF "$@"
 cmake --build "$build" --parallel "$jobs"
 cd "$build"
 code=0

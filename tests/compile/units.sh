@@ -23,7 +23,7 @@ cmake -S "$root" -B "$work" -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux
     -DCMAKE_C_COMPILER="$prefix-gcc" -DCMAKE_CXX_COMPILER="$prefix-g++" \
     -DCMAKE_EXE_LINKER_FLAGS="$link_flags" -DCMAKE_CROSSCOMPILING_EMULATOR="$runner" \
     -DCMAKE_C_FLAGS="${FLAGS:-}" -DCMAKE_CXX_FLAGS="${FLAGS:-}" -DVKP_TESTS=ON -DVKP_CHECKS=OFF \
-    -DVKP_EXAMPLES=OFF -DVKP_INSTALL=OFF >"$work/configure.log" 2>&1 || {
+    -DVKP_EXAMPLES=OFF -DVKP_INSTALL=OFF -DVKP_DEVELOPER=OFF >"$work/configure.log" 2>&1 || {
     cat "$work/configure.log"
     exit 1
 }

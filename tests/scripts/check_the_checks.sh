@@ -16,9 +16,10 @@ complain() {
 seed() {
     check=$1 expected=$2
     rm -rf "$work/tree"
-    mkdir -p "$work/tree/backends" "$work/tree/docs"
+    mkdir -p "$work/tree/backends" "$work/tree/docs" "$work/tree/src"
     cat >"$work/tree/valkey_push.h"
     cp "$root"/backends/*.[ch] "$work/tree/backends/"
+    cp "$root"/src/* "$work/tree/src/"
     cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$work/tree/"
     cp "$root"/docs/*.md "$work/tree/docs/"
     if cmp -s "$root/valkey_push.h" "$work/tree/valkey_push.h"; then
@@ -68,6 +69,7 @@ awk -v end="$before_end" '$0 == end { print "#include <signal.h>" } { print }' "
 sed "s/needs GCC or Clang/seed/" "$header" | seed errors 'needs GCC or Clang'
 sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
+awk '{ print } NR == 3 { print "seed" }' "$header" | seed parts 'edit src/, then run'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
 export VKP_CMAKE_VERSION
 sed 's/^#define VKP_VERSION_PATCH .*/#define VKP_VERSION_PATCH 999/' "$header" |
@@ -84,4 +86,4 @@ if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_see
     complain "lengths: does not accept long:"
 fi
 [ ! -s "$failures" ]
-echo "15 defects found"
+echo "16 defects found"

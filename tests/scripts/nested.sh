@@ -6,7 +6,8 @@ source=$1 build=$2
 shift 2
 
 jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-cmake -S "$source" -B "$build" -DVKP_TESTS=ON -DVKP_CHECKS=OFF -DVKP_NESTED=OFF "$@"
+cmake -S "$source" -B "$build" -DVKP_DEVELOPER=OFF -DVKP_TESTS=ON -DVKP_CHECKS=OFF \
+    -DVKP_NESTED=OFF "$@"
 cmake --build "$build" --parallel "$jobs"
 cd "$build"
 

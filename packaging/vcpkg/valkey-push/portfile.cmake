@@ -5,7 +5,7 @@ get_filename_component(SOURCE_PATH "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE
 vcpkg_check_features(OUT_FEATURE_OPTIONS FEATURE_OPTIONS FEATURES relay VKP_EXAMPLES)
 vcpkg_cmake_configure(
   SOURCE_PATH "${SOURCE_PATH}"
-  OPTIONS ${FEATURE_OPTIONS} -DVKP_TESTS=OFF -DVKP_BENCH=OFF -DVKP_INSTALL=ON)
+  OPTIONS ${FEATURE_OPTIONS} -DVKP_DEVELOPER=OFF -DVKP_TESTS=OFF -DVKP_BENCH=OFF -DVKP_INSTALL=ON)
 vcpkg_cmake_install()
 vcpkg_cmake_config_fixup(PACKAGE_NAME valkey_push CONFIG_PATH lib/cmake/valkey_push)
 vcpkg_fixup_pkgconfig()

@@ -1,0 +1,302 @@
+/* ======================================================================================
+   >>impl-base   Atomics by intent, locks, memory, log
+   ======================================================================================
+   All atomics of the file go through these macros, so that a model checker can take them over
+   (VKP_I_ATOMICS_FILE). No fences: ThreadSanitizer does not see them. Where a store must be seen
+   before a later load of another variable, both sides use the SEQ forms, or a gate (park).    */
+#ifdef VKP_I_ATOMICS_FILE
+#include VKP_I_ATOMICS_FILE
+#else
+#define VKP_I_LOAD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define VKP_I_LOAD_ACQ(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define VKP_I_LOAD_SEQ(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+#define VKP_I_STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_STORE_REL(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+#define VKP_I_STORE_SEQ(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+#define VKP_I_XCHG(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_XCHG_SEQ(p, v) __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
+#define VKP_I_CAS(p, expected, v) \
+    __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+#define VKP_I_CAS_SEQ(p, expected, v) \
+    __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+#define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
+#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_SUB_ACQ_REL(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
+#define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
+/* Who runs; never 0 or 1. */
+#if VKP_I_LINUX && defined(__x86_64__) && \
+    (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
+#define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer())
+#else
+#define VKP_I_SELF() ((uintptr_t)pthread_self())
+#endif
+#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST) /* for the compiler alone */
+#if defined(__x86_64__) || defined(__i386__)
+#define VKP_I_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__) || defined(__arm__)
+#define VKP_I_PAUSE() __asm__ volatile("yield")
+#else
+#define VKP_I_PAUSE() VKP_I_ORDER()
+#endif
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes)) /* values, which */
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))    /* threads hand over */
+#define VKP_I_MUTEX pthread_mutex_t
+#define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
+#define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
+#define VKP_I_LOCK(m) ((void)pthread_mutex_lock((m)))
+#define VKP_I_UNLOCK(m) ((void)pthread_mutex_unlock((m)))
+#endif
+
+#ifndef VKP_ASSERT
+#define VKP_ASSERT(condition) ((void)0)
+#endif
+
+/* A programmer's error: asserts where the program wants that, and is INVALID otherwise. */
+#define VKP_I_REQUIRE(condition)    \
+    do {                            \
+        if (!(condition)) {         \
+            VKP_ASSERT(condition);  \
+            return VKP_ERR_INVALID; \
+        }                           \
+    } while (0)
+
+/* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
+#define VKP_I_APART 128
+
+#define VKP_I_CONTAINER(pointer, type, member) \
+    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
+
+#define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Values of usual sizes move without a call. Inlined where the size is known, the other branches
+   are dead, and GCC warns of what they would do.                                               */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Warray-bounds"
+#pragma GCC diagnostic ignored "-Wstringop-overflow"
+#pragma GCC diagnostic ignored "-Wstringop-overread"
+#endif
+static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
+{
+    if (bytes == 8) {
+        memcpy(to, from, 8);
+    } else if (bytes == 24) {
+        memcpy(to, from, 24);
+    } else if (bytes == 64) {
+        memcpy(to, from, 64);
+    } else {
+        memcpy(to, from, bytes);
+    }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+VKP_API const char *vkp_status_str(vkp_status status)
+{
+#define VKP_I_STATUS_TEXT(name, value, text) \
+    if (status == (name)) {                  \
+        return text;                         \
+    }
+    VKP_STATUS_MAP(VKP_I_STATUS_TEXT)
+#undef VKP_I_STATUS_TEXT
+    return "unknown status";
+}
+
+VKP_API const char *vkp_version(void)
+{
+    return VKP_VERSION_STR;
+}
+
+/* Not inlined: gcc would see frees of embedded slots and lanes, which a flag keeps from happening,
+   and warn of them (-Wfree-nonheap-object).                                                   */
+static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes,
+                                                        size_t new_bytes)
+{
+    (void)user;
+    (void)old_bytes;
+    if (new_bytes == 0) {
+        free(ptr);
+        return NULL;
+    }
+    return realloc(ptr, new_bytes);
+}
+
+static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL, 0};
+
+static const vkp_env *vkp_i_env(const vkp_env *env)
+{
+    return env != NULL ? env : &vkp_i_env_default;
+}
+
+static const vkp_sys *vkp_i_sys(const vkp_env *env)
+{
+    return env->sys != NULL ? env->sys : vkp_sys_default();
+}
+
+static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
+{
+    return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
+                              : vkp_i_libc_alloc(NULL, ptr, old_bytes, new_bytes);
+}
+
+static void *vkp_i_alloc(const vkp_env *env, size_t bytes)
+{
+    return vkp_i_resize(env, NULL, 0, bytes);
+}
+
+static void *vkp_i_alloc_zero(const vkp_env *env, size_t bytes)
+{
+    void *ptr = vkp_i_alloc(env, bytes);
+    if (ptr != NULL) {
+        memset(ptr, 0, bytes);
+    }
+    return ptr;
+}
+
+static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
+{
+    if (ptr != NULL) {
+        (void)vkp_i_resize(env, ptr, bytes, 0);
+    }
+}
+
+#if VKP_I_IO
+/* Room for `need` elements in a doubling array. */
+static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_t need,
+                       size_t elem_bytes)
+{
+    size_t wanted = *capacity < 8 ? 8 : *capacity;
+    void *grown;
+    if (need <= *capacity) {
+        return true;
+    }
+    while (wanted < need) {
+        if (wanted > SIZE_MAX / 2) {
+            return false;
+        }
+        wanted *= 2;
+    }
+    if (wanted > SIZE_MAX / elem_bytes) {
+        return false;
+    }
+    grown = vkp_i_resize(env, *array, *capacity * elem_bytes, wanted * elem_bytes);
+    if (grown == NULL) {
+        return false;
+    }
+    *array = grown;
+    *capacity = wanted;
+    return true;
+}
+
+__attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
+                                                            const char *format, ...)
+{
+    char text[512];
+    va_list arguments;
+    int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
+    if (env->log == NULL || (int)level > most) {
+        return;
+    }
+    va_start(arguments, format);
+    (void)vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    env->log(env->user, level, text);
+}
+#endif
+
+VKP_API uint64_t vkp_now_ns(void)
+{
+    return vkp_sys_default()->clock_ns();
+}
+
+static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
+{
+    return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
+}
+
+VKP_API uint64_t vkp_after_ms(uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_now_ns(), ms);
+}
+
+VKP_API vkp_str vkp_str_of(const char *text)
+{
+    vkp_str view;
+    view.ptr = text;
+    view.len = text != NULL ? strlen(text) : 0;
+    return view;
+}
+
+#if VKP_I_IO
+static vkp_str vkp_i_str(const void *ptr, size_t len)
+{
+    vkp_str view;
+    view.ptr = (const char *)ptr;
+    view.len = len;
+    return view;
+}
+
+static bool vkp_i_str_equal(vkp_str a, vkp_str b)
+{
+    return a.len == b.len && (a.len == 0 || memcmp(a.ptr, b.ptr, a.len) == 0);
+}
+
+static char vkp_i_lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
+}
+
+/* Whether the view equals the terminated text, ASCII case ignored. */
+static bool vkp_i_str_is(vkp_str view, const char *text)
+{
+    size_t i;
+    for (i = 0; i < view.len; i++) {
+        if (text[i] == '\0' || vkp_i_lower(view.ptr[i]) != vkp_i_lower(text[i])) {
+            return false;
+        }
+    }
+    return text[view.len] == '\0';
+}
+
+/* A terminated copy, or NULL. Freed with vkp_i_free_text. */
+static char *vkp_i_copy_text(const vkp_env *env, const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = (char *)vkp_i_alloc(env, bytes);
+    if (copy != NULL) {
+        memcpy(copy, text, bytes);
+    }
+    return copy;
+}
+
+static void vkp_i_free_text(const vkp_env *env, char *text)
+{
+    if (text != NULL) {
+        vkp_i_free(env, text, strlen(text) + 1);
+    }
+}
+static bool vkp_i_starts_with(vkp_str text, const char *start)
+{
+    size_t len = strlen(start);
+    return text.len >= len && memcmp(text.ptr, start, len) == 0;
+}
+
+static uint64_t vkp_i_load64(const void *from)
+{
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static vkp_status vkp_i_sys_failure(int result)
+{
+    errno = -result;
+    return result == -ENOMEM || result == -ENOBUFS ? VKP_ERR_NOMEM : VKP_ERR_SYS;
+}
+#endif

@@ -1,0 +1,2 @@
+#ifndef VALKEY_PUSH_H
+#define VALKEY_PUSH_H

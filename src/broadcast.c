@@ -1,0 +1,388 @@
+/* ======================================================================================
+   >>impl-broadcast   Every receiver sees every value
+   ======================================================================================
+   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
+   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
+   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
+   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
+   acquire: a word of a later value shows the later seq, too.
+   Values that own something are copied and retained under a latch of their place instead.
+   Who waits for a value does so in the audience.                                              */
+
+typedef struct vkp_i_broadcast {
+    vkp_broadcast_config config;
+    size_t words;   /* of one value */
+    size_t stride;  /* words of one place: seq, value, latch */
+    uint64_t mask;  /* capacity - 1 */
+    size_t refs;    /* atomic: the senders together, each receiver */
+    size_t tx_refs; /* atomic */
+    uint64_t *places;
+    unsigned char pad_sender[VKP_I_APART];
+    uint64_t tail;            /* atomic: the next ticket */
+    vkp_i_biased_latch latch; /* of senders */
+    vkp_i_audience audience;
+} vkp_i_broadcast;
+
+struct vkp_broadcast_tx {
+    vkp_i_broadcast channel;
+};
+
+struct vkp_broadcast_rx {
+    vkp_i_broadcast *channel;
+    uint64_t next; /* ticket */
+    uint64_t missed;
+};
+
+static uint64_t *vkp_i_place(const vkp_i_broadcast *channel, uint64_t ticket)
+{
+    return channel->places + (size_t)(ticket & channel->mask) * channel->stride;
+}
+
+static uint32_t *vkp_i_place_latch(const vkp_i_broadcast *channel, uint64_t *place)
+{
+    return (uint32_t *)(void *)(place + 1 + channel->words);
+}
+
+static uint64_t vkp_i_place_seq(uint64_t ticket)
+{
+    return (ticket + 1) << 1;
+}
+
+static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
+{
+    const vkp_env *env = channel->config.env;
+    uint64_t i;
+    if (VKP_I_UNREF(&channel->refs) != 1) {
+        return;
+    }
+    for (i = 0; channel->config.drop != NULL && i <= channel->mask; i++) {
+        uint64_t *place = vkp_i_place(channel, i);
+        if (VKP_I_LOAD(place) != 0) {
+            channel->config.drop(channel->config.user, place + 1);
+        }
+    }
+    vkp_i_free(env, channel->places,
+               (size_t)(channel->mask + 1) * channel->stride * sizeof(uint64_t));
+    vkp_i_audience_deinit(&channel->audience);
+    vkp_i_free(env, channel, sizeof *channel);
+}
+
+VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_broadcast_tx **tx)
+{
+    const vkp_env *env;
+    vkp_i_broadcast *channel;
+    size_t capacity = 1;
+    VKP_I_REQUIRE(config != NULL && tx != NULL && config->capacity_items > 0);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE((config->retain == NULL) == (config->drop == NULL));
+    VKP_I_REQUIRE(config->retain == NULL || config->elem_bytes <= VKP_I_OWNED_BYTES);
+    env = vkp_i_env(config->env);
+    channel = (vkp_i_broadcast *)vkp_i_alloc_zero(env, sizeof *channel);
+    if (channel == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    channel->config = *config;
+    channel->config.env = env;
+    channel->words = (config->elem_bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+    channel->stride = 1 + channel->words + (config->retain != NULL ? 1u : 0u);
+    while (capacity < config->capacity_items && capacity <= SIZE_MAX / 4) {
+        capacity *= 2;
+    }
+    if (capacity >= config->capacity_items &&
+        capacity <= SIZE_MAX / (channel->stride * sizeof(uint64_t))) {
+        channel->places =
+            (uint64_t *)vkp_i_alloc_zero(env, capacity * channel->stride * sizeof(uint64_t));
+    }
+    if (channel->places == NULL) {
+        vkp_i_free(env, channel, sizeof *channel);
+        return VKP_ERR_NOMEM;
+    }
+    channel->mask = capacity - 1;
+    channel->refs = 1;
+    channel->tx_refs = 1;
+    vkp_i_audience_init(&channel->audience, env);
+    vkp_i_biased_init(&channel->latch, channel->audience.fenced);
+    *tx = (vkp_broadcast_tx *)(void *)channel;
+    return VKP_OK;
+}
+
+VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->channel.tx_refs, (size_t)1);
+    return tx;
+}
+
+VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
+{
+    if (tx != NULL && VKP_I_UNREF(&tx->channel.tx_refs) == 1) {
+        vkp_i_audience_end(&tx->channel.audience);
+        vkp_i_broadcast_unref(&tx->channel);
+    }
+}
+
+static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadcast_rx **rx)
+{
+    vkp_broadcast_rx *self =
+        (vkp_broadcast_rx *)vkp_i_alloc_zero(channel->config.env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    self->channel = channel;
+    (void)VKP_I_ADD(&channel->refs, (size_t)1);
+    (void)VKP_I_ADD(&channel->audience.receivers, (size_t)1);
+    self->next = VKP_I_LOAD_ACQ(&channel->tail);
+    *rx = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_broadcast_subscribe(vkp_broadcast_tx *tx, vkp_broadcast_rx **rx)
+{
+    VKP_I_REQUIRE(tx != NULL && rx != NULL);
+    return vkp_i_broadcast_subscribe(&tx->channel, rx);
+}
+
+VKP_API vkp_status vkp_broadcast_resubscribe(vkp_broadcast_rx *rx, vkp_broadcast_rx **fresh)
+{
+    VKP_I_REQUIRE(rx != NULL && fresh != NULL);
+    return vkp_i_broadcast_subscribe(rx->channel, fresh);
+}
+
+VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
+{
+    vkp_i_broadcast *channel;
+    if (rx == NULL) {
+        return;
+    }
+    channel = rx->channel;
+    vkp_i_audience_lose(&channel->audience);
+    vkp_i_free(channel->config.env, rx, sizeof *rx);
+    vkp_i_broadcast_unref(channel);
+}
+
+/* Latched: the value into its place; the one that it replaces, if that owns something, into
+   *old.                                                                                        */
+static bool vkp_i_place_write(vkp_i_broadcast *channel, uint64_t ticket, const void *item,
+                              void *old)
+{
+    uint64_t *place = vkp_i_place(channel, ticket);
+    bool replaced = false;
+    if (channel->config.retain != NULL) {
+        vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
+        replaced = VKP_I_LOAD(place) != 0;
+        if (replaced) {
+            VKP_I_COPY_OUT(old, place + 1, channel->config.elem_bytes);
+        }
+        VKP_I_COPY_IN(place + 1, item, channel->config.elem_bytes);
+        VKP_I_STORE_REL(place, vkp_i_place_seq(ticket));
+        vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
+    } else {
+        VKP_I_STORE(place, VKP_I_LOAD(place) | 1u);
+        vkp_i_words_store(place + 1, item, channel->config.elem_bytes);
+        VKP_I_STORE_REL(place, vkp_i_place_seq(ticket));
+    }
+    return replaced;
+}
+
+VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
+{
+    vkp_i_broadcast *channel;
+    uint64_t old[VKP_I_OWNED_BYTES / sizeof(uint64_t)];
+    bool drops;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    channel = &tx->channel;
+    if (vkp_i_audience_size(&channel->audience) == 0) {
+        return VKP_ERR_CLOSED;
+    }
+    biased = vkp_i_biased_lock(&channel->latch, channel->config.env);
+    {
+        uint64_t ticket = VKP_I_LOAD(&channel->tail);
+        drops = vkp_i_place_write(channel, ticket, item, old);
+        VKP_I_STORE_REL(&channel->tail, ticket + 1);
+    }
+    vkp_i_biased_unlock(&channel->latch, biased);
+    if (drops) {
+        channel->config.drop(channel->config.user, old);
+    }
+    vkp_i_audience_signal(&channel->audience);
+    return VKP_OK;
+}
+
+/* Copy the value of the ticket out; false when its place holds a later one. */
+static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
+{
+    uint64_t *place = vkp_i_place(channel, ticket);
+    uint64_t seq = vkp_i_place_seq(ticket);
+    bool held;
+    if (channel->config.retain == NULL) {
+        if (VKP_I_LOAD_ACQ(place) != seq) {
+            return false;
+        }
+        vkp_i_words_load(out, place + 1, channel->config.elem_bytes);
+        return VKP_I_LOAD(place) == seq;
+    }
+    vkp_i_latch_lock(vkp_i_place_latch(channel, place), vkp_i_sys(channel->config.env));
+    held = VKP_I_LOAD_ACQ(place) == seq;
+    if (held) {
+        VKP_I_COPY_OUT(out, place + 1, channel->config.elem_bytes);
+        channel->config.retain(channel->config.user, out);
+    }
+    vkp_i_latch_unlock(vkp_i_place_latch(channel, place));
+    return held;
+}
+
+/* The way of nearly every value. */
+static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
+{
+    const vkp_i_broadcast *channel = rx->channel;
+    if (rx->next == VKP_I_LOAD_ACQ(&channel->tail) || !vkp_i_place_read(channel, rx->next, out)) {
+        return false;
+    }
+    rx->next++;
+    return true;
+}
+
+static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_t capacity,
+                                       size_t *count)
+{
+    vkp_i_broadcast *channel = rx->channel;
+    bool ended = vkp_i_audience_is_ended(&channel->audience);
+    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
+    size_t taken = 0;
+    if (rx->next == tail) {
+        return ended ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+    }
+    while (taken < capacity && rx->next != tail && vkp_i_place_read(channel, rx->next, out)) {
+        out += channel->config.elem_bytes;
+        rx->next++;
+        taken++;
+    }
+    if (taken == 0) {
+        uint64_t oldest;
+        tail = VKP_I_LOAD_ACQ(&channel->tail);
+        oldest = tail > channel->mask ? tail - (channel->mask + 1) : 0;
+        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender is about to replace this one */
+        rx->missed = oldest - rx->next;
+        rx->next = oldest;
+        return VKP_ERR_LAGGED;
+    }
+    *count = taken;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_case_value_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    size_t count;
+    (void)wait;
+    return vkp_i_broadcast_take((vkp_broadcast_rx *)each->i_object, (uint8_t *)each->i_out, 1,
+                                &count);
+}
+
+static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_batch *batch = (vkp_i_batch *)each->i_out;
+    (void)wait;
+    return vkp_i_broadcast_take((vkp_broadcast_rx *)each->i_object, (uint8_t *)batch->out,
+                                batch->capacity, &batch->count);
+}
+
+static bool vkp_i_case_value_is_ready(const vkp_case *each)
+{
+    const vkp_broadcast_rx *rx = (const vkp_broadcast_rx *)each->i_object;
+    return vkp_i_audience_is_ended(&rx->channel->audience) ||
+           VKP_I_LOAD_ACQ(&rx->channel->tail) != rx->next;
+}
+
+static void vkp_i_case_value_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_leave(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+}
+
+static bool vkp_i_case_value_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_join(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    if (vkp_i_case_value_is_ready(each)) {
+        vkp_i_case_value_leave(each, wait);
+        return false;
+    }
+    return true;
+}
+
+static const vkp_env *vkp_i_case_value_env(const vkp_case *each)
+{
+    return ((vkp_broadcast_rx *)each->i_object)->channel->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_value = {vkp_i_case_value_attempt,
+                                                 vkp_i_case_value_is_ready, vkp_i_case_value_join,
+                                                 vkp_i_case_value_leave, vkp_i_case_value_env};
+static const vkp_i_case_kind vkp_i_case_values = {vkp_i_case_values_attempt,
+                                                  vkp_i_case_value_is_ready, vkp_i_case_value_join,
+                                                  vkp_i_case_value_leave, vkp_i_case_value_env};
+
+VKP_API vkp_case vkp_case_broadcast_recv(vkp_broadcast_rx *rx, void *out)
+{
+    return rx != NULL ? vkp_i_case(&vkp_i_case_value, rx, out) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_broadcast_take_one(rx, out) ? VKP_OK
+                                             : vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
+}
+
+VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size_t capacity,
+                                           size_t *count, uint64_t deadline_ns)
+{
+    vkp_i_batch batch;
+    vkp_case values;
+    vkp_status status;
+    VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
+    batch.out = out;
+    batch.capacity = capacity;
+    values = vkp_i_case(&vkp_i_case_values, rx, &batch);
+    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->audience.spins,
+                              deadline_ns);
+    if (status == VKP_OK) {
+        *count = batch.count;
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out, uint64_t deadline_ns)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_broadcast_take_one(rx, out)
+               ? VKP_OK
+               : vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
+}
+
+VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
+{
+    return rx->missed;
+}
+
+VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx)
+{
+    return VKP_I_LOAD_ACQ(&rx->channel->tail) - rx->next;
+}
+
+VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx)
+{
+    return vkp_i_audience_size(&tx->channel.audience);
+}
+
+VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx)
+{
+    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->channel.audience, NULL)
+                      : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL);
+    return vkp_i_audience_wait_gone(&tx->channel.audience, deadline_ns);
+}

@@ -1,0 +1,900 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-conn   Connections
+   ====================================================================================== */
+
+/* ---- life ---- */
+
+VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn)
+{
+    (void)VKP_I_ADD(&conn->refs, 1);
+    return conn;
+}
+
+VKP_API void vkp_conn_unref(vkp_conn *conn)
+{
+    vkp_loop *loop;
+    if (conn == NULL || VKP_I_UNREF(&conn->refs) != 1) {
+        return;
+    }
+    loop = conn->loop;
+    if (conn->inbox != NULL) {
+        vkp_mpsc_tx_unref(conn->inbox->tx);
+        vkp_mpsc_rx_unref(conn->inbox->rx);
+        vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
+    }
+    vkp_i_profile_unref(conn->profile);
+    vkp_i_free(loop->env, conn, sizeof *conn);
+    vkp_loop_unref(loop);
+}
+
+static void vkp_i_conn_defer(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_QUEUED) == 0) {
+        conn->flags |= VKP_I_CONN_QUEUED;
+        (void)vkp_conn_ref(conn);
+        vkp_i_loop_defer(conn->loop, &conn->task);
+    }
+}
+
+static bool vkp_i_conn_closed(const vkp_conn *conn)
+{
+    return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
+}
+
+/* The one way a connection ends. Loop's thread. */
+static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
+{
+    vkp_i_profile *profile = conn->profile;
+    const vkp_conn_ops *ops = profile->config.ops;
+    if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
+        return;
+    }
+    vkp_io_stop(&conn->watch);
+    if (conn->fd >= 0) {
+        (void)conn->loop->sys->close(conn->fd);
+        conn->fd = -1;
+    }
+    vkp_i_spans_clear(conn);
+    vkp_i_block_unref(conn->input);
+    conn->input = NULL;
+    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+    conn->connecting = NULL;
+    if (conn->inbox != NULL) {
+        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_mpsc_close(conn->inbox->rx);
+    }
+    vkp_seat_leave(conn->seat);
+    conn->seat = NULL;
+    if (ops->on_close != NULL) {
+        ops->on_close(conn, conn->user, reason, error);
+    }
+    if (profile->live > 0 && --profile->live == 0 && profile->when_empty != NULL) {
+        vkp_i_loop_defer(conn->loop, profile->when_empty);
+        profile->when_empty = NULL;
+    }
+    vkp_conn_unref(conn); /* the loop's */
+}
+
+static void vkp_i_conn_doom(vkp_conn *conn, vkp_close_reason reason, int error)
+{
+    if ((conn->flags & VKP_I_CONN_DOOMED) == 0) {
+        conn->flags |= VKP_I_CONN_DOOMED;
+        conn->doom = reason;
+        conn->doom_error = error;
+        vkp_i_conn_defer(conn);
+    }
+}
+
+/* Make the watch match the flags. */
+static void vkp_i_conn_rewatch(vkp_conn *conn)
+{
+    uint32_t interest = 0;
+    if (vkp_i_conn_closed(conn)) {
+        return;
+    }
+    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
+        interest |= VKP_WRITE;
+    }
+    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED |
+                        VKP_I_CONN_DRAINING)) == 0) {
+        interest |= VKP_READ;
+    }
+    if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
+    }
+}
+
+/* ---- writing ---- */
+
+/* `put` bytes went out: take them off the queue's head. */
+static void vkp_i_conn_written(vkp_conn *conn, size_t put)
+{
+    conn->queued_bytes -= put;
+    while (put > 0) {
+        vkp_i_span *head = &conn->first;
+        size_t part = VKP_I_MIN(put, (size_t)head->len);
+        if (head->frames > 0) {
+            conn->pushed_bytes -= part;
+        }
+        put -= part;
+        if (part == head->len) {
+            conn->queued_frames -= head->frames;
+            conn->head_sent = 0;
+            vkp_i_spans_remove(conn, 0);
+        } else {
+            head->data += part;
+            head->len -= (uint32_t)part;
+            conn->head_sent += (uint32_t)part;
+        }
+    }
+}
+
+#define VKP_I_RANGES 64
+
+/* Write until the queue is empty or the kernel's buffer is full. Does not close. */
+static void vkp_i_conn_flush(vkp_conn *conn)
+{
+    while (conn->spans > 0 &&
+           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_DOOMED)) == 0) {
+        vkp_range ranges[VKP_I_RANGES];
+        size_t count = VKP_I_MIN((size_t)conn->spans, (size_t)VKP_I_RANGES);
+        size_t offered = 0;
+        size_t i;
+        int64_t put;
+        for (i = 0; i < count; i++) {
+            const vkp_i_span *span = vkp_i_span_at(conn, (uint32_t)i);
+            ranges[i].base = span->data;
+            ranges[i].len = span->len;
+            offered += span->len;
+        }
+        put = conn->loop->sys->send(conn->fd, ranges, count);
+        if (put == -EINTR) {
+            continue;
+        }
+        if (put < 0 && put != -EAGAIN && put != -EWOULDBLOCK && put != -ENOBUFS) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, (int)-put);
+            return;
+        }
+        if (put > 0) {
+            vkp_i_conn_written(conn, (size_t)put);
+        }
+        if (put < 0 || (size_t)put < offered) {
+            conn->flags |= VKP_I_CONN_BLOCKED;
+            vkp_i_conn_rewatch(conn);
+        }
+    }
+}
+
+static void vkp_i_conn_pull_inbox(vkp_conn *conn);
+
+/* Draining, and all is written: a draining connection holds its inbox until that is empty. */
+static bool vkp_i_conn_is_drained(const vkp_conn *conn)
+{
+    return conn->spans == 0 &&
+           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_INBOX_HELD)) == VKP_I_CONN_DRAINING;
+}
+
+/* The kernel takes bytes again. */
+static void vkp_i_conn_writable(vkp_conn *conn)
+{
+    conn->flags &= ~VKP_I_CONN_BLOCKED;
+    vkp_i_conn_flush(conn);
+    if ((conn->flags & VKP_I_CONN_BLOCKED) == 0) {
+        vkp_i_conn_rewatch(conn);
+        if (conn->spans == 0 && conn->profile->config.ops->on_drain != NULL) {
+            conn->profile->config.ops->on_drain(conn, conn->user);
+        }
+    }
+    if (!vkp_i_conn_closed(conn) && (conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
+        vkp_i_conn_pull_inbox(conn);
+    }
+    if (!vkp_i_conn_closed(conn) && vkp_i_conn_is_drained(conn)) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+    }
+}
+
+/* ---- pushing ---- */
+
+static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    return conn->queued_frames < config->queue_frames &&
+           (conn->queued_frames == 0 || (conn->pushed_bytes <= config->queue_bytes &&
+                                         len <= config->queue_bytes - conn->pushed_bytes));
+}
+
+/* Room for one more push: looked for where it is cheap first. */
+static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
+{
+    if (vkp_i_conn_has_room(conn, len)) {
+        return true;
+    }
+    vkp_i_conn_flush(conn);
+    return vkp_i_conn_has_room(conn, len) ||
+           (vkp_i_spans_normalize(conn) && vkp_i_conn_has_room(conn, len));
+}
+
+/* On the loop's thread: into the outbox, by the policy. */
+static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
+{
+    vkp_status status;
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DOOMED) != 0) {
+        return VKP_ERR_CLOSED;
+    }
+    if (frame->len == 0) {
+        return VKP_OK;
+    }
+    if (!vkp_i_conn_find_room(conn, frame->len)) {
+        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+            return VKP_ERR_CLOSED;
+        }
+        switch ((int)conn->profile->config.on_full) {
+        case VKP_ON_FULL_DROP_NEWEST:
+            vkp_i_conn_count_drop(conn);
+            return VKP_ERR_DROPPED;
+        case VKP_ON_FULL_DROP_OLDEST:
+            if (!vkp_i_spans_normalize(conn)) {
+                return VKP_ERR_NOMEM; /* where the torn frame ends is not known */
+            }
+            while (!vkp_i_conn_has_room(conn, frame->len) && vkp_i_spans_drop_oldest(conn)) {
+            }
+            break;
+        case VKP_ON_FULL_DISCONNECT:
+            vkp_i_conn_doom(conn, VKP_CLOSE_SLOW, 0);
+            return VKP_ERR_CLOSED;
+        default:
+            return VKP_ERR_FULL;
+        }
+    }
+    status = vkp_i_spans_push(conn, frame, true);
+    vkp_i_conn_defer(conn);
+    return status;
+}
+
+static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
+{
+    return (conn->flags & VKP_I_CONN_DRAINING) != 0 ? VKP_ERR_CLOSED
+                                                    : vkp_i_conn_enqueue(conn, frame);
+}
+
+VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(conn != NULL && frame != NULL && vkp_i_on_loop(conn->loop));
+    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+        return VKP_ERR_CLOSED;
+    }
+    if (frame->len == 0) {
+        return VKP_OK;
+    }
+    status = vkp_i_spans_push(conn, frame, false);
+    vkp_i_conn_defer(conn);
+    return status;
+}
+
+static void vkp_i_conn_inbox_ready(void *user)
+{
+    vkp_i_conn_pull_inbox((vkp_conn *)user);
+}
+
+/* A push that its thread was told is queued cannot be: count it where drops are counted. */
+static void vkp_i_conn_lose(vkp_conn *conn)
+{
+    vkp_on_full policy = conn->profile->config.on_full;
+    if (policy == VKP_ON_FULL_DROP_NEWEST || policy == VKP_ON_FULL_DROP_OLDEST) {
+        vkp_i_conn_count_drop(conn);
+    } else {
+        vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+    }
+}
+
+#define VKP_I_INBOX_BATCH 1024
+
+/* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
+   the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
+   must not keep the round from ending: the watch calls again for what a batch leaves.         */
+static void vkp_i_conn_pull_inbox(vkp_conn *conn)
+{
+    vkp_mpsc_rx *rx = conn->inbox->rx;
+    bool waits = conn->profile->config.on_full == VKP_ON_FULL_WAIT ||
+                 conn->profile->config.on_full == VKP_ON_FULL_ERROR;
+    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0; /* bounded: nobody pushes any more */
+    vkp_bytes frame;
+    size_t next = 0;
+    int i;
+    for (i = 0; i < VKP_I_INBOX_BATCH || draining; i++) {
+        if (waits && !vkp_i_mpsc_next_cost(rx, &next)) {
+            break; /* a value that comes now was not measured */
+        }
+        if (waits && !vkp_i_conn_find_room(conn, next)) {
+            if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
+                conn->flags |= VKP_I_CONN_INBOX_HELD;
+                vkp_mpsc_unwatch(rx);
+            }
+            return;
+        }
+        if (vkp_mpsc_try_recv(rx, &frame) != VKP_OK) {
+            break;
+        }
+        if (vkp_i_conn_enqueue(conn, &frame) == VKP_ERR_NOMEM) {
+            vkp_i_conn_lose(conn);
+        }
+        vkp_bytes_unref(&frame);
+    }
+    if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
+        conn->flags &= ~VKP_I_CONN_INBOX_HELD;
+        if (!draining && vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        }
+    }
+}
+
+static void vkp_i_conn_remote(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    vkp_conn_unref(conn);
+}
+
+static void vkp_i_conn_remote_slow(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_i_conn_finish(conn, VKP_CLOSE_SLOW, 0);
+    vkp_conn_unref(conn);
+}
+
+/* From another thread: have the loop close it. The first request's reason stands. */
+static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *task))
+{
+    if (VKP_I_XCHG(&conn->remote_queued, 1u) != 0) {
+        return;
+    }
+    (void)vkp_conn_ref(conn);
+    conn->remote.fn = fn;
+    if (!vkp_i_loop_queue(conn->loop, &conn->remote)) {
+        vkp_conn_unref(conn); /* the loop is closed, and the connection with it */
+    }
+}
+
+static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *frame,
+                                           vkp_cancel *cancel, uint64_t deadline_ns)
+{
+    vkp_bytes item = vkp_bytes_ref(frame);
+    vkp_bytes evicted;
+    vkp_status status;
+    bool was_evicted = false;
+    switch ((int)conn->profile->config.on_full) {
+    case VKP_ON_FULL_WAIT:
+        status = vkp_i_lane_send(conn->inbox->tx->lane, &item, NULL, cancel, deadline_ns);
+        break;
+    case VKP_ON_FULL_DROP_OLDEST:
+        do {
+            status = vkp_i_mpsc_send_evict(conn->inbox->tx, &item, &evicted, &was_evicted);
+            if (was_evicted) {
+                vkp_i_conn_count_drop(conn);
+                vkp_bytes_unref(&evicted);
+            }
+        } while (was_evicted && status == VKP_ERR_FULL);
+        break;
+    default:
+        status = vkp_mpsc_try_send(conn->inbox->tx, &item);
+        break;
+    }
+    if (status == VKP_ERR_FULL && conn->profile->config.on_full == VKP_ON_FULL_DROP_NEWEST) {
+        vkp_i_conn_count_drop(conn);
+        status = VKP_ERR_DROPPED;
+    } else if (status == VKP_ERR_FULL && conn->profile->config.on_full == VKP_ON_FULL_DISCONNECT) {
+        vkp_i_conn_close_remotely(conn, vkp_i_conn_remote_slow);
+        status = VKP_ERR_CLOSED;
+    }
+    if (status != VKP_OK) {
+        vkp_bytes_unref(&item);
+    }
+    return status;
+}
+
+/* The wait for room ends with the token too (may be NULL). */
+static vkp_status vkp_i_conn_push(vkp_conn *conn, const vkp_bytes *frame, vkp_cancel *cancel,
+                                  uint64_t deadline_ns)
+{
+    if (vkp_i_on_loop(conn->loop)) {
+        return vkp_i_conn_admit(conn, frame);
+    }
+    VKP_I_REQUIRE(conn->inbox != NULL);
+    return vkp_i_conn_push_remotely(conn, frame, cancel, deadline_ns);
+}
+
+VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(conn != NULL && frame != NULL);
+    return vkp_i_conn_push(conn, frame, NULL, deadline_ns);
+}
+
+/* ---- reading ---- */
+
+/* A block with room to read into, behind a copy of what was kept; a large rest grows in place. */
+static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
+{
+    vkp_loop *loop = conn->loop;
+    size_t kept = conn->input != NULL ? conn->input->len - conn->input_begin : 0;
+    vkp_block *block = loop->read_block;
+    if (kept > loop->read_bytes / 2) {
+        if (vkp_i_block_reserve(loop->env, &conn->input, loop->read_bytes / 2) != VKP_OK) {
+            return NULL;
+        }
+        *begin = conn->input_begin;
+        return conn->input;
+    }
+    if (block != NULL && vkp_i_block_is_mine(block)) {
+        block->len = 0;
+    }
+    if (block == NULL || block->capacity - block->len < kept + loop->read_bytes / 2) {
+        vkp_i_block_unref(block);
+        loop->read_block = block = vkp_i_block_open(loop->env, loop->read_bytes * 2);
+        if (block == NULL) {
+            return NULL;
+        }
+    }
+    *begin = block->len;
+    if (kept > 0) {
+        memcpy(vkp_i_block_data(block) + block->len,
+               vkp_i_block_data(conn->input) + conn->input_begin, kept);
+        block->len += kept;
+    }
+    return block;
+}
+
+/* Keep bytes [begin, len) of the block for the next time. */
+static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
+{
+    size_t left = block->len - begin;
+    vkp_block *kept = NULL;
+    if (left > conn->profile->config.input_bytes) {
+        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, EMSGSIZE);
+        return false;
+    }
+    if (left > 0 && block == conn->input && begin == conn->input_begin) {
+        return true;
+    }
+    if (left > 0) {
+        /* A large rest will grow: leave room at once. */
+        size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
+        kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
+        if (kept == NULL) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            return false;
+        }
+        memcpy(vkp_i_block_data(kept), vkp_i_block_data(block) + begin, left);
+        kept->len = left;
+    }
+    vkp_i_block_unref(conn->input);
+    conn->input = kept;
+    conn->input_begin = 0;
+    return true;
+}
+
+/* Show [begin, len) of the block to on_data and keep what it leaves. */
+static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
+{
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    vkp_bytes window;
+    size_t used;
+    window.block = vkp_i_block_ref(block);
+    window.data = vkp_i_block_data(block) + begin;
+    window.len = block->len - begin;
+    used = ops->on_data != NULL ? ops->on_data(conn, conn->user, &window) : window.len;
+    if (!vkp_i_conn_closed(conn)) {
+        (void)vkp_i_conn_keep(conn, block, begin + VKP_I_MIN(used, window.len));
+    }
+    vkp_i_block_unref(block);
+}
+
+/* Resumed: show what was kept, without waiting for more. */
+static void vkp_i_conn_reread(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_REREAD) != 0) {
+        conn->flags &= ~VKP_I_CONN_REREAD;
+        if (conn->input != NULL &&
+            (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_ENDED)) == 0) {
+            vkp_i_conn_deliver(conn, conn->input, conn->input_begin);
+        }
+    }
+}
+
+static void vkp_i_conn_end(vkp_conn *conn)
+{
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    conn->flags |= VKP_I_CONN_ENDED;
+    if (ops->on_end == NULL || !ops->on_end(conn, conn->user)) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
+    } else {
+        vkp_i_conn_rewatch(conn);
+    }
+}
+
+static void vkp_i_conn_readable(vkp_conn *conn)
+{
+    size_t begin = 0;
+    vkp_block *block = vkp_i_conn_read_block(conn, &begin);
+    size_t room;
+    int64_t got;
+    if (block == NULL) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_NOMEM, 0);
+        return;
+    }
+    room = VKP_I_MIN(block->capacity - block->len, conn->loop->read_bytes);
+    got = conn->loop->sys->read(conn->fd, vkp_i_block_data(block) + block->len, room);
+    if (got > 0) {
+        block->len += (size_t)got;
+        vkp_i_conn_deliver(conn, block, begin);
+    } else if (block != conn->input) {
+        block->len = begin; /* the copy of the rest is not needed */
+    }
+    if (got == 0) {
+        vkp_i_conn_end(conn);
+    } else if (got < 0 && got != -EAGAIN && got != -EWOULDBLOCK && got != -EINTR) {
+        vkp_i_conn_finish(conn, got == -ECONNRESET ? VKP_CLOSE_PEER : VKP_CLOSE_ERROR, (int)-got);
+    }
+}
+
+/* ---- connecting ---- */
+
+static void vkp_i_conn_event(vkp_io *watch, uint32_t ready);
+
+/* Begin with the next address. VKP_OK: an event will tell. */
+static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
+{
+    const vkp_sys *sys = conn->loop->sys;
+    int result = -ECONNREFUSED;
+    while (conn->connecting->next < conn->connecting->count) {
+        const vkp_address *address = &conn->connecting->addresses[conn->connecting->next++];
+        result = sys->socket(address->family, SOCK_STREAM);
+        if (result < 0) {
+            continue;
+        }
+        conn->fd = result;
+        if (address->family != AF_UNIX) {
+            (void)sys->set_nodelay(conn->fd);
+        }
+        result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
+        if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
+            vkp_status status =
+                vkp_io_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
+            if (status == VKP_OK) {
+                return VKP_OK;
+            }
+            result = status == VKP_ERR_NOMEM ? -ENOMEM : -errno;
+        }
+        (void)sys->close(conn->fd);
+        conn->fd = -1;
+    }
+    return vkp_i_sys_failure(result);
+}
+
+static void vkp_i_conn_connected(vkp_conn *conn)
+{
+    int error = -conn->loop->sys->socket_error(conn->fd);
+    const vkp_conn_ops *ops = conn->profile->config.ops;
+    if (error != 0) {
+        vkp_io_stop(&conn->watch);
+        (void)conn->loop->sys->close(conn->fd);
+        conn->fd = -1;
+        if (vkp_i_conn_try_next(conn) != VKP_OK) {
+            vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, conn->connecting->count > 1 ? errno : error);
+        }
+        return;
+    }
+    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+    conn->connecting = NULL;
+    conn->flags &= ~VKP_I_CONN_CONNECTING;
+    vkp_i_conn_rewatch(conn);
+    if (ops->on_open != NULL) {
+        ops->on_open(conn, conn->user);
+    }
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_defer(conn); /* what was pushed meanwhile */
+    }
+}
+
+static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+    bool hung_up = (ready & (VKP_HUP | VKP_ERR)) != 0;
+    (void)vkp_conn_ref(conn);
+    if (ready == 0) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOOP, 0);
+    } else if ((conn->flags & VKP_I_CONN_CONNECTING) != 0) {
+        vkp_i_conn_connected(conn);
+    } else {
+        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_WRITE) != 0) {
+            vkp_i_conn_writable(conn);
+        }
+        if (vkp_i_conn_closed(conn)) {
+            /* nothing more */
+        } else if ((conn->flags & (VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING)) != 0) {
+            if (hung_up) {
+                vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
+            }
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 && ((ready & VKP_READ) != 0 || hung_up)) {
+            vkp_i_conn_reread(conn); /* first: the end may be next */
+            if (!vkp_i_conn_closed(conn) &&
+                (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
+                    0) {
+                vkp_i_conn_readable(conn);
+            }
+        }
+    }
+    vkp_conn_unref(conn);
+}
+
+/* Before a close of ours: a kernel that finds input unread resets a TCP connection, and the peer
+   loses the last words. What is there is dropped, within reason.                              */
+static void vkp_i_conn_discard_input(vkp_conn *conn)
+{
+    char bin[4096];
+    int i;
+    for (i = 0; i < 16 && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0; i++) {
+    }
+}
+
+/* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
+static void vkp_i_conn_task(vkp_i_task *task)
+{
+    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, task);
+    conn->flags &= ~VKP_I_CONN_QUEUED;
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_reread(conn);
+    }
+    if (!vkp_i_conn_closed(conn)) {
+        vkp_i_conn_flush(conn);
+        if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0 &&
+            (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING)) == 0) {
+            vkp_i_conn_pull_inbox(conn);
+        }
+        if (vkp_i_conn_is_drained(conn)) {
+            vkp_i_conn_discard_input(conn);
+            vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+        }
+        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+            vkp_i_conn_finish(conn, conn->doom, conn->doom_error);
+        }
+    }
+    vkp_conn_unref(conn);
+}
+
+static void vkp_i_drop_bytes(void *user, void *item)
+{
+    (void)user;
+    vkp_bytes_unref((vkp_bytes *)item);
+}
+
+static size_t vkp_i_cost_bytes(const void *item)
+{
+    return ((const vkp_bytes *)item)->len;
+}
+
+static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    vkp_mpsc_config inbox;
+    vkp_status status;
+    memset(&inbox, 0, sizeof inbox);
+    inbox.elem_bytes = sizeof(vkp_bytes);
+    inbox.capacity_items = config->queue_frames;
+    inbox.capacity_bytes = config->queue_bytes;
+    inbox.cost = vkp_i_cost_bytes;
+    inbox.drop = vkp_i_drop_bytes;
+    inbox.env = conn->loop->env;
+    conn->inbox = (vkp_i_inbox *)vkp_i_alloc_zero(conn->loop->env, sizeof *conn->inbox);
+    if (conn->inbox == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_mpsc_open(&inbox, conn->profile->config.on_full == VKP_ON_FULL_DROP_OLDEST,
+                             &conn->inbox->tx, &conn->inbox->rx);
+    if (status != VKP_OK) {
+        vkp_i_free(conn->loop->env, conn->inbox, sizeof *conn->inbox);
+        conn->inbox = NULL;
+        return status;
+    }
+    return vkp_mpsc_watch(conn->inbox->rx, conn->loop, vkp_i_conn_inbox_ready, conn);
+}
+
+/* A connection without a descriptor: one reference, the caller's. Shares the profile. */
+static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_conn **out)
+{
+    vkp_conn *conn = (vkp_conn *)vkp_i_alloc_zero(loop->env, sizeof *conn);
+    vkp_status status = VKP_OK;
+    if (conn == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    conn->refs = 1;
+    conn->loop = vkp_loop_ref(loop);
+    conn->profile = vkp_i_profile_ref(profile);
+    conn->user = profile->config.user;
+    conn->task.fn = vkp_i_conn_task;
+    conn->fd = -1;
+    if (!profile->config.loop_only) {
+        status = vkp_i_conn_open_inbox(conn);
+    }
+    if (status != VKP_OK) {
+        vkp_conn_unref(conn);
+        return status;
+    }
+    *out = conn;
+    return VKP_OK;
+}
+
+/* Serve an fd with a shared profile. `prepared`: accepted by us. on_open is the caller's. */
+static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profile, bool prepared,
+                                   vkp_conn **out)
+{
+    vkp_conn *conn;
+    int result = prepared ? 0 : loop->sys->prepare(fd);
+    vkp_status status;
+    if (result < 0) {
+        return vkp_i_sys_failure(result);
+    }
+    status = vkp_i_conn_new(loop, profile, &conn);
+    if (status != VKP_OK) {
+        return status;
+    }
+    status = vkp_io_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
+    if (status != VKP_OK) {
+        vkp_conn_unref(conn);
+        return status;
+    }
+    conn->fd = fd;
+    profile->live++;
+    *out = vkp_conn_ref(conn);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *config,
+                                 vkp_conn **conn)
+{
+    vkp_i_profile *profile;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && fd >= 0 && config != NULL && config->ops != NULL && conn != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    profile = vkp_i_profile_open(loop->env, config);
+    if (profile == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_conn_adopt(loop, fd, profile, false, conn);
+    vkp_i_profile_unref(profile);
+    if (status == VKP_OK && config->ops->on_open != NULL) {
+        config->ops->on_open(*conn, (*conn)->user);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+                                    const vkp_conn_config *config, vkp_conn **out)
+{
+    vkp_i_profile *profile;
+    vkp_conn *conn = NULL;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && address != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    profile = vkp_i_profile_open(loop->env, config);
+    if (profile == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_i_conn_new(loop, profile, &conn);
+    vkp_i_profile_unref(profile);
+    if (status != VKP_OK) {
+        return status;
+    }
+    conn->flags |= VKP_I_CONN_CONNECTING;
+    conn->connecting = (vkp_i_connecting *)vkp_i_alloc_zero(loop->env, sizeof *conn->connecting);
+    status = conn->connecting == NULL
+                 ? VKP_ERR_NOMEM
+                 : vkp_i_parse_address(loop->env, address, conn->connecting->addresses,
+                                       VKP_I_CONNECT_TRIES, &conn->connecting->count);
+    if (status == VKP_OK) {
+        status = vkp_i_conn_try_next(conn);
+    }
+    if (status != VKP_OK) {
+        int error = errno;
+        vkp_i_free(loop->env, conn->connecting, sizeof *conn->connecting);
+        conn->connecting = NULL;
+        vkp_conn_unref(conn);
+        errno = error;
+        return status;
+    }
+    *out = vkp_conn_ref(conn);
+    return VKP_OK;
+}
+
+/* ---- the rest of the handle ---- */
+
+VKP_API void vkp_conn_pause(vkp_conn *conn)
+{
+    conn->flags |= VKP_I_CONN_PAUSED;
+    vkp_i_conn_rewatch(conn);
+}
+
+VKP_API void vkp_conn_resume(vkp_conn *conn)
+{
+    if ((conn->flags & VKP_I_CONN_PAUSED) == 0 || vkp_i_conn_closed(conn)) {
+        return;
+    }
+    conn->flags &= ~VKP_I_CONN_PAUSED;
+    conn->flags |= VKP_I_CONN_REREAD;
+    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_defer(conn);
+}
+
+VKP_API void vkp_conn_drain(vkp_conn *conn)
+{
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DRAINING) != 0) {
+        return;
+    }
+    conn->flags |= VKP_I_CONN_DRAINING;
+    if (conn->inbox != NULL) { /* what it holds is queued too */
+        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_mpsc_close(conn->inbox->rx);
+        conn->flags |= VKP_I_CONN_INBOX_HELD;
+        vkp_i_conn_pull_inbox(conn);
+    }
+    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_defer(conn);
+}
+
+VKP_API void vkp_conn_close(vkp_conn *conn)
+{
+    if (conn == NULL || vkp_i_conn_closed(conn)) {
+        return;
+    }
+    if (vkp_i_on_loop(conn->loop)) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    } else {
+        vkp_i_conn_close_remotely(conn, vkp_i_conn_remote);
+    }
+}
+
+VKP_API void *vkp_conn_get_user(const vkp_conn *conn)
+{
+    return conn->user;
+}
+
+VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user)
+{
+    conn->user = user;
+}
+
+VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat)
+{
+    conn->seat = seat;
+}
+
+VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn)
+{
+    return conn->loop;
+}
+
+VKP_API int vkp_conn_get_fd(const vkp_conn *conn)
+{
+    return conn->fd;
+}
+
+VKP_API bool vkp_conn_is_open(const vkp_conn *conn)
+{
+    return !vkp_i_conn_closed(conn);
+}
+
+VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
+{
+    stats->queued_frames = conn->queued_frames;
+    stats->queued_bytes = conn->queued_bytes;
+    stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,240 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-health   Is a server well?
+   ====================================================================================== */
+
+struct vkp_health_check {
+    vkp_loop *loop;
+    vkp_health_config config;
+    char *texts; /* address, request and answer, of the copies that config has */
+    size_t text_bytes;
+    vkp_conn *conn;  /* of the check under way */
+    vkp_timer timer; /* its deadline, or the next check */
+    vkp_i_attached place;
+    uint64_t began_ns;
+    uint64_t failures;
+    bool calling;
+    bool closed;
+};
+
+static void vkp_i_health_begin(vkp_timer *timer);
+
+static void vkp_i_health_free(vkp_health_check *check)
+{
+    vkp_loop *loop = check->loop;
+    vkp_i_free(loop->env, check->texts, check->text_bytes);
+    vkp_i_free(loop->env, check, sizeof *check);
+    vkp_loop_unref(loop);
+}
+
+/* Part with the connection first: its on_close must find no check under way. */
+static void vkp_i_health_hang_up(vkp_health_check *check)
+{
+    vkp_conn *conn = check->conn;
+    check->conn = NULL;
+    if (conn != NULL) {
+        vkp_conn_set_user(conn, NULL);
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+}
+
+static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int error)
+{
+    vkp_loop *loop = check->loop;
+    vkp_health health;
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+    check->failures = status == VKP_OK ? 0 : check->failures + 1;
+    memset(&health, 0, sizeof health);
+    health.status = status;
+    health.sys_error = status == VKP_ERR_SYS ? error : 0;
+    health.elapsed_ns = vkp_i_loop_clock(loop) - check->began_ns;
+    health.failures = check->failures;
+    check->calling = true;
+    check->config.on_result(check->config.user, &health);
+    check->calling = false;
+    if (check->closed) {
+        vkp_i_health_free(check);
+    } else if (check->config.period_ms > 0 && !loop->closed) {
+        uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
+        /* There is room: its own entry just left. */
+        (void)!vkp_timer_start(loop, &check->timer, VKP_I_MAX(next_ns, loop->now_ns), 0,
+                               vkp_i_health_begin);
+    }
+}
+
+static void vkp_i_health_on_open(vkp_conn *conn, void *user)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_bytes request;
+    vkp_status status;
+    if (check == NULL) {
+        return;
+    }
+    status = vkp_bytes_copy(check->loop->env, check->config.request.ptr, check->config.request.len,
+                            &request);
+    if (status == VKP_OK) {
+        status = vkp_conn_send(conn, &request);
+        vkp_bytes_unref(&request);
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_end(check, status, 0);
+    }
+}
+
+static size_t vkp_i_health_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_str answer;
+    size_t len;
+    (void)conn;
+    if (check == NULL) {
+        return in->len;
+    }
+    answer = check->config.answer;
+    len = VKP_I_MIN(in->len, answer.len);
+    if (memcmp(in->data, answer.ptr, len) != 0) {
+        vkp_i_health_end(check, VKP_ERR_PROTOCOL, 0);
+    } else if (len == answer.len) {
+        vkp_i_health_end(check, VKP_OK, 0);
+    } else {
+        return 0; /* the rest comes with this again */
+    }
+    return in->len;
+}
+
+static void vkp_i_health_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_health_check *check = (vkp_health_check *)user;
+    vkp_status status = VKP_ERR_DISCONNECTED;
+    (void)conn;
+    if (check == NULL) {
+        return;
+    }
+    if (reason == VKP_CLOSE_NOMEM) {
+        status = VKP_ERR_NOMEM;
+    } else if (reason == VKP_CLOSE_ERROR && error != EPIPE && error != ECONNRESET) {
+        status = error == ECONNREFUSED || error == ENOENT ? VKP_ERR_REFUSED : VKP_ERR_SYS;
+    }
+    vkp_i_health_end(check, status, error);
+}
+
+static const vkp_conn_ops vkp_i_health_ops = {
+    vkp_i_health_on_open, vkp_i_health_on_data, NULL, NULL, vkp_i_health_on_close, NULL};
+
+static void vkp_i_health_late(vkp_timer *timer)
+{
+    vkp_i_health_end(VKP_I_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
+}
+
+static void vkp_i_health_begin(vkp_timer *timer)
+{
+    vkp_health_check *check = VKP_I_CONTAINER(timer, vkp_health_check, timer);
+    vkp_loop *loop = check->loop;
+    vkp_conn_config config;
+    vkp_status status;
+    memset(&config, 0, sizeof config);
+    config.ops = &vkp_i_health_ops;
+    config.user = check;
+    config.input_bytes = check->config.answer.len + loop->read_bytes;
+    config.loop_only = true;
+    check->began_ns = vkp_i_loop_clock(loop);
+    status = vkp_timer_start(loop, timer,
+                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u, 0,
+                             vkp_i_health_late);
+    if (status == VKP_OK) {
+        status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
+    }
+    if (status == VKP_ERR_SYS && (errno == ECONNREFUSED || errno == ENOENT)) {
+        status = VKP_ERR_REFUSED;
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_end(check, status, errno);
+    }
+}
+
+static void vkp_i_health_on_loop_close(vkp_i_attached *place)
+{
+    vkp_health_check *check = VKP_I_CONTAINER(place, vkp_health_check, place);
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+}
+
+/* Copy a text behind the ones before. */
+static vkp_str vkp_i_health_copy(vkp_health_check *check, size_t *at, vkp_str text)
+{
+    char *copy = check->texts + *at;
+    memcpy(copy, text.ptr, text.len);
+    copy[text.len] = '\0';
+    *at += text.len + 1;
+    return vkp_i_str(copy, text.len);
+}
+
+VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config *config,
+                                         vkp_health_check **out)
+{
+    vkp_health_check *check;
+    vkp_str address;
+    vkp_i_parts parts;
+    vkp_status status;
+    size_t at = 0;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE(config->address != NULL && config->on_result != NULL);
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    status = vkp_i_split_address(loop->env, config->address, &parts);
+    if (status != VKP_OK) {
+        return status;
+    }
+    check = (vkp_health_check *)vkp_i_alloc_zero(loop->env, sizeof *check);
+    if (check == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    check->config = *config;
+    if (check->config.request.len == 0) {
+        check->config.request = vkp_str_of("PING\r\n");
+    }
+    if (check->config.answer.len == 0) {
+        check->config.answer = vkp_str_of("+PONG\r\n");
+    }
+    if (check->config.timeout_ms == 0) {
+        check->config.timeout_ms = 1000;
+    }
+    check->loop = vkp_loop_ref(loop);
+    address = vkp_str_of(config->address);
+    check->text_bytes = address.len + check->config.request.len + check->config.answer.len + 3;
+    check->texts = (char *)vkp_i_alloc(loop->env, check->text_bytes);
+    status = check->texts != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (status == VKP_OK) {
+        check->config.address = vkp_i_health_copy(check, &at, address).ptr;
+        check->config.request = vkp_i_health_copy(check, &at, check->config.request);
+        check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
+        status = vkp_timer_start(loop, &check->timer, 0, 0, vkp_i_health_begin);
+    }
+    if (status != VKP_OK) {
+        vkp_i_health_free(check);
+        return status;
+    }
+    check->place.on_loop_close = vkp_i_health_on_loop_close;
+    vkp_i_loop_attach(loop, &check->place);
+    *out = check;
+    return VKP_OK;
+}
+
+VKP_API void vkp_health_check_close(vkp_health_check *check)
+{
+    if (check == NULL) {
+        return;
+    }
+    vkp_timer_stop(&check->timer);
+    vkp_i_health_hang_up(check);
+    vkp_i_loop_detach(&check->place);
+    check->closed = true;
+    if (!check->calling) {
+        vkp_i_health_free(check);
+    }
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,490 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-hub   Who is subscribed to what
+   ======================================================================================
+   A topic is a name of one kind with its members, in no order; a subscription is a record that
+   knows its place among the topic's members and among the member's subscriptions, so that both
+   ends leave in constant time. Messages are encoded into append-only blocks, one per protocol:
+   consecutive ones are neighbours, which connections write as one range.                      */
+
+typedef struct vkp_i_topic {
+    vkp_i_map_node node;
+    vkp_hub_sub **subs;
+    size_t count;
+    size_t capacity;
+    vkp_sub_kind kind;
+} vkp_i_topic; /* its name is behind the struct */
+
+struct vkp_hub_sub {
+    vkp_i_topic *topic;
+    vkp_hub_member *member;
+    size_t index;      /* in the topic */
+    vkp_hub_sub *prev; /* of the member */
+    vkp_hub_sub *next;
+};
+
+struct vkp_hub {
+    const vkp_env *env;
+    vkp_hub_config config;
+    vkp_i_map topics[3];  /* by vkp_sub_kind */
+    vkp_block *blocks[2]; /* where RESP2 and RESP3 are encoded */
+};
+
+/* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
+static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte)
+{
+    unsigned char low = (unsigned char)pattern.ptr[*at];
+    unsigned char high;
+    if (low == '\\' && *at + 1 < pattern.len) {
+        low = (unsigned char)pattern.ptr[*at + 1];
+        *at += 2;
+        return low == byte;
+    }
+    if (*at + 2 < pattern.len && pattern.ptr[*at + 1] == '-') {
+        high = (unsigned char)pattern.ptr[*at + 2];
+        *at += 3;
+        return low <= high ? byte >= low && byte <= high : byte >= high && byte <= low;
+    }
+    *at += 1;
+    return low == byte;
+}
+
+/* Match one byte against the pattern's element at `at`; `at` moves behind it. */
+static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
+{
+    unsigned char mark = (unsigned char)pattern.ptr[*at];
+    bool negated;
+    bool hit = false;
+    if (mark == '?') {
+        *at += 1;
+        return true;
+    }
+    if (mark != '[') {
+        *at += mark == '\\' && *at + 1 < pattern.len ? 1u : 0u;
+        mark = (unsigned char)pattern.ptr[*at];
+        *at += 1;
+        return mark == byte;
+    }
+    *at += 1;
+    negated = *at < pattern.len && pattern.ptr[*at] == '^';
+    *at += negated ? 1u : 0u;
+    while (*at < pattern.len && pattern.ptr[*at] != ']') {
+        hit = vkp_i_glob_class_hit(pattern, at, byte) || hit;
+    }
+    *at += *at < pattern.len ? 1u : 0u; /* an unclosed set ends with the pattern */
+    return hit != negated;
+}
+
+/* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
+VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text)
+{
+    size_t p = 0;
+    size_t t = 0;
+    size_t star = SIZE_MAX;
+    size_t star_text = 0;
+    for (;;) {
+        size_t next = p;
+        while (p < pattern.len && pattern.ptr[p] == '*') {
+            star = ++p;
+            star_text = t;
+            next = p;
+        }
+        if (star == pattern.len) {
+            return true;
+        }
+        if (t < text.len && p < pattern.len &&
+            vkp_i_glob_one(pattern, &next, (unsigned char)text.ptr[t])) {
+            p = next;
+            t++;
+            continue;
+        }
+        if (t == text.len && p == pattern.len) {
+            return true;
+        }
+        if (star == SIZE_MAX || star_text >= text.len) {
+            return false;
+        }
+        t = ++star_text;
+        p = star;
+    }
+}
+
+VKP_API vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **out)
+{
+    const vkp_env *env = vkp_i_env(config != NULL ? config->env : NULL);
+    vkp_hub *hub;
+    int kind;
+    VKP_I_REQUIRE(out != NULL);
+    hub = (vkp_hub *)vkp_i_alloc_zero(env, sizeof *hub);
+    if (hub == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    hub->env = env;
+    if (config != NULL) {
+        hub->config = *config;
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_init(&hub->topics[kind], env);
+    }
+    *out = hub;
+    return VKP_OK;
+}
+
+static void vkp_i_topic_free(vkp_hub *hub, vkp_i_topic *topic)
+{
+    vkp_i_free(hub->env, topic->subs, topic->capacity * sizeof *topic->subs);
+    vkp_i_free(hub->env, topic, sizeof *topic + topic->node.key.len);
+}
+
+VKP_API void vkp_hub_unref(vkp_hub *hub)
+{
+    int kind;
+    if (hub == NULL) {
+        return;
+    }
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_deinit(&hub->topics[kind]);
+    }
+    vkp_i_block_unref(hub->blocks[0]);
+    vkp_i_block_unref(hub->blocks[1]);
+    vkp_i_free(hub->env, hub, sizeof *hub);
+}
+
+static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    const vkp_i_map *map = &hub->topics[kind];
+    vkp_i_map_node *node =
+        map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_topic, node) : NULL;
+}
+
+static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = (vkp_i_topic *)vkp_i_alloc_zero(hub->env, sizeof *topic + name.len);
+    if (topic == NULL) {
+        return NULL;
+    }
+    topic->kind = kind;
+    if (name.len > 0) {
+        memcpy(topic + 1, name.ptr, name.len);
+    }
+    topic->node.key = vkp_i_str(topic + 1, name.len);
+    topic->node.hash = vkp_i_map_hash(&hub->topics[kind], name);
+    if (!vkp_i_map_insert(&hub->topics[kind], &topic->node)) {
+        vkp_i_topic_free(hub, topic);
+        return NULL;
+    }
+    return topic;
+}
+
+static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_topic *topic)
+{
+    vkp_hub_sub *sub = member->i_subs[topic->kind];
+    size_t i;
+    /* Among the topic's members and among the member's topics in step: the shorter list decides. */
+    for (i = 0; i < topic->count && sub != NULL && sub->topic != topic; i++) {
+        if (topic->subs[i]->member == member) {
+            return topic->subs[i];
+        }
+        sub = sub->next;
+    }
+    return i < topic->count ? sub : NULL;
+}
+
+static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
+{
+    if (topic->count == 0) {
+        vkp_i_map_remove(&hub->topics[topic->kind], &topic->node);
+        if (tell && hub->config.on_interest != NULL) {
+            hub->config.on_interest(hub->config.user, topic->kind, topic->node.key, false);
+        }
+        vkp_i_topic_free(hub, topic);
+    }
+}
+
+VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                     vkp_str name, bool *added)
+{
+    vkp_i_topic *topic;
+    vkp_hub_sub *sub;
+    void *subs;
+    bool fresh;
+    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < 3);
+    if (name.len > VKP_I_BLOCK_MAX) {
+        return VKP_ERR_LIMIT;
+    }
+    topic = vkp_i_hub_find(hub, kind, name);
+    fresh = topic == NULL;
+    if (!fresh && vkp_i_member_find(member, topic) != NULL) {
+        if (added != NULL) {
+            *added = false;
+        }
+        return VKP_OK;
+    }
+    sub = (vkp_hub_sub *)vkp_i_alloc_zero(hub->env, sizeof *sub);
+    if (fresh && sub != NULL) {
+        topic = vkp_i_topic_new(hub, kind, name);
+    }
+    subs = topic != NULL ? topic->subs : NULL;
+    if (sub == NULL || topic == NULL ||
+        !vkp_i_grow(hub->env, &subs, &topic->capacity, topic->count + 1, sizeof *topic->subs)) {
+        vkp_i_free(hub->env, sub, sizeof *sub);
+        if (topic != NULL) {
+            vkp_i_hub_forget_empty(hub, topic, false);
+        }
+        return VKP_ERR_NOMEM;
+    }
+    topic->subs = (vkp_hub_sub **)subs;
+    sub->topic = topic;
+    sub->member = member;
+    sub->index = topic->count;
+    topic->subs[topic->count++] = sub;
+    sub->next = member->i_subs[kind];
+    if (sub->next != NULL) {
+        sub->next->prev = sub;
+    }
+    member->i_subs[kind] = sub;
+    member->counts[kind]++;
+    if (added != NULL) {
+        *added = true;
+    }
+    if (fresh && hub->config.on_interest != NULL) {
+        hub->config.on_interest(hub->config.user, kind, name, true);
+    }
+    return VKP_OK;
+}
+
+static void vkp_i_hub_drop(vkp_hub *hub, vkp_hub_sub *sub)
+{
+    vkp_i_topic *topic = sub->topic;
+    vkp_hub_member *member = sub->member;
+    topic->subs[sub->index] = topic->subs[--topic->count];
+    topic->subs[sub->index]->index = sub->index;
+    if (sub->prev != NULL) {
+        sub->prev->next = sub->next;
+    } else {
+        member->i_subs[topic->kind] = sub->next;
+    }
+    if (sub->next != NULL) {
+        sub->next->prev = sub->prev;
+    }
+    member->counts[topic->kind]--;
+    vkp_i_free(hub->env, sub, sizeof *sub);
+    vkp_i_hub_forget_empty(hub, topic, true);
+}
+
+VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
+                                 vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    vkp_hub_sub *sub = topic != NULL ? vkp_i_member_find(member, topic) : NULL;
+    if (sub != NULL) {
+        vkp_i_hub_drop(hub, sub);
+    }
+    return sub != NULL;
+}
+
+VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
+{
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        while (member->i_subs[kind] != NULL) {
+            vkp_i_hub_drop(hub, member->i_subs[kind]);
+        }
+    }
+}
+
+VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
+{
+    const vkp_hub_sub *sub = member->i_subs[kind];
+    return sub != NULL ? sub->topic->node.key : vkp_i_str(NULL, 0);
+}
+
+VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
+                                   vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    return topic != NULL && vkp_i_member_find(member, topic) != NULL;
+}
+
+VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, name);
+    return topic != NULL ? topic->count : 0;
+}
+
+VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind)
+{
+    return hub->topics[kind].count;
+}
+
+VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name)
+{
+    vkp_i_map_node *node = vkp_i_map_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
+    *cursor = node;
+    if (node != NULL) {
+        *name = node->key;
+    }
+    return node != NULL;
+}
+
+/* ---- delivery ---- */
+
+/* A message and its encodings so far. */
+typedef struct vkp_i_message {
+    vkp_str parts[4]; /* kind, pattern (or nothing), channel, payload */
+    bool has_pattern;
+    vkp_bytes frames[2]; /* RESP2, RESP3; len 0: not encoded yet. No reference of their own. */
+} vkp_i_message;
+
+#define VKP_I_HUB_BLOCK 65536u
+
+/* Room at the end of an encoding block. The hub's own reference keeps it while it is filled. */
+static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
+{
+    vkp_block *block = hub->blocks[which];
+    if (block != NULL && vkp_i_block_is_mine(block)) {
+        block->len = 0; /* all was written: stay in the same cache lines */
+    }
+    if (block != NULL && block->capacity - block->len < bytes) {
+        vkp_i_block_unref(block);
+        block = NULL;
+    }
+    if (block == NULL) {
+        block = vkp_i_block_open(hub->env, VKP_I_MAX((size_t)VKP_I_HUB_BLOCK, bytes));
+    }
+    hub->blocks[which] = block;
+    return block != NULL ? vkp_i_block_data(block) + block->len : NULL;
+}
+
+static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
+{
+    char digits[24];
+    size_t from = vkp_i_format_u64(digits, text.len);
+    size_t at = 0;
+    out[at++] = '$';
+    memcpy(out + at, digits + from, 24 - from);
+    at += 24 - from;
+    out[at++] = '\r';
+    out[at++] = '\n';
+    if (text.len > 0) {
+        memcpy(out + at, text.ptr, text.len);
+    }
+    at += text.len;
+    out[at++] = '\r';
+    out[at++] = '\n';
+    return at;
+}
+
+/* The message in one of the protocols; NULL: no memory. */
+static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message, int protocol)
+{
+    int which = protocol == 3 ? 1 : 0;
+    vkp_bytes *frame = &message->frames[which];
+    size_t most = 8;
+    size_t at = 0;
+    uint8_t *out;
+    int i;
+    if (frame->len > 0) {
+        return frame;
+    }
+    for (i = 0; i < 4; i++) {
+        most += message->parts[i].len + 28;
+    }
+    out = most <= VKP_I_BLOCK_MAX ? vkp_i_hub_reserve(hub, which, most) : NULL;
+    if (out == NULL) {
+        return NULL;
+    }
+    out[at++] = which == 1 ? '>' : '*';
+    out[at++] = message->has_pattern ? '4' : '3';
+    out[at++] = '\r';
+    out[at++] = '\n';
+    for (i = 0; i < 4; i++) {
+        if (i != 1 || message->has_pattern) {
+            at += vkp_i_encode_bulk(out + at, message->parts[i]);
+        }
+    }
+    hub->blocks[which]->len += at;
+    frame->data = out;
+    frame->len = at;
+    frame->block = hub->blocks[which];
+    return frame;
+}
+
+static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
+{
+    size_t i;
+    for (i = 0; i < topic->count; i++) {
+        vkp_hub_member *member = topic->subs[i]->member;
+        const vkp_bytes *frame = &message->frames[member->protocol == 3 ? 1 : 0];
+        if (frame->len == 0) {
+            frame = vkp_i_message_frame(hub, message, member->protocol);
+        }
+        if (frame != NULL) {
+            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts what it drops */
+        }
+    }
+    return topic->count;
+}
+
+static void vkp_i_message_init(vkp_i_message *message, const char *kind, vkp_str pattern,
+                               vkp_str channel, vkp_str payload)
+{
+    memset(message, 0, sizeof *message);
+    message->parts[0] = vkp_str_of(kind);
+    message->parts[1] = pattern;
+    message->parts[2] = channel;
+    message->parts[3] = payload;
+    message->has_pattern = kind[0] == 'p';
+}
+
+VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload)
+{
+    vkp_i_message message;
+    vkp_i_topic *topic = vkp_i_hub_find(hub, kind, channel);
+    vkp_i_map_node *node = NULL;
+    vkp_str none = vkp_i_str(NULL, 0);
+    size_t count = 0;
+    if (topic != NULL) {
+        vkp_i_message_init(&message, kind == VKP_SHARD ? "smessage" : "message", none, channel,
+                           payload);
+        count += vkp_i_topic_deliver(hub, topic, &message);
+    }
+    if (kind == VKP_CHANNEL && hub->topics[VKP_PATTERN].count > 0) {
+        while ((node = vkp_i_map_next(&hub->topics[VKP_PATTERN], node)) != NULL) {
+            if (vkp_glob_match(node->key, channel)) {
+                vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
+                count +=
+                    vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
+            }
+        }
+    }
+    return count;
+}
+
+VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
+{
+    vkp_i_message message;
+    vkp_i_topic *topic;
+    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_PATTERN
+                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SHARD
+                                                          : VKP_CHANNEL;
+    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_CHANNEL) {
+        return 0;
+    }
+    topic = vkp_i_hub_find(hub, kind, kind == VKP_PATTERN ? push->pattern : push->channel);
+    if (topic == NULL) {
+        return 0;
+    }
+    vkp_i_message_init(&message,
+                       kind == VKP_PATTERN ? "pmessage"
+                       : kind == VKP_SHARD ? "smessage"
+                                           : "message",
+                       push->pattern, push->channel, push->payload);
+    if (push->frame.len > 0 && push->frame.data[0] == '>') {
+        message.frames[1] = push->frame;
+    }
+    return vkp_i_topic_deliver(hub, topic, &message);
+}
+
+#endif /* VKP_I_IO */

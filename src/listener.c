@@ -1,0 +1,765 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-listener   Accept connections
+   ====================================================================================== */
+
+#define VKP_I_LISTENER_CLOSED 1u     /* flags */
+#define VKP_I_LISTENER_LOOPS 2u      /* the loop's: goes when it is closed */
+#define VKP_I_LISTENER_TOLD_LATER 4u /* closed while its follower's task was queued */
+#define VKP_I_LISTENER_DRAINS 8u
+
+/* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
+   queued task of the follower, of a drain under way, of the loop's own release.               */
+struct vkp_listener {
+    vkp_loop *loop;
+    size_t refs;
+    uint32_t flags;
+    vkp_i_profile *profile;
+    vkp_listener_config config; /* its address is not ours */
+    vkp_gate *gate;
+    uint64_t door;
+    vkp_registry *registry; /* Unix; else NULL */
+    vkp_socket *socket;     /* Unix: with a reference, unless it follows */
+    uint32_t generation;    /* of the socket */
+    vkp_i_follower follower;
+    vkp_i_endpoint *endpoint; /* what it accepts from */
+    vkp_io watch;
+    vkp_timer pause;      /* after EMFILE and its like */
+    uint64_t pause_ns;    /* 0: the last accept was fine */
+    uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
+    int spare;            /* descriptor, to have one when there is none */
+    vkp_i_task release_task;
+    vkp_timer drain_timer;
+    vkp_i_task drain_task;
+    void (*on_drained)(void *user);
+    void *drain_user;
+    char *address;
+    vkp_listener_stats stats; /* but for clients */
+};
+
+static void vkp_i_listener_release(vkp_listener *listener)
+{
+    if (--listener->refs == 0) {
+        vkp_loop *loop = listener->loop;
+        vkp_i_profile_unref(listener->profile);
+        vkp_registry_unref(listener->registry);
+        vkp_gate_unref(listener->gate);
+        vkp_i_free_text(loop->env, listener->address);
+        vkp_i_free(loop->env, listener, sizeof *listener);
+        vkp_loop_unref(loop);
+    }
+}
+
+static void vkp_i_listener_release_later(vkp_i_task *task)
+{
+    vkp_i_listener_release(VKP_I_CONTAINER(task, vkp_listener, release_task));
+}
+
+/* It ended by itself. */
+static void vkp_i_listener_end(vkp_listener *listener)
+{
+    void (*on_end)(void *user) = listener->config.on_end;
+    void *user = listener->config.conn.user;
+    vkp_listener_close(listener);
+    if (on_end != NULL) {
+        on_end(user);
+    }
+}
+
+/* ---- accepting ---- */
+
+static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal why)
+{
+    listener->stats.refused[why]++;
+    vkp_i_gate_count_refusal(listener->gate, why);
+    if (listener->config.on_refuse != NULL) {
+        listener->config.on_refuse(listener->config.conn.user, fd, why);
+    }
+    (void)listener->loop->sys->close(fd);
+}
+
+/* A seat for who came. NOT_FOUND: he left again; LIMIT, NOMEM: refused. */
+static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat **seat,
+                                       vkp_refusal *why)
+{
+    vkp_gate *gate = listener->gate;
+    vkp_peer peer;
+    vkp_seat wanted;
+    vkp_status status = VKP_OK;
+    memset(&wanted, 0, sizeof wanted);
+    if (listener->socket != NULL) {
+        int result = listener->loop->sys->peer(fd, &peer);
+        if (result == -ENOTCONN || result == -ECONNRESET) {
+            return VKP_ERR_NOT_FOUND;
+        }
+        *why = VKP_REFUSAL_USER;
+        if (result < 0 || !vkp_i_gate_allows(gate, &peer)) {
+            return VKP_ERR_LIMIT;
+        }
+        wanted.uid = peer.uid;
+        wanted.has_uid = true;
+        if (listener->config.follow) {
+            status = vkp_i_socket_take_weak(listener->socket, listener->generation, &wanted.sock);
+            *why = status == VKP_ERR_LIMIT ? VKP_REFUSAL_FULL : VKP_REFUSAL_ENDED;
+        }
+    }
+    if (status != VKP_OK) {
+        return VKP_ERR_LIMIT;
+    }
+    wanted.door = listener->door;
+    VKP_I_LOCK(&gate->mutex);
+    status = vkp_i_gate_seat(gate, &wanted, listener->config.max_clients, seat, why);
+    VKP_I_UNLOCK(&gate->mutex);
+    if (status != VKP_OK) {
+        vkp_socket_unref(wanted.sock);
+    }
+    return status;
+}
+
+static void vkp_i_listener_give(vkp_listener *listener, int fd)
+{
+    const vkp_conn_ops *ops = listener->profile->config.ops;
+    vkp_seat *seat = NULL;
+    vkp_refusal why = VKP_REFUSAL_OVERLOAD;
+    vkp_conn *conn;
+    vkp_status status = vkp_i_listener_admit(listener, fd, &seat, &why);
+    if (status == VKP_ERR_NOT_FOUND) {
+        listener->stats.aborted++;
+        (void)listener->loop->sys->close(fd);
+        return;
+    }
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
+        vkp_seat_leave(seat);
+        listener->config.on_refuse = NULL;
+        vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
+        return;
+    }
+    if (status != VKP_OK) {
+        vkp_i_listener_refuse(listener, fd, why);
+        return;
+    }
+    if (listener->config.on_fd != NULL) {
+        listener->stats.accepted++;
+        listener->config.on_fd(listener->config.conn.user, fd, seat);
+        return;
+    }
+    if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
+        vkp_seat_leave(seat);
+        vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
+        return;
+    }
+    listener->stats.accepted++;
+    conn->seat = seat;
+    if (listener->config.on_accept != NULL) {
+        listener->config.on_accept(listener->config.conn.user, conn);
+    }
+    if (vkp_conn_is_open(conn) && ops->on_open != NULL) {
+        ops->on_open(conn, conn->user);
+    }
+    vkp_conn_unref(conn);
+}
+
+#define VKP_I_ACCEPT_BATCH 64
+#define VKP_I_PAUSE_LEAST_NS 10000000u
+#define VKP_I_PAUSE_MOST_NS 1000000000u
+
+static void vkp_i_listener_unpause(vkp_timer *timer)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
+    if (vkp_io_set(&listener->watch, VKP_READ) != VKP_OK) {
+        /* There is room: its own entry just left. */
+        (void)!vkp_timer_start(listener->loop, timer, listener->loop->now_ns + VKP_I_PAUSE_MOST_NS,
+                               0, vkp_i_listener_unpause);
+    }
+}
+
+/* The connection waits in the backlog, and the loop does not spin. */
+static void vkp_i_listener_back_off(vkp_listener *listener, int error)
+{
+    listener->pause_ns = listener->pause_ns == 0
+                             ? VKP_I_PAUSE_LEAST_NS
+                             : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
+    if (vkp_timer_start(listener->loop, &listener->pause,
+                        listener->loop->now_ns + listener->pause_ns, 0,
+                        vkp_i_listener_unpause) == VKP_OK) {
+        (void)!vkp_io_set(&listener->watch, 0);
+        listener->stats.pauses++;
+    }
+    vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
+              listener->address, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+}
+
+/* Descriptors are short for long: those who wait shall know. */
+static void vkp_i_listener_turn_away(vkp_listener *listener)
+{
+    const vkp_sys *sys = listener->loop->sys;
+    int fd = 0;
+    int i;
+    if (listener->spare >= 0) {
+        (void)sys->close(listener->spare);
+        listener->spare = -1;
+        for (i = 0; i < VKP_I_ACCEPT_BATCH && fd >= 0 && listener->endpoint != NULL; i++) {
+            fd = sys->accept(listener->endpoint->fd);
+            if (fd >= 0) {
+                vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
+            }
+        }
+    }
+    if (listener->endpoint != NULL) {
+        listener->spare = sys->socket(AF_UNIX, SOCK_STREAM);
+    }
+}
+
+/* After a failed accept: whether to try the next at once. */
+static bool vkp_i_listener_failed(vkp_listener *listener, int error)
+{
+    if (error == EINTR) {
+        return true;
+    }
+    if (error == EAGAIN || error == EWOULDBLOCK) {
+        return false;
+    }
+    if (error == ECONNABORTED || error == EPROTO || error == ENETDOWN || error == EHOSTUNREACH ||
+        error == ENETUNREACH) { /* of the connection that was at the head */
+        listener->stats.aborted++;
+        return true;
+    }
+    if (error == EMFILE || error == ENFILE) {
+        uint64_t now_ns = listener->loop->now_ns;
+        listener->stats.no_descriptors++;
+        if (listener->shortage_ns == 0) {
+            listener->shortage_ns = now_ns;
+        } else if (now_ns - listener->shortage_ns >= VKP_I_PAUSE_MOST_NS) {
+            vkp_i_listener_turn_away(listener);
+        }
+    } else if (error == ENOMEM || error == ENOBUFS) {
+        listener->stats.no_memory++;
+    } else {
+        listener->stats.failed++;
+    }
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) == 0) {
+        vkp_i_listener_back_off(listener, error);
+    }
+    return false;
+}
+
+static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
+    bool more = true;
+    int i;
+    listener->refs++;
+    if (ready == 0) {
+        vkp_i_listener_end(listener);
+    }
+    for (i = 0; i < VKP_I_ACCEPT_BATCH && more && listener->endpoint != NULL; i++) {
+        int fd = listener->loop->sys->accept(listener->endpoint->fd);
+        if (fd < 0) {
+            more = vkp_i_listener_failed(listener, -fd);
+            continue;
+        }
+        listener->pause_ns = 0;
+        listener->shortage_ns = 0;
+        if (i == 0 && listener->spare < 0) { /* there was none for it before */
+            listener->spare = listener->loop->sys->socket(AF_UNIX, SOCK_STREAM);
+        }
+        if (listener->socket == NULL) {
+            (void)listener->loop->sys->set_nodelay(fd);
+        }
+        vkp_i_listener_give(listener, fd);
+    }
+    vkp_i_listener_release(listener);
+}
+
+/* ---- with a socket ---- */
+
+/* The socket ended, or has another descriptor. */
+static void vkp_i_listener_told(vkp_i_task *task)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, follower.task);
+    vkp_i_endpoint *endpoint = NULL;
+    vkp_i_registry_enter(listener->registry);
+    listener->follower.queued = false;
+    if (listener->follower.sock != NULL) {
+        endpoint = vkp_i_endpoint_ref(listener->follower.sock->endpoint);
+    }
+    vkp_i_registry_leave(listener->registry, true);
+    if ((listener->flags & VKP_I_LISTENER_TOLD_LATER) != 0) {
+        vkp_i_listener_release(listener);
+    } else if (endpoint == NULL) {
+        vkp_i_listener_end(listener);
+    } else if (endpoint != listener->endpoint) {
+        vkp_i_endpoint *before = listener->endpoint;
+        listener->endpoint = endpoint;
+        endpoint = before; /* to be given back */
+        vkp_io_stop(&listener->watch);
+        vkp_timer_stop(&listener->pause);
+        if (vkp_io_start(listener->loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+                         vkp_i_listener_event) != VKP_OK) {
+            vkp_i_listener_end(listener);
+        }
+    }
+    vkp_i_endpoint_unref(endpoint);
+}
+
+static vkp_status vkp_i_listener_join(vkp_listener *listener)
+{
+    vkp_socket *sock = listener->socket;
+    vkp_i_registry_enter(listener->registry);
+    if (sock->endpoint != NULL) {
+        listener->endpoint = vkp_i_endpoint_ref(sock->endpoint);
+        listener->follower.loop = listener->loop;
+        listener->follower.task.fn = vkp_i_listener_told;
+        listener->follower.sock = sock;
+        listener->follower.next = sock->followers;
+        sock->followers = &listener->follower;
+    }
+    vkp_i_registry_leave(listener->registry, true);
+    return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
+}
+
+static void vkp_i_listener_part(vkp_listener *listener)
+{
+    vkp_i_follower *follower = &listener->follower;
+    vkp_i_registry_enter(listener->registry);
+    if (follower->sock != NULL) {
+        vkp_i_follower **link = &follower->sock->followers;
+        while (*link != follower) {
+            link = &(*link)->next;
+        }
+        *link = follower->next;
+        follower->sock = NULL;
+    }
+    if (follower->queued) {
+        listener->flags |= VKP_I_LISTENER_TOLD_LATER;
+        listener->refs++;
+    }
+    vkp_i_registry_leave(listener->registry, true);
+}
+
+/* ---- opening ---- */
+
+static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address,
+                                   const char *text)
+{
+    const vkp_sys *sys = listener->loop->sys;
+    char full[320];
+    int fd = sys->socket(address->family, SOCK_STREAM);
+    int result = fd;
+    if (fd >= 0) {
+        listener->endpoint = vkp_i_endpoint_open(listener->loop->env, fd);
+        if (listener->endpoint == NULL) {
+            (void)sys->close(fd);
+            return VKP_ERR_NOMEM;
+        }
+        result = sys->bind(fd, address->storage.bytes, address->bytes, 0);
+    }
+    if (result == 0) {
+        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog : 4096);
+    }
+    if (result == 0) {
+        result = sys->local_port(fd);
+    }
+    if (result < 0) {
+        return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
+    }
+    (void)snprintf(full, sizeof full, "%.*s:%d", (int)(strrchr(text, ':') - text), text, result);
+    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    return listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+}
+
+/* listener->socket is set, with a reference. */
+static vkp_status vkp_i_listen_unix(vkp_listener *listener)
+{
+    char full[sizeof "unix:" + VKP_I_PATH_BYTES];
+    (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
+    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
+    return listener->address != NULL ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+}
+
+static vkp_status vkp_i_listener_open_registry(vkp_listener *listener)
+{
+    vkp_registry_config config;
+    memset(&config, 0, sizeof config);
+    config.env = listener->loop->env;
+    config.backlog = listener->config.backlog;
+    config.abstract_names = VKP_I_LINUX;
+    return vkp_registry_open(&config, &listener->registry);
+}
+
+/* "unix:PATH" or, for a unique one, "unix:". */
+static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *path)
+{
+    vkp_status status = VKP_OK;
+#if !VKP_I_LINUX
+    if (path[0] == '@') {
+        return VKP_ERR_UNSUPPORTED;
+    }
+#endif
+    if (listener->config.registry == NULL) {
+        status = vkp_i_listener_open_registry(listener);
+    } else {
+        VKP_I_REQUIRE(path[0] != '@' || listener->config.registry->config.abstract_names);
+        listener->registry = vkp_registry_ref(listener->config.registry);
+    }
+    if (status == VKP_OK) {
+        status = vkp_socket_get_or_create(listener->registry, path[0] != '\0' ? path : NULL,
+                                          &listener->socket);
+    }
+    return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
+}
+
+static vkp_status vkp_i_listener_bind(vkp_listener *listener)
+{
+    const char *text = listener->config.address;
+    vkp_address address;
+    size_t count = 0;
+    vkp_status status;
+    if (listener->config.socket != NULL) {
+        listener->registry = vkp_registry_ref(listener->config.socket->registry);
+        listener->socket = vkp_socket_ref(listener->config.socket);
+        return listener->socket != NULL ? vkp_i_listen_unix(listener) : VKP_ERR_LIMIT;
+    }
+    if (strncmp(text, "unix:", 5) == 0) {
+        return vkp_i_listener_bind_unix(listener, text + 5);
+    }
+    status = vkp_i_parse_address(listener->loop->env, text, &address, 1, &count);
+    return status == VKP_OK ? vkp_i_listen_tcp(listener, &address, text) : status;
+}
+
+static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
+{
+    vkp_gate_config config;
+    vkp_status status = VKP_OK;
+    memset(&config, 0, sizeof config);
+    config.env = listener->loop->env;
+    if (listener->config.gate != NULL) {
+        listener->gate = vkp_gate_ref(listener->config.gate);
+    } else {
+        status = vkp_gate_open(&config, &listener->gate);
+    }
+    if (status == VKP_OK) {
+        listener->door = VKP_I_ADD(&listener->gate->doors, (uint64_t)1);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *config,
+                                     vkp_listener **out)
+{
+    vkp_listener *listener;
+    vkp_status status;
+    int error;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
+    VKP_I_REQUIRE(config->socket != NULL || !config->follow);
+    VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    listener = (vkp_listener *)vkp_i_alloc_zero(loop->env, sizeof *listener);
+    if (listener == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    listener->profile = vkp_i_profile_open(loop->env, &config->conn);
+    if (listener->profile == NULL) {
+        vkp_i_free(loop->env, listener, sizeof *listener);
+        return VKP_ERR_NOMEM;
+    }
+    listener->loop = vkp_loop_ref(loop);
+    listener->refs = 1;
+    listener->config = *config;
+    listener->spare = -1;
+    if (listener->config.max_clients == 0) {
+        listener->config.max_clients = SIZE_MAX;
+    }
+    status = vkp_i_listener_open_gate(listener);
+    status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
+    if (status == VKP_OK) {
+        status = vkp_io_start(loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+                              vkp_i_listener_event);
+    }
+    error = errno;
+    listener->config.address = NULL; /* was the caller's */
+    if (status != VKP_OK) {
+        listener->config.follow = false; /* it has the reference of its opening still */
+        vkp_listener_unref(listener);
+        errno = error;
+        return status;
+    }
+    listener->spare =
+        loop->sys->socket(AF_UNIX, SOCK_STREAM); /* missing, it is made up for later */
+    if (config->follow) {
+        vkp_socket_unref(listener->socket); /* the caller has another */
+    }
+    *out = listener;
+    return VKP_OK;
+}
+
+VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
+{
+    return listener->address;
+}
+
+VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_stats *stats)
+{
+    const vkp_seat *each;
+    *stats = listener->stats;
+    stats->clients = 0;
+    VKP_I_LOCK(&listener->gate->mutex);
+    for (each = listener->gate->seats; each != NULL; each = each->next) {
+        stats->clients += each->door == listener->door ? each->clients : 0;
+    }
+    VKP_I_UNLOCK(&listener->gate->mutex);
+}
+
+VKP_API void vkp_listener_close(vkp_listener *listener)
+{
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
+        return;
+    }
+    listener->flags |= VKP_I_LISTENER_CLOSED;
+    vkp_io_stop(&listener->watch);
+    vkp_timer_stop(&listener->pause);
+    if (listener->registry != NULL) {
+        vkp_i_listener_part(listener);
+    }
+    vkp_i_endpoint_unref(listener->endpoint);
+    listener->endpoint = NULL;
+    if (!listener->config.follow) {
+        vkp_socket_unref(listener->socket);
+    }
+    if (listener->spare >= 0) {
+        (void)listener->loop->sys->close(listener->spare);
+        listener->spare = -1;
+    }
+    if ((listener->flags & VKP_I_LISTENER_LOOPS) != 0) {
+        vkp_i_loop_defer(listener->loop, &listener->release_task);
+    }
+}
+
+VKP_API void vkp_listener_unref(vkp_listener *listener)
+{
+    if (listener == NULL) {
+        return;
+    }
+    vkp_listener_close(listener);
+    if ((listener->flags & VKP_I_LISTENER_DRAINS) != 0) {
+        listener->flags &= ~VKP_I_LISTENER_DRAINS;
+        vkp_timer_stop(&listener->drain_timer);
+        listener->on_drained = NULL;
+        if (listener->profile->when_empty != NULL) { /* else its task is on its way */
+            listener->profile->when_empty = NULL;
+            vkp_i_listener_release(listener);
+        }
+    }
+    vkp_i_listener_release(listener);
+}
+
+/* ---- draining ---- */
+
+/* The next of the listener's connections from slot *index on; they are all on its loop. */
+static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
+{
+    vkp_loop *loop = listener->loop;
+    while (*index < loop->slot_count) {
+        vkp_io *watch = loop->slots[(*index)++].watch;
+        if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
+            vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+            if (conn->profile == listener->profile) {
+                return conn;
+            }
+        }
+    }
+    return NULL;
+}
+
+static void vkp_i_listener_drained(vkp_i_task *task)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, drain_task);
+    void (*on_drained)(void *user) = listener->on_drained;
+    listener->flags &= ~VKP_I_LISTENER_DRAINS;
+    vkp_timer_stop(&listener->drain_timer);
+    if (on_drained != NULL) {
+        on_drained(listener->drain_user);
+    }
+    vkp_i_listener_release(listener);
+}
+
+static void vkp_i_listener_drain_over(vkp_timer *timer)
+{
+    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, drain_timer);
+    vkp_conn *conn;
+    size_t index = 0;
+    listener->refs++;
+    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
+    }
+    vkp_i_listener_release(listener);
+}
+
+VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
+                                      uint64_t deadline_ns, void (*on_end)(void *user), void *user)
+{
+    vkp_conn *conn;
+    size_t index = 0;
+    VKP_I_REQUIRE(listener != NULL && listener->config.on_fd == NULL);
+    VKP_I_REQUIRE(listener->drain_task.fn == NULL);
+    if (deadline_ns != VKP_FOREVER) {
+        vkp_status status = vkp_timer_start(listener->loop, &listener->drain_timer, deadline_ns, 0,
+                                            vkp_i_listener_drain_over);
+        if (status != VKP_OK) {
+            return status;
+        }
+    }
+    listener->refs++;
+    listener->flags |= VKP_I_LISTENER_DRAINS;
+    listener->drain_task.fn = vkp_i_listener_drained;
+    listener->on_drained = on_end;
+    listener->drain_user = user;
+    vkp_listener_close(listener);
+    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+        if (notice != NULL && vkp_conn_send(conn, notice) == VKP_ERR_NOMEM) {
+            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        }
+        vkp_conn_drain(conn);
+    }
+    if (listener->profile->live > 0) {
+        listener->profile->when_empty = &listener->drain_task;
+    } else {
+        vkp_i_loop_defer(listener->loop, &listener->drain_task);
+    }
+    return VKP_OK;
+}
+
+/* ---- listeners started from other threads ---- */
+
+typedef struct vkp_i_listen {
+    vkp_i_task task;
+    vkp_loop *loop;
+    vkp_listener_config config; /* shares its registry and gate */
+    char *path;
+    vkp_socket *sock; /* vkp_listen_ref: shared */
+    bool give;        /* the reference, to on_init */
+    vkp_on_listening *on_init;
+    void *user;
+} vkp_i_listen;
+
+static void vkp_i_listen_free(vkp_i_listen *listen)
+{
+    vkp_loop *loop = listen->loop;
+    vkp_registry_unref(listen->config.registry);
+    vkp_gate_unref(listen->config.gate);
+    vkp_socket_unref(listen->sock);
+    vkp_i_free_text(loop->env, listen->path);
+    vkp_i_free(loop->env, listen, sizeof *listen);
+    vkp_loop_unref(loop);
+}
+
+static vkp_status vkp_i_listen_open(vkp_i_listen *listen, vkp_listener **out)
+{
+    vkp_loop *loop = listen->loop;
+    vkp_status status = loop->closed ? VKP_ERR_CLOSED : VKP_OK;
+    if (status == VKP_OK && listen->config.registry == NULL && listen->sock == NULL) {
+        vkp_registry_config config;
+        memset(&config, 0, sizeof config);
+        config.env = loop->env;
+        config.backlog = listen->config.backlog;
+        status = vkp_registry_open(&config, &listen->config.registry);
+    }
+    if (status == VKP_OK && listen->sock == NULL) {
+        status = vkp_socket_get_or_create(listen->config.registry, listen->path, &listen->sock);
+    }
+    if (status == VKP_OK) {
+        listen->config.socket = listen->sock;
+        status = vkp_listener_open(loop, &listen->config, out);
+    }
+    return status;
+}
+
+static void vkp_i_listen_run(vkp_i_task *task)
+{
+    vkp_i_listen *listen = VKP_I_CONTAINER(task, vkp_i_listen, task);
+    vkp_listener *listener = NULL;
+    vkp_listening result;
+    memset(&result, 0, sizeof result);
+    result.status = vkp_i_listen_open(listen, &listener);
+    if (result.status == VKP_OK) {
+        listener->flags |= VKP_I_LISTENER_LOOPS;
+        listener->release_task.fn = vkp_i_listener_release_later;
+        result.path = vkp_socket_get_path(listen->sock);
+        result.listener = listener;
+        if (listen->give) {
+            result.sock = listen->sock;
+        }
+    } else if (result.status == VKP_ERR_SYS) {
+        result.sys_error = errno;
+    }
+    listen->on_init(listen->user, &result);
+    if (result.sock != NULL) {
+        listen->sock = NULL; /* given */
+    }
+    vkp_i_listen_free(listen);
+}
+
+static vkp_status vkp_i_listen_start(vkp_loop *loop, const vkp_listener_config *config,
+                                     const char *path, vkp_socket *sock, bool give,
+                                     vkp_on_listening *on_init, void *user)
+{
+    vkp_i_listen *listen;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && on_init != NULL);
+    VKP_I_REQUIRE(config->address == NULL && config->socket == NULL);
+    VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
+    listen = (vkp_i_listen *)vkp_i_alloc_zero(loop->env, sizeof *listen);
+    if (listen == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    listen->task.fn = vkp_i_listen_run;
+    listen->loop = vkp_loop_ref(loop);
+    listen->config = *config;
+    listen->config.follow = give || sock != NULL;
+    listen->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
+    listen->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
+    listen->give = give;
+    listen->on_init = on_init;
+    listen->user = user;
+    if (path != NULL) {
+        listen->path = vkp_i_copy_text(loop->env, path);
+    }
+    if (sock != NULL) {
+        listen->sock = vkp_socket_ref(sock);
+    }
+    if ((path != NULL && listen->path == NULL) || (sock != NULL && listen->sock == NULL)) {
+        vkp_status status = sock != NULL ? VKP_ERR_LIMIT : VKP_ERR_NOMEM;
+        vkp_i_listen_free(listen);
+        return status;
+    }
+    if (!vkp_i_loop_queue(loop, &listen->task)) {
+        vkp_i_listen_free(listen);
+        return VKP_ERR_CLOSED;
+    }
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config, const char *path,
+                              vkp_on_listening *on_init, void *user)
+{
+    return vkp_i_listen_start(loop, config, path, NULL, false, on_init, user);
+}
+
+VKP_API vkp_status vkp_listen_with_reference(vkp_loop *loop, const vkp_listener_config *config,
+                                             const char *path, vkp_on_listening *on_init,
+                                             void *user)
+{
+    return vkp_i_listen_start(loop, config, path, NULL, true, on_init, user);
+}
+
+VKP_API vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
+                                  vkp_socket *sock, vkp_on_listening *on_init, void *user)
+{
+    VKP_I_REQUIRE(sock != NULL);
+    return vkp_i_listen_start(loop, config, NULL, sock, false, on_init, user);
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,740 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-loop   One thread's event loop
+   ======================================================================================
+   A round: wait on the backend, dispatch descriptors, run what other threads queued, run timers,
+   then the deferred work of the round (writes, closes), until there is none.
+   Other threads reach the loop through ONE lock-free queue of tasks. Whoever pushes looks at
+   `asleep` afterwards, the loop sets `asleep` and looks at the queue afterwards, all seq_cst: one
+   of the two sees the other, so no task waits for an unrelated event. Only the first pusher
+   finds `asleep` set and pays for the backend's wake.
+   A watch is a slot with a generation; the token of an event carries both, so that an event
+   fetched before a stop, or before the descriptor's number was used again, finds no one.      */
+
+typedef struct vkp_i_task {
+    struct vkp_i_task *next;
+    void (*fn)(struct vkp_i_task *task); /* may free the task */
+} vkp_i_task;
+
+/* Objects that must hear of vkp_loop_close and have no watch to hear it through. */
+typedef struct vkp_i_attached {
+    struct vkp_i_attached *prev;
+    struct vkp_i_attached *next;
+    vkp_loop *loop;
+    void (*on_loop_close)(struct vkp_i_attached *self);
+} vkp_i_attached;
+
+typedef struct vkp_i_slot {
+    vkp_io *watch; /* NULL: free */
+    uint32_t generation;
+    uint32_t next_free; /* index + 1 */
+} vkp_i_slot;
+
+typedef struct vkp_i_timer_entry {
+    uint64_t deadline_ns;
+    uint64_t order; /* of starts: equal deadlines fire in that order */
+    vkp_timer *timer;
+} vkp_i_timer_entry;
+
+struct vkp_loop {
+    const vkp_env *env;
+    vkp_env host_env; /* what the backend sees: nothing NULL */
+    const vkp_sys *sys;
+    const vkp_backend *backend;
+    void *backend_state;
+    vkp_backend_host host;
+    size_t refs; /* atomic */
+    int opener_pid;
+
+    vkp_i_task *queue; /* atomic: newest first, vkp_i_queue_closed after the end */
+    uint32_t asleep;   /* atomic, seq_cst with queue */
+    uint32_t stopping; /* atomic */
+    uintptr_t thread;  /* atomic: whose it is, 0 nobody's */
+    uint32_t running;  /* atomic: inside vkp_loop_run or vkp_loop_run_once */
+
+    bool in_round;
+    bool closed;
+    uint32_t unpolled;     /* rounds since the backend was asked */
+    uint64_t reminder_ns;  /* when a guest calls for a round by itself */
+    bool reminded;         /* it still does */
+    vkp_i_waiters unarmed; /* case watches that look by themselves until the loop would sleep */
+    uint64_t now_ns;
+    vkp_event *events;
+    size_t event_capacity;
+    vkp_i_slot *slots;
+    size_t slot_count;
+    size_t slot_capacity;
+    uint32_t free_slot; /* index + 1 */
+    vkp_i_timer_entry *timers;
+    size_t timer_count;
+    size_t timer_capacity;
+    uint64_t timer_order;
+    vkp_i_task *deferred; /* oldest first */
+    vkp_i_task **deferred_end;
+    vkp_i_attached attached; /* ring */
+    vkp_block *read_block;   /* the connections' */
+    size_t read_bytes;
+};
+
+static vkp_i_task vkp_i_queue_closed; /* a mark, never run */
+
+/* The address of a thread-local is a cheap name for a thread. */
+static uintptr_t vkp_i_this_thread(void)
+{
+    static __thread char name;
+    return (uintptr_t)&name;
+}
+
+/* True on the loop's thread: at first the one that opened it, then the one that runs it, also
+   between rounds of vkp_loop_run_once. After vkp_loop_run returned it is nobody's: anybody's. */
+static bool vkp_i_on_loop(const vkp_loop *loop)
+{
+    uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
+    return thread == 0 || thread == vkp_i_this_thread();
+}
+
+/* Queue a task from any thread. False: the loop was closed, the task stays the caller's. */
+static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
+{
+    vkp_i_task *newest = VKP_I_LOAD(&loop->queue);
+    do {
+        if (newest == &vkp_i_queue_closed) {
+            return false;
+        }
+        task->next = newest;
+    } while (!VKP_I_CAS_SEQ(&loop->queue, &newest, task));
+    if (VKP_I_LOAD_SEQ(&loop->asleep) != 0 && VKP_I_XCHG_SEQ(&loop->asleep, 0u) != 0) {
+        loop->backend->wake(loop->backend_state);
+    }
+    return true;
+}
+
+#define VKP_I_SOME_DAY (VKP_FOREVER - 1)
+
+/* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
+   with this; so does whatever makes work outside of rounds. Objects that have no deadline still
+   have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
+static vkp_status vkp_i_loop_remind(vkp_loop *loop)
+{
+    uint64_t deadline_ns;
+    vkp_status status = VKP_OK;
+    if (loop->backend->timer == NULL || loop->in_round || loop->closed) {
+        return VKP_OK;
+    }
+    deadline_ns = vkp_loop_get_deadline(loop);
+    if (deadline_ns == VKP_FOREVER && loop->attached.next != &loop->attached) {
+        deadline_ns = VKP_I_SOME_DAY;
+    }
+    if (!loop->reminded || deadline_ns != loop->reminder_ns) {
+        status = loop->backend->timer(loop->backend_state, deadline_ns);
+        loop->reminded = status == VKP_OK;
+        loop->reminder_ns = deadline_ns;
+    }
+    return status;
+}
+
+/* Run a task at the end of this round. Loop's thread. */
+static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
+{
+    task->next = NULL;
+    *loop->deferred_end = task;
+    loop->deferred_end = &task->next;
+    (void)!vkp_i_loop_remind(loop);
+}
+
+static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
+{
+    object->prev = loop->attached.prev;
+    object->next = &loop->attached;
+    object->loop = loop;
+    loop->attached.prev->next = object;
+    loop->attached.prev = object;
+    (void)!vkp_i_loop_remind(loop);
+}
+
+static void vkp_i_loop_detach(vkp_i_attached *object)
+{
+    if (object->prev != NULL) {
+        object->prev->next = object->next;
+        object->next->prev = object->prev;
+        object->prev = NULL;
+        object->next = NULL;
+        (void)!vkp_i_loop_remind(object->loop);
+    }
+}
+
+static void vkp_i_run_tasks(vkp_i_task *newest)
+{
+    vkp_i_task *oldest = NULL;
+    while (newest != NULL) {
+        vkp_i_task *next = newest->next;
+        newest->next = oldest;
+        oldest = newest;
+        newest = next;
+    }
+    while (oldest != NULL) {
+        vkp_i_task *next = oldest->next;
+        oldest->fn(oldest);
+        oldest = next;
+    }
+}
+
+static void vkp_i_loop_run_queued(vkp_loop *loop)
+{
+    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL) {
+        vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, (vkp_i_task *)NULL));
+    }
+}
+
+/* Work deferred by deferred work runs in the same round. */
+static void vkp_i_loop_run_deferred(vkp_loop *loop)
+{
+    while (loop->deferred != NULL) {
+        vkp_i_task *task = loop->deferred;
+        loop->deferred = task->next;
+        if (loop->deferred == NULL) {
+            loop->deferred_end = &loop->deferred;
+        }
+        task->fn(task);
+    }
+}
+
+static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
+{
+    return loop->backend->clock_ns != NULL ? loop->backend->clock_ns(loop->backend_state)
+                                           : loop->sys->clock_ns();
+}
+
+/* Between rounds the last round's time may be long ago: another loop may do the waiting. */
+static uint64_t vkp_i_loop_now(const vkp_loop *loop)
+{
+    return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
+}
+
+/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
+   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
+static void vkp_i_backend_round(void *user)
+{
+    vkp_loop *loop = (vkp_loop *)user;
+    if (loop->in_round) {
+        loop->reminded = false;
+    } else if (!loop->closed) {
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+    }
+}
+
+static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
+{
+    vkp_status status;
+    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
+    if (loop->events == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->host_env = *loop->env;
+    loop->host_env.sys = loop->sys;
+    if (loop->host_env.alloc == NULL) {
+        loop->host_env.alloc = vkp_i_libc_alloc;
+    }
+    loop->host.env = &loop->host_env;
+    loop->host.foreign = config->foreign;
+    loop->host.loop = loop;
+    loop->host.round = vkp_i_backend_round;
+    status = loop->backend->open(&loop->host, &loop->backend_state);
+    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    if (status == VKP_OK && loop->backend->timer != NULL) {
+        status = loop->backend->timer(loop->backend_state, 0);
+        loop->reminded = true;
+        if (status != VKP_OK) {
+            loop->backend->close(loop->backend_state);
+        }
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    const vkp_env *env;
+    VKP_I_REQUIRE(config != NULL && out != NULL);
+    env = vkp_i_env(config->env);
+    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
+        vkp_i_log(env, VKP_LOG_ERROR,
+                  "vkp_loop_open: config.backend is missing or of another version: pass "
+                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
+        return VKP_ERR_INVALID;
+    }
+    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
+    if (loop == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->env = env;
+    loop->sys = vkp_i_sys(env);
+    loop->backend = config->backend;
+    loop->refs = 1;
+    loop->opener_pid = loop->sys->process_id();
+    loop->thread = vkp_i_this_thread();
+    loop->asleep = 1;
+    loop->deferred_end = &loop->deferred;
+    vkp_i_waiters_init(&loop->unarmed);
+    loop->attached.prev = &loop->attached;
+    loop->attached.next = &loop->attached;
+    status = vkp_i_loop_setup(loop, config);
+    if (status != VKP_OK) {
+        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
+        vkp_i_free(env, loop, sizeof *loop);
+        return status;
+    }
+    loop->now_ns = vkp_i_loop_clock(loop);
+    *out = loop;
+    return VKP_OK;
+}
+
+VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop)
+{
+    (void)VKP_I_ADD(&loop->refs, 1);
+    return loop;
+}
+
+VKP_API void vkp_loop_unref(vkp_loop *loop)
+{
+    if (loop == NULL || VKP_I_UNREF(&loop->refs) != 1) {
+        return;
+    }
+    vkp_loop_close(loop);
+    loop->backend->close(loop->backend_state);
+    vkp_i_block_unref(loop->read_block);
+    vkp_i_free(loop->env, loop->events, loop->event_capacity * sizeof(vkp_event));
+    vkp_i_free(loop->env, loop->slots, loop->slot_capacity * sizeof(vkp_i_slot));
+    vkp_i_free(loop->env, loop->timers, loop->timer_capacity * sizeof(vkp_i_timer_entry));
+    vkp_i_free(loop->env, loop, sizeof *loop);
+}
+
+/* In a forked child the parent's connections are left alone: only memory is given back. */
+static bool vkp_i_loop_is_forked(const vkp_loop *loop)
+{
+    return loop->sys->process_id() != loop->opener_pid;
+}
+
+static void vkp_i_loop_close_objects(vkp_loop *loop)
+{
+    size_t i;
+    while (loop->attached.next != &loop->attached) {
+        vkp_i_attached *object = loop->attached.next;
+        vkp_i_loop_detach(object);
+        object->on_loop_close(object);
+    }
+    for (i = 0; i < loop->slot_count; i++) {
+        vkp_io *watch = loop->slots[i].watch;
+        if (watch != NULL) {
+            vkp_io_stop(watch);
+            watch->i_fn(watch, 0);
+        }
+    }
+}
+
+VKP_API void vkp_loop_close(vkp_loop *loop)
+{
+    if (loop->closed || loop->in_round) {
+        return;
+    }
+    (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
+    /* Ours now, should another thread have run rounds: what is called here is on the loop. */
+    VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
+    loop->in_round = true;
+    vkp_i_loop_run_queued(loop);
+    loop->closed = true; /* nothing new opens: it would never hear of the close */
+    vkp_i_loop_close_objects(loop);
+    vkp_i_loop_run_deferred(loop);
+    /* What was posted so far runs; what it posts is refused. */
+    vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
+    vkp_i_loop_run_deferred(loop);
+    while (loop->timer_count > 0) { /* stopped: their owners may say so after the loop is gone */
+        loop->timers[--loop->timer_count].timer->i_index = 0;
+    }
+    loop->in_round = false;
+    if (loop->backend->timer != NULL) {
+        (void)loop->backend->timer(loop->backend_state, VKP_FOREVER);
+    }
+    VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
+    if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
+        vkp_loop_unref(loop);
+    } else {
+        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which goes on */
+    }
+}
+
+VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop)
+{
+    return vkp_i_loop_now(loop);
+}
+
+VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
+{
+    return loop->backend->pollable_fd != NULL ? loop->backend->pollable_fd(loop->backend_state)
+                                              : -1;
+}
+
+VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop)
+{
+    if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL ||
+        !vkp_i_waiters_empty(&loop->unarmed)) {
+        return 0;
+    }
+    return loop->timer_count > 0 ? loop->timers[0].deadline_ns : VKP_FOREVER;
+}
+
+/* ---- watches ---- */
+
+static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
+{
+    return ((uint64_t)loop->slots[slot].generation << 32) | slot;
+}
+
+VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t interest,
+                                void (*fn)(vkp_io *watch, uint32_t ready))
+{
+    uint32_t slot;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && watch != NULL && fd >= 0 && fn != NULL);
+    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
+    if (loop->free_slot != 0) {
+        slot = loop->free_slot - 1;
+    } else {
+        void *slots = loop->slots;
+        if (!vkp_i_grow(loop->env, &slots, &loop->slot_capacity, loop->slot_count + 1,
+                        sizeof(vkp_i_slot))) {
+            return VKP_ERR_NOMEM;
+        }
+        loop->slots = (vkp_i_slot *)slots;
+        slot = (uint32_t)loop->slot_count++;
+        memset(&loop->slots[slot], 0, sizeof loop->slots[slot]);
+        loop->slots[slot].next_free = loop->free_slot;
+        loop->free_slot = slot + 1;
+    }
+    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_READ | VKP_WRITE),
+                                  vkp_i_watch_token(loop, slot));
+    if (status != VKP_OK) {
+        return status;
+    }
+    loop->free_slot = loop->slots[slot].next_free;
+    loop->slots[slot].watch = watch;
+    watch->i_loop = loop;
+    watch->i_fn = fn;
+    watch->i_fd = fd;
+    watch->i_slot = slot;
+    watch->i_interest = interest;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
+    loop = watch->i_loop;
+    interest &= VKP_READ | VKP_WRITE;
+    if (watch->i_interest == interest) {
+        return VKP_OK;
+    }
+    status = loop->backend->watch(loop->backend_state, watch->i_fd, interest,
+                                  vkp_i_watch_token(loop, watch->i_slot));
+    if (status == VKP_OK) {
+        watch->i_interest = interest;
+    }
+    return status;
+}
+
+VKP_API void vkp_io_stop(vkp_io *watch)
+{
+    vkp_loop *loop = watch->i_loop;
+    vkp_i_slot *slot;
+    if (loop == NULL) {
+        return;
+    }
+    slot = &loop->slots[watch->i_slot];
+    if (!vkp_i_loop_is_forked(loop)) {
+        (void)loop->backend->watch(loop->backend_state, watch->i_fd, 0,
+                                   vkp_i_watch_token(loop, watch->i_slot));
+    }
+    slot->watch = NULL;
+    slot->generation++;
+    slot->next_free = loop->free_slot;
+    loop->free_slot = watch->i_slot + 1;
+    watch->i_loop = NULL;
+}
+
+static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
+{
+    uint32_t index = (uint32_t)(event->token & 0xffffffffu);
+    vkp_i_slot *slot = index < loop->slot_count ? &loop->slots[index] : NULL;
+    if (slot != NULL && slot->watch != NULL && event->ready != 0 &&
+        slot->generation == (uint32_t)(event->token >> 32)) {
+        slot->watch->i_fn(slot->watch, event->ready);
+    }
+}
+
+/* ---- timers: a binary heap, earliest first ---- */
+
+static bool vkp_i_timer_before(const vkp_i_timer_entry *a, const vkp_i_timer_entry *b)
+{
+    return a->deadline_ns != b->deadline_ns ? a->deadline_ns < b->deadline_ns : a->order < b->order;
+}
+
+static void vkp_i_timer_place(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    loop->timers[index] = entry;
+    entry.timer->i_index = index + 1;
+}
+
+static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    while (index > 0) {
+        size_t parent = (index - 1) / 2;
+        if (!vkp_i_timer_before(&entry, &loop->timers[parent])) {
+            break;
+        }
+        vkp_i_timer_place(loop, index, loop->timers[parent]);
+        index = parent;
+    }
+    vkp_i_timer_place(loop, index, entry);
+}
+
+static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
+{
+    for (;;) {
+        size_t child = 2 * index + 1;
+        if (child >= loop->timer_count) {
+            break;
+        }
+        if (child + 1 < loop->timer_count &&
+            vkp_i_timer_before(&loop->timers[child + 1], &loop->timers[child])) {
+            child++;
+        }
+        if (!vkp_i_timer_before(&loop->timers[child], &entry)) {
+            break;
+        }
+        vkp_i_timer_place(loop, index, loop->timers[child]);
+        index = child;
+    }
+    vkp_i_timer_place(loop, index, entry);
+}
+
+static void vkp_i_timer_remove(vkp_timer *timer)
+{
+    vkp_loop *loop = timer->i_loop;
+    size_t index;
+    vkp_i_timer_entry last;
+    if (timer->i_index == 0) {
+        return;
+    }
+    index = timer->i_index - 1;
+    timer->i_index = 0;
+    last = loop->timers[--loop->timer_count];
+    if (index == loop->timer_count) {
+        return;
+    }
+    if (index > 0 && vkp_i_timer_before(&last, &loop->timers[(index - 1) / 2])) {
+        vkp_i_timer_sift_up(loop, index, last);
+    } else {
+        vkp_i_timer_sift_down(loop, index, last);
+    }
+}
+
+VKP_API void vkp_timer_stop(vkp_timer *timer)
+{
+    if (timer->i_index != 0) {
+        vkp_i_timer_remove(timer);
+        (void)!vkp_i_loop_remind(timer->i_loop); /* if it fails: a round too many */
+    }
+}
+
+VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t deadline_ns,
+                                   uint64_t period_ns, void (*fn)(vkp_timer *timer))
+{
+    vkp_i_timer_entry entry;
+    void *timers;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && timer != NULL && fn != NULL && vkp_i_on_loop(loop));
+    timers = loop->timers;
+    if (!vkp_i_grow(loop->env, &timers, &loop->timer_capacity, loop->timer_count + 1,
+                    sizeof(vkp_i_timer_entry))) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->timers = (vkp_i_timer_entry *)timers;
+    vkp_i_timer_remove(timer);
+    timer->i_loop = loop;
+    timer->i_fn = fn;
+    timer->i_deadline_ns = deadline_ns;
+    timer->i_period_ns = period_ns;
+    /* All that is overdue is equally due: one that restarts itself in the past comes last. */
+    entry.deadline_ns = VKP_I_MAX(deadline_ns, loop->now_ns);
+    entry.order = loop->timer_order++;
+    entry.timer = timer;
+    vkp_i_timer_sift_up(loop, loop->timer_count++, entry);
+    status = vkp_i_loop_remind(loop);
+    if (status != VKP_OK) {
+        vkp_timer_stop(timer);
+    }
+    return status;
+}
+
+static uint64_t vkp_i_add_ns(uint64_t a, uint64_t b)
+{
+    return b > VKP_FOREVER - a ? VKP_FOREVER : a + b;
+}
+
+/* Only timers that were due when the round looked: one that restarts itself in the past does not
+   keep the round from ending.                                                                 */
+static void vkp_i_loop_run_timers(vkp_loop *loop)
+{
+    uint64_t newest = loop->timer_order;
+    while (loop->timer_count > 0 && loop->timers[0].deadline_ns <= loop->now_ns &&
+           loop->timers[0].order < newest) {
+        vkp_timer *timer = loop->timers[0].timer;
+        vkp_i_timer_remove(timer);
+        if (timer->i_period_ns != 0) {
+            uint64_t next = vkp_i_add_ns(timer->i_deadline_ns, timer->i_period_ns);
+            if (next <= loop->now_ns) {
+                next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
+            }
+            /* There is room: the entry just left. */
+            (void)!vkp_timer_start(loop, timer, next, timer->i_period_ns, timer->i_fn);
+        }
+        timer->i_fn(timer);
+    }
+}
+
+/* ---- rounds ---- */
+
+#define VKP_I_UNPOLLED \
+    8u /* rounds that posts and channels may go on before descriptors are asked */
+
+static void vkp_i_loop_arm(vkp_loop *loop);
+
+/* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
+static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
+{
+    size_t count = 0;
+    size_t i;
+    vkp_status status;
+    deadline_ns = VKP_I_MIN(deadline_ns, vkp_loop_get_deadline(loop));
+    if (VKP_I_LOAD_ACQ(&loop->stopping) != 0) {
+        deadline_ns = 0;
+    }
+    if (VKP_I_LOAD(&loop->queue) != NULL && loop->unpolled < unpolled) {
+        loop->unpolled++;
+        status = VKP_OK;
+    } else {
+        loop->unpolled = 0;
+        status = loop->backend->wait(loop->backend_state, deadline_ns, loop->events,
+                                     loop->event_capacity, &count);
+    }
+    VKP_I_STORE_SEQ(&loop->asleep, 0u);
+    loop->now_ns = vkp_i_loop_clock(loop);
+    if (loop->reminder_ns <= loop->now_ns) {
+        loop->reminded = false; /* a guest's timer has gone off, or is about to for nothing */
+    }
+    if (status != VKP_OK) {
+        count = 0;
+    }
+    loop->in_round = true;
+    for (i = 0; i < count; i++) {
+        vkp_i_loop_dispatch(loop, &loop->events[i]);
+    }
+    vkp_i_loop_run_queued(loop);
+    vkp_i_loop_run_timers(loop);
+    vkp_i_loop_run_deferred(loop);
+    vkp_i_loop_arm(loop);
+    loop->in_round = false;
+    /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
+    VKP_I_STORE_SEQ(&loop->asleep, 1u);
+    if (vkp_i_loop_remind(loop) != VKP_OK && status == VKP_OK) {
+        status = VKP_ERR_SYS;
+    }
+    return status;
+}
+
+/* Become the loop's thread. False while another runs it, inside a callback, or when closed. */
+static bool vkp_i_loop_enter(vkp_loop *loop)
+{
+    uint32_t idle = 0;
+    if (!VKP_I_CAS(&loop->running, &idle, 1u)) {
+        return false;
+    }
+    if (loop->closed || loop->in_round) {
+        VKP_I_STORE_REL(&loop->running, 0u);
+        return false;
+    }
+    VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
+    return true;
+}
+
+VKP_API vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && vkp_i_loop_enter(loop));
+    status = vkp_i_loop_round(loop, deadline_ns, 0);
+    VKP_I_STORE_REL(&loop->running, 0u);
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_run(vkp_loop *loop)
+{
+    vkp_status status = VKP_OK;
+    VKP_I_REQUIRE(loop != NULL && (loop->backend->flags & VKP_BACKEND_GUEST) == 0);
+    VKP_I_REQUIRE(vkp_i_loop_enter(loop));
+    do {
+        status = vkp_i_loop_round(loop, VKP_FOREVER, VKP_I_UNPOLLED);
+    } while (status == VKP_OK && VKP_I_LOAD_ACQ(&loop->stopping) == 0);
+    VKP_I_STORE(&loop->stopping, 0u);
+    VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
+    VKP_I_STORE_REL(&loop->running, 0u);
+    return status;
+}
+
+VKP_API void vkp_loop_stop(vkp_loop *loop)
+{
+    VKP_I_STORE_REL(&loop->stopping, 1u);
+    loop->backend->wake(loop->backend_state);
+}
+
+typedef struct vkp_i_post {
+    vkp_i_task task;
+    const vkp_env *env;
+    void (*fn)(void *user);
+    void *user;
+} vkp_i_post;
+
+static void vkp_i_run_post(vkp_i_task *task)
+{
+    vkp_i_post *post = VKP_I_CONTAINER(task, vkp_i_post, task);
+    void (*fn)(void *user) = post->fn;
+    void *user = post->user;
+    vkp_i_free(post->env, post, sizeof *post);
+    fn(user);
+}
+
+VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user)
+{
+    vkp_i_post *post;
+    VKP_I_REQUIRE(loop != NULL && fn != NULL);
+    post = (vkp_i_post *)vkp_i_alloc(loop->env, sizeof *post);
+    if (post == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    post->task.fn = vkp_i_run_post;
+    post->env = loop->env;
+    post->fn = fn;
+    post->user = user;
+    if (!vkp_i_loop_queue(loop, &post->task)) {
+        vkp_i_free(loop->env, post, sizeof *post);
+        return VKP_ERR_CLOSED;
+    }
+    return VKP_OK;
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,389 @@
+/* ======================================================================================
+   >>impl-mpsc-receive   mpsc: the receiver's side
+   ====================================================================================== */
+
+/* Senders wait who could not know of the places just freed. */
+static void vkp_i_lane_let_in(vkp_i_lane *lane)
+{
+    VKP_I_LOCK(&lane->channel->mutex);
+    vkp_i_lane_admit(lane);
+    VKP_I_UNLOCK(&lane->channel->mutex);
+}
+
+/* Nothing was there: EMPTY, CLOSED, or OK when something just came. */
+static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
+{
+    const vkp_i_lane *lane = &channel->lane;
+    if (VKP_I_LOAD_ACQ(&channel->ended) == 0) {
+        return VKP_ERR_EMPTY;
+    }
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        if (VKP_I_LOAD_ACQ(&lane->tail) >> 1 != VKP_I_LOAD(&lane->head)) {
+            return vkp_i_channel_find(channel) != NULL ? VKP_OK : VKP_ERR_EMPTY;
+        }
+    }
+    return VKP_ERR_CLOSED;
+}
+
+/* The way of nearly every value: it is there, and nobody waits for its place. */
+static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
+{
+    vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    if (!lane->plain || ring == NULL || (head + 1) % VKP_I_LANE_TURN == 0 ||
+        VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head)) != vkp_i_stamp(head)) {
+        return false;
+    }
+    VKP_I_COPY_OUT(out, vkp_i_ring_item(ring, head), ring->elem_bytes);
+    VKP_I_STORE_REL(&lane->head, head + 1);
+    if (vkp_i_gate_check(&lane->tx_waiting, false) != 0) {
+        vkp_i_lane_let_in(lane);
+    }
+    return true;
+}
+
+/* Up to `capacity` values from the ring where the head is. Senders hear of their places in bunches,
+   so that the line they look at does not change hands for each.                                */
+static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
+{
+    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    uint64_t cost = VKP_I_LOAD(&lane->taken_cost);
+    size_t taken = 0;
+    while (taken < capacity && VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head)) == vkp_i_stamp(head)) {
+        const uint8_t *item = vkp_i_ring_item(ring, head);
+        VKP_I_COPY_OUT(out, item, ring->elem_bytes);
+        if (lane->channel->config.capacity_bytes != 0) {
+            cost += vkp_i_channel_cost(lane->channel, item);
+            VKP_I_STORE(&lane->taken_cost, cost);
+        }
+        out += ring->elem_bytes;
+        taken++;
+        head++;
+        if (taken % VKP_I_BUNCH == 0) {
+            VKP_I_STORE_REL(&lane->head, head);
+        }
+    }
+    VKP_I_STORE_REL(&lane->head, head);
+    return taken;
+}
+
+/* Values are out: let senders in who could not know. The lock is taken where it is not held. */
+static void vkp_i_lane_freed(vkp_i_lane *lane)
+{
+    vkp_i_channel *channel = lane->channel;
+    if (channel->evicts) {
+        vkp_i_lane_admit(lane);
+    } else if (vkp_i_gate_check(&lane->tx_waiting, channel->fenced) != 0) {
+        vkp_i_lane_let_in(lane);
+    }
+}
+
+static void vkp_i_channel_freed(vkp_i_channel *channel)
+{
+    vkp_i_lane *lane = &channel->lane;
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        vkp_i_lane_freed(lane);
+    }
+}
+
+/* Where senders may take the oldest value, receiving needs the mutex, too. */
+static void vkp_i_channel_hold(vkp_i_channel *channel)
+{
+    if (channel->evicts) {
+        VKP_I_LOCK(&channel->mutex);
+    }
+}
+
+static void vkp_i_channel_release(vkp_i_channel *channel)
+{
+    if (channel->evicts) {
+        VKP_I_UNLOCK(&channel->mutex);
+    }
+}
+
+/* Locked: an empty lane gives back what a burst made it take. Its last ticket is frozen, received,
+   and so no sender holds the ring.                                                             */
+static void vkp_i_lane_trim(vkp_i_lane *lane)
+{
+    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
+    uint64_t ticket;
+    if (ring == NULL || VKP_I_LOAD(&lane->ring)->bytes <= VKP_I_RING_KEEP) {
+        return;
+    }
+    ticket = vkp_i_lane_freeze(lane);
+    if (vkp_i_lane_oldest(lane) == NULL && ticket == VKP_I_LOAD(&lane->head)) {
+        ring = VKP_I_LOAD(&lane->rx_ring);
+        VKP_I_STORE_REL(&lane->ring, (vkp_i_ring *)NULL);
+        VKP_I_STORE_REL(&lane->room, (uint64_t)0);
+        VKP_I_STORE_REL(&lane->rx_ring, (vkp_i_ring *)NULL);
+        vkp_i_ring_close(lane->channel->config.env, ring);
+    }
+    vkp_i_lane_thaw(lane, ticket);
+}
+
+static void vkp_i_lane_free(vkp_i_lane *lane)
+{
+    const vkp_env *env = lane->channel->config.env;
+    (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
+    vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
+    if (lane != &lane->channel->lane) {
+        vkp_i_free(env, VKP_I_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
+    }
+}
+
+/* Locked: before the receiver waits, what bursts and senders left behind goes. */
+static void vkp_i_channel_tidy(vkp_i_channel *channel)
+{
+    vkp_i_lane *before = &channel->lane;
+    vkp_i_lane_trim(before);
+    while (VKP_I_LOAD(&before->next) != NULL) {
+        vkp_i_lane *lane = VKP_I_LOAD(&before->next);
+        if (VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
+            VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head)) {
+            VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
+            channel->rx_lane = &channel->lane;
+            (void)VKP_I_SUB(&channel->dead_lanes, (size_t)1);
+            vkp_i_lane_free(lane);
+        } else {
+            vkp_i_lane_trim(lane);
+            before = lane;
+        }
+    }
+}
+
+/* EMPTY, CLOSED, or OK with up to `capacity` values. */
+static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
+                                         size_t *count)
+{
+    vkp_status status = VKP_OK;
+    size_t taken = 0;
+    vkp_i_lane *lane;
+    vkp_i_channel_hold(channel);
+    lane = vkp_i_channel_find(channel);
+    if (lane == NULL) {
+        status = vkp_i_channel_end(channel);
+        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
+        if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
+            VKP_I_LOCK(&channel->mutex); /* for a receiver that only looks, and never waits */
+            vkp_i_channel_tidy(channel);
+            VKP_I_UNLOCK(&channel->mutex);
+        }
+    }
+    while (lane != NULL && taken < capacity) {
+        uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
+        size_t turn = VKP_I_LANE_TURN - (size_t)(VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN);
+        taken += vkp_i_lane_take(lane, to, VKP_I_MIN(capacity - taken, turn));
+        if (VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN == 0 || taken < capacity) {
+            channel->rx_lane = vkp_i_lane_after(lane);
+        }
+        lane = taken < capacity ? vkp_i_channel_find(channel) : NULL;
+    }
+    if (taken > 0) {
+        *count = taken;
+    }
+    vkp_i_channel_freed(channel);
+    vkp_i_channel_release(channel);
+    return status;
+}
+
+/* Whether a receive would give a value, or CLOSED. */
+static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
+{
+    bool ready;
+    vkp_i_channel_hold(channel);
+    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
+    vkp_i_channel_freed(channel); /* places that were given back were passed */
+    vkp_i_channel_release(channel);
+    return ready;
+}
+
+static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&channel->mutex);
+    if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&channel->receiver)) {
+        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+    }
+    VKP_I_UNLOCK(&channel->mutex);
+}
+
+/* Link the receiver's waiter; false, and not linked, when a receive would not be EMPTY. */
+static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
+{
+    VKP_I_LOCK(&channel->mutex);
+    vkp_i_channel_tidy(channel);
+    vkp_i_waiter_link(&channel->receiver, waiter);
+    vkp_i_gate_open(&channel->flags, VKP_I_RX_WAITING);
+    VKP_I_UNLOCK(&channel->mutex);
+    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    if (!vkp_i_channel_is_ready(channel)) {
+        return true;
+    }
+    vkp_i_channel_leave(channel, waiter);
+    return false;
+}
+
+/* A receiver that follows a stream too closely takes each cache line from its sender while that one
+   writes it. After a short burst, but not after a single value, which may be one of a dialogue,
+   it lets some gather.                                                                         */
+static void vkp_i_lane_linger(vkp_i_lane *lane, uint32_t spins)
+{
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    uint64_t burst = head - lane->lingered;
+    uint32_t i;
+    lane->lingered = head;
+    if (burst >= 2 && burst < VKP_I_LINGER_BURST) {
+        uint64_t most =
+            VKP_I_MIN(VKP_I_LINGER_PAUSES, VKP_I_LOAD(&lane->room) / VKP_I_LINGER_SHARE);
+        for (i = 0; i < most && i < spins; i++) {
+            VKP_I_PAUSE();
+        }
+    }
+}
+
+static vkp_status vkp_i_case_recv_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    size_t count;
+    (void)wait;
+    return vkp_i_channel_try_recv((vkp_i_channel *)each->i_object, each->i_out, 1, &count);
+}
+
+static vkp_status vkp_i_case_recv_many_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_batch *batch = (vkp_i_batch *)each->i_out;
+    (void)wait;
+    return vkp_i_channel_try_recv((vkp_i_channel *)each->i_object, batch->out, batch->capacity,
+                                  &batch->count);
+}
+
+static bool vkp_i_case_recv_is_ready(const vkp_case *each)
+{
+    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object);
+}
+
+static bool vkp_i_case_recv_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_channel_join((vkp_i_channel *)each->i_object, &wait->node);
+}
+
+static void vkp_i_case_recv_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_channel_leave((vkp_i_channel *)each->i_object, &wait->node);
+}
+
+static const vkp_env *vkp_i_case_recv_env(const vkp_case *each)
+{
+    return ((vkp_i_channel *)each->i_object)->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_recv = {vkp_i_case_recv_attempt, vkp_i_case_recv_is_ready,
+                                                vkp_i_case_recv_join, vkp_i_case_recv_leave,
+                                                vkp_i_case_recv_env};
+static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attempt,
+                                                     vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
+                                                     vkp_i_case_recv_leave, vkp_i_case_recv_env};
+
+/* Worth to try again: what a receiver that waits awake looks at. */
+static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
+{
+    return channel->evicts
+               ? vkp_i_channel_is_ready(channel)
+               : vkp_i_channel_find(channel) != NULL || VKP_I_LOAD(&channel->ended) != 0;
+}
+
+/* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
+static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
+                                  vkp_cancel *cancel, uint64_t deadline_ns)
+{
+    vkp_i_channel *channel = rx->channel;
+    const vkp_sys *sys = vkp_i_sys(channel->config.env);
+    vkp_i_spin spin = {0, 0};
+    vkp_i_batch batch;
+    vkp_case cases[2];
+    vkp_i_wait waits[2];
+    size_t won;
+    vkp_status status;
+    if (deadline_ns != 0) {
+        vkp_i_lane_linger(channel->rx_lane, channel->spins);
+        while (vkp_i_spin_again(&spin, sys, channel->spins) &&
+               !vkp_i_channel_looks_ready(channel)) {
+        }
+        if (capacity == 1 && vkp_i_lane_recv_fast(channel->rx_lane, out)) {
+            *count = 1;
+            return VKP_OK;
+        }
+    }
+    batch.out = out;
+    batch.capacity = capacity;
+    cases[0] = vkp_i_case(&vkp_i_case_recv_many, channel, &batch);
+    cases[1] = vkp_case_cancel(cancel);
+    status = vkp_i_select(cases, 2, 0, waits, sys, 0, deadline_ns, &won);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (won == 1) {
+        return VKP_ERR_CANCELLED;
+    }
+    if (cases[0].status == VKP_OK) {
+        *count = batch.count;
+    }
+    return cases[0].status;
+}
+
+VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_lane_recv_fast(rx->channel->rx_lane, out)
+               ? VKP_OK
+               : vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
+}
+
+VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
+                                      uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
+    return vkp_i_mpsc_recv(rx, out, capacity, count, NULL, deadline_ns);
+}
+
+VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
+{
+    size_t count;
+    VKP_I_REQUIRE(rx != NULL && out != NULL);
+    return vkp_i_lane_recv_fast(rx->channel->rx_lane, out)
+               ? VKP_OK
+               : vkp_i_channel_try_recv(rx->channel, out, 1, &count);
+}
+
+VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
+{
+    vkp_i_lane *lane;
+    vkp_status status = VKP_OK;
+    VKP_I_REQUIRE(rx != NULL && item != NULL);
+    lane = vkp_i_channel_find(rx->channel);
+    if (lane == NULL) {
+        status = vkp_i_channel_end(rx->channel);
+        lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
+    }
+    vkp_i_channel_freed(rx->channel); /* places that were given back were passed */
+    if (lane != NULL) {
+        *item = vkp_i_lane_oldest(lane);
+    }
+    return status;
+}
+
+VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
+{
+    const vkp_i_lane *lane = &rx->channel->lane;
+    uint64_t count = 0;
+    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
+        /* A value may be received before the slow path moved tail. */
+        count += vkp_i_used(VKP_I_LOAD_ACQ(&lane->tail) >> 1, VKP_I_LOAD(&lane->head));
+    }
+    return (size_t)count;
+}
+
+VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx)
+{
+    return VKP_I_LOAD_ACQ(&rx->channel->ended) != 0;
+}

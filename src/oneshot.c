@@ -1,0 +1,314 @@
+/* ======================================================================================
+   >>impl-oneshot   One value, once, in the caller's memory
+   ======================================================================================
+   One state word decides who was first. Sender: value, then SENT (or ABANDONED) by an exchange;
+   receiver: CLOSED by an exchange, or nothing at all once it saw SENT. RX_WAITING and TX_WAITING
+   say that i_receiver or i_sender points to a waiter. Whoever finishes reads that pointer BEFORE
+   its exchange, as the slot may be gone after it, and marks the waiter when it is done with it; a
+   side that leaves its wait too late waits for that mark (the other one is between two
+   instructions). A side may wait more than once (a select that another case won): each wait is a
+   turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
+   one. A slot of the heap is freed by the second side to finish.                               */
+
+#define VKP_I_SLOT_SENT 1u
+#define VKP_I_SLOT_ABANDONED 2u
+#define VKP_I_SLOT_CLOSED 4u
+#define VKP_I_SLOT_ENDED (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED | VKP_I_SLOT_CLOSED)
+#define VKP_I_SLOT_RX_WAITING 8u
+#define VKP_I_SLOT_TX_WAITING 16u
+#define VKP_I_SLOT_HEAP 32u
+#define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
+
+VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
+                                    void (*drop)(void *user, void *item), void *user)
+{
+    VKP_I_REQUIRE(slot != NULL && elem_bytes > 0 && elem_bytes <= VKP_ONESHOT_BYTES);
+    VKP_I_STORE(&slot->i_state, 0u);
+    slot->i_elem_bytes = (uint32_t)elem_bytes;
+    slot->i_owner = NULL;
+    slot->i_detach = NULL;
+    slot->i_drop = drop;
+    slot->i_user = user;
+    slot->i_env = vkp_i_env(env);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
+                                    void (*drop)(void *user, void *item), void *user,
+                                    vkp_oneshot **slot)
+{
+    vkp_oneshot *self;
+    vkp_status status;
+    VKP_I_REQUIRE(slot != NULL);
+    self = (vkp_oneshot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    status = vkp_oneshot_init(self, env, elem_bytes, drop, user);
+    if (status != VKP_OK) {
+        vkp_i_free(vkp_i_env(env), self, sizeof *self);
+        return status;
+    }
+    VKP_I_STORE(&self->i_state, VKP_I_SLOT_HEAP);
+    *slot = self;
+    return VKP_OK;
+}
+
+/* Both sides are through. */
+static void vkp_i_oneshot_free(vkp_oneshot *slot, uint32_t state)
+{
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_free(slot->i_env, slot, sizeof *slot);
+    }
+}
+
+static void vkp_i_slot_wake(vkp_i_wait *wait)
+{
+    wait->node.wake(&wait->node);
+    VKP_I_STORE_REL(&wait->done, 1u);
+}
+
+/* End the sender's side, seen in `state`, with SENT or ABANDONED; false when the receiver closed
+   first.                                                                                      */
+static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
+{
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        bool waits = (state & VKP_I_SLOT_RX_WAITING) != 0;
+        vkp_i_wait *receiver = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver) : NULL;
+        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | outcome)) {
+            if (receiver != NULL) {
+                vkp_i_slot_wake(receiver);
+            }
+            return true;
+        }
+    }
+    if ((state & VKP_I_SLOT_CLOSED) != 0) {
+        vkp_i_oneshot_free(slot, state);
+    }
+    return false;
+}
+
+VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
+{
+    uint32_t state;
+    VKP_I_REQUIRE(slot != NULL && item != NULL);
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_REQUIRE((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
+    VKP_I_COPY_IN(slot->i_value.bytes, item, slot->i_elem_bytes);
+    return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
+}
+
+VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
+{
+    (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+}
+
+VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
+{
+    return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_CLOSED) != 0;
+}
+
+/* What the receiver's side has come to: EMPTY, or its end. */
+static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    vkp_status status = VKP_ERR_CLOSED;
+    if ((state & VKP_I_SLOT_ENDED) == 0) {
+        return VKP_ERR_EMPTY;
+    }
+    if ((state & VKP_I_SLOT_SENT) != 0) {
+        VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
+        status = VKP_OK;
+    }
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_oneshot_free(slot, state);
+    } else {
+        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    }
+    return status;
+}
+
+/* Close before the sender finished; false when it was first. */
+static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
+        vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
+        /* A heap slot may go with the exchange; it has no sender of the library's. */
+        void (*detach)(vkp_oneshot *) = slot->i_detach;
+        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
+            if (sender != NULL) {
+                vkp_i_slot_wake(sender);
+            }
+            if (detach != NULL) {
+                detach(slot);
+            }
+            return true;
+        }
+    }
+    return false;
+}
+
+VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
+{
+    uint32_t state;
+    if (vkp_i_oneshot_shut(slot)) {
+        return;
+    }
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & VKP_I_SLOT_SENT) != 0 && slot->i_drop != NULL) {
+        slot->i_drop(slot->i_user, slot->i_value.bytes);
+    }
+    if ((state & VKP_I_SLOT_HEAP) != 0) {
+        vkp_i_oneshot_free(slot, state);
+    } else {
+        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    }
+}
+
+/* Wait on one side for an end of the slot; false, and not waiting, when it has one. */
+static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
+{
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    VKP_I_STORE(&waiter->done, 0u);
+    if (side == VKP_I_SLOT_RX_WAITING) {
+        VKP_I_STORE(&slot->i_receiver, (void *)waiter);
+    } else {
+        VKP_I_STORE(&slot->i_sender, (void *)waiter);
+    }
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        if (VKP_I_CAS(&slot->i_state, &state, (state + VKP_I_SLOT_TURN) | side)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The end of a wait that join began: the waiter may go when this returns. */
+static void vkp_i_oneshot_leave(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
+{
+    uint32_t state;
+    vkp_i_backoff backoff = {0};
+    if (VKP_I_LOAD_ACQ(&waiter->done) != 0) {
+        return;
+    }
+    state = VKP_I_LOAD_ACQ(&slot->i_state);
+    while ((state & VKP_I_SLOT_ENDED) == 0) {
+        if (VKP_I_CAS(&slot->i_state, &state, state & ~side)) {
+            return;
+        }
+    }
+    while (VKP_I_LOAD_ACQ(&waiter->done) == 0) {
+        vkp_i_back_off(&backoff, vkp_i_sys(slot->i_env));
+    }
+}
+
+static bool vkp_i_oneshot_has_ended(const vkp_case *each)
+{
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_ENDED) != 0;
+}
+
+static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
+{
+    return ((vkp_oneshot *)each->i_object)->i_env;
+}
+
+static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    vkp_status status;
+    if (!vkp_i_oneshot_has_ended(each)) {
+        return VKP_ERR_EMPTY;
+    }
+    if (wait != NULL) {
+        vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
+    }
+    status = vkp_i_oneshot_take(slot, each->i_out);
+    each->i_kind = &vkp_i_case_kind_never; /* the slot may be gone */
+    return status;
+}
+
+static bool vkp_i_case_oneshot_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_RX_WAITING);
+}
+
+static void vkp_i_case_oneshot_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_oneshot_leave((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_RX_WAITING);
+}
+
+static const vkp_i_case_kind vkp_i_case_oneshot = {
+    vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
+    vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
+
+static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    (void)wait;
+    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+}
+
+static bool vkp_i_case_oneshot_closed_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_oneshot_leave((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
+    vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
+    vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
+
+VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadline_ns)
+{
+    vkp_status status;
+    VKP_I_REQUIRE(slot != NULL && out != NULL);
+    status = vkp_i_oneshot_take(slot, out);
+    if (status != VKP_ERR_EMPTY) {
+        return status;
+    }
+    if (deadline_ns != 0) {
+        const vkp_env *env = slot->i_env;
+        vkp_case receive = vkp_i_case(&vkp_i_case_oneshot, slot, out);
+        vkp_i_spin spin = {0, 0};
+        uint32_t spins = vkp_i_spins(env);
+        while (vkp_i_spin_again(&spin, vkp_i_sys(env), spins) &&
+               !vkp_i_oneshot_has_ended(&receive)) {
+        }
+        status = vkp_i_select_few(&receive, 1, env, 0, deadline_ns);
+        if (status != VKP_ERR_TIMEOUT) {
+            return status;
+        }
+    }
+    /* A value that comes with the deadline is received: whoever ends the slot first has it. */
+    return vkp_i_oneshot_shut(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
+}
+
+VKP_API vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out)
+{
+    VKP_I_REQUIRE(slot != NULL && out != NULL);
+    return vkp_i_oneshot_take(slot, out);
+}
+
+VKP_API vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns)
+{
+    vkp_case closed;
+    VKP_I_REQUIRE(slot != NULL);
+    closed = vkp_i_case(&vkp_i_case_oneshot_closed, slot, NULL);
+    return vkp_i_select_few(&closed, 1, slot->i_env, 0, deadline_ns);
+}
+
+VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out)
+{
+    return slot != NULL ? vkp_i_case(&vkp_i_case_oneshot, slot, out) : vkp_case_never();
+}
+
+VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot)
+{
+    return slot != NULL ? vkp_i_case(&vkp_i_case_oneshot_closed, slot, NULL) : vkp_case_never();
+}

@@ -1,0 +1,753 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-commands   Relay: commands
+   ====================================================================================== */
+
+/* ---- commands ---- */
+
+#define VKP_I_CMD_ORDER 0x0100u  /* waits until all answers are out */
+#define VKP_I_CMD_LOCAL 0x0200u  /* answered here, server or not */
+#define VKP_I_CMD_ALONE 0x0400u  /* answered here stand-alone, else forwarded */
+#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a subscribed RESP2 client */
+#define VKP_I_CMD_BLOCKS 0x1000u /* refused: it would block everybody */
+#define VKP_I_CMD_STATE 0x2000u  /* refused: it would change the shared connection */
+#define VKP_I_CMD_MULTI 0x4000u  /* runs inside MULTI instead of being held */
+#define VKP_I_CMD_MAYBE 0x8000u  /* refused with a BLOCK argument */
+
+typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
+
+typedef struct vkp_i_command {
+    const char *name; /* lower case; the table is sorted */
+    vkp_i_command_fn run;
+    uint32_t flags; /* and the shape in the low byte */
+} vkp_i_command;
+
+static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
+                              const vkp_str *argv)
+{
+    if (argc < least || argc > most) {
+        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
+                          vkp_i_verb_of(argv[0]).text);
+        return false;
+    }
+    return true;
+}
+
+static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    bool subscribed =
+        vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0;
+    if (!vkp_i_local_arity(local, argc, 1, 2, argv)) {
+        return;
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (subscribed && local->member.protocol == 2) {
+        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 2);
+        vkp_resp_put_bulk(&writer, "pong", 4);
+        vkp_resp_put_bulk(&writer, argc > 1 ? argv[1].ptr : "", argc > 1 ? argv[1].len : 0);
+    } else if (argc > 1) {
+        vkp_resp_put_bulk(&writer, argv[1].ptr, argv[1].len);
+    } else {
+        vkp_i_local_answer_static(local, "+PONG\r\n");
+        return;
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    if (vkp_i_local_arity(local, argc, 2, 2, argv)) {
+        vkp_resp_writer_init(&writer, local->shard->relay->env);
+        vkp_resp_put_bulk(&writer, argv[1].ptr, argv[1].len);
+        vkp_i_local_answer_writer(local, &writer);
+    }
+}
+
+/* A name of printable bytes without blanks, as servers want it. NULL and an error otherwise. */
+static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
+{
+    const vkp_env *env = local->shard->relay->env;
+    char *copy = NULL;
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
+                                     "characters.");
+            return false;
+        }
+    }
+    if (name.len > 0) {
+        copy = (char *)vkp_i_alloc(env, name.len + 1);
+        if (copy == NULL) {
+            vkp_i_local_fail(local);
+            return false;
+        }
+        memcpy(copy, name.ptr, name.len);
+        copy[name.len] = '\0';
+    }
+    vkp_i_free_text(env, local->name);
+    local->name = copy;
+    return true;
+}
+
+static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
+{
+    if (protocol == 3) {
+        vkp_resp_put_aggregate(writer, VKP_MAP, pairs);
+    } else {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, pairs * 2);
+    }
+}
+
+static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
+{
+    vkp_resp_put_bulk(writer, text, strlen(text));
+}
+
+static void vkp_i_local_greet(vkp_i_local *local)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_map(&writer, local->member.protocol, 7);
+    vkp_i_put_text(&writer, "server");
+    vkp_i_put_text(&writer, "valkey-push-relay");
+    vkp_i_put_text(&writer, "version");
+    vkp_i_put_text(&writer, VKP_VERSION_STR);
+    vkp_i_put_text(&writer, "proto");
+    vkp_resp_put_integer(&writer, local->member.protocol);
+    vkp_i_put_text(&writer, "id");
+    vkp_resp_put_integer(&writer, (int64_t)local->id);
+    vkp_i_put_text(&writer, "mode");
+    vkp_i_put_text(&writer, "standalone");
+    vkp_i_put_text(&writer, "role");
+    vkp_i_put_text(&writer, "master");
+    vkp_i_put_text(&writer, "modules");
+    vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static const char vkp_i_no_auth[] =
+    "ERR the relay takes no passwords: its socket's permissions decide who may connect";
+
+static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    int protocol = local->member.protocol;
+    vkp_str name = vkp_i_str(NULL, 0);
+    size_t i = 2;
+    if (argc > 1) {
+        if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
+            bool number = argv[1].len > 0 && argv[1].len < 19;
+            for (i = 0; i < argv[1].len; i++) {
+                number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
+            }
+            vkp_i_local_error(local, "%s",
+                              number ? "NOPROTO unsupported protocol version"
+                                     : "ERR Protocol version is not an integer or "
+                                       "out of range");
+            return;
+        }
+        protocol = argv[1].ptr[0] - '0';
+    }
+    while (i < argc) {
+        if (vkp_i_str_is(argv[i], "SETNAME") && i + 1 < argc) {
+            name = argv[i + 1];
+            i += 2;
+        } else if (vkp_i_str_is(argv[i], "AUTH") && i + 2 < argc) {
+            vkp_i_local_error(local, "%s", vkp_i_no_auth);
+            return;
+        } else {
+            vkp_i_local_error(local, "ERR Syntax error in HELLO option '%.*s'",
+                              VKP_I_SHORT(argv[i]));
+            return;
+        }
+    }
+    if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
+        local->member.protocol = protocol;
+        vkp_i_local_greet(local);
+    }
+}
+
+static void vkp_i_run_auth(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_error(local, "%s", vkp_i_no_auth);
+}
+
+static void vkp_i_multi_free(vkp_i_local *local)
+{
+    const vkp_env *env = local->shard->relay->env;
+    vkp_i_multi *multi = local->multi;
+    if (multi != NULL) {
+        vkp_resp_writer_deinit(&multi->block);
+        vkp_i_free(env, multi->shapes, multi->capacity);
+        vkp_i_free(env, multi, sizeof *multi);
+        local->multi = NULL;
+    }
+}
+
+static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_multi_free(local);
+    vkp_i_local_part_all(local);
+    (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
+    local->member.protocol = 2;
+    vkp_i_local_answer_static(local, "+RESET\r\n");
+}
+
+static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_answer_static(local, "+OK\r\n");
+    vkp_conn_drain(local->member.conn);
+}
+
+static void vkp_i_local_client_info(vkp_i_local *local)
+{
+    char text[320];
+    vkp_resp_writer writer;
+    const uint32_t *counts = local->member.counts;
+    (void)snprintf(text, sizeof text,
+                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
+                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
+                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_CHANNEL],
+                   (unsigned)counts[VKP_PATTERN], (unsigned)counts[VKP_SHARD],
+                   local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_text(&writer, text);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        uint32_t shape);
+
+static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
+                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR", "CAPA"};
+    vkp_resp_writer writer;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    for (i = 0; i < sizeof refused / sizeof refused[0]; i++) {
+        if (vkp_i_str_is(argv[1], refused[i])) {
+            vkp_i_local_error(local,
+                              "ERR CLIENT %s cannot be shared: it would change the relay's "
+                              "one upstream connection",
+                              refused[i]);
+            return;
+        }
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (vkp_i_str_is(argv[1], "ID")) {
+        vkp_resp_put_integer(&writer, (int64_t)local->id);
+        vkp_i_local_answer_writer(local, &writer);
+    } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
+        if (vkp_i_local_set_name(local, argv[2])) {
+            vkp_i_local_answer_static(local, "+OK\r\n");
+        }
+    } else if (vkp_i_str_is(argv[1], "GETNAME")) {
+        if (local->name != NULL) {
+            vkp_i_put_text(&writer, local->name);
+        } else {
+            vkp_resp_put_raw(&writer, local->member.protocol == 3 ? "_\r\n" : "$-1\r\n",
+                             local->member.protocol == 3 ? 3 : 5);
+        }
+        vkp_i_local_answer_writer(local, &writer);
+    } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
+        vkp_i_local_answer_static(local, "+OK\r\n"); /* told to nobody */
+    } else if (vkp_i_str_is(argv[1], "INFO")) {
+        vkp_i_local_client_info(local);
+    } else if (local->shard->relay->client != NULL) {
+        vkp_i_local_forward_command(local, argc, argv, 0);
+    } else {
+        vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
+                          VKP_I_SHORT(argv[1]));
+    }
+}
+
+static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_PATTERN
+                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SHARD
+                                                             : VKP_CHANNEL;
+    const uint32_t *counts = local->member.counts;
+    size_t names = (size_t)counts[0] + counts[1] + counts[2];
+    size_t most = local->shard->relay->max_subscriptions;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    if (names > most || argc - 1 > most - names) {
+        vkp_i_local_error(local, "ERR more than %zu subscriptions of one client", most);
+        return;
+    }
+    vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);
+}
+
+static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    char first = vkp_i_lower(argv[0].ptr[0]);
+    vkp_sub_kind kind = first == 'p' ? VKP_PATTERN : first == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
+}
+
+#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* bytes of pushes on their way to a shard */
+
+/* Send a push to another shard's loop. Takes its reference. */
+static void vkp_i_shard_forward(vkp_i_shard *shard, vkp_push *push)
+{
+    if (vkp_mpsc_try_send(shard->pushes, push) != VKP_OK) {
+        (void)VKP_I_ADD(&shard->relay->lagged, (uint64_t)1);
+        vkp_i_log(shard->relay->env, VKP_LOG_ERROR,
+                  "a loop lags by %zu MiB: a message is lost to its clients",
+                  VKP_I_SHARD_LAG >> 20);
+        vkp_push_unref(push);
+    }
+}
+
+/* Stand-alone: to the members here, and to the other shards as a push. */
+static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_i_shard *shard = local->shard;
+    vkp_relay *relay = shard->relay;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_resp_writer writer;
+    size_t receivers;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 3, 3, argv)) {
+        return;
+    }
+    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    receivers = relay->shard_count > 1 ? vkp_i_census_receivers(relay, kind, argv[1]) : 0;
+    for (i = 0; i < relay->shard_count && receivers > 0; i++) {
+        vkp_push push;
+        if (&relay->shards[i] == shard) {
+            continue;
+        }
+        memset(&push, 0, sizeof push);
+        push.kind = kind == VKP_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
+        push.sub = kind;
+        vkp_resp_writer_init(&writer, relay->env);
+        vkp_resp_put_raw(&writer, argv[1].ptr, argv[1].len);
+        vkp_resp_put_raw(&writer, argv[2].ptr, argv[2].len);
+        if (vkp_resp_writer_take(&writer, &push.frame) == VKP_OK) {
+            push.channel = vkp_i_str(push.frame.data, argv[1].len);
+            push.payload = vkp_i_str(push.frame.data + argv[1].len, argv[2].len);
+            vkp_i_shard_forward(&relay->shards[i], &push);
+        }
+    }
+    i = vkp_hub_publish(shard->hub, kind, argv[1], argv[2]);
+    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)i);
+    vkp_resp_writer_init(&writer, relay->env);
+    vkp_resp_put_integer(&writer, (int64_t)(relay->shard_count > 1 ? receivers : i));
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
+                               const vkp_str *pattern)
+{
+    vkp_i_map_node *node = NULL;
+    size_t count = 0;
+    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+        count += pattern == NULL || vkp_glob_match(*pattern, node->key) ? 1u : 0u;
+    }
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+        if (pattern == NULL || vkp_glob_match(*pattern, node->key)) {
+            vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
+        }
+    }
+}
+
+static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_resp_writer writer;
+    vkp_sub_kind kind;
+    vkp_str what;
+    bool known = true;
+    size_t i;
+    if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SHARD
+                                                                               : VKP_CHANNEL;
+    what = kind == VKP_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    vkp_resp_writer_init(&writer, relay->env);
+    VKP_I_LOCK(&relay->mutex);
+    if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
+        vkp_i_put_channels(&writer, relay, kind, argc == 3 ? &argv[2] : NULL);
+    } else if (vkp_i_str_is(what, "NUMSUB")) {
+        vkp_i_put_map(&writer, 2, argc - 2);
+        for (i = 2; i < argc; i++) {
+            vkp_resp_put_bulk(&writer, argv[i].ptr, argv[i].len);
+            vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
+        }
+    } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
+        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_PATTERN].count);
+    } else {
+        known = false;
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    if (known) {
+        vkp_i_local_answer_writer(local, &writer);
+    } else {
+        vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
+                          VKP_I_SHORT(argv[1]));
+    }
+}
+
+/* What client libraries ask on connect, stand-alone: no commands are described here. */
+static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (argc > 1 && vkp_i_str_is(argv[1], "COUNT")) {
+        vkp_resp_put_integer(&writer, 0);
+    } else if ((argc > 1 && vkp_i_str_is(argv[1], "DOCS")) || vkp_i_str_is(argv[0], "CONFIG")) {
+        vkp_i_put_map(&writer, local->member.protocol, 0);
+    } else {
+        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    char text[320];
+    vkp_resp_writer writer;
+    (void)argc;
+    (void)argv;
+    (void)snprintf(text, sizeof text,
+                   "# Server\r\nvalkey_push_version:%s\r\nredis_mode:standalone\r\n"
+                   "# Clients\r\nconnected_clients:%llu\r\n# Persistence\r\nloading:0\r\n",
+                   VKP_VERSION_STR, (unsigned long long)vkp_i_relay_count_clients(relay));
+    vkp_resp_writer_init(&writer, relay->env);
+    vkp_i_put_text(&writer, text);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+/* ---- MULTI ---- */
+
+static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    const vkp_env *env = local->shard->relay->env;
+    vkp_str verb = vkp_str_of("MULTI");
+    if (local->shard->relay->client == NULL) {
+        vkp_i_local_error(local, "ERR MULTI needs an upstream server: this relay stands alone");
+        return;
+    }
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        return;
+    }
+    if (local->multi != NULL) {
+        vkp_i_local_error(local, "ERR MULTI calls can not be nested");
+        return;
+    }
+    local->multi = (vkp_i_multi *)vkp_i_alloc_zero(env, sizeof *local->multi);
+    if (local->multi == NULL) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_resp_writer_init(&local->multi->block, env);
+    vkp_i_put_command(&local->multi->block, 1, &verb);
+    vkp_i_local_answer_static(local, "+OK\r\n");
+}
+
+static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    if (local->multi == NULL) {
+        vkp_i_local_error(local, "ERR DISCARD without MULTI");
+        return;
+    }
+    vkp_i_multi_free(local);
+    vkp_i_local_answer_static(local, "+OK\r\n");
+}
+
+static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_i_multi *multi = local->multi;
+    vkp_str verb = vkp_str_of("EXEC");
+    vkp_i_answer *answer;
+    vkp_bytes block;
+    uint32_t replies;
+    (void)argc;
+    (void)argv;
+    if (multi == NULL) {
+        vkp_i_local_error(local, "ERR EXEC without MULTI");
+        return;
+    }
+    if (multi->failed) {
+        vkp_i_multi_free(local);
+        vkp_i_local_error(local, "EXECABORT Transaction discarded because of previous errors.");
+        return;
+    }
+    vkp_i_put_command(&multi->block, 1, &verb);
+    replies = (uint32_t)multi->count + 2;
+    answer = vkp_i_answer_new(local, multi->count);
+    if (answer == NULL || vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
+        vkp_i_local_fail(local);
+        vkp_i_multi_free(local);
+        if (answer != NULL) { /* goes with the connection */
+            vkp_i_answer_home(&answer->task);
+        }
+        return;
+    }
+    if (multi->count > 0) {
+        memcpy(answer + 1, multi->shapes, multi->count);
+    }
+    vkp_i_multi_free(local);
+    vkp_i_local_forward(local, answer, &block, replies);
+    vkp_bytes_unref(&block);
+}
+
+/* Hold a command until EXEC. */
+static void vkp_i_multi_hold(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
+{
+    vkp_i_multi *multi = local->multi;
+    const vkp_env *env = local->shard->relay->env;
+    void *shapes = multi->shapes;
+    size_t i;
+    size_t bytes = multi->block.i_len;
+    for (i = 0; i < argc; i++) {
+        bytes += argv[i].len;
+    }
+    if (bytes > local->shard->relay->max_request_bytes) {
+        multi->failed = true;
+        vkp_i_local_error(local,
+                          "ERR the transaction is larger than the relay's limit of %zu bytes",
+                          local->shard->relay->max_request_bytes);
+        return;
+    }
+    if (!vkp_i_grow(env, &shapes, &multi->capacity, multi->count + 1, 1)) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    multi->shapes = (uint8_t *)shapes;
+    multi->shapes[multi->count++] = (uint8_t)shape;
+    vkp_i_put_command(&multi->block, argc, argv);
+    vkp_i_local_answer_static(local, "+QUEUED\r\n");
+}
+
+/* ---- dispatch ---- */
+
+#define VKP_I_SUBS (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_SUB2)
+#define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
+
+static const vkp_i_command vkp_i_commands[] = {
+    {"asking", NULL, VKP_I_CMD_STATE},
+    {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
+    {"blmove", NULL, VKP_I_CMD_BLOCKS},
+    {"blmpop", NULL, VKP_I_CMD_BLOCKS},
+    {"blpop", NULL, VKP_I_CMD_BLOCKS},
+    {"brpop", NULL, VKP_I_CMD_BLOCKS},
+    {"brpoplpush", NULL, VKP_I_CMD_BLOCKS},
+    {"bzmpop", NULL, VKP_I_CMD_BLOCKS},
+    {"bzpopmax", NULL, VKP_I_CMD_BLOCKS},
+    {"bzpopmin", NULL, VKP_I_CMD_BLOCKS},
+    {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
+    {"command", vkp_i_run_command, VKP_I_CMD_ALONE},
+    {"config", vkp_i_run_command, VKP_I_CMD_ALONE},
+    {"discard", vkp_i_run_discard, VKP_I_HERE},
+    {"echo", vkp_i_run_echo, VKP_I_CMD_ALONE},
+    {"exec", vkp_i_run_exec, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
+    {"geopos", NULL, VKP_I_SHAPE_NULL_ELEMENTS},
+    {"hello", vkp_i_run_hello, VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER},
+    {"hrandfield", NULL, VKP_I_SHAPE_FLAT},
+    {"info", vkp_i_run_info, VKP_I_CMD_ALONE},
+    {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"monitor", NULL, VKP_I_CMD_STATE},
+    {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
+    {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
+    {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"psync", NULL, VKP_I_CMD_STATE},
+    {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
+    {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
+    {"punsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
+    {"readonly", NULL, VKP_I_CMD_STATE},
+    {"readwrite", NULL, VKP_I_CMD_STATE},
+    {"replconf", NULL, VKP_I_CMD_STATE},
+    {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
+    {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"select", NULL, VKP_I_CMD_STATE},
+    {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
+    {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
+    {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"sync", NULL, VKP_I_CMD_STATE},
+    {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"unwatch", NULL, VKP_I_CMD_STATE},
+    {"wait", NULL, VKP_I_CMD_BLOCKS},
+    {"waitaof", NULL, VKP_I_CMD_BLOCKS},
+    {"watch", NULL, VKP_I_CMD_STATE},
+    {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
+    {"xread", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xreadgroup", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"zdiff", NULL, VKP_I_SHAPE_FLAT},
+    {"zinter", NULL, VKP_I_SHAPE_FLAT},
+    {"zmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zpopmax", NULL, VKP_I_SHAPE_FLAT},
+    {"zpopmin", NULL, VKP_I_SHAPE_FLAT},
+    {"zrandmember", NULL, VKP_I_SHAPE_FLAT},
+    {"zrange", NULL, VKP_I_SHAPE_FLAT},
+    {"zrangebyscore", NULL, VKP_I_SHAPE_FLAT},
+    {"zrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zrevrange", NULL, VKP_I_SHAPE_FLAT},
+    {"zrevrangebyscore", NULL, VKP_I_SHAPE_FLAT},
+    {"zrevrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"zunion", NULL, VKP_I_SHAPE_FLAT}};
+
+static const vkp_i_command *vkp_i_command_find(vkp_str name)
+{
+    char key[20];
+    size_t low = 0;
+    size_t high = sizeof vkp_i_commands / sizeof vkp_i_commands[0];
+    size_t i;
+    if (name.len == 0 || name.len >= sizeof key) {
+        return NULL;
+    }
+    for (i = 0; i < name.len; i++) {
+        key[i] = vkp_i_lower(name.ptr[i]);
+    }
+    key[name.len] = '\0';
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = strcmp(key, vkp_i_commands[middle].name);
+        if (order == 0) {
+            return &vkp_i_commands[middle];
+        }
+        if (order < 0) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return NULL;
+}
+
+/* The shape of this call: for some commands only a form with one argument more has it. */
+static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, const vkp_str *argv)
+{
+    uint32_t shape = command != NULL ? command->flags & 0xffu : 0;
+    bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
+    bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
+    return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
+}
+
+/* Refuse what cannot be shared; the reason is the answer. */
+static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+                               const vkp_str *argv)
+{
+    uint32_t flags = command != NULL ? command->flags : 0;
+    size_t i;
+    if ((flags & VKP_I_CMD_MAYBE) != 0) {
+        for (i = 1; i < argc && !vkp_i_str_is(argv[i], "STREAMS"); i++) {
+            if (vkp_i_str_is(argv[i], "BLOCK")) {
+                flags |= VKP_I_CMD_BLOCKS;
+            }
+        }
+    }
+    if ((flags & VKP_I_CMD_BLOCKS) != 0) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' cannot be shared: it would block the relay's one "
+                          "upstream connection; connect to the server itself",
+                          VKP_I_SHORT(argv[0]));
+    } else if ((flags & VKP_I_CMD_STATE) != 0) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' cannot be shared: it would change the state of the "
+                          "relay's one upstream connection; connect to the server itself",
+                          VKP_I_SHORT(argv[0]));
+    } else if (local->multi != NULL && (flags & VKP_I_CMD_LOCAL) != 0 &&
+               (flags & VKP_I_CMD_MULTI) == 0 && command->run != vkp_i_run_ping) {
+        vkp_i_local_error(local,
+                          "ERR '%.*s' inside MULTI cannot be shared: it belongs to this "
+                          "connection, not to the relay's",
+                          VKP_I_SHORT(argv[0]));
+    } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
+               vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0) {
+        vkp_i_local_error(local,
+                          "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
+                          "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
+                          "context",
+                          vkp_i_verb_of(argv[0]).text);
+        return true; /* as servers: this alone does not fail a transaction */
+    } else {
+        return false;
+    }
+    if (local->multi != NULL) {
+        local->multi->failed = true;
+    }
+    return true;
+}
+
+static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *request, uint32_t shape)
+{
+    vkp_i_answer *answer = vkp_i_answer_new(local, 0);
+    if (answer != NULL) {
+        answer->shape = (uint8_t)shape;
+        vkp_i_local_forward(local, answer, request, 1);
+    }
+}
+
+static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        uint32_t shape)
+{
+    vkp_resp_writer writer;
+    vkp_bytes request;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &request) != VKP_OK) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    vkp_i_local_forward_bytes(local, &request, shape);
+    vkp_bytes_unref(&request);
+}
+
+/* Run one command. `request`: its bytes, when they are a whole RESP array. False: not now, the
+   bytes must come again.                                                                      */
+static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                const vkp_bytes *request)
+{
+    vkp_relay *relay = local->shard->relay;
+    const vkp_i_command *command = vkp_i_command_find(argv[0]);
+    uint32_t flags = command != NULL ? command->flags : 0;
+    uint32_t shape = vkp_i_command_shape(command, argc, argv);
+    bool here =
+        (flags & VKP_I_CMD_LOCAL) != 0 || ((flags & VKP_I_CMD_ALONE) != 0 && relay->client == NULL);
+    if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+        return false;
+    }
+    if (vkp_i_local_refuse(local, command, argc, argv)) {
+        return true;
+    }
+    if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
+        vkp_i_multi_hold(local, argc, argv, shape);
+    } else if (here) {
+        command->run(local, argc, argv);
+    } else if (relay->client == NULL) {
+        vkp_i_local_error(local,
+                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
+                          "broker without a server",
+                          VKP_I_SHORT(argv[0]));
+    } else if (request != NULL) {
+        vkp_i_local_forward_bytes(local, request, shape);
+    } else {
+        vkp_i_local_forward_command(local, argc, argv, shape);
+    }
+    return true;
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,199 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-resp2   Relay: replies for clients of RESP2
+   ====================================================================================== */
+
+/* ---- conversion of replies ---- */
+
+/* Whether the bytes as received say the same in RESP2. */
+static bool vkp_i_value_is_resp2(const vkp_value *value)
+{
+    uint32_t i;
+    for (i = 0; i < value->span; i++) {
+        const vkp_value *each = &value[i];
+        bool plain = each->type == VKP_INTEGER || each->type == VKP_ARRAY ||
+                     (each->type == VKP_STRING && (each->flags & VKP_F_VERBATIM) == 0) ||
+                     (each->type == VKP_ERROR && (each->flags & VKP_F_SIMPLE) != 0);
+        if (!plain || each->attributes != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *each;
+    const vkp_value *inner;
+    size_t count = 0;
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        count += each->type == VKP_ARRAY ? each->len : 1;
+    }
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        if (each->type != VKP_ARRAY) {
+            vkp_resp_put_value(writer, each, 2);
+            continue;
+        }
+        for (inner = vkp_value_first(each); inner != NULL; inner = vkp_value_next(each, inner)) {
+            vkp_resp_put_value(writer, inner, 2);
+        }
+    }
+}
+
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
+
+/* Streams and their entries; an entry that was deleted has a null array for its fields. */
+static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *entry;
+    const vkp_value *each = vkp_value_first(value);
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len / 2);
+    while (each != NULL) {
+        const vkp_value *second = vkp_value_next(value, each);
+        if (second == NULL) {
+            break; /* a map has pairs */
+        }
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, 2);
+        vkp_resp_put_value(writer, each, 2);
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, second->len);
+        for (entry = vkp_value_first(second); entry != NULL;
+             entry = vkp_value_next(second, entry)) {
+            vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
+        }
+        each = vkp_value_next(value, second);
+    }
+}
+
+/* A RESP3 reply as the server would have given it to a RESP2 client. */
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
+{
+    const vkp_value *each;
+    if (value->type == VKP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
+        vkp_resp_put_raw(writer, "*-1\r\n", 5);
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
+        vkp_i_put_flat(writer, value);
+    } else if (value->type == VKP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
+        vkp_i_put_pairs(writer, value);
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+            vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
+        }
+    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+            bool last = vkp_value_next(value, each) == NULL;
+            vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
+        }
+    } else {
+        vkp_resp_put_value(writer, value, 2);
+    }
+}
+
+static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
+                            size_t count)
+{
+    const vkp_value *each;
+    size_t i = 0;
+    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
+        i++;
+    }
+}
+
+/* The reply in the client's protocol: the bytes as received where they say the same. */
+static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
+                                       const vkp_value *value, const vkp_bytes *frame,
+                                       vkp_bytes *out)
+{
+    vkp_resp_writer writer;
+    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    if (answer->protocol == 3
+            ? value->i_reserved == 0 && (value->type != VKP_NULL || value->flags == 0)
+            : !has_shape && vkp_i_value_is_resp2(value)) {
+        *out = vkp_bytes_ref(frame);
+        return VKP_OK;
+    }
+    vkp_resp_writer_init(&writer, env);
+    if (answer->protocol == 3) {
+        vkp_resp_put_value(&writer, value, 3);
+    } else if (answer->shape_count > 0 && value->type == VKP_ARRAY) {
+        vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
+    } else {
+        vkp_i_put_resp2(&writer, value, answer->shape);
+    }
+    return vkp_resp_writer_take(&writer, out);
+}
+
+static void vkp_i_answer_home(vkp_i_task *task)
+{
+    vkp_i_answer *answer = VKP_I_CONTAINER(task, vkp_i_answer, task);
+    vkp_i_local *local = answer->local;
+    answer->done = true;
+    local->held_bytes += answer->bytes.len;
+    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
+        local->held_bytes + local->member.conn->queued_bytes >
+            local->shard->relay->max_reply_bytes) {
+        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_SLOW, 0);
+    }
+    vkp_i_local_flush_answers(local);
+}
+
+/* On loop 0. The answer's client lives on its own loop: only its shard may be read here. */
+static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
+                                  const vkp_bytes *frame)
+{
+    vkp_i_answer *answer = (vkp_i_answer *)user;
+    vkp_i_shard *shard = answer->local->shard;
+    const vkp_env *env = shard->relay->env;
+    char text[160];
+    if (status == VKP_OK) {
+        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
+    }
+    if (status != VKP_OK) {
+        (void)snprintf(text, sizeof text, "%s",
+                       status == VKP_ERR_REFUSED
+                           ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the upstream connection was lost; the command may have run");
+        answer->bytes = vkp_i_error_bytes(env, text);
+    }
+    if (vkp_i_on_loop(shard->loop)) {
+        vkp_i_answer_home(&answer->task);
+        return;
+    }
+    answer->task.fn = vkp_i_answer_home;
+    if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
+        vkp_i_answer_home(&answer->task); /* that loop is closed: nobody else is there */
+    }
+}
+
+/* Send commands upstream and expect the last one's reply in the answer's place. */
+static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
+                                uint32_t replies)
+{
+    vkp_relay *relay = local->shard->relay;
+    char text[160];
+    vkp_status status;
+    answer->asked_bytes = commands->len;
+    local->asked_bytes += commands->len;
+    if (local->asked_bytes > VKP_I_MOST_ASKED) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+    }
+    vkp_i_local_throttle(local);
+    status = vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
+    if (status != VKP_OK) {
+        (void)snprintf(text, sizeof text, "%s",
+                       status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the relay is not connected to its upstream server");
+        answer->bytes = vkp_i_error_bytes(relay->env, text);
+        vkp_i_answer_home(&answer->task);
+    }
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,884 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-serve   Relay: clients, and the relay itself
+   ====================================================================================== */
+
+/* ---- requests ---- */
+
+__attribute__((format(printf, 2, 3))) static void
+vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
+{
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    (void)vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    vkp_i_log(local->shard->relay->env, VKP_LOG_INFO, "client %llu: protocol error: %s",
+              (unsigned long long)local->id, text);
+    (void)VKP_I_ADD(&local->shard->relay->protocol_errors, (uint64_t)1);
+    vkp_i_local_error(local, "ERR Protocol error: %s", text);
+    vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
+    vkp_i_local_proceed(local);
+}
+
+static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
+{
+    void *argv = shard->argv;
+    if (shard->argv_capacity > 65536 && argc < 1024) { /* a huge command was here */
+        vkp_i_free(shard->relay->env, argv, shard->argv_capacity * sizeof *shard->argv);
+        argv = NULL;
+        shard->argv_capacity = 0;
+    }
+    shard->argv = (vkp_str *)argv;
+    if (!vkp_i_grow(shard->relay->env, &argv, &shard->argv_capacity, argc, sizeof *shard->argv)) {
+        return false;
+    }
+    shard->argv = (vkp_str *)argv;
+    return true;
+}
+
+/* A command as an array of bulk strings. Returns bytes used, 0: none (wait, or leaving). */
+static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, size_t from)
+{
+    vkp_i_shard *shard = local->shard;
+    vkp_resp_reader *reader = local->reader != NULL ? local->reader : shard->reader;
+    const vkp_value *value = NULL;
+    const vkp_value *each;
+    vkp_bytes request;
+    size_t used = 0;
+    size_t argc = 0;
+    bool done = true;
+    vkp_status status =
+        vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
+    if (status == VKP_ERR_EMPTY) {
+        /* Keep the reader of a long command: it must not be read from its start again. */
+        if (reader == shard->reader && reader->count > 64) {
+            vkp_resp_reader *fresh;
+            if (vkp_resp_reader_open(&reader->config, &fresh) == VKP_OK) {
+                local->reader = reader;
+                shard->reader = fresh;
+            }
+        }
+        if (local->reader == NULL) {
+            vkp_resp_reader_reset(reader);
+        }
+        return 0;
+    }
+    if (status != VKP_OK) {
+        if (status == VKP_ERR_NOMEM) {
+            vkp_i_local_fail(local);
+        } else {
+            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_error(reader, NULL));
+        }
+        vkp_resp_reader_reset(reader);
+        return 0;
+    }
+    if (!vkp_i_shard_reserve_argv(shard, value->len)) {
+        vkp_i_local_fail(local);
+        return 0;
+    }
+    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+        if (each->type != VKP_STRING || each->flags != 0) {
+            vkp_i_local_protocol_error(local, "expected '$', an argument is no bulk string");
+            return 0;
+        }
+        shard->argv[argc++] = vkp_value_str(each);
+    }
+    if (argc > 0) {
+        request.data = in->data + from;
+        request.len = used;
+        request.block = in->block;
+        done = vkp_i_local_execute(local, argc, shard->argv, &request);
+    }
+    vkp_resp_reader_unref(local->reader);
+    local->reader = NULL;
+    if (!done) {
+        vkp_resp_reader_reset(shard->reader);
+    }
+    return done ? used : 0;
+}
+
+static int vkp_i_hex(char c)
+{
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
+}
+
+/* One escape of a double-quoted text, at the backslash. Returns its length. */
+static size_t vkp_i_unescape(const char *at, const char *end, char *out)
+{
+    static const char from[] = "nrtba";
+    static const char to[] = "\n\r\t\b\a";
+    const char *known;
+    if (end - at >= 4 && at[1] == 'x' && vkp_i_hex(at[2]) >= 0 && vkp_i_hex(at[3]) >= 0) {
+        *out = (char)(unsigned char)(vkp_i_hex(at[2]) * 16 + vkp_i_hex(at[3]));
+        return 4;
+    }
+    if (end - at < 2) {
+        *out = '\\';
+        return 1;
+    }
+    known = (const char *)memchr(from, at[1], sizeof from - 1);
+    *out = known != NULL ? to[known - from] : at[1];
+    return 2;
+}
+
+/* One word of an inline command from `at`, unquoted to `out`. A quote may begin within it, and ends
+   it. NULL: quotes are not balanced.                                                          */
+static const char *vkp_i_inline_word(const char *at, const char *end, char **out)
+{
+    char quote = '\0';
+    while (at < end) {
+        if (quote != '\0' && *at == quote) {
+            at++;
+            return at == end || *at == ' ' || *at == '\t' ? at : NULL;
+        }
+        if (quote == '\0' && (*at == ' ' || *at == '\t')) {
+            return at;
+        }
+        if (quote == '\0' && (*at == '"' || *at == '\'')) {
+            quote = *at++;
+            continue;
+        }
+        if (quote == '"' && *at == '\\') {
+            at += vkp_i_unescape(at, end, *out);
+        } else if (quote == '\'' && *at == '\\' && at + 1 < end && at[1] == '\'') {
+            **out = '\'';
+            at += 2;
+        } else {
+            **out = *at++;
+        }
+        (*out)++;
+    }
+    return quote == '\0' ? at : NULL;
+}
+
+/* Split a line into shard->argv. False: unbalanced quotes, or no memory (argc SIZE_MAX). */
+static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *end, size_t *argc)
+{
+    void *text = shard->inline_text;
+    char *out;
+    *argc = SIZE_MAX;
+    if (!vkp_i_grow(shard->relay->env, &text, &shard->inline_capacity, (size_t)(end - at) + 1, 1)) {
+        return false;
+    }
+    shard->inline_text = (char *)text;
+    out = shard->inline_text;
+    if (!vkp_i_shard_reserve_argv(shard, (size_t)(end - at) / 2 + 1)) {
+        return false;
+    }
+    *argc = 0;
+    while (at != NULL && at < end) {
+        char *start = out;
+        if (*at == ' ' || *at == '\t') {
+            at++;
+            continue;
+        }
+        at = vkp_i_inline_word(at, end, &out);
+        shard->argv[(*argc)++] = vkp_i_str(start, (size_t)(out - start));
+    }
+    return at != NULL;
+}
+
+#define VKP_I_INLINE_MAX 65536u
+
+/* A command as a line of words. Returns as vkp_i_local_take_array. */
+static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, size_t from)
+{
+    vkp_i_shard *shard = local->shard;
+    const char *line = (const char *)in->data + from;
+    size_t left = in->len - from;
+    const char *lf = (const char *)memchr(line, '\n', VKP_I_MIN(left, (size_t)VKP_I_INLINE_MAX));
+    const char *end;
+    size_t argc = 0;
+    if (lf == NULL) {
+        if (left >= VKP_I_INLINE_MAX) {
+            vkp_i_local_protocol_error(local, "too big inline request, %u bytes without a line end",
+                                       (unsigned)VKP_I_INLINE_MAX);
+        }
+        return 0;
+    }
+    end = lf > line && lf[-1] == '\r' ? lf - 1 : lf;
+    if (!vkp_i_shard_split(shard, line, end, &argc)) {
+        if (argc == SIZE_MAX) {
+            vkp_i_local_fail(local);
+        } else {
+            vkp_i_local_protocol_error(local, "unbalanced quotes in request");
+        }
+        return 0;
+    }
+    if (argc > 0 &&
+        (vkp_i_str_is(shard->argv[0], "POST") || vkp_i_str_is(shard->argv[0], "HOST:") ||
+         (argc == 3 && vkp_i_starts_with(shard->argv[2], "HTTP/")))) {
+        vkp_i_local_protocol_error(local, "this looks like HTTP");
+        return 0;
+    }
+    if (argc > 0 && !vkp_i_local_execute(local, argc, shard->argv, NULL)) {
+        return 0;
+    }
+    return (size_t)(lf - line) + 1;
+}
+
+static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    size_t used = 0;
+    uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
+                    VKP_I_LOCAL_FAILED;
+    local->refs++;
+    while (used < in->len && (local->flags & stop) == 0 &&
+           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_DOOMED)) == 0) {
+        size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
+                                            : vkp_i_local_take_inline(local, in, used);
+        if (step == 0) {
+            break;
+        }
+        used += step;
+    }
+    vkp_i_local_release(local);
+    return used;
+}
+
+/* ---- local clients ---- */
+
+static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    local->flags |= VKP_I_LOCAL_LEAVING;
+    if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+        vkp_conn_drain(conn);
+    }
+    return true;
+}
+
+static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
+{
+    (void)conn;
+    vkp_i_local_proceed((vkp_i_local *)user);
+}
+
+static void vkp_i_shard_told(vkp_i_shard *shard);
+static void vkp_i_relay_client_left(vkp_relay *relay);
+
+static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_i_local *local = (vkp_i_local *)user;
+    vkp_i_shard *shard = local->shard;
+    vkp_relay *relay = shard->relay;
+    vkp_i_log(relay->env, VKP_LOG_DEBUG, "client %llu: %s%s%s", (unsigned long long)local->id,
+              vkp_close_reason_str(reason), error != 0 ? ": " : "",
+              error != 0 ? strerror(error) : "");
+    if (reason == VKP_CLOSE_SLOW) {
+        (void)VKP_I_ADD(&relay->slow_closed, (uint64_t)1);
+    }
+    local->flags |= VKP_I_LOCAL_CLOSED;
+    vkp_i_local_part_all(local);
+    vkp_i_multi_free(local);
+    if (local->prev != NULL) {
+        local->prev->next = local->next;
+    } else {
+        shard->locals = local->next;
+    }
+    if (local->next != NULL) {
+        local->next->prev = local->prev;
+    }
+    shard->local_count--;
+    local->member.conn = NULL;
+    vkp_conn_unref(conn);
+    vkp_i_shard_told(shard);
+    vkp_i_relay_client_left(relay);
+    vkp_i_local_release(local);
+}
+
+static const vkp_conn_ops vkp_i_local_ops = {NULL,
+                                             vkp_i_local_on_data,
+                                             vkp_i_local_on_drain,
+                                             vkp_i_local_on_end,
+                                             vkp_i_local_on_close,
+                                             vkp_resp_frame_len};
+
+/* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
+static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
+{
+    vkp_relay *relay = shard->relay;
+    vkp_i_local *local = NULL;
+    vkp_conn *conn;
+    if (!shard->draining && !shard->loop->closed) {
+        local = (vkp_i_local *)vkp_i_alloc_zero(relay->env, sizeof *local);
+    }
+    if (local == NULL || vkp_i_conn_adopt(shard->loop, fd, shard->profile, true, &conn) != VKP_OK) {
+        vkp_i_free(relay->env, local, sizeof *local);
+        (void)shard->loop->sys->close(fd);
+        vkp_seat_leave(seat);
+        vkp_i_relay_client_left(relay);
+        return;
+    }
+    vkp_conn_set_seat(conn, seat);
+    local->member.conn = conn;
+    local->member.protocol = 2;
+    local->shard = shard;
+    local->refs = 1;
+    local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
+    local->answers_end = &local->answers;
+    local->next = shard->locals;
+    if (local->next != NULL) {
+        local->next->prev = local;
+    }
+    shard->locals = local;
+    shard->local_count++;
+    (void)VKP_I_ADD(&relay->refs, 1);
+    vkp_conn_set_user(conn, local);
+}
+
+/* ---- accepting, on loop 0 ---- */
+
+/* A descriptor on its way to another shard's loop. */
+typedef struct vkp_i_handover {
+    vkp_i_task task;
+    vkp_i_shard *shard;
+    struct vkp_i_handover *prev; /* of the shard; guarded by the relay's mutex */
+    struct vkp_i_handover *next;
+    vkp_seat *seat;
+    int fd; /* -1: the relay was let go meanwhile */
+} vkp_i_handover;
+
+static void vkp_i_handover_link(vkp_i_handover *handover)
+{
+    vkp_i_shard *shard = handover->shard;
+    VKP_I_LOCK(&shard->relay->mutex);
+    handover->prev = NULL;
+    handover->next = shard->handovers;
+    if (handover->next != NULL) {
+        handover->next->prev = handover;
+    }
+    shard->handovers = handover;
+    VKP_I_UNLOCK(&shard->relay->mutex);
+}
+
+static void vkp_i_handover_unlink(vkp_i_handover *handover)
+{
+    vkp_i_shard *shard = handover->shard;
+    VKP_I_LOCK(&shard->relay->mutex);
+    if (handover->prev != NULL) {
+        handover->prev->next = handover->next;
+    } else {
+        shard->handovers = handover->next;
+    }
+    if (handover->next != NULL) {
+        handover->next->prev = handover->prev;
+    }
+    VKP_I_UNLOCK(&shard->relay->mutex);
+}
+
+static void vkp_i_handover_home(vkp_i_task *task)
+{
+    vkp_i_handover *handover = VKP_I_CONTAINER(task, vkp_i_handover, task);
+    vkp_relay *relay = handover->shard->relay;
+    vkp_i_handover_unlink(handover);
+    if (handover->fd >= 0) {
+        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat);
+    }
+    vkp_i_free(relay->env, handover, sizeof *handover);
+    vkp_i_relay_release(relay);
+}
+
+static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
+{
+    vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
+    if (handover != NULL) {
+        handover->task.fn = vkp_i_handover_home;
+        handover->shard = shard;
+        handover->fd = fd;
+        handover->seat = seat;
+        (void)VKP_I_ADD(&relay->refs, 1);
+        vkp_i_handover_link(handover);
+        if (vkp_i_loop_queue(shard->loop, &handover->task)) {
+            return;
+        }
+        vkp_i_handover_unlink(handover);
+        vkp_i_free(relay->env, handover, sizeof *handover);
+        vkp_i_relay_release(relay);
+    }
+    (void)shard->loop->sys->close(fd);
+    vkp_seat_leave(seat);
+    vkp_i_relay_client_left(relay);
+}
+
+static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    vkp_i_shard *shard = &relay->shards[relay->next_shard++ % relay->shard_count];
+    if (shard == &relay->shards[0]) {
+        vkp_i_shard_adopt(shard, fd, seat);
+    } else {
+        vkp_i_relay_hand_over(relay, shard, fd, seat);
+    }
+}
+
+static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
+{
+    static const char *const texts[VKP_REFUSAL_COUNT] = {
+        "-ERR this user is not allowed here\r\n", "-ERR max number of clients reached\r\n",
+        "-ERR max number of clients of this user reached\r\n",
+        "-ERR the relay is out of descriptors or memory\r\n", "-ERR the relay is ending\r\n"};
+    vkp_relay *relay = (vkp_relay *)user;
+    vkp_range range;
+    range.base = texts[why];
+    range.len = strlen(texts[why]);
+    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
+}
+
+/* ---- nobody there ---- */
+
+static void vkp_i_relay_idle_over(vkp_timer *timer)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, idle_timer);
+    if (vkp_i_relay_count_clients(relay) == 0) {
+        relay->on_idle(relay->user);
+    }
+}
+
+static void vkp_i_relay_idle_begins(vkp_i_task *task)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, idle_task);
+    vkp_loop *loop = relay->shards[0].loop;
+    (void)VKP_I_XCHG(&relay->idle_queued, 0u);
+    if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
+        vkp_i_relay_count_clients(relay) == 0 &&
+        vkp_timer_start(loop, &relay->idle_timer, vkp_i_add_ns(loop->now_ns, relay->linger_ns), 0,
+                        vkp_i_relay_idle_over) != VKP_OK) {
+        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Any shard's loop. The last one's leaving starts the time to linger. */
+static void vkp_i_relay_client_left(vkp_relay *relay)
+{
+    if (relay->on_idle == NULL || vkp_i_relay_count_clients(relay) > 0 ||
+        VKP_I_XCHG(&relay->idle_queued, 1u) != 0) {
+        return;
+    }
+    (void)VKP_I_ADD(&relay->refs, 1);
+    if (!vkp_i_loop_queue(relay->shards[0].loop, &relay->idle_task)) {
+        vkp_i_relay_release(relay);
+    }
+}
+
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, const char *address, const char **bound)
+{
+    vkp_listener_config config;
+    vkp_listener *listener;
+    void *listeners;
+    vkp_status status;
+    VKP_I_REQUIRE(relay != NULL && address != NULL);
+    listeners = relay->listeners;
+    if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
+                    sizeof *relay->listeners)) {
+        return VKP_ERR_NOMEM;
+    }
+    relay->listeners = (vkp_listener **)listeners;
+    memset(&config, 0, sizeof config);
+    config.address = address;
+    config.registry = relay->registry;
+    config.gate = relay->gate;
+    config.on_fd = vkp_i_relay_on_fd;
+    config.on_refuse = vkp_i_relay_on_refuse;
+    config.conn.user = relay;
+    status = vkp_listener_open(relay->shards[0].loop, &config, &listener);
+    if (status == VKP_OK) {
+        relay->listeners[relay->listener_count++] = listener;
+        if (bound != NULL) {
+            *bound = vkp_listener_get_address(listener);
+        }
+    }
+    return status;
+}
+
+/* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
+
+static void vkp_i_shard_on_push(void *user, const vkp_push *push)
+{
+    vkp_i_shard *shard = (vkp_i_shard *)user;
+    vkp_relay *relay = shard->relay;
+    size_t count = relay->client != NULL
+                       ? vkp_hub_deliver(shard->hub, push)
+                       : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
+    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
+}
+
+static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    size_t i;
+    if (push->kind > VKP_PUSH_SMESSAGE) {
+        if (push->kind >= VKP_PUSH_CONNECTED) {
+            vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
+                      VKP_FMT(push->payload));
+        }
+        return;
+    }
+    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    vkp_i_shard_on_push(&relay->shards[0], push);
+    for (i = 1; i < relay->shard_count; i++) {
+        vkp_push copy = *push;
+        copy.frame = vkp_bytes_ref(&push->frame);
+        vkp_i_shard_forward(&relay->shards[i], &copy);
+    }
+}
+
+/* ---- draining ---- */
+
+static void vkp_i_relay_end(vkp_i_task *task)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, end_task);
+    vkp_timer_stop(&relay->drain_timer);
+    if (relay->client != NULL) {
+        vkp_client_close(relay->client);
+    }
+    if (relay->on_end != NULL) {
+        relay->on_end(relay->end_user);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* The last client of a draining shard left: the last shard tells loop 0. */
+static void vkp_i_shard_told(vkp_i_shard *shard)
+{
+    vkp_relay *relay = shard->relay;
+    if (!shard->draining || shard->gone || shard->local_count > 0) {
+        return;
+    }
+    shard->gone = true;
+    if (VKP_I_UNREF(&relay->live_shards) == 1) {
+        relay->end_task.fn = vkp_i_relay_end;
+        (void)VKP_I_ADD(&relay->refs, 1);
+        if (!vkp_i_loop_queue(relay->shards[0].loop, &relay->end_task)) {
+            vkp_i_relay_release(relay);
+        }
+    }
+}
+
+static void vkp_i_shard_drain(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, drain_task);
+    vkp_relay *relay = shard->relay;
+    vkp_i_local *local = shard->locals;
+    shard->draining = true;
+    while (local != NULL) {
+        vkp_i_local *next = local->next;
+        local->flags |= VKP_I_LOCAL_LEAVING;
+        if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+            vkp_i_local_leave(local);
+        } else {
+            vkp_conn_pause(local->member.conn); /* no new commands */
+        }
+        local = next;
+    }
+    vkp_i_shard_told(shard);
+    vkp_i_relay_release(relay);
+}
+
+static void vkp_i_shard_kill(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, kill_task);
+    vkp_relay *relay = shard->relay;
+    while (shard->locals != NULL) {
+        vkp_conn_close(shard->locals->member.conn);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Run a shard's task on its loop. */
+static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(vkp_i_task *task))
+{
+    task->fn = fn;
+    (void)VKP_I_ADD(&shard->relay->refs, 1);
+    if (!vkp_i_loop_queue(shard->loop, task)) {
+        vkp_i_relay_release(shard->relay);
+    }
+}
+
+static void vkp_i_relay_drain_over(vkp_timer *timer)
+{
+    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, drain_timer);
+    size_t i;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].kill_task, vkp_i_shard_kill);
+    }
+}
+
+VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
+                             void *user)
+{
+    size_t i;
+    if (relay->draining) {
+        return;
+    }
+    relay->draining = true;
+    relay->on_end = on_end;
+    relay->end_user = user;
+    vkp_timer_stop(&relay->idle_timer);
+    relay->live_shards = relay->shard_count;
+    for (i = 0; i < relay->listener_count; i++) {
+        vkp_listener_close(relay->listeners[i]);
+    }
+    if (vkp_timer_start(relay->shards[0].loop, &relay->drain_timer, deadline_ns, 0,
+                        vkp_i_relay_drain_over) != VKP_OK) {
+        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
+    }
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].drain_task, vkp_i_shard_drain);
+    }
+}
+
+/* ---- opening, closing ---- */
+
+/* The loops do not run: what was handed to them is closed now, the tasks find nothing later. */
+static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
+{
+    vkp_i_handover *each;
+    VKP_I_LOCK(&relay->mutex);
+    for (each = shard->handovers; each != NULL; each = each->next) {
+        (void)shard->loop->sys->close(each->fd);
+        vkp_seat_leave(each->seat);
+        each->fd = -1;
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+}
+
+VKP_API void vkp_relay_unref(vkp_relay *relay)
+{
+    size_t i;
+    if (relay == NULL) {
+        return;
+    }
+    for (i = 0; i < relay->listener_count; i++) {
+        vkp_listener_unref(relay->listeners[i]);
+    }
+    relay->listener_count = 0;
+    vkp_timer_stop(&relay->drain_timer);
+    vkp_timer_stop(&relay->idle_timer);
+    relay->on_idle = NULL; /* tasks that are queued still run, when the loops do or close */
+    relay->on_end = NULL;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard *shard = &relay->shards[i];
+        shard->draining = true;
+        shard->gone = true;
+        while (shard->locals != NULL) { /* whoever calls is alone with the loops */
+            vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
+        }
+        vkp_i_shard_drop_handovers(relay, shard);
+        vkp_push_loop_unref(shard->push_loop);
+        vkp_mpsc_tx_unref(shard->pushes);
+        shard->push_loop = NULL;
+        shard->pushes = NULL;
+    }
+    if (relay->client != NULL) {
+        vkp_i_client_shut(relay->client); /* answers under way come home now */
+        vkp_client_unref(relay->client);
+        relay->client = NULL;
+    }
+    vkp_i_relay_release(relay);
+}
+
+static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
+{
+    vkp_mpsc_config config;
+    vkp_sink sink;
+    vkp_mpsc_rx *rx;
+    vkp_status status;
+    memset(&config, 0, sizeof config);
+    config.elem_bytes = sizeof(vkp_push);
+    config.capacity_bytes = VKP_I_SHARD_LAG;
+    config.cost = vkp_push_cost;
+    config.drop = vkp_push_drop;
+    config.env = shard->relay->env;
+    status = vkp_mpsc_open(&config, &shard->pushes, &rx);
+    if (status != VKP_OK) {
+        return status;
+    }
+    memset(&sink, 0, sizeof sink);
+    sink.callback = vkp_i_shard_on_push;
+    sink.user = shard;
+    status = vkp_push_loop_open(shard->loop, rx, &sink, NULL, NULL, &shard->push_loop);
+    if (status != VKP_OK) {
+        vkp_mpsc_rx_unref(rx);
+    }
+    return status;
+}
+
+static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
+                                   const vkp_relay_config *config, size_t index)
+{
+    vkp_conn_config conn;
+    vkp_hub_config hub;
+    vkp_resp_config resp;
+    vkp_status status;
+    shard->relay = relay;
+    shard->loop = vkp_loop_ref(config->loops[index]);
+    memset(&conn, 0, sizeof conn);
+    conn.ops = &vkp_i_local_ops;
+    conn.queue_frames = config->queue_frames;
+    conn.queue_bytes = config->queue_bytes;
+    conn.on_full = config->on_full == VKP_ON_FULL_WAIT ? VKP_ON_FULL_DISCONNECT : config->on_full;
+    conn.input_bytes = relay->max_request_bytes + 65536;
+    conn.loop_only = true;
+    shard->profile = vkp_i_profile_open(relay->env, &conn);
+    memset(&hub, 0, sizeof hub);
+    hub.on_interest = vkp_i_shard_on_interest;
+    hub.user = shard;
+    hub.env = relay->env;
+    status = shard->profile != NULL ? vkp_hub_open(&hub, &shard->hub) : VKP_ERR_NOMEM;
+    memset(&resp, 0, sizeof resp);
+    resp.max_depth = 1;
+    resp.max_elements = 1024 * 1024;
+    resp.max_bulk_bytes = relay->max_request_bytes;
+    resp.max_frame_bytes = relay->max_request_bytes;
+    resp.env = relay->env;
+    if (status == VKP_OK) {
+        status = vkp_resp_reader_open(&resp, &shard->reader);
+    }
+    if (status == VKP_OK && (index > 0 || (config->server == NULL && relay->shard_count > 1))) {
+        status = vkp_i_shard_open_channel(shard);
+    }
+    return status;
+}
+
+static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_config *config)
+{
+    vkp_client_config client;
+    memset(&client, 0, sizeof client);
+    client.address = config->server;
+    client.username = config->username;
+    client.password = config->password;
+    client.name = "valkey-push-relay";
+    client.on_push = vkp_i_relay_on_push;
+    client.user = relay;
+    client.env = relay->env;
+    return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
+}
+
+static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
+                                vkp_status status)
+{
+    static const char *const texts[] = {"", "the file is gone or replaced", "bound again",
+                                        "cannot be bound again: "};
+    const vkp_relay *relay = (const vkp_relay *)user;
+    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), texts[event],
+              event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
+}
+
+/* Who may come in, and where. */
+static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_config *config)
+{
+    vkp_gate_config gate;
+    vkp_registry_config registry;
+    vkp_status status;
+    memset(&gate, 0, sizeof gate);
+    gate.max_clients = config->max_clients > 0 ? config->max_clients : 16384;
+    gate.max_clients_per_uid = config->max_clients_per_uid;
+    gate.allow_uids = config->allow_uids;
+    gate.allow_uid_count = config->allow_uid_count;
+    gate.env = relay->env;
+    status = vkp_gate_open(&gate, &relay->gate);
+    memset(&registry, 0, sizeof registry);
+    registry.mode = config->allow_uid_count > 0 ? 0666 : 0600;
+    registry.abstract_names = VKP_I_LINUX;
+    registry.loop = relay->shards[0].loop;
+    registry.check_ms = config->check_ms;
+    registry.rebind = true;
+    registry.on_event = vkp_i_relay_on_file;
+    registry.user = relay;
+    registry.env = relay->env;
+    if (status == VKP_OK) {
+        status = vkp_registry_open(&registry, &relay->registry);
+    }
+    if (status == VKP_OK && config->shutdown_notice != NULL) {
+        relay->notice = vkp_i_copy_text(relay->env, config->shutdown_notice);
+        status = relay->notice != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
+{
+    const vkp_env *env;
+    vkp_relay *relay;
+    vkp_status status = VKP_OK;
+    size_t count;
+    size_t i;
+    int kind;
+    VKP_I_REQUIRE(config != NULL && out != NULL && config->loops != NULL);
+    VKP_I_REQUIRE(config->max_request_bytes <= VKP_I_BLOCK_MAX / 2);
+    env = vkp_i_env(config->env);
+    count = config->loop_count > 0 ? config->loop_count : 1;
+    relay = (vkp_relay *)vkp_i_alloc_zero(env, sizeof *relay);
+    if (relay == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    relay->env = env;
+    relay->refs = 1;
+    relay->on_idle = config->on_idle;
+    relay->user = config->user;
+    relay->linger_ns = (uint64_t)config->linger_ms * 1000000u;
+    relay->idle_task.fn = vkp_i_relay_idle_begins;
+    relay->max_request_bytes =
+        config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
+    relay->max_reply_bytes =
+        config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
+    relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
+    VKP_I_MUTEX_INIT(&relay->mutex);
+    for (kind = 0; kind < 3; kind++) {
+        vkp_i_map_init(&relay->census[kind], env);
+    }
+    relay->shards = (vkp_i_shard *)vkp_i_alloc_zero(env, count * sizeof *relay->shards);
+    if (relay->shards == NULL) {
+        vkp_i_relay_free(relay);
+        return VKP_ERR_NOMEM;
+    }
+    relay->shard_count = count;
+    for (i = 0; i < count && status == VKP_OK; i++) {
+        status = vkp_i_shard_open(&relay->shards[i], relay, config, i);
+    }
+    if (status == VKP_OK) {
+        status = vkp_i_relay_open_doors(relay, config);
+    }
+    if (status == VKP_OK && config->server != NULL) {
+        status = vkp_i_relay_open_client(relay, config);
+    }
+    if (status != VKP_OK) {
+        vkp_relay_unref(relay);
+        return status;
+    }
+    *out = relay;
+    return VKP_OK;
+}
+
+VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
+{
+    return relay->registry;
+}
+
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
+{
+    size_t i;
+    vkp_gate_stats gate;
+    vkp_gate_get_stats(relay->gate, &gate);
+    stats->clients = gate.clients;
+    stats->accepted = gate.admitted;
+    memcpy(stats->refused, gate.refused, sizeof stats->refused);
+    stats->messages_in = VKP_I_LOAD(&relay->messages_in);
+    stats->deliveries = VKP_I_LOAD(&relay->deliveries);
+    stats->lagged = VKP_I_LOAD(&relay->lagged);
+    stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
+    stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->dropped_frames = 0;
+    for (i = 0; i < relay->shard_count; i++) {
+        stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);
+    }
+}
+
+#endif /* VKP_I_IO */

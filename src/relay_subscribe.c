@@ -1,0 +1,347 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-subscribe   Relay: subscriptions
+   ====================================================================================== */
+
+/* ---- the census ---- */
+
+/* Count a subscriber more or less. False: no memory (only when adding). */
+static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
+{
+    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map_node *node;
+    vkp_i_census_entry *entry = NULL;
+    bool ok = true;
+    VKP_I_LOCK(&relay->mutex);
+    node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
+    if (node != NULL) {
+        entry = VKP_I_CONTAINER(node, vkp_i_census_entry, node);
+    } else if (added) {
+        entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
+        ok = entry != NULL;
+        if (ok) {
+            if (name.len > 0) {
+                memcpy(entry + 1, name.ptr, name.len);
+            }
+            entry->node.key = vkp_i_str(entry + 1, name.len);
+            entry->node.hash = vkp_i_map_hash(map, name);
+            ok = vkp_i_map_insert(map, &entry->node);
+        }
+        if (!ok) {
+            vkp_i_free(relay->env, entry, sizeof *entry + name.len);
+            entry = NULL;
+        }
+    }
+    if (entry != NULL) {
+        entry->count += added ? (size_t)1 : (size_t)0 - 1;
+        if (entry->count == 0) {
+            vkp_i_map_remove(map, &entry->node);
+            vkp_i_free(relay->env, entry, sizeof *entry + entry->node.key.len);
+        }
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    return ok;
+}
+
+/* Locked: subscribers of a name. */
+static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
+    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+}
+
+/* Who gets a message published now, over all shards. */
+static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
+{
+    vkp_i_map_node *node = NULL;
+    size_t count;
+    VKP_I_LOCK(&relay->mutex);
+    count = vkp_i_census_count(relay, kind, channel);
+    while (kind == VKP_CHANNEL && relay->census[VKP_PATTERN].count > 0 &&
+           (node = vkp_i_map_next(&relay->census[VKP_PATTERN], node)) != NULL) {
+        if (vkp_glob_match(node->key, channel)) {
+            count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
+        }
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    return count;
+}
+
+/* ---- subscribing ---- */
+
+typedef struct vkp_i_subscription vkp_i_subscription;
+
+/* One name of a SUBSCRIBE that waits for the server. */
+typedef struct vkp_i_sub_item {
+    vkp_i_task task; /* home */
+    vkp_i_subscription *subscription;
+    vkp_str name;
+    bool upstream; /* an interest of the client was taken for it */
+    vkp_status status;
+} vkp_i_sub_item;
+
+struct vkp_i_subscription {
+    vkp_i_local *local;
+    vkp_sub_kind kind;
+    size_t bytes_allocated;
+    size_t count;
+    size_t waiting;          /* loop's thread */
+    vkp_i_sub_item items[1]; /* count of them; then the names */
+};
+
+static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe", "sunsubscribe"},
+                                                  {"subscribe", "psubscribe", "ssubscribe"}};
+
+/* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
+static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
+{
+    const uint32_t *counts = local->member.counts;
+    return kind == VKP_SHARD ? counts[VKP_SHARD] : counts[VKP_CHANNEL] + counts[VKP_PATTERN];
+}
+
+static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
+                                   vkp_sub_kind kind, vkp_str name)
+{
+    const char *verb = vkp_i_sub_verbs[added ? 1 : 0][kind];
+    int protocol = local->member.protocol;
+    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_PUSH : VKP_ARRAY, 3);
+    vkp_resp_put_bulk(writer, verb, strlen(verb));
+    if (name.ptr == NULL) {
+        vkp_resp_put_raw(writer, protocol == 3 ? "_\r\n" : "$-1\r\n", protocol == 3 ? 3 : 5);
+    } else {
+        vkp_resp_put_bulk(writer, name.ptr, name.len);
+    }
+    vkp_resp_put_integer(writer, (int64_t)vkp_i_local_sub_count(local, kind));
+}
+
+static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+{
+    if (relay->client != NULL &&
+        vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "no memory to unsubscribe upstream: a name stays");
+    }
+}
+
+/* A shard's topic came or went. Its one upstream interest goes with it. */
+static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name, bool added)
+{
+    vkp_i_shard *shard = (vkp_i_shard *)user;
+    if (!added) {
+        vkp_i_relay_drop_interest(shard->relay, kind, name);
+    }
+}
+
+/* Join the hub and count, or neither. */
+static bool vkp_i_local_join(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_relay *relay = local->shard->relay;
+    bool added = false;
+    if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
+        return false;
+    }
+    if (added && relay->client == NULL && !vkp_i_census_add(relay, kind, name, true)) {
+        (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
+        return false;
+    }
+    return true;
+}
+
+static void vkp_i_local_part(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+{
+    vkp_relay *relay = local->shard->relay;
+    if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
+        if (relay->client == NULL) { /* first: the name may be the hub's memory */
+            (void)vkp_i_census_add(relay, kind, name, false);
+        }
+        (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
+    }
+}
+
+static void vkp_i_local_part_all(vkp_i_local *local)
+{
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        while (local->member.counts[kind] > 0) {
+            vkp_i_local_part(local, (vkp_sub_kind)kind,
+                             vkp_hub_member_name(&local->member, (vkp_sub_kind)kind));
+        }
+    }
+}
+
+static void vkp_i_subscription_free(vkp_i_subscription *self)
+{
+    vkp_i_local *local = self->local;
+    vkp_i_free(local->shard->relay->env, self, self->bytes_allocated);
+    vkp_i_local_release(local);
+}
+
+/* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
+static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *item,
+                                      vkp_resp_writer *writer)
+{
+    vkp_i_local *local = self->local;
+    vkp_relay *relay = local->shard->relay;
+    bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
+    bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
+    bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
+    if (!closed && stands && !vkp_i_local_join(local, self->kind, item->name)) {
+        stands = false;
+        closed = true;
+        vkp_i_local_fail(local);
+    }
+    /* The interest goes to a fresh topic; nobody needs a second one. */
+    if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
+        item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
+        vkp_i_relay_drop_interest(relay, self->kind, item->name);
+    }
+    if (closed) {
+        return false;
+    }
+    if (stands) {
+        vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
+    } else {
+        vkp_resp_put_error(writer, "NOPERM the upstream server refused the subscription");
+    }
+    return true;
+}
+
+static void vkp_i_subscription_finish(vkp_i_subscription *self)
+{
+    vkp_i_local *local = self->local;
+    vkp_resp_writer writer;
+    bool alive = true;
+    size_t i;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    for (i = 0; i < self->count; i++) {
+        alive = vkp_i_subscription_settle(self, &self->items[i], &writer) && alive;
+    }
+    if (alive) {
+        vkp_i_local_answer_writer(local, &writer);
+    } else {
+        vkp_resp_writer_deinit(&writer);
+    }
+    local->flags &= ~VKP_I_LOCAL_BUSY;
+    vkp_i_local_proceed(local);
+    vkp_i_subscription_free(self);
+}
+
+static void vkp_i_sub_item_home(vkp_i_task *task)
+{
+    vkp_i_sub_item *item = VKP_I_CONTAINER(task, vkp_i_sub_item, task);
+    if (--item->subscription->waiting == 0) {
+        vkp_i_subscription_finish(item->subscription);
+    }
+}
+
+/* On loop 0. */
+static void vkp_i_sub_item_done(void *user, vkp_status status)
+{
+    vkp_i_sub_item *item = (vkp_i_sub_item *)user;
+    vkp_loop *loop = item->subscription->local->shard->loop;
+    item->status = status;
+    item->task.fn = vkp_i_sub_item_home;
+    if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
+        vkp_i_sub_item_home(&item->task);
+    }
+}
+
+static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_kind kind,
+                                                  size_t count, const vkp_str *names)
+{
+    vkp_i_subscription *self;
+    size_t bytes = sizeof *self + count * sizeof(vkp_i_sub_item);
+    char *text;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        bytes += names[i].len;
+    }
+    self = (vkp_i_subscription *)vkp_i_alloc_zero(local->shard->relay->env, bytes);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->bytes_allocated = bytes;
+    self->local = local;
+    self->kind = kind;
+    self->count = count;
+    local->refs++;
+    text = (char *)&self->items[count];
+    for (i = 0; i < count; i++) {
+        self->items[i].subscription = self;
+        if (names[i].len > 0) {
+            memcpy(text, names[i].ptr, names[i].len);
+        }
+        self->items[i].name = vkp_i_str(text, names[i].len);
+        text += names[i].len;
+    }
+    return self;
+}
+
+static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
+                                  const vkp_str *names)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_i_subscription *self = vkp_i_subscription_new(local, kind, count, names);
+    bool ask = false;
+    vkp_status status;
+    size_t i;
+    if (self == NULL) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    /* Whoever waits for one name needs an interest in each: the members that a name has now may
+       have left by then, and theirs with them.                                                */
+    for (i = 0; i < count && relay->client != NULL; i++) {
+        ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
+    }
+    vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
+    self->waiting = 1; /* ours, until all are asked for */
+    for (i = 0; i < count; i++) {
+        vkp_i_sub_item *item = &self->items[i];
+        if (!ask) {
+            item->status = VKP_OK;
+            continue;
+        }
+        item->upstream = true;
+        self->waiting++;
+        status =
+            vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
+        if (status != VKP_OK) { /* else loop 0 owns the item now, perhaps already */
+            item->status = status;
+            item->upstream = false;
+            self->waiting--;
+        }
+    }
+    if (--self->waiting == 0) {
+        vkp_i_subscription_finish(self);
+    }
+}
+
+static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
+                                    const vkp_str *names)
+{
+    vkp_resp_writer writer;
+    size_t i;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    for (i = 0; i < count; i++) {
+        vkp_i_local_part(local, kind, names[i]);
+        vkp_i_put_confirmation(&writer, local, false, kind, names[i]);
+    }
+    if (count == 0 && local->member.counts[kind] == 0) {
+        vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(NULL, 0));
+    }
+    while (count == 0 && local->member.counts[kind] > 0) {
+        vkp_str name = vkp_hub_member_name(&local->member, kind);
+        vkp_bytes copy;
+        if (vkp_bytes_copy(local->shard->relay->env, name.ptr, name.len, &copy) != VKP_OK) {
+            vkp_i_local_fail(local);
+            break;
+        }
+        vkp_i_local_part(local, kind, name);
+        vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(copy.data, copy.len));
+        vkp_bytes_unref(&copy);
+    }
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,792 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-resp   RESP2 and RESP3
+   ======================================================================================
+   The reader walks a window that starts at the frame under way. `position` is how far whole values
+   reach; what lies behind it is read again with more bytes, which costs a header of at most 22
+   bytes, or, for lines, resumes at `line_seen`. Values under construction hold offsets; they
+   become pointers when the frame is whole. Open aggregates are a stack of counters: no recursion,
+   and nothing is allocated for an announced count. One growth may fail at a time, before
+   anything was changed, so NOMEM can be retried.                                              */
+
+typedef struct vkp_i_level {
+    size_t index;       /* of the aggregate among the values */
+    uint64_t remaining; /* elements still to come */
+    size_t attribute;   /* index + 1 of the attribute before the next element */
+} vkp_i_level;
+
+struct vkp_resp_reader {
+    const vkp_env *env;
+    vkp_resp_config config;
+    vkp_status status; /* OK, or the sticky error */
+    uint64_t error_position;
+    char reason[160];
+    uint64_t consumed; /* bytes of whole frames since open or reset */
+    size_t position;
+    size_t line_seen;
+    bool whole;        /* the last scan gave a frame: the next one starts anew */
+    bool quick;        /* the limits allow vkp_i_reader_quick */
+    bool quick_values; /* the first four values are those of a message */
+    size_t attribute;  /* as in vkp_i_level, for the root */
+    vkp_value *values;
+    size_t count;
+    size_t capacity;
+    vkp_i_level *levels;
+    size_t depth;
+    size_t level_capacity;
+    uint8_t *buffer; /* feed's */
+    size_t begin;
+    size_t end;
+    size_t buffer_capacity;
+    size_t given; /* bytes of the frame that next gave out */
+};
+
+static const char vkp_i_message_prefix[] = ">3\r\n$7\r\nmessage\r\n$";
+#define VKP_I_MESSAGE_PREFIX 18u
+
+static bool vkp_i_is_crlf(const uint8_t *at, const uint8_t *end)
+{
+    return end - at >= 2 && memcmp(at, "\r\n", 2) == 0;
+}
+
+static bool vkp_i_is_message(const uint8_t *frame, size_t len)
+{
+    return len >= VKP_I_MESSAGE_PREFIX &&
+           vkp_i_load64(frame) == vkp_i_load64(vkp_i_message_prefix) &&
+           vkp_i_load64(frame + 8) == vkp_i_load64(vkp_i_message_prefix + 8) &&
+           memcmp(frame + 16, "\n$", 2) == 0;
+}
+
+VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_reader **out)
+{
+    vkp_resp_reader *reader;
+    const vkp_env *env;
+    static const vkp_resp_config defaults = VKP_ZERO;
+    VKP_I_REQUIRE(out != NULL);
+    if (config == NULL) {
+        config = &defaults;
+    }
+    VKP_I_REQUIRE(config->max_depth <= 65000 && config->max_frame_bytes <= VKP_I_BLOCK_MAX);
+    env = vkp_i_env(config->env);
+    reader = (vkp_resp_reader *)vkp_i_alloc_zero(env, sizeof *reader);
+    if (reader == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->env = env;
+    reader->config = *config;
+    config = NULL;
+#define VKP_I_DEFAULT(field, value)     \
+    if (reader->config.field == 0) {    \
+        reader->config.field = (value); \
+    }
+    VKP_I_DEFAULT(max_depth, 128)
+    VKP_I_DEFAULT(max_elements, 0x7fffffffu)
+    VKP_I_DEFAULT(max_bulk_bytes, (size_t)512 << 20)
+    VKP_I_DEFAULT(max_line_bytes, 65536)
+    VKP_I_DEFAULT(max_frame_bytes, (size_t)1 << 30)
+#undef VKP_I_DEFAULT
+    reader->quick = reader->config.max_depth > 0 && reader->config.max_elements >= 3 &&
+                    reader->config.max_bulk_bytes >= 7;
+    *out = reader;
+    return VKP_OK;
+}
+
+static void vkp_i_reader_trim(vkp_resp_reader *reader)
+{
+    vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
+    vkp_i_free(reader->env, reader->levels, reader->level_capacity * sizeof *reader->levels);
+    reader->values = NULL;
+    reader->capacity = 0;
+    reader->levels = NULL;
+    reader->level_capacity = 0;
+}
+
+VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
+{
+    if (reader != NULL) {
+        vkp_i_reader_trim(reader);
+        vkp_i_free(reader->env, reader->buffer, reader->buffer_capacity);
+        vkp_i_free(reader->env, reader, sizeof *reader);
+    }
+}
+
+static void vkp_i_reader_start(vkp_resp_reader *reader)
+{
+    reader->whole = false;
+    reader->position = 0;
+    reader->line_seen = 0;
+    reader->attribute = 0;
+    reader->count = 0;
+    reader->depth = 0;
+    if (reader->capacity > 32768) { /* one huge frame does not keep a megabyte for ever */
+        vkp_i_reader_trim(reader);
+    }
+}
+
+VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
+{
+    vkp_i_reader_start(reader);
+    reader->status = VKP_OK;
+    reader->reason[0] = '\0';
+    reader->error_position = 0;
+    reader->consumed = 0;
+    reader->begin = 0;
+    reader->end = 0;
+    reader->given = 0;
+}
+
+VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position)
+{
+    if (position != NULL) {
+        *position = reader->error_position;
+    }
+    return reader->reason;
+}
+
+__attribute__((format(printf, 4, 5))) static vkp_status
+vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    (void)vsnprintf(reader->reason, sizeof reader->reason, format, arguments);
+    va_end(arguments);
+    reader->status = status;
+    reader->error_position = reader->consumed + at;
+    return status;
+}
+
+/* The number of a header: what it may look like depends on the type before it. */
+#define VKP_I_NUM_PLUS 1u      /* +5 */
+#define VKP_I_NUM_NEGATIVE 2u  /* any -n */
+#define VKP_I_NUM_MINUS_ONE 4u /* -1 alone */
+
+/* Read digits and CRLF at `at`. *after is behind the LF. EMPTY: more bytes are needed. */
+static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                      size_t at, uint32_t allowed, int64_t *number, size_t *after)
+{
+    uint64_t value = 0;
+    uint64_t most = (uint64_t)INT64_MAX;
+    bool negative = false;
+    size_t digits = 0;
+    size_t first;
+    if (at < len && (window[at] == '-' || window[at] == '+')) {
+        negative = window[at] == '-';
+        if (negative ? (allowed & (VKP_I_NUM_NEGATIVE | VKP_I_NUM_MINUS_ONE)) == 0
+                     : (allowed & VKP_I_NUM_PLUS) == 0) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "sign '%c' not allowed here",
+                                     window[at]);
+        }
+        most += negative ? 1u : 0u;
+        at++;
+    }
+    first = at;
+    for (; at < len && window[at] >= '0' && window[at] <= '9'; at++, digits++) {
+        uint64_t digit = (uint64_t)(window[at] - '0');
+        if (digits == 1 && window[first] == '0') {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, first, "number with a leading zero");
+        }
+        if (value > (most - digit) / 10) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "number beyond 64 bits");
+        }
+        value = value * 10 + digit;
+    }
+    if (at >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    if (digits == 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    if (window[at] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "CRLF expected after a number, byte 0x%02x found", window[at]);
+    }
+    if (at + 1 >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + 1, "CR without LF");
+    }
+    if (negative && (value == 0 || ((allowed & VKP_I_NUM_NEGATIVE) == 0 && value != 1))) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, first,
+                                 "negative number not allowed here");
+    }
+    *number = negative ? (int64_t)(0 - value) : (int64_t)value;
+    *after = at + 2;
+    return VKP_OK;
+}
+
+/* Find the line behind the type byte at `position`: its text is [position + 1, *end). */
+static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                    size_t *end)
+{
+    size_t start = reader->position + 1;
+    size_t from = VKP_I_MAX(start, reader->line_seen);
+    size_t most = reader->config.max_line_bytes;
+    const void *found = from < len ? memchr(window + from, '\n', len - from) : NULL;
+    size_t stop = found != NULL ? (size_t)((const uint8_t *)found - window) : len;
+    const void *cr = memchr(window + from, '\r', stop > from ? stop - from : 0);
+    size_t cr_at = cr != NULL ? (size_t)((const uint8_t *)cr - window) : stop;
+    if (cr_at - start > most) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, start + most,
+                                 "line longer than max_line_bytes (%zu)", most);
+    }
+    if (cr != NULL && cr_at + 1 < stop) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, cr_at + 1, "CR without LF");
+    }
+    if (found == NULL) {
+        reader->line_seen = cr != NULL ? cr_at : len;
+        return VKP_ERR_EMPTY;
+    }
+    if (cr == NULL) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, stop, "LF without CR");
+    }
+    reader->line_seen = 0;
+    *end = cr_at;
+    return VKP_OK;
+}
+
+/* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
+static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
+{
+    void *values = reader->values;
+    size_t *attribute =
+        reader->depth > 0 ? &reader->levels[reader->depth - 1].attribute : &reader->attribute;
+    vkp_value *value;
+    if (!vkp_i_grow(reader->env, &values, &reader->capacity, reader->count + 1,
+                    sizeof *reader->values)) {
+        return NULL;
+    }
+    reader->values = (vkp_value *)values;
+    reader->quick_values = false;
+    value = &reader->values[reader->count];
+    memset(value, 0, sizeof *value);
+    value->type = (uint8_t)type;
+    value->i_depth = (uint16_t)reader->depth;
+    value->span = 1;
+    if (*attribute != 0) {
+        value->attributes = (uint32_t)(reader->count - (*attribute - 1));
+        *attribute = 0;
+    }
+    reader->count++;
+    return value;
+}
+
+static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+                                    size_t offset, size_t len, size_t after)
+{
+    vkp_value *value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->flags = (uint8_t)flags;
+    value->len = len;
+    value->u.i_offset = offset;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+                                      int64_t integer, size_t after)
+{
+    vkp_value *value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->flags = (uint8_t)flags;
+    value->u.integer = integer;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                    uint8_t mark)
+{
+    size_t at = reader->position;
+    size_t most = reader->config.max_bulk_bytes;
+    int64_t number = 0;
+    size_t after = 0;
+    size_t size;
+    size_t prefix = mark == '=' ? 4 : 0;
+    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
+                                            mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (number < 0) {
+        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_BULK, 0, after);
+    }
+    if ((uint64_t)number > most) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "bulk of %llu bytes, max_bulk_bytes is %zu",
+                                 (unsigned long long)number, most);
+    }
+    size = (size_t)number;
+    if (size < prefix) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "verbatim string below 4 bytes");
+    }
+    if (after + size + 2 > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at, "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (len < after || len - after < size + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[after + size] != '\r' || window[after + size + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
+                                 "bulk of %zu bytes is not followed by CRLF", size);
+    }
+    if (prefix != 0 && window[after + 3] != ':') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
+                                 "verbatim string without its colon");
+    }
+    return vkp_i_reader_text(reader, mark == '!' ? VKP_ERROR : VKP_STRING,
+                             prefix != 0 ? VKP_F_VERBATIM : 0, after + prefix, size - prefix,
+                             after + size + 2);
+}
+
+static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                     uint8_t mark)
+{
+    size_t start = reader->position + 1;
+    size_t end = 0;
+    const char *text;
+    vkp_status status = vkp_i_reader_line(reader, window, len, &end);
+    if (status != VKP_OK) {
+        return status;
+    }
+    text = (const char *)window + start;
+    if (mark == '+' || mark == '-') {
+        return vkp_i_reader_text(reader, mark == '+' ? VKP_STRING : VKP_ERROR, VKP_F_SIMPLE, start,
+                                 end - start, end + 2);
+    }
+    if (mark == ',') {
+        if (!vkp_i_double_valid(text, end - start, reader->config.lenient)) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a double");
+        }
+        return vkp_i_reader_text(reader, VKP_DOUBLE, 0, start, end - start, end + 2);
+    }
+    {
+        size_t sign = end > start && (text[0] == '-' || text[0] == '+') ? 1 : 0;
+        size_t digits = vkp_i_digits(text, end - start, sign);
+        if (digits == 0 || sign + digits != end - start) {
+            return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a big number");
+        }
+    }
+    return vkp_i_reader_text(reader, VKP_BIGNUM, 0, start, end - start, end + 2);
+}
+
+static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                        uint8_t mark)
+{
+    size_t at = reader->position + 1;
+    size_t body = mark == '#' ? 1 : 0;
+    if (len < at + body) {
+        return VKP_ERR_EMPTY;
+    }
+    if (body == 1 && window[at] != 't' && window[at] != 'f') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "boolean is neither #t nor #f");
+    }
+    if (len > at + body && window[at + body] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body,
+                                 "CRLF expected, byte 0x%02x found", window[at + body]);
+    }
+    if (len < at + body + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + body + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
+    }
+    return vkp_i_reader_scalar(reader, body == 1 ? VKP_BOOL : VKP_NULL, 0,
+                               body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
+}
+
+static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_type type, uint64_t elements,
+                                          size_t after)
+{
+    vkp_value *value;
+    vkp_i_level *level;
+    void *levels = reader->levels;
+    if (reader->depth >= reader->config.max_depth) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "nested deeper than max_depth (%u)",
+                                 (unsigned)reader->config.max_depth);
+    }
+    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
+                    sizeof *reader->levels)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->levels = (vkp_i_level *)levels;
+    value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->len = (size_t)elements;
+    level = &reader->levels[reader->depth++];
+    level->index = reader->count - 1;
+    level->remaining = elements;
+    level->attribute = 0;
+    reader->position = after;
+    return VKP_OK;
+}
+
+static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                         uint8_t mark)
+{
+    size_t at = reader->position;
+    bool lenient_null = reader->config.lenient && mark == '>';
+    vkp_type type = mark == '*'   ? VKP_ARRAY
+                    : mark == '~' ? VKP_SET
+                    : mark == '>' ? VKP_PUSH
+                    : mark == '%' ? VKP_MAP
+                                  : VKP_ATTRIBUTE;
+    int64_t number = 0;
+    size_t after = 0;
+    uint64_t elements;
+    vkp_status status =
+        vkp_i_reader_number(reader, window, len, at + 1,
+                            mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (number < 0) {
+        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_ARRAY, 0, after);
+    }
+    if ((uint64_t)number > reader->config.max_elements) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "aggregate of %llu elements, max_elements is %u",
+                                 (unsigned long long)number, (unsigned)reader->config.max_elements);
+    }
+    if (number == 0 && mark == '>') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "push without a kind");
+    }
+    elements = (uint64_t)number * (type == VKP_MAP || type == VKP_ATTRIBUTE ? 2u : 1u);
+    return vkp_i_reader_open_level(reader, type, elements, after);
+}
+
+static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    const uint8_t *from = window + at;
+    size_t left = len - at;
+    uint8_t byte = window[at];
+    const char *guess = "";
+    static const char *const http[] = {"HTTP", "GET ", "POST", "PUT ", "HEAD", "OPTI", "DELE"};
+    size_t i;
+    for (i = 0; i < sizeof http / sizeof http[0]; i++) {
+        size_t most = VKP_I_MIN(left, (size_t)4);
+        if (memcmp(from, http[i], most) == 0) {
+            if (left < 4) {
+                return VKP_ERR_EMPTY; /* the same verdict however the input is split */
+            }
+            guess = ": this looks like HTTP";
+        }
+    }
+    if (byte == 0x16 || byte == 0x15) {
+        guess = ": this looks like a TLS record";
+    } else if (byte == ';' || byte == '.') {
+        guess = ": streamed types are not supported";
+    }
+    return byte >= 0x20 && byte < 0x7f
+               ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "unknown type byte '%c'%s", byte,
+                                   guess)
+               : vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "unknown type byte 0x%02x%s", byte,
+                                   guess);
+}
+
+/* Whether the next element is the first of a push. */
+static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
+{
+    const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+    return top != NULL && reader->values[top->index].type == VKP_PUSH &&
+           top->remaining == reader->values[top->index].len;
+}
+
+/* One value, or the header of one aggregate, at `position`. */
+static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    uint8_t mark;
+    bool kind;
+    int64_t number = 0;
+    size_t after = 0;
+    vkp_status status;
+    if (reader->position >= reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (reader->position >= len) {
+        return VKP_ERR_EMPTY;
+    }
+    mark = window[reader->position];
+    kind = vkp_i_reader_wants_kind(reader);
+    if (kind && mark != '$' && mark != '+' && mark != '=') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                 "the kind of a push is not a string");
+    }
+    switch (mark) {
+    case '$':
+        after = reader->position;
+        status = vkp_i_reader_bulk(reader, window, len, mark);
+        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_NULL
+                   ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after,
+                                       "the kind of a push is not a string")
+                   : status;
+    case '!':
+    case '=':
+        return vkp_i_reader_bulk(reader, window, len, mark);
+    case '+':
+    case '-':
+    case ',':
+    case '(':
+        return vkp_i_reader_lined(reader, window, len, mark);
+    case ':':
+        status = vkp_i_reader_number(reader, window, len, reader->position + 1,
+                                     VKP_I_NUM_PLUS | VKP_I_NUM_NEGATIVE, &number, &after);
+        return status != VKP_OK ? status
+                                : vkp_i_reader_scalar(reader, VKP_INTEGER, 0, number, after);
+    case '#':
+    case '_':
+        return vkp_i_reader_constant(reader, window, len, mark);
+    case '*':
+    case '~':
+    case '>':
+    case '%':
+    case '|':
+        return vkp_i_reader_aggregate(reader, window, len, mark);
+    default:
+        return vkp_i_reader_unknown(reader, window, len);
+    }
+}
+
+static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
+{
+    const vkp_value *kind = push + 1;
+    return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
+}
+
+/* A value is whole: count it where it belongs, and close the aggregates that it completes.
+   True when the frame is whole.                                                               */
+static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
+{
+    size_t index = reader->count - 1;
+    for (;;) {
+        vkp_value *value = &reader->values[index];
+        vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+        if (top != NULL && top->index == index) { /* an aggregate just opened */
+            if (top->remaining > 0) {
+                return false;
+            }
+            reader->depth--;
+            continue;
+        }
+        value->span = (uint32_t)(reader->count - index);
+        if (value->type == VKP_ATTRIBUTE) {
+            *(top != NULL ? &top->attribute : &reader->attribute) = index + 1;
+            return false;
+        }
+        if (top == NULL) {
+            return true;
+        }
+        if (value->type == VKP_PUSH && vkp_i_push_is_message(window, value)) {
+            value->flags = (uint8_t)(value->flags | VKP_F_OUT_OF_BAND);
+            reader->values[top->index].i_reserved = 1; /* the array has some */
+            return false;
+        }
+        if (--top->remaining > 0) {
+            return false;
+        }
+        index = top->index;
+        reader->depth--;
+    }
+}
+
+static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
+{
+    size_t i;
+    for (i = 0; i < reader->count; i++) {
+        vkp_value *value = &reader->values[i];
+        if (value->type == VKP_STRING || value->type == VKP_ERROR || value->type == VKP_BIGNUM ||
+            value->type == VKP_DOUBLE) {
+            value->u.str = (const char *)window + value->u.i_offset;
+        }
+    }
+}
+
+/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps.
+   Inlined twice, so that each place's branches are predicted for themselves.                  */
+__attribute__((always_inline)) static inline const uint8_t *
+vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
+{
+    const uint8_t *start = at;
+    size_t value = 0;
+    while (at < end && (uint8_t)(*at - '0') < 10) {
+        value = value * 10 + (uint8_t)(*at - '0');
+        at++;
+    }
+    if ((size_t)(at - start) - 1 >= 8 || (*start == '0' && at - start > 1) ||
+        !vkp_i_is_crlf(at, end)) {
+        return NULL;
+    }
+    *out = value;
+    return at + 2;
+}
+
+/* What is the same in every message is written once and stays until the general way overwrites it:
+   a subscriber's frame costs five stores.                                                     */
+static void vkp_i_quick_prepare(vkp_resp_reader *reader)
+{
+    size_t i;
+    memset(reader->values, 0, 4 * sizeof *reader->values);
+    for (i = 0; i < 4; i++) {
+        reader->values[i].type = i == 0 ? VKP_PUSH : VKP_STRING;
+        reader->values[i].i_depth = i == 0 ? 0 : 1;
+        reader->values[i].span = i == 0 ? 4 : 1;
+        reader->values[i].len = i == 0 ? 3 : 7;
+    }
+    reader->quick_values = true;
+}
+
+/* The frame that a subscriber sees a million times: >3 message channel payload. Its first 18 bytes
+   are compared at once, its texts are passed over by length. The reader's state is that before a
+   frame, and stays so. EMPTY: the payload is still coming. UNSUPPORTED: take the general way. */
+static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
+                                     size_t *consumed)
+{
+    const uint8_t *end = window + len;
+    const uint8_t *channel;
+    const uint8_t *payload;
+    size_t channel_len;
+    size_t payload_len;
+    size_t most = reader->config.max_bulk_bytes;
+    size_t whole;
+    vkp_value *values = reader->values;
+    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < 4) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    channel = vkp_i_quick_length(window + VKP_I_MESSAGE_PREFIX, end, &channel_len);
+    if (channel == NULL || channel_len > most || (size_t)(end - channel) < channel_len + 3 ||
+        memcmp(channel + channel_len, "\r\n$", 3) != 0) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    payload = vkp_i_quick_length(channel + channel_len + 3, end, &payload_len);
+    if (payload == NULL || payload_len > most) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    whole = (size_t)(payload - window) + payload_len + 2;
+    if (whole > reader->config.max_frame_bytes) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    if (whole > len) {
+        return whole - len >= 2 ? VKP_ERR_EMPTY : VKP_ERR_UNSUPPORTED;
+    }
+    if (memcmp(payload + payload_len, "\r\n", 2) != 0) {
+        return VKP_ERR_UNSUPPORTED;
+    }
+    if (!reader->quick_values) {
+        vkp_i_quick_prepare(reader);
+    }
+    values[1].u.str = (const char *)window + 8;
+    values[2].len = channel_len;
+    values[2].u.str = (const char *)channel;
+    values[3].len = payload_len;
+    values[3].u.str = (const char *)payload;
+    *consumed = whole;
+    return VKP_OK;
+}
+
+/* Out of line: inlined, it would make the quick way save every register. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
+                                                                 const uint8_t *window, size_t len,
+                                                                 const vkp_value **value,
+                                                                 size_t *consumed)
+{
+    do {
+        vkp_status status = vkp_i_reader_step(reader, window, len);
+        if (status != VKP_OK) {
+            return status;
+        }
+    } while (!vkp_i_reader_settle(reader, window));
+    if (reader->position > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->config.max_frame_bytes,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    vkp_i_reader_point(reader, window);
+    *value = &reader->values[0];
+    while ((*value)->type == VKP_ATTRIBUTE) {
+        *value += (*value)->span;
+    }
+    *consumed = reader->position;
+    reader->consumed += reader->position;
+    reader->whole = true;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *data, size_t len,
+                                        const vkp_value **value, size_t *consumed)
+{
+    const uint8_t *window = (const uint8_t *)data;
+    VKP_I_REQUIRE(reader != NULL && value != NULL && consumed != NULL &&
+                  (data != NULL || len == 0));
+    if (reader->status != VKP_OK) {
+        return reader->status;
+    }
+    if (window == NULL) {
+        return VKP_ERR_EMPTY;
+    }
+    if (reader->whole) {
+        vkp_i_reader_start(reader);
+    }
+    if (reader->position == 0) {
+        vkp_status status = vkp_i_reader_quick(reader, window, len, consumed);
+        if (status == VKP_OK) {
+            *value = &reader->values[0];
+            reader->consumed += *consumed;
+        }
+        if (status != VKP_ERR_UNSUPPORTED) {
+            return status;
+        }
+    }
+    return vkp_i_reader_general(reader, window, len, value, consumed);
+}
+
+VKP_API vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data, size_t len)
+{
+    VKP_I_REQUIRE(reader != NULL && (data != NULL || len == 0));
+    if (reader->status != VKP_OK) {
+        return reader->status;
+    }
+    reader->begin += reader->given;
+    reader->given = 0;
+    if (reader->begin > 0 &&
+        (reader->begin == reader->end || len > reader->buffer_capacity - reader->end)) {
+        memmove(reader->buffer, reader->buffer + reader->begin, reader->end - reader->begin);
+        reader->end -= reader->begin;
+        reader->begin = 0;
+    }
+    if (len > 0) {
+        void *buffer = reader->buffer;
+        if (len > SIZE_MAX - reader->end ||
+            !vkp_i_grow(reader->env, &buffer, &reader->buffer_capacity, reader->end + len, 1)) {
+            return VKP_ERR_NOMEM;
+        }
+        reader->buffer = (uint8_t *)buffer;
+        memcpy(reader->buffer + reader->end, data, len);
+        reader->end += len;
+    }
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value **value)
+{
+    static const uint8_t nothing[1] = {0};
+    const uint8_t *window;
+    VKP_I_REQUIRE(reader != NULL && value != NULL);
+    reader->begin += reader->given;
+    reader->given = 0;
+    window = reader->buffer != NULL ? reader->buffer + reader->begin : nothing;
+    return vkp_resp_reader_scan(reader, window, reader->end - reader->begin, value, &reader->given);
+}
+
+#endif /* VKP_I_IO */

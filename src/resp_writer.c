@@ -1,0 +1,253 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-resp-writer   RESP writer
+   ====================================================================================== */
+
+VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env)
+{
+    writer->i_env = vkp_i_env(env);
+    writer->i_block = NULL;
+    writer->i_len = 0;
+    writer->i_status = VKP_OK;
+}
+
+VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len)
+{
+    vkp_block *block = writer->i_block;
+    if (writer->i_status != VKP_OK) {
+        return;
+    }
+    writer->i_status = vkp_i_block_reserve(writer->i_env, &writer->i_block, len);
+    if (writer->i_status == VKP_OK && len > 0) {
+        block = writer->i_block;
+        memcpy(vkp_i_block_data(block) + block->len, data, len);
+        block->len += len;
+        writer->i_len = block->len;
+    }
+}
+
+/* Decimal digits at the end of a buffer of 24 bytes; returns where they start. */
+static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
+{
+    size_t at = 24;
+    do {
+        buffer[--at] = (char)('0' + (char)(value % 10));
+        value /= 10;
+    } while (value != 0);
+    return at;
+}
+
+static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, uint64_t number)
+{
+    char line[32];
+    char digits[24];
+    size_t from = vkp_i_format_u64(digits, number);
+    size_t used = 0;
+    line[used++] = mark;
+    if (negative) {
+        line[used++] = '-';
+    }
+    memcpy(line + used, digits + from, 24 - from);
+    used += 24 - from;
+    line[used++] = '\r';
+    line[used++] = '\n';
+    vkp_resp_put_raw(writer, line, used);
+}
+
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count)
+{
+    char mark = type == VKP_SET         ? '~'
+                : type == VKP_PUSH      ? '>'
+                : type == VKP_MAP       ? '%'
+                : type == VKP_ATTRIBUTE ? '|'
+                                        : '*';
+    vkp_i_put_header(writer, mark, false, count);
+}
+
+VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len)
+{
+    vkp_i_put_header(writer, '$', false, len);
+    vkp_resp_put_raw(writer, data, len);
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
+{
+    if (text.len > 0 &&
+        (memchr(text.ptr, '\r', text.len) != NULL || memchr(text.ptr, '\n', text.len) != NULL)) {
+        writer->i_status = writer->i_status == VKP_OK ? VKP_ERR_INVALID : writer->i_status;
+        return;
+    }
+    vkp_resp_put_raw(writer, &mark, 1);
+    vkp_resp_put_raw(writer, text.ptr, text.len);
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text)
+{
+    vkp_i_put_line(writer, '+', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text)
+{
+    vkp_i_put_line(writer, '-', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
+{
+    uint64_t magnitude = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
+    vkp_i_put_header(writer, ':', value < 0, magnitude);
+}
+
+VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
+{
+    char text[64];
+    size_t from;
+    size_t to = 0;
+    if (value != value) {
+        (void)snprintf(text, sizeof text, "nan");
+    } else if (value > VKP_I_DOUBLE_MAX || value < -VKP_I_DOUBLE_MAX) {
+        (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
+    } else {
+        (void)snprintf(text, sizeof text, "%.17g", value);
+        for (from = 0; text[from] != '\0'; from++) { /* the locale's point may be several bytes */
+            if (strchr("0123456789+-e", text[from]) != NULL) {
+                text[to++] = text[from];
+            } else if (to > 0 && text[to - 1] != '.') {
+                text[to++] = '.';
+            }
+        }
+        text[to] = '\0';
+    }
+    vkp_i_put_line(writer, ',', vkp_str_of(text));
+}
+
+VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value)
+{
+    vkp_resp_put_raw(writer, value ? "#t\r\n" : "#f\r\n", 4);
+}
+
+VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
+{
+    vkp_resp_put_raw(writer, "_\r\n", 3);
+}
+
+/* An error with line breaks cannot be a line: RESP2 gets blanks in their place. */
+static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    size_t start;
+    if (protocol == 3 && (value->flags & VKP_F_SIMPLE) == 0) {
+        vkp_i_put_header(writer, '!', false, value->len);
+        vkp_resp_put_raw(writer, value->u.str, value->len);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+        return;
+    }
+    vkp_resp_put_raw(writer, "-", 1);
+    start = writer->i_len;
+    vkp_resp_put_raw(writer, value->u.str, value->len);
+    if (writer->i_status == VKP_OK) {
+        uint8_t *data = vkp_i_block_data(writer->i_block);
+        for (; start < writer->i_len; start++) {
+            data[start] = data[start] == '\r' || data[start] == '\n' ? (uint8_t)' ' : data[start];
+        }
+    }
+    vkp_resp_put_raw(writer, "\r\n", 2);
+}
+
+static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    vkp_str text = vkp_value_str(value);
+    if (value->type == VKP_STRING && (value->flags & VKP_F_SIMPLE) != 0) {
+        vkp_i_put_line(writer, '+', text);
+    } else if (value->type == VKP_STRING && (value->flags & VKP_F_VERBATIM) != 0 && protocol == 3) {
+        vkp_i_put_header(writer, '=', false, text.len + 4);
+        vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+    } else if (value->type == VKP_STRING || protocol != 3) {
+        vkp_resp_put_bulk(writer, text.ptr, text.len);
+    } else {
+        vkp_i_put_line(writer, value->type == VKP_DOUBLE ? ',' : '(', text);
+    }
+}
+
+static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    bool paired = value->type == VKP_MAP || value->type == VKP_ATTRIBUTE;
+    if (protocol == 3) {
+        vkp_resp_put_aggregate(writer, (vkp_type)value->type, paired ? value->len / 2 : value->len);
+    } else {
+        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+    }
+}
+
+/* One place of the tree: a scalar, or an aggregate's header. */
+static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    switch ((int)value->type) {
+    case VKP_NULL:
+        if (protocol == 3) {
+            vkp_resp_put_null(writer);
+        } else {
+            vkp_resp_put_raw(writer, (value->flags & VKP_F_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n",
+                             5);
+        }
+        break;
+    case VKP_ERROR:
+        vkp_i_put_error_value(writer, value, protocol);
+        break;
+    case VKP_INTEGER:
+        vkp_resp_put_integer(writer, value->u.integer);
+        break;
+    case VKP_BOOL:
+        if (protocol == 3) {
+            vkp_resp_put_bool(writer, value->u.integer != 0);
+        } else {
+            vkp_resp_put_integer(writer, value->u.integer);
+        }
+        break;
+    case VKP_STRING:
+    case VKP_BIGNUM:
+    case VKP_DOUBLE:
+        vkp_i_put_text_value(writer, value, protocol);
+        break;
+    default:
+        vkp_i_put_aggregate_value(writer, value, protocol);
+        break;
+    }
+}
+
+VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+{
+    const vkp_value *root = value;
+    const vkp_value *end = value + value->span;
+    while (value < end) {
+        if (((value->flags & VKP_F_OUT_OF_BAND) != 0 && value != root) ||
+            (value->type == VKP_ATTRIBUTE && protocol != 3)) {
+            value += value->span;
+        } else {
+            vkp_i_put_place(writer, value, protocol);
+            value++;
+        }
+    }
+}
+
+VKP_API vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes)
+{
+    vkp_status status = writer->i_status;
+    if (status == VKP_OK) {
+        bytes->block = writer->i_block;
+        bytes->len = writer->i_len;
+        bytes->data = writer->i_block != NULL ? vkp_i_block_data(writer->i_block) : NULL;
+        writer->i_block = NULL;
+    }
+    vkp_resp_writer_deinit(writer);
+    return status;
+}
+
+VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
+{
+    vkp_i_block_unref(writer->i_block);
+    vkp_resp_writer_init(writer, writer->i_env);
+}
+
+#endif /* VKP_I_IO */

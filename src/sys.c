@@ -1,0 +1,658 @@
+/* ======================================================================================
+   >>impl-sys   The operating system behind one table
+   ======================================================================================
+   Results are >= 0 or a negated errno. This section is the only one that calls the system, and
+   knows that Linux has accept4 and eventfd, that macOS refuses MSG_NOSIGNAL, and that a futex
+   takes absolute monotonic deadlines while a condition variable may not.                      */
+
+#define VKP_I_NS_PER_S 1000000000u
+
+static uint64_t vkp_i_os_clock_ns(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t vkp_i_os_random_u64(void)
+{
+    uint64_t value = 0;
+#if VKP_I_LINUX
+    if (getrandom(&value, sizeof value, GRND_NONBLOCK) == (ssize_t)sizeof value) {
+        return value;
+    }
+#else
+    arc4random_buf(&value, sizeof value);
+    return value;
+#endif
+    /* Too early in the boot for getrandom: good enough for jitter (splitmix64 of the clock). */
+    value = vkp_i_os_clock_ns() + 0x9e3779b97f4a7c15u;
+    value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
+    value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
+    return value ^ (value >> 31);
+}
+
+static int vkp_i_os_process_id(void)
+{
+    return (int)getpid();
+}
+
+static uint32_t vkp_i_os_user_id(void)
+{
+    return (uint32_t)geteuid();
+}
+
+/* Parker states. */
+#define VKP_I_PARK_EMPTY 0u
+#define VKP_I_PARK_NOTIFIED 1u
+#define VKP_I_PARK_ASLEEP 2u
+
+struct vkp_parker {
+    uint32_t state; /* read and written by both sides, see park and unpark */
+#if !VKP_I_LINUX
+    pthread_mutex_t mutex;
+    pthread_cond_t condition;
+#endif
+};
+
+#if VKP_I_LINUX
+/* A 32-bit system's first futex call takes two words, whatever the size of its time_t, which libc
+   may have made 64 bits wide. Systems younger than that change have the second call alone.     */
+#ifdef SYS_futex
+#define VKP_I_FUTEX SYS_futex
+typedef long vkp_i_futex_number;
+#else
+#define VKP_I_FUTEX SYS_futex_time64
+typedef long long vkp_i_futex_number;
+#endif
+
+/* From the kernel's interface: its own headers are no part of every libc's (musl). */
+#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)
+#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128)
+#define VKP_I_FUTEX_ANY 0xffffffffu
+#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* who wakes after 68 years looks, and sleeps again */
+
+static void vkp_i_parker_init(vkp_parker *parker)
+{
+    parker->state = VKP_I_PARK_EMPTY;
+}
+
+static void vkp_i_parker_deinit(vkp_parker *parker)
+{
+    (void)parker;
+}
+
+/* Returns once notified, at the deadline, or never early. ASLEEP tells unpark that a system call
+   is due; its exchange pairs with the loads here.                                             */
+static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
+{
+    struct {
+        vkp_i_futex_number s;
+        vkp_i_futex_number ns;
+    } until;
+    uint64_t s = deadline_ns / VKP_I_NS_PER_S;
+    uint32_t state = VKP_I_PARK_EMPTY;
+    (void)VKP_I_CAS(&parker->state, &state, VKP_I_PARK_ASLEEP);
+    until.s = (vkp_i_futex_number)(s < VKP_I_FUTEX_MOST_S ? s : VKP_I_FUTEX_MOST_S);
+    until.ns = (vkp_i_futex_number)(deadline_ns % VKP_I_NS_PER_S);
+    while (VKP_I_LOAD_ACQ(&parker->state) != VKP_I_PARK_NOTIFIED) {
+        if (deadline_ns != VKP_FOREVER && vkp_i_os_clock_ns() >= deadline_ns) {
+            return;
+        }
+        (void)syscall(VKP_I_FUTEX, &parker->state, VKP_I_FUTEX_WAIT_BITSET_PRIVATE,
+                      VKP_I_PARK_ASLEEP, deadline_ns == VKP_FOREVER ? NULL : &until, NULL,
+                      VKP_I_FUTEX_ANY);
+    }
+}
+
+/* The parker may be gone after the exchange: waking a stale address is harmless to a futex. */
+static void vkp_i_os_unpark(vkp_parker *parker)
+{
+    if (VKP_I_XCHG(&parker->state, VKP_I_PARK_NOTIFIED) == VKP_I_PARK_ASLEEP) {
+        (void)syscall(VKP_I_FUTEX, &parker->state, VKP_I_FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    }
+}
+#else
+static void vkp_i_parker_init(vkp_parker *parker)
+{
+    parker->state = VKP_I_PARK_EMPTY;
+    (void)pthread_mutex_init(&parker->mutex, NULL);
+#if VKP_I_APPLE
+    (void)pthread_cond_init(&parker->condition, NULL);
+#else
+    {
+        pthread_condattr_t attributes;
+        (void)pthread_condattr_init(&attributes);
+        (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+        (void)pthread_cond_init(&parker->condition, &attributes);
+        (void)pthread_condattr_destroy(&attributes);
+    }
+#endif
+}
+
+static void vkp_i_parker_deinit(vkp_parker *parker)
+{
+    (void)pthread_cond_destroy(&parker->condition);
+    (void)pthread_mutex_destroy(&parker->mutex);
+}
+
+static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
+{
+    (void)pthread_mutex_lock(&parker->mutex);
+    while (VKP_I_LOAD_ACQ(&parker->state) != VKP_I_PARK_NOTIFIED) {
+        uint64_t now = vkp_i_os_clock_ns();
+        struct timespec wait;
+        if (deadline_ns == VKP_FOREVER) {
+            (void)pthread_cond_wait(&parker->condition, &parker->mutex);
+            continue;
+        }
+        if (now >= deadline_ns) {
+            break;
+        }
+#if VKP_I_APPLE
+        wait.tv_sec = (time_t)((deadline_ns - now) / VKP_I_NS_PER_S);
+        wait.tv_nsec = (long)((deadline_ns - now) % VKP_I_NS_PER_S);
+        (void)pthread_cond_timedwait_relative_np(&parker->condition, &parker->mutex, &wait);
+#else
+        wait.tv_sec = (time_t)(deadline_ns / VKP_I_NS_PER_S);
+        wait.tv_nsec = (long)(deadline_ns % VKP_I_NS_PER_S);
+        (void)pthread_cond_timedwait(&parker->condition, &parker->mutex, &wait);
+#endif
+    }
+    (void)pthread_mutex_unlock(&parker->mutex);
+}
+
+static void vkp_i_os_unpark(vkp_parker *parker)
+{
+    (void)pthread_mutex_lock(&parker->mutex);
+    VKP_I_STORE_REL(&parker->state, VKP_I_PARK_NOTIFIED);
+    (void)pthread_cond_signal(&parker->condition);
+    (void)pthread_mutex_unlock(&parker->mutex);
+}
+#endif
+
+static void vkp_i_os_yield(void)
+{
+    (void)sched_yield();
+}
+
+/* Asked for with every channel that opens: a fact of the machine, read once. */
+static uint32_t vkp_i_os_processors(void)
+{
+    static uint32_t known;
+    uint32_t count = VKP_I_LOAD(&known);
+    if (count == 0) {
+        long online = sysconf(_SC_NPROCESSORS_ONLN);
+        count = online > 0 ? (uint32_t)online : 1u;
+        VKP_I_STORE(&known, count);
+    }
+    return count;
+}
+
+/* Linux 4.14; a sandbox may refuse it. */
+static int vkp_i_os_membarrier(bool prepare)
+{
+#if VKP_I_LINUX && defined(SYS_membarrier)
+    return syscall(SYS_membarrier, prepare ? 1 << 4 : 1 << 3, 0, 0) == 0 ? 0 : -errno;
+#else
+    (void)prepare;
+    return -ENOSYS;
+#endif
+}
+
+#if VKP_I_IO
+static int vkp_i_os_result(int result)
+{
+    return result < 0 ? -errno : result;
+}
+
+static int vkp_i_os_prepare(int fd)
+{
+    int status = fcntl(fd, F_GETFL);
+    if (status < 0 || fcntl(fd, F_SETFL, status | O_NONBLOCK) < 0 ||
+        fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) {
+        return -errno;
+    }
+#ifdef SO_NOSIGPIPE
+    {
+        int on = 1;
+        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* not for every kind */
+    }
+#endif
+    return 0;
+}
+
+#if !VKP_I_LINUX
+static int vkp_i_os_prepared(int fd)
+{
+    int status;
+    if (fd < 0) {
+        return -errno;
+    }
+    status = vkp_i_os_prepare(fd);
+    if (status < 0) {
+        (void)close(fd);
+        return status;
+    }
+    return fd;
+}
+#endif
+
+static int vkp_i_os_socket(int family, int type)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+#else
+    return vkp_i_os_prepared(socket(family, type, 0));
+#endif
+}
+
+static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes, uint32_t mode)
+{
+    struct sockaddr_storage copy;
+    int on = 1;
+    if (bytes > sizeof copy) {
+        return -EINVAL;
+    }
+    memcpy(&copy, address, bytes);
+    if (copy.ss_family == AF_UNIX) {
+        (void)fchmod(fd, (mode_t)mode); /* Linux gives the file this; elsewhere chmod follows */
+    } else {
+        (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    }
+    return vkp_i_os_result(bind(fd, (const struct sockaddr *)&copy, (socklen_t)bytes));
+}
+
+static int vkp_i_os_listen(int fd, int backlog)
+{
+    return vkp_i_os_result(listen(fd, backlog));
+}
+
+static int vkp_i_os_accept(int fd)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC));
+#else
+    return vkp_i_os_prepared(accept(fd, NULL, NULL));
+#endif
+}
+
+static int vkp_i_os_connect(int fd, const void *address, uint32_t bytes)
+{
+    struct sockaddr_storage copy;
+    if (bytes > sizeof copy) {
+        return -EINVAL;
+    }
+    memcpy(&copy, address, bytes);
+    return vkp_i_os_result(connect(fd, (const struct sockaddr *)&copy, (socklen_t)bytes));
+}
+
+static int vkp_i_os_socket_error(int fd)
+{
+    int error = 0;
+    socklen_t bytes = sizeof error;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &bytes) < 0) {
+        return -errno;
+    }
+    return -error;
+}
+
+static int vkp_i_os_set_nodelay(int fd)
+{
+    int on = 1;
+    return vkp_i_os_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
+}
+
+static int vkp_i_os_peer(int fd, vkp_peer *peer)
+{
+#if VKP_I_LINUX
+    struct ucred found;
+    socklen_t bytes = sizeof found;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &found, &bytes) < 0) {
+        return -errno;
+    }
+    peer->uid = (uint32_t)found.uid;
+    peer->gid = (uint32_t)found.gid;
+    peer->pid = (int)found.pid;
+#else
+    uid_t user;
+    gid_t group;
+    if (getpeereid(fd, &user, &group) < 0) {
+        return -errno;
+    }
+    peer->uid = (uint32_t)user;
+    peer->gid = (uint32_t)group;
+    peer->pid = 0;
+#ifdef LOCAL_PEERPID
+    {
+        pid_t pid = 0;
+        socklen_t bytes = sizeof pid;
+        if (getsockopt(fd, 0 /* SOL_LOCAL */, LOCAL_PEERPID, &pid, &bytes) == 0) {
+            peer->pid = (int)pid;
+        }
+    }
+#endif
+#endif
+    return 0;
+}
+
+static int vkp_i_os_local_port(int fd)
+{
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } local;
+    socklen_t bytes = sizeof local;
+    if (getsockname(fd, &local.any, &bytes) < 0) {
+        return -errno;
+    }
+    return local.any.sa_family == AF_INET6 ? (int)ntohs(local.v6.sin6_port)
+                                           : (int)ntohs(local.v4.sin_port);
+}
+
+/* Literals are tried first: they never ask a name server. */
+static int vkp_i_os_resolve(const char *host, const char *port, vkp_address *out, size_t capacity)
+{
+    struct addrinfo hints;
+    struct addrinfo *found = NULL;
+    struct addrinfo *each;
+    size_t count = 0;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+    if (getaddrinfo(host, port, &hints, &found) != 0) {
+        hints.ai_flags = AI_NUMERICSERV;
+        if (getaddrinfo(host, port, &hints, &found) != 0) {
+            return -ENOENT;
+        }
+    }
+    for (each = found; each != NULL && count < capacity; each = each->ai_next) {
+        if (each->ai_addrlen <= sizeof out->storage) {
+            out[count].bytes = (uint32_t)each->ai_addrlen;
+            out[count].family = (uint16_t)each->ai_family;
+            memcpy(out[count].storage.bytes, each->ai_addr, each->ai_addrlen);
+            count++;
+        }
+    }
+    freeaddrinfo(found);
+    return count > 0 ? (int)count : -ENOENT;
+}
+
+static int64_t vkp_i_os_read(int fd, void *buffer, size_t bytes)
+{
+    ssize_t got = read(fd, buffer, bytes);
+    return got < 0 ? -(int64_t)errno : (int64_t)got;
+}
+
+/* Wakes come from signal handlers: what they interrupted must find its errno again. */
+static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
+{
+    int before = errno;
+    ssize_t put = write(fd, buffer, bytes);
+    int64_t result = put < 0 ? -(int64_t)errno : (int64_t)put;
+    errno = before;
+    return result;
+}
+
+static int64_t vkp_i_os_send(int fd, const vkp_range *ranges, size_t count)
+{
+    struct msghdr message;
+    struct iovec vectors[64];
+    ssize_t put;
+    size_t i;
+    int flags = 0;
+#ifdef MSG_NOSIGNAL
+    flags = MSG_NOSIGNAL;
+#endif
+    if (count == 1) { /* as in a fan-out, where sendmsg's own head would be a seventh of the cost */
+        put = send(fd, ranges->base, ranges->len, flags);
+        return put < 0 ? -(int64_t)errno : (int64_t)put;
+    }
+    if (count > sizeof vectors / sizeof vectors[0]) {
+        count = sizeof vectors / sizeof vectors[0];
+    }
+    for (i = 0; i < count; i++) {
+        memcpy(&vectors[i].iov_base, &ranges[i].base, sizeof ranges[i].base); /* drops const */
+        vectors[i].iov_len = ranges[i].len;
+    }
+    memset(&message, 0, sizeof message);
+    message.msg_iov = vectors;
+#if VKP_I_LINUX && defined(__GLIBC__)
+    message.msg_iovlen = count;
+#else
+    message.msg_iovlen = (int)count;
+#endif
+    put = sendmsg(fd, &message, flags);
+    return put < 0 ? -(int64_t)errno : (int64_t)put;
+}
+
+static int vkp_i_os_close(int fd)
+{
+    return vkp_i_os_result(close(fd));
+}
+
+static void vkp_i_os_file_id(const struct stat *found, vkp_file_id *id)
+{
+    id->device = (uint64_t)found->st_dev;
+    id->inode = (uint64_t)found->st_ino;
+    id->uid = (uint32_t)found->st_uid;
+    id->mode = (uint32_t)found->st_mode & 07777u;
+    id->is_socket = S_ISSOCK(found->st_mode);
+}
+
+/* The lock counts only if the locked file is still the one at the path: its last holder removes
+   it while holding the lock, so a file opened just before may be a corpse.                    */
+static int vkp_i_os_lock_file(const char *path, vkp_file_id *id)
+{
+    for (;;) {
+        struct stat opened;
+        struct stat named;
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        int error;
+        if (fd < 0) {
+            return -errno;
+        }
+        if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+            error = errno;
+            (void)close(fd);
+            return -error;
+        }
+        if (fstat(fd, &opened) == 0 && lstat(path, &named) == 0 && opened.st_dev == named.st_dev &&
+            opened.st_ino == named.st_ino) {
+            vkp_i_os_file_id(&opened, id);
+            return fd;
+        }
+        (void)close(fd);
+    }
+}
+
+static int vkp_i_os_identify(const char *path, vkp_file_id *id)
+{
+    struct stat found;
+    if (lstat(path, &found) < 0) {
+        return -errno;
+    }
+    vkp_i_os_file_id(&found, id);
+    return 0;
+}
+
+static int vkp_i_os_chmod(const char *path, uint32_t mode)
+{
+    return vkp_i_os_result(chmod(path, (mode_t)mode));
+}
+
+static int vkp_i_os_unlink(const char *path)
+{
+    return vkp_i_os_result(unlink(path));
+}
+
+static int vkp_i_os_wake_pair(int fds[2])
+{
+#if VKP_I_LINUX
+    int fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (fd < 0) {
+        return -errno;
+    }
+    fds[0] = fd;
+    fds[1] = fd;
+    return 0;
+#else
+    int status;
+    int i;
+    if (pipe(fds) < 0) {
+        return -errno;
+    }
+    for (i = 0; i < 2; i++) {
+        status = vkp_i_os_prepare(fds[i]);
+        if (status < 0) {
+            (void)close(fds[0]);
+            (void)close(fds[1]);
+            return status;
+        }
+    }
+    return 0;
+#endif
+}
+
+/* Milliseconds until the deadline, rounded up so that a wait never ends early. */
+static int vkp_i_os_timeout_ms(uint64_t deadline_ns)
+{
+    uint64_t now;
+    uint64_t ms;
+    if (deadline_ns == 0) {
+        return 0;
+    }
+    if (deadline_ns == VKP_FOREVER) {
+        return -1;
+    }
+    now = vkp_i_os_clock_ns();
+    if (deadline_ns <= now) {
+        return 0;
+    }
+    ms = (deadline_ns - now + 999999u) / 1000000u;
+    return ms > (uint64_t)INT_MAX ? INT_MAX : (int)ms;
+}
+
+static int vkp_i_os_poll(void *pollfds, size_t count, uint64_t deadline_ns)
+{
+    return vkp_i_os_result(
+        poll((struct pollfd *)pollfds, (nfds_t)count, vkp_i_os_timeout_ms(deadline_ns)));
+}
+
+static int vkp_i_os_epoll_create(void)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_create1(EPOLL_CLOEXEC));
+#else
+    return -ENOSYS;
+#endif
+}
+
+static int vkp_i_os_epoll_ctl(int epoll_fd, int operation, int fd, void *event)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_ctl(epoll_fd, operation, fd, (struct epoll_event *)event));
+#else
+    (void)epoll_fd;
+    (void)operation;
+    (void)fd;
+    (void)event;
+    return -ENOSYS;
+#endif
+}
+
+static int vkp_i_os_epoll_wait(int epoll_fd, void *events, int capacity, uint64_t deadline_ns)
+{
+#if VKP_I_LINUX
+    return vkp_i_os_result(epoll_wait(epoll_fd, (struct epoll_event *)events, capacity,
+                                      vkp_i_os_timeout_ms(deadline_ns)));
+#else
+    (void)epoll_fd;
+    (void)events;
+    (void)capacity;
+    (void)deadline_ns;
+    return -ENOSYS;
+#endif
+}
+
+static int vkp_i_os_kqueue_create(void)
+{
+#if VKP_I_LINUX
+    return -ENOSYS;
+#else
+    int kq = kqueue();
+    if (kq < 0) {
+        return -errno;
+    }
+    (void)fcntl(kq, F_SETFD, FD_CLOEXEC);
+    return kq;
+#endif
+}
+
+/* In whole microseconds, since some kernels cut off the rest. They also limit the time (to a day,
+   to three years) or refuse a longer one, and may measure it by another clock: so the deadline
+   decides whether it was enough.                                                              */
+static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *events,
+                           int event_count, uint64_t deadline_ns)
+{
+#if VKP_I_LINUX
+    (void)kq;
+    (void)changes;
+    (void)change_count;
+    (void)events;
+    (void)event_count;
+    (void)deadline_ns;
+    return -ENOSYS;
+#else
+    const int before = errno;
+    int result;
+    bool too_early;
+    do {
+        const uint64_t now = deadline_ns == 0 ? 0 : vkp_i_os_clock_ns();
+        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / 1000u + 1u : 0;
+        struct timespec wait;
+        us = VKP_I_MIN(us, (uint64_t)86400u * 1000000u);
+        wait.tv_sec = (time_t)(us / 1000000u);
+        wait.tv_nsec = (long)(us % 1000000u * 1000u);
+        result = vkp_i_os_result(kevent(kq, (const struct kevent *)changes, change_count,
+                                        (struct kevent *)events, event_count,
+                                        deadline_ns == VKP_FOREVER ? NULL : &wait));
+        change_count = 0;
+        too_early = result == 0 && event_count > 0 && us > 0 && vkp_i_os_clock_ns() < deadline_ns;
+    } while (too_early);
+    errno = before;
+    return result;
+#endif
+}
+
+static int vkp_i_os_fd_kind(int fd)
+{
+    struct stat found;
+    if (fstat(fd, &found) < 0) {
+        return -errno;
+    }
+    return S_ISREG(found.st_mode)    ? VKP_FD_FILE
+           : S_ISSOCK(found.st_mode) ? VKP_FD_SOCKET
+                                     : VKP_FD_OTHER;
+}
+#define VKP_I_OS(name) vkp_i_os_##name
+#else
+#define VKP_I_OS(name) NULL
+#endif /* VKP_I_IO */
+
+VKP_API const vkp_sys *vkp_sys_default(void)
+{
+    static const vkp_sys table = {
+        vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,
+        vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,         vkp_i_os_processors,
+        vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),         VKP_I_OS(listen),
+        VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error), VKP_I_OS(prepare),
+        VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),   VKP_I_OS(resolve),
+        VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),        VKP_I_OS(close),
+        VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),        VKP_I_OS(unlink),
+        VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
+        VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
+    return &table;
+}

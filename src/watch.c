@@ -1,0 +1,457 @@
+/* ======================================================================================
+   >>impl-watch   Only the newest value
+   ======================================================================================
+   Values live in cells. A sender fills a cell that is not current and that nobody borrows, and
+   makes it current; a borrower pins the current one. Both do so under the latch, for some
+   instructions. Copying out takes no latch: it reads the cell's words between two looks at its
+   `seq`, which changes whenever the cell does; words are stored with release and loaded with
+   acquire, so that a word of a later value shows the later seq, too.
+   Who waits for a change does so in the audience.                                             */
+
+typedef struct vkp_i_cell {
+    struct vkp_i_cell *next; /* of all cells; the rest but seq and words is guarded by the latch */
+    uint64_t seq;            /* atomic: version << 1, odd while it is written */
+    size_t pins;
+    bool owns; /* a value that is not dropped yet; for channels with a drop */
+    uint64_t words[1];
+} vkp_i_cell;
+
+typedef struct vkp_i_watch {
+    vkp_watch_config config;
+    size_t words;
+    size_t refs;    /* atomic: the senders together, each receiver */
+    size_t tx_refs; /* atomic */
+    unsigned char pad_sender[VKP_I_APART];
+    vkp_i_biased_latch latch;
+    uint64_t version;    /* atomic: of the newest value */
+    vkp_i_cell *current; /* atomic */
+    vkp_i_cell *cells;   /* latch */
+    uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
+    vkp_i_audience audience;
+} vkp_i_watch;
+
+struct vkp_watch_tx {
+    vkp_i_watch watch;
+};
+
+struct vkp_watch_rx {
+    vkp_i_watch *watch;
+    uint64_t seen;
+    vkp_i_cell *borrowed;
+};
+
+static size_t vkp_i_cell_bytes(const vkp_i_watch *watch)
+{
+    return sizeof(vkp_i_cell) + (watch->words - 1) * sizeof(uint64_t);
+}
+
+/* Latched: a cell to fill, or NULL without memory. Odd from here on. */
+static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
+{
+    vkp_i_cell *cell = watch->cells;
+    while (cell != NULL && (cell == VKP_I_LOAD(&watch->current) || cell->pins != 0 || cell->owns)) {
+        cell = cell->next;
+    }
+    if (cell == NULL) {
+        cell = (vkp_i_cell *)vkp_i_alloc_zero(watch->config.env, vkp_i_cell_bytes(watch));
+        if (cell == NULL) {
+            return NULL;
+        }
+        cell->next = watch->cells;
+        watch->cells = cell;
+    }
+    VKP_I_STORE(&cell->seq, VKP_I_LOAD(&cell->seq) | 1u);
+    return cell;
+}
+
+/* Latched: the cell is full, and the newest. Gives the one whose value is to be dropped, or
+   NULL.                                                                                        */
+static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
+{
+    vkp_i_cell *old = VKP_I_LOAD(&watch->current);
+    uint64_t version = VKP_I_LOAD(&watch->version) + 1;
+    cell->owns = watch->config.drop != NULL;
+    VKP_I_STORE_REL(&cell->seq, version << 1);
+    VKP_I_STORE_REL(&watch->current, cell);
+    VKP_I_STORE_REL(&watch->version, version);
+    return old != NULL && old->owns && old->pins == 0 ? old : NULL;
+}
+
+/* The cell's value was replaced, and nobody looks at it any more. It stays taken until it is
+   dropped.                                                                                     */
+static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
+{
+    if (cell != NULL) {
+        bool biased;
+        watch->config.drop(watch->config.user, cell->words);
+        biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+        cell->owns = false;
+        vkp_i_biased_unlock(&watch->latch, biased);
+    }
+}
+
+static void vkp_i_watch_unref(vkp_i_watch *watch)
+{
+    const vkp_env *env = watch->config.env;
+    if (VKP_I_UNREF(&watch->refs) != 1) {
+        return;
+    }
+    while (watch->cells != NULL) {
+        vkp_i_cell *cell = watch->cells;
+        watch->cells = cell->next;
+        if (cell->owns) {
+            watch->config.drop(watch->config.user, cell->words);
+        }
+        vkp_i_free(env, cell, vkp_i_cell_bytes(watch));
+    }
+    if (watch->scratch != NULL) {
+        vkp_i_free(env, watch->scratch, watch->words * sizeof(uint64_t));
+    }
+    vkp_i_audience_deinit(&watch->audience);
+    vkp_i_free(env, watch, sizeof *watch);
+}
+
+VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx **tx)
+{
+    const vkp_env *env;
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    VKP_I_REQUIRE(config != NULL && tx != NULL);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    env = vkp_i_env(config->env);
+    watch = (vkp_i_watch *)vkp_i_alloc_zero(env, sizeof *watch);
+    if (watch == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    watch->config = *config;
+    watch->config.env = env;
+    watch->words = (config->elem_bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell == NULL) {
+        vkp_i_free(env, watch, sizeof *watch);
+        return VKP_ERR_NOMEM;
+    }
+    if (config->initial != NULL) {
+        vkp_i_words_store(cell->words, config->initial, config->elem_bytes);
+    }
+    (void)vkp_i_watch_publish(watch, cell);
+    cell->owns = config->drop != NULL && config->initial != NULL;
+    watch->refs = 1;
+    watch->tx_refs = 1;
+    vkp_i_audience_init(&watch->audience, env);
+    vkp_i_biased_init(&watch->latch, watch->audience.fenced);
+    *tx = (vkp_watch_tx *)(void *)watch;
+    return VKP_OK;
+}
+
+VKP_API vkp_watch_tx *vkp_watch_tx_ref(vkp_watch_tx *tx)
+{
+    (void)VKP_I_ADD(&tx->watch.tx_refs, (size_t)1);
+    return tx;
+}
+
+VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
+{
+    vkp_i_watch *watch;
+    if (tx == NULL) {
+        return;
+    }
+    watch = &tx->watch;
+    if (VKP_I_UNREF(&watch->tx_refs) == 1) {
+        vkp_i_audience_end(&watch->audience);
+        vkp_i_watch_unref(watch);
+    }
+}
+
+static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_watch_rx **rx)
+{
+    vkp_watch_rx *self = (vkp_watch_rx *)vkp_i_alloc_zero(watch->config.env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    self->watch = watch;
+    self->seen = seen;
+    (void)VKP_I_ADD(&watch->refs, (size_t)1);
+    (void)VKP_I_ADD(&watch->audience.receivers, (size_t)1);
+    *rx = self;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_subscribe(vkp_watch_tx *tx, vkp_watch_rx **rx)
+{
+    VKP_I_REQUIRE(tx != NULL && rx != NULL);
+    return vkp_i_watch_subscribe(&tx->watch, VKP_I_LOAD_ACQ(&tx->watch.version), rx);
+}
+
+VKP_API vkp_status vkp_watch_rx_clone(vkp_watch_rx *rx, vkp_watch_rx **copy)
+{
+    VKP_I_REQUIRE(rx != NULL && copy != NULL);
+    return vkp_i_watch_subscribe(rx->watch, rx->seen, copy);
+}
+
+VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    if (rx == NULL) {
+        return;
+    }
+    watch = rx->watch;
+    vkp_watch_release(rx);
+    vkp_i_audience_lose(&watch->audience);
+    vkp_i_free(watch->config.env, rx, sizeof *rx);
+    vkp_i_watch_unref(watch);
+}
+
+VKP_API vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item)
+{
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    vkp_i_cell *doomed = NULL;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    watch = &tx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell != NULL) {
+        vkp_i_words_store(cell->words, item, watch->config.elem_bytes);
+        doomed = vkp_i_watch_publish(watch, cell);
+    }
+    vkp_i_biased_unlock(&watch->latch, biased);
+    if (cell == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_watch_drop(watch, doomed);
+    vkp_i_audience_signal(&watch->audience);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item)
+{
+    VKP_I_REQUIRE(tx != NULL && item != NULL);
+    return vkp_watch_get_receivers(tx) == 0 ? VKP_ERR_CLOSED : vkp_watch_replace(tx, item);
+}
+
+/* Latched: where `modify` may write, apart from the cells that others read; NULL without memory. */
+static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
+{
+    if (watch->scratch == NULL) {
+        watch->scratch =
+            (uint64_t *)vkp_i_alloc_zero(watch->config.env, watch->words * sizeof(uint64_t));
+    }
+    return watch->scratch;
+}
+
+/* Latched: a new version made by `modify`; OK with *modified false when it changed nothing. */
+static vkp_status vkp_i_watch_modify(vkp_i_watch *watch, bool (*modify)(void *user, void *item),
+                                     void *user, bool *modified)
+{
+    uint64_t *scratch = vkp_i_watch_scratch(watch);
+    vkp_i_cell *cell;
+    *modified = false;
+    if (scratch == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_words_load(scratch, VKP_I_LOAD(&watch->current)->words, watch->config.elem_bytes);
+    if (!modify(user, scratch)) {
+        return VKP_OK;
+    }
+    cell = vkp_i_watch_take_cell(watch);
+    if (cell == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_words_store(cell->words, scratch, watch->config.elem_bytes);
+    (void)vkp_i_watch_publish(watch, cell);
+    *modified = true;
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
+                                              bool (*modify)(void *user, void *item), void *user,
+                                              bool *changed)
+{
+    vkp_i_watch *watch;
+    vkp_status status;
+    bool modified;
+    bool biased;
+    VKP_I_REQUIRE(tx != NULL && modify != NULL && tx->watch.config.drop == NULL);
+    watch = &tx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    status = vkp_i_watch_modify(watch, modify, user, &modified);
+    vkp_i_biased_unlock(&watch->latch, biased);
+    if (modified) {
+        vkp_i_audience_signal(&watch->audience);
+    }
+    if (status == VKP_OK && changed != NULL) {
+        *changed = modified;
+    }
+    return status;
+}
+
+/* Copy the newest value out: its version. */
+static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
+{
+    vkp_i_backoff backoff = {0};
+    for (;;) {
+        const vkp_i_cell *cell = VKP_I_LOAD_ACQ(&watch->current);
+        uint64_t seq = VKP_I_LOAD_ACQ(&cell->seq);
+        if ((seq & 1u) == 0) {
+            vkp_i_words_load(out, cell->words, watch->config.elem_bytes);
+            /* Still current, too: a cell that is filled again is not the newest one yet. */
+            if (VKP_I_LOAD(&cell->seq) == seq && VKP_I_LOAD(&watch->current) == cell) {
+                return seq >> 1;
+            }
+        }
+        vkp_i_back_off(&backoff, vkp_i_sys(watch->config.env));
+    }
+}
+
+VKP_API vkp_status vkp_watch_get(vkp_watch_rx *rx, void *out)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && rx->watch->config.drop == NULL);
+    (void)vkp_i_watch_read(rx->watch, out);
+    return VKP_OK;
+}
+
+VKP_API vkp_status vkp_watch_get_and_update(vkp_watch_rx *rx, void *out)
+{
+    VKP_I_REQUIRE(rx != NULL && out != NULL && rx->watch->config.drop == NULL);
+    rx->seen = vkp_i_watch_read(rx->watch, out);
+    return VKP_OK;
+}
+
+VKP_API const void *vkp_watch_borrow(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    bool biased;
+    if (rx == NULL || rx->borrowed != NULL) {
+        return NULL;
+    }
+    watch = rx->watch;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    rx->borrowed = VKP_I_LOAD(&watch->current);
+    rx->borrowed->pins++;
+    vkp_i_biased_unlock(&watch->latch, biased);
+    return rx->borrowed->words;
+}
+
+VKP_API const void *vkp_watch_borrow_and_update(vkp_watch_rx *rx)
+{
+    const void *item = vkp_watch_borrow(rx);
+    if (item != NULL) {
+        rx->seen = VKP_I_LOAD(&rx->borrowed->seq) >> 1;
+    }
+    return item;
+}
+
+VKP_API void vkp_watch_release(vkp_watch_rx *rx)
+{
+    vkp_i_watch *watch;
+    vkp_i_cell *cell;
+    bool last;
+    bool biased;
+    if (rx == NULL || rx->borrowed == NULL) {
+        return;
+    }
+    watch = rx->watch;
+    cell = rx->borrowed;
+    rx->borrowed = NULL;
+    biased = vkp_i_biased_lock(&watch->latch, watch->config.env);
+    cell->pins--;
+    last = cell->pins == 0 && cell->owns && cell != VKP_I_LOAD(&watch->current);
+    vkp_i_biased_unlock(&watch->latch, biased);
+    vkp_i_watch_drop(watch, last ? cell : NULL);
+}
+
+/* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
+   announced yet.                                                                               */
+VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx)
+{
+    return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
+}
+
+VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx)
+{
+    rx->seen = VKP_I_LOAD_ACQ(&rx->watch->version) - 1;
+}
+
+VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx)
+{
+    rx->seen = VKP_I_LOAD_ACQ(&rx->watch->version);
+}
+
+VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx)
+{
+    return vkp_i_audience_is_ended(&rx->watch->audience);
+}
+
+VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
+{
+    return vkp_i_audience_size(&tx->watch.audience);
+}
+
+static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
+    bool closed = vkp_watch_is_closed(rx);
+    (void)wait;
+    if (!vkp_watch_has_changed(rx)) { /* after the look at the end: nothing follows that */
+        return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
+    }
+    vkp_watch_mark_unchanged(rx);
+    return VKP_OK;
+}
+
+static bool vkp_i_case_changed_is_ready(const vkp_case *each)
+{
+    const vkp_watch_rx *rx = (const vkp_watch_rx *)each->i_object;
+    return vkp_watch_has_changed(rx) || vkp_watch_is_closed(rx);
+}
+
+static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_leave(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+}
+
+static bool vkp_i_case_changed_join(const vkp_case *each, vkp_i_wait *wait)
+{
+    vkp_i_audience_join(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    if (vkp_i_case_changed_is_ready(each)) {
+        vkp_i_case_changed_leave(each, wait);
+        return false;
+    }
+    return true;
+}
+
+static const vkp_env *vkp_i_case_changed_env(const vkp_case *each)
+{
+    return ((vkp_watch_rx *)each->i_object)->watch->config.env;
+}
+
+static const vkp_i_case_kind vkp_i_case_changed = {
+    vkp_i_case_changed_attempt, vkp_i_case_changed_is_ready, vkp_i_case_changed_join,
+    vkp_i_case_changed_leave, vkp_i_case_changed_env};
+
+VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx)
+{
+    return rx != NULL ? vkp_i_case(&vkp_i_case_changed, rx, NULL) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns)
+{
+    vkp_case changed;
+    VKP_I_REQUIRE(rx != NULL);
+    changed = vkp_case_watch_changed(rx);
+    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->audience.spins,
+                            deadline_ns);
+}
+
+VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx)
+{
+    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->watch.audience, NULL) : vkp_case_never();
+}
+
+VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
+{
+    VKP_I_REQUIRE(tx != NULL);
+    return vkp_i_audience_wait_gone(&tx->watch.audience, deadline_ns);
+}
