@@ -12,7 +12,7 @@
    A whole program (examples/subscribe.c prints what a server publishes):
        vkp_loop_open(&loop_config, &loop);                 (a loop over a backend)
        vkp_client_open(loop, &client_config, &client);     (on_push = your callback)
-       vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("news"));
+       vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("news"));
        vkp_loop_run(loop);
 
    TABLE OF CONTENTS (search for the token)
@@ -28,11 +28,12 @@
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-audience  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
-           >>impl-handler  >>impl-value  >>impl-resp  >>impl-frame  >>impl-resp-writer
-           >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate  >>impl-conn-queue
-           >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push  >>impl-client
-           >>impl-client-link  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
-           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
+           >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
+           >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
+           >>impl-push  >>impl-client  >>impl-client-link  >>impl-pushloop  >>impl-relay
+           >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
+           >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -71,14 +72,14 @@
        }
    Errors aside (examples/subscribe.c has them) the rest is four calls, shown at the top.
    A thread of its own takes the same pushes from a channel (vkp_client_config.pushes):
-       while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) {
+       while (vkp_mpsc_recv(rx, VKP_FOREVER, &push) == VKP_OK) {
            use(&push);
            vkp_push_unref(&push);
        }
    and asks from wherever it is, with a slot on its stack:
        vkp_oneshot slot; vkp_reply *reply;
        if (vkp_client_command(client, &slot, "INCR", "hits", NULL) == VKP_OK &&
-           vkp_oneshot_recv(&slot, &reply, vkp_after_ms(250)) == VKP_OK) {
+           vkp_oneshot_recv(&slot, vkp_after_ms(250), &reply) == VKP_OK) {
            use(vkp_reply_get_value(reply));
            vkp_reply_unref(reply);
        }
@@ -87,7 +88,7 @@
    back-pressure) or not. oneshot: one value, once, in the caller's memory: the reply to a request.
    broadcast: each receiver sees each value, a slow one hears how many it lost. watch: only the
    newest value. cancel: a token that ends waits, with its children. Each end waits in three forms:
-   try_x looks, x waits until a deadline, and a loop calls back (vkp_case_watch_open,
+   try_x looks, x waits until a deadline, and a loop calls back (vkp_handler_open,
    vkp_mpsc_watch). vkp_select waits for several at once and carries out one:
        vkp_case cases[] = {vkp_case_cancel(stop), vkp_case_mpsc_recv(jobs, &job)};
        if (vkp_select(cases, 2, vkp_after_ms(1000), &won) == VKP_OK && won == 1) { work(&job); }
@@ -97,7 +98,7 @@
    docs/tokio-to-c.md has each call of Tokio's channels beside ours.
 
    SOCKETS. A registry knows a program's listening Unix sockets by their paths and keeps none alive.
-   Each handle is a reference: vkp_socket_get_or_create gives one to the live socket or binds a new
+   Each handle is a reference: vkp_socket_open gives one to the live socket or binds a new
    one, in place of a file that a dead process left; the last vkp_socket_unref removes the file,
    from whichever thread, without waiting for others. A listener keeps its socket, or follows it
    (vkp_listener_config.follow): then clients keep it, each by its seat, and the last to leave turns
@@ -226,7 +227,7 @@ typedef struct vkp_reply vkp_reply;
 /* One thread's events. */
 typedef struct vkp_loop vkp_loop;
 typedef struct vkp_backend vkp_backend;
-typedef struct vkp_case_watch vkp_case_watch;
+typedef struct vkp_handler vkp_handler;
 
 /* Channels. tx sends: any number of references, any threads. rx receives: one thread at a time. */
 typedef struct vkp_mpsc_tx vkp_mpsc_tx;
@@ -292,7 +293,7 @@ typedef enum vkp_status {
 VKP_API const char *vkp_status_str(vkp_status status);
 
 /* The library's version at run time, "MAJOR.MINOR.PATCH"; static. Any thread. */
-VKP_API const char *vkp_version(void);
+VKP_API const char *vkp_version_str(void);
 
 /* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
 #define VKP_FOREVER UINT64_MAX
@@ -321,7 +322,7 @@ struct vkp_env {
     void (*log)(void *user, vkp_log_level level, const char *text);
     void *user;              /* handed to both */
     vkp_log_level log_level; /* the most verbose level passed to log */
-    const vkp_sys *sys;      /* operating system; default vkp_sys_default() */
+    const vkp_sys *sys;      /* operating system; default vkp_sys_get_default() */
     /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
        some microseconds. Default: 200, and none where one processor is online.                */
     uint32_t spins;
@@ -376,38 +377,58 @@ VKP_API void vkp_bytes_unref(vkp_bytes *bytes);
    >>api-value   Values of RESP2 and RESP3
    Facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md).            */
 
-typedef enum vkp_type {
-    VKP_NULL = 0,
-    VKP_STRING,   /* $ + =      str, len; VKP_F_SIMPLE or VKP_F_VERBATIM tell which            */
-    VKP_ERROR,    /* - !        str, len                                                       */
-    VKP_INTEGER,  /* :          integer                                                        */
-    VKP_DOUBLE,   /* ,          str, len: the digits; vkp_value_get_double converts            */
-    VKP_BOOL,     /* #          integer 0 or 1                                                 */
-    VKP_BIGNUM,   /* (          str, len: the digits with their sign                           */
-    VKP_ARRAY,    /* *          len elements                                                   */
-    VKP_SET,      /* ~          len elements                                                   */
-    VKP_PUSH,     /* >          len elements, the first a string: its kind */
-    VKP_MAP,      /* %          len elements: key, value, key, value ... (twice the wire's n)  */
-    VKP_ATTRIBUTE /* |          as VKP_MAP; stands before the value that it annotates          */
-} vkp_type;
+typedef enum vkp_resp_type {
+    VKP_RESP_NULL = 0, /* _  and $-1, *-1 of RESP2: see VKP_VALUE_NULL_BULK */
+    VKP_RESP_STRING,  /* $ + =  str, len; VKP_VALUE_SIMPLE and VKP_VALUE_VERBATIM tell them apart */
+    VKP_RESP_ERROR,   /* - !  str, len */
+    VKP_RESP_INTEGER, /* :  integer */
+    VKP_RESP_DOUBLE,  /* ,  str, len: the digits; vkp_value_get_double converts */
+    VKP_RESP_BOOL,    /* #  integer: 0 or 1 */
+    VKP_RESP_BIGNUM,  /* (  str, len: the digits with their sign */
+    VKP_RESP_ARRAY,   /* *  len elements */
+    VKP_RESP_SET,     /* ~  len elements */
+    VKP_RESP_PUSH,    /* >  len elements; the first is a string, the kind of the push */
+    VKP_RESP_MAP,     /* %  len elements: key, value, key, value ... (twice the wire's count) */
+    VKP_RESP_ATTRIBUTE /* |  as VKP_RESP_MAP; stands before the value that it annotates */
+} vkp_resp_type;
 
-#define VKP_F_SIMPLE 1u     /* + or -: a line */
-#define VKP_F_VERBATIM 2u   /* =: str is past the four bytes "txt:" */
-#define VKP_F_NULL_BULK 4u  /* null came as $-1 */
-#define VKP_F_NULL_ARRAY 8u /* null came as *-1 */
-/* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
-   that publishes to its own connection. Not an element: counted by nobody, passed over by the
-   walk.                                                                                       */
-#define VKP_F_OUT_OF_BAND 16u
+#ifndef __cplusplus
+/* In C an enumerator is an int, which compilers compare with any enum in silence. With these casts
+   they warn when a type of RESP, a bit of readiness or a status is taken for another.         */
+#define VKP_RESP_NULL ((vkp_resp_type)VKP_RESP_NULL)
+#define VKP_RESP_STRING ((vkp_resp_type)VKP_RESP_STRING)
+#define VKP_RESP_ERROR ((vkp_resp_type)VKP_RESP_ERROR)
+#define VKP_RESP_INTEGER ((vkp_resp_type)VKP_RESP_INTEGER)
+#define VKP_RESP_DOUBLE ((vkp_resp_type)VKP_RESP_DOUBLE)
+#define VKP_RESP_BOOL ((vkp_resp_type)VKP_RESP_BOOL)
+#define VKP_RESP_BIGNUM ((vkp_resp_type)VKP_RESP_BIGNUM)
+#define VKP_RESP_ARRAY ((vkp_resp_type)VKP_RESP_ARRAY)
+#define VKP_RESP_SET ((vkp_resp_type)VKP_RESP_SET)
+#define VKP_RESP_PUSH ((vkp_resp_type)VKP_RESP_PUSH)
+#define VKP_RESP_MAP ((vkp_resp_type)VKP_RESP_MAP)
+#define VKP_RESP_ATTRIBUTE ((vkp_resp_type)VKP_RESP_ATTRIBUTE)
+#endif
+
+/* vkp_value.flags: bits. */
+typedef enum vkp_value_flags {
+    VKP_VALUE_SIMPLE = 1,     /* + or -: a line */
+    VKP_VALUE_VERBATIM = 2,   /* =: str is past the four bytes "txt:" */
+    VKP_VALUE_NULL_BULK = 4,  /* null came as $-1 */
+    VKP_VALUE_NULL_ARRAY = 8, /* null came as *-1 */
+    /* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
+       that publishes to its own connection. Not an element: counted by nobody, passed over by the
+       walk.                                                                                    */
+    VKP_VALUE_OUT_OF_BAND = 16
+} vkp_value_flags;
 
 /* One value of a tree. A tree is one array in reading order: the elements of an aggregate follow
-   it, each with its own. Walk with vkp_value_first and vkp_value_next, never by index.          */
+   it, each with its own. Walk with vkp_value_get_first and vkp_value_get_next, never by index. */
 typedef struct vkp_value {
-    uint8_t type;  /* vkp_type */
+    uint8_t type;  /* vkp_resp_type */
     uint8_t flags; /* VKP_F_* */
     uint16_t i_depth;
     uint32_t span;       /* places in the array that it takes, its elements included */
-    uint32_t attributes; /* places back to the VKP_ATTRIBUTE that annotates it; 0 = none */
+    uint32_t attributes; /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
     uint32_t i_reserved;
     size_t len; /* bytes of str, or number of elements */
     union {
@@ -419,18 +440,18 @@ typedef struct vkp_value {
 
 /* The first element of an aggregate, or NULL; then its next sibling, or NULL after the last.
    `parent` is the aggregate. Attributes are passed over. Any thread; views.                   */
-VKP_API const vkp_value *vkp_value_first(const vkp_value *parent);
-VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value);
+VKP_API const vkp_value *vkp_value_get_first(const vkp_value *parent);
+VKP_API const vkp_value *vkp_value_get_next(const vkp_value *parent, const vkp_value *value);
 
 /* str and len of a STRING, ERROR, BIGNUM or DOUBLE; empty for everything else, NULL included.
    Views. Any thread.                                                                          */
-VKP_API vkp_str vkp_value_str(const vkp_value *value);
+VKP_API vkp_str vkp_value_get_str(const vkp_value *value);
 
 /* The number of a DOUBLE or an INTEGER in any locale; 0 for the rest. Any thread. */
 VKP_API double vkp_value_get_double(const vkp_value *value);
 
 /* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
-VKP_API bool vkp_value_is(const vkp_value *value, const char *text);
+VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text);
 
 typedef struct vkp_resp_config {
     uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
@@ -449,9 +470,9 @@ typedef struct vkp_resp_config {
    >>api-push   What a server pushes                                                       */
 
 typedef enum vkp_sub_kind {
-    VKP_CHANNEL = 0, /* SUBSCRIBE, exact name */
-    VKP_PATTERN,     /* PSUBSCRIBE, glob */
-    VKP_SHARD        /* SSUBSCRIBE, exact name */
+    VKP_SUB_CHANNEL = 0, /* SUBSCRIBE, exact name */
+    VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
+    VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
 } vkp_sub_kind;
 
 typedef enum vkp_push_kind {
@@ -486,7 +507,7 @@ typedef struct vkp_push {
 } vkp_push;
 
 /* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
-VKP_API size_t vkp_push_cost(const void *push);
+VKP_API size_t vkp_push_get_cost(const void *push);
 
 /* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
 VKP_API void vkp_push_drop(void *user, void *push);
@@ -579,7 +600,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
                                                         vkp_str name);
 
 /* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
-   of the server is a reply of type VKP_ERROR. The slot is initialised here. The arguments are
+   of the server is a reply of type VKP_RESP_ERROR. The slot is initialised here. The arguments are
    terminated strings, the last one NULL.
    Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
@@ -659,10 +680,29 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *
 /* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
    (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
-VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop);
 
 /* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
-VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop);
+
+/* What to wait for at a descriptor, and what it is ready for: bits of a uint32_t. HUP and ERROR are
+   reported without being asked for and imply both directions: read until the end of file before
+   you treat the connection as closed.                                                         */
+typedef enum vkp_io_bits {
+    VKP_IO_NONE = 0,
+    VKP_IO_READ = 1,
+    VKP_IO_WRITE = 2,
+    VKP_IO_HUP = 4,
+    VKP_IO_ERROR = 8
+} vkp_io_bits;
+
+#ifndef __cplusplus /* as for vkp_resp_type */
+#define VKP_IO_NONE ((vkp_io_bits)VKP_IO_NONE)
+#define VKP_IO_READ ((vkp_io_bits)VKP_IO_READ)
+#define VKP_IO_WRITE ((vkp_io_bits)VKP_IO_WRITE)
+#define VKP_IO_HUP ((vkp_io_bits)VKP_IO_HUP)
+#define VKP_IO_ERROR ((vkp_io_bits)VKP_IO_ERROR)
+#endif
 
 /* A descriptor under watch, in the caller's memory; fields are private. */
 typedef struct vkp_io vkp_io;
@@ -674,10 +714,10 @@ struct vkp_io {
     uint32_t i_interest;
 };
 
-/* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
+/* Watch fd for `interest`. fn gets VKP_IO_READ etc., and ready 0 once if the loop closes first (the
    watch is stopped then). The fd stays the caller's and must stay open until the stop.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd,
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd,
                                               uint32_t interest,
                                               void (*fn)(vkp_io *watch, uint32_t ready));
 
@@ -702,9 +742,9 @@ struct vkp_timer {
 /* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
    timer that fell behind fires once and goes on from now.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
-VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer,
-                                                 uint64_t deadline_ns, uint64_t period_ns,
-                                                 void (*fn)(vkp_timer *timer));
+VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop,
+                                                 void (*fn)(vkp_timer *timer), uint64_t period_ns,
+                                                 uint64_t deadline_ns);
 
 /* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
 VKP_API void vkp_timer_stop(vkp_timer *timer);
@@ -774,8 +814,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *
    passed, the receiver closed, or memory ran out, and the values behind stay the caller's.
    Threads, Errors: as vkp_mpsc_send, when none was sent                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items,
-                                                    size_t count, size_t *sent,
-                                                    uint64_t deadline_ns);
+                                                    size_t count, uint64_t deadline_ns,
+                                                    size_t *sent);
 
 /* A place in the queue, in the caller's memory: build the value at `item`, then commit or abort,
    once, on any thread. The receiver waits behind the place until then.                        */
@@ -791,8 +831,8 @@ typedef struct vkp_mpsc_permit {
    Blocks: until deadline_ns / never      Threads: any
    Errors: as vkp_mpsc_send / as vkp_mpsc_try_send; INVALID with capacity_bytes, as a value that is
    not there yet costs nothing known                                                           */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit,
-                                                  uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns,
+                                                  vkp_mpsc_permit *permit);
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* The value is built: it is received even if the receiver closed meanwhile, and goes to `drop` if
@@ -818,7 +858,7 @@ VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 /* Take the oldest value, waiting until the deadline.
    Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out);
 
 /* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting: also while the
    oldest place is another sender's who is about to fill it, or holds a permit.                */
@@ -826,8 +866,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
 /* Take up to `capacity` values at once into the array `out`; waits only for the first, with
    deadline 0 not at all. *count is written on OK, at least 1. Errors as vkp_mpsc_recv.        */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity,
-                                                    size_t *count, uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns,
+                                                    void *out, size_t capacity, size_t *count);
 
 /* Look at the oldest value where it lies.
    Owns:   *item views the channel: valid until the next call that receives   Blocks: never
@@ -837,15 +877,15 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **ite
 /* Values queued now, places reserved included; out of date at once while others send. is_closed:
    the receiver closed or the last sender went: nothing new comes, what is queued is still received.
    Receiver's thread.                                                                          */
-VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx);
+VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx);
 VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx);
 
 /* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received,
    and those of places reserved before. Idempotent. Any thread.                                */
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
 
-/* Close, drop what is queued, stop the watch, give the receiver back. NULL is ignored.
-   Receiver's thread; the loop's while watched.                                                */
+/* Close, drop what is queued, give the receiver back. NULL is ignored. Its handlers are given back
+   before. Receiver's thread.                                                                  */
 VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);
 
 /* --------------------------------------------------------------------------------------
@@ -904,8 +944,8 @@ VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
    its memory may go (after TIMEOUT the sender gets CLOSED).
    Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
    Errors: CLOSED (abandoned, or closed before), TIMEOUT, INVALID                              */
-VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out,
-                                                  uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
+                                                  void *out);
 
 /* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
@@ -967,22 +1007,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const 
    Errors: LAGGED (values were lost, vkp_broadcast_get_missed tells how many; the next receive gives
    the oldest one still there; *out may have been written), CLOSED (drained, and no sender is left),
    TIMEOUT, INVALID                                                                            */
-VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out,
-                                                    uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, uint64_t deadline_ns,
+                                                    void *out);
 
 /* As vkp_broadcast_recv, EMPTY instead of waiting. */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out);
 
 /* Take up to `capacity` values at once; waits only for the first, with deadline 0 not at all.
    *count is written on OK, at least 1. Errors as vkp_broadcast_recv.                          */
-VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out,
-                                                         size_t capacity, size_t *count,
-                                                         uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadline_ns,
+                                                         void *out, size_t capacity, size_t *count);
 
 /* Values lost: at the last LAGGED, exactly. Values waiting, those already lost included.
    Receiver's thread.                                                                          */
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx);
-VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx);
+VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx);
 
 /* Receivers now; and wait until there is none: OK, TIMEOUT, INVALID. Any thread. */
 VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx);
@@ -1053,7 +1092,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t de
 
 /* Whether a version is there that was not seen (still so after the senders went); forget or pretend
    to have seen it. Receiver's thread.                                                         */
-VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx);
+VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx);
 VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx);
 VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx);
 
@@ -1092,7 +1131,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t dea
 
    A case is one thing that a thread can wait for: made by the functions below, in the caller's
    memory, valid while what it names is. It waits in one of two ways: vkp_select (this thread,
-   until one case won and was carried out), or vkp_case_watch (a loop's callback).             */
+   until one case won and was carried out), or vkp_handler (a loop's callback).             */
 
 #define VKP_SELECT_MAX 64 /* cases of one select */
 
@@ -1100,7 +1139,7 @@ typedef struct vkp_i_case_kind vkp_i_case_kind;
 
 typedef struct vkp_case {
     vkp_status status; /* the winner's: what the try form of its call returned */
-    uint32_t ready;    /* the winner's, for vkp_case_fd: VKP_READ, VKP_WRITE, VKP_HUP, VKP_ERR */
+    uint32_t ready;    /* of the winner, for vkp_case_fd: bits of vkp_io_bits */
     const vkp_i_case_kind *i_kind;
     void *i_object;
     void *i_out;
@@ -1153,29 +1192,24 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
 /* --------------------------------------------------------------------------------------
    >>api-handler   Callbacks of a loop for channels                                        */
 
-/* Call fn(user) on the loop whenever vkp_mpsc_try_recv would not return EMPTY, as long as that
-   is so: take something, or stop the watch. One watch per receiver.
-   Owns:   shares loop     Threads: loop's     In callbacks: ok     Errors: INVALID (watched) */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop,
-                                                void (*fn)(void *user), void *user);
-
-/* Stop the watch: fn is not called again. Idempotent. Loop's thread. */
-VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx);
-
-/* Call fn(user) on the loop whenever the case could be carried out, as long as that is so: do it
-   with its try form, or end the watch. Sending cases give no right to the room: their try form may
-   still be FULL. One watch per receiving end. A watch or select of a one-shot ends before the same
-   side finishes it (send, abandon, close).
-   Owns:   copies what; shares loop; gives *watch; the case's object is yours to keep until the end
+/* Call fn(user) on the loop's thread in every round in which the case is ready. In fn, call the try
+   form of what the case names, or close the handler: while the case stays ready, fn is called
+   again. A sending case reserves nothing: its try form may still return FULL. `what` is copied;
+   what it names must outlive the handler. vkp_case_mpsc_recv and the like are made with `out` NULL. A
+   handler of a one-shot ends before the same side finishes it (send, abandon, recv, close).
+   Owns:   borrows what; shares loop; gives *handler     Blocks: never
    Threads: loop's     In callbacks: ok
-   Errors: NOMEM, INVALID (vkp_case_fd, vkp_case_deadline, closed loop)                        */
-VKP_API VKP_NODISCARD vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what,
-                                                     void (*fn)(void *user), void *user,
-                                                     vkp_case_watch **watch);
+   Errors: NOMEM, INVALID (a null argument, vkp_case_fd, vkp_case_deadline, a closed loop)     */
+VKP_API VKP_NODISCARD vkp_status vkp_handler_open(vkp_loop *loop, const vkp_case *what,
+                                                  void (*fn)(void *user), void *user,
+                                                  vkp_handler **handler);
 
-/* End the watch: fn is not called again. NULL is ignored. Loop's thread; a loop that closes ends
-   its watches itself, and then this only gives the handle back.                               */
-VKP_API void vkp_case_watch_close(vkp_case_watch *watch);
+/* End the handler: fn is not called again. Idempotent; NULL is ignored. A loop that closes closes
+   its handlers. Loop's thread, also inside fn.                                                */
+VKP_API void vkp_handler_close(vkp_handler *handler);
+
+/* Close the handler and give its reference back. NULL is ignored. Loop's thread, also inside fn. */
+VKP_API void vkp_handler_unref(vkp_handler *handler);
 
 #endif /* VKP_NO_IO */
 
@@ -1200,7 +1234,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, c
 
 /* The next whole value of what was fed.
    Owns:   *value views the reader: valid until the next call on it     Blocks: never
-   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_error), NOMEM
+   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_get_error), NOMEM
    (try again)                                                                                 */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
                                                       const vkp_value **value);
@@ -1216,14 +1250,14 @@ VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, c
 
 /* What was wrong and where: the byte's position since open or reset, and the reason with the
    limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
-VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position);
+VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uint64_t *position);
 
 /* Forget the error, the buffer and the frame under way. */
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
 
 /* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
    a strict reader accepted before. Any thread.                                                */
-VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len);
+VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len);
 
 /* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
    kept: write everything, then look at what take returns.                                     */
@@ -1237,7 +1271,7 @@ typedef struct vkp_resp_writer {
 /* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
    strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
-VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count);
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count);
 VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
 VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
 VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
@@ -1349,24 +1383,24 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry,
    Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
    serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
    SYS, NOMEM                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                                          vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, const char *path,
+                                                 vkp_socket **sock);
 
 /* The same for text that may hold NUL bytes: INVALID then. */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
-                                                              vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path,
+                                                     vkp_socket **sock);
 
 /* The live socket of the path, never a new one. Gives *sock. Any thread.
    Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                                         vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, const char *path,
+                                                 vkp_socket **sock);
 
 /* Hand over a socket that the caller bound to the path and set listening.
    Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
    Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
    INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
-                                                         int fd, vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+                                                  vkp_socket **sock);
 
 /* One more reference: sock, or NULL when it has max_references. Any thread. */
 VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
@@ -1412,7 +1446,7 @@ typedef struct vkp_socket_pool_config {
 } vkp_socket_pool_config;
 
 /* Open the pool and its sockets: all or none.
-   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_get_or_create */
+   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_open */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
                                                       vkp_socket_pool **pool);
 VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
@@ -1425,7 +1459,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp
 
 /* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
 VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
-VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index);
+VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index);
 
 #endif /* VKP_NO_IO */
 
@@ -1468,7 +1502,7 @@ typedef struct vkp_conn_ops {
     bool (*on_end)(vkp_conn *conn, void *user);
     void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
     /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
-       one block are kept and written as one range; vkp_resp_frame_len is one.                */
+       one block are kept and written as one range; vkp_resp_get_frame_len is one.                */
     size_t (*frame_len)(const uint8_t *data, size_t len);
 } vkp_conn_ops;
 
@@ -1584,7 +1618,7 @@ VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any t
 
 /* The place of one admitted client: it counts at the gate, and holds the socket that it came
    through, if the listener follows that. Connections give theirs back before their on_close.  */
-VKP_API void vkp_seat_leave(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+VKP_API void vkp_seat_unref(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
 
 /* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
 VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
@@ -1621,7 +1655,7 @@ typedef struct vkp_listener_config {
    serves to tell them (VKP_REFUSAL_OVERLOAD).
    Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
    Blocks: on the file system     Threads: loop's     In callbacks: ok
-   Errors: as vkp_socket_get_or_create; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
+   Errors: as vkp_socket_open; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
    (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
                                                    const vkp_listener_config *config,
@@ -1640,8 +1674,8 @@ VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's threa
    Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
    Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
-                                                    uint64_t deadline_ns,
-                                                    void (*on_end)(void *user), void *user);
+                                                    void (*on_end)(void *user), void *user,
+                                                    uint64_t deadline_ns);
 
 typedef struct vkp_listener_stats {
     size_t clients; /* now */
@@ -1719,8 +1753,14 @@ typedef struct vkp_health_config {
 VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
                                                        const vkp_health_config *config,
                                                        vkp_health_check **check);
-/* End it: no result follows. NULL is ignored. Loop's thread, in on_result too. */
+
+/* End the check: no result follows. Idempotent; NULL is ignored. Loop's thread, also inside
+   on_result.                                                                                  */
 VKP_API void vkp_health_check_close(vkp_health_check *check);
+
+/* Close the check and give its reference back. NULL is ignored. Loop's thread, also inside
+   on_result.                                                                                  */
+VKP_API void vkp_health_check_unref(vkp_health_check *check);
 
 #endif /* VKP_NO_IO */
 
@@ -1730,7 +1770,7 @@ VKP_API void vkp_health_check_close(vkp_health_check *check);
 
 /* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
    in time linear in text x pattern at worst. Any thread.                                      */
-VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text);
+VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text);
 
 typedef struct vkp_hub_sub vkp_hub_sub;
 
@@ -1768,13 +1808,13 @@ VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
 
 /* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
    member's next change. Loop's thread.                                                        */
-VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
+VKP_API vkp_str vkp_hub_get_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
 
 /* Whether the member has the name. Loop's thread. */
 VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
                                    vkp_sub_kind kind, vkp_str name);
 
-/* Deliver a message to every member of the channel and, for VKP_CHANNEL, of every pattern that
+/* Deliver a message to every member of the channel and, for VKP_SUB_CHANNEL, of every pattern that
    matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
    as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
 VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);
@@ -1871,8 +1911,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *
    The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
    with subscriptions; to others an error, the answer to whatever they would ask next.         */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
-VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
-                             void *user);
+VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
+                             uint64_t deadline_ns);
 
 typedef struct vkp_relay_stats {
     size_t clients;
@@ -1938,9 +1978,9 @@ typedef struct vkp_file_id {
 #define VKP_FD_FILE 1 /* a regular one */
 #define VKP_FD_SOCKET 2
 
-/* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
-   inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
-   write and kevent may be called in a signal handler and leave errno alone.
+/* Every contact with the operating system. Copy the table of vkp_sys_get_default, and replace
+   members to inject faults or a clock. Calls return >= 0 or a negated errno; errno itself is not
+   set. write and kevent may be called in a signal handler and leave errno alone.
    Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
    thread.                                                                                     */
 struct vkp_sys {
@@ -1991,7 +2031,7 @@ struct vkp_sys {
 };
 
 /* The table over libc. Static. Any thread. */
-VKP_API const vkp_sys *vkp_sys_default(void);
+VKP_API const vkp_sys *vkp_sys_get_default(void);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
@@ -1999,20 +2039,13 @@ VKP_API const vkp_sys *vkp_sys_default(void);
 
 #define VKP_BACKEND_ABI 1u
 
-/* Interest and readiness. HUP and ERR imply both directions: readers drain before they believe
-   a hang-up.                                                                                  */
-#define VKP_READ 1u
-#define VKP_WRITE 2u
-#define VKP_HUP 4u
-#define VKP_ERR 8u
-
 /* vkp_backend.flags */
 #define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
 #define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
 
 typedef struct vkp_event {
     uint64_t token; /* as given to watch */
-    uint32_t ready; /* VKP_READ | VKP_WRITE | VKP_HUP | VKP_ERR */
+    uint32_t ready; /* VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP | VKP_IO_ERROR */
 } vkp_event;
 
 /* What a backend gets at open; valid until its close. */
@@ -2155,16 +2188,16 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
         return vkp_mpsc_try_send(name##_raw_tx(tx), &value);                                       \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send_many(                                      \
-        name##_tx *tx, const name##_value *values, size_t count, size_t *sent,                     \
-        uint64_t deadline_ns)                                                                      \
+        name##_tx *tx, const name##_value *values, size_t count, uint64_t deadline_ns,             \
+        size_t *sent)                                                                              \
     {                                                                                              \
-        return vkp_mpsc_send_many(name##_raw_tx(tx), values, count, sent, deadline_ns);            \
+        return vkp_mpsc_send_many(name##_raw_tx(tx), values, count, deadline_ns, sent);            \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_reserve(                                        \
-        name##_tx *tx, vkp_mpsc_permit *permit, name##_value **value, uint64_t deadline_ns)        \
+        name##_tx *tx, uint64_t deadline_ns, vkp_mpsc_permit *permit, name##_value **value)        \
     {                                                                                              \
         vkp_status status = value != NULL                                                          \
-                                ? vkp_mpsc_reserve(name##_raw_tx(tx), permit, deadline_ns)         \
+                                ? vkp_mpsc_reserve(name##_raw_tx(tx), deadline_ns, permit)         \
                                 : VKP_ERR_INVALID;                                                 \
         if (status == VKP_OK) {                                                                    \
             *value = (name##_value *)permit->item;                                                 \
@@ -2181,19 +2214,19 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
         }                                                                                          \
         return status;                                                                             \
     }                                                                                              \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,          \
-                                                        uint64_t deadline_ns)                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, uint64_t deadline_ns,       \
+                                                        name##_value *out)                         \
     {                                                                                              \
-        return vkp_mpsc_recv(name##_raw_rx(rx), out, deadline_ns);                                 \
+        return vkp_mpsc_recv(name##_raw_rx(rx), deadline_ns, out);                                 \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)      \
     {                                                                                              \
         return vkp_mpsc_try_recv(name##_raw_rx(rx), out);                                          \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                      \
-        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns)    \
+        name##_rx *rx, uint64_t deadline_ns, name##_value *out, size_t capacity, size_t *count)    \
     {                                                                                              \
-        return vkp_mpsc_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);           \
+        return vkp_mpsc_recv_many(name##_raw_rx(rx), deadline_ns, out, capacity, count);           \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_peek(name##_rx *rx, const name##_value **value) \
     {                                                                                              \
@@ -2234,10 +2267,10 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     {                                                                                      \
         vkp_oneshot_abandon(&self->slot);                                                  \
     }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, name##_value *out,     \
-                                                        uint64_t deadline_ns)              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,  \
+                                                        name##_value *out)                 \
     {                                                                                      \
-        return vkp_oneshot_recv(&self->slot, out, deadline_ns);                            \
+        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                            \
     }                                                                                      \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out) \
     {                                                                                      \
@@ -2275,15 +2308,15 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     {                                                                                           \
         return vkp_broadcast_send(name##_raw_tx(tx), &value);                                   \
     }                                                                                           \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,       \
-                                                        uint64_t deadline_ns)                   \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, uint64_t deadline_ns,    \
+                                                        name##_value *out)                      \
     {                                                                                           \
-        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                         \
+        return vkp_broadcast_recv(name##_raw_rx(rx), deadline_ns, out);                         \
     }                                                                                           \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                   \
-        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns) \
+        name##_rx *rx, uint64_t deadline_ns, name##_value *out, size_t capacity, size_t *count) \
     {                                                                                           \
-        return vkp_broadcast_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);   \
+        return vkp_broadcast_recv_many(name##_raw_rx(rx), deadline_ns, out, capacity, count);   \
     }                                                                                           \
     VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                  \
     {                                                                                           \
@@ -2544,7 +2577,7 @@ VKP_API const char *vkp_status_str(vkp_status status)
     return "unknown status";
 }
 
-VKP_API const char *vkp_version(void)
+VKP_API const char *vkp_version_str(void)
 {
     return VKP_VERSION_STR;
 }
@@ -2572,7 +2605,7 @@ static const vkp_env *vkp_i_env(const vkp_env *env)
 
 static const vkp_sys *vkp_i_sys(const vkp_env *env)
 {
-    return env->sys != NULL ? env->sys : vkp_sys_default();
+    return env->sys != NULL ? env->sys : vkp_sys_get_default();
 }
 
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
@@ -2648,7 +2681,7 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 
 VKP_API uint64_t vkp_now_ns(void)
 {
-    return vkp_sys_default()->clock_ns();
+    return vkp_sys_get_default()->clock_ns();
 }
 
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
@@ -3381,7 +3414,7 @@ static int vkp_i_os_fd_kind(int fd)
 #define VKP_I_OS(name) NULL
 #endif /* VKP_I_IO */
 
-VKP_API const vkp_sys *vkp_sys_default(void)
+VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
         vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,
@@ -3671,8 +3704,8 @@ static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
     uint32_t interest = (uint32_t)(each->i_number >> 32);
     poll->fd = (int)(each->i_number & 0xffffffffu);
     poll->revents = 0;
-    poll->events = (short)(((interest & VKP_READ) != 0 ? POLLIN : 0) |
-                           ((interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+    poll->events = (short)(((interest & VKP_IO_READ) != 0 ? POLLIN : 0) |
+                           ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
 }
 
 static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
@@ -3690,10 +3723,10 @@ static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
         errno = -rc;
         return VKP_ERR_SYS;
     }
-    each->ready = ((poll.revents & POLLIN) != 0 ? VKP_READ : 0u) |
-                  ((poll.revents & POLLOUT) != 0 ? VKP_WRITE : 0u) |
-                  ((poll.revents & POLLHUP) != 0 ? VKP_HUP : 0u) |
-                  ((poll.revents & (POLLERR | POLLNVAL)) != 0 ? VKP_ERR : 0u);
+    each->ready = ((poll.revents & POLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE) |
+                  ((poll.revents & POLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE) |
+                  ((poll.revents & POLLHUP) != 0 ? VKP_IO_HUP : VKP_IO_NONE) |
+                  ((poll.revents & (POLLERR | POLLNVAL)) != 0 ? VKP_IO_ERROR : VKP_IO_NONE);
     return VKP_OK;
 }
 
@@ -4612,12 +4645,11 @@ struct vkp_i_channel {
     bool evicts;    /* senders may take the oldest value: receiving needs the mutex too */
     VKP_I_MUTEX mutex;
     vkp_i_waiters receiver;
-    vkp_i_waiters closers;        /* wait until closed */
-    vkp_i_ring *retired;          /* rings left behind after the receiver went */
-    struct vkp_case_watch *watch; /* loop's thread */
-    size_t dead_lanes;            /* atomic: that the receiver has to free */
-    vkp_i_lane *rx_lane;          /* the receiver's: where it took the last value */
-    vkp_i_lane lane;              /* the first one */
+    vkp_i_waiters closers; /* wait until closed */
+    vkp_i_ring *retired;   /* rings left behind after the receiver went */
+    size_t dead_lanes;     /* atomic: that the receiver has to free */
+    vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
+    vkp_i_lane lane;       /* the first one */
 };
 
 /* ---- rings ---- */
@@ -5221,7 +5253,7 @@ VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
     return vkp_i_lane_send_fast(tx->lane, item) ? VKP_OK : vkp_i_lane_try(tx->lane, item, NULL);
 }
 
-VKP_API vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit, uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns, vkp_mpsc_permit *permit)
 {
     VKP_I_REQUIRE(tx != NULL && permit != NULL && tx->lane->channel->config.capacity_bytes == 0);
     return vkp_i_lane_send(tx->lane, NULL, permit, NULL, deadline_ns);
@@ -5246,7 +5278,7 @@ VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit)
 }
 
 VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t count,
-                                      size_t *sent, uint64_t deadline_ns)
+                                      uint64_t deadline_ns, size_t *sent)
 {
     vkp_i_lane *lane;
     size_t bytes;
@@ -5616,7 +5648,7 @@ static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, s
     return cases[0].status;
 }
 
-VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
@@ -5625,8 +5657,8 @@ VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_n
                : vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
 }
 
-VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
-                                      uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out,
+                                      size_t capacity, size_t *count)
 {
     VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
     return vkp_i_mpsc_recv(rx, out, capacity, count, NULL, deadline_ns);
@@ -5658,7 +5690,7 @@ VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
     return status;
 }
 
-VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
+VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx)
 {
     const vkp_i_lane *lane = &rx->channel->lane;
     uint64_t count = 0;
@@ -5908,9 +5940,6 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
         return;
     }
     channel = rx->channel;
-#if VKP_I_IO
-    vkp_mpsc_unwatch(rx);
-#endif
     vkp_mpsc_close(rx);
     /* From here on a sender that publishes late drops its value itself. */
     vkp_i_gate_open(&channel->flags, VKP_I_RX_GONE);
@@ -6360,7 +6389,7 @@ static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
     vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
     vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
 
-VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, void *out)
 {
     vkp_status status;
     VKP_I_REQUIRE(slot != NULL && out != NULL);
@@ -6915,8 +6944,8 @@ VKP_API vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out)
                                              : vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
 }
 
-VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size_t capacity,
-                                           size_t *count, uint64_t deadline_ns)
+VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadline_ns, void *out,
+                                           size_t capacity, size_t *count)
 {
     vkp_i_batch batch;
     vkp_case values;
@@ -6933,13 +6962,13 @@ VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size
     return status;
 }
 
-VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, uint64_t deadline_ns, void *out)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
     return vkp_i_broadcast_take_one(rx, out)
                ? VKP_OK
-               : vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
+               : vkp_broadcast_recv_many(rx, deadline_ns, out, 1, &count);
 }
 
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
@@ -6947,7 +6976,7 @@ VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
     return rx->missed;
 }
 
-VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx)
+VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx)
 {
     return VKP_I_LOAD_ACQ(&rx->channel->tail) - rx->next;
 }
@@ -7335,7 +7364,7 @@ VKP_API void vkp_watch_release(vkp_watch_rx *rx)
 
 /* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
    announced yet.                                                                               */
-VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx)
+VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx)
 {
     return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
 }
@@ -7365,7 +7394,7 @@ static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
     vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
     bool closed = vkp_watch_is_closed(rx);
     (void)wait;
-    if (!vkp_watch_has_changed(rx)) { /* after the look at the end: nothing follows that */
+    if (!vkp_watch_is_changed(rx)) { /* after the look at the end: nothing follows that */
         return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
     }
     vkp_watch_mark_unchanged(rx);
@@ -7375,7 +7404,7 @@ static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
 static bool vkp_i_case_changed_is_ready(const vkp_case *each)
 {
     const vkp_watch_rx *rx = (const vkp_watch_rx *)each->i_object;
-    return vkp_watch_has_changed(rx) || vkp_watch_is_closed(rx);
+    return vkp_watch_is_changed(rx) || vkp_watch_is_closed(rx);
 }
 
 static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)
@@ -7609,7 +7638,7 @@ static vkp_status vkp_i_loop_remind(vkp_loop *loop)
     if (loop->backend->timer == NULL || loop->in_round || loop->closed) {
         return VKP_OK;
     }
-    deadline_ns = vkp_loop_get_deadline(loop);
+    deadline_ns = vkp_loop_get_deadline_ns(loop);
     if (deadline_ns == VKP_FOREVER && loop->attached.next != &loop->attached) {
         deadline_ns = VKP_I_SOME_DAY;
     }
@@ -7855,7 +7884,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     }
 }
 
-VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop)
+VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop)
 {
     return vkp_i_loop_now(loop);
 }
@@ -7866,7 +7895,7 @@ VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
                                               : -1;
 }
 
-VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop)
+VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
 {
     if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL ||
         !vkp_i_waiters_empty(&loop->unarmed)) {
@@ -7882,7 +7911,7 @@ static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
 }
 
-VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t interest,
+VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t interest,
                                 void (*fn)(vkp_io *watch, uint32_t ready))
 {
     uint32_t slot;
@@ -7903,7 +7932,7 @@ VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t 
         loop->slots[slot].next_free = loop->free_slot;
         loop->free_slot = slot + 1;
     }
-    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_READ | VKP_WRITE),
+    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_IO_READ | VKP_IO_WRITE),
                                   vkp_i_watch_token(loop, slot));
     if (status != VKP_OK) {
         return status;
@@ -7924,7 +7953,7 @@ VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
     vkp_status status;
     VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
     loop = watch->i_loop;
-    interest &= VKP_READ | VKP_WRITE;
+    interest &= VKP_IO_READ | VKP_IO_WRITE;
     if (watch->i_interest == interest) {
         return VKP_OK;
     }
@@ -8040,8 +8069,8 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
     }
 }
 
-VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t deadline_ns,
-                                   uint64_t period_ns, void (*fn)(vkp_timer *timer))
+VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(vkp_timer *timer),
+                                   uint64_t period_ns, uint64_t deadline_ns)
 {
     vkp_i_timer_entry entry;
     void *timers;
@@ -8090,18 +8119,179 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
                 next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
             }
             /* There is room: the entry just left. */
-            (void)!vkp_timer_start(loop, timer, next, timer->i_period_ns, timer->i_fn);
+            (void)!vkp_timer_start(timer, loop, timer->i_fn, timer->i_period_ns, next);
         }
         timer->i_fn(timer);
     }
 }
 
-/* ---- rounds ---- */
+#endif /* VKP_I_IO */
 
-#define VKP_I_UNPOLLED \
-    8u /* rounds that posts and channels may go on before descriptors are asked */
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-handler   Callbacks of a loop for channels
+   ====================================================================================== */
 
-static void vkp_i_loop_arm(vkp_loop *loop);
+/* A handler's task calls back when its case is ready, and links the handler to the loop's unarmed
+   ones. At the end of the round, handlers whose cases are ready queue their tasks again, behind the
+   others: a busy channel does not starve the loop. The rest join their cases once nothing else is
+   left to do; a wake-up queues the task. The struct is freed when its task is not queued and its
+   last reference is given back.                                                               */
+
+struct vkp_handler {
+    vkp_i_task task;
+    vkp_i_attached attached;
+    vkp_i_wait wait;
+    vkp_loop *loop;
+    vkp_case what;
+    void (*fn)(void *user);
+    void *user;
+    bool busy;     /* the task is queued; set by whoever wakes, read after leave */
+    bool joined;   /* the rest is the loop's thread's */
+    bool running;  /* inside fn */
+    bool ended;    /* fn is not called again */
+    bool released; /* the handle was given back */
+};
+
+static void vkp_i_handler_wake(vkp_i_waiter *waiter)
+{
+    vkp_handler *handler = VKP_I_CONTAINER(waiter, vkp_handler, wait.node);
+    handler->busy = true;
+    if (!vkp_i_loop_queue(handler->loop, &handler->task)) {
+        handler->busy = false; /* the loop is closed: nobody runs the task */
+    }
+}
+
+static void vkp_i_handler_leave(vkp_handler *handler)
+{
+    if (handler->joined) {
+        handler->joined = false;
+        handler->what.i_kind->leave(&handler->what, &handler->wait);
+    } else {
+        (void)vkp_i_waiter_unlink(&handler->wait.node); /* unarmed */
+    }
+}
+
+static void vkp_i_handler_end(vkp_handler *handler)
+{
+    if (!handler->ended) {
+        handler->ended = true;
+        vkp_i_loop_detach(&handler->attached);
+        vkp_i_handler_leave(handler);
+    }
+}
+
+static void vkp_i_handler_free(vkp_handler *handler)
+{
+    vkp_loop *loop = handler->loop;
+    if (handler->released && !handler->busy && !handler->running) {
+        vkp_i_free(loop->env, handler, sizeof *handler);
+        vkp_loop_unref(loop);
+    }
+}
+
+/* Wait for the case, or queue the task at once when it is ready. */
+static void vkp_i_handler_arm(vkp_handler *handler)
+{
+    const vkp_i_case_kind *kind = handler->what.i_kind;
+    handler->wait.status = VKP_OK;
+    if (!kind->is_ready(&handler->what) && kind->join(&handler->what, &handler->wait)) {
+        handler->joined = true;
+    } else if (!handler->busy) { /* or it was woken while it joined */
+        vkp_i_handler_wake(&handler->wait.node);
+    }
+}
+
+/* At the end of a round. As long as the loop has work, watches look by themselves: to wait, they
+   would have to make themselves known to other threads, which costs both sides.               */
+static void vkp_i_loop_arm(vkp_loop *loop)
+{
+    vkp_i_waiter *node = loop->unarmed.head.next;
+    while (node != &loop->unarmed.head) {
+        vkp_handler *handler = VKP_I_CONTAINER(node, vkp_handler, wait.node);
+        node = node->next;
+        if (handler->what.i_kind->is_ready(&handler->what)) {
+            (void)vkp_i_waiter_unlink(&handler->wait.node);
+            vkp_i_handler_wake(&handler->wait.node);
+        }
+    }
+    while (VKP_I_LOAD(&loop->queue) == NULL && !vkp_i_waiters_empty(&loop->unarmed)) {
+        vkp_handler *handler = VKP_I_CONTAINER(loop->unarmed.head.next, vkp_handler, wait.node);
+        (void)vkp_i_waiter_unlink(&handler->wait.node);
+        vkp_i_handler_arm(handler);
+    }
+}
+
+static void vkp_i_handler_run(vkp_i_task *task)
+{
+    vkp_handler *handler = VKP_I_CONTAINER(task, vkp_handler, task);
+    vkp_i_handler_leave(handler);
+    handler->busy = false;
+    if (!handler->ended && handler->what.i_kind->is_ready(&handler->what)) {
+        handler->running = true;
+        handler->fn(handler->user);
+        handler->running = false;
+    }
+    if (!handler->ended) {
+        vkp_i_waiter_link(&handler->loop->unarmed, &handler->wait.node);
+    }
+    vkp_i_handler_free(handler);
+}
+
+static void vkp_i_handler_loop_closed(vkp_i_attached *attached)
+{
+    vkp_i_handler_end(VKP_I_CONTAINER(attached, vkp_handler, attached));
+}
+
+VKP_API vkp_status vkp_handler_open(vkp_loop *loop, const vkp_case *what, void (*fn)(void *user),
+                                    void *user, vkp_handler **out)
+{
+    vkp_handler *self;
+    VKP_I_REQUIRE(loop != NULL && what != NULL && fn != NULL && out != NULL);
+    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
+    VKP_I_REQUIRE(what->i_kind != &vkp_i_case_kind_deadline && what->i_kind != &vkp_i_case_kind_fd);
+    self = (vkp_handler *)vkp_i_alloc_zero(loop->env, sizeof *self);
+    if (self == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    self->task.fn = vkp_i_handler_run;
+    self->attached.on_loop_close = vkp_i_handler_loop_closed;
+    self->wait.node.wake = vkp_i_handler_wake;
+    self->loop = vkp_loop_ref(loop);
+    self->what = *what;
+    self->fn = fn;
+    self->user = user;
+    *out = self;
+    vkp_i_loop_attach(loop, &self->attached);
+    vkp_i_handler_arm(self);
+    return VKP_OK;
+}
+
+VKP_API void vkp_handler_close(vkp_handler *handler)
+{
+    if (handler != NULL) {
+        vkp_i_handler_end(handler);
+    }
+}
+
+VKP_API void vkp_handler_unref(vkp_handler *handler)
+{
+    if (handler != NULL) {
+        vkp_i_handler_end(handler);
+        handler->released = true;
+        vkp_i_handler_free(handler);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-loop-run   The rounds of a loop
+   ====================================================================================== */
+
+/* Rounds that posts and channels may go on before descriptors are asked. */
+#define VKP_I_UNPOLLED 8u
 
 /* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
 static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
@@ -8109,7 +8299,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     size_t count = 0;
     size_t i;
     vkp_status status;
-    deadline_ns = VKP_I_MIN(deadline_ns, vkp_loop_get_deadline(loop));
+    deadline_ns = VKP_I_MIN(deadline_ns, vkp_loop_get_deadline_ns(loop));
     if (VKP_I_LOAD_ACQ(&loop->stopping) != 0) {
         deadline_ns = 0;
     }
@@ -8229,183 +8419,12 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-handler   Callbacks of a loop for channels
-   ====================================================================================== */
-
-/* ---- a case under watch ----
-   Its task calls back when the case is ready, and puts the watch among the unarmed ones. At the end
-   of the round those that are ready queue their tasks again, behind the others: a busy channel
-   does not starve the loop; the rest join their cases once nothing else is left to do. A wake-up
-   queues the task. The struct is freed when the task is not queued and the handle is back.    */
-
-struct vkp_case_watch {
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_i_wait wait;
-    vkp_loop *loop;
-    vkp_case what;
-    void (*fn)(void *user);
-    void *user;
-    bool busy;     /* the task is queued; set by whoever wakes, read after leave */
-    bool joined;   /* the rest is the loop's thread's */
-    bool running;  /* inside fn */
-    bool ended;    /* fn is not called again */
-    bool released; /* the handle was given back */
-};
-
-static void vkp_i_case_watch_wake(vkp_i_waiter *waiter)
-{
-    vkp_case_watch *watch = VKP_I_CONTAINER(waiter, vkp_case_watch, wait.node);
-    watch->busy = true;
-    if (!vkp_i_loop_queue(watch->loop, &watch->task)) {
-        watch->busy = false; /* the loop is closed: nobody runs the task */
-    }
-}
-
-static void vkp_i_case_watch_leave(vkp_case_watch *watch)
-{
-    if (watch->joined) {
-        watch->joined = false;
-        watch->what.i_kind->leave(&watch->what, &watch->wait);
-    } else {
-        (void)vkp_i_waiter_unlink(&watch->wait.node); /* unarmed */
-    }
-}
-
-static void vkp_i_case_watch_end(vkp_case_watch *watch)
-{
-    if (!watch->ended) {
-        watch->ended = true;
-        vkp_i_loop_detach(&watch->attached);
-        vkp_i_case_watch_leave(watch);
-    }
-}
-
-static void vkp_i_case_watch_free(vkp_case_watch *watch)
-{
-    vkp_loop *loop = watch->loop;
-    if (watch->released && !watch->busy && !watch->running) {
-        vkp_i_free(loop->env, watch, sizeof *watch);
-        vkp_loop_unref(loop);
-    }
-}
-
-/* Wait for the case, or queue the task at once when it is ready. */
-static void vkp_i_case_watch_arm(vkp_case_watch *watch)
-{
-    const vkp_i_case_kind *kind = watch->what.i_kind;
-    watch->wait.status = VKP_OK;
-    if (!kind->is_ready(&watch->what) && kind->join(&watch->what, &watch->wait)) {
-        watch->joined = true;
-    } else if (!watch->busy) { /* or it was woken while it joined */
-        vkp_i_case_watch_wake(&watch->wait.node);
-    }
-}
-
-/* At the end of a round. As long as the loop has work, watches look by themselves: to wait, they
-   would have to make themselves known to other threads, which costs both sides.               */
-static void vkp_i_loop_arm(vkp_loop *loop)
-{
-    vkp_i_waiter *node = loop->unarmed.head.next;
-    while (node != &loop->unarmed.head) {
-        vkp_case_watch *watch = VKP_I_CONTAINER(node, vkp_case_watch, wait.node);
-        node = node->next;
-        if (watch->what.i_kind->is_ready(&watch->what)) {
-            (void)vkp_i_waiter_unlink(&watch->wait.node);
-            vkp_i_case_watch_wake(&watch->wait.node);
-        }
-    }
-    while (VKP_I_LOAD(&loop->queue) == NULL && !vkp_i_waiters_empty(&loop->unarmed)) {
-        vkp_case_watch *watch = VKP_I_CONTAINER(loop->unarmed.head.next, vkp_case_watch, wait.node);
-        (void)vkp_i_waiter_unlink(&watch->wait.node);
-        vkp_i_case_watch_arm(watch);
-    }
-}
-
-static void vkp_i_case_watch_run(vkp_i_task *task)
-{
-    vkp_case_watch *watch = VKP_I_CONTAINER(task, vkp_case_watch, task);
-    vkp_i_case_watch_leave(watch);
-    watch->busy = false;
-    if (!watch->ended && watch->what.i_kind->is_ready(&watch->what)) {
-        watch->running = true;
-        watch->fn(watch->user);
-        watch->running = false;
-    }
-    if (!watch->ended) {
-        vkp_i_waiter_link(&watch->loop->unarmed, &watch->wait.node);
-    }
-    vkp_i_case_watch_free(watch);
-}
-
-static void vkp_i_case_watch_loop_closed(vkp_i_attached *attached)
-{
-    vkp_i_case_watch_end(VKP_I_CONTAINER(attached, vkp_case_watch, attached));
-}
-
-VKP_API vkp_status vkp_case_watch_open(vkp_loop *loop, const vkp_case *what, void (*fn)(void *user),
-                                       void *user, vkp_case_watch **watch)
-{
-    vkp_case_watch *self;
-    VKP_I_REQUIRE(loop != NULL && what != NULL && fn != NULL && watch != NULL);
-    VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
-    VKP_I_REQUIRE(what->i_kind != &vkp_i_case_kind_deadline && what->i_kind != &vkp_i_case_kind_fd);
-    self = (vkp_case_watch *)vkp_i_alloc_zero(loop->env, sizeof *self);
-    if (self == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    self->task.fn = vkp_i_case_watch_run;
-    self->attached.on_loop_close = vkp_i_case_watch_loop_closed;
-    self->wait.node.wake = vkp_i_case_watch_wake;
-    self->loop = vkp_loop_ref(loop);
-    self->what = *what;
-    self->fn = fn;
-    self->user = user;
-    *watch = self;
-    vkp_i_loop_attach(loop, &self->attached);
-    vkp_i_case_watch_arm(self);
-    return VKP_OK;
-}
-
-VKP_API void vkp_case_watch_close(vkp_case_watch *watch)
-{
-    if (watch != NULL) {
-        vkp_i_case_watch_end(watch);
-        watch->released = true;
-        vkp_i_case_watch_free(watch);
-    }
-}
-
-VKP_API void vkp_mpsc_unwatch(vkp_mpsc_rx *rx)
-{
-    vkp_case_watch *watch = rx->channel->watch;
-    rx->channel->watch = NULL;
-    vkp_case_watch_close(watch);
-}
-
-VKP_API vkp_status vkp_mpsc_watch(vkp_mpsc_rx *rx, vkp_loop *loop, void (*fn)(void *user),
-                                  void *user)
-{
-    vkp_case receive;
-    VKP_I_REQUIRE(rx != NULL);
-    if (rx->channel->watch != NULL && rx->channel->watch->ended) {
-        vkp_mpsc_unwatch(rx); /* its loop was closed */
-    }
-    VKP_I_REQUIRE(rx->channel->watch == NULL);
-    receive = vkp_case_mpsc_recv(rx, NULL);
-    return vkp_case_watch_open(loop, &receive, fn, user, &rx->channel->watch);
-}
-
-#endif /* VKP_I_IO */
-
-#if VKP_I_IO
-/* ======================================================================================
    >>impl-value   Values of RESP2 and RESP3
    ====================================================================================== */
 
 static bool vkp_i_value_is_element(const vkp_value *value)
 {
-    return value->type != VKP_ATTRIBUTE && (value->flags & VKP_F_OUT_OF_BAND) == 0;
+    return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
 static bool vkp_i_is_message_kind(const char *text, size_t len)
@@ -8423,27 +8442,27 @@ static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_valu
     return value < end ? value : NULL;
 }
 
-VKP_API const vkp_value *vkp_value_first(const vkp_value *parent)
+VKP_API const vkp_value *vkp_value_get_first(const vkp_value *parent)
 {
     return vkp_i_value_from(parent, parent + 1);
 }
 
-VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value)
+VKP_API const vkp_value *vkp_value_get_next(const vkp_value *parent, const vkp_value *value)
 {
     return value != NULL ? vkp_i_value_from(parent, value + value->span) : NULL;
 }
 
-VKP_API vkp_str vkp_value_str(const vkp_value *value)
+VKP_API vkp_str vkp_value_get_str(const vkp_value *value)
 {
-    bool text = value != NULL && (value->type == VKP_STRING || value->type == VKP_ERROR ||
-                                  value->type == VKP_BIGNUM || value->type == VKP_DOUBLE);
+    bool text = value != NULL && (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
+                                  value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE);
     return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
 }
 
-VKP_API bool vkp_value_is(const vkp_value *value, const char *text)
+VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text)
 {
-    return (value->type == VKP_STRING || value->type == VKP_ERROR) && text != NULL &&
-           vkp_i_str_is(vkp_value_str(value), text);
+    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text != NULL &&
+           vkp_i_str_is(vkp_value_get_str(value), text);
 }
 
 /* ---- doubles ---- */
@@ -8566,10 +8585,10 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
     const char *text = value->u.str;
     double infinity = VKP_I_DOUBLE_MAX * 10.0;
     size_t at;
-    if (value->type == VKP_INTEGER) {
+    if (value->type == VKP_RESP_INTEGER) {
         return (double)value->u.integer;
     }
-    if (value->type != VKP_DOUBLE) {
+    if (value->type != VKP_RESP_DOUBLE) {
         return 0.0;
     }
     at = text[0] == '-' || text[0] == '+' ? 1 : 0;
@@ -8721,7 +8740,7 @@ VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
     reader->given = 0;
 }
 
-VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position)
+VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uint64_t *position)
 {
     if (position != NULL) {
         *position = reader->error_position;
@@ -8833,7 +8852,7 @@ static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *wind
 }
 
 /* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
-static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
+static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
 {
     void *values = reader->values;
     size_t *attribute =
@@ -8858,7 +8877,7 @@ static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
     return value;
 }
 
-static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                     size_t offset, size_t len, size_t after)
 {
     vkp_value *value = vkp_i_reader_add(reader, type);
@@ -8872,7 +8891,7 @@ static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint
     return VKP_OK;
 }
 
-static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                       int64_t integer, size_t after)
 {
     vkp_value *value = vkp_i_reader_add(reader, type);
@@ -8900,7 +8919,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_BULK, 0, after);
+        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
     }
     if ((uint64_t)number > most) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -8926,8 +8945,8 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
                                  "verbatim string without its colon");
     }
-    return vkp_i_reader_text(reader, mark == '!' ? VKP_ERROR : VKP_STRING,
-                             prefix != 0 ? VKP_F_VERBATIM : 0, after + prefix, size - prefix,
+    return vkp_i_reader_text(reader, mark == '!' ? VKP_RESP_ERROR : VKP_RESP_STRING,
+                             prefix != 0 ? VKP_VALUE_VERBATIM : 0, after + prefix, size - prefix,
                              after + size + 2);
 }
 
@@ -8943,14 +8962,14 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
     }
     text = (const char *)window + start;
     if (mark == '+' || mark == '-') {
-        return vkp_i_reader_text(reader, mark == '+' ? VKP_STRING : VKP_ERROR, VKP_F_SIMPLE, start,
-                                 end - start, end + 2);
+        return vkp_i_reader_text(reader, mark == '+' ? VKP_RESP_STRING : VKP_RESP_ERROR,
+                                 VKP_VALUE_SIMPLE, start, end - start, end + 2);
     }
     if (mark == ',') {
         if (!vkp_i_double_valid(text, end - start, reader->config.lenient)) {
             return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a double");
         }
-        return vkp_i_reader_text(reader, VKP_DOUBLE, 0, start, end - start, end + 2);
+        return vkp_i_reader_text(reader, VKP_RESP_DOUBLE, 0, start, end - start, end + 2);
     }
     {
         size_t sign = end > start && (text[0] == '-' || text[0] == '+') ? 1 : 0;
@@ -8959,7 +8978,7 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
             return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a big number");
         }
     }
-    return vkp_i_reader_text(reader, VKP_BIGNUM, 0, start, end - start, end + 2);
+    return vkp_i_reader_text(reader, VKP_RESP_BIGNUM, 0, start, end - start, end + 2);
 }
 
 static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
@@ -8983,12 +9002,12 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
     if (window[at + body + 1] != '\n') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
     }
-    return vkp_i_reader_scalar(reader, body == 1 ? VKP_BOOL : VKP_NULL, 0,
+    return vkp_i_reader_scalar(reader, body == 1 ? VKP_RESP_BOOL : VKP_RESP_NULL, 0,
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
 }
 
-static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_type type, uint64_t elements,
-                                          size_t after)
+static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
+                                          uint64_t elements, size_t after)
 {
     vkp_value *value;
     vkp_i_level *level;
@@ -9021,11 +9040,11 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
 {
     size_t at = reader->position;
     bool lenient_null = reader->config.lenient && mark == '>';
-    vkp_type type = mark == '*'   ? VKP_ARRAY
-                    : mark == '~' ? VKP_SET
-                    : mark == '>' ? VKP_PUSH
-                    : mark == '%' ? VKP_MAP
-                                  : VKP_ATTRIBUTE;
+    vkp_resp_type type = mark == '*'   ? VKP_RESP_ARRAY
+                         : mark == '~' ? VKP_RESP_SET
+                         : mark == '>' ? VKP_RESP_PUSH
+                         : mark == '%' ? VKP_RESP_MAP
+                                       : VKP_RESP_ATTRIBUTE;
     int64_t number = 0;
     size_t after = 0;
     uint64_t elements;
@@ -9036,7 +9055,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_ARRAY, 0, after);
+        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
     }
     if ((uint64_t)number > reader->config.max_elements) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -9046,7 +9065,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     if (number == 0 && mark == '>') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "push without a kind");
     }
-    elements = (uint64_t)number * (type == VKP_MAP || type == VKP_ATTRIBUTE ? 2u : 1u);
+    elements = (uint64_t)number * (type == VKP_RESP_MAP || type == VKP_RESP_ATTRIBUTE ? 2u : 1u);
     return vkp_i_reader_open_level(reader, type, elements, after);
 }
 
@@ -9084,7 +9103,7 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
 static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
 {
     const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-    return top != NULL && reader->values[top->index].type == VKP_PUSH &&
+    return top != NULL && reader->values[top->index].type == VKP_RESP_PUSH &&
            top->remaining == reader->values[top->index].len;
 }
 
@@ -9114,7 +9133,7 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     case '$':
         after = reader->position;
         status = vkp_i_reader_bulk(reader, window, len, mark);
-        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_NULL
+        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_RESP_NULL
                    ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after,
                                        "the kind of a push is not a string")
                    : status;
@@ -9130,7 +9149,7 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
         status = vkp_i_reader_number(reader, window, len, reader->position + 1,
                                      VKP_I_NUM_PLUS | VKP_I_NUM_NEGATIVE, &number, &after);
         return status != VKP_OK ? status
-                                : vkp_i_reader_scalar(reader, VKP_INTEGER, 0, number, after);
+                                : vkp_i_reader_scalar(reader, VKP_RESP_INTEGER, 0, number, after);
     case '#':
     case '_':
         return vkp_i_reader_constant(reader, window, len, mark);
@@ -9167,15 +9186,15 @@ static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
             continue;
         }
         value->span = (uint32_t)(reader->count - index);
-        if (value->type == VKP_ATTRIBUTE) {
+        if (value->type == VKP_RESP_ATTRIBUTE) {
             *(top != NULL ? &top->attribute : &reader->attribute) = index + 1;
             return false;
         }
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_PUSH && vkp_i_push_is_message(window, value)) {
-            value->flags = (uint8_t)(value->flags | VKP_F_OUT_OF_BAND);
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
+            value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
             reader->values[top->index].i_reserved = 1; /* the array has some */
             return false;
         }
@@ -9192,8 +9211,8 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     size_t i;
     for (i = 0; i < reader->count; i++) {
         vkp_value *value = &reader->values[i];
-        if (value->type == VKP_STRING || value->type == VKP_ERROR || value->type == VKP_BIGNUM ||
-            value->type == VKP_DOUBLE) {
+        if (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
+            value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE) {
             value->u.str = (const char *)window + value->u.i_offset;
         }
     }
@@ -9225,7 +9244,7 @@ static void vkp_i_quick_prepare(vkp_resp_reader *reader)
     size_t i;
     memset(reader->values, 0, 4 * sizeof *reader->values);
     for (i = 0; i < 4; i++) {
-        reader->values[i].type = i == 0 ? VKP_PUSH : VKP_STRING;
+        reader->values[i].type = i == 0 ? VKP_RESP_PUSH : VKP_RESP_STRING;
         reader->values[i].i_depth = i == 0 ? 0 : 1;
         reader->values[i].span = i == 0 ? 4 : 1;
         reader->values[i].len = i == 0 ? 3 : 7;
@@ -9300,7 +9319,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
     }
     vkp_i_reader_point(reader, window);
     *value = &reader->values[0];
-    while ((*value)->type == VKP_ATTRIBUTE) {
+    while ((*value)->type == VKP_RESP_ATTRIBUTE) {
         *value += (*value)->span;
     }
     *consumed = reader->position;
@@ -9459,7 +9478,7 @@ static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
     return at;
 }
 
-VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len)
+VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
 {
     size_t at = 0;
     while (at < len && data[at] == '|') {
@@ -9529,13 +9548,13 @@ static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, 
     vkp_resp_put_raw(writer, line, used);
 }
 
-VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count)
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count)
 {
-    char mark = type == VKP_SET         ? '~'
-                : type == VKP_PUSH      ? '>'
-                : type == VKP_MAP       ? '%'
-                : type == VKP_ATTRIBUTE ? '|'
-                                        : '*';
+    char mark = type == VKP_RESP_SET         ? '~'
+                : type == VKP_RESP_PUSH      ? '>'
+                : type == VKP_RESP_MAP       ? '%'
+                : type == VKP_RESP_ATTRIBUTE ? '|'
+                                             : '*';
     vkp_i_put_header(writer, mark, false, count);
 }
 
@@ -9611,7 +9630,7 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
 static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     size_t start;
-    if (protocol == 3 && (value->flags & VKP_F_SIMPLE) == 0) {
+    if (protocol == 3 && (value->flags & VKP_VALUE_SIMPLE) == 0) {
         vkp_i_put_header(writer, '!', false, value->len);
         vkp_resp_put_raw(writer, value->u.str, value->len);
         vkp_resp_put_raw(writer, "\r\n", 2);
@@ -9631,27 +9650,29 @@ static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *valu
 
 static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
-    vkp_str text = vkp_value_str(value);
-    if (value->type == VKP_STRING && (value->flags & VKP_F_SIMPLE) != 0) {
+    vkp_str text = vkp_value_get_str(value);
+    if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_SIMPLE) != 0) {
         vkp_i_put_line(writer, '+', text);
-    } else if (value->type == VKP_STRING && (value->flags & VKP_F_VERBATIM) != 0 && protocol == 3) {
+    } else if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_VERBATIM) != 0 &&
+               protocol == 3) {
         vkp_i_put_header(writer, '=', false, text.len + 4);
         vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
         vkp_resp_put_raw(writer, "\r\n", 2);
-    } else if (value->type == VKP_STRING || protocol != 3) {
+    } else if (value->type == VKP_RESP_STRING || protocol != 3) {
         vkp_resp_put_bulk(writer, text.ptr, text.len);
     } else {
-        vkp_i_put_line(writer, value->type == VKP_DOUBLE ? ',' : '(', text);
+        vkp_i_put_line(writer, value->type == VKP_RESP_DOUBLE ? ',' : '(', text);
     }
 }
 
 static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
-    bool paired = value->type == VKP_MAP || value->type == VKP_ATTRIBUTE;
+    bool paired = value->type == VKP_RESP_MAP || value->type == VKP_RESP_ATTRIBUTE;
     if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, (vkp_type)value->type, paired ? value->len / 2 : value->len);
+        vkp_resp_put_aggregate(writer, (vkp_resp_type)value->type,
+                               paired ? value->len / 2 : value->len);
     } else {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
     }
 }
 
@@ -9659,30 +9680,30 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
 static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {
-    case VKP_NULL:
+    case VKP_RESP_NULL:
         if (protocol == 3) {
             vkp_resp_put_null(writer);
         } else {
-            vkp_resp_put_raw(writer, (value->flags & VKP_F_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n",
-                             5);
+            vkp_resp_put_raw(writer,
+                             (value->flags & VKP_VALUE_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n", 5);
         }
         break;
-    case VKP_ERROR:
+    case VKP_RESP_ERROR:
         vkp_i_put_error_value(writer, value, protocol);
         break;
-    case VKP_INTEGER:
+    case VKP_RESP_INTEGER:
         vkp_resp_put_integer(writer, value->u.integer);
         break;
-    case VKP_BOOL:
+    case VKP_RESP_BOOL:
         if (protocol == 3) {
             vkp_resp_put_bool(writer, value->u.integer != 0);
         } else {
             vkp_resp_put_integer(writer, value->u.integer);
         }
         break;
-    case VKP_STRING:
-    case VKP_BIGNUM:
-    case VKP_DOUBLE:
+    case VKP_RESP_STRING:
+    case VKP_RESP_BIGNUM:
+    case VKP_RESP_DOUBLE:
         vkp_i_put_text_value(writer, value, protocol);
         break;
     default:
@@ -9696,8 +9717,8 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
     const vkp_value *root = value;
     const vkp_value *end = value + value->span;
     while (value < end) {
-        if (((value->flags & VKP_F_OUT_OF_BAND) != 0 && value != root) ||
-            (value->type == VKP_ATTRIBUTE && protocol != 3)) {
+        if (((value->flags & VKP_VALUE_OUT_OF_BAND) != 0 && value != root) ||
+            (value->type == VKP_RESP_ATTRIBUTE && protocol != 3)) {
             value += value->span;
         } else {
             vkp_i_put_place(writer, value, protocol);
@@ -10835,8 +10856,8 @@ static void vkp_i_registry_run_keeper(vkp_registry *registry)
     vkp_i_registry_enter(registry);
     registry->loop_gone = registry->loop_gone || loop->closed;
     next_ns = vkp_i_registry_keep(registry, loop->now_ns, registry->loop_gone);
-    if (next_ns != VKP_FOREVER && vkp_timer_start(loop, &registry->keeper_timer, next_ns, 0,
-                                                  vkp_i_registry_on_timer) != VKP_OK) {
+    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->keeper_timer, loop,
+                                                  vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
         next_ns = vkp_i_registry_keep(registry, loop->now_ns, true); /* nothing lingers without */
     }
     if (next_ns != VKP_FOREVER && !registry->keeper_placed) {
@@ -11081,30 +11102,27 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
     return status;
 }
 
-VKP_API vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
-                                                vkp_socket **out)
+VKP_API vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
     return vkp_i_registry_get(registry, path, true, out);
 }
 
-VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                            vkp_socket **out)
+VKP_API vkp_status vkp_socket_open(vkp_registry *registry, const char *path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
     return path != NULL ? vkp_i_registry_get(registry, vkp_str_of(path), true, out)
                         : vkp_i_registry_get_unique(registry, out);
 }
 
-VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                           vkp_socket **out)
+VKP_API vkp_status vkp_socket_find(vkp_registry *registry, const char *path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
     return vkp_i_registry_get(registry, vkp_str_of(path), false, out);
 }
 
-VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
-                                           vkp_socket **out)
+VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+                                    vkp_socket **out)
 {
     vkp_i_name name;
     vkp_socket *sock = NULL;
@@ -11179,7 +11197,7 @@ VKP_API vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config, vk
     pool->sockets = (vkp_socket **)(void *)(pool + 1);
     while (pool->count < pool->capacity && status == VKP_OK) {
         const char *path = config->paths != NULL ? config->paths[pool->count] : NULL;
-        status = vkp_socket_get_or_create(pool->registry, path, &pool->sockets[pool->count]);
+        status = vkp_socket_open(pool->registry, path, &pool->sockets[pool->count]);
         pool->count += status == VKP_OK ? 1u : 0u;
     }
     if (status != VKP_OK) {
@@ -11228,7 +11246,7 @@ VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool)
     return pool->count;
 }
 
-VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index)
+VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index)
 {
     return pool->sockets[index];
 }
@@ -11393,7 +11411,7 @@ static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
     VKP_I_UNLOCK(&gate->mutex);
 }
 
-VKP_API void vkp_seat_leave(vkp_seat *seat)
+VKP_API void vkp_seat_unref(vkp_seat *seat)
 {
     vkp_gate *gate;
     vkp_socket *sock;
@@ -11447,11 +11465,11 @@ VKP_API void vkp_seat_leave(vkp_seat *seat)
 #define VKP_I_CONN_PAUSED 2u
 #define VKP_I_CONN_ENDED 4u /* the peer sends no more */
 #define VKP_I_CONN_DRAINING 8u
-#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_WRITE */
+#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_IO_WRITE */
 #define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
 #define VKP_I_CONN_DOOMED 64u
 #define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
-#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: not watched until there is */
+#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: no handler until there is */
 
 /* Shared by all connections of a listener. */
 typedef struct vkp_i_profile {
@@ -11473,7 +11491,15 @@ typedef struct vkp_i_span {
 typedef struct vkp_i_inbox {
     vkp_mpsc_tx *tx; /* of vkp_bytes */
     vkp_mpsc_rx *rx;
+    vkp_handler *handler; /* pulls; NULL while the inbox is held */
 } vkp_i_inbox;
+
+/* Nothing is pulled until a handler is opened again. Loop's thread. */
+static void vkp_i_inbox_hold(vkp_i_inbox *inbox)
+{
+    vkp_handler_unref(inbox->handler);
+    inbox->handler = NULL;
+}
 
 #define VKP_I_CONNECT_TRIES 8
 typedef struct vkp_i_connecting {
@@ -11819,6 +11845,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     }
     loop = conn->loop;
     if (conn->inbox != NULL) {
+        vkp_i_inbox_hold(conn->inbox); /* of an open that failed: else the close did that */
         vkp_mpsc_tx_unref(conn->inbox->tx);
         vkp_mpsc_rx_unref(conn->inbox->rx);
         vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
@@ -11861,10 +11888,10 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
     conn->connecting = NULL;
     if (conn->inbox != NULL) {
-        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
     }
-    vkp_seat_leave(conn->seat);
+    vkp_seat_unref(conn->seat);
     conn->seat = NULL;
     if (ops->on_close != NULL) {
         ops->on_close(conn, conn->user, reason, error);
@@ -11894,11 +11921,11 @@ static void vkp_i_conn_rewatch(vkp_conn *conn)
         return;
     }
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
-        interest |= VKP_WRITE;
+        interest |= VKP_IO_WRITE;
     }
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED |
                         VKP_I_CONN_DRAINING)) == 0) {
-        interest |= VKP_READ;
+        interest |= VKP_IO_READ;
     }
     if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
         vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
@@ -12078,6 +12105,13 @@ static void vkp_i_conn_inbox_ready(void *user)
     vkp_i_conn_pull_inbox((vkp_conn *)user);
 }
 
+static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
+{
+    vkp_case receive = vkp_case_mpsc_recv(conn->inbox->rx, NULL);
+    return vkp_handler_open(conn->loop, &receive, vkp_i_conn_inbox_ready, conn,
+                            &conn->inbox->handler);
+}
+
 /* A push that its thread was told is queued cannot be: count it where drops are counted. */
 static void vkp_i_conn_lose(vkp_conn *conn)
 {
@@ -12093,7 +12127,7 @@ static void vkp_i_conn_lose(vkp_conn *conn)
 
 /* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
    the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
-   must not keep the round from ending: the watch calls again for what a batch leaves.         */
+   must not keep the round from ending: the handler calls again for what a batch leaves.       */
 static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 {
     vkp_mpsc_rx *rx = conn->inbox->rx;
@@ -12110,7 +12144,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
         if (waits && !vkp_i_conn_find_room(conn, next)) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
                 conn->flags |= VKP_I_CONN_INBOX_HELD;
-                vkp_mpsc_unwatch(rx);
+                vkp_i_inbox_hold(conn->inbox);
             }
             return;
         }
@@ -12124,7 +12158,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
     }
     if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         conn->flags &= ~VKP_I_CONN_INBOX_HELD;
-        if (!draining && vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
+        if (!draining && vkp_i_conn_handle_inbox(conn) != VKP_OK) {
             vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
         }
     }
@@ -12360,7 +12394,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
-                vkp_io_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
+                vkp_io_start(&conn->watch, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
                 return VKP_OK;
             }
@@ -12400,14 +12434,14 @@ static void vkp_i_conn_connected(vkp_conn *conn)
 static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
 {
     vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
-    bool hung_up = (ready & (VKP_HUP | VKP_ERR)) != 0;
+    bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
         vkp_i_conn_finish(conn, VKP_CLOSE_LOOP, 0);
     } else if ((conn->flags & VKP_I_CONN_CONNECTING) != 0) {
         vkp_i_conn_connected(conn);
     } else {
-        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_WRITE) != 0) {
+        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_IO_WRITE) != 0) {
             vkp_i_conn_writable(conn);
         }
         if (vkp_i_conn_closed(conn)) {
@@ -12416,7 +12450,8 @@ static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
-        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 && ((ready & VKP_READ) != 0 || hung_up)) {
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 &&
+                   ((ready & VKP_IO_READ) != 0 || hung_up)) {
             vkp_i_conn_reread(conn); /* first: the end may be next */
             if (!vkp_i_conn_closed(conn) &&
                 (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
@@ -12497,7 +12532,7 @@ static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
         conn->inbox = NULL;
         return status;
     }
-    return vkp_mpsc_watch(conn->inbox->rx, conn->loop, vkp_i_conn_inbox_ready, conn);
+    return vkp_i_conn_handle_inbox(conn);
 }
 
 /* A connection without a descriptor: one reference, the caller's. Shares the profile. */
@@ -12539,7 +12574,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
     if (status != VKP_OK) {
         return status;
     }
-    status = vkp_io_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
+    status = vkp_io_start(&conn->watch, loop, fd, VKP_IO_READ, vkp_i_conn_event);
     if (status != VKP_OK) {
         vkp_conn_unref(conn);
         return status;
@@ -12639,7 +12674,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
     }
     conn->flags |= VKP_I_CONN_DRAINING;
     if (conn->inbox != NULL) { /* what it holds is queued too */
-        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
         conn->flags |= VKP_I_CONN_INBOX_HELD;
         vkp_i_conn_pull_inbox(conn);
@@ -12830,7 +12865,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         listener->config.on_refuse = NULL;
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
         return;
@@ -12845,7 +12880,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
         return;
     }
@@ -12867,10 +12902,10 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
-    if (vkp_io_set(&listener->watch, VKP_READ) != VKP_OK) {
+    if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
-        (void)!vkp_timer_start(listener->loop, timer, listener->loop->now_ns + VKP_I_PAUSE_MOST_NS,
-                               0, vkp_i_listener_unpause);
+        (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
+                               listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
     }
 }
 
@@ -12880,9 +12915,8 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
     listener->pause_ns = listener->pause_ns == 0
                              ? VKP_I_PAUSE_LEAST_NS
                              : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
-    if (vkp_timer_start(listener->loop, &listener->pause,
-                        listener->loop->now_ns + listener->pause_ns, 0,
-                        vkp_i_listener_unpause) == VKP_OK) {
+    if (vkp_timer_start(&listener->pause, listener->loop, vkp_i_listener_unpause, 0,
+                        listener->loop->now_ns + listener->pause_ns) == VKP_OK) {
         (void)!vkp_io_set(&listener->watch, 0);
         listener->stats.pauses++;
     }
@@ -12995,7 +13029,7 @@ static void vkp_i_listener_told(vkp_i_task *task)
         endpoint = before; /* to be given back */
         vkp_io_stop(&listener->watch);
         vkp_timer_stop(&listener->pause);
-        if (vkp_io_start(listener->loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+        if (vkp_io_start(&listener->watch, listener->loop, listener->endpoint->fd, VKP_IO_READ,
                          vkp_i_listener_event) != VKP_OK) {
             vkp_i_listener_end(listener);
         }
@@ -13105,8 +13139,8 @@ static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *p
         listener->registry = vkp_registry_ref(listener->config.registry);
     }
     if (status == VKP_OK) {
-        status = vkp_socket_get_or_create(listener->registry, path[0] != '\0' ? path : NULL,
-                                          &listener->socket);
+        status =
+            vkp_socket_open(listener->registry, path[0] != '\0' ? path : NULL, &listener->socket);
     }
     return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
 }
@@ -13178,7 +13212,7 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
     status = vkp_i_listener_open_gate(listener);
     status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
     if (status == VKP_OK) {
-        status = vkp_io_start(loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+        status = vkp_io_start(&listener->watch, loop, listener->endpoint->fd, VKP_IO_READ,
                               vkp_i_listener_event);
     }
     error = errno;
@@ -13301,15 +13335,15 @@ static void vkp_i_listener_drain_over(vkp_timer *timer)
 }
 
 VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
-                                      uint64_t deadline_ns, void (*on_end)(void *user), void *user)
+                                      void (*on_end)(void *user), void *user, uint64_t deadline_ns)
 {
     vkp_conn *conn;
     size_t index = 0;
     VKP_I_REQUIRE(listener != NULL && listener->config.on_fd == NULL);
     VKP_I_REQUIRE(listener->drain_task.fn == NULL);
     if (deadline_ns != VKP_FOREVER) {
-        vkp_status status = vkp_timer_start(listener->loop, &listener->drain_timer, deadline_ns, 0,
-                                            vkp_i_listener_drain_over);
+        vkp_status status = vkp_timer_start(&listener->drain_timer, listener->loop,
+                                            vkp_i_listener_drain_over, 0, deadline_ns);
         if (status != VKP_OK) {
             return status;
         }
@@ -13370,7 +13404,7 @@ static vkp_status vkp_i_listen_open(vkp_i_listen *listen, vkp_listener **out)
         status = vkp_registry_open(&config, &listen->config.registry);
     }
     if (status == VKP_OK && listen->sock == NULL) {
-        status = vkp_socket_get_or_create(listen->config.registry, listen->path, &listen->sock);
+        status = vkp_socket_open(listen->config.registry, listen->path, &listen->sock);
     }
     if (status == VKP_OK) {
         listen->config.socket = listen->sock;
@@ -13482,6 +13516,7 @@ struct vkp_health_check {
     uint64_t failures;
     bool calling;
     bool closed;
+    bool released; /* the handle was given back */
 };
 
 static void vkp_i_health_begin(vkp_timer *timer);
@@ -13521,13 +13556,13 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     check->calling = true;
     check->config.on_result(check->config.user, &health);
     check->calling = false;
-    if (check->closed) {
+    if (check->released) {
         vkp_i_health_free(check);
-    } else if (check->config.period_ms > 0 && !loop->closed) {
+    } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
         uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
         /* There is room: its own entry just left. */
-        (void)!vkp_timer_start(loop, &check->timer, VKP_I_MAX(next_ns, loop->now_ns), 0,
-                               vkp_i_health_begin);
+        (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
+                               VKP_I_MAX(next_ns, loop->now_ns));
     }
 }
 
@@ -13607,9 +13642,8 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.input_bytes = check->config.answer.len + loop->read_bytes;
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
-    status = vkp_timer_start(loop, timer,
-                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u, 0,
-                             vkp_i_health_late);
+    status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
+                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u);
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
     }
@@ -13678,7 +13712,7 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.address = vkp_i_health_copy(check, &at, address).ptr;
         check->config.request = vkp_i_health_copy(check, &at, check->config.request);
         check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
-        status = vkp_timer_start(loop, &check->timer, 0, 0, vkp_i_health_begin);
+        status = vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0, 0);
     }
     if (status != VKP_OK) {
         vkp_i_health_free(check);
@@ -13692,15 +13726,22 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
 
 VKP_API void vkp_health_check_close(vkp_health_check *check)
 {
-    if (check == NULL) {
-        return;
+    if (check != NULL && !check->closed) {
+        check->closed = true;
+        vkp_timer_stop(&check->timer);
+        vkp_i_health_hang_up(check);
+        vkp_i_loop_detach(&check->place);
     }
-    vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
-    vkp_i_loop_detach(&check->place);
-    check->closed = true;
-    if (!check->calling) {
-        vkp_i_health_free(check);
+}
+
+VKP_API void vkp_health_check_unref(vkp_health_check *check)
+{
+    if (check != NULL) {
+        vkp_health_check_close(check);
+        check->released = true;
+        if (!check->calling) {
+            vkp_i_health_free(check);
+        }
     }
 }
 
@@ -13784,7 +13825,7 @@ static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
 }
 
 /* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
-VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text)
+VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text)
 {
     size_t p = 0;
     size_t t = 0;
@@ -14002,7 +14043,7 @@ VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
     }
 }
 
-VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
+VKP_API vkp_str vkp_hub_get_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
 {
     const vkp_hub_sub *sub = member->i_subs[kind];
     return sub != NULL ? sub->topic->node.key : vkp_i_str(NULL, 0);
@@ -14154,13 +14195,13 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
     vkp_str none = vkp_i_str(NULL, 0);
     size_t count = 0;
     if (topic != NULL) {
-        vkp_i_message_init(&message, kind == VKP_SHARD ? "smessage" : "message", none, channel,
+        vkp_i_message_init(&message, kind == VKP_SUB_SHARD ? "smessage" : "message", none, channel,
                            payload);
         count += vkp_i_topic_deliver(hub, topic, &message);
     }
-    if (kind == VKP_CHANNEL && hub->topics[VKP_PATTERN].count > 0) {
-        while ((node = vkp_i_map_next(&hub->topics[VKP_PATTERN], node)) != NULL) {
-            if (vkp_glob_match(node->key, channel)) {
+    if (kind == VKP_SUB_CHANNEL && hub->topics[VKP_SUB_PATTERN].count > 0) {
+        while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
+            if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
                 count +=
                     vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
@@ -14174,20 +14215,20 @@ VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
 {
     vkp_i_message message;
     vkp_i_topic *topic;
-    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_PATTERN
-                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SHARD
-                                                          : VKP_CHANNEL;
-    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_CHANNEL) {
+    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_SUB_PATTERN
+                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SUB_SHARD
+                                                          : VKP_SUB_CHANNEL;
+    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_SUB_CHANNEL) {
         return 0;
     }
-    topic = vkp_i_hub_find(hub, kind, kind == VKP_PATTERN ? push->pattern : push->channel);
+    topic = vkp_i_hub_find(hub, kind, kind == VKP_SUB_PATTERN ? push->pattern : push->channel);
     if (topic == NULL) {
         return 0;
     }
     vkp_i_message_init(&message,
-                       kind == VKP_PATTERN ? "pmessage"
-                       : kind == VKP_SHARD ? "smessage"
-                                           : "message",
+                       kind == VKP_SUB_PATTERN ? "pmessage"
+                       : kind == VKP_SUB_SHARD ? "smessage"
+                                               : "message",
                        push->pattern, push->channel, push->payload);
     if (push->frame.len > 0 && push->frame.data[0] == '>') {
         message.frames[1] = push->frame;
@@ -14210,7 +14251,7 @@ VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
     return (size_t)kind < sizeof texts / sizeof texts[0] ? texts[kind] : "unknown";
 }
 
-VKP_API size_t vkp_push_cost(const void *push)
+VKP_API size_t vkp_push_get_cost(const void *push)
 {
     return sizeof(vkp_push) + ((const vkp_push *)push)->frame.len;
 }
@@ -14237,34 +14278,34 @@ typedef struct vkp_i_push_form {
 } vkp_i_push_form;
 
 static const vkp_i_push_form vkp_i_push_forms[] = {
-    {"message", VKP_PUSH_MESSAGE, VKP_CHANNEL, 3},
-    {"pmessage", VKP_PUSH_PMESSAGE, VKP_PATTERN, 4},
-    {"smessage", VKP_PUSH_SMESSAGE, VKP_SHARD, 3},
-    {"subscribe", VKP_PUSH_SUBSCRIBED, VKP_CHANNEL, 3},
-    {"psubscribe", VKP_PUSH_SUBSCRIBED, VKP_PATTERN, 3},
-    {"ssubscribe", VKP_PUSH_SUBSCRIBED, VKP_SHARD, 3},
-    {"unsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_CHANNEL, 3},
-    {"punsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_PATTERN, 3},
-    {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SHARD, 3},
-    {"invalidate", VKP_PUSH_INVALIDATE, VKP_CHANNEL, 2}};
+    {"message", VKP_PUSH_MESSAGE, VKP_SUB_CHANNEL, 3},
+    {"pmessage", VKP_PUSH_PMESSAGE, VKP_SUB_PATTERN, 4},
+    {"smessage", VKP_PUSH_SMESSAGE, VKP_SUB_SHARD, 3},
+    {"subscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_CHANNEL, 3},
+    {"psubscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_PATTERN, 3},
+    {"ssubscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_SHARD, 3},
+    {"unsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_CHANNEL, 3},
+    {"punsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_PATTERN, 3},
+    {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_SHARD, 3},
+    {"invalidate", VKP_PUSH_INVALIDATE, VKP_SUB_CHANNEL, 2}};
 
 /* The parts of a push whose kind is known. A push of a known kind and another shape is OTHER. */
 static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form, vkp_push *push)
 {
-    const vkp_value *element = vkp_value_first(value);
+    const vkp_value *element = vkp_value_get_first(value);
     push->kind = form->kind;
     push->sub = form->sub;
     if (form->kind == VKP_PUSH_INVALIDATE) {
         return;
     }
-    element = vkp_value_next(value, element);
+    element = vkp_value_get_next(value, element);
     if (form->kind == VKP_PUSH_PMESSAGE) {
-        push->pattern = vkp_value_str(element);
-        element = vkp_value_next(value, element);
+        push->pattern = vkp_value_get_str(element);
+        element = vkp_value_get_next(value, element);
     }
-    push->channel = vkp_value_str(element);
+    push->channel = vkp_value_get_str(element);
     if (form->kind <= VKP_PUSH_SMESSAGE) {
-        push->payload = vkp_value_str(vkp_value_next(value, element));
+        push->payload = vkp_value_get_str(vkp_value_get_next(value, element));
     }
 }
 
@@ -14272,15 +14313,15 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 {
     size_t i;
     VKP_I_REQUIRE(value != NULL && push != NULL);
-    if ((value->type != VKP_PUSH && value->type != VKP_ARRAY) || value->len == 0 ||
-        value[1].type != VKP_STRING) {
+    if ((value->type != VKP_RESP_PUSH && value->type != VKP_RESP_ARRAY) || value->len == 0 ||
+        value[1].type != VKP_RESP_STRING) {
         return VKP_ERR_INVALID;
     }
     memset(push, 0, sizeof *push);
     /* A plain message, without the walk: no attributes, no aggregates, kind MESSAGE is 0. */
     if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
-        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_STRING &&
-        value[3].type == VKP_STRING) {
+        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
+        value[3].type == VKP_RESP_STRING) {
         push->channel = vkp_i_str(value[2].u.str, value[2].len);
         push->payload = vkp_i_str(value[3].u.str, value[3].len);
         return VKP_OK;
@@ -14288,13 +14329,13 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
     for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
         const vkp_i_push_form *form = &vkp_i_push_forms[i];
         if (value->len == form->elements &&
-            vkp_i_str_equal(vkp_value_str(&value[1]), vkp_str_of(form->name))) {
+            vkp_i_str_equal(vkp_value_get_str(&value[1]), vkp_str_of(form->name))) {
             vkp_i_push_parts(value, form, push);
             return VKP_OK;
         }
     }
     push->kind = VKP_PUSH_OTHER;
-    push->channel = vkp_value_str(&value[1]);
+    push->channel = vkp_value_get_str(&value[1]);
     return VKP_OK;
 }
 
@@ -14469,8 +14510,8 @@ static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
     memcpy(reply->values + value->span, frame->data, frame->len);
     for (i = 0; i < value->span; i++) {
         vkp_value *each = &reply->values[i];
-        if (each->type == VKP_STRING || each->type == VKP_ERROR || each->type == VKP_BIGNUM ||
-            each->type == VKP_DOUBLE) {
+        if (each->type == VKP_RESP_STRING || each->type == VKP_RESP_ERROR ||
+            each->type == VKP_RESP_BIGNUM || each->type == VKP_RESP_DOUBLE) {
             size_t offset = (size_t)((const uint8_t *)each->u.str - frame->data);
             each->u.str = (const char *)reply->frame.data + offset;
         }
@@ -14699,7 +14740,7 @@ static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
 static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
 {
     size_t i;
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, argc);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, argc);
     for (i = 0; i < argc; i++) {
         vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
     }
@@ -15161,7 +15202,7 @@ VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
 static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 {
     uint64_t deadline = vkp_i_after_ms(vkp_i_loop_now(client->loop), ms);
-    if (vkp_timer_start(client->loop, &client->timer, deadline, 0, vkp_i_client_on_timer) !=
+    if (vkp_timer_start(&client->timer, client->loop, vkp_i_client_on_timer, 0, deadline) !=
         VKP_OK) {
         vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");
     }
@@ -15360,8 +15401,8 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
 /* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
 static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 {
-    vkp_str text = vkp_value_str(value);
-    if (value->type != VKP_ERROR) {
+    vkp_str text = vkp_value_get_str(value);
+    if (value->type != VKP_RESP_ERROR) {
         vkp_i_client_ready(client);
         return;
     }
@@ -15389,7 +15430,7 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     }
     kind = request->kind;
     if (kind == VKP_I_REQUEST_SUBSCRIBE || kind == VKP_I_REQUEST_UNSUBSCRIBE) {
-        if (value->type == VKP_ERROR) {
+        if (value->type == VKP_RESP_ERROR) {
             vkp_i_client_settle(client, NULL, true);
         } else {
             vkp_i_client_lost(client, "a reply where a confirmation was due");
@@ -15407,8 +15448,8 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     vkp_i_request_free(request);
     if (kind == VKP_I_REQUEST_HELLO) {
         vkp_i_client_greeted(client, value);
-    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_ERROR) {
-        vkp_i_client_refused(client, "the server refused the password", vkp_value_str(value));
+    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_RESP_ERROR) {
+        vkp_i_client_refused(client, "the server refused the password", vkp_value_get_str(value));
     } else if (kind == VKP_I_REQUEST_PING) {
         client->ping_sent = false;
     }
@@ -15448,7 +15489,7 @@ static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *val
     const vkp_i_request *oldest = client->flight.first;
     bool subscribing = oldest != NULL && (oldest->kind == VKP_I_REQUEST_SUBSCRIBE ||
                                           oldest->kind == VKP_I_REQUEST_UNSUBSCRIBE);
-    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_ARRAY &&
+    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_RESP_ARRAY &&
            (client->confirmed > 0 || subscribing) && vkp_push_from_value(value, &push) == VKP_OK &&
            push.kind != VKP_PUSH_OTHER;
 }
@@ -15461,7 +15502,7 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
     uint32_t i;
     for (i = 1; i < value->span && !client->closed; i++) {
         vkp_push push;
-        if ((value[i].flags & VKP_F_OUT_OF_BAND) != 0 &&
+        if ((value[i].flags & VKP_VALUE_OUT_OF_BAND) != 0 &&
             vkp_push_from_value(&value[i], &push) == VKP_OK) {
             push.frame = *frame;
             vkp_i_client_emit(client, &push);
@@ -15471,11 +15512,11 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
 
 static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
-    if (value->type == VKP_PUSH || vkp_i_client_is_push2(client, value)) {
+    if (value->type == VKP_RESP_PUSH || vkp_i_client_is_push2(client, value)) {
         vkp_i_client_push(client, value, frame);
         return;
     }
-    if (value->type == VKP_ARRAY && value->i_reserved != 0) {
+    if (value->type == VKP_RESP_ARRAY && value->i_reserved != 0) {
         vkp_i_client_push_nested(client, value, frame);
         if (client->closed || client->conn == NULL) {
             return;
@@ -15502,7 +15543,7 @@ static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *
         if (status != VKP_OK) {
             uint64_t position;
             vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address,
-                      vkp_resp_reader_error(client->reader, &position));
+                      vkp_resp_reader_get_error(client->reader, &position));
             vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
                                                               : "the server broke the protocol");
             break;
@@ -15850,6 +15891,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
 struct vkp_push_loop {
     vkp_loop *loop;
     vkp_mpsc_rx *rx;
+    vkp_handler *handler;
     vkp_sink sink;
     void (*on_end)(void *user);
     void *user;
@@ -15906,6 +15948,7 @@ VKP_API vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink, vkp_
 static void vkp_i_push_loop_free(vkp_push_loop *self)
 {
     vkp_loop *loop = self->loop;
+    vkp_handler_unref(self->handler);
     vkp_mpsc_rx_unref(self->rx);
     vkp_conn_unref(self->sink.conn);
     vkp_i_free(loop->env, self, sizeof *self);
@@ -15929,7 +15972,7 @@ static void vkp_i_push_loop_ready(void *user)
     }
     if (status == VKP_ERR_CLOSED && !self->ended) {
         self->ended = true;
-        vkp_mpsc_unwatch(self->rx);
+        vkp_handler_close(self->handler);
         if (self->on_end != NULL) {
             self->on_end(self->user);
         }
@@ -15943,6 +15986,7 @@ static void vkp_i_push_loop_ready(void *user)
 VKP_API vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx, const vkp_sink *sink,
                                       void (*on_end)(void *user), void *user, vkp_push_loop **out)
 {
+    vkp_case receive = vkp_case_mpsc_recv(rx, NULL);
     vkp_push_loop *self;
     vkp_status status;
     VKP_I_REQUIRE(loop != NULL && rx != NULL && vkp_i_sink_is_one(sink) && out != NULL);
@@ -15951,7 +15995,7 @@ VKP_API vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx, const vkp
     if (self == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_mpsc_watch(rx, loop, vkp_i_push_loop_ready, self);
+    status = vkp_handler_open(loop, &receive, vkp_i_push_loop_ready, self, &self->handler);
     if (status != VKP_OK) {
         vkp_i_free(loop->env, self, sizeof *self);
         return status;
@@ -15973,7 +16017,7 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
     if (self == NULL) {
         return;
     }
-    vkp_mpsc_unwatch(self->rx);
+    vkp_handler_close(self->handler);
     self->unreferenced = true;
     if (!self->running) {
         vkp_i_push_loop_free(self);
@@ -16427,9 +16471,9 @@ static bool vkp_i_value_is_resp2(const vkp_value *value)
     uint32_t i;
     for (i = 0; i < value->span; i++) {
         const vkp_value *each = &value[i];
-        bool plain = each->type == VKP_INTEGER || each->type == VKP_ARRAY ||
-                     (each->type == VKP_STRING && (each->flags & VKP_F_VERBATIM) == 0) ||
-                     (each->type == VKP_ERROR && (each->flags & VKP_F_SIMPLE) != 0);
+        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
+                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
+                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
         if (!plain || each->attributes != 0) {
             return false;
         }
@@ -16442,16 +16486,17 @@ static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
     const vkp_value *each;
     const vkp_value *inner;
     size_t count = 0;
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        count += each->type == VKP_ARRAY ? each->len : 1;
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        count += each->type == VKP_RESP_ARRAY ? each->len : 1;
     }
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        if (each->type != VKP_ARRAY) {
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        if (each->type != VKP_RESP_ARRAY) {
             vkp_resp_put_value(writer, each, 2);
             continue;
         }
-        for (inner = vkp_value_first(each); inner != NULL; inner = vkp_value_next(each, inner)) {
+        for (inner = vkp_value_get_first(each); inner != NULL;
+             inner = vkp_value_get_next(each, inner)) {
             vkp_resp_put_value(writer, inner, 2);
         }
     }
@@ -16463,21 +16508,21 @@ static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uin
 static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *entry;
-    const vkp_value *each = vkp_value_first(value);
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len / 2);
+    const vkp_value *each = vkp_value_get_first(value);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len / 2);
     while (each != NULL) {
-        const vkp_value *second = vkp_value_next(value, each);
+        const vkp_value *second = vkp_value_get_next(value, each);
         if (second == NULL) {
             break; /* a map has pairs */
         }
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, 2);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, 2);
         vkp_resp_put_value(writer, each, 2);
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, second->len);
-        for (entry = vkp_value_first(second); entry != NULL;
-             entry = vkp_value_next(second, entry)) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, second->len);
+        for (entry = vkp_value_get_first(second); entry != NULL;
+             entry = vkp_value_get_next(second, entry)) {
             vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
         }
-        each = vkp_value_next(value, second);
+        each = vkp_value_get_next(value, second);
     }
 }
 
@@ -16485,21 +16530,23 @@ static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
 {
     const vkp_value *each;
-    if (value->type == VKP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
+    if (value->type == VKP_RESP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
         vkp_resp_put_raw(writer, "*-1\r\n", 5);
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
         vkp_i_put_flat(writer, value);
-    } else if (value->type == VKP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
+    } else if (value->type == VKP_RESP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
         vkp_i_put_pairs(writer, value);
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
             vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
         }
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-            bool last = vkp_value_next(value, each) == NULL;
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
+            bool last = vkp_value_get_next(value, each) == NULL;
             vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
         }
     } else {
@@ -16512,8 +16559,8 @@ static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, con
 {
     const vkp_value *each;
     size_t i = 0;
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
         vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
         i++;
     }
@@ -16527,7 +16574,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer writer;
     bool has_shape = answer->shape != 0 || answer->shape_count != 0;
     if (answer->protocol == 3
-            ? value->i_reserved == 0 && (value->type != VKP_NULL || value->flags == 0)
+            ? value->i_reserved == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
             : !has_shape && vkp_i_value_is_resp2(value)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
@@ -16535,7 +16582,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer_init(&writer, env);
     if (answer->protocol == 3) {
         vkp_resp_put_value(&writer, value, 3);
-    } else if (answer->shape_count > 0 && value->type == VKP_ARRAY) {
+    } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
         vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
     } else {
         vkp_i_put_resp2(&writer, value, answer->shape);
@@ -16674,9 +16721,9 @@ static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_st
     size_t count;
     VKP_I_LOCK(&relay->mutex);
     count = vkp_i_census_count(relay, kind, channel);
-    while (kind == VKP_CHANNEL && relay->census[VKP_PATTERN].count > 0 &&
-           (node = vkp_i_map_next(&relay->census[VKP_PATTERN], node)) != NULL) {
-        if (vkp_glob_match(node->key, channel)) {
+    while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
+           (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
+        if (vkp_glob_is_match(node->key, channel)) {
             count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
         }
     }
@@ -16713,7 +16760,8 @@ static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe"
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
 {
     const uint32_t *counts = local->member.counts;
-    return kind == VKP_SHARD ? counts[VKP_SHARD] : counts[VKP_CHANNEL] + counts[VKP_PATTERN];
+    return kind == VKP_SUB_SHARD ? counts[VKP_SUB_SHARD]
+                                 : counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN];
 }
 
 static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
@@ -16721,7 +16769,7 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
 {
     const char *verb = vkp_i_sub_verbs[added ? 1 : 0][kind];
     int protocol = local->member.protocol;
-    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_PUSH : VKP_ARRAY, 3);
+    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_RESP_PUSH : VKP_RESP_ARRAY, 3);
     vkp_resp_put_bulk(writer, verb, strlen(verb));
     if (name.ptr == NULL) {
         vkp_resp_put_raw(writer, protocol == 3 ? "_\r\n" : "$-1\r\n", protocol == 3 ? 3 : 5);
@@ -16780,7 +16828,7 @@ static void vkp_i_local_part_all(vkp_i_local *local)
     for (kind = 0; kind < 3; kind++) {
         while (local->member.counts[kind] > 0) {
             vkp_i_local_part(local, (vkp_sub_kind)kind,
-                             vkp_hub_member_name(&local->member, (vkp_sub_kind)kind));
+                             vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
         }
     }
 }
@@ -16947,7 +16995,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
         vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(NULL, 0));
     }
     while (count == 0 && local->member.counts[kind] > 0) {
-        vkp_str name = vkp_hub_member_name(&local->member, kind);
+        vkp_str name = vkp_hub_get_member_name(&local->member, kind);
         vkp_bytes copy;
         if (vkp_bytes_copy(local->shard->relay->env, name.ptr, name.len, &copy) != VKP_OK) {
             vkp_i_local_fail(local);
@@ -17001,13 +17049,13 @@ static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     bool subscribed =
-        vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0;
+        vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] > 0;
     if (!vkp_i_local_arity(local, argc, 1, 2, argv)) {
         return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (subscribed && local->member.protocol == 2) {
-        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 2);
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 2);
         vkp_resp_put_bulk(&writer, "pong", 4);
         vkp_resp_put_bulk(&writer, argc > 1 ? argv[1].ptr : "", argc > 1 ? argv[1].len : 0);
     } else if (argc > 1) {
@@ -17059,9 +17107,9 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
 {
     if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, VKP_MAP, pairs);
+        vkp_resp_put_aggregate(writer, VKP_RESP_MAP, pairs);
     } else {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, pairs * 2);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, pairs * 2);
     }
 }
 
@@ -17088,7 +17136,7 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_put_text(&writer, "role");
     vkp_i_put_text(&writer, "master");
     vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
     vkp_i_local_answer_writer(local, &writer);
 }
 
@@ -17179,8 +17227,8 @@ static void vkp_i_local_client_info(vkp_i_local *local)
     (void)snprintf(text, sizeof text,
                    "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
                    (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_CHANNEL],
-                   (unsigned)counts[VKP_PATTERN], (unsigned)counts[VKP_SHARD],
+                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
+                   (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
                    local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     vkp_i_put_text(&writer, text);
@@ -17238,9 +17286,9 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
 
 static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_PATTERN
-                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SHARD
-                                                             : VKP_CHANNEL;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_SUB_PATTERN
+                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SUB_SHARD
+                                                             : VKP_SUB_CHANNEL;
     const uint32_t *counts = local->member.counts;
     size_t names = (size_t)counts[0] + counts[1] + counts[2];
     size_t most = local->shard->relay->max_subscriptions;
@@ -17257,7 +17305,9 @@ static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *
 static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     char first = vkp_i_lower(argv[0].ptr[0]);
-    vkp_sub_kind kind = first == 'p' ? VKP_PATTERN : first == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_sub_kind kind = first == 'p'   ? VKP_SUB_PATTERN
+                        : first == 's' ? VKP_SUB_SHARD
+                                       : VKP_SUB_CHANNEL;
     vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
 }
 
@@ -17280,7 +17330,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
 {
     vkp_i_shard *shard = local->shard;
     vkp_relay *relay = shard->relay;
-    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SUB_SHARD : VKP_SUB_CHANNEL;
     vkp_resp_writer writer;
     size_t receivers;
     size_t i;
@@ -17295,7 +17345,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
             continue;
         }
         memset(&push, 0, sizeof push);
-        push.kind = kind == VKP_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
+        push.kind = kind == VKP_SUB_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
         push.sub = kind;
         vkp_resp_writer_init(&writer, relay->env);
         vkp_resp_put_raw(&writer, argv[1].ptr, argv[1].len);
@@ -17319,11 +17369,11 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
     vkp_i_map_node *node = NULL;
     size_t count = 0;
     while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
-        count += pattern == NULL || vkp_glob_match(*pattern, node->key) ? 1u : 0u;
+        count += pattern == NULL || vkp_glob_is_match(*pattern, node->key) ? 1u : 0u;
     }
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
     while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
-        if (pattern == NULL || vkp_glob_match(*pattern, node->key)) {
+        if (pattern == NULL || vkp_glob_is_match(*pattern, node->key)) {
             vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
         }
     }
@@ -17340,9 +17390,9 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SHARD
-                                                                               : VKP_CHANNEL;
-    what = kind == VKP_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SUB_SHARD
+                                                                               : VKP_SUB_CHANNEL;
+    what = kind == VKP_SUB_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
     vkp_resp_writer_init(&writer, relay->env);
     VKP_I_LOCK(&relay->mutex);
     if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
@@ -17354,7 +17404,7 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
             vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
         }
     } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_PATTERN].count);
+        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_SUB_PATTERN].count);
     } else {
         known = false;
     }
@@ -17377,7 +17427,7 @@ static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *ar
     } else if ((argc > 1 && vkp_i_str_is(argv[1], "DOCS")) || vkp_i_str_is(argv[0], "CONFIG")) {
         vkp_i_put_map(&writer, local->member.protocol, 0);
     } else {
-        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
     }
     vkp_i_local_answer_writer(local, &writer);
 }
@@ -17639,7 +17689,8 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                           "connection, not to the relay's",
                           VKP_I_SHORT(argv[0]));
     } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
-               vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0) {
+               vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] >
+                   0) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
@@ -17786,7 +17837,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         if (status == VKP_ERR_NOMEM) {
             vkp_i_local_fail(local);
         } else {
-            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_error(reader, NULL));
+            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_get_error(reader, NULL));
         }
         vkp_resp_reader_reset(reader);
         return 0;
@@ -17795,12 +17846,12 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         vkp_i_local_fail(local);
         return 0;
     }
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        if (each->type != VKP_STRING || each->flags != 0) {
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        if (each->type != VKP_RESP_STRING || each->flags != 0) {
             vkp_i_local_protocol_error(local, "expected '$', an argument is no bulk string");
             return 0;
         }
-        shard->argv[argc++] = vkp_value_str(each);
+        shard->argv[argc++] = vkp_value_get_str(each);
     }
     if (argc > 0) {
         request.data = in->data + from;
@@ -18015,7 +18066,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_i_local_on_drain,
                                              vkp_i_local_on_end,
                                              vkp_i_local_on_close,
-                                             vkp_resp_frame_len};
+                                             vkp_resp_get_frame_len};
 
 /* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
 static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
@@ -18029,7 +18080,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     if (local == NULL || vkp_i_conn_adopt(shard->loop, fd, shard->profile, true, &conn) != VKP_OK) {
         vkp_i_free(relay->env, local, sizeof *local);
         (void)shard->loop->sys->close(fd);
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         vkp_i_relay_client_left(relay);
         return;
     }
@@ -18120,7 +18171,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
         vkp_i_relay_release(relay);
     }
     (void)shard->loop->sys->close(fd);
-    vkp_seat_leave(seat);
+    vkp_seat_unref(seat);
     vkp_i_relay_client_left(relay);
 }
 
@@ -18165,8 +18216,8 @@ static void vkp_i_relay_idle_begins(vkp_i_task *task)
     (void)VKP_I_XCHG(&relay->idle_queued, 0u);
     if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
         vkp_i_relay_count_clients(relay) == 0 &&
-        vkp_timer_start(loop, &relay->idle_timer, vkp_i_add_ns(loop->now_ns, relay->linger_ns), 0,
-                        vkp_i_relay_idle_over) != VKP_OK) {
+        vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
+                        vkp_i_add_ns(loop->now_ns, relay->linger_ns)) != VKP_OK) {
         vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
     }
     vkp_i_relay_release(relay);
@@ -18328,8 +18379,8 @@ static void vkp_i_relay_drain_over(vkp_timer *timer)
     }
 }
 
-VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
-                             void *user)
+VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
+                             uint64_t deadline_ns)
 {
     size_t i;
     if (relay->draining) {
@@ -18343,8 +18394,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_e
     for (i = 0; i < relay->listener_count; i++) {
         vkp_listener_close(relay->listeners[i]);
     }
-    if (vkp_timer_start(relay->shards[0].loop, &relay->drain_timer, deadline_ns, 0,
-                        vkp_i_relay_drain_over) != VKP_OK) {
+    if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
+                        deadline_ns) != VKP_OK) {
         vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
     }
     for (i = 0; i < relay->shard_count; i++) {
@@ -18361,7 +18412,7 @@ static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
     VKP_I_LOCK(&relay->mutex);
     for (each = shard->handovers; each != NULL; each = each->next) {
         (void)shard->loop->sys->close(each->fd);
-        vkp_seat_leave(each->seat);
+        vkp_seat_unref(each->seat);
         each->fd = -1;
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -18411,7 +18462,7 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
     memset(&config, 0, sizeof config);
     config.elem_bytes = sizeof(vkp_push);
     config.capacity_bytes = VKP_I_SHARD_LAG;
-    config.cost = vkp_push_cost;
+    config.cost = vkp_push_get_cost;
     config.drop = vkp_push_drop;
     config.env = shard->relay->env;
     status = vkp_mpsc_open(&config, &shard->pushes, &rx);

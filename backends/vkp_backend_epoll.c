@@ -42,8 +42,8 @@ static int vkp_i_epoll_control(vkp_i_epoll *self, int operation, int fd,
                                const vkp_i_epoll_entry *entry)
 {
     struct epoll_event event = VKP_ZERO;
-    event.events = ((entry->interest & VKP_READ) != 0 ? EPOLLIN : 0u) |
-                   ((entry->interest & VKP_WRITE) != 0 ? EPOLLOUT : 0u);
+    event.events = ((entry->interest & VKP_IO_READ) != 0 ? EPOLLIN : 0u) |
+                   ((entry->interest & VKP_IO_WRITE) != 0 ? EPOLLOUT : 0u);
     event.data.u64 = (uint64_t)entry->serial << 32 | (uint32_t)fd;
     return self->env->sys->epoll_ctl(self->epoll_fd, operation, fd, &event);
 }
@@ -51,7 +51,7 @@ static int vkp_i_epoll_control(vkp_i_epoll *self, int operation, int fd,
 /* A new set of the same descriptors in the place of the old, which stays if that fails. */
 static int vkp_i_epoll_rebuild(vkp_i_epoll *self)
 {
-    const vkp_i_epoll_entry wake = {0, VKP_READ, 0};
+    const vkp_i_epoll_entry wake = {0, VKP_IO_READ, 0};
     const int old = self->epoll_fd;
     const int set = self->env->sys->epoll_create();
     int rc = set;
@@ -180,9 +180,10 @@ static vkp_status vkp_i_epoll_watch(void *state, int fd, uint32_t interest, uint
 
 static uint32_t vkp_i_epoll_ready(uint32_t events)
 {
-    return ((events & EPOLLIN) != 0 ? VKP_READ : 0) | ((events & EPOLLOUT) != 0 ? VKP_WRITE : 0) |
-           ((events & EPOLLHUP) != 0 ? VKP_READ | VKP_WRITE | VKP_HUP : 0) |
-           ((events & EPOLLERR) != 0 ? VKP_READ | VKP_WRITE | VKP_ERR : 0);
+    return ((events & EPOLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE) |
+           ((events & EPOLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE) |
+           ((events & EPOLLHUP) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP : 0) |
+           ((events & EPOLLERR) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_ERROR : 0);
 }
 
 static vkp_status vkp_i_epoll_wait(void *state, uint64_t deadline_ns, vkp_event *out,
@@ -243,8 +244,16 @@ static int vkp_i_epoll_pollable_fd(void *state)
     return ((const vkp_i_epoll *)state)->epoll_fd;
 }
 
-const vkp_backend vkp_backend_epoll = {
-    VKP_BACKEND_ABI,   0,                 "epoll", vkp_i_epoll_open,
-    vkp_i_epoll_close, vkp_i_epoll_watch, vkp_i_epoll_wait, vkp_i_epoll_wake,
-    NULL, vkp_i_epoll_after_fork, vkp_i_epoll_pollable_fd, NULL};
+const vkp_backend vkp_backend_epoll = {VKP_BACKEND_ABI,
+                                       0,
+                                       "epoll",
+                                       vkp_i_epoll_open,
+                                       vkp_i_epoll_close,
+                                       vkp_i_epoll_watch,
+                                       vkp_i_epoll_wait,
+                                       vkp_i_epoll_wake,
+                                       NULL,
+                                       vkp_i_epoll_after_fork,
+                                       vkp_i_epoll_pollable_fd,
+                                       NULL};
 #endif /* __linux__ */

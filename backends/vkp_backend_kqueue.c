@@ -48,9 +48,9 @@ static int vkp_i_kqueue_change(const vkp_i_kqueue *self, int fd, uint32_t direct
     const unsigned short flags = add ? EV_ADD : EV_DELETE;
     int count = 0;
     EV_SET(&changes[count], (uintptr_t)fd, EVFILT_READ, flags, 0, 0, 0);
-    count += (directions & VKP_READ) != 0 ? 1 : 0;
+    count += (directions & VKP_IO_READ) != 0 ? 1 : 0;
     EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, flags, 0, 0, 0);
-    count += (directions & VKP_WRITE) != 0 ? 1 : 0;
+    count += (directions & VKP_IO_WRITE) != 0 ? 1 : 0;
     return count > 0 ? self->env->sys->kevent(self->queue, changes, count, NULL, 0, 0) : 0;
 }
 
@@ -69,7 +69,7 @@ static int vkp_i_kqueue_signal(vkp_i_kqueue *self, bool begin)
                    : (int)self->env->sys->write(self->wake_fds[1], &one, sizeof one);
     if (begin && rc >= 0) {
         memcpy(self->wake_fds, fds, sizeof fds);
-        rc = vkp_i_kqueue_change(self, fds[0], VKP_READ, true);
+        rc = vkp_i_kqueue_change(self, fds[0], VKP_IO_READ, true);
     }
     return rc;
 #endif
@@ -160,7 +160,7 @@ static vkp_status vkp_i_kqueue_watch(void *state, int fd, uint32_t interest, uin
 {
     vkp_i_kqueue *self = (vkp_i_kqueue *)state;
     vkp_i_kqueue_entry *entry = vkp_i_kqueue_entry_of(self, fd);
-    int rc = (interest &= VKP_READ | VKP_WRITE) != 0 ? self->env->sys->fd_kind(fd) : 0;
+    int rc = (interest &= VKP_IO_READ | VKP_IO_WRITE) != 0 ? self->env->sys->fd_kind(fd) : 0;
     if (entry == NULL) { /* beyond the table: never watched */
         return fd < 0 ? VKP_ERR_INVALID : interest == 0 ? VKP_OK : VKP_ERR_NOMEM;
     }
@@ -186,8 +186,9 @@ static uint32_t vkp_i_kqueue_ready(const vkp_i_kqueue *self, const struct kevent
     const bool failed = (event->flags & EV_ERROR) != 0 || (ends && event->fflags != 0);
     const int kind = ends && reads ? self->env->sys->fd_kind((int)event->ident) : VKP_FD_OTHER;
     const bool hung_up = ends && (!reads || event->data == 0) && kind != VKP_FD_SOCKET;
-    return (reads ? VKP_READ : VKP_WRITE) | (failed ? VKP_READ | VKP_WRITE | VKP_ERR : 0) |
-           (hung_up ? VKP_READ | VKP_WRITE | VKP_HUP : 0);
+    return (reads ? VKP_IO_READ : VKP_IO_WRITE) |
+           (failed ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_ERROR : 0) |
+           (hung_up ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP : 0);
 }
 
 static vkp_status vkp_i_kqueue_wait(void *state, uint64_t deadline_ns, vkp_event *out,
@@ -208,7 +209,7 @@ static vkp_status vkp_i_kqueue_wait(void *state, uint64_t deadline_ns, vkp_event
     self->batch += VKP_I_KQUEUE_BATCH;
     for (i = 0; i < rc; i++) {
         const struct kevent *event = &self->events[i];
-        const uint32_t direction = event->filter == EVFILT_READ ? VKP_READ : VKP_WRITE;
+        const uint32_t direction = event->filter == EVFILT_READ ? VKP_IO_READ : VKP_IO_WRITE;
         vkp_i_kqueue_entry *entry;
         if (event->ident == (uintptr_t)wake) {
             while (wake >= 0 && sys->read(wake, sink, sizeof sink) == (int64_t)sizeof sink) {
@@ -243,8 +244,16 @@ static int vkp_i_kqueue_pollable_fd(void *state)
     return ((const vkp_i_kqueue *)state)->queue;
 }
 
-const vkp_backend vkp_backend_kqueue = {
-    VKP_BACKEND_ABI,    0,                  "kqueue", vkp_i_kqueue_open,
-    vkp_i_kqueue_close, vkp_i_kqueue_watch, vkp_i_kqueue_wait, vkp_i_kqueue_wake,
-    NULL, vkp_i_kqueue_after_fork, vkp_i_kqueue_pollable_fd, NULL};
+const vkp_backend vkp_backend_kqueue = {VKP_BACKEND_ABI,
+                                        0,
+                                        "kqueue",
+                                        vkp_i_kqueue_open,
+                                        vkp_i_kqueue_close,
+                                        vkp_i_kqueue_watch,
+                                        vkp_i_kqueue_wait,
+                                        vkp_i_kqueue_wake,
+                                        NULL,
+                                        vkp_i_kqueue_after_fork,
+                                        vkp_i_kqueue_pollable_fd,
+                                        NULL};
 #endif /* a kqueue, or its emulation */

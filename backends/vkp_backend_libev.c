@@ -72,8 +72,8 @@ static int vkp_i_libev_arm(vkp_i_guest_entry *entry, uint32_t interest)
     }
     ev_io_stop(loop, io);
     ev_io_set(io, entry->fd,
-              ((interest & VKP_READ) != 0 ? EV_READ : 0) |
-                  ((interest & VKP_WRITE) != 0 ? EV_WRITE : 0));
+              ((interest & VKP_IO_READ) != 0 ? EV_READ : 0) |
+                  ((interest & VKP_IO_WRITE) != 0 ? EV_WRITE : 0));
     ev_io_start(loop, io);
     return 0;
 }

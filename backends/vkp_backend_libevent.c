@@ -69,8 +69,8 @@ static int vkp_i_libevent_arm(vkp_i_guest_entry *entry, uint32_t interest)
 {
     vkp_i_libevent *self = (vkp_i_libevent *)(void *)entry->guest;
     struct event *event = &((vkp_i_libevent_entry *)(void *)entry)->event;
-    const int events = EV_PERSIST | ((interest & VKP_READ) != 0 ? EV_READ : 0) |
-                       ((interest & VKP_WRITE) != 0 ? EV_WRITE : 0);
+    const int events = EV_PERSIST | ((interest & VKP_IO_READ) != 0 ? EV_READ : 0) |
+                       ((interest & VKP_IO_WRITE) != 0 ? EV_WRITE : 0);
     int rc;
     if (entry->interest != 0) {
         (void)event_del(event);

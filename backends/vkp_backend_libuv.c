@@ -66,8 +66,8 @@ static void vkp_i_libuv_on_poll(uv_poll_t *poll, int status, int events);
 static int vkp_i_libuv_start(vkp_i_guest_entry *entry, uint32_t interest)
 {
     return uv_poll_start(&((vkp_i_libuv_entry *)(void *)entry)->poll,
-                         ((interest & VKP_READ) != 0 ? UV_READABLE : 0) |
-                             ((interest & VKP_WRITE) != 0 ? UV_WRITABLE : 0),
+                         ((interest & VKP_IO_READ) != 0 ? UV_READABLE : 0) |
+                             ((interest & VKP_IO_WRITE) != 0 ? UV_WRITABLE : 0),
                          vkp_i_libuv_on_poll);
 }
 

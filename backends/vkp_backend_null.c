@@ -152,18 +152,18 @@ static vkp_status vkp_i_null_watch(void *state, int fd, uint32_t interest, uint6
     if (interest != 0) {
         self->tokens[at] = token;
         self->fds[at].fd = fd;
-        self->fds[at].events = (short)(((interest & VKP_READ) != 0 ? POLLIN : 0) |
-                                       ((interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+        self->fds[at].events = (short)(((interest & VKP_IO_READ) != 0 ? POLLIN : 0) |
+                                       ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
     }
     return VKP_OK;
 }
 
 static uint32_t vkp_i_null_ready(int revents)
 {
-    uint32_t ready = (revents & POLLIN) != 0 ? VKP_READ : 0;
-    ready |= (revents & POLLOUT) != 0 ? VKP_WRITE : 0;
-    ready |= (revents & POLLHUP) != 0 ? VKP_READ | VKP_WRITE | VKP_HUP : 0;
-    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_READ | VKP_WRITE | VKP_ERR : 0;
+    uint32_t ready = (revents & POLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE;
+    ready |= (revents & POLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE;
+    ready |= (revents & POLLHUP) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP : 0;
+    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_ERROR : 0;
     return ready;
 }
 

@@ -7,8 +7,8 @@
      that at least nothing dead is scanned. With thousands of mostly idle descriptors take epoll.
    - It has no memory of what was reported: a scan that always starts at the front starves the back
      when more is ready than the caller has room for. Ours goes on where the last was cut off.
-   - A closed descriptor is not forgotten but reported as POLLNVAL for ever. It becomes VKP_ERR, so
-     that its owner's next read or write fails and the watch ends. macOS says POLLNVAL for some
+   - A closed descriptor is not forgotten but reported as POLLNVAL for ever. It becomes VKP_IO_ERROR
+     so that its owner's next read or write fails and the watch ends. macOS says POLLNVAL for some
      devices too; reading those still works.
    - POLLHUP comes with or without POLLIN while data is left, depending on the system and on the
      kind of descriptor. It becomes "readable, writable, hung up": readers drain before they
@@ -142,8 +142,8 @@ static vkp_status vkp_i_poll_watch(void *state, int fd, uint32_t interest, uint6
         place->token = token;
         entry = &self->fds[place->index];
         entry->fd = fd;
-        entry->events = (short)(((interest & VKP_READ) != 0 ? POLLIN : 0) |
-                                ((interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+        entry->events = (short)(((interest & VKP_IO_READ) != 0 ? POLLIN : 0) |
+                                ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
     } else if (place->index != 0) {
         entry = &self->fds[place->index];
         *entry = self->fds[--self->count];
@@ -155,10 +155,10 @@ static vkp_status vkp_i_poll_watch(void *state, int fd, uint32_t interest, uint6
 
 static uint32_t vkp_i_poll_ready(int revents)
 {
-    uint32_t ready = (revents & POLLIN) != 0 ? VKP_READ : 0;
-    ready |= (revents & POLLOUT) != 0 ? VKP_WRITE : 0;
-    ready |= (revents & POLLHUP) != 0 ? VKP_READ | VKP_WRITE | VKP_HUP : 0;
-    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_READ | VKP_WRITE | VKP_ERR : 0;
+    uint32_t ready = (revents & POLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE;
+    ready |= (revents & POLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE;
+    ready |= (revents & POLLHUP) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP : 0;
+    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_ERROR : 0;
     return ready;
 }
 
@@ -225,8 +225,15 @@ static int vkp_i_poll_pollable_fd(void *state)
     return -1; /* nothing stands for the whole set */
 }
 
-const vkp_backend vkp_backend_poll = {
-    VKP_BACKEND_ABI,       0,                      "poll",
-    vkp_i_poll_open,       vkp_i_poll_close,       vkp_i_poll_watch,
-    vkp_i_poll_wait,       vkp_i_poll_wake,        NULL,
-    vkp_i_poll_after_fork, vkp_i_poll_pollable_fd, NULL};
+const vkp_backend vkp_backend_poll = {VKP_BACKEND_ABI,
+                                      0,
+                                      "poll",
+                                      vkp_i_poll_open,
+                                      vkp_i_poll_close,
+                                      vkp_i_poll_watch,
+                                      vkp_i_poll_wait,
+                                      vkp_i_poll_wake,
+                                      NULL,
+                                      vkp_i_poll_after_fork,
+                                      vkp_i_poll_pollable_fd,
+                                      NULL};

@@ -204,10 +204,10 @@ static inline void vkp_i_guest_round(vkp_i_guest *self)
 
 static inline uint32_t vkp_i_guest_ready(int revents)
 {
-    uint32_t ready = (revents & POLLIN) != 0 ? VKP_READ : 0;
-    ready |= (revents & POLLOUT) != 0 ? VKP_WRITE : 0;
-    ready |= (revents & POLLHUP) != 0 ? VKP_READ | VKP_WRITE | VKP_HUP : 0;
-    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_READ | VKP_WRITE | VKP_ERR : 0;
+    uint32_t ready = (revents & POLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE;
+    ready |= (revents & POLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE;
+    ready |= (revents & POLLHUP) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP : 0;
+    ready |= (revents & (POLLERR | POLLNVAL)) != 0 ? VKP_IO_READ | VKP_IO_WRITE | VKP_IO_ERROR : 0;
     return ready;
 }
 
@@ -227,8 +227,8 @@ static inline vkp_status vkp_i_guest_wait(void *state, uint64_t deadline_ns, vkp
              entry = entry->next) {
             struct pollfd *each = &self->polled[asked++];
             each->fd = entry->fd;
-            each->events = (short)(((entry->interest & VKP_READ) != 0 ? POLLIN : 0) |
-                                   ((entry->interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+            each->events = (short)(((entry->interest & VKP_IO_READ) != 0 ? POLLIN : 0) |
+                                   ((entry->interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
             each->revents = 0;
         }
         rc = self->env.sys->poll(self->polled, asked, 0);
@@ -317,7 +317,7 @@ static inline vkp_status vkp_i_guest_open_wake(vkp_i_guest *self)
     }
     self->wake_fds[0] = fds[0]; /* before arm, which treats this one in its own way */
     self->wake_fds[1] = fds[1];
-    status = vkp_i_guest_add(self, fds[0], VKP_READ, &self->wake);
+    status = vkp_i_guest_add(self, fds[0], VKP_IO_READ, &self->wake);
     if (status != VKP_OK) {
         vkp_i_guest_close_wake(self);
     }

@@ -579,7 +579,7 @@ BENCH_UNUSED static void bench_print_machine(void)
     }
     uname(&name);
     printf("%ld cores, %s, %s %s %s, compiler %s, valkey_push %s\n", sysconf(_SC_NPROCESSORS_ONLN),
-           model, name.sysname, name.release, name.machine, __VERSION__, vkp_version());
+           model, name.sysname, name.release, name.machine, __VERSION__, vkp_version_str());
 }
 
 static volatile sig_atomic_t bench_interrupted;
@@ -615,7 +615,7 @@ BENCH_UNUSED static size_t bench_run_tables(bench_table *tables, size_t table_co
     signal(SIGTERM, bench_interrupt);
     for (round = 0; round < rounds && bench_interrupted == 0; round++) {
         for (i = count; i > 1; i--) {
-            size_t other = (size_t)(vkp_sys_default()->random_u64() % i);
+            size_t other = (size_t)(vkp_sys_get_default()->random_u64() % i);
             bench_row *kept = order[i - 1];
             order[i - 1] = order[other];
             order[other] = kept;

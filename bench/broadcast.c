@@ -92,7 +92,7 @@ WORK_INLINE size_t cast_take(vkp_broadcast_rx *rx, size_t bytes, bool many, uint
 {
     cast_batch batch;
     size_t count = 1;
-    vkp_status status = many ? vkp_broadcast_recv_many(rx, &batch, MANY, &count, 0)
+    vkp_status status = many ? vkp_broadcast_recv_many(rx, 0, &batch, MANY, &count)
                              : vkp_broadcast_try_recv(rx, &batch);
     if (status == VKP_OK) {
         *sum += cast_sum(bytes, &batch, count);

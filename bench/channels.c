@@ -62,7 +62,7 @@ WORK_INLINE void ours_send(void *sender, const void *message, size_t bytes)
 WORK_INLINE void ours_receive(void *receiver, void *message, size_t bytes)
 {
     (void)bytes;
-    if (vkp_mpsc_recv(((ours_receiver *)receiver)->rx, message, VKP_FOREVER) != VKP_OK) {
+    if (vkp_mpsc_recv(((ours_receiver *)receiver)->rx, VKP_FOREVER, message) != VKP_OK) {
         bench_fail("recv");
     }
 }
@@ -72,7 +72,7 @@ WORK_INLINE void ours_receive_many(void *receiver, void *message, size_t bytes)
     ours_receiver *self = (ours_receiver *)receiver;
     if (self->next == self->count) {
         self->next = 0;
-        if (vkp_mpsc_recv_many(self->rx, self->held, MANY, &self->count, VKP_FOREVER) != VKP_OK) {
+        if (vkp_mpsc_recv_many(self->rx, VKP_FOREVER, self->held, MANY, &self->count) != VKP_OK) {
             bench_fail("recv_many");
         }
     }

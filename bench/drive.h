@@ -51,25 +51,25 @@ static double drive_get_bytes(void)
 static void drive_park(vkp_parker *parker, uint64_t deadline_ns)
 {
     drive_count_call();
-    vkp_sys_default()->park(parker, deadline_ns);
+    vkp_sys_get_default()->park(parker, deadline_ns);
 }
 
 static void drive_unpark(vkp_parker *parker)
 {
     drive_count_call();
-    vkp_sys_default()->unpark(parker);
+    vkp_sys_get_default()->unpark(parker);
 }
 
 static void drive_yield(void)
 {
     drive_count_call();
-    vkp_sys_default()->yield();
+    vkp_sys_get_default()->yield();
 }
 
 static int drive_membarrier(bool prepare)
 {
     drive_count_call();
-    return vkp_sys_default()->membarrier(prepare);
+    return vkp_sys_get_default()->membarrier(prepare);
 }
 
 static int drive_no_membarrier(bool prepare)
@@ -81,27 +81,27 @@ static int drive_no_membarrier(bool prepare)
 static int64_t drive_write(int fd, const void *buffer, size_t bytes)
 {
     drive_count_call();
-    return vkp_sys_default()->write(fd, buffer, bytes);
+    return vkp_sys_get_default()->write(fd, buffer, bytes);
 }
 
 static int64_t drive_read(int fd, void *buffer, size_t bytes)
 {
     drive_count_call();
-    return vkp_sys_default()->read(fd, buffer, bytes);
+    return vkp_sys_get_default()->read(fd, buffer, bytes);
 }
 
 static int drive_poll(void *pollfds, size_t count, uint64_t deadline_ns)
 {
     drive_count_call();
     drive_waits++;
-    return vkp_sys_default()->poll(pollfds, count, deadline_ns);
+    return vkp_sys_get_default()->poll(pollfds, count, deadline_ns);
 }
 
 static int drive_epoll_wait(int epoll_fd, void *events, int capacity, uint64_t deadline_ns)
 {
     drive_count_call();
     drive_waits++;
-    return vkp_sys_default()->epoll_wait(epoll_fd, events, capacity, deadline_ns);
+    return vkp_sys_get_default()->epoll_wait(epoll_fd, events, capacity, deadline_ns);
 }
 
 static void *drive_alloc(void *user, void *pointer, size_t old_bytes, size_t new_bytes)
@@ -119,7 +119,7 @@ static void *drive_alloc(void *user, void *pointer, size_t old_bytes, size_t new
    away, "sleep" never looks twice before it sleeps. Memory is counted when that is the question. */
 BENCH_UNUSED static const vkp_env *drive_env(const work_order *order)
 {
-    drive_sys = *vkp_sys_default();
+    drive_sys = *vkp_sys_get_default();
     drive_sys.park = drive_park;
     drive_sys.unpark = drive_unpark;
     drive_sys.yield = drive_yield;

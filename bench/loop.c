@@ -51,7 +51,7 @@ static void on_messages(void *user)
     size_t count;
     size_t i;
     (void)user;
-    while (vkp_mpsc_recv_many(looped_rx, values, MANY, &count, 0) == VKP_OK) {
+    while (vkp_mpsc_recv_many(looped_rx, 0, values, MANY, &count) == VKP_OK) {
         for (i = 0; i < count; i++) {
             looped_got.values += values[i];
         }
@@ -68,6 +68,8 @@ static work_figures work_looped(const work_order *order)
     work_seat seat;
     work_crew crew = {order, NULL, NULL, 0, 0, 0};
     work_clock clock;
+    vkp_handler *handler;
+    vkp_case receive;
     uint64_t waits;
     looped_expected = order->count;
     config.elem_bytes = sizeof(uint64_t);
@@ -79,13 +81,16 @@ static work_figures work_looped(const work_order *order)
         drive_backend(strstr(order->kind, "poll") == order->kind ? "poll" : DRIVE_BACKEND);
     drive_check(vkp_mpsc_open(&config, &looped_tx, &looped_rx), "open");
     drive_check(vkp_loop_open(&loop_config, &looped_loop), "loop");
-    drive_check(vkp_mpsc_watch(looped_rx, looped_loop, many ? on_messages : on_message, NULL),
-                "watch");
+    receive = vkp_case_mpsc_recv(looped_rx, NULL);
+    drive_check(
+        vkp_handler_open(looped_loop, &receive, many ? on_messages : on_message, NULL, &handler),
+        "handler");
     work_hire(&crew, &seat, 1, produce);
     work_pin(1);
     clock = work_go(&crew, 1);
     waits = drive_waits;
     drive_check(vkp_loop_run(looped_loop), "run");
+    vkp_handler_unref(handler);
     return looped_end(&clock, order, &seat, &looped_got, drive_waits - waits);
 }
 
@@ -105,7 +110,7 @@ static work_figures work_threads(const work_order *order)
     clock = work_go(&crew, 1);
     while (looped_got.count < order->count) {
         uint64_t value;
-        drive_check(vkp_mpsc_recv(looped_rx, &value, VKP_FOREVER), "recv");
+        drive_check(vkp_mpsc_recv(looped_rx, VKP_FOREVER, &value), "recv");
         looped_got.values += value;
         looped_got.count++;
     }
@@ -185,13 +190,13 @@ int main(int argc, char **argv)
 {
     static const char *const ours[][2] = {
 #ifdef __linux__
-        {"vkp_mpsc_watch, epoll, try_recv", "epoll"},
-        {"vkp_mpsc_watch, epoll, recv_many", "epoll-many"},
-        {"vkp_mpsc_watch, epoll, lanes, try_recv", "epoll-lanes"},
-        {"vkp_mpsc_watch, epoll, try_recv, without membarrier", "epoll-fence"},
+        {"handler, epoll, try_recv", "epoll"},
+        {"handler, epoll, recv_many", "epoll-many"},
+        {"handler, epoll, lanes, try_recv", "epoll-lanes"},
+        {"handler, epoll, try_recv, without membarrier", "epoll-fence"},
 #endif
-        {"vkp_mpsc_watch, poll, try_recv", "poll"},
-        {"vkp_mpsc_watch, poll, recv_many", "poll-many"},
+        {"handler, poll, try_recv", "poll"},
+        {"handler, poll, recv_many", "poll-many"},
     };
     drive_group group = {&flat, "flat out, bounded 1024", run_flat, "loop", 0, 1024, 0, false};
     bench_table tables[2];

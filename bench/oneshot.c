@@ -30,7 +30,7 @@ static work_figures once(const work_order *order)
         status = on_heap ? vkp_oneshot_open(env, sizeof i, NULL, NULL, &slot)
                          : vkp_oneshot_init(slot, env, sizeof i, NULL, NULL);
         if (status != VKP_OK || vkp_oneshot_send(slot, &i) != VKP_OK ||
-            vkp_oneshot_recv(slot, &out, 0) != VKP_OK) {
+            vkp_oneshot_recv(slot, 0, &out) != VKP_OK) {
             bench_fail("once");
         }
         sum += out - i;
@@ -96,7 +96,7 @@ static void *call_client(void *at)
         uint64_t out;
         uint64_t now;
         ask(&slot, i);
-        drive_check(vkp_oneshot_recv(&slot, &out, VKP_FOREVER), "reply");
+        drive_check(vkp_oneshot_recv(&slot, VKP_FOREVER, &out), "reply");
         if (out != i + 1) {
             bench_fail("call: the answer to something else");
         }
@@ -123,7 +123,7 @@ static work_figures call_threads(const work_order *order)
     clock = work_go(&crew, (int)order->a);
     for (i = 0; i < total; i++) {
         request asked;
-        drive_check(vkp_mpsc_recv(requests_rx, &asked, VKP_FOREVER), "recv");
+        drive_check(vkp_mpsc_recv(requests_rx, VKP_FOREVER, &asked), "recv");
         answer(&asked);
     }
     work_dismiss(seats, order->a);
@@ -167,7 +167,7 @@ static work_figures call_by_hand(const work_order *order)
 /* A client on the loop: asks, is called when the reply is there, asks again. */
 typedef struct loop_client {
     vkp_oneshot slot;
-    vkp_case_watch *watch;
+    vkp_handler *watch;
     uint64_t asked;
     uint64_t last;
     uint32_t *ns;
@@ -185,7 +185,7 @@ static void client_replied(void *user)
     uint64_t out;
     uint64_t now;
     drive_check(vkp_oneshot_try_recv(&self->slot, &out), "reply");
-    vkp_case_watch_close(self->watch);
+    vkp_handler_unref(self->watch);
     if (out != self->asked + 1) {
         bench_fail("call: the answer to something else");
     }
@@ -206,8 +206,7 @@ static void client_turn(loop_client *self)
     }
     ask(&self->slot, self->asked);
     reply = vkp_case_oneshot_recv(&self->slot, NULL);
-    drive_check(vkp_case_watch_open(call_loop, &reply, client_replied, self, &self->watch),
-                "watch");
+    drive_check(vkp_handler_open(call_loop, &reply, client_replied, self, &self->watch), "watch");
 }
 
 static void serve(void *user)
@@ -226,11 +225,14 @@ static work_figures call_on_loop(const work_order *order)
     long i;
     work_clock clock;
     work_figures figures;
+    vkp_handler *server;
+    vkp_case receive;
     open_requests(order);
     config.env = call_env;
     config.backend = drive_backend(DRIVE_BACKEND);
     drive_check(vkp_loop_open(&config, &call_loop), "loop");
-    drive_check(vkp_mpsc_watch(requests_rx, call_loop, serve, NULL), "watch");
+    receive = vkp_case_mpsc_recv(requests_rx, NULL);
+    drive_check(vkp_handler_open(call_loop, &receive, serve, NULL, &server), "handler");
     work_pin(1);
     call_each = order->count / (uint64_t)order->a;
     call_open = order->a;
@@ -242,6 +244,7 @@ static work_figures call_on_loop(const work_order *order)
     }
     drive_check(vkp_loop_run(call_loop), "run");
     figures = work_stop(&clock);
+    vkp_handler_unref(server);
     work_percentiles(call_ns, call_each * (uint64_t)order->a, &figures);
     return figures;
 }

@@ -37,7 +37,7 @@ SOCKETED_TURNS(upgrade)
 WORK_INLINE void find_once(uint32_t which)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_get_existing(registry, socketed_names[which], &sock), "get_existing");
+    drive_check(vkp_socket_find(registry, socketed_names[which], &sock), "get_existing");
     vkp_socket_unref(sock);
 }
 SOCKETED_TURNS(find)
@@ -45,7 +45,7 @@ SOCKETED_TURNS(find)
 WORK_INLINE void obtain_once(uint32_t which)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_get_or_create(registry, socketed_names[which], &sock), "get_or_create");
+    drive_check(vkp_socket_open(registry, socketed_names[which], &sock), "get_or_create");
     vkp_socket_unref(sock);
 }
 SOCKETED_TURNS(obtain)
@@ -63,7 +63,7 @@ static void open_registry(const vkp_env *env)
 static void *make_socket(const char *name)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_get_or_create(registry, name, &sock), "get_or_create");
+    drive_check(vkp_socket_open(registry, name, &sock), "get_or_create");
     return sock;
 }
 
@@ -347,8 +347,8 @@ int main(int argc, char **argv)
     for (threads = 1; threads <= 2; threads++) {
         add_ref(threads);
         add_upgrade(threads);
-        add_name("find", "vkp_socket_get_existing", threads);
-        add_name("obtain", "vkp_socket_get_or_create", threads);
+        add_name("find", "vkp_socket_find", threads);
+        add_name("obtain", "vkp_socket_open", threads);
         add_cycle(threads);
     }
     add_end("alone, until it returns", 1, 0);

@@ -172,7 +172,7 @@ static void subscribe_vkp(const char *address, const vkp_backend *backend)
     config.on_push = on_push;
     if (vkp_loop_open(&loop_config, &loop) != VKP_OK ||
         vkp_client_open(loop, &config, &client) != VKP_OK ||
-        vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("chan")) != VKP_OK ||
+        vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("chan")) != VKP_OK ||
         vkp_loop_run(loop) != VKP_OK) {
         bench_fail("no client");
     }

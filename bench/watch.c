@@ -64,7 +64,7 @@ static uint64_t look_for_changes(uint64_t count)
     uint64_t sum = 0;
     uint64_t i;
     for (i = 0; i < count; i++) {
-        sum += vkp_watch_has_changed(watch_rx) ? 1 : 0;
+        sum += vkp_watch_is_changed(watch_rx) ? 1 : 0;
     }
     return sum;
 }

@@ -34,11 +34,11 @@ static bool increment(vkp_client *client, int64_t *now)
     const vkp_value *value;
     bool good;
     if (vkp_client_command(client, &slot, "INCR", "vkp:example:hits", NULL) != VKP_OK ||
-        vkp_oneshot_recv(&slot, &reply, vkp_after_ms(PATIENCE_MS)) != VKP_OK) {
+        vkp_oneshot_recv(&slot, vkp_after_ms(PATIENCE_MS), &reply) != VKP_OK) {
         return false; /* not connected, or no reply in time */
     }
     value = vkp_reply_get_value(reply);
-    good = value->type == VKP_INTEGER; /* the server's errors are replies too */
+    good = value->type == VKP_RESP_INTEGER; /* the server's errors are replies too */
     if (good) {
         *now = value->u.integer;
     }

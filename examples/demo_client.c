@@ -53,7 +53,7 @@ static int subscribe(vkp_loop *loop, char **words)
     vkp_client_config config = VKP_ZERO;
     vkp_client *client;
     subscriber self = VKP_ZERO;
-    vkp_sub_kind kind = strcmp(words[2], "pattern") == 0 ? VKP_PATTERN : VKP_CHANNEL;
+    vkp_sub_kind kind = strcmp(words[2], "pattern") == 0 ? VKP_SUB_PATTERN : VKP_SUB_CHANNEL;
     uint64_t deadline = vkp_after_ms(PATIENCE_MS);
     vkp_status status;
     self.who = words[0];
@@ -81,21 +81,22 @@ static void print_value(const vkp_value *value)
     const vkp_value *each;
     const char *gap = "";
     switch (value->type) {
-    case VKP_ARRAY:
-    case VKP_SET:
-    case VKP_MAP:
-        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+    case VKP_RESP_ARRAY:
+    case VKP_RESP_SET:
+    case VKP_RESP_MAP:
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
             fputs(gap, stdout);
             print_value(each);
             gap = " ";
         }
         break;
-    case VKP_INTEGER:
-    case VKP_BOOL:
+    case VKP_RESP_INTEGER:
+    case VKP_RESP_BOOL:
         printf("%lld", (long long)value->u.integer);
         break;
     default:
-        printf("%.*s", VKP_FMT(vkp_value_str(value)));
+        printf("%.*s", VKP_FMT(vkp_value_get_str(value)));
         break;
     }
 }
@@ -132,7 +133,7 @@ static int ask(vkp_loop *loop, char **words, size_t count)
         const vkp_value *value = vkp_reply_get_value(reply);
         print_value(value);
         putchar('\n');
-        code = value->type == VKP_ERROR ? 1 : 0;
+        code = value->type == VKP_RESP_ERROR ? 1 : 0;
         vkp_reply_unref(reply);
     } else {
         vkp_client_get_error(client, why, sizeof why);
@@ -152,7 +153,7 @@ static int share(const char *path)
         return fail("registry", vkp_status_str(status));
     }
     while (count < 3 && status == VKP_OK) {
-        status = vkp_socket_get_or_create(registry, path, &sockets[count]);
+        status = vkp_socket_open(registry, path, &sockets[count]);
         if (status == VKP_OK) {
             count++;
             printf("%u taken, the file is %s\n", (unsigned)count,

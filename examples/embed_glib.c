@@ -27,7 +27,7 @@ typedef struct push_source {
 /* GLib asks this before it waits: whether there is work already, and else how long to wait. */
 static gboolean push_source_prepare(GSource *source, gint *timeout_ms)
 {
-    const uint64_t deadline_ns = vkp_loop_get_deadline(((push_source *)source)->loop);
+    const uint64_t deadline_ns = vkp_loop_get_deadline_ns(((push_source *)source)->loop);
     const uint64_t now_ns = vkp_now_ns();
     const uint64_t ms = deadline_ns > now_ns ? (deadline_ns - now_ns + 999999) / 1000000 : 0;
     *timeout_ms = deadline_ns == VKP_FOREVER ? -1 : ms > INT_MAX ? INT_MAX : (gint)ms;
@@ -39,7 +39,7 @@ static gboolean push_source_check(GSource *source)
 {
     push_source *self = (push_source *)source;
     return g_source_query_unix_fd(source, self->descriptor) != 0 ||
-           vkp_loop_get_deadline(self->loop) <= vkp_now_ns();
+           vkp_loop_get_deadline_ns(self->loop) <= vkp_now_ns();
 }
 
 static gboolean push_source_dispatch(GSource *source, GSourceFunc fn, gpointer user)
@@ -94,11 +94,10 @@ int main(int argc, char **argv)
     vkp_loop *loop;
     vkp_client *client;
     vkp_loop_config on = {.backend = &BACKEND};
-    vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379",
-                            .on_push = on_push,
-                            .user = &self};
+    vkp_client_config to = {
+        .address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379", .on_push = on_push, .user = &self};
     if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_client_open(loop, &to, &client) != VKP_OK ||
-        vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("news")) != VKP_OK) {
+        vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("news")) != VKP_OK) {
         fprintf(stderr, "no client to %s\n", to.address);
         return 1;
     }

@@ -105,13 +105,11 @@ int main(int argc, char **argv)
     vkp_listener *listener;
     vkp_status status;
     vkp_loop_config on = {.backend = &BACKEND};
-    vkp_listener_config at = {.address = argc > 1 ? argv[1] : "unix:/tmp/embed_poll.sock",
-                              .on_accept = on_accept,
-                              .conn = {.ops = &ops,
-                                       .user = &self,
-                                       .on_full = VKP_ON_FULL_DROP_OLDEST}};
-    if (vkp_loop_open(&on, &loop) != VKP_OK ||
-        vkp_listener_open(loop, &at, &listener) != VKP_OK) {
+    vkp_listener_config at = {
+        .address = argc > 1 ? argv[1] : "unix:/tmp/embed_poll.sock",
+        .on_accept = on_accept,
+        .conn = {.ops = &ops, .user = &self, .on_full = VKP_ON_FULL_DROP_OLDEST}};
+    if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_listener_open(loop, &at, &listener) != VKP_OK) {
         fprintf(stderr, "cannot listen on %s\n", at.address);
         return 1;
     }
@@ -121,7 +119,7 @@ int main(int argc, char **argv)
     struct pollfd fds[2] = {{.fd = STDIN_FILENO, .events = POLLIN},
                             {.fd = vkp_loop_get_fd(loop), .events = POLLIN}};
     do {
-        poll(fds, 2, timeout_ms(vkp_loop_get_deadline(loop)));
+        poll(fds, 2, timeout_ms(vkp_loop_get_deadline_ns(loop)));
         if (fds[0].revents != 0) {
             char text[4096];
             ssize_t got = read(STDIN_FILENO, text, sizeof text);
@@ -129,8 +127,8 @@ int main(int argc, char **argv)
                 tell(&self, text, (size_t)got);
             } else { /* what was said is written, then all connections are closed */
                 fds[0].fd = -1;
-                self.ended = vkp_listener_drain(listener, NULL, vkp_after_ms(1000), on_end,
-                                                &self) != VKP_OK;
+                self.ended =
+                    vkp_listener_drain(listener, NULL, on_end, &self, vkp_after_ms(1000)) != VKP_OK;
             }
         }
         status = vkp_loop_run_once(loop, 0); /* always: what was said just now leaves here */

@@ -36,6 +36,7 @@ typedef struct request {
 typedef struct manager {
     const char *server; /* NULL: a broker of its own */
     vkp_mpsc_rx *requests;
+    vkp_handler *handler; /* of requests */
     vkp_loop *loop;
     vkp_relay *relay;
     vkp_client *client;
@@ -45,10 +46,11 @@ typedef struct manager {
 
 static void on_request(void *user);
 
-/* In the manager's thread, as all to manage. The channel is watched while no request is out. */
+/* In the manager's thread, as all to manage. The channel has a handler while no request is out. */
 static void take_next(manager *self)
 {
-    if (vkp_mpsc_watch(self->requests, self->loop, on_request, self) != VKP_OK) {
+    vkp_case receive = vkp_case_mpsc_recv(self->requests, NULL);
+    if (vkp_handler_open(self->loop, &receive, on_request, self, &self->handler) != VKP_OK) {
         vkp_loop_stop(self->loop);
     }
 }
@@ -59,11 +61,11 @@ static void on_reply(void *user, vkp_status status, const vkp_value *value, cons
     manager *self = (manager *)user;
     answer reply = {.status = status};
     (void)frame;
-    if (status == VKP_OK && value->type == VKP_INTEGER) {
+    if (status == VKP_OK && value->type == VKP_RESP_INTEGER) {
         (void)snprintf(reply.text, sizeof reply.text, "%" PRId64, value->u.integer);
     } else if (status == VKP_OK) {
-        (void)snprintf(reply.text, sizeof reply.text, "%.*s", VKP_FMT(vkp_value_str(value)));
-        reply.status = value->type == VKP_ERROR ? VKP_ERR_REFUSED : VKP_OK;
+        (void)snprintf(reply.text, sizeof reply.text, "%.*s", VKP_FMT(vkp_value_get_str(value)));
+        reply.status = value->type == VKP_RESP_ERROR ? VKP_ERR_REFUSED : VKP_OK;
     }
     /* The asker goes on while this returns: its request is not touched any more. */
     self->answered += vkp_oneshot_send(&self->asked->slot, &reply) == VKP_OK;
@@ -85,10 +87,11 @@ static void on_request(void *user)
     if (status != VKP_OK) {
         return;
     }
-    vkp_mpsc_unwatch(self->requests);
+    vkp_handler_unref(self->handler);
+    self->handler = NULL;
     count = self->asked->words[2] != NULL ? 3 : 2;
     vkp_resp_writer_init(&writer, NULL);
-    vkp_resp_put_aggregate(&writer, VKP_ARRAY, count);
+    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, count);
     for (i = 0; i < count; i++) {
         vkp_resp_put_bulk(&writer, self->asked->words[i], strlen(self->asked->words[i]));
     }
@@ -136,7 +139,8 @@ static void *manage(void *user)
         fprintf(stderr, "manager: %s: %s\n", self->server != NULL ? self->server : "broker",
                 status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
     }
-    vkp_client_unref(self->client);    /* a request still under way is answered: CLOSED */
+    vkp_client_unref(self->client); /* a request still under way is answered: CLOSED */
+    vkp_handler_unref(self->handler);
     vkp_mpsc_rx_unref(self->requests); /* those still queued go to drop_request */
     vkp_relay_unref(self->relay);
     vkp_loop_close(self->loop);
@@ -161,7 +165,7 @@ static vkp_status put(vkp_mpsc_tx *tx, request *asked, uint64_t deadline_ns)
 static bool is_answered(request *asked, const char *expected)
 {
     answer got;
-    return vkp_oneshot_recv(&asked->slot, &got, VKP_FOREVER) == VKP_OK && got.status == VKP_OK &&
+    return vkp_oneshot_recv(&asked->slot, VKP_FOREVER, &got) == VKP_OK && got.status == VKP_OK &&
            (expected == NULL || strcmp(got.text, expected) == 0);
 }
 

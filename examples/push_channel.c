@@ -37,7 +37,7 @@ int main(int argc, char **argv)
     vkp_mpsc_config kept = {.elem_bytes = sizeof(vkp_push),
                             .capacity_items = 1024,
                             .capacity_bytes = 8u << 20,
-                            .cost = vkp_push_cost,
+                            .cost = vkp_push_get_cost,
                             .drop = vkp_push_drop};
     vkp_loop_config on = {.backend = &vkp_backend_poll};
     vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379"};
@@ -53,13 +53,13 @@ int main(int argc, char **argv)
     }
     to.pushes = tx;
     if (vkp_client_open(loop, &to, &client) != VKP_OK ||
-        vkp_client_subscribe(client, VKP_CHANNEL, name) != VKP_OK ||
+        vkp_client_subscribe(client, VKP_SUB_CHANNEL, name) != VKP_OK ||
         pthread_create(&thread, NULL, run_loop, loop) != 0) {
         fprintf(stderr, "no client to %s\n", to.address);
         return 1;
     }
     vkp_mpsc_tx_unref(tx); /* the client has its own: when it closes, recv gives CLOSED */
-    while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) {
+    while (vkp_mpsc_recv(rx, VKP_FOREVER, &push) == VKP_OK) {
         if (use(&push)) {
             vkp_client_close(client);
         }

@@ -251,7 +251,7 @@ static int read_options(int argc, char **argv, options *opts)
             return 0;
         }
         if (strcmp(argv[i], "--version") == 0) {
-            printf("valkey-push-relay %s\n", vkp_version());
+            printf("valkey-push-relay %s\n", vkp_version_str());
             return 0;
         }
         if (i + 1 == argc || !read_option(opts, argv[i], argv[i + 1])) {
@@ -383,7 +383,7 @@ static int serve(vkp_relay *relay, const bool *idle)
         status = run_main_loop(relay);
     }
     if (status == VKP_OK) {
-        vkp_relay_drain(relay, vkp_after_ms(DRAIN_MS), set_and_stop, &drained);
+        vkp_relay_drain(relay, set_and_stop, &drained, vkp_after_ms(DRAIN_MS));
         while (status == VKP_OK && !drained && ends_asked < 2) {
             status = run_main_loop(relay);
         }
@@ -500,7 +500,7 @@ static int check(const char *address)
     while (status == VKP_OK && !result.there) {
         status = vkp_loop_run(main_loop);
     }
-    vkp_health_check_close(running);
+    vkp_health_check_unref(running);
     if (status != VKP_OK) {
         return fail("event loop", strerror(errno));
     }

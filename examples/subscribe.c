@@ -22,7 +22,7 @@ int main(int argc, char **argv)
     vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379",
                             .on_push = on_push};
     if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_client_open(loop, &to, &client) != VKP_OK ||
-        vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("news")) != VKP_OK) {
+        vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("news")) != VKP_OK) {
         fprintf(stderr, "no client to %s\n", to.address);
         return 1;
     }

@@ -4,20 +4,13 @@
 
 #define VKP_BACKEND_ABI 1u
 
-/* Interest and readiness. HUP and ERR imply both directions: readers drain before they believe
-   a hang-up.                                                                                  */
-#define VKP_READ 1u
-#define VKP_WRITE 2u
-#define VKP_HUP 4u
-#define VKP_ERR 8u
-
 /* vkp_backend.flags */
 #define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
 #define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
 
 typedef struct vkp_event {
     uint64_t token; /* as given to watch */
-    uint32_t ready; /* VKP_READ | VKP_WRITE | VKP_HUP | VKP_ERR */
+    uint32_t ready; /* VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP | VKP_IO_ERROR */
 } vkp_event;
 
 /* What a backend gets at open; valid until its close. */

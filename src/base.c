@@ -108,7 +108,7 @@ VKP_API const char *vkp_status_str(vkp_status status)
     return "unknown status";
 }
 
-VKP_API const char *vkp_version(void)
+VKP_API const char *vkp_version_str(void)
 {
     return VKP_VERSION_STR;
 }
@@ -136,7 +136,7 @@ static const vkp_env *vkp_i_env(const vkp_env *env)
 
 static const vkp_sys *vkp_i_sys(const vkp_env *env)
 {
-    return env->sys != NULL ? env->sys : vkp_sys_default();
+    return env->sys != NULL ? env->sys : vkp_sys_get_default();
 }
 
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
@@ -212,7 +212,7 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 
 VKP_API uint64_t vkp_now_ns(void)
 {
-    return vkp_sys_default()->clock_ns();
+    return vkp_sys_get_default()->clock_ns();
 }
 
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)

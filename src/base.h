@@ -32,7 +32,7 @@ typedef enum vkp_status {
 VKP_API const char *vkp_status_str(vkp_status status);
 
 /* The library's version at run time, "MAJOR.MINOR.PATCH"; static. Any thread. */
-VKP_API const char *vkp_version(void);
+VKP_API const char *vkp_version_str(void);
 
 /* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
 #define VKP_FOREVER UINT64_MAX
@@ -61,7 +61,7 @@ struct vkp_env {
     void (*log)(void *user, vkp_log_level level, const char *text);
     void *user;              /* handed to both */
     vkp_log_level log_level; /* the most verbose level passed to log */
-    const vkp_sys *sys;      /* operating system; default vkp_sys_default() */
+    const vkp_sys *sys;      /* operating system; default vkp_sys_get_default() */
     /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
        some microseconds. Default: 200, and none where one processor is online.                */
     uint32_t spins;

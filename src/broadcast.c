@@ -333,8 +333,8 @@ VKP_API vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out)
                                              : vkp_i_broadcast_take(rx, (uint8_t *)out, 1, &count);
 }
 
-VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size_t capacity,
-                                           size_t *count, uint64_t deadline_ns)
+VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadline_ns, void *out,
+                                           size_t capacity, size_t *count)
 {
     vkp_i_batch batch;
     vkp_case values;
@@ -351,13 +351,13 @@ VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out, size
     return status;
 }
 
-VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, uint64_t deadline_ns, void *out)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
     return vkp_i_broadcast_take_one(rx, out)
                ? VKP_OK
-               : vkp_broadcast_recv_many(rx, out, 1, &count, deadline_ns);
+               : vkp_broadcast_recv_many(rx, deadline_ns, out, 1, &count);
 }
 
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
@@ -365,7 +365,7 @@ VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx)
     return rx->missed;
 }
 
-VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx)
+VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx)
 {
     return VKP_I_LOAD_ACQ(&rx->channel->tail) - rx->next;
 }

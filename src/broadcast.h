@@ -46,22 +46,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const 
    Errors: LAGGED (values were lost, vkp_broadcast_get_missed tells how many; the next receive gives
    the oldest one still there; *out may have been written), CLOSED (drained, and no sender is left),
    TIMEOUT, INVALID                                                                            */
-VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, void *out,
-                                                    uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, uint64_t deadline_ns,
+                                                    void *out);
 
 /* As vkp_broadcast_recv, EMPTY instead of waiting. */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out);
 
 /* Take up to `capacity` values at once; waits only for the first, with deadline 0 not at all.
    *count is written on OK, at least 1. Errors as vkp_broadcast_recv.                          */
-VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, void *out,
-                                                         size_t capacity, size_t *count,
-                                                         uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadline_ns,
+                                                         void *out, size_t capacity, size_t *count);
 
 /* Values lost: at the last LAGGED, exactly. Values waiting, those already lost included.
    Receiver's thread.                                                                          */
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx);
-VKP_API uint64_t vkp_broadcast_len(const vkp_broadcast_rx *rx);
+VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx);
 
 /* Receivers now; and wait until there is none: OK, TIMEOUT, INVALID. Any thread. */
 VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx);

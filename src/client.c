@@ -167,8 +167,8 @@ static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
     memcpy(reply->values + value->span, frame->data, frame->len);
     for (i = 0; i < value->span; i++) {
         vkp_value *each = &reply->values[i];
-        if (each->type == VKP_STRING || each->type == VKP_ERROR || each->type == VKP_BIGNUM ||
-            each->type == VKP_DOUBLE) {
+        if (each->type == VKP_RESP_STRING || each->type == VKP_RESP_ERROR ||
+            each->type == VKP_RESP_BIGNUM || each->type == VKP_RESP_DOUBLE) {
             size_t offset = (size_t)((const uint8_t *)each->u.str - frame->data);
             each->u.str = (const char *)reply->frame.data + offset;
         }
@@ -397,7 +397,7 @@ static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
 static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
 {
     size_t i;
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, argc);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, argc);
     for (i = 0; i < argc; i++) {
         vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
     }

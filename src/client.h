@@ -77,7 +77,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
                                                         vkp_str name);
 
 /* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
-   of the server is a reply of type VKP_ERROR. The slot is initialised here. The arguments are
+   of the server is a reply of type VKP_RESP_ERROR. The slot is initialised here. The arguments are
    terminated strings, the last one NULL.
    Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)

@@ -348,7 +348,7 @@ VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
 static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 {
     uint64_t deadline = vkp_i_after_ms(vkp_i_loop_now(client->loop), ms);
-    if (vkp_timer_start(client->loop, &client->timer, deadline, 0, vkp_i_client_on_timer) !=
+    if (vkp_timer_start(&client->timer, client->loop, vkp_i_client_on_timer, 0, deadline) !=
         VKP_OK) {
         vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");
     }
@@ -547,8 +547,8 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
 /* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
 static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 {
-    vkp_str text = vkp_value_str(value);
-    if (value->type != VKP_ERROR) {
+    vkp_str text = vkp_value_get_str(value);
+    if (value->type != VKP_RESP_ERROR) {
         vkp_i_client_ready(client);
         return;
     }
@@ -576,7 +576,7 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     }
     kind = request->kind;
     if (kind == VKP_I_REQUEST_SUBSCRIBE || kind == VKP_I_REQUEST_UNSUBSCRIBE) {
-        if (value->type == VKP_ERROR) {
+        if (value->type == VKP_RESP_ERROR) {
             vkp_i_client_settle(client, NULL, true);
         } else {
             vkp_i_client_lost(client, "a reply where a confirmation was due");
@@ -594,8 +594,8 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     vkp_i_request_free(request);
     if (kind == VKP_I_REQUEST_HELLO) {
         vkp_i_client_greeted(client, value);
-    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_ERROR) {
-        vkp_i_client_refused(client, "the server refused the password", vkp_value_str(value));
+    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_RESP_ERROR) {
+        vkp_i_client_refused(client, "the server refused the password", vkp_value_get_str(value));
     } else if (kind == VKP_I_REQUEST_PING) {
         client->ping_sent = false;
     }
@@ -635,7 +635,7 @@ static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *val
     const vkp_i_request *oldest = client->flight.first;
     bool subscribing = oldest != NULL && (oldest->kind == VKP_I_REQUEST_SUBSCRIBE ||
                                           oldest->kind == VKP_I_REQUEST_UNSUBSCRIBE);
-    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_ARRAY &&
+    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_RESP_ARRAY &&
            (client->confirmed > 0 || subscribing) && vkp_push_from_value(value, &push) == VKP_OK &&
            push.kind != VKP_PUSH_OTHER;
 }
@@ -648,7 +648,7 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
     uint32_t i;
     for (i = 1; i < value->span && !client->closed; i++) {
         vkp_push push;
-        if ((value[i].flags & VKP_F_OUT_OF_BAND) != 0 &&
+        if ((value[i].flags & VKP_VALUE_OUT_OF_BAND) != 0 &&
             vkp_push_from_value(&value[i], &push) == VKP_OK) {
             push.frame = *frame;
             vkp_i_client_emit(client, &push);
@@ -658,11 +658,11 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
 
 static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
-    if (value->type == VKP_PUSH || vkp_i_client_is_push2(client, value)) {
+    if (value->type == VKP_RESP_PUSH || vkp_i_client_is_push2(client, value)) {
         vkp_i_client_push(client, value, frame);
         return;
     }
-    if (value->type == VKP_ARRAY && value->i_reserved != 0) {
+    if (value->type == VKP_RESP_ARRAY && value->i_reserved != 0) {
         vkp_i_client_push_nested(client, value, frame);
         if (client->closed || client->conn == NULL) {
             return;
@@ -689,7 +689,7 @@ static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *
         if (status != VKP_OK) {
             uint64_t position;
             vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address,
-                      vkp_resp_reader_error(client->reader, &position));
+                      vkp_resp_reader_get_error(client->reader, &position));
             vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
                                                               : "the server broke the protocol");
             break;

@@ -19,6 +19,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     }
     loop = conn->loop;
     if (conn->inbox != NULL) {
+        vkp_i_inbox_hold(conn->inbox); /* of an open that failed: else the close did that */
         vkp_mpsc_tx_unref(conn->inbox->tx);
         vkp_mpsc_rx_unref(conn->inbox->rx);
         vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
@@ -61,10 +62,10 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
     conn->connecting = NULL;
     if (conn->inbox != NULL) {
-        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
     }
-    vkp_seat_leave(conn->seat);
+    vkp_seat_unref(conn->seat);
     conn->seat = NULL;
     if (ops->on_close != NULL) {
         ops->on_close(conn, conn->user, reason, error);
@@ -94,11 +95,11 @@ static void vkp_i_conn_rewatch(vkp_conn *conn)
         return;
     }
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
-        interest |= VKP_WRITE;
+        interest |= VKP_IO_WRITE;
     }
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED |
                         VKP_I_CONN_DRAINING)) == 0) {
-        interest |= VKP_READ;
+        interest |= VKP_IO_READ;
     }
     if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
         vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
@@ -278,6 +279,13 @@ static void vkp_i_conn_inbox_ready(void *user)
     vkp_i_conn_pull_inbox((vkp_conn *)user);
 }
 
+static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
+{
+    vkp_case receive = vkp_case_mpsc_recv(conn->inbox->rx, NULL);
+    return vkp_handler_open(conn->loop, &receive, vkp_i_conn_inbox_ready, conn,
+                            &conn->inbox->handler);
+}
+
 /* A push that its thread was told is queued cannot be: count it where drops are counted. */
 static void vkp_i_conn_lose(vkp_conn *conn)
 {
@@ -293,7 +301,7 @@ static void vkp_i_conn_lose(vkp_conn *conn)
 
 /* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
    the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
-   must not keep the round from ending: the watch calls again for what a batch leaves.         */
+   must not keep the round from ending: the handler calls again for what a batch leaves.       */
 static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 {
     vkp_mpsc_rx *rx = conn->inbox->rx;
@@ -310,7 +318,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
         if (waits && !vkp_i_conn_find_room(conn, next)) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
                 conn->flags |= VKP_I_CONN_INBOX_HELD;
-                vkp_mpsc_unwatch(rx);
+                vkp_i_inbox_hold(conn->inbox);
             }
             return;
         }
@@ -324,7 +332,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
     }
     if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         conn->flags &= ~VKP_I_CONN_INBOX_HELD;
-        if (!draining && vkp_mpsc_watch(rx, conn->loop, vkp_i_conn_inbox_ready, conn) != VKP_OK) {
+        if (!draining && vkp_i_conn_handle_inbox(conn) != VKP_OK) {
             vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
         }
     }
@@ -560,7 +568,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
-                vkp_io_start(conn->loop, &conn->watch, conn->fd, VKP_WRITE, vkp_i_conn_event);
+                vkp_io_start(&conn->watch, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
                 return VKP_OK;
             }
@@ -600,14 +608,14 @@ static void vkp_i_conn_connected(vkp_conn *conn)
 static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
 {
     vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
-    bool hung_up = (ready & (VKP_HUP | VKP_ERR)) != 0;
+    bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
         vkp_i_conn_finish(conn, VKP_CLOSE_LOOP, 0);
     } else if ((conn->flags & VKP_I_CONN_CONNECTING) != 0) {
         vkp_i_conn_connected(conn);
     } else {
-        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_WRITE) != 0) {
+        if ((conn->flags & VKP_I_CONN_BLOCKED) != 0 && (ready & VKP_IO_WRITE) != 0) {
             vkp_i_conn_writable(conn);
         }
         if (vkp_i_conn_closed(conn)) {
@@ -616,7 +624,8 @@ static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
-        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 && ((ready & VKP_READ) != 0 || hung_up)) {
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 &&
+                   ((ready & VKP_IO_READ) != 0 || hung_up)) {
             vkp_i_conn_reread(conn); /* first: the end may be next */
             if (!vkp_i_conn_closed(conn) &&
                 (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
@@ -697,7 +706,7 @@ static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
         conn->inbox = NULL;
         return status;
     }
-    return vkp_mpsc_watch(conn->inbox->rx, conn->loop, vkp_i_conn_inbox_ready, conn);
+    return vkp_i_conn_handle_inbox(conn);
 }
 
 /* A connection without a descriptor: one reference, the caller's. Shares the profile. */
@@ -739,7 +748,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
     if (status != VKP_OK) {
         return status;
     }
-    status = vkp_io_start(loop, &conn->watch, fd, VKP_READ, vkp_i_conn_event);
+    status = vkp_io_start(&conn->watch, loop, fd, VKP_IO_READ, vkp_i_conn_event);
     if (status != VKP_OK) {
         vkp_conn_unref(conn);
         return status;
@@ -839,7 +848,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
     }
     conn->flags |= VKP_I_CONN_DRAINING;
     if (conn->inbox != NULL) { /* what it holds is queued too */
-        vkp_mpsc_unwatch(conn->inbox->rx);
+        vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
         conn->flags |= VKP_I_CONN_INBOX_HELD;
         vkp_i_conn_pull_inbox(conn);

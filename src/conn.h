@@ -37,7 +37,7 @@ typedef struct vkp_conn_ops {
     bool (*on_end)(vkp_conn *conn, void *user);
     void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
     /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
-       one block are kept and written as one range; vkp_resp_frame_len is one.                */
+       one block are kept and written as one range; vkp_resp_get_frame_len is one.                */
     size_t (*frame_len)(const uint8_t *data, size_t len);
 } vkp_conn_ops;
 

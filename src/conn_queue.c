@@ -19,11 +19,11 @@
 #define VKP_I_CONN_PAUSED 2u
 #define VKP_I_CONN_ENDED 4u /* the peer sends no more */
 #define VKP_I_CONN_DRAINING 8u
-#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_WRITE */
+#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_IO_WRITE */
 #define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
 #define VKP_I_CONN_DOOMED 64u
 #define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
-#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: not watched until there is */
+#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: no handler until there is */
 
 /* Shared by all connections of a listener. */
 typedef struct vkp_i_profile {
@@ -45,7 +45,15 @@ typedef struct vkp_i_span {
 typedef struct vkp_i_inbox {
     vkp_mpsc_tx *tx; /* of vkp_bytes */
     vkp_mpsc_rx *rx;
+    vkp_handler *handler; /* pulls; NULL while the inbox is held */
 } vkp_i_inbox;
+
+/* Nothing is pulled until a handler is opened again. Loop's thread. */
+static void vkp_i_inbox_hold(vkp_i_inbox *inbox)
+{
+    vkp_handler_unref(inbox->handler);
+    inbox->handler = NULL;
+}
 
 #define VKP_I_CONNECT_TRIES 8
 typedef struct vkp_i_connecting {

@@ -80,7 +80,7 @@ static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
     return at;
 }
 
-VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len)
+VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
 {
     size_t at = 0;
     while (at < len && data[at] == '|') {

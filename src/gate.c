@@ -156,7 +156,7 @@ static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
     VKP_I_UNLOCK(&gate->mutex);
 }
 
-VKP_API void vkp_seat_leave(vkp_seat *seat)
+VKP_API void vkp_seat_unref(vkp_seat *seat)
 {
     vkp_gate *gate;
     vkp_socket *sock;

@@ -40,7 +40,7 @@ VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any t
 
 /* The place of one admitted client: it counts at the gate, and holds the socket that it came
    through, if the listener follows that. Connections give theirs back before their on_close.  */
-VKP_API void vkp_seat_leave(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+VKP_API void vkp_seat_unref(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
 
 /* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
 VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);

@@ -15,7 +15,7 @@ typedef struct vkp_reply vkp_reply;
 /* One thread's events. */
 typedef struct vkp_loop vkp_loop;
 typedef struct vkp_backend vkp_backend;
-typedef struct vkp_case_watch vkp_case_watch;
+typedef struct vkp_handler vkp_handler;
 
 /* Channels. tx sends: any number of references, any threads. rx receives: one thread at a time. */
 typedef struct vkp_mpsc_tx vkp_mpsc_tx;

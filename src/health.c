@@ -15,6 +15,7 @@ struct vkp_health_check {
     uint64_t failures;
     bool calling;
     bool closed;
+    bool released; /* the handle was given back */
 };
 
 static void vkp_i_health_begin(vkp_timer *timer);
@@ -54,13 +55,13 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     check->calling = true;
     check->config.on_result(check->config.user, &health);
     check->calling = false;
-    if (check->closed) {
+    if (check->released) {
         vkp_i_health_free(check);
-    } else if (check->config.period_ms > 0 && !loop->closed) {
+    } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
         uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
         /* There is room: its own entry just left. */
-        (void)!vkp_timer_start(loop, &check->timer, VKP_I_MAX(next_ns, loop->now_ns), 0,
-                               vkp_i_health_begin);
+        (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
+                               VKP_I_MAX(next_ns, loop->now_ns));
     }
 }
 
@@ -140,9 +141,8 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.input_bytes = check->config.answer.len + loop->read_bytes;
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
-    status = vkp_timer_start(loop, timer,
-                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u, 0,
-                             vkp_i_health_late);
+    status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
+                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u);
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
     }
@@ -211,7 +211,7 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.address = vkp_i_health_copy(check, &at, address).ptr;
         check->config.request = vkp_i_health_copy(check, &at, check->config.request);
         check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
-        status = vkp_timer_start(loop, &check->timer, 0, 0, vkp_i_health_begin);
+        status = vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0, 0);
     }
     if (status != VKP_OK) {
         vkp_i_health_free(check);
@@ -225,15 +225,22 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
 
 VKP_API void vkp_health_check_close(vkp_health_check *check)
 {
-    if (check == NULL) {
-        return;
+    if (check != NULL && !check->closed) {
+        check->closed = true;
+        vkp_timer_stop(&check->timer);
+        vkp_i_health_hang_up(check);
+        vkp_i_loop_detach(&check->place);
     }
-    vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
-    vkp_i_loop_detach(&check->place);
-    check->closed = true;
-    if (!check->calling) {
-        vkp_i_health_free(check);
+}
+
+VKP_API void vkp_health_check_unref(vkp_health_check *check)
+{
+    if (check != NULL) {
+        vkp_health_check_close(check);
+        check->released = true;
+        if (!check->calling) {
+            vkp_i_health_free(check);
+        }
     }
 }
 

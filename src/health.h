@@ -29,7 +29,13 @@ typedef struct vkp_health_config {
 VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
                                                        const vkp_health_config *config,
                                                        vkp_health_check **check);
-/* End it: no result follows. NULL is ignored. Loop's thread, in on_result too. */
+
+/* End the check: no result follows. Idempotent; NULL is ignored. Loop's thread, also inside
+   on_result.                                                                                  */
 VKP_API void vkp_health_check_close(vkp_health_check *check);
+
+/* Close the check and give its reference back. NULL is ignored. Loop's thread, also inside
+   on_result.                                                                                  */
+VKP_API void vkp_health_check_unref(vkp_health_check *check);
 
 #endif /* VKP_NO_IO */

@@ -76,7 +76,7 @@ static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
 }
 
 /* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
-VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text)
+VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text)
 {
     size_t p = 0;
     size_t t = 0;
@@ -294,7 +294,7 @@ VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
     }
 }
 
-VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
+VKP_API vkp_str vkp_hub_get_member_name(const vkp_hub_member *member, vkp_sub_kind kind)
 {
     const vkp_hub_sub *sub = member->i_subs[kind];
     return sub != NULL ? sub->topic->node.key : vkp_i_str(NULL, 0);
@@ -446,13 +446,13 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
     vkp_str none = vkp_i_str(NULL, 0);
     size_t count = 0;
     if (topic != NULL) {
-        vkp_i_message_init(&message, kind == VKP_SHARD ? "smessage" : "message", none, channel,
+        vkp_i_message_init(&message, kind == VKP_SUB_SHARD ? "smessage" : "message", none, channel,
                            payload);
         count += vkp_i_topic_deliver(hub, topic, &message);
     }
-    if (kind == VKP_CHANNEL && hub->topics[VKP_PATTERN].count > 0) {
-        while ((node = vkp_i_map_next(&hub->topics[VKP_PATTERN], node)) != NULL) {
-            if (vkp_glob_match(node->key, channel)) {
+    if (kind == VKP_SUB_CHANNEL && hub->topics[VKP_SUB_PATTERN].count > 0) {
+        while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
+            if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
                 count +=
                     vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
@@ -466,20 +466,20 @@ VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
 {
     vkp_i_message message;
     vkp_i_topic *topic;
-    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_PATTERN
-                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SHARD
-                                                          : VKP_CHANNEL;
-    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_CHANNEL) {
+    vkp_sub_kind kind = push->kind == VKP_PUSH_PMESSAGE   ? VKP_SUB_PATTERN
+                        : push->kind == VKP_PUSH_SMESSAGE ? VKP_SUB_SHARD
+                                                          : VKP_SUB_CHANNEL;
+    if (push->kind != VKP_PUSH_MESSAGE && kind == VKP_SUB_CHANNEL) {
         return 0;
     }
-    topic = vkp_i_hub_find(hub, kind, kind == VKP_PATTERN ? push->pattern : push->channel);
+    topic = vkp_i_hub_find(hub, kind, kind == VKP_SUB_PATTERN ? push->pattern : push->channel);
     if (topic == NULL) {
         return 0;
     }
     vkp_i_message_init(&message,
-                       kind == VKP_PATTERN ? "pmessage"
-                       : kind == VKP_SHARD ? "smessage"
-                                           : "message",
+                       kind == VKP_SUB_PATTERN ? "pmessage"
+                       : kind == VKP_SUB_SHARD ? "smessage"
+                                               : "message",
                        push->pattern, push->channel, push->payload);
     if (push->frame.len > 0 && push->frame.data[0] == '>') {
         message.frames[1] = push->frame;

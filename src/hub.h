@@ -4,7 +4,7 @@
 
 /* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
    in time linear in text x pattern at worst. Any thread.                                      */
-VKP_API bool vkp_glob_match(vkp_str pattern, vkp_str text);
+VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text);
 
 typedef struct vkp_hub_sub vkp_hub_sub;
 
@@ -42,13 +42,13 @@ VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
 
 /* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
    member's next change. Loop's thread.                                                        */
-VKP_API vkp_str vkp_hub_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
+VKP_API vkp_str vkp_hub_get_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
 
 /* Whether the member has the name. Loop's thread. */
 VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
                                    vkp_sub_kind kind, vkp_str name);
 
-/* Deliver a message to every member of the channel and, for VKP_CHANNEL, of every pattern that
+/* Deliver a message to every member of the channel and, for VKP_SUB_CHANNEL, of every pattern that
    matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
    as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
 VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);

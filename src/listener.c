@@ -129,7 +129,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         listener->config.on_refuse = NULL;
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
         return;
@@ -144,7 +144,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     if (vkp_i_conn_adopt(listener->loop, fd, listener->profile, true, &conn) != VKP_OK) {
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_OVERLOAD);
         return;
     }
@@ -166,10 +166,10 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
-    if (vkp_io_set(&listener->watch, VKP_READ) != VKP_OK) {
+    if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
-        (void)!vkp_timer_start(listener->loop, timer, listener->loop->now_ns + VKP_I_PAUSE_MOST_NS,
-                               0, vkp_i_listener_unpause);
+        (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
+                               listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
     }
 }
 
@@ -179,9 +179,8 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
     listener->pause_ns = listener->pause_ns == 0
                              ? VKP_I_PAUSE_LEAST_NS
                              : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
-    if (vkp_timer_start(listener->loop, &listener->pause,
-                        listener->loop->now_ns + listener->pause_ns, 0,
-                        vkp_i_listener_unpause) == VKP_OK) {
+    if (vkp_timer_start(&listener->pause, listener->loop, vkp_i_listener_unpause, 0,
+                        listener->loop->now_ns + listener->pause_ns) == VKP_OK) {
         (void)!vkp_io_set(&listener->watch, 0);
         listener->stats.pauses++;
     }
@@ -294,7 +293,7 @@ static void vkp_i_listener_told(vkp_i_task *task)
         endpoint = before; /* to be given back */
         vkp_io_stop(&listener->watch);
         vkp_timer_stop(&listener->pause);
-        if (vkp_io_start(listener->loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+        if (vkp_io_start(&listener->watch, listener->loop, listener->endpoint->fd, VKP_IO_READ,
                          vkp_i_listener_event) != VKP_OK) {
             vkp_i_listener_end(listener);
         }
@@ -404,8 +403,8 @@ static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *p
         listener->registry = vkp_registry_ref(listener->config.registry);
     }
     if (status == VKP_OK) {
-        status = vkp_socket_get_or_create(listener->registry, path[0] != '\0' ? path : NULL,
-                                          &listener->socket);
+        status =
+            vkp_socket_open(listener->registry, path[0] != '\0' ? path : NULL, &listener->socket);
     }
     return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
 }
@@ -477,7 +476,7 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
     status = vkp_i_listener_open_gate(listener);
     status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
     if (status == VKP_OK) {
-        status = vkp_io_start(loop, &listener->watch, listener->endpoint->fd, VKP_READ,
+        status = vkp_io_start(&listener->watch, loop, listener->endpoint->fd, VKP_IO_READ,
                               vkp_i_listener_event);
     }
     error = errno;
@@ -600,15 +599,15 @@ static void vkp_i_listener_drain_over(vkp_timer *timer)
 }
 
 VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
-                                      uint64_t deadline_ns, void (*on_end)(void *user), void *user)
+                                      void (*on_end)(void *user), void *user, uint64_t deadline_ns)
 {
     vkp_conn *conn;
     size_t index = 0;
     VKP_I_REQUIRE(listener != NULL && listener->config.on_fd == NULL);
     VKP_I_REQUIRE(listener->drain_task.fn == NULL);
     if (deadline_ns != VKP_FOREVER) {
-        vkp_status status = vkp_timer_start(listener->loop, &listener->drain_timer, deadline_ns, 0,
-                                            vkp_i_listener_drain_over);
+        vkp_status status = vkp_timer_start(&listener->drain_timer, listener->loop,
+                                            vkp_i_listener_drain_over, 0, deadline_ns);
         if (status != VKP_OK) {
             return status;
         }
@@ -669,7 +668,7 @@ static vkp_status vkp_i_listen_open(vkp_i_listen *listen, vkp_listener **out)
         status = vkp_registry_open(&config, &listen->config.registry);
     }
     if (status == VKP_OK && listen->sock == NULL) {
-        status = vkp_socket_get_or_create(listen->config.registry, listen->path, &listen->sock);
+        status = vkp_socket_open(listen->config.registry, listen->path, &listen->sock);
     }
     if (status == VKP_OK) {
         listen->config.socket = listen->sock;

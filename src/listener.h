@@ -28,7 +28,7 @@ typedef struct vkp_listener_config {
    serves to tell them (VKP_REFUSAL_OVERLOAD).
    Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
    Blocks: on the file system     Threads: loop's     In callbacks: ok
-   Errors: as vkp_socket_get_or_create; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
+   Errors: as vkp_socket_open; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
    (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
                                                    const vkp_listener_config *config,
@@ -47,8 +47,8 @@ VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's threa
    Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
    Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
-                                                    uint64_t deadline_ns,
-                                                    void (*on_end)(void *user), void *user);
+                                                    void (*on_end)(void *user), void *user,
+                                                    uint64_t deadline_ns);
 
 typedef struct vkp_listener_stats {
     size_t clients; /* now */

@@ -121,7 +121,7 @@ static vkp_status vkp_i_loop_remind(vkp_loop *loop)
     if (loop->backend->timer == NULL || loop->in_round || loop->closed) {
         return VKP_OK;
     }
-    deadline_ns = vkp_loop_get_deadline(loop);
+    deadline_ns = vkp_loop_get_deadline_ns(loop);
     if (deadline_ns == VKP_FOREVER && loop->attached.next != &loop->attached) {
         deadline_ns = VKP_I_SOME_DAY;
     }
@@ -367,7 +367,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     }
 }
 
-VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop)
+VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop)
 {
     return vkp_i_loop_now(loop);
 }
@@ -378,7 +378,7 @@ VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
                                               : -1;
 }
 
-VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop)
+VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
 {
     if (VKP_I_LOAD_SEQ(&loop->queue) != NULL || loop->deferred != NULL ||
         !vkp_i_waiters_empty(&loop->unarmed)) {
@@ -394,7 +394,7 @@ static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
 }
 
-VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t interest,
+VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t interest,
                                 void (*fn)(vkp_io *watch, uint32_t ready))
 {
     uint32_t slot;
@@ -415,7 +415,7 @@ VKP_API vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd, uint32_t 
         loop->slots[slot].next_free = loop->free_slot;
         loop->free_slot = slot + 1;
     }
-    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_READ | VKP_WRITE),
+    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_IO_READ | VKP_IO_WRITE),
                                   vkp_i_watch_token(loop, slot));
     if (status != VKP_OK) {
         return status;
@@ -436,7 +436,7 @@ VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
     vkp_status status;
     VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
     loop = watch->i_loop;
-    interest &= VKP_READ | VKP_WRITE;
+    interest &= VKP_IO_READ | VKP_IO_WRITE;
     if (watch->i_interest == interest) {
         return VKP_OK;
     }
@@ -552,8 +552,8 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
     }
 }
 
-VKP_API vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer, uint64_t deadline_ns,
-                                   uint64_t period_ns, void (*fn)(vkp_timer *timer))
+VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(vkp_timer *timer),
+                                   uint64_t period_ns, uint64_t deadline_ns)
 {
     vkp_i_timer_entry entry;
     void *timers;
@@ -602,139 +602,10 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
                 next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
             }
             /* There is room: the entry just left. */
-            (void)!vkp_timer_start(loop, timer, next, timer->i_period_ns, timer->i_fn);
+            (void)!vkp_timer_start(timer, loop, timer->i_fn, timer->i_period_ns, next);
         }
         timer->i_fn(timer);
     }
-}
-
-/* ---- rounds ---- */
-
-#define VKP_I_UNPOLLED \
-    8u /* rounds that posts and channels may go on before descriptors are asked */
-
-static void vkp_i_loop_arm(vkp_loop *loop);
-
-/* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
-static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
-{
-    size_t count = 0;
-    size_t i;
-    vkp_status status;
-    deadline_ns = VKP_I_MIN(deadline_ns, vkp_loop_get_deadline(loop));
-    if (VKP_I_LOAD_ACQ(&loop->stopping) != 0) {
-        deadline_ns = 0;
-    }
-    if (VKP_I_LOAD(&loop->queue) != NULL && loop->unpolled < unpolled) {
-        loop->unpolled++;
-        status = VKP_OK;
-    } else {
-        loop->unpolled = 0;
-        status = loop->backend->wait(loop->backend_state, deadline_ns, loop->events,
-                                     loop->event_capacity, &count);
-    }
-    VKP_I_STORE_SEQ(&loop->asleep, 0u);
-    loop->now_ns = vkp_i_loop_clock(loop);
-    if (loop->reminder_ns <= loop->now_ns) {
-        loop->reminded = false; /* a guest's timer has gone off, or is about to for nothing */
-    }
-    if (status != VKP_OK) {
-        count = 0;
-    }
-    loop->in_round = true;
-    for (i = 0; i < count; i++) {
-        vkp_i_loop_dispatch(loop, &loop->events[i]);
-    }
-    vkp_i_loop_run_queued(loop);
-    vkp_i_loop_run_timers(loop);
-    vkp_i_loop_run_deferred(loop);
-    vkp_i_loop_arm(loop);
-    loop->in_round = false;
-    /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
-    VKP_I_STORE_SEQ(&loop->asleep, 1u);
-    if (vkp_i_loop_remind(loop) != VKP_OK && status == VKP_OK) {
-        status = VKP_ERR_SYS;
-    }
-    return status;
-}
-
-/* Become the loop's thread. False while another runs it, inside a callback, or when closed. */
-static bool vkp_i_loop_enter(vkp_loop *loop)
-{
-    uint32_t idle = 0;
-    if (!VKP_I_CAS(&loop->running, &idle, 1u)) {
-        return false;
-    }
-    if (loop->closed || loop->in_round) {
-        VKP_I_STORE_REL(&loop->running, 0u);
-        return false;
-    }
-    VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
-    return true;
-}
-
-VKP_API vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns)
-{
-    vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && vkp_i_loop_enter(loop));
-    status = vkp_i_loop_round(loop, deadline_ns, 0);
-    VKP_I_STORE_REL(&loop->running, 0u);
-    return status;
-}
-
-VKP_API vkp_status vkp_loop_run(vkp_loop *loop)
-{
-    vkp_status status = VKP_OK;
-    VKP_I_REQUIRE(loop != NULL && (loop->backend->flags & VKP_BACKEND_GUEST) == 0);
-    VKP_I_REQUIRE(vkp_i_loop_enter(loop));
-    do {
-        status = vkp_i_loop_round(loop, VKP_FOREVER, VKP_I_UNPOLLED);
-    } while (status == VKP_OK && VKP_I_LOAD_ACQ(&loop->stopping) == 0);
-    VKP_I_STORE(&loop->stopping, 0u);
-    VKP_I_STORE_REL(&loop->thread, (uintptr_t)0);
-    VKP_I_STORE_REL(&loop->running, 0u);
-    return status;
-}
-
-VKP_API void vkp_loop_stop(vkp_loop *loop)
-{
-    VKP_I_STORE_REL(&loop->stopping, 1u);
-    loop->backend->wake(loop->backend_state);
-}
-
-typedef struct vkp_i_post {
-    vkp_i_task task;
-    const vkp_env *env;
-    void (*fn)(void *user);
-    void *user;
-} vkp_i_post;
-
-static void vkp_i_run_post(vkp_i_task *task)
-{
-    vkp_i_post *post = VKP_I_CONTAINER(task, vkp_i_post, task);
-    void (*fn)(void *user) = post->fn;
-    void *user = post->user;
-    vkp_i_free(post->env, post, sizeof *post);
-    fn(user);
-}
-
-VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user)
-{
-    vkp_i_post *post;
-    VKP_I_REQUIRE(loop != NULL && fn != NULL);
-    post = (vkp_i_post *)vkp_i_alloc(loop->env, sizeof *post);
-    if (post == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    post->task.fn = vkp_i_run_post;
-    post->env = loop->env;
-    post->fn = fn;
-    post->user = user;
-    if (!vkp_i_loop_queue(loop, &post->task)) {
-        vkp_i_free(loop->env, post, sizeof *post);
-        return VKP_ERR_CLOSED;
-    }
-    return VKP_OK;
 }
 
 #endif /* VKP_I_IO */

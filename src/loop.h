@@ -48,10 +48,29 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *
 /* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
    (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
-VKP_API uint64_t vkp_loop_get_deadline(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop);
 
 /* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
-VKP_API uint64_t vkp_loop_get_now(const vkp_loop *loop);
+VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop);
+
+/* What to wait for at a descriptor, and what it is ready for: bits of a uint32_t. HUP and ERROR are
+   reported without being asked for and imply both directions: read until the end of file before
+   you treat the connection as closed.                                                         */
+typedef enum vkp_io_bits {
+    VKP_IO_NONE = 0,
+    VKP_IO_READ = 1,
+    VKP_IO_WRITE = 2,
+    VKP_IO_HUP = 4,
+    VKP_IO_ERROR = 8
+} vkp_io_bits;
+
+#ifndef __cplusplus /* as for vkp_resp_type */
+#define VKP_IO_NONE ((vkp_io_bits)VKP_IO_NONE)
+#define VKP_IO_READ ((vkp_io_bits)VKP_IO_READ)
+#define VKP_IO_WRITE ((vkp_io_bits)VKP_IO_WRITE)
+#define VKP_IO_HUP ((vkp_io_bits)VKP_IO_HUP)
+#define VKP_IO_ERROR ((vkp_io_bits)VKP_IO_ERROR)
+#endif
 
 /* A descriptor under watch, in the caller's memory; fields are private. */
 typedef struct vkp_io vkp_io;
@@ -63,10 +82,10 @@ struct vkp_io {
     uint32_t i_interest;
 };
 
-/* Watch fd for `interest`. fn gets VKP_READ etc., and ready 0 once if the loop closes first (the
+/* Watch fd for `interest`. fn gets VKP_IO_READ etc., and ready 0 once if the loop closes first (the
    watch is stopped then). The fd stays the caller's and must stay open until the stop.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_loop *loop, vkp_io *watch, int fd,
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd,
                                               uint32_t interest,
                                               void (*fn)(vkp_io *watch, uint32_t ready));
 
@@ -91,9 +110,9 @@ struct vkp_timer {
 /* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
    timer that fell behind fires once and goes on from now.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
-VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_loop *loop, vkp_timer *timer,
-                                                 uint64_t deadline_ns, uint64_t period_ns,
-                                                 void (*fn)(vkp_timer *timer));
+VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop,
+                                                 void (*fn)(vkp_timer *timer), uint64_t period_ns,
+                                                 uint64_t deadline_ns);
 
 /* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
 VKP_API void vkp_timer_stop(vkp_timer *timer);

@@ -30,14 +30,14 @@
        }
    Errors aside (examples/subscribe.c has them) the rest is four calls, shown at the top.
    A thread of its own takes the same pushes from a channel (vkp_client_config.pushes):
-       while (vkp_mpsc_recv(rx, &push, VKP_FOREVER) == VKP_OK) {
+       while (vkp_mpsc_recv(rx, VKP_FOREVER, &push) == VKP_OK) {
            use(&push);
            vkp_push_unref(&push);
        }
    and asks from wherever it is, with a slot on its stack:
        vkp_oneshot slot; vkp_reply *reply;
        if (vkp_client_command(client, &slot, "INCR", "hits", NULL) == VKP_OK &&
-           vkp_oneshot_recv(&slot, &reply, vkp_after_ms(250)) == VKP_OK) {
+           vkp_oneshot_recv(&slot, vkp_after_ms(250), &reply) == VKP_OK) {
            use(vkp_reply_get_value(reply));
            vkp_reply_unref(reply);
        }
@@ -46,7 +46,7 @@
    back-pressure) or not. oneshot: one value, once, in the caller's memory: the reply to a request.
    broadcast: each receiver sees each value, a slow one hears how many it lost. watch: only the
    newest value. cancel: a token that ends waits, with its children. Each end waits in three forms:
-   try_x looks, x waits until a deadline, and a loop calls back (vkp_case_watch_open,
+   try_x looks, x waits until a deadline, and a loop calls back (vkp_handler_open,
    vkp_mpsc_watch). vkp_select waits for several at once and carries out one:
        vkp_case cases[] = {vkp_case_cancel(stop), vkp_case_mpsc_recv(jobs, &job)};
        if (vkp_select(cases, 2, vkp_after_ms(1000), &won) == VKP_OK && won == 1) { work(&job); }
@@ -56,7 +56,7 @@
    docs/tokio-to-c.md has each call of Tokio's channels beside ours.
 
    SOCKETS. A registry knows a program's listening Unix sockets by their paths and keeps none alive.
-   Each handle is a reference: vkp_socket_get_or_create gives one to the live socket or binds a new
+   Each handle is a reference: vkp_socket_open gives one to the live socket or binds a new
    one, in place of a file that a dead process left; the last vkp_socket_unref removes the file,
    from whichever thread, without waiting for others. A listener keeps its socket, or follows it
    (vkp_listener_config.follow): then clients keep it, each by its seat, and the last to leave turns

@@ -232,9 +232,6 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
         return;
     }
     channel = rx->channel;
-#if VKP_I_IO
-    vkp_mpsc_unwatch(rx);
-#endif
     vkp_mpsc_close(rx);
     /* From here on a sender that publishes late drops its value itself. */
     vkp_i_gate_open(&channel->flags, VKP_I_RX_GONE);

@@ -61,8 +61,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *
    passed, the receiver closed, or memory ran out, and the values behind stay the caller's.
    Threads, Errors: as vkp_mpsc_send, when none was sent                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items,
-                                                    size_t count, size_t *sent,
-                                                    uint64_t deadline_ns);
+                                                    size_t count, uint64_t deadline_ns,
+                                                    size_t *sent);
 
 /* A place in the queue, in the caller's memory: build the value at `item`, then commit or abort,
    once, on any thread. The receiver waits behind the place until then.                        */
@@ -78,8 +78,8 @@ typedef struct vkp_mpsc_permit {
    Blocks: until deadline_ns / never      Threads: any
    Errors: as vkp_mpsc_send / as vkp_mpsc_try_send; INVALID with capacity_bytes, as a value that is
    not there yet costs nothing known                                                           */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit,
-                                                  uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns,
+                                                  vkp_mpsc_permit *permit);
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* The value is built: it is received even if the receiver closed meanwhile, and goes to `drop` if
@@ -105,7 +105,7 @@ VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 /* Take the oldest value, waiting until the deadline.
    Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out);
 
 /* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting: also while the
    oldest place is another sender's who is about to fill it, or holds a permit.                */
@@ -113,8 +113,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
 /* Take up to `capacity` values at once into the array `out`; waits only for the first, with
    deadline 0 not at all. *count is written on OK, at least 1. Errors as vkp_mpsc_recv.        */
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity,
-                                                    size_t *count, uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns,
+                                                    void *out, size_t capacity, size_t *count);
 
 /* Look at the oldest value where it lies.
    Owns:   *item views the channel: valid until the next call that receives   Blocks: never
@@ -124,13 +124,13 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **ite
 /* Values queued now, places reserved included; out of date at once while others send. is_closed:
    the receiver closed or the last sender went: nothing new comes, what is queued is still received.
    Receiver's thread.                                                                          */
-VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx);
+VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx);
 VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx);
 
 /* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received,
    and those of places reserved before. Idempotent. Any thread.                                */
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
 
-/* Close, drop what is queued, stop the watch, give the receiver back. NULL is ignored.
-   Receiver's thread; the loop's while watched.                                                */
+/* Close, drop what is queued, give the receiver back. NULL is ignored. Its handlers are given back
+   before. Receiver's thread.                                                                  */
 VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);

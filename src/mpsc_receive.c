@@ -330,7 +330,7 @@ static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, s
     return cases[0].status;
 }
 
-VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out)
 {
     size_t count;
     VKP_I_REQUIRE(rx != NULL && out != NULL);
@@ -339,8 +339,8 @@ VKP_API vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, void *out, uint64_t deadline_n
                : vkp_i_mpsc_recv(rx, out, 1, &count, NULL, deadline_ns);
 }
 
-VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
-                                      uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out,
+                                      size_t capacity, size_t *count)
 {
     VKP_I_REQUIRE(rx != NULL && out != NULL && capacity > 0 && count != NULL);
     return vkp_i_mpsc_recv(rx, out, capacity, count, NULL, deadline_ns);
@@ -372,7 +372,7 @@ VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
     return status;
 }
 
-VKP_API size_t vkp_mpsc_len(const vkp_mpsc_rx *rx)
+VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx)
 {
     const vkp_i_lane *lane = &rx->channel->lane;
     uint64_t count = 0;

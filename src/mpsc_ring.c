@@ -99,12 +99,11 @@ struct vkp_i_channel {
     bool evicts;    /* senders may take the oldest value: receiving needs the mutex too */
     VKP_I_MUTEX mutex;
     vkp_i_waiters receiver;
-    vkp_i_waiters closers;        /* wait until closed */
-    vkp_i_ring *retired;          /* rings left behind after the receiver went */
-    struct vkp_case_watch *watch; /* loop's thread */
-    size_t dead_lanes;            /* atomic: that the receiver has to free */
-    vkp_i_lane *rx_lane;          /* the receiver's: where it took the last value */
-    vkp_i_lane lane;              /* the first one */
+    vkp_i_waiters closers; /* wait until closed */
+    vkp_i_ring *retired;   /* rings left behind after the receiver went */
+    size_t dead_lanes;     /* atomic: that the receiver has to free */
+    vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
+    vkp_i_lane lane;       /* the first one */
 };
 
 /* ---- rings ---- */

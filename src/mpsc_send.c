@@ -412,7 +412,7 @@ VKP_API vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item)
     return vkp_i_lane_send_fast(tx->lane, item) ? VKP_OK : vkp_i_lane_try(tx->lane, item, NULL);
 }
 
-VKP_API vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit, uint64_t deadline_ns)
+VKP_API vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns, vkp_mpsc_permit *permit)
 {
     VKP_I_REQUIRE(tx != NULL && permit != NULL && tx->lane->channel->config.capacity_bytes == 0);
     return vkp_i_lane_send(tx->lane, NULL, permit, NULL, deadline_ns);
@@ -437,7 +437,7 @@ VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit)
 }
 
 VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t count,
-                                      size_t *sent, uint64_t deadline_ns)
+                                      uint64_t deadline_ns, size_t *sent)
 {
     vkp_i_lane *lane;
     size_t bytes;

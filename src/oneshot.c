@@ -264,7 +264,7 @@ static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
     vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
     vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
 
-VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out, uint64_t deadline_ns)
+VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, void *out)
 {
     vkp_status status;
     VKP_I_REQUIRE(slot != NULL && out != NULL);

@@ -54,8 +54,8 @@ VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
    its memory may go (after TIMEOUT the sender gets CLOSED).
    Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
    Errors: CLOSED (abandoned, or closed before), TIMEOUT, INVALID                              */
-VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, void *out,
-                                                  uint64_t deadline_ns);
+VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
+                                                  void *out);
 
 /* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);

@@ -273,8 +273,8 @@ static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
     uint32_t interest = (uint32_t)(each->i_number >> 32);
     poll->fd = (int)(each->i_number & 0xffffffffu);
     poll->revents = 0;
-    poll->events = (short)(((interest & VKP_READ) != 0 ? POLLIN : 0) |
-                           ((interest & VKP_WRITE) != 0 ? POLLOUT : 0));
+    poll->events = (short)(((interest & VKP_IO_READ) != 0 ? POLLIN : 0) |
+                           ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
 }
 
 static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
@@ -292,10 +292,10 @@ static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
         errno = -rc;
         return VKP_ERR_SYS;
     }
-    each->ready = ((poll.revents & POLLIN) != 0 ? VKP_READ : 0u) |
-                  ((poll.revents & POLLOUT) != 0 ? VKP_WRITE : 0u) |
-                  ((poll.revents & POLLHUP) != 0 ? VKP_HUP : 0u) |
-                  ((poll.revents & (POLLERR | POLLNVAL)) != 0 ? VKP_ERR : 0u);
+    each->ready = ((poll.revents & POLLIN) != 0 ? VKP_IO_READ : VKP_IO_NONE) |
+                  ((poll.revents & POLLOUT) != 0 ? VKP_IO_WRITE : VKP_IO_NONE) |
+                  ((poll.revents & POLLHUP) != 0 ? VKP_IO_HUP : VKP_IO_NONE) |
+                  ((poll.revents & (POLLERR | POLLNVAL)) != 0 ? VKP_IO_ERROR : VKP_IO_NONE);
     return VKP_OK;
 }
 

@@ -11,7 +11,7 @@ VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
     return (size_t)kind < sizeof texts / sizeof texts[0] ? texts[kind] : "unknown";
 }
 
-VKP_API size_t vkp_push_cost(const void *push)
+VKP_API size_t vkp_push_get_cost(const void *push)
 {
     return sizeof(vkp_push) + ((const vkp_push *)push)->frame.len;
 }
@@ -38,34 +38,34 @@ typedef struct vkp_i_push_form {
 } vkp_i_push_form;
 
 static const vkp_i_push_form vkp_i_push_forms[] = {
-    {"message", VKP_PUSH_MESSAGE, VKP_CHANNEL, 3},
-    {"pmessage", VKP_PUSH_PMESSAGE, VKP_PATTERN, 4},
-    {"smessage", VKP_PUSH_SMESSAGE, VKP_SHARD, 3},
-    {"subscribe", VKP_PUSH_SUBSCRIBED, VKP_CHANNEL, 3},
-    {"psubscribe", VKP_PUSH_SUBSCRIBED, VKP_PATTERN, 3},
-    {"ssubscribe", VKP_PUSH_SUBSCRIBED, VKP_SHARD, 3},
-    {"unsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_CHANNEL, 3},
-    {"punsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_PATTERN, 3},
-    {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SHARD, 3},
-    {"invalidate", VKP_PUSH_INVALIDATE, VKP_CHANNEL, 2}};
+    {"message", VKP_PUSH_MESSAGE, VKP_SUB_CHANNEL, 3},
+    {"pmessage", VKP_PUSH_PMESSAGE, VKP_SUB_PATTERN, 4},
+    {"smessage", VKP_PUSH_SMESSAGE, VKP_SUB_SHARD, 3},
+    {"subscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_CHANNEL, 3},
+    {"psubscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_PATTERN, 3},
+    {"ssubscribe", VKP_PUSH_SUBSCRIBED, VKP_SUB_SHARD, 3},
+    {"unsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_CHANNEL, 3},
+    {"punsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_PATTERN, 3},
+    {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_SHARD, 3},
+    {"invalidate", VKP_PUSH_INVALIDATE, VKP_SUB_CHANNEL, 2}};
 
 /* The parts of a push whose kind is known. A push of a known kind and another shape is OTHER. */
 static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form, vkp_push *push)
 {
-    const vkp_value *element = vkp_value_first(value);
+    const vkp_value *element = vkp_value_get_first(value);
     push->kind = form->kind;
     push->sub = form->sub;
     if (form->kind == VKP_PUSH_INVALIDATE) {
         return;
     }
-    element = vkp_value_next(value, element);
+    element = vkp_value_get_next(value, element);
     if (form->kind == VKP_PUSH_PMESSAGE) {
-        push->pattern = vkp_value_str(element);
-        element = vkp_value_next(value, element);
+        push->pattern = vkp_value_get_str(element);
+        element = vkp_value_get_next(value, element);
     }
-    push->channel = vkp_value_str(element);
+    push->channel = vkp_value_get_str(element);
     if (form->kind <= VKP_PUSH_SMESSAGE) {
-        push->payload = vkp_value_str(vkp_value_next(value, element));
+        push->payload = vkp_value_get_str(vkp_value_get_next(value, element));
     }
 }
 
@@ -73,15 +73,15 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 {
     size_t i;
     VKP_I_REQUIRE(value != NULL && push != NULL);
-    if ((value->type != VKP_PUSH && value->type != VKP_ARRAY) || value->len == 0 ||
-        value[1].type != VKP_STRING) {
+    if ((value->type != VKP_RESP_PUSH && value->type != VKP_RESP_ARRAY) || value->len == 0 ||
+        value[1].type != VKP_RESP_STRING) {
         return VKP_ERR_INVALID;
     }
     memset(push, 0, sizeof *push);
     /* A plain message, without the walk: no attributes, no aggregates, kind MESSAGE is 0. */
     if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
-        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_STRING &&
-        value[3].type == VKP_STRING) {
+        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
+        value[3].type == VKP_RESP_STRING) {
         push->channel = vkp_i_str(value[2].u.str, value[2].len);
         push->payload = vkp_i_str(value[3].u.str, value[3].len);
         return VKP_OK;
@@ -89,13 +89,13 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
     for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
         const vkp_i_push_form *form = &vkp_i_push_forms[i];
         if (value->len == form->elements &&
-            vkp_i_str_equal(vkp_value_str(&value[1]), vkp_str_of(form->name))) {
+            vkp_i_str_equal(vkp_value_get_str(&value[1]), vkp_str_of(form->name))) {
             vkp_i_push_parts(value, form, push);
             return VKP_OK;
         }
     }
     push->kind = VKP_PUSH_OTHER;
-    push->channel = vkp_value_str(&value[1]);
+    push->channel = vkp_value_get_str(&value[1]);
     return VKP_OK;
 }
 

@@ -3,9 +3,9 @@
    >>api-push   What a server pushes                                                       */
 
 typedef enum vkp_sub_kind {
-    VKP_CHANNEL = 0, /* SUBSCRIBE, exact name */
-    VKP_PATTERN,     /* PSUBSCRIBE, glob */
-    VKP_SHARD        /* SSUBSCRIBE, exact name */
+    VKP_SUB_CHANNEL = 0, /* SUBSCRIBE, exact name */
+    VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
+    VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
 } vkp_sub_kind;
 
 typedef enum vkp_push_kind {
@@ -40,7 +40,7 @@ typedef struct vkp_push {
 } vkp_push;
 
 /* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
-VKP_API size_t vkp_push_cost(const void *push);
+VKP_API size_t vkp_push_get_cost(const void *push);
 
 /* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
 VKP_API void vkp_push_drop(void *user, void *push);

@@ -6,6 +6,7 @@
 struct vkp_push_loop {
     vkp_loop *loop;
     vkp_mpsc_rx *rx;
+    vkp_handler *handler;
     vkp_sink sink;
     void (*on_end)(void *user);
     void *user;
@@ -62,6 +63,7 @@ VKP_API vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink, vkp_
 static void vkp_i_push_loop_free(vkp_push_loop *self)
 {
     vkp_loop *loop = self->loop;
+    vkp_handler_unref(self->handler);
     vkp_mpsc_rx_unref(self->rx);
     vkp_conn_unref(self->sink.conn);
     vkp_i_free(loop->env, self, sizeof *self);
@@ -85,7 +87,7 @@ static void vkp_i_push_loop_ready(void *user)
     }
     if (status == VKP_ERR_CLOSED && !self->ended) {
         self->ended = true;
-        vkp_mpsc_unwatch(self->rx);
+        vkp_handler_close(self->handler);
         if (self->on_end != NULL) {
             self->on_end(self->user);
         }
@@ -99,6 +101,7 @@ static void vkp_i_push_loop_ready(void *user)
 VKP_API vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx, const vkp_sink *sink,
                                       void (*on_end)(void *user), void *user, vkp_push_loop **out)
 {
+    vkp_case receive = vkp_case_mpsc_recv(rx, NULL);
     vkp_push_loop *self;
     vkp_status status;
     VKP_I_REQUIRE(loop != NULL && rx != NULL && vkp_i_sink_is_one(sink) && out != NULL);
@@ -107,7 +110,7 @@ VKP_API vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx, const vkp
     if (self == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_mpsc_watch(rx, loop, vkp_i_push_loop_ready, self);
+    status = vkp_handler_open(loop, &receive, vkp_i_push_loop_ready, self, &self->handler);
     if (status != VKP_OK) {
         vkp_i_free(loop->env, self, sizeof *self);
         return status;
@@ -129,7 +132,7 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
     if (self == NULL) {
         return;
     }
-    vkp_mpsc_unwatch(self->rx);
+    vkp_handler_close(self->handler);
     self->unreferenced = true;
     if (!self->running) {
         vkp_i_push_loop_free(self);

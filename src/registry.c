@@ -150,8 +150,8 @@ static void vkp_i_registry_run_keeper(vkp_registry *registry)
     vkp_i_registry_enter(registry);
     registry->loop_gone = registry->loop_gone || loop->closed;
     next_ns = vkp_i_registry_keep(registry, loop->now_ns, registry->loop_gone);
-    if (next_ns != VKP_FOREVER && vkp_timer_start(loop, &registry->keeper_timer, next_ns, 0,
-                                                  vkp_i_registry_on_timer) != VKP_OK) {
+    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->keeper_timer, loop,
+                                                  vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
         next_ns = vkp_i_registry_keep(registry, loop->now_ns, true); /* nothing lingers without */
     }
     if (next_ns != VKP_FOREVER && !registry->keeper_placed) {
@@ -396,30 +396,27 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
     return status;
 }
 
-VKP_API vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
-                                                vkp_socket **out)
+VKP_API vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
     return vkp_i_registry_get(registry, path, true, out);
 }
 
-VKP_API vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                            vkp_socket **out)
+VKP_API vkp_status vkp_socket_open(vkp_registry *registry, const char *path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
     return path != NULL ? vkp_i_registry_get(registry, vkp_str_of(path), true, out)
                         : vkp_i_registry_get_unique(registry, out);
 }
 
-VKP_API vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                           vkp_socket **out)
+VKP_API vkp_status vkp_socket_find(vkp_registry *registry, const char *path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
     return vkp_i_registry_get(registry, vkp_str_of(path), false, out);
 }
 
-VKP_API vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path, int fd,
-                                           vkp_socket **out)
+VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+                                    vkp_socket **out)
 {
     vkp_i_name name;
     vkp_socket *sock = NULL;
@@ -494,7 +491,7 @@ VKP_API vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config, vk
     pool->sockets = (vkp_socket **)(void *)(pool + 1);
     while (pool->count < pool->capacity && status == VKP_OK) {
         const char *path = config->paths != NULL ? config->paths[pool->count] : NULL;
-        status = vkp_socket_get_or_create(pool->registry, path, &pool->sockets[pool->count]);
+        status = vkp_socket_open(pool->registry, path, &pool->sockets[pool->count]);
         pool->count += status == VKP_OK ? 1u : 0u;
     }
     if (status != VKP_OK) {
@@ -543,7 +540,7 @@ VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool)
     return pool->count;
 }
 
-VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index)
+VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index)
 {
     return pool->sockets[index];
 }

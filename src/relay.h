@@ -45,8 +45,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *
    The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
    with subscriptions; to others an error, the answer to whatever they would ask next.         */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
-VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
-                             void *user);
+VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
+                             uint64_t deadline_ns);
 
 typedef struct vkp_relay_stats {
     size_t clients;

@@ -37,13 +37,13 @@ static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     bool subscribed =
-        vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0;
+        vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] > 0;
     if (!vkp_i_local_arity(local, argc, 1, 2, argv)) {
         return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (subscribed && local->member.protocol == 2) {
-        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 2);
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 2);
         vkp_resp_put_bulk(&writer, "pong", 4);
         vkp_resp_put_bulk(&writer, argc > 1 ? argv[1].ptr : "", argc > 1 ? argv[1].len : 0);
     } else if (argc > 1) {
@@ -95,9 +95,9 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
 {
     if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, VKP_MAP, pairs);
+        vkp_resp_put_aggregate(writer, VKP_RESP_MAP, pairs);
     } else {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, pairs * 2);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, pairs * 2);
     }
 }
 
@@ -124,7 +124,7 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_put_text(&writer, "role");
     vkp_i_put_text(&writer, "master");
     vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
     vkp_i_local_answer_writer(local, &writer);
 }
 
@@ -215,8 +215,8 @@ static void vkp_i_local_client_info(vkp_i_local *local)
     (void)snprintf(text, sizeof text,
                    "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
                    (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_CHANNEL],
-                   (unsigned)counts[VKP_PATTERN], (unsigned)counts[VKP_SHARD],
+                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
+                   (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
                    local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     vkp_i_put_text(&writer, text);
@@ -274,9 +274,9 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
 
 static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_PATTERN
-                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SHARD
-                                                             : VKP_CHANNEL;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_SUB_PATTERN
+                        : vkp_i_lower(argv[0].ptr[1]) == 's' ? VKP_SUB_SHARD
+                                                             : VKP_SUB_CHANNEL;
     const uint32_t *counts = local->member.counts;
     size_t names = (size_t)counts[0] + counts[1] + counts[2];
     size_t most = local->shard->relay->max_subscriptions;
@@ -293,7 +293,9 @@ static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *
 static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     char first = vkp_i_lower(argv[0].ptr[0]);
-    vkp_sub_kind kind = first == 'p' ? VKP_PATTERN : first == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_sub_kind kind = first == 'p'   ? VKP_SUB_PATTERN
+                        : first == 's' ? VKP_SUB_SHARD
+                                       : VKP_SUB_CHANNEL;
     vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
 }
 
@@ -316,7 +318,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
 {
     vkp_i_shard *shard = local->shard;
     vkp_relay *relay = shard->relay;
-    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SHARD : VKP_CHANNEL;
+    vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 's' ? VKP_SUB_SHARD : VKP_SUB_CHANNEL;
     vkp_resp_writer writer;
     size_t receivers;
     size_t i;
@@ -331,7 +333,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
             continue;
         }
         memset(&push, 0, sizeof push);
-        push.kind = kind == VKP_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
+        push.kind = kind == VKP_SUB_SHARD ? VKP_PUSH_SMESSAGE : VKP_PUSH_MESSAGE;
         push.sub = kind;
         vkp_resp_writer_init(&writer, relay->env);
         vkp_resp_put_raw(&writer, argv[1].ptr, argv[1].len);
@@ -355,11 +357,11 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
     vkp_i_map_node *node = NULL;
     size_t count = 0;
     while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
-        count += pattern == NULL || vkp_glob_match(*pattern, node->key) ? 1u : 0u;
+        count += pattern == NULL || vkp_glob_is_match(*pattern, node->key) ? 1u : 0u;
     }
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
     while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
-        if (pattern == NULL || vkp_glob_match(*pattern, node->key)) {
+        if (pattern == NULL || vkp_glob_is_match(*pattern, node->key)) {
             vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
         }
     }
@@ -376,9 +378,9 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SHARD
-                                                                               : VKP_CHANNEL;
-    what = kind == VKP_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SUB_SHARD
+                                                                               : VKP_SUB_CHANNEL;
+    what = kind == VKP_SUB_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
     vkp_resp_writer_init(&writer, relay->env);
     VKP_I_LOCK(&relay->mutex);
     if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
@@ -390,7 +392,7 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
             vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
         }
     } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_PATTERN].count);
+        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_SUB_PATTERN].count);
     } else {
         known = false;
     }
@@ -413,7 +415,7 @@ static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *ar
     } else if ((argc > 1 && vkp_i_str_is(argv[1], "DOCS")) || vkp_i_str_is(argv[0], "CONFIG")) {
         vkp_i_put_map(&writer, local->member.protocol, 0);
     } else {
-        vkp_resp_put_aggregate(&writer, VKP_ARRAY, 0);
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
     }
     vkp_i_local_answer_writer(local, &writer);
 }
@@ -675,7 +677,8 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                           "connection, not to the relay's",
                           VKP_I_SHORT(argv[0]));
     } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
-               vkp_i_local_sub_count(local, VKP_CHANNEL) + local->member.counts[VKP_SHARD] > 0) {
+               vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] >
+                   0) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "

@@ -11,9 +11,9 @@ static bool vkp_i_value_is_resp2(const vkp_value *value)
     uint32_t i;
     for (i = 0; i < value->span; i++) {
         const vkp_value *each = &value[i];
-        bool plain = each->type == VKP_INTEGER || each->type == VKP_ARRAY ||
-                     (each->type == VKP_STRING && (each->flags & VKP_F_VERBATIM) == 0) ||
-                     (each->type == VKP_ERROR && (each->flags & VKP_F_SIMPLE) != 0);
+        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
+                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
+                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
         if (!plain || each->attributes != 0) {
             return false;
         }
@@ -26,16 +26,17 @@ static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
     const vkp_value *each;
     const vkp_value *inner;
     size_t count = 0;
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        count += each->type == VKP_ARRAY ? each->len : 1;
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        count += each->type == VKP_RESP_ARRAY ? each->len : 1;
     }
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, count);
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        if (each->type != VKP_ARRAY) {
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        if (each->type != VKP_RESP_ARRAY) {
             vkp_resp_put_value(writer, each, 2);
             continue;
         }
-        for (inner = vkp_value_first(each); inner != NULL; inner = vkp_value_next(each, inner)) {
+        for (inner = vkp_value_get_first(each); inner != NULL;
+             inner = vkp_value_get_next(each, inner)) {
             vkp_resp_put_value(writer, inner, 2);
         }
     }
@@ -47,21 +48,21 @@ static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uin
 static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *entry;
-    const vkp_value *each = vkp_value_first(value);
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len / 2);
+    const vkp_value *each = vkp_value_get_first(value);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len / 2);
     while (each != NULL) {
-        const vkp_value *second = vkp_value_next(value, each);
+        const vkp_value *second = vkp_value_get_next(value, each);
         if (second == NULL) {
             break; /* a map has pairs */
         }
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, 2);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, 2);
         vkp_resp_put_value(writer, each, 2);
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, second->len);
-        for (entry = vkp_value_first(second); entry != NULL;
-             entry = vkp_value_next(second, entry)) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, second->len);
+        for (entry = vkp_value_get_first(second); entry != NULL;
+             entry = vkp_value_get_next(second, entry)) {
             vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
         }
-        each = vkp_value_next(value, second);
+        each = vkp_value_get_next(value, second);
     }
 }
 
@@ -69,21 +70,23 @@ static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
 {
     const vkp_value *each;
-    if (value->type == VKP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
+    if (value->type == VKP_RESP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
         vkp_resp_put_raw(writer, "*-1\r\n", 5);
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
         vkp_i_put_flat(writer, value);
-    } else if (value->type == VKP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
+    } else if (value->type == VKP_RESP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
         vkp_i_put_pairs(writer, value);
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
             vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
         }
-    } else if (value->type == VKP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-        for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-            bool last = vkp_value_next(value, each) == NULL;
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
+            bool last = vkp_value_get_next(value, each) == NULL;
             vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
         }
     } else {
@@ -96,8 +99,8 @@ static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, con
 {
     const vkp_value *each;
     size_t i = 0;
-    vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
         vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
         i++;
     }
@@ -111,7 +114,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer writer;
     bool has_shape = answer->shape != 0 || answer->shape_count != 0;
     if (answer->protocol == 3
-            ? value->i_reserved == 0 && (value->type != VKP_NULL || value->flags == 0)
+            ? value->i_reserved == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
             : !has_shape && vkp_i_value_is_resp2(value)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
@@ -119,7 +122,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer_init(&writer, env);
     if (answer->protocol == 3) {
         vkp_resp_put_value(&writer, value, 3);
-    } else if (answer->shape_count > 0 && value->type == VKP_ARRAY) {
+    } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
         vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
     } else {
         vkp_i_put_resp2(&writer, value, answer->shape);

@@ -68,7 +68,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         if (status == VKP_ERR_NOMEM) {
             vkp_i_local_fail(local);
         } else {
-            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_error(reader, NULL));
+            vkp_i_local_protocol_error(local, "%s", vkp_resp_reader_get_error(reader, NULL));
         }
         vkp_resp_reader_reset(reader);
         return 0;
@@ -77,12 +77,12 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         vkp_i_local_fail(local);
         return 0;
     }
-    for (each = vkp_value_first(value); each != NULL; each = vkp_value_next(value, each)) {
-        if (each->type != VKP_STRING || each->flags != 0) {
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        if (each->type != VKP_RESP_STRING || each->flags != 0) {
             vkp_i_local_protocol_error(local, "expected '$', an argument is no bulk string");
             return 0;
         }
-        shard->argv[argc++] = vkp_value_str(each);
+        shard->argv[argc++] = vkp_value_get_str(each);
     }
     if (argc > 0) {
         request.data = in->data + from;
@@ -297,7 +297,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_i_local_on_drain,
                                              vkp_i_local_on_end,
                                              vkp_i_local_on_close,
-                                             vkp_resp_frame_len};
+                                             vkp_resp_get_frame_len};
 
 /* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
 static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
@@ -311,7 +311,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     if (local == NULL || vkp_i_conn_adopt(shard->loop, fd, shard->profile, true, &conn) != VKP_OK) {
         vkp_i_free(relay->env, local, sizeof *local);
         (void)shard->loop->sys->close(fd);
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         vkp_i_relay_client_left(relay);
         return;
     }
@@ -402,7 +402,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
         vkp_i_relay_release(relay);
     }
     (void)shard->loop->sys->close(fd);
-    vkp_seat_leave(seat);
+    vkp_seat_unref(seat);
     vkp_i_relay_client_left(relay);
 }
 
@@ -447,8 +447,8 @@ static void vkp_i_relay_idle_begins(vkp_i_task *task)
     (void)VKP_I_XCHG(&relay->idle_queued, 0u);
     if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
         vkp_i_relay_count_clients(relay) == 0 &&
-        vkp_timer_start(loop, &relay->idle_timer, vkp_i_add_ns(loop->now_ns, relay->linger_ns), 0,
-                        vkp_i_relay_idle_over) != VKP_OK) {
+        vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
+                        vkp_i_add_ns(loop->now_ns, relay->linger_ns)) != VKP_OK) {
         vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
     }
     vkp_i_relay_release(relay);
@@ -610,8 +610,8 @@ static void vkp_i_relay_drain_over(vkp_timer *timer)
     }
 }
 
-VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_end)(void *user),
-                             void *user)
+VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
+                             uint64_t deadline_ns)
 {
     size_t i;
     if (relay->draining) {
@@ -625,8 +625,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, uint64_t deadline_ns, void (*on_e
     for (i = 0; i < relay->listener_count; i++) {
         vkp_listener_close(relay->listeners[i]);
     }
-    if (vkp_timer_start(relay->shards[0].loop, &relay->drain_timer, deadline_ns, 0,
-                        vkp_i_relay_drain_over) != VKP_OK) {
+    if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
+                        deadline_ns) != VKP_OK) {
         vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
     }
     for (i = 0; i < relay->shard_count; i++) {
@@ -643,7 +643,7 @@ static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
     VKP_I_LOCK(&relay->mutex);
     for (each = shard->handovers; each != NULL; each = each->next) {
         (void)shard->loop->sys->close(each->fd);
-        vkp_seat_leave(each->seat);
+        vkp_seat_unref(each->seat);
         each->fd = -1;
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -693,7 +693,7 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
     memset(&config, 0, sizeof config);
     config.elem_bytes = sizeof(vkp_push);
     config.capacity_bytes = VKP_I_SHARD_LAG;
-    config.cost = vkp_push_cost;
+    config.cost = vkp_push_get_cost;
     config.drop = vkp_push_drop;
     config.env = shard->relay->env;
     status = vkp_mpsc_open(&config, &shard->pushes, &rx);

@@ -58,9 +58,9 @@ static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_st
     size_t count;
     VKP_I_LOCK(&relay->mutex);
     count = vkp_i_census_count(relay, kind, channel);
-    while (kind == VKP_CHANNEL && relay->census[VKP_PATTERN].count > 0 &&
-           (node = vkp_i_map_next(&relay->census[VKP_PATTERN], node)) != NULL) {
-        if (vkp_glob_match(node->key, channel)) {
+    while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
+           (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
+        if (vkp_glob_is_match(node->key, channel)) {
             count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
         }
     }
@@ -97,7 +97,8 @@ static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe"
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
 {
     const uint32_t *counts = local->member.counts;
-    return kind == VKP_SHARD ? counts[VKP_SHARD] : counts[VKP_CHANNEL] + counts[VKP_PATTERN];
+    return kind == VKP_SUB_SHARD ? counts[VKP_SUB_SHARD]
+                                 : counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN];
 }
 
 static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
@@ -105,7 +106,7 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
 {
     const char *verb = vkp_i_sub_verbs[added ? 1 : 0][kind];
     int protocol = local->member.protocol;
-    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_PUSH : VKP_ARRAY, 3);
+    vkp_resp_put_aggregate(writer, protocol == 3 ? VKP_RESP_PUSH : VKP_RESP_ARRAY, 3);
     vkp_resp_put_bulk(writer, verb, strlen(verb));
     if (name.ptr == NULL) {
         vkp_resp_put_raw(writer, protocol == 3 ? "_\r\n" : "$-1\r\n", protocol == 3 ? 3 : 5);
@@ -164,7 +165,7 @@ static void vkp_i_local_part_all(vkp_i_local *local)
     for (kind = 0; kind < 3; kind++) {
         while (local->member.counts[kind] > 0) {
             vkp_i_local_part(local, (vkp_sub_kind)kind,
-                             vkp_hub_member_name(&local->member, (vkp_sub_kind)kind));
+                             vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
         }
     }
 }
@@ -331,7 +332,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
         vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(NULL, 0));
     }
     while (count == 0 && local->member.counts[kind] > 0) {
-        vkp_str name = vkp_hub_member_name(&local->member, kind);
+        vkp_str name = vkp_hub_get_member_name(&local->member, kind);
         vkp_bytes copy;
         if (vkp_bytes_copy(local->shard->relay->env, name.ptr, name.len, &copy) != VKP_OK) {
             vkp_i_local_fail(local);

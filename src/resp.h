@@ -19,7 +19,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, c
 
 /* The next whole value of what was fed.
    Owns:   *value views the reader: valid until the next call on it     Blocks: never
-   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_error), NOMEM
+   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_get_error), NOMEM
    (try again)                                                                                 */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
                                                       const vkp_value **value);
@@ -35,14 +35,14 @@ VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, c
 
 /* What was wrong and where: the byte's position since open or reset, and the reason with the
    limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
-VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position);
+VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uint64_t *position);
 
 /* Forget the error, the buffer and the frame under way. */
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
 
 /* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
    a strict reader accepted before. Any thread.                                                */
-VKP_API size_t vkp_resp_frame_len(const uint8_t *data, size_t len);
+VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len);
 
 /* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
    kept: write everything, then look at what take returns.                                     */
@@ -56,7 +56,7 @@ typedef struct vkp_resp_writer {
 /* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
    strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
-VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count);
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count);
 VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
 VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
 VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);

@@ -135,7 +135,7 @@ VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
     reader->given = 0;
 }
 
-VKP_API const char *vkp_resp_reader_error(const vkp_resp_reader *reader, uint64_t *position)
+VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uint64_t *position)
 {
     if (position != NULL) {
         *position = reader->error_position;
@@ -247,7 +247,7 @@ static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *wind
 }
 
 /* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
-static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
+static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
 {
     void *values = reader->values;
     size_t *attribute =
@@ -272,7 +272,7 @@ static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_type type)
     return value;
 }
 
-static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                     size_t offset, size_t len, size_t after)
 {
     vkp_value *value = vkp_i_reader_add(reader, type);
@@ -286,7 +286,7 @@ static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_type type, uint
     return VKP_OK;
 }
 
-static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_type type, uint32_t flags,
+static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                       int64_t integer, size_t after)
 {
     vkp_value *value = vkp_i_reader_add(reader, type);
@@ -314,7 +314,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_BULK, 0, after);
+        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
     }
     if ((uint64_t)number > most) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -340,8 +340,8 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
                                  "verbatim string without its colon");
     }
-    return vkp_i_reader_text(reader, mark == '!' ? VKP_ERROR : VKP_STRING,
-                             prefix != 0 ? VKP_F_VERBATIM : 0, after + prefix, size - prefix,
+    return vkp_i_reader_text(reader, mark == '!' ? VKP_RESP_ERROR : VKP_RESP_STRING,
+                             prefix != 0 ? VKP_VALUE_VERBATIM : 0, after + prefix, size - prefix,
                              after + size + 2);
 }
 
@@ -357,14 +357,14 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
     }
     text = (const char *)window + start;
     if (mark == '+' || mark == '-') {
-        return vkp_i_reader_text(reader, mark == '+' ? VKP_STRING : VKP_ERROR, VKP_F_SIMPLE, start,
-                                 end - start, end + 2);
+        return vkp_i_reader_text(reader, mark == '+' ? VKP_RESP_STRING : VKP_RESP_ERROR,
+                                 VKP_VALUE_SIMPLE, start, end - start, end + 2);
     }
     if (mark == ',') {
         if (!vkp_i_double_valid(text, end - start, reader->config.lenient)) {
             return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a double");
         }
-        return vkp_i_reader_text(reader, VKP_DOUBLE, 0, start, end - start, end + 2);
+        return vkp_i_reader_text(reader, VKP_RESP_DOUBLE, 0, start, end - start, end + 2);
     }
     {
         size_t sign = end > start && (text[0] == '-' || text[0] == '+') ? 1 : 0;
@@ -373,7 +373,7 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
             return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, start, "not a big number");
         }
     }
-    return vkp_i_reader_text(reader, VKP_BIGNUM, 0, start, end - start, end + 2);
+    return vkp_i_reader_text(reader, VKP_RESP_BIGNUM, 0, start, end - start, end + 2);
 }
 
 static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
@@ -397,12 +397,12 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
     if (window[at + body + 1] != '\n') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
     }
-    return vkp_i_reader_scalar(reader, body == 1 ? VKP_BOOL : VKP_NULL, 0,
+    return vkp_i_reader_scalar(reader, body == 1 ? VKP_RESP_BOOL : VKP_RESP_NULL, 0,
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
 }
 
-static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_type type, uint64_t elements,
-                                          size_t after)
+static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
+                                          uint64_t elements, size_t after)
 {
     vkp_value *value;
     vkp_i_level *level;
@@ -435,11 +435,11 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
 {
     size_t at = reader->position;
     bool lenient_null = reader->config.lenient && mark == '>';
-    vkp_type type = mark == '*'   ? VKP_ARRAY
-                    : mark == '~' ? VKP_SET
-                    : mark == '>' ? VKP_PUSH
-                    : mark == '%' ? VKP_MAP
-                                  : VKP_ATTRIBUTE;
+    vkp_resp_type type = mark == '*'   ? VKP_RESP_ARRAY
+                         : mark == '~' ? VKP_RESP_SET
+                         : mark == '>' ? VKP_RESP_PUSH
+                         : mark == '%' ? VKP_RESP_MAP
+                                       : VKP_RESP_ATTRIBUTE;
     int64_t number = 0;
     size_t after = 0;
     uint64_t elements;
@@ -450,7 +450,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_NULL, VKP_F_NULL_ARRAY, 0, after);
+        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
     }
     if ((uint64_t)number > reader->config.max_elements) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -460,7 +460,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     if (number == 0 && mark == '>') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "push without a kind");
     }
-    elements = (uint64_t)number * (type == VKP_MAP || type == VKP_ATTRIBUTE ? 2u : 1u);
+    elements = (uint64_t)number * (type == VKP_RESP_MAP || type == VKP_RESP_ATTRIBUTE ? 2u : 1u);
     return vkp_i_reader_open_level(reader, type, elements, after);
 }
 
@@ -498,7 +498,7 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
 static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
 {
     const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-    return top != NULL && reader->values[top->index].type == VKP_PUSH &&
+    return top != NULL && reader->values[top->index].type == VKP_RESP_PUSH &&
            top->remaining == reader->values[top->index].len;
 }
 
@@ -528,7 +528,7 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     case '$':
         after = reader->position;
         status = vkp_i_reader_bulk(reader, window, len, mark);
-        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_NULL
+        return status == VKP_OK && kind && reader->values[reader->count - 1].type == VKP_RESP_NULL
                    ? vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after,
                                        "the kind of a push is not a string")
                    : status;
@@ -544,7 +544,7 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
         status = vkp_i_reader_number(reader, window, len, reader->position + 1,
                                      VKP_I_NUM_PLUS | VKP_I_NUM_NEGATIVE, &number, &after);
         return status != VKP_OK ? status
-                                : vkp_i_reader_scalar(reader, VKP_INTEGER, 0, number, after);
+                                : vkp_i_reader_scalar(reader, VKP_RESP_INTEGER, 0, number, after);
     case '#':
     case '_':
         return vkp_i_reader_constant(reader, window, len, mark);
@@ -581,15 +581,15 @@ static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
             continue;
         }
         value->span = (uint32_t)(reader->count - index);
-        if (value->type == VKP_ATTRIBUTE) {
+        if (value->type == VKP_RESP_ATTRIBUTE) {
             *(top != NULL ? &top->attribute : &reader->attribute) = index + 1;
             return false;
         }
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_PUSH && vkp_i_push_is_message(window, value)) {
-            value->flags = (uint8_t)(value->flags | VKP_F_OUT_OF_BAND);
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
+            value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
             reader->values[top->index].i_reserved = 1; /* the array has some */
             return false;
         }
@@ -606,8 +606,8 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     size_t i;
     for (i = 0; i < reader->count; i++) {
         vkp_value *value = &reader->values[i];
-        if (value->type == VKP_STRING || value->type == VKP_ERROR || value->type == VKP_BIGNUM ||
-            value->type == VKP_DOUBLE) {
+        if (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
+            value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE) {
             value->u.str = (const char *)window + value->u.i_offset;
         }
     }
@@ -639,7 +639,7 @@ static void vkp_i_quick_prepare(vkp_resp_reader *reader)
     size_t i;
     memset(reader->values, 0, 4 * sizeof *reader->values);
     for (i = 0; i < 4; i++) {
-        reader->values[i].type = i == 0 ? VKP_PUSH : VKP_STRING;
+        reader->values[i].type = i == 0 ? VKP_RESP_PUSH : VKP_RESP_STRING;
         reader->values[i].i_depth = i == 0 ? 0 : 1;
         reader->values[i].span = i == 0 ? 4 : 1;
         reader->values[i].len = i == 0 ? 3 : 7;
@@ -714,7 +714,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
     }
     vkp_i_reader_point(reader, window);
     *value = &reader->values[0];
-    while ((*value)->type == VKP_ATTRIBUTE) {
+    while ((*value)->type == VKP_RESP_ATTRIBUTE) {
         *value += (*value)->span;
     }
     *consumed = reader->position;

@@ -54,13 +54,13 @@ static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, 
     vkp_resp_put_raw(writer, line, used);
 }
 
-VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_type type, size_t count)
+VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count)
 {
-    char mark = type == VKP_SET         ? '~'
-                : type == VKP_PUSH      ? '>'
-                : type == VKP_MAP       ? '%'
-                : type == VKP_ATTRIBUTE ? '|'
-                                        : '*';
+    char mark = type == VKP_RESP_SET         ? '~'
+                : type == VKP_RESP_PUSH      ? '>'
+                : type == VKP_RESP_MAP       ? '%'
+                : type == VKP_RESP_ATTRIBUTE ? '|'
+                                             : '*';
     vkp_i_put_header(writer, mark, false, count);
 }
 
@@ -136,7 +136,7 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
 static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     size_t start;
-    if (protocol == 3 && (value->flags & VKP_F_SIMPLE) == 0) {
+    if (protocol == 3 && (value->flags & VKP_VALUE_SIMPLE) == 0) {
         vkp_i_put_header(writer, '!', false, value->len);
         vkp_resp_put_raw(writer, value->u.str, value->len);
         vkp_resp_put_raw(writer, "\r\n", 2);
@@ -156,27 +156,29 @@ static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *valu
 
 static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
-    vkp_str text = vkp_value_str(value);
-    if (value->type == VKP_STRING && (value->flags & VKP_F_SIMPLE) != 0) {
+    vkp_str text = vkp_value_get_str(value);
+    if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_SIMPLE) != 0) {
         vkp_i_put_line(writer, '+', text);
-    } else if (value->type == VKP_STRING && (value->flags & VKP_F_VERBATIM) != 0 && protocol == 3) {
+    } else if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_VERBATIM) != 0 &&
+               protocol == 3) {
         vkp_i_put_header(writer, '=', false, text.len + 4);
         vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
         vkp_resp_put_raw(writer, "\r\n", 2);
-    } else if (value->type == VKP_STRING || protocol != 3) {
+    } else if (value->type == VKP_RESP_STRING || protocol != 3) {
         vkp_resp_put_bulk(writer, text.ptr, text.len);
     } else {
-        vkp_i_put_line(writer, value->type == VKP_DOUBLE ? ',' : '(', text);
+        vkp_i_put_line(writer, value->type == VKP_RESP_DOUBLE ? ',' : '(', text);
     }
 }
 
 static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
-    bool paired = value->type == VKP_MAP || value->type == VKP_ATTRIBUTE;
+    bool paired = value->type == VKP_RESP_MAP || value->type == VKP_RESP_ATTRIBUTE;
     if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, (vkp_type)value->type, paired ? value->len / 2 : value->len);
+        vkp_resp_put_aggregate(writer, (vkp_resp_type)value->type,
+                               paired ? value->len / 2 : value->len);
     } else {
-        vkp_resp_put_aggregate(writer, VKP_ARRAY, value->len);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
     }
 }
 
@@ -184,30 +186,30 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
 static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {
-    case VKP_NULL:
+    case VKP_RESP_NULL:
         if (protocol == 3) {
             vkp_resp_put_null(writer);
         } else {
-            vkp_resp_put_raw(writer, (value->flags & VKP_F_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n",
-                             5);
+            vkp_resp_put_raw(writer,
+                             (value->flags & VKP_VALUE_NULL_ARRAY) != 0 ? "*-1\r\n" : "$-1\r\n", 5);
         }
         break;
-    case VKP_ERROR:
+    case VKP_RESP_ERROR:
         vkp_i_put_error_value(writer, value, protocol);
         break;
-    case VKP_INTEGER:
+    case VKP_RESP_INTEGER:
         vkp_resp_put_integer(writer, value->u.integer);
         break;
-    case VKP_BOOL:
+    case VKP_RESP_BOOL:
         if (protocol == 3) {
             vkp_resp_put_bool(writer, value->u.integer != 0);
         } else {
             vkp_resp_put_integer(writer, value->u.integer);
         }
         break;
-    case VKP_STRING:
-    case VKP_BIGNUM:
-    case VKP_DOUBLE:
+    case VKP_RESP_STRING:
+    case VKP_RESP_BIGNUM:
+    case VKP_RESP_DOUBLE:
         vkp_i_put_text_value(writer, value, protocol);
         break;
     default:
@@ -221,8 +223,8 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
     const vkp_value *root = value;
     const vkp_value *end = value + value->span;
     while (value < end) {
-        if (((value->flags & VKP_F_OUT_OF_BAND) != 0 && value != root) ||
-            (value->type == VKP_ATTRIBUTE && protocol != 3)) {
+        if (((value->flags & VKP_VALUE_OUT_OF_BAND) != 0 && value != root) ||
+            (value->type == VKP_RESP_ATTRIBUTE && protocol != 3)) {
             value += value->span;
         } else {
             vkp_i_put_place(writer, value, protocol);

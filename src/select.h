@@ -3,7 +3,7 @@
 
    A case is one thing that a thread can wait for: made by the functions below, in the caller's
    memory, valid while what it names is. It waits in one of two ways: vkp_select (this thread,
-   until one case won and was carried out), or vkp_case_watch (a loop's callback).             */
+   until one case won and was carried out), or vkp_handler (a loop's callback).             */
 
 #define VKP_SELECT_MAX 64 /* cases of one select */
 
@@ -11,7 +11,7 @@ typedef struct vkp_i_case_kind vkp_i_case_kind;
 
 typedef struct vkp_case {
     vkp_status status; /* the winner's: what the try form of its call returned */
-    uint32_t ready;    /* the winner's, for vkp_case_fd: VKP_READ, VKP_WRITE, VKP_HUP, VKP_ERR */
+    uint32_t ready;    /* of the winner, for vkp_case_fd: bits of vkp_io_bits */
     const vkp_i_case_kind *i_kind;
     void *i_object;
     void *i_out;

@@ -85,24 +85,24 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry,
    Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
    serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
    SYS, NOMEM                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create(vkp_registry *registry, const char *path,
-                                                          vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, const char *path,
+                                                 vkp_socket **sock);
 
 /* The same for text that may hold NUL bytes: INVALID then. */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_or_create_str(vkp_registry *registry, vkp_str path,
-                                                              vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path,
+                                                     vkp_socket **sock);
 
 /* The live socket of the path, never a new one. Gives *sock. Any thread.
    Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_get_existing(vkp_registry *registry, const char *path,
-                                                         vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, const char *path,
+                                                 vkp_socket **sock);
 
 /* Hand over a socket that the caller bound to the path and set listening.
    Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
    Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
    INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_register_new(vkp_registry *registry, const char *path,
-                                                         int fd, vkp_socket **sock);
+VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+                                                  vkp_socket **sock);
 
 /* One more reference: sock, or NULL when it has max_references. Any thread. */
 VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
@@ -148,7 +148,7 @@ typedef struct vkp_socket_pool_config {
 } vkp_socket_pool_config;
 
 /* Open the pool and its sockets: all or none.
-   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_get_or_create */
+   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_open */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
                                                       vkp_socket_pool **pool);
 VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
@@ -161,6 +161,6 @@ VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp
 
 /* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
 VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
-VKP_API vkp_socket *vkp_socket_pool_get(const vkp_socket_pool *pool, size_t index);
+VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index);
 
 #endif /* VKP_NO_IO */

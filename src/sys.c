@@ -642,7 +642,7 @@ static int vkp_i_os_fd_kind(int fd)
 #define VKP_I_OS(name) NULL
 #endif /* VKP_I_IO */
 
-VKP_API const vkp_sys *vkp_sys_default(void)
+VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
         vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,

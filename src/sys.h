@@ -40,9 +40,9 @@ typedef struct vkp_file_id {
 #define VKP_FD_FILE 1 /* a regular one */
 #define VKP_FD_SOCKET 2
 
-/* Every contact with the operating system. Copy vkp_sys_default()'s table and replace members to
-   inject faults or a clock. Calls return >= 0, or a negated errno: the result tells, not errno.
-   write and kevent may be called in a signal handler and leave errno alone.
+/* Every contact with the operating system. Copy the table of vkp_sys_get_default, and replace
+   members to inject faults or a clock. Calls return >= 0 or a negated errno; errno itself is not
+   set. write and kevent may be called in a signal handler and leave errno alone.
    Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
    thread.                                                                                     */
 struct vkp_sys {
@@ -93,4 +93,4 @@ struct vkp_sys {
 };
 
 /* The table over libc. Static. Any thread. */
-VKP_API const vkp_sys *vkp_sys_default(void);
+VKP_API const vkp_sys *vkp_sys_get_default(void);

@@ -12,7 +12,7 @@
    A whole program (examples/subscribe.c prints what a server publishes):
        vkp_loop_open(&loop_config, &loop);                 (a loop over a backend)
        vkp_client_open(loop, &client_config, &client);     (on_push = your callback)
-       vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("news"));
+       vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("news"));
        vkp_loop_run(loop);
 
    TABLE OF CONTENTS (search for the token)
@@ -28,10 +28,11 @@
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-audience  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
-           >>impl-handler  >>impl-value  >>impl-resp  >>impl-frame  >>impl-resp-writer
-           >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate  >>impl-conn-queue
-           >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push  >>impl-client
-           >>impl-client-link  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
-           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
+           >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
+           >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
+           >>impl-push  >>impl-client  >>impl-client-link  >>impl-pushloop  >>impl-relay
+           >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
+           >>impl-relay-serve
        >>licence       the licence in full
 */

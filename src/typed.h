@@ -88,16 +88,16 @@
         return vkp_mpsc_try_send(name##_raw_tx(tx), &value);                                       \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send_many(                                      \
-        name##_tx *tx, const name##_value *values, size_t count, size_t *sent,                     \
-        uint64_t deadline_ns)                                                                      \
+        name##_tx *tx, const name##_value *values, size_t count, uint64_t deadline_ns,             \
+        size_t *sent)                                                                              \
     {                                                                                              \
-        return vkp_mpsc_send_many(name##_raw_tx(tx), values, count, sent, deadline_ns);            \
+        return vkp_mpsc_send_many(name##_raw_tx(tx), values, count, deadline_ns, sent);            \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_reserve(                                        \
-        name##_tx *tx, vkp_mpsc_permit *permit, name##_value **value, uint64_t deadline_ns)        \
+        name##_tx *tx, uint64_t deadline_ns, vkp_mpsc_permit *permit, name##_value **value)        \
     {                                                                                              \
         vkp_status status = value != NULL                                                          \
-                                ? vkp_mpsc_reserve(name##_raw_tx(tx), permit, deadline_ns)         \
+                                ? vkp_mpsc_reserve(name##_raw_tx(tx), deadline_ns, permit)         \
                                 : VKP_ERR_INVALID;                                                 \
         if (status == VKP_OK) {                                                                    \
             *value = (name##_value *)permit->item;                                                 \
@@ -114,19 +114,19 @@
         }                                                                                          \
         return status;                                                                             \
     }                                                                                              \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,          \
-                                                        uint64_t deadline_ns)                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, uint64_t deadline_ns,       \
+                                                        name##_value *out)                         \
     {                                                                                              \
-        return vkp_mpsc_recv(name##_raw_rx(rx), out, deadline_ns);                                 \
+        return vkp_mpsc_recv(name##_raw_rx(rx), deadline_ns, out);                                 \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name##_rx *rx, name##_value *out)      \
     {                                                                                              \
         return vkp_mpsc_try_recv(name##_raw_rx(rx), out);                                          \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                      \
-        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns)    \
+        name##_rx *rx, uint64_t deadline_ns, name##_value *out, size_t capacity, size_t *count)    \
     {                                                                                              \
-        return vkp_mpsc_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);           \
+        return vkp_mpsc_recv_many(name##_raw_rx(rx), deadline_ns, out, capacity, count);           \
     }                                                                                              \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_peek(name##_rx *rx, const name##_value **value) \
     {                                                                                              \
@@ -167,10 +167,10 @@
     {                                                                                      \
         vkp_oneshot_abandon(&self->slot);                                                  \
     }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, name##_value *out,     \
-                                                        uint64_t deadline_ns)              \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,  \
+                                                        name##_value *out)                 \
     {                                                                                      \
-        return vkp_oneshot_recv(&self->slot, out, deadline_ns);                            \
+        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                            \
     }                                                                                      \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out) \
     {                                                                                      \
@@ -208,15 +208,15 @@
     {                                                                                           \
         return vkp_broadcast_send(name##_raw_tx(tx), &value);                                   \
     }                                                                                           \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, name##_value *out,       \
-                                                        uint64_t deadline_ns)                   \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name##_rx *rx, uint64_t deadline_ns,    \
+                                                        name##_value *out)                      \
     {                                                                                           \
-        return vkp_broadcast_recv(name##_raw_rx(rx), out, deadline_ns);                         \
+        return vkp_broadcast_recv(name##_raw_rx(rx), deadline_ns, out);                         \
     }                                                                                           \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv_many(                                   \
-        name##_rx *rx, name##_value *out, size_t capacity, size_t *count, uint64_t deadline_ns) \
+        name##_rx *rx, uint64_t deadline_ns, name##_value *out, size_t capacity, size_t *count) \
     {                                                                                           \
-        return vkp_broadcast_recv_many(name##_raw_rx(rx), out, capacity, count, deadline_ns);   \
+        return vkp_broadcast_recv_many(name##_raw_rx(rx), deadline_ns, out, capacity, count);   \
     }                                                                                           \
     VKP_TYPED_CALL vkp_case name##_case_recv(name##_rx *rx, name##_value *out)                  \
     {                                                                                           \

@@ -5,7 +5,7 @@
 
 static bool vkp_i_value_is_element(const vkp_value *value)
 {
-    return value->type != VKP_ATTRIBUTE && (value->flags & VKP_F_OUT_OF_BAND) == 0;
+    return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
 static bool vkp_i_is_message_kind(const char *text, size_t len)
@@ -23,27 +23,27 @@ static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_valu
     return value < end ? value : NULL;
 }
 
-VKP_API const vkp_value *vkp_value_first(const vkp_value *parent)
+VKP_API const vkp_value *vkp_value_get_first(const vkp_value *parent)
 {
     return vkp_i_value_from(parent, parent + 1);
 }
 
-VKP_API const vkp_value *vkp_value_next(const vkp_value *parent, const vkp_value *value)
+VKP_API const vkp_value *vkp_value_get_next(const vkp_value *parent, const vkp_value *value)
 {
     return value != NULL ? vkp_i_value_from(parent, value + value->span) : NULL;
 }
 
-VKP_API vkp_str vkp_value_str(const vkp_value *value)
+VKP_API vkp_str vkp_value_get_str(const vkp_value *value)
 {
-    bool text = value != NULL && (value->type == VKP_STRING || value->type == VKP_ERROR ||
-                                  value->type == VKP_BIGNUM || value->type == VKP_DOUBLE);
+    bool text = value != NULL && (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
+                                  value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE);
     return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
 }
 
-VKP_API bool vkp_value_is(const vkp_value *value, const char *text)
+VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text)
 {
-    return (value->type == VKP_STRING || value->type == VKP_ERROR) && text != NULL &&
-           vkp_i_str_is(vkp_value_str(value), text);
+    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text != NULL &&
+           vkp_i_str_is(vkp_value_get_str(value), text);
 }
 
 /* ---- doubles ---- */
@@ -166,10 +166,10 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
     const char *text = value->u.str;
     double infinity = VKP_I_DOUBLE_MAX * 10.0;
     size_t at;
-    if (value->type == VKP_INTEGER) {
+    if (value->type == VKP_RESP_INTEGER) {
         return (double)value->u.integer;
     }
-    if (value->type != VKP_DOUBLE) {
+    if (value->type != VKP_RESP_DOUBLE) {
         return 0.0;
     }
     at = text[0] == '-' || text[0] == '+' ? 1 : 0;

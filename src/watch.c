@@ -364,7 +364,7 @@ VKP_API void vkp_watch_release(vkp_watch_rx *rx)
 
 /* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
    announced yet.                                                                               */
-VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx)
+VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx)
 {
     return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
 }
@@ -394,7 +394,7 @@ static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
     vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
     bool closed = vkp_watch_is_closed(rx);
     (void)wait;
-    if (!vkp_watch_has_changed(rx)) { /* after the look at the end: nothing follows that */
+    if (!vkp_watch_is_changed(rx)) { /* after the look at the end: nothing follows that */
         return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
     }
     vkp_watch_mark_unchanged(rx);
@@ -404,7 +404,7 @@ static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
 static bool vkp_i_case_changed_is_ready(const vkp_case *each)
 {
     const vkp_watch_rx *rx = (const vkp_watch_rx *)each->i_object;
-    return vkp_watch_has_changed(rx) || vkp_watch_is_closed(rx);
+    return vkp_watch_is_changed(rx) || vkp_watch_is_closed(rx);
 }
 
 static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)

@@ -62,7 +62,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t de
 
 /* Whether a version is there that was not seen (still so after the senders went); forget or pretend
    to have seen it. Receiver's thread.                                                         */
-VKP_API bool vkp_watch_has_changed(const vkp_watch_rx *rx);
+VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx);
 VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx);
 VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx);
 

@@ -39,7 +39,7 @@
 
 namespace {
 
-constexpr uint32_t both = VKP_READ | VKP_WRITE;
+constexpr uint32_t both = VKP_IO_READ | VKP_IO_WRITE;
 constexpr uint64_t ms = 1000000;
 
 std::vector<const vkp_backend *> all_backends()
@@ -67,25 +67,38 @@ bool spins_on_closed()
     return is_guest() && vkp_test_foreign_loop()->spins_on_closed;
 }
 
-#define ON_EVERY_BACKEND                                                                         \
-    const vkp_backend *backend = GENERATE(from_range(all_backends()));                           \
+#define ON_EVERY_BACKEND                                               \
+    const vkp_backend *backend = GENERATE(from_range(all_backends())); \
     INFO("backend " << backend->name)
 
 // ---- descriptors ----
 
 class Fd {
-public:
+  public:
     Fd() = default;
-    explicit Fd(int fd) : fd_(fd) {}
-    Fd(Fd &&other) noexcept : fd_(other.release()) {}
+    explicit Fd(int fd) : fd_(fd)
+    {
+    }
+    Fd(Fd &&other) noexcept : fd_(other.release())
+    {
+    }
     Fd &operator=(Fd &&other) noexcept
     {
         reset(other.release());
         return *this;
     }
-    ~Fd() { reset(); }
-    operator int() const { return fd_; }
-    int release() { return std::exchange(fd_, -1); }
+    ~Fd()
+    {
+        reset();
+    }
+    operator int() const
+    {
+        return fd_;
+    }
+    int release()
+    {
+        return std::exchange(fd_, -1);
+    }
     void reset(int fd = -1)
     {
         if (fd_ >= 0) {
@@ -94,7 +107,7 @@ public:
         fd_ = fd;
     }
 
-private:
+  private:
     int fd_ = -1;
 };
 
@@ -145,14 +158,15 @@ struct Socket {
 // ---- a table of system calls with faults in it ----
 
 class Fault {
-public:
+  public:
     Fault &operator=(int error) // a negated errno, or 0 for the real call
     {
         error_ = error;
         hits = 0;
         return *this;
     }
-    template <typename Call> int or_else(Call call)
+    template <typename Call>
+    int or_else(Call call)
     {
         if (error_ == 0) {
             return call(); // without a trace: wakes come from other threads
@@ -162,7 +176,7 @@ public:
     }
     int hits = 0;
 
-private:
+  private:
     int error_ = 0;
 };
 
@@ -229,7 +243,7 @@ const vkp_sys *faulty_sys()
 // ---- a backend under test, in place of the loop ----
 
 class Host {
-public:
+  public:
     explicit Host(const vkp_backend *backend) : backend_(backend)
     {
         faults = Faults();
@@ -246,20 +260,32 @@ public:
     Host(const Host &) = delete;
     Host &operator=(const Host &) = delete;
 
-    vkp_status open() { return backend_->open(&host_, &state_); }
+    vkp_status open()
+    {
+        return backend_->open(&host_, &state_);
+    }
     void close()
     {
         if (state_ != nullptr) {
             backend_->close(std::exchange(state_, nullptr));
         }
     }
-    bool is_open() const { return state_ != nullptr; }
-    size_t blocks() { return vkp_test_env_live_blocks(&test); }
-    int fds_more() const { return vkp_test_fd_count() - fds_before_; }
+    bool is_open() const
+    {
+        return state_ != nullptr;
+    }
+    size_t blocks()
+    {
+        return vkp_test_env_live_blocks(&test);
+    }
+    int fds_more() const
+    {
+        return vkp_test_fd_count() - fds_before_;
+    }
 
     vkp_test_env test;
 
-protected:
+  protected:
     const vkp_backend *backend_;
     vkp_backend_host host_ = {};
     void *state_ = nullptr;
@@ -267,7 +293,7 @@ protected:
 };
 
 class Bench : public Host {
-public:
+  public:
     explicit Bench(const vkp_backend *backend, bool pipe_wake = false) : Host(backend)
     {
         faults.pipe_wake = pipe_wake;
@@ -280,14 +306,32 @@ public:
     {
         return backend_->watch(state_, fd, interest, token);
     }
-    void wake() { backend_->wake(state_); }
-    vkp_status after_fork() { return backend_->after_fork(state_); }
-    int pollable_fd() { return backend_->pollable_fd(state_); }
-    bool is_virtual() const { return (backend_->flags & VKP_BACKEND_VIRTUAL_TIME) != 0; }
-    uint64_t now() { return is_virtual() ? backend_->clock_ns(state_) : vkp_now_ns(); }
+    void wake()
+    {
+        backend_->wake(state_);
+    }
+    vkp_status after_fork()
+    {
+        return backend_->after_fork(state_);
+    }
+    int pollable_fd()
+    {
+        return backend_->pollable_fd(state_);
+    }
+    bool is_virtual() const
+    {
+        return (backend_->flags & VKP_BACKEND_VIRTUAL_TIME) != 0;
+    }
+    uint64_t now()
+    {
+        return is_virtual() ? backend_->clock_ns(state_) : vkp_now_ns();
+    }
 
     // For waits that something must end: a virtual clock would jump there instead.
-    uint64_t patience() { return is_virtual() ? VKP_FOREVER : vkp_test_deadline(); }
+    uint64_t patience()
+    {
+        return is_virtual() ? VKP_FOREVER : vkp_test_deadline();
+    }
 
     vkp_status try_wait(uint64_t deadline_ns, std::vector<vkp_event> *events, size_t capacity = 64)
     {
@@ -307,10 +351,10 @@ public:
         }
         events->assign(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(count));
         for (const vkp_event &event : *events) {
-            if (event.ready == 0 || (event.ready & ~(both | VKP_HUP | VKP_ERR)) != 0) {
+            if (event.ready == 0 || (event.ready & ~(both | VKP_IO_HUP | VKP_IO_ERROR)) != 0) {
                 vkp_test_fail("an event without readiness, or with unknown bits");
             }
-            if ((event.ready & (VKP_HUP | VKP_ERR)) != 0 && (event.ready & both) != both) {
+            if ((event.ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0 && (event.ready & both) != both) {
                 vkp_test_fail("HUP or ERR without both directions");
             }
         }
@@ -395,8 +439,8 @@ TEST_CASE("backend: open and close leave nothing behind, watched descriptors sta
     CHECK(host.fds_more() == 0);
     {
         Bench bench(backend);
-        REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
-        REQUIRE(bench.watch(pipe.writer, VKP_WRITE, 2) == VKP_OK);
+        REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(pipe.writer, VKP_IO_WRITE, 2) == VKP_OK);
         bench.close();
         CHECK(bench.blocks() == 0);
         CHECK(bench.fds_more() == 0);
@@ -412,20 +456,20 @@ TEST_CASE("backend: interest is set, replaced and removed")
     ON_EVERY_BACKEND;
     Socket socket;
     Bench bench(backend);
-    REQUIRE(bench.watch(socket.mine, VKP_READ, 7) == VKP_OK);
+    REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 7) == VKP_OK);
     CHECK(bench.ready() == Ready{});
-    REQUIRE(bench.watch(socket.mine, VKP_WRITE, 7) == VKP_OK);
-    CHECK(bench.ready() == Ready{{7, VKP_WRITE}});
+    REQUIRE(bench.watch(socket.mine, VKP_IO_WRITE, 7) == VKP_OK);
+    CHECK(bench.ready() == Ready{{7, VKP_IO_WRITE}});
     put(socket.peer);
-    CHECK(bench.ready() == Ready{{7, VKP_WRITE}});
+    CHECK(bench.ready() == Ready{{7, VKP_IO_WRITE}});
     REQUIRE(bench.watch(socket.mine, both, 7) == VKP_OK);
     CHECK(bench.ready() == Ready{{7, both}});
-    REQUIRE(bench.watch(socket.mine, VKP_READ, 7) == VKP_OK);
-    CHECK(bench.ready() == Ready{{7, VKP_READ}});
+    REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 7) == VKP_OK);
+    CHECK(bench.ready() == Ready{{7, VKP_IO_READ}});
     REQUIRE(bench.watch(socket.mine, 0, 7) == VKP_OK);
     CHECK(bench.ready() == Ready{});
-    REQUIRE(bench.watch(socket.mine, VKP_READ, 7) == VKP_OK);
-    CHECK(bench.ready() == Ready{{7, VKP_READ}});
+    REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 7) == VKP_OK);
+    CHECK(bench.ready() == Ready{{7, VKP_IO_READ}});
 }
 
 TEST_CASE("backend: watch is idempotent")
@@ -437,8 +481,8 @@ TEST_CASE("backend: watch is idempotent")
     CHECK(bench.watch(9999, 0) == VKP_OK);
     put(pipe.writer);
     for (int i = 0; i < 3; i++) {
-        REQUIRE(bench.watch(pipe.reader, VKP_READ, 5) == VKP_OK);
-        CHECK(bench.ready() == Ready{{5, VKP_READ}});
+        REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 5) == VKP_OK);
+        CHECK(bench.ready() == Ready{{5, VKP_IO_READ}});
     }
     for (int i = 0; i < 3; i++) {
         REQUIRE(bench.watch(pipe.reader, 0, 5) == VKP_OK);
@@ -450,7 +494,7 @@ TEST_CASE("backend: a negative descriptor is refused")
 {
     ON_EVERY_BACKEND;
     Bench bench(backend);
-    CHECK(bench.watch(-1, VKP_READ, 1) == VKP_ERR_INVALID);
+    CHECK(bench.watch(-1, VKP_IO_READ, 1) == VKP_ERR_INVALID);
     CHECK(bench.watch(-1, 0, 1) == VKP_ERR_INVALID);
     CHECK(bench.ready() == Ready{});
 }
@@ -464,14 +508,14 @@ TEST_CASE("backend: the token is opaque and comes back as last given")
     Bench bench(backend);
     std::set<uint64_t> expected;
     for (size_t i = 0; i < tokens.size(); i++) {
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, 4242) == VKP_OK);
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, tokens[i]) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, 4242) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, tokens[i]) == VKP_OK);
         put(pipes[i].writer);
         expected.insert(tokens[i]);
     }
     std::set<uint64_t> seen;
     for (const auto &event : bench.ready()) {
-        CHECK(event.second == VKP_READ);
+        CHECK(event.second == VKP_IO_READ);
         seen.insert(event.first);
     }
     CHECK(seen == expected);
@@ -483,7 +527,7 @@ TEST_CASE("backend: of several descriptors exactly the ready ones are reported, 
     std::vector<Pipe> pipes(16);
     Bench bench(backend);
     for (size_t i = 0; i < pipes.size(); i++) {
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, i) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, i) == VKP_OK);
     }
     // Every removal leaves a hole that something else fills.
     for (size_t i = 0; i < pipes.size(); i += 3) {
@@ -494,15 +538,15 @@ TEST_CASE("backend: of several descriptors exactly the ready ones are reported, 
         if (i % 2 == 0) {
             put(pipes[i].writer);
             if (i % 3 != 0) {
-                expected[i] = VKP_READ;
+                expected[i] = VKP_IO_READ;
             }
         }
     }
     CHECK(bench.ready() == expected);
     for (size_t i = 0; i < pipes.size(); i += 3) {
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, 100 + i) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, 100 + i) == VKP_OK);
         if (i % 2 == 0) {
-            expected[100 + i] = VKP_READ;
+            expected[100 + i] = VKP_IO_READ;
         }
     }
     CHECK(bench.ready() == expected);
@@ -559,9 +603,9 @@ TEST_CASE("backend: a thousand descriptors, and ten thousand")
         const bool busy = i % (count / 110) == 0; // one batch takes them all
         fds.emplace_back(dup(busy ? pipe.reader : quiet.reader));
         REQUIRE(int(fds.back()) >= 0);
-        REQUIRE(bench.watch(fds.back(), VKP_READ, i) == VKP_OK);
+        REQUIRE(bench.watch(fds.back(), VKP_IO_READ, i) == VKP_OK);
         if (busy) {
-            expected[i] = VKP_READ;
+            expected[i] = VKP_IO_READ;
         }
     }
     CHECK(bench.ready(count) == Ready{});
@@ -588,9 +632,9 @@ TEST_CASE("backend: a regular file is ready at once or refused with the system's
     REQUIRE(int(file) >= 0);
     Bench bench(backend);
     errno = 0;
-    vkp_status status = bench.watch(file, VKP_READ, 3);
+    vkp_status status = bench.watch(file, VKP_IO_READ, 3);
     if (status == VKP_OK) {
-        CHECK(bench.ready() == Ready{{3, VKP_READ}});
+        CHECK(bench.ready() == Ready{{3, VKP_IO_READ}});
     } else {
         CHECK(status == VKP_ERR_SYS);
         CHECK(errno == EPERM);
@@ -607,10 +651,10 @@ TEST_CASE("backend: readiness is repeated until it ends")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     put(pipe.writer, "abc");
     for (int i = 0; i < 3; i++) {
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         CHECK(take(pipe.reader, 1).size() == 1);
     }
     CHECK(bench.ready() == Ready{});
@@ -621,7 +665,7 @@ TEST_CASE("backend: a full socket becomes writable when its peer reads")
     ON_EVERY_BACKEND;
     Socket socket;
     Bench bench(backend);
-    REQUIRE(bench.watch(socket.mine, VKP_WRITE, 1) == VKP_OK);
+    REQUIRE(bench.watch(socket.mine, VKP_IO_WRITE, 1) == VKP_OK);
     const std::string chunk(4096, 'x');
     size_t sent = 0;
     for (;;) {
@@ -636,7 +680,7 @@ TEST_CASE("backend: a full socket becomes writable when its peer reads")
     while (sent > 0) {
         sent -= take(socket.peer, std::min<size_t>(sent, 4096)).size();
     }
-    CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_WRITE}});
 }
 
 TEST_CASE("backend: events beyond the capacity come with the next wait")
@@ -645,7 +689,7 @@ TEST_CASE("backend: events beyond the capacity come with the next wait")
     std::vector<Pipe> pipes(10);
     Bench bench(backend);
     for (size_t i = 0; i < pipes.size(); i++) {
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, i) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, i) == VKP_OK);
         put(pipes[i].writer);
     }
     SECTION("those delivered are drained")
@@ -690,7 +734,7 @@ TEST_CASE("backend: events beyond the capacity come with the next wait")
         std::set<uint64_t> seen;
         for (int i = 0; i < 40; i++) {
             REQUIRE(bench.watch(pipes[0].reader, 0) == VKP_OK);
-            REQUIRE(bench.watch(pipes[0].reader, VKP_READ, 0) == VKP_OK);
+            REQUIRE(bench.watch(pipes[0].reader, VKP_IO_READ, 0) == VKP_OK);
             for (const auto &event : bench.ready(1)) {
                 seen.insert(event.first);
             }
@@ -709,18 +753,18 @@ TEST_CASE("backend: a hang-up with data left is readable, and stays so until rem
     SECTION("pipe")
     {
         Pipe pipe;
-        REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
         put(pipe.writer, "last words");
         pipe.writer.reset();
         Ready first = bench.ready();
         REQUIRE(first.count(1) == 1);
-        CHECK((first[1] & VKP_READ) != 0);
+        CHECK((first[1] & VKP_IO_READ) != 0);
         CHECK(take(pipe.reader) == "last words");
         for (int i = 0; i < 3; i++) {
             Ready later = bench.ready();
             REQUIRE(later.count(1) == 1);
-            CHECK((later[1] & VKP_READ) != 0);
-            CHECK((later[1] & VKP_HUP) != 0);
+            CHECK((later[1] & VKP_IO_READ) != 0);
+            CHECK((later[1] & VKP_IO_HUP) != 0);
             CHECK(take(pipe.reader).empty());
         }
         REQUIRE(bench.watch(pipe.reader, 0) == VKP_OK);
@@ -729,16 +773,16 @@ TEST_CASE("backend: a hang-up with data left is readable, and stays so until rem
     SECTION("socket")
     {
         Socket socket;
-        REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 1) == VKP_OK);
         put(socket.peer, "last words");
         socket.peer.reset();
         Ready first = bench.ready();
         REQUIRE(first.count(1) == 1);
-        CHECK((first[1] & VKP_READ) != 0);
+        CHECK((first[1] & VKP_IO_READ) != 0);
         CHECK(take(socket.mine) == "last words");
         Ready later = bench.ready();
         REQUIRE(later.count(1) == 1);
-        CHECK((later[1] & VKP_READ) != 0);
+        CHECK((later[1] & VKP_IO_READ) != 0);
         CHECK(take(socket.mine).empty());
         REQUIRE(bench.watch(socket.mine, 0) == VKP_OK);
         CHECK(bench.ready() == Ready{});
@@ -762,13 +806,13 @@ TEST_CASE("backend: a pipe that nobody will read tells its writer")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.writer, VKP_WRITE, 1) == VKP_OK);
-    CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+    REQUIRE(bench.watch(pipe.writer, VKP_IO_WRITE, 1) == VKP_OK);
+    CHECK(bench.ready() == Ready{{1, VKP_IO_WRITE}});
     pipe.reader.reset();
     Ready events = bench.ready();
     REQUIRE(events.count(1) == 1);
-    CHECK((events[1] & VKP_WRITE) != 0);
-    CHECK((events[1] & (VKP_ERR | VKP_HUP)) != 0);
+    CHECK((events[1] & VKP_IO_WRITE) != 0);
+    CHECK((events[1] & (VKP_IO_ERROR | VKP_IO_HUP)) != 0);
 }
 
 TEST_CASE("backend: a pipe that nobody reads any more is refused, or tells its writer")
@@ -778,10 +822,10 @@ TEST_CASE("backend: a pipe that nobody reads any more is refused, or tells its w
     Bench bench(backend);
     pipe.reader.reset();
     errno = 0;
-    if (bench.watch(pipe.writer, VKP_WRITE, 1) == VKP_OK) {
+    if (bench.watch(pipe.writer, VKP_IO_WRITE, 1) == VKP_OK) {
         Ready events = bench.ready();
         REQUIRE(events.count(1) == 1);
-        CHECK((events[1] & (VKP_ERR | VKP_HUP)) != 0);
+        CHECK((events[1] & (VKP_IO_ERROR | VKP_IO_HUP)) != 0);
     } else {
         CHECK(errno == EPIPE);
         CHECK(bench.ready() == Ready{});
@@ -798,9 +842,9 @@ TEST_CASE("backend: a half-open socket lets the loop sleep")
     const std::string chunk(4096, 'x');
     SECTION("the peer sends no more, and that was read")
     {
-        REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 1) == VKP_OK);
         REQUIRE(shutdown(socket.peer, SHUT_WR) == 0);
-        CHECK((bench.ready()[1] & VKP_READ) != 0);
+        CHECK((bench.ready()[1] & VKP_IO_READ) != 0);
         CHECK(take(socket.mine).empty());
         REQUIRE(bench.watch(socket.mine, 0, 1) == VKP_OK);
         CHECK(bench.early_returns(100) <= 1);
@@ -813,21 +857,21 @@ TEST_CASE("backend: a half-open socket lets the loop sleep")
         while (write(socket.mine, chunk.data(), chunk.size()) > 0) {
         }
         REQUIRE(shutdown(socket.peer, SHUT_WR) == 0);
-        REQUIRE(bench.watch(socket.mine, VKP_WRITE, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine, VKP_IO_WRITE, 1) == VKP_OK);
         CHECK(bench.early_returns(100) <= 1);
         while (bench.ready().empty()) {
             take(socket.peer);
         }
-        CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_WRITE}});
         CHECK(write(socket.mine, chunk.data(), 1) == 1);
     }
     SECTION("we send no more, and wait for the answer")
     {
         REQUIRE(shutdown(socket.mine, SHUT_WR) == 0);
-        REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 1) == VKP_OK);
         CHECK(bench.early_returns(100) <= 1);
         put(socket.peer, "answer");
-        CHECK((bench.ready()[1] & VKP_READ) != 0);
+        CHECK((bench.ready()[1] & VKP_IO_READ) != 0);
         CHECK(take(socket.mine) == "answer");
         CHECK(bench.early_returns(100) <= 1);
     }
@@ -851,7 +895,7 @@ TEST_CASE("backend: descriptors are closed while their batch is handled")
     Bench bench(backend);
     Ready expected;
     for (size_t i = 0; i < pipes.size(); i++) {
-        REQUIRE(bench.watch(pipes[i].reader, VKP_READ, i) == VKP_OK);
+        REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, i) == VKP_OK);
         put(pipes[i].writer);
     }
     CHECK(bench.ready().size() == pipes.size());
@@ -861,16 +905,16 @@ TEST_CASE("backend: descriptors are closed while their batch is handled")
                 REQUIRE(bench.watch(pipes[ended].reader, 0) == VKP_OK);
                 pipes[ended] = Pipe(); // another file, of the same number more often than not
             }
-            REQUIRE(bench.watch(pipes[i].reader, VKP_READ, 100 + i) == VKP_OK);
+            REQUIRE(bench.watch(pipes[i].reader, VKP_IO_READ, 100 + i) == VKP_OK);
         } else if (i % 3 == 2) {
-            expected[i] = VKP_READ;
+            expected[i] = VKP_IO_READ;
         }
     }
     CHECK(bench.ready() == expected);
     for (size_t i = 0; i < pipes.size(); i += 3) {
         put(pipes[i].writer);
         put(pipes[i + 1].writer);
-        expected[100 + i] = VKP_READ;
+        expected[100 + i] = VKP_IO_READ;
     }
     CHECK(bench.ready() == expected);
 }
@@ -881,11 +925,11 @@ TEST_CASE("backend: a number used again inside a batch brings no event of its fo
     Pipe first;
     Pipe second;
     Bench bench(backend);
-    REQUIRE(bench.watch(first.reader, VKP_READ, 1) == VKP_OK);
-    REQUIRE(bench.watch(second.reader, VKP_READ, 2) == VKP_OK);
+    REQUIRE(bench.watch(first.reader, VKP_IO_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(second.reader, VKP_IO_READ, 2) == VKP_OK);
     put(first.writer);
     put(second.writer);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}, {2, VKP_READ}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}, {2, VKP_IO_READ}});
     // The callback of 1 ends 2 and opens something else, which gets the number.
     const int number = second.reader;
     REQUIRE(bench.watch(number, 0) == VKP_OK);
@@ -895,10 +939,10 @@ TEST_CASE("backend: a number used again inside a batch brings no event of its fo
         REQUIRE(dup2(third.reader, number) == number);
         third.reader.reset(number);
     }
-    REQUIRE(bench.watch(number, VKP_READ, 3) == VKP_OK);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+    REQUIRE(bench.watch(number, VKP_IO_READ, 3) == VKP_OK);
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     put(third.writer);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}, {3, VKP_READ}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}, {3, VKP_IO_READ}});
 }
 
 TEST_CASE("backend: a descriptor closed without a word")
@@ -908,9 +952,9 @@ TEST_CASE("backend: a descriptor closed without a word")
     Pipe fresh;
     Bench bench(backend);
     const int number = old.reader;
-    REQUIRE(bench.watch(number, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(number, VKP_IO_READ, 1) == VKP_OK);
     put(old.writer);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     SECTION("is removed")
     {
         old.reader.reset();
@@ -920,20 +964,20 @@ TEST_CASE("backend: a descriptor closed without a word")
     SECTION("is watched anew as another file")
     {
         REQUIRE(dup2(fresh.reader, number) == number); // closes what was there
-        REQUIRE(bench.watch(number, VKP_READ, 2) == VKP_OK);
+        REQUIRE(bench.watch(number, VKP_IO_READ, 2) == VKP_OK);
         CHECK(bench.ready() == Ready{});
         put(fresh.writer);
-        CHECK(bench.ready() == Ready{{2, VKP_READ}});
+        CHECK(bench.ready() == Ready{{2, VKP_IO_READ}});
     }
     SECTION("is removed, then watched anew as another file")
     {
         old.reader.reset();
         CHECK(bench.watch(number, 0) == VKP_OK);
         old.reader.reset(dup2(fresh.reader, number));
-        REQUIRE(bench.watch(number, VKP_READ, 2) == VKP_OK);
+        REQUIRE(bench.watch(number, VKP_IO_READ, 2) == VKP_OK);
         CHECK(bench.ready() == Ready{});
         put(fresh.writer);
-        CHECK(bench.ready() == Ready{{2, VKP_READ}});
+        CHECK(bench.ready() == Ready{{2, VKP_IO_READ}});
     }
 }
 
@@ -946,9 +990,9 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
     const int number = old.reader;
     Fd duplicate(dup(old.reader));
     REQUIRE(int(duplicate) >= 0);
-    REQUIRE(bench.watch(number, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(number, VKP_IO_READ, 1) == VKP_OK);
     put(old.writer);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     SECTION("says nothing any more, nor keeps waits from waiting")
     {
         old.reader.reset();
@@ -959,25 +1003,25 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
     SECTION("and the number stands for another file")
     {
         REQUIRE(dup2(fresh.reader, number) == number); // closes what was there
-        REQUIRE(bench.watch(number, VKP_READ, 2) == VKP_OK);
+        REQUIRE(bench.watch(number, VKP_IO_READ, 2) == VKP_OK);
         CHECK(bench.ready() == Ready{});
         CHECK(bench.early_returns(10) <= (spins_on_closed() ? 10 : 2));
         put(fresh.writer);
-        CHECK(bench.ready() == Ready{{2, VKP_READ}});
+        CHECK(bench.ready() == Ready{{2, VKP_IO_READ}});
     }
     SECTION("and the number stands for the same file again")
     {
         old.reader.reset();
         CHECK(bench.watch(number, 0) == VKP_OK);
         old.reader.reset(dup2(duplicate, number));
-        REQUIRE(bench.watch(number, VKP_READ, 2) == VKP_OK);
-        CHECK(bench.ready() == Ready{{2, VKP_READ}});
+        REQUIRE(bench.watch(number, VKP_IO_READ, 2) == VKP_OK);
+        CHECK(bench.ready() == Ready{{2, VKP_IO_READ}});
         REQUIRE(bench.watch(number, 0) == VKP_OK);
         CHECK(bench.early_returns(10) <= 2);
     }
     SECTION("and the others are still watched afterwards")
     {
-        REQUIRE(bench.watch(fresh.reader, VKP_READ, 3) == VKP_OK);
+        REQUIRE(bench.watch(fresh.reader, VKP_IO_READ, 3) == VKP_OK);
         old.reader.reset();
         CHECK(bench.watch(number, 0) == VKP_OK);
         CHECK(bench.ready() == Ready{});
@@ -985,7 +1029,7 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
         bench.wake();
         CHECK(bench.woken());
         put(fresh.writer);
-        CHECK(bench.ready() == Ready{{3, VKP_READ}});
+        CHECK(bench.ready() == Ready{{3, VKP_IO_READ}});
     }
     SECTION("and others were closed without a word as well")
     {
@@ -997,7 +1041,7 @@ TEST_CASE("backend: a descriptor closed without a word while a duplicate lives")
             std::vector<Pipe> more(5);
             for (const Pipe &pipe : more) {
                 closed.push_back(pipe.reader);
-                REQUIRE(bench.watch(pipe.reader, VKP_READ, 100) == VKP_OK);
+                REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 100) == VKP_OK);
             }
         }
         old.reader.reset();
@@ -1039,7 +1083,7 @@ TEST_CASE("backend: a deadline that has passed does not wait")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     const uint64_t before = bench.now();
     CHECK(before > 0);
     CHECK(bench.wait(0).empty());
@@ -1068,13 +1112,13 @@ TEST_CASE("backend: an event ends a wait before its deadline")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     std::thread other([&] { put(pipe.writer); });
     std::vector<vkp_event> events = bench.wait(VKP_FOREVER);
     other.join();
     REQUIRE(events.size() == 1);
     CHECK(events[0].token == 1);
-    CHECK(events[0].ready == VKP_READ);
+    CHECK(events[0].ready == VKP_IO_READ);
 }
 
 TEST_CASE("backend: a signal is no event and no error")
@@ -1122,7 +1166,7 @@ TEST_CASE("backend: a storm of signals loses no event and no wake")
     constexpr int rounds = 1000;
     Socket socket;
     Bench bench(backend);
-    REQUIRE(bench.watch(socket.mine, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(socket.mine, VKP_IO_READ, 1) == VKP_OK);
     std::atomic<int> wakes{0};
     int echoed = 0;
     int answered = 0;
@@ -1154,7 +1198,7 @@ TEST_CASE("backend: a storm of signals loses no event and no wake")
     while (echoed < rounds || answered < rounds / 2) {
         const uint64_t deadline = bench.patience();
         for (const vkp_event &event : bench.wait(deadline)) {
-            if (event.ready != VKP_READ) {
+            if (event.ready != VKP_IO_READ) {
                 vkp_test_fail("backend %s: not readable alone", backend->name);
             }
             take(socket.mine, 1);
@@ -1187,7 +1231,7 @@ TEST_CASE("backend: a wake before a wait ends it at once, and only it")
     INFO((pipe_wake ? "wake over a pipe" : "the platform's wake"));
     Pipe pipe;
     Bench bench(backend, pipe_wake);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     for (int i = 0; i < 3; i++) {
         bench.wake();
         const uint64_t before = bench.now();
@@ -1213,7 +1257,7 @@ TEST_CASE("backend: a wake reaches a wait that has room for one event only")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     put(pipe.writer);
     bench.wake();
     size_t events = 0;
@@ -1378,7 +1422,7 @@ TEST_CASE("backend: after_fork parts the child from its parent")
     INFO((pipe_wake ? "wake over a pipe" : "the platform's wake"));
     Pipe pipe;
     Bench bench(backend, pipe_wake);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     put(pipe.writer);
     SECTION("the child's watches are its own, and the old ones still there")
     {
@@ -1386,16 +1430,16 @@ TEST_CASE("backend: after_fork parts the child from its parent")
                   if (bench.after_fork() != VKP_OK) {
                       return 1;
                   }
-                  if (bench.ready() != Ready{{1, VKP_READ}} || bench.ready().size() != 1) {
+                  if (bench.ready() != Ready{{1, VKP_IO_READ}} || bench.ready().size() != 1) {
                       return 2;
                   }
                   if (bench.watch(pipe.reader, 0) != VKP_OK || !bench.ready().empty()) {
                       return 3;
                   }
-                  return bench.watch(pipe.writer, VKP_WRITE, 9) == VKP_OK ? 0 : 4;
+                  return bench.watch(pipe.writer, VKP_IO_WRITE, 9) == VKP_OK ? 0 : 4;
               }) == 0);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     }
     SECTION("a wake in the child is none in the parent")
     {
@@ -1431,7 +1475,7 @@ TEST_CASE("backend: after_fork parts the child from its parent")
                   bench.close();
                   return bench.blocks() == 0 ? 0 : 2;
               }) == 0);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     }
     SECTION("a failure is reported, and the state can still be closed")
     {
@@ -1447,7 +1491,7 @@ TEST_CASE("backend: after_fork parts the child from its parent")
             faults.*fault = 0;
         }
         REQUIRE(bench.after_fork() == VKP_OK);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         bench.close();
         CHECK(bench.fds_more() == 0);
         CHECK(bench.blocks() == 0);
@@ -1461,7 +1505,7 @@ TEST_CASE("backend: a forked child closes no descriptor that is not the backend'
     INFO((after_fork ? "after_fork, then close" : "close alone"));
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     struct stat expected = {};
     REQUIRE(fstat(pipe.reader, &expected) == 0);
     CHECK(in_child([&] {
@@ -1483,7 +1527,7 @@ TEST_CASE("backend: a forked child closes no descriptor that is not the backend'
               return bench.blocks() == 0 ? 0 : 3;
           }) == 0);
     put(pipe.writer);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
 }
 
 // ---- faults ----
@@ -1518,7 +1562,7 @@ TEST_CASE("backend: a wait that fails says so and can be repeated")
     ON_EVERY_BACKEND;
     Pipe pipe;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     put(pipe.writer);
     std::vector<vkp_event> events;
     for (const int error : {ENOMEM, EINVAL, EBADF}) {
@@ -1527,7 +1571,7 @@ TEST_CASE("backend: a wait that fails says so and can be repeated")
         CHECK(bench.try_wait(VKP_FOREVER, &events) == VKP_ERR_SYS);
         CHECK(errno == error);
         faults.wait = 0;
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     }
 }
 
@@ -1537,20 +1581,20 @@ TEST_CASE("backend: a watch that fails says so and changes nothing")
     Pipe pipe;
     Pipe other;
     Bench bench(backend);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     put(pipe.writer);
     put(other.writer);
     faults.change = -ENOSPC;
     errno = 0;
-    const vkp_status status = bench.watch(other.reader, VKP_READ, 2);
+    const vkp_status status = bench.watch(other.reader, VKP_IO_READ, 2);
     if (faults.change.hits == 0) {
         CHECK(status == VKP_OK); // no system call, so no fault; memory has its own test
         return;
     }
     CHECK(status == VKP_ERR_SYS);
     CHECK(errno == ENOSPC);
-    CHECK(bench.watch(pipe.reader, VKP_WRITE, 3) == VKP_ERR_SYS);
-    CHECK(bench.ready() == Ready{{1, VKP_READ}});
+    CHECK(bench.watch(pipe.reader, VKP_IO_WRITE, 3) == VKP_ERR_SYS);
+    CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     SECTION("a removal never fails: what the kernel keeps is dropped when it reports")
     {
         CHECK(bench.watch(pipe.reader, 0) == VKP_OK);
@@ -1561,9 +1605,9 @@ TEST_CASE("backend: a watch that fails says so and changes nothing")
     SECTION("the same calls succeed afterwards")
     {
         faults = Faults();
-        CHECK(bench.watch(other.reader, VKP_READ, 2) == VKP_OK);
-        CHECK(bench.watch(pipe.reader, VKP_READ, 3) == VKP_OK);
-        CHECK(bench.ready() == Ready{{2, VKP_READ}, {3, VKP_READ}});
+        CHECK(bench.watch(other.reader, VKP_IO_READ, 2) == VKP_OK);
+        CHECK(bench.watch(pipe.reader, VKP_IO_READ, 3) == VKP_OK);
+        CHECK(bench.ready() == Ready{{2, VKP_IO_READ}, {3, VKP_IO_READ}});
     }
 }
 
@@ -1594,15 +1638,15 @@ TEST_CASE("backend: every allocation may fail")
         Ready expected;
         failed = false;
         for (size_t i = 0; i < fds.size(); i++) {
-            vkp_status status = bench.watch(fds[i], VKP_READ, i);
+            vkp_status status = bench.watch(fds[i], VKP_IO_READ, i);
             if (status != VKP_OK) {
                 CHECK(status == VKP_ERR_NOMEM);
                 CHECK(bench.ready() == expected);
                 CHECK(bench.watch(fds[i], 0) == VKP_OK);
                 failed = true;
-                REQUIRE(bench.watch(fds[i], VKP_READ, i) == VKP_OK);
+                REQUIRE(bench.watch(fds[i], VKP_IO_READ, i) == VKP_OK);
             }
-            expected[i] = VKP_READ;
+            expected[i] = VKP_IO_READ;
         }
         CHECK(bench.ready() == expected);
     }
@@ -1626,7 +1670,7 @@ TEST_CASE("backend: the pollable descriptor is readable when a wait would end")
         return poll(&entry, 1, 0) == 1;
     };
     CHECK_FALSE(readable());
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     CHECK_FALSE(readable());
     put(pipe.writer);
     CHECK(readable());
@@ -1674,7 +1718,9 @@ struct Reader : vkp_io {
     std::vector<std::unique_ptr<Reader>> *all;
     Pipe pipe;
     int calls = 0;
-    Reader() : vkp_io() {}
+    Reader() : vkp_io()
+    {
+    }
     void end()
     {
         vkp_io_stop(this);
@@ -1687,7 +1733,9 @@ struct Alarm : vkp_timer {
     std::vector<size_t> *order = nullptr;
     size_t index = 0;
     bool early = false;
-    Alarm() : vkp_timer() {}
+    Alarm() : vkp_timer()
+    {
+    }
 };
 
 } // namespace
@@ -1702,7 +1750,7 @@ TEST_CASE("backend: in the loop, callbacks close their own descriptors and other
         Reader &reader = *readers.back();
         reader.all = &readers;
         put(reader.pipe.writer);
-        REQUIRE(vkp_io_start(program.loop, &reader, reader.pipe.reader, VKP_READ,
+        REQUIRE(vkp_io_start(&reader, program.loop, reader.pipe.reader, VKP_IO_READ,
                              [](vkp_io *watch, uint32_t) {
                                  Reader *self = static_cast<Reader *>(watch);
                                  self->calls++;
@@ -1738,26 +1786,27 @@ TEST_CASE("backend: in the loop, timers fire in order and not early, whatever el
     std::vector<Alarm> alarms(count);
     std::vector<size_t> order;
     std::vector<size_t> expected(count);
-    const uint64_t start = vkp_loop_get_now(program.loop);
+    const uint64_t start = vkp_loop_get_now_ns(program.loop);
     for (size_t i = 0; i < count; i++) {
         // Shuffled, some of them equal, some in the past.
         alarms[i].deadline_ns = start + (i * 37 % 20) * (ms / 3);
         alarms[i].order = &order;
         alarms[i].index = i;
         expected[i] = i;
-        REQUIRE(vkp_timer_start(program.loop, &alarms[i], alarms[i].deadline_ns, 0,
-                                [](vkp_timer *timer) {
-                                    Alarm *self = static_cast<Alarm *>(timer);
-                                    self->order->push_back(self->index);
-                                    self->early =
-                                        vkp_loop_get_now(self->i_loop) < self->deadline_ns;
-                                }) == VKP_OK);
+        REQUIRE(vkp_timer_start(
+                    &alarms[i], program.loop,
+                    [](vkp_timer *timer) {
+                        Alarm *self = static_cast<Alarm *>(timer);
+                        self->order->push_back(self->index);
+                        self->early = vkp_loop_get_now_ns(self->i_loop) < self->deadline_ns;
+                    },
+                    0, alarms[i].deadline_ns) == VKP_OK);
     }
     std::stable_sort(expected.begin(), expected.end(), [&](size_t a, size_t b) {
         return alarms[a].deadline_ns < alarms[b].deadline_ns;
     });
     Reader reader; // its events end waits again and again
-    REQUIRE(vkp_io_start(program.loop, &reader, reader.pipe.reader, VKP_READ,
+    REQUIRE(vkp_io_start(&reader, program.loop, reader.pipe.reader, VKP_IO_READ,
                          [](vkp_io *watch, uint32_t) {
                              take(static_cast<Reader *>(watch)->pipe.reader, 1);
                          }) == VKP_OK);
@@ -1781,7 +1830,7 @@ TEST_CASE("null backend: events come in ascending order of descriptors")
     Bench bench(&vkp_backend_null);
     for (size_t i = 0; i < pipes.size(); i++) {
         const Pipe &pipe = pipes[(i * 7) % pipes.size()];
-        REQUIRE(bench.watch(pipe.reader, VKP_READ, static_cast<uint64_t>(int(pipe.reader))) ==
+        REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, static_cast<uint64_t>(int(pipe.reader))) ==
                 VKP_OK);
     }
     for (size_t i = 0; i < pipes.size(); i++) {
@@ -1808,7 +1857,7 @@ TEST_CASE("null backend: the clock stands still, and jumps to the deadline when 
 {
     Pipe pipe;
     Bench bench(&vkp_backend_null);
-    REQUIRE(bench.watch(pipe.reader, VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(pipe.reader, VKP_IO_READ, 1) == VKP_OK);
     const uint64_t start = bench.now();
     const uint64_t hour = uint64_t(3600) * 1000 * ms;
     CHECK(bench.wait(start + hour).empty());

@@ -105,8 +105,8 @@ TEST_CASE("base: the version at run time is the header's", "[base]")
     const std::string parts = std::to_string(VKP_VERSION_MAJOR) + "." +
                               std::to_string(VKP_VERSION_MINOR) + "." +
                               std::to_string(VKP_VERSION_PATCH);
-    CHECK(std::string(vkp_version()) == parts);
-    CHECK(std::string(vkp_version()) == VKP_VERSION_STR);
+    CHECK(std::string(vkp_version_str()) == parts);
+    CHECK(std::string(vkp_version_str()) == VKP_VERSION_STR);
 }
 
 TEST_CASE("base: the clock never goes back, on one thread or across a join", "[base]")
@@ -159,9 +159,9 @@ TEST_CASE("base: VKP_ZERO gives all-zero structs", "[base]")
 
 TEST_CASE("sys: the default table has every member and is one static table", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     REQUIRE(sys != nullptr);
-    CHECK(vkp_sys_default() == sys);
+    CHECK(vkp_sys_get_default() == sys);
     // All members are pointers to functions: the table is an array of words, none of them zero.
     static_assert(sizeof(vkp_sys) % sizeof(void *) == 0, "a table of pointers");
     std::vector<uintptr_t> words(sizeof(vkp_sys) / sizeof(void *));
@@ -174,7 +174,7 @@ TEST_CASE("sys: the default table has every member and is one static table", "[b
 
 TEST_CASE("sys: processors are counted; a barrier is there or is not", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     CHECK(sys->processors() >= 1);
     CHECK(sys->processors() == sys->processors());
     sys->yield();
@@ -188,7 +188,7 @@ TEST_CASE("sys: processors are counted; a barrier is there or is not", "[base][s
 
 TEST_CASE("sys: clock, random numbers and process id", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     const uint64_t a = vkp_now_ns();
     const uint64_t b = sys->clock_ns();
     const uint64_t c = vkp_now_ns();
@@ -212,7 +212,7 @@ TEST_CASE("sys: clock, random numbers and process id", "[base][sys]")
 
 TEST_CASE("sys: failures are negated errno; write leaves errno itself alone", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     char byte = 0;
     vkp_range range = {&byte, 1};
     const sockaddr_un address = unix_address("/nonexistent-vkp/x");
@@ -241,7 +241,7 @@ TEST_CASE("sys: failures are negated errno; write leaves errno itself alone", "[
 
 TEST_CASE("sys: a wake pair polls readable after a write, and only then", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     int fds[2] = {-1, -1};
     REQUIRE(sys->wake_pair(fds) >= 0);
     for (int fd : fds) {
@@ -264,7 +264,7 @@ TEST_CASE("sys: a wake pair polls readable after a write, and only then", "[base
 
 TEST_CASE("sys: poll keeps its deadline and never returns early", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     int fds[2] = {-1, -1};
     REQUIRE(sys->wake_pair(fds) >= 0);
     struct pollfd entry;
@@ -286,7 +286,7 @@ TEST_CASE("sys: poll keeps its deadline and never returns early", "[base][sys]")
 
 TEST_CASE("sys: sockets are non-blocking and close-on-exec from birth", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     const std::string path = vkp_test_fresh_path("s");
     const sockaddr_un address = unix_address(path);
     const int listener = sys->socket(AF_UNIX, SOCK_STREAM);
@@ -367,7 +367,7 @@ TEST_CASE("sys: sockets are non-blocking and close-on-exec from birth", "[base][
 TEST_CASE("sys: bind makes a file of that mode, less the umask, and changes no other",
           "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     for (mode_t mask : {mode_t{0}, mode_t{022}, mode_t{077}}) {
         for (uint32_t mode : {0600u, 0660u, 0666u, 0777u}) {
             INFO("umask " << mask << ", mode " << mode);
@@ -402,7 +402,7 @@ TEST_CASE("sys: bind makes a file of that mode, less the umask, and changes no o
 
 TEST_CASE("sys: prepare makes an adopted socket as if it were born here", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     int fds[2];
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
     CHECK_FALSE(is_nonblocking(fds[0]));
@@ -420,7 +420,7 @@ TEST_CASE("sys: prepare makes an adopted socket as if it were born here", "[base
 
 TEST_CASE("sys: a refused TCP connection is told by connect or by socket_error", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     sockaddr_in address;
     std::memset(&address, 0, sizeof address);
     address.sin_family = AF_INET;
@@ -452,7 +452,7 @@ TEST_CASE("sys: a refused TCP connection is told by connect or by socket_error",
 
 TEST_CASE("sys: a lock file has one holder; identify does not take it for a socket", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     const std::string path = vkp_test_fresh_path("l");
     vkp_file_id id;
     const int first = sys->lock_file(path.c_str(), &id);
@@ -469,7 +469,7 @@ TEST_CASE("sys: a lock file has one holder; identify does not take it for a sock
 
 TEST_CASE("sys: identify looks at a link itself, not at what it points to", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     const std::string target = vkp_test_fresh_path("t");
     const std::string link = vkp_test_fresh_path("n");
     const sockaddr_un address = unix_address(target);
@@ -489,7 +489,7 @@ TEST_CASE("sys: identify looks at a link itself, not at what it points to", "[ba
 
 TEST_CASE("sys: epoll where there is one, ENOSYS elsewhere", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
 #if defined(__linux__)
     const int epoll_fd = sys->epoll_create();
     REQUIRE(epoll_fd >= 0);
@@ -526,7 +526,7 @@ TEST_CASE("sys: epoll where there is one, ENOSYS elsewhere", "[base][sys]")
 
 TEST_CASE("sys: a kqueue where there is one, ENOSYS elsewhere", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     errno = 4321; // kevent is called in signal handlers, too
 #if defined(__linux__)
     CHECK(sys->kqueue_create() == -ENOSYS);
@@ -560,7 +560,7 @@ TEST_CASE("sys: a kqueue where there is one, ENOSYS elsewhere", "[base][sys]")
 
 TEST_CASE("sys: the kind of a descriptor", "[base][sys]")
 {
-    const vkp_sys *sys = vkp_sys_default();
+    const vkp_sys *sys = vkp_sys_get_default();
     int fds[2] = {-1, -1};
     REQUIRE(pipe(fds) == 0);
     const int file = open(vkp_test_path("kind"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);

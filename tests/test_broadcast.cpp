@@ -92,7 +92,7 @@ struct Receiver {
     }
     vkp_status recv(uint64_t deadline_ns = 0)
     {
-        return vkp_broadcast_recv(rx, &value, deadline_ns);
+        return vkp_broadcast_recv(rx, deadline_ns, &value);
     }
     vkp_status try_recv()
     {
@@ -104,7 +104,7 @@ struct Receiver {
     }
     uint64_t len() const
     {
-        return vkp_broadcast_len(rx);
+        return vkp_broadcast_get_len(rx);
     }
     uint64_t value = 0;
 };
@@ -143,9 +143,9 @@ void drain(vkp_broadcast_rx *rx, int how, vkp_test_ledger *ledger, Seen *seen)
     uint64_t values[5];
     for (;;) {
         size_t count = 1;
-        vkp_status status = how == 0   ? vkp_broadcast_recv(rx, values, deadline)
+        vkp_status status = how == 0   ? vkp_broadcast_recv(rx, deadline, values)
                             : how == 1 ? vkp_broadcast_try_recv(rx, values)
-                                       : vkp_broadcast_recv_many(rx, values, 5, &count, deadline);
+                                       : vkp_broadcast_recv_many(rx, deadline, values, 5, &count);
         if (status == VKP_OK) {
             for (size_t i = 0; i < count; i++) {
                 seen->take(values[i]);
@@ -252,14 +252,14 @@ TEST_CASE("broadcast: null arguments are INVALID, null handles are ignored by un
     CHECK(vkp_broadcast_resubscribe(receiver.rx, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_broadcast_send(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_broadcast_send(sender.tx, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv(nullptr, &value, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv(receiver.rx, nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv(nullptr, 0, &value) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv(receiver.rx, 0, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_broadcast_try_recv(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_broadcast_try_recv(receiver.rx, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv_many(nullptr, &value, 1, &count, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, nullptr, 1, &count, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, &value, 0, &count, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, &value, 1, nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv_many(nullptr, 0, &value, 1, &count) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, nullptr, 1, &count) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, &value, 0, &count) == VKP_ERR_INVALID);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, &value, 1, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_broadcast_wait_closed(nullptr, 0) == VKP_ERR_INVALID);
     vkp_broadcast_tx_unref(nullptr);
     vkp_broadcast_rx_unref(nullptr);
@@ -297,7 +297,7 @@ TEST_CASE("broadcast: out is written on OK only", "[broadcast]")
     receiver.value = 77;
     CHECK(receiver.try_recv() == VKP_ERR_EMPTY);
     CHECK(receiver.recv() == VKP_ERR_TIMEOUT);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, &receiver.value, 1, &count, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, &receiver.value, 1, &count) == VKP_ERR_TIMEOUT);
     for (uint64_t value = 0; value < 5; value++) {
         REQUIRE(sender.send(value) == VKP_OK);
     }
@@ -308,7 +308,7 @@ TEST_CASE("broadcast: out is written on OK only", "[broadcast]")
     receiver.value = 77;
     sender.end();
     CHECK(receiver.try_recv() == VKP_ERR_CLOSED);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, &receiver.value, 1, &count, VKP_FOREVER) ==
+    CHECK(vkp_broadcast_recv_many(receiver.rx, VKP_FOREVER, &receiver.value, 1, &count) ==
           VKP_ERR_CLOSED);
     CHECK(receiver.value == 77);
     CHECK(count == 99);
@@ -401,10 +401,10 @@ TEST_CASE("broadcast: LAGGED tells the exact number, then comes the oldest value
         size_t count = 0;
         REQUIRE(sender.send(4) == VKP_OK);
         REQUIRE(sender.send(5) == VKP_OK);
-        CHECK(vkp_broadcast_recv_many(receiver.rx, values, 8, &count, VKP_FOREVER) ==
+        CHECK(vkp_broadcast_recv_many(receiver.rx, VKP_FOREVER, values, 8, &count) ==
               VKP_ERR_LAGGED);
         CHECK(receiver.missed() == 2);
-        REQUIRE(vkp_broadcast_recv_many(receiver.rx, values, 8, &count, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_broadcast_recv_many(receiver.rx, VKP_FOREVER, values, 8, &count) == VKP_OK);
         CHECK(count == 4);
         CHECK(values[0] == 2);
         CHECK(values[3] == 5);
@@ -532,7 +532,7 @@ TEST_CASE("broadcast: recv_many takes what is there, in order, up to its capacit
     Receiver receiver(sender);
     uint64_t values[16] = {};
     size_t count = 0;
-    CHECK(vkp_broadcast_recv_many(receiver.rx, values, 16, &count, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, values, 16, &count) == VKP_ERR_TIMEOUT);
     // Begins inside the ring, so that its end is in the middle of a batch.
     for (uint64_t value = 0; value < 5; value++) {
         REQUIRE(sender.send(value) == VKP_OK);
@@ -541,20 +541,20 @@ TEST_CASE("broadcast: recv_many takes what is there, in order, up to its capacit
     for (uint64_t value = 5; value < 12; value++) {
         REQUIRE(sender.send(value) == VKP_OK);
     }
-    REQUIRE(vkp_broadcast_recv_many(receiver.rx, values, 3, &count, VKP_FOREVER) == VKP_OK);
+    REQUIRE(vkp_broadcast_recv_many(receiver.rx, VKP_FOREVER, values, 3, &count) == VKP_OK);
     CHECK(count == 3);
     CHECK(values[0] == 5);
     CHECK(values[2] == 7);
     CHECK(values[3] == 0);
-    REQUIRE(vkp_broadcast_recv_many(receiver.rx, values, 16, &count, 0) == VKP_OK);
+    REQUIRE(vkp_broadcast_recv_many(receiver.rx, 0, values, 16, &count) == VKP_OK);
     CHECK(count == 4);
     CHECK(values[0] == 8);
     CHECK(values[3] == 11);
     REQUIRE(sender.send(12) == VKP_OK);
     sender.end();
-    REQUIRE(vkp_broadcast_recv_many(receiver.rx, values, 16, &count, 0) == VKP_OK);
+    REQUIRE(vkp_broadcast_recv_many(receiver.rx, 0, values, 16, &count) == VKP_OK);
     CHECK(count == 1);
-    CHECK(vkp_broadcast_recv_many(receiver.rx, values, 16, &count, 0) == VKP_ERR_CLOSED);
+    CHECK(vkp_broadcast_recv_many(receiver.rx, 0, values, 16, &count) == VKP_ERR_CLOSED);
 }
 
 TEST_CASE("broadcast: values of every size come out whole, and nothing beside them is written",
@@ -602,7 +602,7 @@ TEST_CASE("broadcast: values of every size come out whole, and nothing beside th
                 }
                 if (sent != wanted) {
                     size_t count = 0;
-                    REQUIRE(vkp_broadcast_recv_many(receiver.rx, out.data(), 4, &count, 0) ==
+                    REQUIRE(vkp_broadcast_recv_many(receiver.rx, 0, out.data(), 4, &count) ==
                             VKP_OK);
                     for (size_t i = 0; i < count; i++) {
                         wrong += !vkp_test_is_filled(out.data() + i * bytes, bytes, wanted++);
@@ -677,10 +677,10 @@ TEST_CASE("broadcast: random calls answer as a model does", "[broadcast]")
                 size_t count = 1;
                 const size_t most = dice < 90 ? 1 : 4;
                 const uint64_t waiting = sent.size() - model.next;
-                REQUIRE(vkp_broadcast_len(model.rx) == waiting);
+                REQUIRE(vkp_broadcast_get_len(model.rx) == waiting);
                 const vkp_status status =
                     most == 1 ? vkp_broadcast_try_recv(model.rx, values)
-                              : vkp_broadcast_recv_many(model.rx, values, most, &count, 0);
+                              : vkp_broadcast_recv_many(model.rx, 0, values, most, &count);
                 if (waiting > kept) {
                     REQUIRE(status == VKP_ERR_LAGGED);
                     model.missed = waiting - kept;
@@ -777,8 +777,8 @@ TEST_CASE("broadcast: blocks of bytes as values, whichever side goes first", "[b
                 REQUIRE(vkp_bytes_copy(memory.env(), text.data(), text.size(), &bytes) == VKP_OK);
                 REQUIRE(vkp_broadcast_send(sender.tx, &bytes) == VKP_OK);
             }
-            CHECK(vkp_broadcast_recv_many(first.rx, got, 4, &count, 0) == VKP_ERR_LAGGED);
-            REQUIRE(vkp_broadcast_recv_many(first.rx, got, 4, &count, 0) == VKP_OK);
+            CHECK(vkp_broadcast_recv_many(first.rx, 0, got, 4, &count) == VKP_ERR_LAGGED);
+            REQUIRE(vkp_broadcast_recv_many(first.rx, 0, got, 4, &count) == VKP_OK);
             REQUIRE(count == 4);
             if (sender_first) {
                 sender.end();
@@ -870,7 +870,7 @@ TEST_CASE("broadcast: waits end at their deadline, by the clock of the environme
     CHECK(vkp_test_virtual_ns.load() == deadline);
     size_t count = 0;
     deadline += 1000;
-    CHECK(vkp_broadcast_recv_many(receiver.rx, &receiver.value, 1, &count, deadline) ==
+    CHECK(vkp_broadcast_recv_many(receiver.rx, deadline, &receiver.value, 1, &count) ==
           VKP_ERR_TIMEOUT);
     CHECK(vkp_test_virtual_ns.load() == deadline);
     deadline += 1000;
@@ -897,7 +897,7 @@ TEST_CASE("broadcast: a send ends every wait, and so does the last sender's end"
             {
                 vkp_test_waiting one([&] { return first.recv(deadline); });
                 vkp_test_waiting two([&] {
-                    return vkp_broadcast_recv_many(second.rx, many, 4, &count, VKP_FOREVER);
+                    return vkp_broadcast_recv_many(second.rx, VKP_FOREVER, many, 4, &count);
                 });
                 const vkp_status sent = sender.send(7);
                 const vkp_status got_one = one.join();
@@ -1163,7 +1163,7 @@ TEST_CASE("broadcast: threads: no value is torn, however slow its reader", "[bro
                 std::vector<unsigned char> out(bytes);
                 for (;;) {
                     const vkp_status status =
-                        vkp_broadcast_recv(ends[r]->rx, out.data(), vkp_test_deadline());
+                        vkp_broadcast_recv(ends[r]->rx, vkp_test_deadline(), out.data());
                     uint64_t number = 0;
                     if (status == VKP_OK) {
                         std::memcpy(&number, out.data(), sizeof number);
@@ -1319,7 +1319,7 @@ TEST_CASE("broadcast: threads: receivers come and go; each sees a run of the one
                         runs[c].emplace_back();
                         uint64_t value;
                         for (size_t i = 0; i < visit % 20; i++) {
-                            if (vkp_broadcast_recv(rx, &value, vkp_now_ns() + 20000) == VKP_OK) {
+                            if (vkp_broadcast_recv(rx, vkp_now_ns() + 20000, &value) == VKP_OK) {
                                 runs[c].back().push_back(value);
                                 vkp_test_ledger::drop(&ledger, &value);
                             }

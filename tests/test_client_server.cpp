@@ -251,16 +251,16 @@ TEST_CASE("server: without HELLO there is RESP2, pushes included", "[client][ser
     CHECK(vkp_client_get_protocol(client) == 2);
     Question map(client, {"CONFIG", "GET", "maxclients"});
     REQUIRE(map.recv_on(loop) == VKP_OK);
-    CHECK(vkp_reply_get_value(map.reply())->type == VKP_ARRAY);
+    CHECK(vkp_reply_get_value(map.reply())->type == VKP_RESP_ARRAY);
     client.subscribe("c");
-    client.subscribe("c*", VKP_PATTERN);
+    client.subscribe("c*", VKP_SUB_PATTERN);
     vkp_test_run_until(loop, "confirmations", [&] { return client.events.size() == 3; });
     CHECK(ask(admin, "PUBLISH", "c", "hi") == ":2\r\n");
     vkp_test_run_until(loop, "messages", [&] { return client.events.size() == 5; });
     Question refused(client, {"PING"});
     CHECK(refused.recv_on(loop) == VKP_ERR_CLOSED);
     client.unsubscribe("c");
-    client.unsubscribe("c*", VKP_PATTERN);
+    client.unsubscribe("c*", VKP_SUB_PATTERN);
     vkp_test_run_until(loop, "the end", [&] { return client.events.size() == 7; });
     CHECK(client.history() == "connected, subscribed c, subscribed c*, message c hi, "
                               "pmessage c* c hi, unsubscribed c, unsubscribed c*");
@@ -286,20 +286,21 @@ TEST_CASE("server: every type of RESP3 arrives as it is", "[client][server]")
     Client client(loop, server.config());
     struct Sample {
         const char *name;
-        vkp_type type;
+        vkp_resp_type type;
         const char *text;
     };
-    const Sample samples[] = {{"string", VKP_STRING, "Hello World"},
-                              {"integer", VKP_INTEGER, "12345"},
-                              {"double", VKP_DOUBLE, nullptr},
-                              {"null", VKP_NULL, "null"},
-                              {"array", VKP_ARRAY, "[0 1 2]"},
-                              {"set", VKP_SET, "{0 1 2}"},
-                              {"map", VKP_MAP, "<0 false 1 true 2 false>"},
-                              {"bignum", VKP_BIGNUM, "big 1234567999999999999999999999999999999"},
-                              {"true", VKP_BOOL, "true"},
-                              {"false", VKP_BOOL, "false"},
-                              {"verbatim", VKP_STRING, "This is a verbatim\nstring"}};
+    const Sample samples[] = {
+        {"string", VKP_RESP_STRING, "Hello World"},
+        {"integer", VKP_RESP_INTEGER, "12345"},
+        {"double", VKP_RESP_DOUBLE, nullptr},
+        {"null", VKP_RESP_NULL, "null"},
+        {"array", VKP_RESP_ARRAY, "[0 1 2]"},
+        {"set", VKP_RESP_SET, "{0 1 2}"},
+        {"map", VKP_RESP_MAP, "<0 false 1 true 2 false>"},
+        {"bignum", VKP_RESP_BIGNUM, "big 1234567999999999999999999999999999999"},
+        {"true", VKP_RESP_BOOL, "true"},
+        {"false", VKP_RESP_BOOL, "false"},
+        {"verbatim", VKP_RESP_STRING, "This is a verbatim\nstring"}};
     for (const Sample &sample : samples) {
         INFO(sample.name);
         Question question(client, {"DEBUG", "PROTOCOL", sample.name});
@@ -315,7 +316,7 @@ TEST_CASE("server: every type of RESP3 arrives as it is", "[client][server]")
     CHECK(std::abs(vkp_value_get_double(vkp_reply_get_value(number.reply())) - 3.141) < 1e-9);
     Question verbatim(client, {"DEBUG", "PROTOCOL", "verbatim"});
     REQUIRE(verbatim.recv_on(loop) == VKP_OK);
-    CHECK((vkp_reply_get_value(verbatim.reply())->flags & VKP_F_VERBATIM) != 0);
+    CHECK((vkp_reply_get_value(verbatim.reply())->flags & VKP_VALUE_VERBATIM) != 0);
     // An attribute before the reply, and a push before one.
     Question attribute(client, {"DEBUG", "PROTOCOL", "attrib"});
     REQUIRE(attribute.recv_on(loop) == VKP_OK);
@@ -325,7 +326,7 @@ TEST_CASE("server: every type of RESP3 arrives as it is", "[client][server]")
     CHECK(client.history() == "connected, other server-cpu-usage");
     Question error(client, {"NO SUCH COMMAND"});
     REQUIRE(error.recv_on(loop) == VKP_OK);
-    CHECK(vkp_reply_get_value(error.reply())->type == VKP_ERROR);
+    CHECK(vkp_reply_get_value(error.reply())->type == VKP_RESP_ERROR);
 }
 
 TEST_CASE("server: replies of many megabytes, with small ones behind", "[client][server]")
@@ -440,7 +441,7 @@ TEST_CASE("server: a transaction is one block, and holds its own messages apart"
     Loop loop;
     Client client(loop, server.config());
     client.subscribe("c");
-    client.subscribe("c*", VKP_PATTERN);
+    client.subscribe("c*", VKP_SUB_PATTERN);
     vkp_test_run_until(loop, "confirmations", [&] { return client.events.size() == 3; });
     Sending block;
     REQUIRE(block.send(client,
@@ -475,8 +476,8 @@ TEST_CASE("server: one subscription there, however many here", "[client][server]
     constexpr int many = 500;
     for (int i = 0; i < many; i++) {
         client.subscribe("c");
-        client.subscribe("p*", VKP_PATTERN);
-        client.subscribe("s", VKP_SHARD);
+        client.subscribe("p*", VKP_SUB_PATTERN);
+        client.subscribe("s", VKP_SUB_SHARD);
     }
     vkp_test_run_until(loop, "confirmations", [&] { return client.events.size() == 4; });
     fence(loop, client);
@@ -490,14 +491,14 @@ TEST_CASE("server: one subscription there, however many here", "[client][server]
     vkp_test_run_until(loop, "messages", [&] { return client.events.size() == 7; });
     for (int i = 0; i < many - 1; i++) {
         client.unsubscribe("c");
-        client.unsubscribe("p*", VKP_PATTERN);
-        client.unsubscribe("s", VKP_SHARD);
+        client.unsubscribe("p*", VKP_SUB_PATTERN);
+        client.unsubscribe("s", VKP_SUB_SHARD);
     }
     fence(loop, client);
     CHECK(subscribers(admin, "c") == "1");
     client.unsubscribe("c");
-    client.unsubscribe("p*", VKP_PATTERN);
-    client.unsubscribe("s", VKP_SHARD);
+    client.unsubscribe("p*", VKP_SUB_PATTERN);
+    client.unsubscribe("s", VKP_SUB_SHARD);
     vkp_test_run_until(loop, "the end", [&] { return client.events.size() == 10; });
     CHECK(subscribers(admin, "c") == "0");
     CHECK(ask(admin, "PUBSUB", "NUMPAT") == ":0\r\n");
@@ -540,8 +541,8 @@ TEST_CASE("server: names and payloads are bytes", "[client][server]")
     const std::string name("a\0\r\n\xff", 5);
     const std::string payload("\r\n$5\r\n\0>3", 9);
     const vkp_str text = {name.data(), name.size()};
-    REQUIRE(vkp_client_subscribe(client, VKP_CHANNEL, text) == VKP_OK);
-    REQUIRE(vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("")) == VKP_OK);
+    REQUIRE(vkp_client_subscribe(client, VKP_SUB_CHANNEL, text) == VKP_OK);
+    REQUIRE(vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("")) == VKP_OK);
     const vkp_str argv[] = {vkp_str_of("PUBLISH"), text, {payload.data(), payload.size()}};
     vkp_oneshot slot;
     vkp_reply *reply = nullptr;
@@ -612,7 +613,7 @@ TEST_CASE("server: killed and started again during traffic", "[client][server][t
     Client client(loop, server.config(tcp));
     client.subscribe("a");
     client.subscribe("b");
-    client.subscribe("p*", VKP_PATTERN);
+    client.subscribe("p*", VKP_SUB_PATTERN);
     vkp_test_run_until(loop, "confirmations", [&] { return client.events.size() == 4; });
     vkp_test_loop_thread thread(loop);
     std::atomic<bool> stop{false};
@@ -771,7 +772,7 @@ TEST_CASE("server: pushes through a channel, to a thread of one's own", "[client
     vkp_mpsc_config channel = {};
     channel.elem_bytes = sizeof(vkp_push);
     channel.capacity_items = 64;
-    channel.cost = vkp_push_cost;
+    channel.cost = vkp_push_get_cost;
     channel.drop = vkp_push_drop;
     channel.env = &loop.test.env;
     vkp_mpsc_tx *tx = nullptr;
@@ -782,7 +783,7 @@ TEST_CASE("server: pushes through a channel, to a thread of one's own", "[client
     vkp_client *client = nullptr;
     REQUIRE(vkp_client_open(loop, &config, &client) == VKP_OK);
     vkp_mpsc_tx_unref(tx);
-    REQUIRE(vkp_client_subscribe(client, VKP_CHANNEL, vkp_str_of("c")) == VKP_OK);
+    REQUIRE(vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("c")) == VKP_OK);
     vkp_test_loop_thread thread(loop);
     constexpr int messages = 5000;
     bool in_order = true;
@@ -791,7 +792,7 @@ TEST_CASE("server: pushes through a channel, to a thread of one's own", "[client
     std::thread reader([&] {
         vkp_push one;
         int last = -1;
-        while (vkp_mpsc_recv(rx, &one, VKP_FOREVER) == VKP_OK) {
+        while (vkp_mpsc_recv(rx, VKP_FOREVER, &one) == VKP_OK) {
             if (one.kind == VKP_PUSH_MESSAGE) {
                 const int value = std::stoi(std::string(vkp_test_view(one.payload)));
                 in_order = in_order && value > last;

@@ -76,7 +76,7 @@ int64_t wire_send(int fd, const vkp_range *ranges, size_t count)
         cut.push_back({ranges[i].base, std::min(left, ranges[i].len)});
         left -= cut.back().len;
     }
-    const int64_t put = vkp_sys_default()->send(fd, cut.data(), cut.size());
+    const int64_t put = vkp_sys_get_default()->send(fd, cut.data(), cut.size());
     if (put > 0 && wire.allowance != unlimited) {
         wire.allowance -= put;
     }
@@ -86,7 +86,7 @@ int64_t wire_send(int fd, const vkp_range *ranges, size_t count)
 const vkp_sys *wired()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.send = wire_send;
         return copy;
     }();
@@ -237,7 +237,7 @@ struct Conn {
     }
     static const vkp_conn_ops *table(bool merges)
     {
-        static const vkp_conn_ops tables[2] = {make(nullptr), make(vkp_resp_frame_len)};
+        static const vkp_conn_ops tables[2] = {make(nullptr), make(vkp_resp_get_frame_len)};
         return &tables[merges];
     }
     static vkp_conn_ops make(size_t (*frame_len)(const uint8_t *data, size_t len))
@@ -738,8 +738,8 @@ TEST_CASE("conn: an end nobody writes after costs no rounds")
     vkp_timer timer = {};
     static bool fired;
     fired = false;
-    REQUIRE(vkp_timer_start(loop, &timer, vkp_after_ms(20), 0, [](vkp_timer *) { fired = true; }) ==
-            VKP_OK);
+    REQUIRE(vkp_timer_start(
+                &timer, loop, [](vkp_timer *) { fired = true; }, 0, vkp_after_ms(20)) == VKP_OK);
     int rounds = 0;
     for (; !fired; rounds++) {
         loop.round(vkp_test_deadline());
@@ -1403,8 +1403,8 @@ TEST_CASE("conn: a hang-up while paused waits for the resume, and costs no round
     vkp_timer timer = {};
     static bool fired;
     fired = false;
-    REQUIRE(vkp_timer_start(loop, &timer, vkp_after_ms(20), 0, [](vkp_timer *) { fired = true; }) ==
-            VKP_OK);
+    REQUIRE(vkp_timer_start(
+                &timer, loop, [](vkp_timer *) { fired = true; }, 0, vkp_after_ms(20)) == VKP_OK);
     int rounds = 0;
     for (; !fired; rounds++) {
         loop.round(vkp_test_deadline());
@@ -1483,7 +1483,7 @@ TEST_CASE("conn: reads that fail")
     ON_EVERY_BACKEND;
     static int fault;
     static int left;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.read = [](int fd, void *buffer, size_t bytes) {
         int type = 0;
         socklen_t size = sizeof type;
@@ -1491,7 +1491,7 @@ TEST_CASE("conn: reads that fail")
             left--;
             return static_cast<int64_t>(-fault);
         }
-        return vkp_sys_default()->read(fd, buffer, bytes);
+        return vkp_sys_get_default()->read(fd, buffer, bytes);
     };
     left = 0;
     Loop loop(backend, &sys);
@@ -2768,7 +2768,7 @@ TEST_CASE("conn: addresses that are none")
 
 TEST_CASE("conn: a name that nobody knows is refused")
 {
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.resolve = [](const char *, const char *, vkp_address *, size_t) { return -ENOENT; };
     Loop loop(&vkp_backend_poll, &sys);
     Conn end;
@@ -2782,20 +2782,20 @@ TEST_CASE("conn: every address of a name is tried in turn")
 {
     static int calls;
     static int dead;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.resolve = [](const char *host, const char *port, vkp_address *out, size_t capacity) {
         // The live one comes last.
         const std::string refused = std::to_string(dead);
         int found = 0;
         while (found < 3) {
-            found += vkp_sys_default()->resolve("127.0.0.1", refused.c_str(), out + found, 1);
+            found += vkp_sys_get_default()->resolve("127.0.0.1", refused.c_str(), out + found, 1);
         }
-        return found + vkp_sys_default()->resolve(host, port, out + found,
-                                                  capacity - static_cast<size_t>(found));
+        return found + vkp_sys_get_default()->resolve(host, port, out + found,
+                                                      capacity - static_cast<size_t>(found));
     };
     sys.connect = [](int fd, const void *address, uint32_t bytes) {
         calls++;
-        return vkp_sys_default()->connect(fd, address, bytes);
+        return vkp_sys_get_default()->connect(fd, address, bytes);
     };
     calls = 0;
     ON_EVERY_BACKEND;
@@ -2840,7 +2840,7 @@ TEST_CASE("conn: every allocation of connect may fail")
 TEST_CASE("conn: system calls of connect that fail")
 {
     static int fault;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     Conn end;
     fault = EMFILE;
     SECTION("socket")

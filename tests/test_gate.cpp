@@ -32,7 +32,7 @@ using Peer = vkp_test_peer_ptr;
 void tell(int fd, const std::string &text)
 {
     const vkp_range range = {text.data(), text.size()};
-    (void)vkp_sys_default()->send(fd, &range, 1);
+    (void)vkp_sys_get_default()->send(fd, &range, 1);
 }
 
 const std::string k_in = "+in\r\n";
@@ -169,18 +169,18 @@ std::atomic<int> calls;
 
 vkp_sys table()
 {
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.peer = [](int fd, vkp_peer *peer) {
         calls++;
         if (error != 0) {
             return -error.load();
         }
-        const int result = vkp_sys_default()->peer(fd, peer);
+        const int result = vkp_sys_get_default()->peer(fd, peer);
         peer->uid = uid;
         return result;
     };
     sys.user_id = [] { return own.load(); };
-    own = vkp_sys_default()->user_id();
+    own = vkp_sys_get_default()->user_id();
     uid = own.load();
     error = 0;
     calls = 0;
@@ -460,7 +460,7 @@ TEST_CASE("gate: whose credentials cannot be read is never let in")
     CHECK(door.stats().clients == 0);
     CHECK(gate.stats().clients == 0);
     // No pause, and no place lost.
-    CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+    CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
     CHECK(door.stats().pauses == 0);
     who::error = 0;
     CHECK(door.knock(&peer) == k_in);
@@ -851,12 +851,12 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
     CHECK(vkp_test_frame_on(loop, more.get()).empty());
     CHECK(handing.refused == std::vector<vkp_refusal>{VKP_REFUSAL_FULL});
     CHECK(clients() == 1);
-    vkp_seat_leave(nullptr);
+    vkp_seat_unref(nullptr);
     SECTION("left by whoever has it")
     {
         close(fd);
         CHECK(clients() == 1); // the seat counts, not the descriptor
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         CHECK(clients() == 0);
     }
     SECTION("left on another thread, after listener and gate went")
@@ -864,7 +864,7 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
         vkp_listener_unref(std::exchange(handing.listener, nullptr));
         vkp_gate_unref(std::exchange(gate, nullptr));
         close(fd);
-        std::thread([&] { vkp_seat_leave(seat); }).join();
+        std::thread([&] { vkp_seat_unref(seat); }).join();
     }
     SECTION("left after the loop went")
     {
@@ -872,7 +872,7 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
         loop.close();
         close(fd);
         CHECK(clients() == 1);
-        vkp_seat_leave(seat);
+        vkp_seat_unref(seat);
         CHECK(clients() == 0);
     }
     SECTION("kept by a connection until its close")
@@ -893,7 +893,7 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
         Peer next = vkp_test_peer_to(address);
         vkp_test_run_until(loop, "the next", [&] { return handing.given.size() == 2; });
         close(handing.given[1].first);
-        vkp_seat_leave(handing.given[1].second);
+        vkp_seat_unref(handing.given[1].second);
     }
     vkp_gate_unref(gate);
 }
@@ -1138,12 +1138,12 @@ TEST_CASE("gate: threads: seats are left by threads while others are taken")
         std::thread leaver([&] {
             Place place;
             for (size_t i = 0; i < knocks; i++) {
-                if (vkp_mpsc_recv(rx, &place, vkp_test_deadline()) != VKP_OK) {
+                if (vkp_mpsc_recv(rx, vkp_test_deadline(), &place) != VKP_OK) {
                     vkp_test_fail("a client is missing");
                 }
                 tell(place.fd, "+done\r\n");
                 close(place.fd);
-                vkp_seat_leave(place.seat);
+                vkp_seat_unref(place.seat);
             }
         });
         for (size_t i = 0; i < knocks; i++) {

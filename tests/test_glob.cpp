@@ -26,7 +26,7 @@ vkp_str view(const std::string &text)
 
 bool matches(const std::string &pattern, const std::string &text)
 {
-    return vkp_glob_match(view(pattern), view(text));
+    return vkp_glob_is_match(view(pattern), view(text));
 }
 
 struct Row {
@@ -197,9 +197,9 @@ TEST_CASE("glob: zero bytes are bytes, and empty views may be NULL", "[glob]")
     CHECK(matches("a?b", std::string("a\0b", 3)));
     CHECK(matches("*", std::string("\0\0", 2)));
     const vkp_str nothing = vkp_str_of(nullptr);
-    CHECK(vkp_glob_match(nothing, nothing));
-    CHECK_FALSE(vkp_glob_match(vkp_str_of("?"), nothing));
-    CHECK_FALSE(vkp_glob_match(nothing, vkp_str_of("a")));
+    CHECK(vkp_glob_is_match(nothing, nothing));
+    CHECK_FALSE(vkp_glob_is_match(vkp_str_of("?"), nothing));
+    CHECK_FALSE(vkp_glob_is_match(nothing, vkp_str_of("a")));
 }
 
 TEST_CASE("glob: every byte matches itself and ?, and nothing reads past the views", "[glob]")
@@ -221,7 +221,7 @@ TEST_CASE("glob: every byte matches itself and ?, and nothing reads past the vie
             const std::vector<char> t(text, text + std::string(text).size());
             vkp_str pattern_view = {p.data(), p.size()};
             vkp_str text_view = {t.data(), t.size()};
-            CHECK(vkp_glob_match(pattern_view, text_view) == matches(pattern, text));
+            CHECK(vkp_glob_is_match(pattern_view, text_view) == matches(pattern, text));
         }
     }
 }

@@ -105,7 +105,7 @@ class Guest {
     explicit Guest(Program &program) : program_(program)
     {
         vkp_test_env_init(&test);
-        sys = *vkp_sys_default();
+        sys = *vkp_sys_get_default();
         test.env.sys = &sys;
         vkp_loop_config config = {};
         config.backend = foreign().guest;
@@ -205,9 +205,9 @@ struct Timer : vkp_timer {
     void start(vkp_loop *loop, uint64_t after_ns, std::function<void()> what)
     {
         fn = std::move(what);
-        if (vkp_timer_start(loop, this, vkp_now_ns() + after_ns, 0, [](vkp_timer *timer) {
-                static_cast<Timer *>(timer)->fn();
-            }) != VKP_OK) {
+        if (vkp_timer_start(
+                this, loop, [](vkp_timer *timer) { static_cast<Timer *>(timer)->fn(); }, 0,
+                vkp_now_ns() + after_ns) != VKP_OK) {
             vkp_test_fail("a timer was refused");
         }
     }
@@ -227,7 +227,7 @@ struct Watch : vkp_io {
     vkp_status try_start(vkp_loop *loop, int fd, std::function<void(uint32_t)> what)
     {
         fn = std::move(what);
-        return vkp_io_start(loop, this, fd, VKP_READ, [](vkp_io *watch, uint32_t ready) {
+        return vkp_io_start(this, loop, fd, VKP_IO_READ, [](vkp_io *watch, uint32_t ready) {
             static_cast<Watch *>(watch)->fn(ready);
         });
     }
@@ -422,7 +422,7 @@ TEST_CASE("guest: descriptors, timers and posts beside the program's own")
     Timer timer;
     std::string heard;
     watch.start(guest, ours.reader(), [&](uint32_t ready) {
-        CHECK(ready == VKP_READ);
+        CHECK(ready == VKP_IO_READ);
         ours.take();
         heard += 'o';
     });
@@ -515,11 +515,11 @@ TEST_CASE("guest: one round for a batch: descriptors are asked for at once, writ
     Guest guest(program);
     guest.sys.poll = [](void *fds, size_t count, uint64_t deadline_ns) {
         polls++;
-        return vkp_sys_default()->poll(fds, count, deadline_ns);
+        return vkp_sys_get_default()->poll(fds, count, deadline_ns);
     };
     guest.sys.send = [](int fd, const vkp_range *ranges, size_t count) {
         sends++;
-        return vkp_sys_default()->send(fd, ranges, count);
+        return vkp_sys_get_default()->send(fd, ranges, count);
     };
     program.step(); // the first round
     constexpr int count = 20;
@@ -644,7 +644,7 @@ TEST_CASE("guest: a descriptor in error is reported until its watch ends")
         std::vector<uint32_t> seen;
     } writer;
     static_cast<vkp_io &>(writer) = vkp_io();
-    REQUIRE(vkp_io_start(guest, &writer, fds[1], VKP_WRITE, [](vkp_io *watch, uint32_t ready) {
+    REQUIRE(vkp_io_start(&writer, guest, fds[1], VKP_IO_WRITE, [](vkp_io *watch, uint32_t ready) {
                 static_cast<Writer *>(watch)->seen.push_back(ready);
             }) == VKP_OK);
     program.step();
@@ -653,7 +653,7 @@ TEST_CASE("guest: a descriptor in error is reported until its watch ends")
     writer.seen.clear();
     program.until("errors", [&] { return writer.seen.size() >= 5; });
     for (const uint32_t ready : writer.seen) {
-        CHECK((ready & (VKP_ERR | VKP_HUP)) != 0);
+        CHECK((ready & (VKP_IO_ERROR | VKP_IO_HUP)) != 0);
     }
     vkp_io_stop(&writer);
     const size_t before = writer.seen.size();
@@ -810,22 +810,23 @@ TEST_CASE("guest: a channel between threads")
     vkp_mpsc_tx *tx = nullptr;
     struct Reader {
         vkp_mpsc_rx *rx = nullptr;
+        vkp_handler *handler = nullptr;
         int next = 0;
         int wrong = 0;
     } reader;
     REQUIRE(vkp_mpsc_open(&config, &tx, &reader.rx) == VKP_OK);
-    REQUIRE(vkp_mpsc_watch(
-                reader.rx, guest,
+    REQUIRE(vkp_test_handle(
+                guest, reader.rx,
                 [](void *user) {
                     auto *self = static_cast<Reader *>(user);
                     int value = 0;
                     if (vkp_mpsc_try_recv(self->rx, &value) == VKP_OK) {
                         self->wrong += value != self->next++ ? 1 : 0;
                     } else {
-                        vkp_mpsc_unwatch(self->rx);
+                        vkp_handler_close(self->handler);
                     }
                 },
-                &reader) == VKP_OK);
+                &reader, &reader.handler) == VKP_OK);
     std::thread sender([tx] {
         for (int i = 0; i < 5000; i++) {
             if (vkp_mpsc_send(tx, &i, VKP_FOREVER) != VKP_OK) {
@@ -838,6 +839,7 @@ TEST_CASE("guest: a channel between threads")
     sender.join();
     CHECK(reader.next == 5000);
     CHECK(reader.wrong == 0);
+    vkp_handler_unref(reader.handler);
     vkp_mpsc_rx_unref(reader.rx);
 }
 
@@ -1071,7 +1073,7 @@ TEST_CASE("guest: a client subscribes, publishes and asks")
         }
     };
     REQUIRE(vkp_client_open(guest, &config, &state.client) == VKP_OK);
-    REQUIRE(vkp_client_subscribe(state.client, VKP_CHANNEL, vkp_str_of("news")) == VKP_OK);
+    REQUIRE(vkp_client_subscribe(state.client, VKP_SUB_CHANNEL, vkp_str_of("news")) == VKP_OK);
     program.until("subscription", [&] { return state.events == 1; });
     vkp_oneshot slot;
     vkp_reply *reply = nullptr;
@@ -1109,10 +1111,10 @@ TEST_CASE("guest: a client opened long after the last round has its whole time t
     Program program;
     Guest guest(program);
     ahead_ns = 0;
-    guest.sys.clock_ns = [] { return vkp_sys_default()->clock_ns() + ahead_ns.load(); };
+    guest.sys.clock_ns = [] { return vkp_sys_get_default()->clock_ns() + ahead_ns.load(); };
     program.step();
     ahead_ns = 3600 * 1000 * ms;
-    CHECK(vkp_loop_get_now(guest) >= ahead_ns);
+    CHECK(vkp_loop_get_now_ns(guest) >= ahead_ns);
     vkp_client_config config = {};
     const std::string where = "unix:" + path;
     config.address = where.c_str();

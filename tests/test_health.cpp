@@ -114,7 +114,7 @@ struct Doctor {
         config.on_result = [](void *user, const vkp_health *health) {
             Doctor *self = static_cast<Doctor *>(user);
             self->told.push_back(*health);
-            self->times.push_back(vkp_loop_get_now(self->loop));
+            self->times.push_back(vkp_loop_get_now_ns(self->loop));
             if (self->hook) {
                 self->hook();
             }
@@ -141,7 +141,7 @@ struct Doctor {
     }
     void close()
     {
-        vkp_health_check_close(std::exchange(check, nullptr));
+        vkp_health_check_unref(std::exchange(check, nullptr));
     }
     // The next result; on virtual time, without any other reason for time to pass.
     vkp_health next()
@@ -318,12 +318,12 @@ TEST_CASE("health: nobody there is REFUSED")
 TEST_CASE("health: another failure of the system is SYS, with its error")
 {
     static int error;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.connect = [](int fd, const void *address, uint32_t bytes) {
-        return error != 0 ? -error : vkp_sys_default()->connect(fd, address, bytes);
+        return error != 0 ? -error : vkp_sys_get_default()->connect(fd, address, bytes);
     };
     sys.socket = [](int family, int type) {
-        return error == EMFILE ? -EMFILE : vkp_sys_default()->socket(family, type);
+        return error == EMFILE ? -EMFILE : vkp_sys_get_default()->socket(family, type);
     };
     error = 0;
     vkp_test_loop loop(&vkp_backend_null, &sys);
@@ -472,7 +472,7 @@ TEST_CASE("health: every period, one at a time, with the failures in a row")
     SECTION("until its close")
     {
         doctor.close();
-        CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+        CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
         pass(loop, 5000);
         CHECK(doctor.told.size() == 3);
     }
@@ -547,7 +547,7 @@ TEST_CASE("health: closed anywhere, no result follows")
     }
     vkp_test_rounds(loop, 5);
     CHECK(doctor.told.size() == told);
-    CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+    CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
     vkp_test_run_until(loop, "the end", [&] { return patient.conns.empty(); });
 }
 
@@ -723,8 +723,8 @@ TEST_CASE("health: a relay answers, until it drains")
     CHECK(doctor.next().status == VKP_OK);
     bool drained = false;
     vkp_relay_drain(
-        relay, vkp_test_deadline(), [](void *user) { *static_cast<bool *>(user) = true; },
-        &drained);
+        relay, [](void *user) { *static_cast<bool *>(user) = true; }, &drained,
+        vkp_test_deadline());
     vkp_test_run_until(loop, "the drain", [&] { return drained; });
     vkp_test_run_until(loop, "its absence", [&] { return doctor.told.back().failures >= 2; });
     CHECK(doctor.told.back().status == VKP_ERR_REFUSED);

@@ -37,11 +37,11 @@ int wire_ranges = 0;
 const vkp_sys *wired()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.send = [](int fd, const vkp_range *ranges, size_t count) -> int64_t {
             wire_calls++;
             wire_ranges += static_cast<int>(count);
-            return wire_blocked ? -EAGAIN : vkp_sys_default()->send(fd, ranges, count);
+            return wire_blocked ? -EAGAIN : vkp_sys_get_default()->send(fd, ranges, count);
         };
         return copy;
     }();
@@ -97,11 +97,11 @@ struct Hub {
         return hub;
     }
     size_t publish(std::string_view channel, std::string_view payload,
-                   vkp_sub_kind kind = VKP_CHANNEL) const
+                   vkp_sub_kind kind = VKP_SUB_CHANNEL) const
     {
         return vkp_hub_publish(hub, kind, str(channel), str(payload));
     }
-    size_t members(std::string_view name, vkp_sub_kind kind = VKP_CHANNEL) const
+    size_t members(std::string_view name, vkp_sub_kind kind = VKP_SUB_CHANNEL) const
     {
         return vkp_hub_get_members(hub, kind, str(name));
     }
@@ -134,7 +134,7 @@ struct Member : vkp_hub_member {
     {
         static const vkp_conn_ops ops = [] {
             vkp_conn_ops table = {};
-            table.frame_len = vkp_resp_frame_len;
+            table.frame_len = vkp_resp_get_frame_len;
             return table;
         }();
         config.ops = &ops;
@@ -157,16 +157,16 @@ struct Member : vkp_hub_member {
     }
     Member(const Member &) = delete;
     Member &operator=(const Member &) = delete;
-    vkp_status subscribe(std::string_view name, vkp_sub_kind kind = VKP_CHANNEL,
+    vkp_status subscribe(std::string_view name, vkp_sub_kind kind = VKP_SUB_CHANNEL,
                          bool *added = nullptr)
     {
         return vkp_hub_subscribe(hub, this, kind, str(name), added);
     }
-    bool unsubscribe(std::string_view name, vkp_sub_kind kind = VKP_CHANNEL)
+    bool unsubscribe(std::string_view name, vkp_sub_kind kind = VKP_SUB_CHANNEL)
     {
         return vkp_hub_unsubscribe(hub, this, kind, str(name));
     }
-    bool has(std::string_view name, vkp_sub_kind kind = VKP_CHANNEL) const
+    bool has(std::string_view name, vkp_sub_kind kind = VKP_SUB_CHANNEL) const
     {
         return vkp_hub_is_subscribed(hub, this, kind, str(name));
     }
@@ -209,8 +209,8 @@ std::multiset<std::string> frames(const std::string &text)
 {
     std::multiset<std::string> found;
     for (size_t at = 0; at < text.size();) {
-        const size_t len = vkp_resp_frame_len(reinterpret_cast<const uint8_t *>(text.data()) + at,
-                                              text.size() - at);
+        const size_t len = vkp_resp_get_frame_len(
+            reinterpret_cast<const uint8_t *>(text.data()) + at, text.size() - at);
         if (len == 0) {
             vkp_test_fail("broken frames");
         }
@@ -229,16 +229,17 @@ TEST_CASE("hub: open and its arguments")
     REQUIRE(vkp_hub_open(nullptr, &hub) == VKP_OK); // all defaults
     vkp_hub_member member = {};
     member.protocol = 3;
-    CHECK(vkp_hub_subscribe(nullptr, &member, VKP_CHANNEL, str("a"), nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_hub_subscribe(hub, nullptr, VKP_CHANNEL, str("a"), nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_hub_subscribe(nullptr, &member, VKP_SUB_CHANNEL, str("a"), nullptr) ==
+          VKP_ERR_INVALID);
+    CHECK(vkp_hub_subscribe(hub, nullptr, VKP_SUB_CHANNEL, str("a"), nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_hub_subscribe(hub, &member, static_cast<vkp_sub_kind>(3), str("a"), nullptr) ==
           VKP_ERR_INVALID);
     if (sizeof(size_t) > 4) {
         const vkp_str huge = {"a", static_cast<size_t>(UINT64_C(5) << 30)};
-        CHECK(vkp_hub_subscribe(hub, &member, VKP_CHANNEL, huge, nullptr) == VKP_ERR_LIMIT);
+        CHECK(vkp_hub_subscribe(hub, &member, VKP_SUB_CHANNEL, huge, nullptr) == VKP_ERR_LIMIT);
     }
-    CHECK(vkp_hub_get_names(hub, VKP_CHANNEL) == 0);
-    CHECK(vkp_hub_publish(hub, VKP_CHANNEL, str("a"), str("b")) == 0);
+    CHECK(vkp_hub_get_names(hub, VKP_SUB_CHANNEL) == 0);
+    CHECK(vkp_hub_publish(hub, VKP_SUB_CHANNEL, str("a"), str("b")) == 0);
     vkp_hub_unref(hub);
     vkp_hub_unref(nullptr);
     vkp_test_env test;
@@ -258,30 +259,30 @@ TEST_CASE("hub: subscribing twice is once, and each kind has names of its own")
     Member a(hub, 3);
     Member b(hub, 2);
     bool added = false;
-    CHECK(a.subscribe("news", VKP_CHANNEL, &added) == VKP_OK);
+    CHECK(a.subscribe("news", VKP_SUB_CHANNEL, &added) == VKP_OK);
     CHECK(added);
-    CHECK(a.subscribe("news", VKP_CHANNEL, &added) == VKP_OK);
+    CHECK(a.subscribe("news", VKP_SUB_CHANNEL, &added) == VKP_OK);
     CHECK_FALSE(added);
-    CHECK(a.subscribe("news", VKP_PATTERN, &added) == VKP_OK);
+    CHECK(a.subscribe("news", VKP_SUB_PATTERN, &added) == VKP_OK);
     CHECK(added);
-    CHECK(a.subscribe("news", VKP_SHARD) == VKP_OK);
+    CHECK(a.subscribe("news", VKP_SUB_SHARD) == VKP_OK);
     CHECK(a.subscribe("more") == VKP_OK);
-    CHECK(b.subscribe("news", VKP_CHANNEL, &added) == VKP_OK);
+    CHECK(b.subscribe("news", VKP_SUB_CHANNEL, &added) == VKP_OK);
     CHECK(added);
-    CHECK(a.counts[VKP_CHANNEL] == 2);
-    CHECK(a.counts[VKP_PATTERN] == 1);
-    CHECK(a.counts[VKP_SHARD] == 1);
-    CHECK(b.counts[VKP_CHANNEL] == 1);
+    CHECK(a.counts[VKP_SUB_CHANNEL] == 2);
+    CHECK(a.counts[VKP_SUB_PATTERN] == 1);
+    CHECK(a.counts[VKP_SUB_SHARD] == 1);
+    CHECK(b.counts[VKP_SUB_CHANNEL] == 1);
     CHECK(hub.members("news") == 2);
-    CHECK(hub.members("news", VKP_PATTERN) == 1);
-    CHECK(hub.members("news", VKP_SHARD) == 1);
+    CHECK(hub.members("news", VKP_SUB_PATTERN) == 1);
+    CHECK(hub.members("news", VKP_SUB_SHARD) == 1);
     CHECK(hub.members("nothing") == 0);
-    CHECK(hub.names(VKP_CHANNEL) == std::set<std::string>{"news", "more"});
-    CHECK(vkp_hub_get_names(hub, VKP_CHANNEL) == 2);
-    CHECK(hub.names(VKP_PATTERN) == std::set<std::string>{"news"});
+    CHECK(hub.names(VKP_SUB_CHANNEL) == std::set<std::string>{"news", "more"});
+    CHECK(vkp_hub_get_names(hub, VKP_SUB_CHANNEL) == 2);
+    CHECK(hub.names(VKP_SUB_PATTERN) == std::set<std::string>{"news"});
     CHECK(a.has("news"));
-    CHECK(a.has("news", VKP_SHARD));
-    CHECK_FALSE(b.has("news", VKP_SHARD));
+    CHECK(a.has("news", VKP_SUB_SHARD));
+    CHECK_FALSE(b.has("news", VKP_SUB_SHARD));
     CHECK_FALSE(b.has("more"));
     CHECK_FALSE(b.has("nothing"));
 
@@ -289,18 +290,18 @@ TEST_CASE("hub: subscribing twice is once, and each kind has names of its own")
     CHECK_FALSE(a.unsubscribe("news"));
     CHECK_FALSE(b.unsubscribe("more"));
     CHECK_FALSE(b.unsubscribe("nothing"));
-    CHECK_FALSE(b.unsubscribe("news", VKP_PATTERN));
-    CHECK(a.counts[VKP_CHANNEL] == 1);
+    CHECK_FALSE(b.unsubscribe("news", VKP_SUB_PATTERN));
+    CHECK(a.counts[VKP_SUB_CHANNEL] == 1);
     CHECK(hub.members("news") == 1);
-    CHECK(a.has("news", VKP_PATTERN));
+    CHECK(a.has("news", VKP_SUB_PATTERN));
     CHECK(hub.publish("news", "x") == 2); // b, and a's pattern
 
     vkp_hub_leave(hub, &a);
     vkp_hub_leave(hub, &a);
-    CHECK(a.counts[VKP_CHANNEL] + a.counts[VKP_PATTERN] + a.counts[VKP_SHARD] == 0);
-    CHECK(hub.names(VKP_CHANNEL) == std::set<std::string>{"news"});
-    CHECK(hub.names(VKP_PATTERN).empty());
-    CHECK(hub.names(VKP_SHARD).empty());
+    CHECK(a.counts[VKP_SUB_CHANNEL] + a.counts[VKP_SUB_PATTERN] + a.counts[VKP_SUB_SHARD] == 0);
+    CHECK(hub.names(VKP_SUB_CHANNEL) == std::set<std::string>{"news"});
+    CHECK(hub.names(VKP_SUB_PATTERN).empty());
+    CHECK(hub.names(VKP_SUB_SHARD).empty());
     CHECK(hub.publish("news", "y") == 1);
 }
 
@@ -312,52 +313,52 @@ TEST_CASE("hub: interest is told when a name gets its first member and loses its
     CHECK(a.subscribe("x") == VKP_OK);
     CHECK(b.subscribe("x") == VKP_OK);
     CHECK(a.subscribe("x") == VKP_OK);
-    CHECK(hub.interest == std::vector<Interest>{{VKP_CHANNEL, "x", true}});
+    CHECK(hub.interest == std::vector<Interest>{{VKP_SUB_CHANNEL, "x", true}});
     CHECK(a.unsubscribe("x"));
     CHECK(hub.interest.size() == 1);
     CHECK(b.unsubscribe("x"));
-    CHECK(hub.interest.back() == Interest{VKP_CHANNEL, "x", false});
+    CHECK(hub.interest.back() == Interest{VKP_SUB_CHANNEL, "x", false});
     hub.interest.clear();
-    CHECK(a.subscribe("p*", VKP_PATTERN) == VKP_OK);
-    CHECK(a.subscribe("s", VKP_SHARD) == VKP_OK);
+    CHECK(a.subscribe("p*", VKP_SUB_PATTERN) == VKP_OK);
+    CHECK(a.subscribe("s", VKP_SUB_SHARD) == VKP_OK);
     CHECK(a.subscribe("") == VKP_OK);
-    CHECK(hub.interest == std::vector<Interest>{{VKP_PATTERN, "p*", true},
-                                                {VKP_SHARD, "s", true},
-                                                {VKP_CHANNEL, "", true}});
+    CHECK(hub.interest == std::vector<Interest>{{VKP_SUB_PATTERN, "p*", true},
+                                                {VKP_SUB_SHARD, "s", true},
+                                                {VKP_SUB_CHANNEL, "", true}});
     hub.interest.clear();
     CHECK(hub.publish("p1", "x") == 1);
     CHECK(hub.interest.empty());
     vkp_hub_leave(hub, &a);
     std::sort(hub.interest.begin(), hub.interest.end());
-    CHECK(hub.interest == std::vector<Interest>{{VKP_CHANNEL, "", false},
-                                                {VKP_PATTERN, "p*", false},
-                                                {VKP_SHARD, "s", false}});
+    CHECK(hub.interest == std::vector<Interest>{{VKP_SUB_CHANNEL, "", false},
+                                                {VKP_SUB_PATTERN, "p*", false},
+                                                {VKP_SUB_SHARD, "s", false}});
 }
 
 TEST_CASE("hub: a member can name what it has, until it has nothing")
 {
     Hub hub;
     Member a(hub, 3);
-    CHECK(vkp_hub_member_name(&a, VKP_CHANNEL).ptr == nullptr);
-    CHECK(vkp_hub_member_name(&a, VKP_CHANNEL).len == 0);
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_CHANNEL).ptr == nullptr);
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_CHANNEL).len == 0);
     std::set<std::string> expected;
     for (int i = 0; i < 50; i++) {
         expected.insert("c" + std::to_string(i));
         CHECK(a.subscribe("c" + std::to_string(i)) == VKP_OK);
-        CHECK(a.subscribe("p" + std::to_string(i), VKP_PATTERN) == VKP_OK);
+        CHECK(a.subscribe("p" + std::to_string(i), VKP_SUB_PATTERN) == VKP_OK);
     }
     std::set<std::string> found;
-    while (a.counts[VKP_CHANNEL] > 0) { // as UNSUBSCRIBE without names does
-        const std::string name(vkp_test_view(vkp_hub_member_name(&a, VKP_CHANNEL)));
+    while (a.counts[VKP_SUB_CHANNEL] > 0) { // as UNSUBSCRIBE without names does
+        const std::string name(vkp_test_view(vkp_hub_get_member_name(&a, VKP_SUB_CHANNEL)));
         CHECK(found.insert(name).second);
         CHECK(a.unsubscribe(name));
     }
     CHECK(found == expected);
-    CHECK(vkp_hub_member_name(&a, VKP_CHANNEL).ptr == nullptr);
-    CHECK(vkp_hub_member_name(&a, VKP_PATTERN).ptr != nullptr);
-    CHECK(a.subscribe("", VKP_SHARD) == VKP_OK); // an empty name is a name
-    CHECK(vkp_hub_member_name(&a, VKP_SHARD).len == 0);
-    CHECK(vkp_hub_member_name(&a, VKP_SHARD).ptr != nullptr);
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_CHANNEL).ptr == nullptr);
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_PATTERN).ptr != nullptr);
+    CHECK(a.subscribe("", VKP_SUB_SHARD) == VKP_OK); // an empty name is a name
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_SHARD).len == 0);
+    CHECK(vkp_hub_get_member_name(&a, VKP_SUB_SHARD).ptr != nullptr);
 }
 
 TEST_CASE("hub: what members receive, byte for byte")
@@ -369,19 +370,19 @@ TEST_CASE("hub: what members receive, byte for byte")
     for (Member *member : {&two, &three}) {
         CHECK(member->subscribe("news") == VKP_OK);
         CHECK(member->subscribe(binary) == VKP_OK);
-        CHECK(member->subscribe("sh", VKP_SHARD) == VKP_OK);
-        CHECK(member->subscribe("w[ei]ather.*", VKP_PATTERN) == VKP_OK);
+        CHECK(member->subscribe("sh", VKP_SUB_SHARD) == VKP_OK);
+        CHECK(member->subscribe("w[ei]ather.*", VKP_SUB_PATTERN) == VKP_OK);
     }
     const std::string large(100000, 'L');
     CHECK(hub.publish("news", "hello") == 2);
     CHECK(hub.publish("news", "") == 2);
     CHECK(hub.publish(binary, binary) == 2);
-    CHECK(hub.publish("sh", "shard", VKP_SHARD) == 2);
+    CHECK(hub.publish("sh", "shard", VKP_SUB_SHARD) == 2);
     CHECK(hub.publish("weather.paris", "rain") == 2);
     CHECK(hub.publish("news", large) == 2);
-    CHECK(hub.publish("sh", "no shard", VKP_CHANNEL) == 0);
-    CHECK(hub.publish("news", "no channel", VKP_SHARD) == 0);
-    CHECK(hub.publish("weather.paris", "no pattern for shards", VKP_SHARD) == 0);
+    CHECK(hub.publish("sh", "no shard", VKP_SUB_CHANNEL) == 0);
+    CHECK(hub.publish("news", "no channel", VKP_SUB_SHARD) == 0);
+    CHECK(hub.publish("weather.paris", "no pattern for shards", VKP_SUB_SHARD) == 0);
     CHECK(hub.publish("w[ei]ather.*", "the pattern's own name does not match") == 0);
     for (const Member *member : {&two, &three}) {
         const int p = member->protocol;
@@ -403,9 +404,9 @@ TEST_CASE("hub: a member with a channel and patterns that match gets one message
     Member b(hub, 2);
     CHECK(a.subscribe("news") == VKP_OK);
     for (const char *pattern : {"n*", "*", "n?ws", "x*"}) {
-        CHECK(a.subscribe(pattern, VKP_PATTERN) == VKP_OK);
+        CHECK(a.subscribe(pattern, VKP_SUB_PATTERN) == VKP_OK);
     }
-    CHECK(b.subscribe("n*", VKP_PATTERN) == VKP_OK);
+    CHECK(b.subscribe("n*", VKP_SUB_PATTERN) == VKP_OK);
     CHECK(hub.publish("news", "1") == 5);
     CHECK(frames(a.hear()) == std::multiset<std::string>{
                                   message(3, "news", "1"), pmessage(3, "n*", "news", "1"),
@@ -611,8 +612,8 @@ TEST_CASE("hub: a server's push is passed on: as it came to protocol 3, as an ar
     Member three(hub, 3);
     for (Member *member : {&two, &three}) {
         CHECK(member->subscribe("news") == VKP_OK);
-        CHECK(member->subscribe("n*", VKP_PATTERN) == VKP_OK);
-        CHECK(member->subscribe("sh", VKP_SHARD) == VKP_OK);
+        CHECK(member->subscribe("n*", VKP_SUB_PATTERN) == VKP_OK);
+        CHECK(member->subscribe("sh", VKP_SUB_SHARD) == VKP_OK);
     }
     auto deliver = [&](const std::string &text) {
         vkp_resp_reader *reader = nullptr;
@@ -706,7 +707,7 @@ TEST_CASE("hub: every allocation of subscribe may fail, and changes nothing then
             const size_t blocks = vkp_test_env_live_blocks(&hub.test);
             bool added = false;
             vkp_test_env_fault(&hub.test, fault, k);
-            vkp_status status = a.subscribe(name, VKP_CHANNEL, &added);
+            vkp_status status = a.subscribe(name, VKP_SUB_CHANNEL, &added);
             vkp_test_env_fault(&hub.test, VKP_TEST_FAULT_NONE, 0);
             if (status == VKP_OK) {
                 CHECK(added);
@@ -716,7 +717,7 @@ TEST_CASE("hub: every allocation of subscribe may fail, and changes nothing then
             CHECK(status == VKP_ERR_NOMEM);
             CHECK_FALSE(added); // written only on OK
             CHECK(hub.members(name) == members);
-            CHECK(a.counts[VKP_CHANNEL] == (name[0] == 'o' ? 1u : 0u));
+            CHECK(a.counts[VKP_SUB_CHANNEL] == (name[0] == 'o' ? 1u : 0u));
             CHECK_FALSE(a.has(name));
             CHECK(hub.interest.size() == (name[0] == 'o' ? 1u : 0u));
             CHECK(vkp_test_env_live_blocks(&hub.test) <= blocks + 1); // a grown table stays

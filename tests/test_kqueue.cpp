@@ -36,7 +36,7 @@
 namespace {
 
 constexpr uint64_t ms = 1000000;
-constexpr uint32_t both = VKP_READ | VKP_WRITE;
+constexpr uint32_t both = VKP_IO_READ | VKP_IO_WRITE;
 using Event = struct kevent;
 
 template <typename Filter>
@@ -730,21 +730,21 @@ TEST_CASE("kqueue backend: half a change is taken back, and what was before hold
     }
     SECTION("reading was")
     {
-        REQUIRE(bench.watch(socket.mine(), VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine(), VKP_IO_READ, 1) == VKP_OK);
         kernel.mode = Mode::no_writes;
         CHECK(bench.watch(socket.mine(), both, 2) == VKP_ERR_SYS);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         kernel.mode = Mode::real;
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
     }
     SECTION("writing was")
     {
-        REQUIRE(bench.watch(socket.mine(), VKP_WRITE, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine(), VKP_IO_WRITE, 1) == VKP_OK);
         kernel.mode = Mode::no_writes;
         CHECK(bench.watch(socket.mine(), both, 2) == VKP_ERR_SYS);
-        CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_WRITE}});
         kernel.mode = Mode::real;
-        CHECK(bench.ready() == Ready{{1, VKP_WRITE}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_WRITE}});
     }
 }
 
@@ -755,12 +755,12 @@ TEST_CASE("kqueue backend: a socket whose input ends is not hung up, a pipe is w
     SECTION("socket, half closed")
     {
         Socket socket;
-        REQUIRE(bench.watch(socket.mine(), VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(socket.mine(), VKP_IO_READ, 1) == VKP_OK);
         put(socket.peer(), "last words");
         REQUIRE(shutdown(socket.peer(), SHUT_WR) == 0);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         CHECK(take(socket.mine()) == "last words");
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         REQUIRE(bench.watch(socket.mine(), both, 1) == VKP_OK);
         CHECK(bench.ready() == Ready{{1, both}});
         put(socket.mine(), "answer");
@@ -771,17 +771,17 @@ TEST_CASE("kqueue backend: a socket whose input ends is not hung up, a pipe is w
         Socket socket;
         REQUIRE(bench.watch(socket.mine(), both, 1) == VKP_OK);
         socket.end(1);
-        CHECK(bench.ready() == Ready{{1, both | VKP_HUP}});
+        CHECK(bench.ready() == Ready{{1, both | VKP_IO_HUP}});
     }
     SECTION("pipe")
     {
         Pipe pipe;
-        REQUIRE(bench.watch(pipe.reader(), VKP_READ, 1) == VKP_OK);
+        REQUIRE(bench.watch(pipe.reader(), VKP_IO_READ, 1) == VKP_OK);
         put(pipe.writer(), "last words");
         pipe.end(1);
-        CHECK(bench.ready() == Ready{{1, VKP_READ}});
+        CHECK(bench.ready() == Ready{{1, VKP_IO_READ}});
         CHECK(take(pipe.reader()) == "last words");
-        CHECK(bench.ready() == Ready{{1, both | VKP_HUP}});
+        CHECK(bench.ready() == Ready{{1, both | VKP_IO_HUP}});
     }
 }
 
@@ -790,17 +790,17 @@ TEST_CASE("kqueue backend: errors in events are told, whatever the interest")
     ON_EVERY_KQUEUE;
     Socket socket;
     Bench bench(backend);
-    REQUIRE(bench.watch(socket.mine(), VKP_READ, 1) == VKP_OK);
+    REQUIRE(bench.watch(socket.mine(), VKP_IO_READ, 1) == VKP_OK);
     kernel.mode = Mode::made_up;
     Event event = change(socket.mine(), EVFILT_READ, EV_ERROR);
     event.data = EIO;
     kernel.events = {event};
-    CHECK(bench.ready() == Ready{{1, both | VKP_ERR}});
+    CHECK(bench.ready() == Ready{{1, both | VKP_IO_ERROR}});
     kernel.events = {change(socket.mine(), EVFILT_READ, EV_EOF, ECONNRESET)};
-    CHECK(bench.ready() == Ready{{1, both | VKP_ERR}});
-    REQUIRE(bench.watch(socket.mine(), VKP_WRITE, 2) == VKP_OK);
+    CHECK(bench.ready() == Ready{{1, both | VKP_IO_ERROR}});
+    REQUIRE(bench.watch(socket.mine(), VKP_IO_WRITE, 2) == VKP_OK);
     kernel.events = {change(socket.mine(), EVFILT_WRITE, EV_EOF, ECONNREFUSED)};
-    CHECK(bench.ready() == Ready{{2, both | VKP_HUP | VKP_ERR}});
+    CHECK(bench.ready() == Ready{{2, both | VKP_IO_HUP | VKP_IO_ERROR}});
     kernel.events = {};
     CHECK(bench.ready() == Ready{});
 }

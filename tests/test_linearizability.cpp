@@ -261,14 +261,14 @@ class Recorder {
         const size_t at = begin(Kind::receive, deadline != 0, 0);
         const vkp_status status = end(at, deadline == 0 && random_() % 2 == 0
                                               ? vkp_mpsc_try_recv(run_->rx, &value)
-                                              : vkp_mpsc_recv(run_->rx, &value, deadline));
+                                              : vkp_mpsc_recv(run_->rx, deadline, &value));
         calls[at].value = value;
         return status;
     }
     void len()
     {
         const size_t at = begin(Kind::len, false, 0);
-        const size_t length = vkp_mpsc_len(run_->rx);
+        const size_t length = vkp_mpsc_get_len(run_->rx);
         (void)end(at, VKP_OK);
         calls[at].value = length;
     }
@@ -376,7 +376,7 @@ Call closed(uint64_t begin, uint64_t end)
 const vkp_sys *fenced_sys()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.membarrier = [](bool) { return -ENOSYS; };
         return copy;
     }();

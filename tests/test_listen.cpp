@@ -68,7 +68,7 @@ class Registry {
     vkp_socket *socket(const std::string &path) const
     {
         vkp_socket *sock = nullptr;
-        if (vkp_socket_get_or_create(registry_, path.c_str(), &sock) != VKP_OK) {
+        if (vkp_socket_open(registry_, path.c_str(), &sock) != VKP_OK) {
             vkp_test_fail("no socket at %s", path.c_str());
         }
         return sock;
@@ -460,14 +460,14 @@ TEST_CASE("listen: a seat handed on holds the socket as its client does")
     vkp_socket_unref(sock);
     close(host.given[0].first);
     close(host.given[1].first);
-    vkp_seat_leave(host.given[0].second);
+    vkp_seat_unref(host.given[0].second);
     CHECK(vkp_test_exists(address.c_str() + 5));
     const bool early = GENERATE(false, true);
     if (early) {
         host.drop(); // the seat outlives it
     }
     CHECK(vkp_test_exists(address.c_str() + 5));
-    std::thread([&] { vkp_seat_leave(host.given[1].second); }).join();
+    std::thread([&] { vkp_seat_unref(host.given[1].second); }).join();
     CHECK_FALSE(vkp_test_exists(address.c_str() + 5));
     if (!early) {
         vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
@@ -485,14 +485,14 @@ static std::atomic<int> looks;
 
 static vkp_sys noting_sys()
 {
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.listen = [](int fd, int backlog) {
         listening_fd = fd;
-        return vkp_sys_default()->listen(fd, backlog);
+        return vkp_sys_get_default()->listen(fd, backlog);
     };
     sys.identify = [](const char *path, vkp_file_id *id) {
         looks++;
-        return vkp_sys_default()->identify(path, id);
+        return vkp_sys_get_default()->identify(path, id);
     };
     return sys;
 }
@@ -1297,9 +1297,9 @@ TEST_CASE("listen: a drain tells each client after what was queued, then closes"
     }
     vkp_conn *kept = vkp_conn_ref(host.conns[0]);
     Ends ends;
-    REQUIRE(vkp_listener_drain(host.listener, noticed ? &k_notice : nullptr, vkp_test_deadline(),
-                               Ends::on_end, &ends) == VKP_OK);
-    CHECK(vkp_listener_drain(host.listener, nullptr, 0, Ends::on_end, &ends) == VKP_ERR_INVALID);
+    REQUIRE(vkp_listener_drain(host.listener, noticed ? &k_notice : nullptr, Ends::on_end, &ends,
+                               vkp_test_deadline()) == VKP_OK);
+    CHECK(vkp_listener_drain(host.listener, nullptr, Ends::on_end, &ends, 0) == VKP_ERR_INVALID);
     CHECK(refuses(address));
     CHECK((tcp || !vkp_test_exists(address.c_str() + 5)));
     for (const Peer &peer : peers) {
@@ -1313,7 +1313,7 @@ TEST_CASE("listen: a drain tells each client after what was queued, then closes"
     vkp_test_rounds(loop, 3);
     CHECK(ends.count == 1);
     CHECK(host.ends == 0); // it was told to
-    CHECK(vkp_listener_drain(host.listener, nullptr, 0, Ends::on_end, &ends) == VKP_ERR_INVALID);
+    CHECK(vkp_listener_drain(host.listener, nullptr, Ends::on_end, &ends, 0) == VKP_ERR_INVALID);
     vkp_conn_unref(kept);
     host.drop();
     loop.close();
@@ -1341,8 +1341,8 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
     Ends ends;
     const uint64_t since = loop.now();
     const uint64_t deadline = GENERATE(500, 0) * vkp_test_ms;
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, deadline == 0 ? 0 : since + deadline,
-                               Ends::on_end, &ends) == VKP_OK);
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends,
+                               deadline == 0 ? 0 : since + deadline) == VKP_OK);
     if (deadline != 0) {
         loop.round();
         CHECK(ends.count == 0);
@@ -1359,7 +1359,7 @@ TEST_CASE("listen: a drain closes at its deadline whoever does not read")
     (void)vkp_test_peer_drain(slow.get());
     CHECK(vkp_test_peer_is_ended(slow.get()));
     vkp_test_rounds(loop, 3);
-    CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+    CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
     CHECK(ends.count == 1);
 }
 
@@ -1374,8 +1374,8 @@ TEST_CASE("listen: a drain without clients ends all the same, once")
     if (GENERATE(true, false)) {
         ends.hook = [&] { host.drop(); };
     }
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, forever ? VKP_FOREVER : 0, Ends::on_end,
-                               &ends) == VKP_OK);
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends,
+                               forever ? VKP_FOREVER : 0) == VKP_OK);
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
     vkp_test_rounds(loop, 3);
     CHECK(ends.count == 1);
@@ -1395,7 +1395,7 @@ TEST_CASE("listen: a listener let go just before its drain's end was told tells 
         peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
         CHECK(is_served(loop, peer));
     }
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, VKP_FOREVER) ==
             VKP_OK);
     if (client) {
         vkp_conn_close(host.conns[0]);
@@ -1426,8 +1426,8 @@ TEST_CASE("listen: a listener may be let go by the first client that a drain clo
         }
     }
     host.on_close = [&] { host.drop(); };
-    REQUIRE(vkp_listener_drain(host.listener, nullptr, late ? 0 : VKP_FOREVER, Ends::on_end,
-                               &ends) == VKP_OK);
+    REQUIRE(vkp_listener_drain(host.listener, nullptr, Ends::on_end, &ends,
+                               late ? 0 : VKP_FOREVER) == VKP_OK);
     vkp_test_run_until(loop, "the first", [&] { return host.closes >= 1; });
     CHECK(host.listener == nullptr);
     while (!host.conns.empty()) { // what is left is the program's
@@ -1453,7 +1453,7 @@ TEST_CASE("listen: clients that leave in a drain are part of it; no callback is 
     const vkp_bytes bytes = vkp_bytes_static(frame.data(), frame.size());
     REQUIRE(vkp_conn_push(host.conns[0], &bytes, 0) == VKP_OK); // keeps it until it reads
     Ends ends;
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, VKP_FOREVER) ==
             VKP_OK);
     vkp_test_rounds(loop, 3);
     CHECK(ends.count == 0);
@@ -1504,8 +1504,8 @@ TEST_CASE("listen: a drain begins in callbacks, too")
     host.open(loop, vkp_test_fresh_address("d"));
     const std::string address = vkp_listener_get_address(host.listener);
     host.on_open = [&](vkp_conn *) {
-        if (host.opens == 2 && vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER,
-                                                  Ends::on_end, &ends) != VKP_OK) {
+        if (host.opens == 2 && vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends,
+                                                  VKP_FOREVER) != VKP_OK) {
             vkp_test_fail("no drain");
         }
     };
@@ -1541,7 +1541,7 @@ TEST_CASE("listen: a drain of one that follows leaves the socket to its handles"
         vkp_socket_unref(std::exchange(sock, nullptr));
     }
     Ends ends;
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, VKP_FOREVER) ==
             VKP_OK);
     CHECK(hear_out(loop, peer) == Strings{"+bye\r\n"});
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
@@ -1562,16 +1562,16 @@ TEST_CASE("listen: a drain that cannot be changes nothing")
     {
         host.hand_on();
         host.open(loop, vkp_test_fresh_address("d"));
-        CHECK(vkp_listener_drain(host.listener, &k_notice, 0, Ends::on_end, &ends) ==
+        CHECK(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, 0) ==
               VKP_ERR_INVALID);
         Peer peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
         vkp_test_run_until(loop, "the client", [&] { return host.given.size() == 1; });
         close(host.given[0].first);
-        vkp_seat_leave(host.given[0].second);
+        vkp_seat_unref(host.given[0].second);
     }
     SECTION("no listener")
     {
-        CHECK(vkp_listener_drain(nullptr, &k_notice, 0, Ends::on_end, &ends) == VKP_ERR_INVALID);
+        CHECK(vkp_listener_drain(nullptr, &k_notice, Ends::on_end, &ends, 0) == VKP_ERR_INVALID);
     }
     vkp_test_rounds(loop, 3);
     CHECK(ends.count == 0);
@@ -1586,7 +1586,7 @@ TEST_CASE("listen: a drain of a listener that was closed still tells its clients
     Peer peer = vkp_test_peer_to(vkp_listener_get_address(host.listener));
     CHECK(is_served(loop, peer));
     vkp_listener_close(host.listener);
-    REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends) ==
+    REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, VKP_FOREVER) ==
             VKP_OK);
     CHECK(hear_out(loop, peer) == Strings{"+bye\r\n"});
     vkp_test_run_until(loop, "the end", [&] { return ends.count == 1; });
@@ -1610,7 +1610,7 @@ TEST_CASE("listen: a drain for which memory is missing at any allocation changes
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, k);
         const uint64_t failures = vkp_test_env_failures(&loop.test);
         const vkp_status status =
-            vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end, &ends);
+            vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends, VKP_FOREVER);
         const bool failed = vkp_test_env_failures(&loop.test) > failures;
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
         if (status != VKP_OK) {
@@ -1620,8 +1620,8 @@ TEST_CASE("listen: a drain for which memory is missing at any allocation changes
                 CHECK(is_served(loop, peer));
             }
             CHECK(ends.count == 0);
-            REQUIRE(vkp_listener_drain(host.listener, &k_notice, VKP_FOREVER, Ends::on_end,
-                                       &ends) == VKP_OK);
+            REQUIRE(vkp_listener_drain(host.listener, &k_notice, Ends::on_end, &ends,
+                                       VKP_FOREVER) == VKP_OK);
         }
         for (const Peer &peer : peers) {
             CHECK(hear_out(loop, peer) == Strings{"+bye\r\n"});

@@ -68,7 +68,8 @@ class Loop {
     // One round that a timer ends, or virtual time.
     void wait()
     {
-        if (vkp_loop_run_once(loop_, vkp_loop_get_now(loop_) + UINT64_C(60000000000)) != VKP_OK) {
+        if (vkp_loop_run_once(loop_, vkp_loop_get_now_ns(loop_) + UINT64_C(60000000000)) !=
+            VKP_OK) {
             vkp_test_fail("a round failed");
         }
     }
@@ -380,7 +381,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     second.config.registry = registry;
     REQUIRE(first.open(loop, address.c_str()) == VKP_OK);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_get_existing(registry, path_of(address), &sock) == VKP_OK);
+    REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
     CHECK(vkp_socket_get_ref_count(sock) == 2);
     vkp_socket_unref(sock);
     SECTION("one after the other")
@@ -391,7 +392,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     }
     SECTION("a handle of the program keeps the path")
     {
-        REQUIRE(vkp_socket_get_existing(registry, path_of(address), &sock) == VKP_OK);
+        REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
         first.drop();
         CHECK(vkp_test_exists(path_of(address)));
         Client waits(address); // in the backlog until somebody listens again
@@ -403,7 +404,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     }
     SECTION("a handle given to the listener")
     {
-        REQUIRE(vkp_socket_get_existing(registry, path_of(address), &sock) == VKP_OK);
+        REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
         first.drop();
         second.config.address = nullptr;
         second.config.socket = sock;
@@ -432,7 +433,7 @@ TEST_CASE("listener: a registered socket serves, even one that the caller left b
     REQUIRE(bind(fd, reinterpret_cast<sockaddr *>(&name), sizeof name) == 0);
     REQUIRE(listen(fd, 8) == 0);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_register_new(registry, path_of(address), fd, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, path_of(address), fd, &sock) == VKP_OK);
     REQUIRE((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0); // else the next line would never return
     CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
     Echo echo;
@@ -625,11 +626,11 @@ TEST_CASE("listener: close and unref inside its callbacks")
         echo.on_fd = [&](int fd, vkp_seat *seat) {
             close(fd);
             if (seat_first) {
-                vkp_seat_leave(seat);
+                vkp_seat_unref(seat);
             }
             end();
             if (!seat_first) {
-                vkp_seat_leave(seat);
+                vkp_seat_unref(seat);
             }
         };
         clients[0] = new Client(address);
@@ -752,12 +753,12 @@ int calls;
 int accept(int fd)
 {
     calls++;
-    return fault != 0 ? -fault : vkp_sys_default()->accept(fd);
+    return fault != 0 ? -fault : vkp_sys_get_default()->accept(fd);
 }
 
 vkp_sys table()
 {
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.accept = accept;
     fault = 0;
     calls = 0;
@@ -772,15 +773,15 @@ void check_pause(Loop &loop, uint64_t pause_ms)
 {
     INFO("a pause of " << pause_ms << " ms");
     const int before = faulty::calls;
-    const uint64_t since = vkp_loop_get_now(loop);
+    const uint64_t since = vkp_loop_get_now_ns(loop);
     vkp_test_rounds(loop, 2);
     CHECK(faulty::calls == before + 1);
     vkp_test_rounds(loop, 20);
     CHECK(faulty::calls == before + 1); // the client waits, and costs no round
-    CHECK(vkp_loop_get_now(loop) == since);
-    CHECK(vkp_loop_get_deadline(loop) == since + pause_ms * vkp_test_ms);
+    CHECK(vkp_loop_get_now_ns(loop) == since);
+    CHECK(vkp_loop_get_deadline_ns(loop) == since + pause_ms * vkp_test_ms);
     loop.wait();
-    CHECK(vkp_loop_get_now(loop) == since + pause_ms * vkp_test_ms);
+    CHECK(vkp_loop_get_now_ns(loop) == since + pause_ms * vkp_test_ms);
 }
 
 TEST_CASE("listener: when accept fails it pauses ever longer without spinning, and recovers")
@@ -820,7 +821,7 @@ TEST_CASE("listener: when accept fails it pauses ever longer without spinning, a
         vkp_test_rounds(loop, 3);
         CHECK(client.hear() == "hello?");
         CHECK(echo.accepts == 1);
-        CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+        CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
         faulty::fault = fault;
         Client other(address);
         check_pause(loop, 10);
@@ -842,7 +843,7 @@ TEST_CASE("listener: when accept fails it pauses ever longer without spinning, a
         } else {
             vkp_listener_close(echo.listener);
         }
-        CHECK(vkp_loop_get_deadline(loop) == VKP_FOREVER);
+        CHECK(vkp_loop_get_deadline_ns(loop) == VKP_FOREVER);
         vkp_test_rounds(loop, 3);
         CHECK(echo.ends == 0);
     }
@@ -867,11 +868,11 @@ vkp_sys table(int fault)
 {
     static int error;
     error = fault;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.socket = [](int family, int type) {
-        return left > 0 ? take(vkp_sys_default()->socket(family, type)) : -error;
+        return left > 0 ? take(vkp_sys_get_default()->socket(family, type)) : -error;
     };
-    sys.accept = [](int fd) { return left > 0 ? take(vkp_sys_default()->accept(fd)) : -error; };
+    sys.accept = [](int fd) { return left > 0 ? take(vkp_sys_get_default()->accept(fd)) : -error; };
     sys.close = [](int fd) {
         for (size_t i = 0; i < given.size(); i++) {
             if (given[i] == fd) {
@@ -880,7 +881,7 @@ vkp_sys table(int fault)
                 break;
             }
         }
-        return vkp_sys_default()->close(fd);
+        return vkp_sys_get_default()->close(fd);
     };
     left = 100;
     given.clear();
@@ -892,7 +893,7 @@ vkp_sys table(int fault)
 void say_sorry(int fd)
 {
     const vkp_range range = {"sorry", 5};
-    CHECK(vkp_sys_default()->send(fd, &range, 1) == 5);
+    CHECK(vkp_sys_get_default()->send(fd, &range, 1) == 5);
 }
 
 TEST_CASE("listener: short of descriptors for a second it tells clients, by a spare one")
@@ -917,13 +918,13 @@ TEST_CASE("listener: short of descriptors for a second it tells clients, by a sp
         return all;
     };
     vkp_test_rounds(loop, 1);
-    const uint64_t since = vkp_loop_get_now(loop);
+    const uint64_t since = vkp_loop_get_now_ns(loop);
     uint64_t first = 0;
     for (int tries = 0; !all_told(); tries++) {
         REQUIRE(tries < 100);
         loop.wait();
         if (first == 0 && !echo.refused.empty()) {
-            first = vkp_loop_get_now(loop);
+            first = vkp_loop_get_now_ns(loop);
         }
     }
     CHECK(first >= since + 1000 * vkp_test_ms);
@@ -942,11 +943,11 @@ TEST_CASE("listener: short of descriptors for a second it tells clients, by a sp
         // The next shortage is a new one: nobody is told before it lasted.
         few::left = 0;
         Client other(address);
-        const uint64_t again = vkp_loop_get_now(loop);
+        const uint64_t again = vkp_loop_get_now_ns(loop);
         while (echo.refused.size() == 3) {
             loop.wait();
         }
-        CHECK(vkp_loop_get_now(loop) >= again + 1000 * vkp_test_ms);
+        CHECK(vkp_loop_get_now_ns(loop) >= again + 1000 * vkp_test_ms);
         vkp_test_run_until(loop, "the excuse", [&] { return other.hear() == "sorry"; });
     }
     SECTION("somebody takes the descriptor that the spare one gave back")
@@ -1023,8 +1024,8 @@ TEST_CASE("listener: an aborted or interrupted accept goes on with the next")
     VKP_TEST_ON_EVERY_BACKEND;
     static int fault;
     static int left;
-    vkp_sys sys = *vkp_sys_default();
-    sys.accept = [](int fd) { return left-- > 0 ? -fault : vkp_sys_default()->accept(fd); };
+    vkp_sys sys = *vkp_sys_get_default();
+    sys.accept = [](int fd) { return left-- > 0 ? -fault : vkp_sys_get_default()->accept(fd); };
     fault = GENERATE(ECONNABORTED, EPROTO, EINTR);
     INFO("error " << fault);
     left = 3;
@@ -1076,18 +1077,19 @@ TEST_CASE("listener: every system call of open may fail")
 {
     static int fault_at;
     static int calls;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.socket = [](int family, int type) {
-        return calls++ == fault_at ? -EMFILE : vkp_sys_default()->socket(family, type);
+        return calls++ == fault_at ? -EMFILE : vkp_sys_get_default()->socket(family, type);
     };
     sys.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
-        return calls++ == fault_at ? -EACCES : vkp_sys_default()->bind(fd, address, bytes, mode);
+        return calls++ == fault_at ? -EACCES
+                                   : vkp_sys_get_default()->bind(fd, address, bytes, mode);
     };
     sys.listen = [](int fd, int backlog) {
-        return calls++ == fault_at ? -EIO : vkp_sys_default()->listen(fd, backlog);
+        return calls++ == fault_at ? -EIO : vkp_sys_get_default()->listen(fd, backlog);
     };
     sys.local_port = [](int fd) {
-        return calls++ == fault_at ? -EIO : vkp_sys_default()->local_port(fd);
+        return calls++ == fault_at ? -EIO : vkp_sys_get_default()->local_port(fd);
     };
     const bool tcp = GENERATE(false, true);
     Loop loop(&vkp_backend_poll, &sys);

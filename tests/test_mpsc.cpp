@@ -139,7 +139,7 @@ class WaitingReceiver {
     explicit WaitingReceiver(vkp_mpsc_rx *rx)
         : thread_([this, rx] {
               vkp_test_parks = &parks_;
-              status_ = vkp_mpsc_recv(rx, &value, vkp_test_deadline());
+              status_ = vkp_mpsc_recv(rx, vkp_test_deadline(), &value);
               vkp_test_parks = nullptr;
           })
     {
@@ -193,19 +193,19 @@ TEST_CASE("mpsc: null arguments are INVALID, null handles are ignored by unref",
     CHECK(vkp_mpsc_send(channel.tx, nullptr, 0) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_send(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_send(channel.tx, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv(nullptr, &value, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv(channel.rx, nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv(nullptr, 0, &value) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv(channel.rx, 0, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_recv(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_recv(channel.rx, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv_many(nullptr, &value, 1, &count, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv_many(channel.rx, nullptr, 1, &count, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv_many(channel.rx, &value, 1, nullptr, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_recv_many(channel.rx, &value, 0, &count, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv_many(nullptr, 0, &value, 1, &count) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, nullptr, 1, &count) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, &value, 1, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, &value, 0, &count) == VKP_ERR_INVALID);
     vkp_mpsc_tx_unref(nullptr);
     vkp_mpsc_rx_unref(nullptr);
     CHECK(value == 5);
     CHECK(count == 99);
-    CHECK(vkp_mpsc_len(channel.rx) == 0);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0);
 }
 
 TEST_CASE("mpsc: values of every size come out whole and in order", "[mpsc]")
@@ -227,7 +227,7 @@ TEST_CASE("mpsc: values of every size come out whole and in order", "[mpsc]")
                     std::fill(in.begin(), in.end(), static_cast<unsigned char>(next_in++));
                     REQUIRE(vkp_mpsc_try_send(channel.tx, in.data()) == VKP_OK);
                 }
-                REQUIRE(vkp_mpsc_len(channel.rx) == batch);
+                REQUIRE(vkp_mpsc_get_len(channel.rx) == batch);
                 for (size_t i = 0; i < batch; i++) {
                     std::fill(in.begin(), in.end(), static_cast<unsigned char>(next_out++));
                     REQUIRE(vkp_mpsc_try_recv(channel.rx, out.data()) == VKP_OK);
@@ -255,7 +255,7 @@ TEST_CASE("mpsc: a full channel refuses, and the value stays the caller's", "[mp
         CHECK(try_send(channel.tx, 3) == VKP_ERR_FULL);
         uint64_t value = 4;
         CHECK(vkp_mpsc_send(channel.tx, &value, 0) == VKP_ERR_TIMEOUT);
-        CHECK(vkp_mpsc_len(channel.rx) == 3);
+        CHECK(vkp_mpsc_get_len(channel.rx) == 3);
         CHECK(vkp_mpsc_try_recv(channel.rx, &value) == VKP_OK);
         CHECK(value == 0);
         CHECK(try_send(channel.tx, 5) == VKP_OK);
@@ -270,12 +270,12 @@ TEST_CASE("mpsc: a deadline that passed still takes what is there, or room that 
     REQUIRE(channel.status == VKP_OK);
     uint64_t value = 7;
     size_t count = 0;
-    CHECK(vkp_mpsc_recv(channel.rx, &value, 0) == VKP_ERR_TIMEOUT);
-    CHECK(vkp_mpsc_recv_many(channel.rx, &value, 1, &count, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(channel.rx, 0, &value) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, &value, 1, &count) == VKP_ERR_TIMEOUT);
     CHECK(vkp_mpsc_send(channel.tx, &value, 0) == VKP_OK);
     CHECK(vkp_mpsc_send(channel.tx, &value, 0) == VKP_ERR_TIMEOUT);
     value = 0;
-    CHECK(vkp_mpsc_recv(channel.rx, &value, 0) == VKP_OK);
+    CHECK(vkp_mpsc_recv(channel.rx, 0, &value) == VKP_OK);
     CHECK(value == 7);
 }
 
@@ -290,12 +290,12 @@ TEST_CASE("mpsc: waits end at their deadline, by the clock of the environment", 
     size_t count = 0;
 
     uint64_t deadline = vkp_test_virtual_ns.load() + hour_ns;
-    CHECK(vkp_mpsc_recv(channel.rx, &value, deadline) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(channel.rx, deadline, &value) == VKP_ERR_TIMEOUT);
     CHECK(vkp_test_virtual_ns.load() == deadline);
     CHECK(value == 1);
 
     deadline += hour_ns;
-    CHECK(vkp_mpsc_recv_many(channel.rx, &value, 1, &count, deadline) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv_many(channel.rx, deadline, &value, 1, &count) == VKP_ERR_TIMEOUT);
     CHECK(vkp_test_virtual_ns.load() == deadline);
     CHECK(count == 0);
 
@@ -303,7 +303,7 @@ TEST_CASE("mpsc: waits end at their deadline, by the clock of the environment", 
     deadline += hour_ns;
     CHECK(vkp_mpsc_send(channel.tx, &value, deadline) == VKP_ERR_TIMEOUT);
     CHECK(vkp_test_virtual_ns.load() == deadline);
-    CHECK(vkp_mpsc_len(channel.rx) == 1);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 1);
 }
 
 TEST_CASE("mpsc: a wait on the real clock never ends before its deadline", "[mpsc]")
@@ -312,7 +312,7 @@ TEST_CASE("mpsc: a wait on the real clock never ends before its deadline", "[mps
     REQUIRE(channel.status == VKP_OK);
     uint64_t value = 0;
     uint64_t deadline = vkp_after_ms(2);
-    CHECK(vkp_mpsc_recv(channel.rx, &value, deadline) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(channel.rx, deadline, &value) == VKP_ERR_TIMEOUT);
     CHECK(vkp_now_ns() >= deadline);
     REQUIRE(try_send(channel.tx, 1) == VKP_OK);
     deadline = vkp_after_ms(2);
@@ -359,7 +359,7 @@ TEST_CASE("mpsc: costs that would overflow the sum do not make room", "[mpsc]")
     CHECK(try_send(channel.tx, 2) == VKP_OK);
     CHECK(try_send(channel.tx, 1) == VKP_ERR_FULL);
     CHECK(try_send(channel.tx, 2) == VKP_ERR_FULL);
-    CHECK(vkp_mpsc_len(channel.rx) == 1);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 1);
 }
 
 TEST_CASE("mpsc: without cost a value stands for its own size", "[mpsc]")
@@ -423,7 +423,7 @@ TEST_CASE("mpsc: long random sequences answer as a model of a queue does", "[mps
                         const size_t most = 1 + random() % 8;
                         vkp_status status;
                         if (dice % 2) {
-                            status = vkp_mpsc_recv_many(channel.rx, got, most, &count, 0);
+                            status = vkp_mpsc_recv_many(channel.rx, 0, got, most, &count);
                         } else {
                             status = vkp_mpsc_try_recv(channel.rx, got);
                             count = status == VKP_OK ? 1 : 0;
@@ -439,7 +439,7 @@ TEST_CASE("mpsc: long random sequences answer as a model of a queue does", "[mps
                             model.pop_front();
                         }
                     }
-                    wrong += vkp_mpsc_len(channel.rx) != model.size();
+                    wrong += vkp_mpsc_get_len(channel.rx) != model.size();
                     REQUIRE(wrong == 0);
                 }
             }
@@ -459,13 +459,13 @@ TEST_CASE("mpsc: recv_many takes up to its capacity, oldest first", "[mpsc]")
     }
     std::vector<uint64_t> out(2000, UINT64_MAX);
     size_t count = 0;
-    REQUIRE(vkp_mpsc_recv_many(channel.rx, out.data(), 10, &count, VKP_FOREVER) == VKP_OK);
+    REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out.data(), 10, &count) == VKP_OK);
     CHECK(count == 10);
     CHECK(out[9] == 9);
     CHECK(out[10] == UINT64_MAX);
     uint64_t next = 10;
     while (next < 3000) {
-        REQUIRE(vkp_mpsc_recv_many(channel.rx, out.data(), out.size(), &count, VKP_FOREVER) ==
+        REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out.data(), out.size(), &count) ==
                 VKP_OK);
         REQUIRE(count >= 1);
         REQUIRE(count <= out.size());
@@ -474,7 +474,7 @@ TEST_CASE("mpsc: recv_many takes up to its capacity, oldest first", "[mpsc]")
         }
     }
     CHECK(next == 3000);
-    CHECK(vkp_mpsc_len(channel.rx) == 0);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0);
 }
 
 TEST_CASE("mpsc: recv_many gives all that is there, not only a part", "[mpsc]")
@@ -489,7 +489,7 @@ TEST_CASE("mpsc: recv_many gives all that is there, not only a part", "[mpsc]")
             for (uint64_t i = 0; i < 7; i++) {
                 REQUIRE(try_send(channel.tx, shift * 10 + i) == VKP_OK);
             }
-            REQUIRE(vkp_mpsc_recv_many(channel.rx, out, 10, &count, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 10, &count) == VKP_OK);
             REQUIRE(count == 7);
             for (uint64_t i = 0; i < 7; i++) {
                 REQUIRE(out[i] == shift * 10 + i);
@@ -535,21 +535,21 @@ TEST_CASE("mpsc: close refuses new values, queued ones are received, then CLOSED
             uint64_t value = 9;
             CHECK(vkp_mpsc_send(channel.tx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
             CHECK(vkp_mpsc_try_send(channel.tx, &value) == VKP_ERR_CLOSED);
-            CHECK(vkp_mpsc_len(channel.rx) == 4);
+            CHECK(vkp_mpsc_get_len(channel.rx) == 4);
             size_t count = 0;
             uint64_t two[2];
-            CHECK(vkp_mpsc_recv(channel.rx, &value, 0) == VKP_OK);
+            CHECK(vkp_mpsc_recv(channel.rx, 0, &value) == VKP_OK);
             CHECK(value == 0);
             CHECK(vkp_mpsc_try_recv(channel.rx, &value) == VKP_OK);
             CHECK(value == 1);
-            CHECK(vkp_mpsc_recv_many(channel.rx, two, 2, &count, 0) == VKP_OK);
+            CHECK(vkp_mpsc_recv_many(channel.rx, 0, two, 2, &count) == VKP_OK);
             CHECK(count == 2);
             value = 77;
             count = 55;
             for (int again = 0; again < 2; again++) {
-                CHECK(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+                CHECK(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
                 CHECK(vkp_mpsc_try_recv(channel.rx, &value) == VKP_ERR_CLOSED);
-                CHECK(vkp_mpsc_recv_many(channel.rx, two, 2, &count, VKP_FOREVER) ==
+                CHECK(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, two, 2, &count) ==
                       VKP_ERR_CLOSED);
             }
             CHECK(value == 77);
@@ -572,20 +572,20 @@ TEST_CASE("mpsc: after the last sender the receiver drains, then gets CLOSED", "
     vkp_mpsc_tx_unref(tx);
     uint64_t value = 0;
     REQUIRE(try_send(second, 2) == VKP_OK);
-    CHECK(vkp_mpsc_recv(rx, &value, 0) == VKP_OK);
-    CHECK(vkp_mpsc_recv(rx, &value, 0) == VKP_OK);
+    CHECK(vkp_mpsc_recv(rx, 0, &value) == VKP_OK);
+    CHECK(vkp_mpsc_recv(rx, 0, &value) == VKP_OK);
     CHECK(value == 2);
     CHECK(vkp_mpsc_try_recv(rx, &value) == VKP_ERR_EMPTY);
-    CHECK(vkp_mpsc_recv(rx, &value, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(rx, 0, &value) == VKP_ERR_TIMEOUT);
     REQUIRE(try_send(second, 3) == VKP_OK);
     vkp_mpsc_tx_unref(second);
-    CHECK(vkp_mpsc_len(rx) == 1);
+    CHECK(vkp_mpsc_get_len(rx) == 1);
     CHECK(vkp_mpsc_try_recv(rx, &value) == VKP_OK);
     CHECK(value == 3);
     CHECK(vkp_mpsc_try_recv(rx, &value) == VKP_ERR_CLOSED);
-    CHECK(vkp_mpsc_recv(rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_recv(rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
     vkp_mpsc_close(rx);
-    CHECK(vkp_mpsc_recv(rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_recv(rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
     vkp_mpsc_rx_unref(rx);
     CHECK(env.blocks() == 0);
 }
@@ -689,12 +689,12 @@ TEST_CASE("mpsc: waiting senders go in order of arrival, and nobody overtakes th
     for (uint64_t i = 0; i < waiting; i++) {
         senders.push_back(std::make_unique<WaitingSender>(channel.tx, 2 + i, vkp_test_deadline()));
     }
-    CHECK(vkp_mpsc_len(channel.rx) == 2);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 2);
     std::vector<uint64_t> got;
     std::vector<vkp_status> overtaking;
     for (uint64_t i = 0; i < 2 + waiting; i++) {
         uint64_t value = UINT64_MAX;
-        if (vkp_mpsc_recv(channel.rx, &value, vkp_test_deadline()) == VKP_OK) {
+        if (vkp_mpsc_recv(channel.rx, vkp_test_deadline(), &value) == VKP_OK) {
             got.push_back(value);
         }
         // Room was made, but it belongs to those who wait.
@@ -729,7 +729,7 @@ TEST_CASE("mpsc: a small value does not slip past a large one that waits for byt
     std::vector<uint64_t> got;
     for (int i = 0; i < 4; i++) {
         uint64_t value = 0;
-        if (vkp_mpsc_recv(channel.rx, &value, vkp_test_deadline()) == VKP_OK) {
+        if (vkp_mpsc_recv(channel.rx, vkp_test_deadline(), &value) == VKP_OK) {
             got.push_back(value);
         }
     }
@@ -776,7 +776,7 @@ TEST_CASE("mpsc: recv_many serves every waiting sender that it made room for", "
     }
     uint64_t out[8];
     size_t count = 0;
-    const vkp_status first = vkp_mpsc_recv_many(channel.rx, out, 3, &count, vkp_test_deadline());
+    const vkp_status first = vkp_mpsc_recv_many(channel.rx, vkp_test_deadline(), out, 3, &count);
     // All three end without another receive.
     std::vector<vkp_status> statuses;
     for (const std::unique_ptr<WaitingSender> &sender : senders) {
@@ -785,8 +785,8 @@ TEST_CASE("mpsc: recv_many serves every waiting sender that it made room for", "
     CHECK(first == VKP_OK);
     CHECK(count == 3);
     CHECK(statuses == std::vector<vkp_status>(3, VKP_OK));
-    CHECK(vkp_mpsc_len(channel.rx) == 3);
-    CHECK(vkp_mpsc_recv_many(channel.rx, out, 8, &count, 0) == VKP_OK);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 3);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, out, 8, &count) == VKP_OK);
     CHECK(count == 3);
     CHECK(out[0] == 3);
     CHECK(out[1] == 4);
@@ -817,9 +817,9 @@ TEST_CASE("mpsc: closing ends every wait at once", "[mpsc][threads]")
         CHECK(b.join() == VKP_ERR_CLOSED);
         uint64_t value = 0;
         if (!unref) {
-            CHECK(vkp_mpsc_recv(rx, &value, 0) == VKP_OK);
+            CHECK(vkp_mpsc_recv(rx, 0, &value) == VKP_OK);
             CHECK(value == 1);
-            CHECK(vkp_mpsc_recv(rx, &value, 0) == VKP_ERR_CLOSED);
+            CHECK(vkp_mpsc_recv(rx, 0, &value) == VKP_ERR_CLOSED);
             vkp_mpsc_rx_unref(rx);
         }
         vkp_mpsc_tx_unref(tx);
@@ -870,16 +870,16 @@ void take_all(vkp_mpsc_rx *rx, int manner, const std::function<void(uint64_t)> &
         vkp_status status;
         switch (manner) {
         case 0:
-            status = vkp_mpsc_recv(rx, out, VKP_FOREVER);
+            status = vkp_mpsc_recv(rx, VKP_FOREVER, out);
             break;
         case 1:
             status = vkp_mpsc_try_recv(rx, out);
             break;
         case 2:
-            status = vkp_mpsc_recv_many(rx, out, 64, &count, VKP_FOREVER);
+            status = vkp_mpsc_recv_many(rx, VKP_FOREVER, out, 64, &count);
             break;
         default:
-            status = vkp_mpsc_recv(rx, out, vkp_now_ns() + 2000);
+            status = vkp_mpsc_recv(rx, vkp_now_ns() + 2000, out);
             break;
         }
         if (status == VKP_ERR_EMPTY || status == VKP_ERR_TIMEOUT) {
@@ -969,8 +969,8 @@ TEST_CASE("mpsc: threads: the bounds hold whenever the receiver looks", "[mpsc][
     uint64_t received = 0;
     uint64_t value = 0;
     for (;;) {
-        longest = std::max(longest, vkp_mpsc_len(rx));
-        if (vkp_mpsc_recv(rx, &value, VKP_FOREVER) != VKP_OK) {
+        longest = std::max(longest, vkp_mpsc_get_len(rx));
+        if (vkp_mpsc_recv(rx, VKP_FOREVER, &value) != VKP_OK) {
             break;
         }
         received++;
@@ -1050,7 +1050,7 @@ TEST_CASE("mpsc: threads: whatever ends the traffic, sent is received plus dropp
             closer = std::thread([rx] { vkp_mpsc_close(rx); });
         }
         for (int i = 0; i < 200 + round * 10; i++) {
-            if (vkp_mpsc_recv(rx, &value, VKP_FOREVER) != VKP_OK) {
+            if (vkp_mpsc_recv(rx, VKP_FOREVER, &value) != VKP_OK) {
                 break;
             }
             received++;
@@ -1058,7 +1058,7 @@ TEST_CASE("mpsc: threads: whatever ends the traffic, sent is received plus dropp
         }
         if (ending != 0) {
             vkp_mpsc_close(rx);
-            while (vkp_mpsc_recv(rx, &value, VKP_FOREVER) == VKP_OK) {
+            while (vkp_mpsc_recv(rx, VKP_FOREVER, &value) == VKP_OK) {
                 received++;
                 received_sum += value;
             }
@@ -1152,7 +1152,7 @@ TEST_CASE("mpsc: threads: the receiver may move from thread to thread", "[mpsc][
         std::thread receiver([&] {
             for (int i = 0; i < 100 && next < total; i++) {
                 uint64_t value = 0;
-                if (vkp_mpsc_recv(rx, &value, VKP_FOREVER) != VKP_OK || value != next) {
+                if (vkp_mpsc_recv(rx, VKP_FOREVER, &value) != VKP_OK || value != next) {
                     disorder++;
                 }
                 next++;
@@ -1163,7 +1163,7 @@ TEST_CASE("mpsc: threads: the receiver may move from thread to thread", "[mpsc][
     sender.join();
     uint64_t value = 0;
     CHECK(disorder == 0);
-    CHECK(vkp_mpsc_recv(rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_recv(rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
     vkp_mpsc_rx_unref(rx);
 }
 

@@ -203,9 +203,9 @@ TEST_CASE("mpsc api: what is sent is received in order, whichever call sends it"
             vkp_mpsc_permit permits[2];
             REQUIRE(channel.send(first, VKP_FOREVER) == VKP_OK);
             REQUIRE(channel.try_send(first + 1) == VKP_OK);
-            REQUIRE(vkp_mpsc_send_many(channel.tx, many, 3, &sent, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_send_many(channel.tx, many, 3, VKP_FOREVER, &sent) == VKP_OK);
             REQUIRE(sent == 3);
-            REQUIRE(vkp_mpsc_reserve(channel.tx, &permits[0], VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permits[0]) == VKP_OK);
             REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permits[1]) == VKP_OK);
             *static_cast<uint64_t *>(permits[1].item) = first + 6;
             vkp_mpsc_commit(&permits[1]);
@@ -215,8 +215,8 @@ TEST_CASE("mpsc api: what is sent is received in order, whichever call sends it"
             uint64_t out[8] = {0};
             size_t count = 0;
             REQUIRE(channel.try_recv(&out[0]) == VKP_OK);
-            REQUIRE(vkp_mpsc_recv(channel.rx, &out[1], VKP_FOREVER) == VKP_OK);
-            REQUIRE(vkp_mpsc_recv_many(channel.rx, out + 2, 6, &count, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &out[1]) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out + 2, 6, &count) == VKP_OK);
             REQUIRE(count == 6);
             for (uint64_t i = 0; i < 8; i++) {
                 REQUIRE(out[i] == first + i);
@@ -234,14 +234,14 @@ TEST_CASE("mpsc api: null arguments of the further calls are INVALID", "[mpsc]")
     const void *item = nullptr;
     uint64_t value = 1;
     size_t sent = 9;
-    CHECK(vkp_mpsc_reserve(nullptr, &permit, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_reserve(channel.tx, nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_reserve(nullptr, 0, &permit) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_reserve(channel.tx, 0, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_reserve(nullptr, &permit) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_reserve(channel.tx, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_send_many(nullptr, &value, 1, &sent, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_send_many(channel.tx, nullptr, 1, &sent, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_send_many(channel.tx, &value, 0, &sent, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_send_many(channel.tx, &value, 1, nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_send_many(nullptr, &value, 1, 0, &sent) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_send_many(channel.tx, nullptr, 1, 0, &sent) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_send_many(channel.tx, &value, 0, 0, &sent) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_send_many(channel.tx, &value, 1, 0, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_wait_closed(nullptr, 0) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_upgrade(nullptr, &tx) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_tx_clone(nullptr, &tx) == VKP_ERR_INVALID);
@@ -251,7 +251,7 @@ TEST_CASE("mpsc api: null arguments of the further calls are INVALID", "[mpsc]")
     vkp_mpsc_weak_unref(nullptr);
     CHECK(sent == 9);
     CHECK(tx == nullptr);
-    CHECK(vkp_mpsc_len(channel.rx) == 0);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0);
 }
 
 TEST_CASE("mpsc api: a refused value stays the caller's: it is not dropped", "[mpsc]")
@@ -265,13 +265,13 @@ TEST_CASE("mpsc api: a refused value stays the caller's: it is not dropped", "[m
     REQUIRE(channel.send(1) == VKP_OK);
     CHECK(channel.send(2) == VKP_ERR_TIMEOUT);
     CHECK(channel.try_send(3) == VKP_ERR_FULL);
-    CHECK(vkp_mpsc_send_many(channel.tx, many, 2, &sent, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_send_many(channel.tx, many, 2, 0, &sent) == VKP_ERR_TIMEOUT);
     CHECK(sent == 9);
     CHECK(channel.next() == 1);
     vkp_mpsc_close(channel.rx);
     CHECK(channel.send(4, VKP_FOREVER) == VKP_ERR_CLOSED);
     CHECK(channel.try_send(5) == VKP_ERR_CLOSED);
-    CHECK(vkp_mpsc_send_many(channel.tx, many, 2, &sent, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_send_many(channel.tx, many, 2, VKP_FOREVER, &sent) == VKP_ERR_CLOSED);
     CHECK(sent == 9);
     channel.drop_receiver();
     CHECK(channel.try_send(6) == VKP_ERR_CLOSED);
@@ -287,15 +287,15 @@ TEST_CASE("mpsc api: try_recv tells nothing yet from never again", "[mpsc]")
     const void *item = nullptr;
     CHECK(channel.try_recv(&value) == VKP_ERR_EMPTY);
     CHECK(vkp_mpsc_peek(channel.rx, &item) == VKP_ERR_EMPTY);
-    CHECK(vkp_mpsc_recv(channel.rx, &value, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(channel.rx, 0, &value) == VKP_ERR_TIMEOUT);
     CHECK(channel.try_send(5) == VKP_OK);
     channel.leave();
     CHECK(channel.try_recv(&value) == VKP_OK);
     CHECK(value == 5);
     CHECK(channel.try_recv(&value) == VKP_ERR_CLOSED);
     CHECK(vkp_mpsc_peek(channel.rx, &item) == VKP_ERR_CLOSED);
-    CHECK(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
-    CHECK(vkp_mpsc_recv_many(channel.rx, &value, 1, &count, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, &value, 1, &count) == VKP_ERR_CLOSED);
     CHECK(value == 5);
     CHECK(item == nullptr);
 }
@@ -311,7 +311,7 @@ TEST_CASE("mpsc api: peek shows the oldest value and leaves it there", "[mpsc]")
         REQUIRE(vkp_mpsc_peek(channel.rx, &item) == VKP_OK);
         CHECK(*static_cast<const uint64_t *>(item) == i);
         CHECK(channel.try_send(9) == VKP_ERR_FULL);
-        CHECK(vkp_mpsc_len(channel.rx) == 3);
+        CHECK(vkp_mpsc_get_len(channel.rx) == 3);
         REQUIRE(vkp_mpsc_peek(channel.rx, &item) == VKP_OK);
         CHECK(*static_cast<const uint64_t *>(item) == i);
         CHECK(channel.next() == i);
@@ -325,15 +325,15 @@ TEST_CASE("mpsc api: len, room and capacity agree, reserved places included", "[
     vkp_mpsc_permit permit;
     CHECK(vkp_mpsc_get_capacity(bounded.tx) == 4);
     for (uint64_t lap = 0; lap < 5; lap++) {
-        CHECK(vkp_mpsc_len(bounded.rx) == 0);
+        CHECK(vkp_mpsc_get_len(bounded.rx) == 0);
         CHECK(vkp_mpsc_get_room(bounded.tx) == 4);
         CHECK(bounded.try_send(1) == VKP_OK);
         CHECK(vkp_mpsc_try_reserve(bounded.tx, &permit) == VKP_OK);
-        CHECK(vkp_mpsc_len(bounded.rx) == 2);
+        CHECK(vkp_mpsc_get_len(bounded.rx) == 2);
         CHECK(vkp_mpsc_get_room(bounded.tx) == 2);
         CHECK(bounded.next() == 1);
         CHECK(bounded.next() == UINT64_MAX);
-        CHECK(vkp_mpsc_len(bounded.rx) == 1);
+        CHECK(vkp_mpsc_get_len(bounded.rx) == 1);
         CHECK(vkp_mpsc_get_room(bounded.tx) == 3);
         vkp_mpsc_abort(&permit);
         CHECK(bounded.next() == UINT64_MAX);
@@ -345,7 +345,7 @@ TEST_CASE("mpsc api: len, room and capacity agree, reserved places included", "[
     CHECK(vkp_mpsc_get_room(unbounded.tx) == SIZE_MAX);
     CHECK(unbounded.try_send(1) == VKP_OK);
     CHECK(vkp_mpsc_get_room(unbounded.tx) == SIZE_MAX);
-    CHECK(vkp_mpsc_len(unbounded.rx) == 1);
+    CHECK(vkp_mpsc_get_len(unbounded.rx) == 1);
 }
 
 TEST_CASE("mpsc api: references are counted, strong and weak", "[mpsc]")
@@ -443,7 +443,7 @@ TEST_CASE("mpsc api: threads: an upgrade meets the last sender's end: a sender, 
         });
         channel.leave();
         uint64_t value = 0;
-        const vkp_status received = vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER);
+        const vkp_status received = vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value);
         other.join();
         if (status == VKP_OK) {
             upgraded++;
@@ -492,19 +492,19 @@ TEST_CASE("mpsc api: recv_many takes what is there and waits for the first only"
     Channel channel(config_of(0, &env));
     uint64_t out[8] = {0};
     size_t count = 99;
-    CHECK(vkp_mpsc_recv_many(channel.rx, out, 8, &count, 0) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv_many(channel.rx, 0, out, 8, &count) == VKP_ERR_TIMEOUT);
     CHECK(count == 99);
     for (uint64_t i = 0; i < 11; i++) {
         REQUIRE(channel.try_send(i) == VKP_OK);
     }
-    REQUIRE(vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER) == VKP_OK);
+    REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 8, &count) == VKP_OK);
     CHECK(count == 8);
     CHECK(out[7] == 7);
-    REQUIRE(vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER) == VKP_OK);
+    REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 8, &count) == VKP_OK);
     CHECK(count == 3);
     CHECK(out[2] == 10);
     vkp_test_waiting receiver(
-        [&] { return vkp_mpsc_recv_many(channel.rx, out, 8, &count, VKP_FOREVER); });
+        [&] { return vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 8, &count); });
     REQUIRE(channel.try_send(11) == VKP_OK);
     CHECK(receiver.join() == VKP_OK);
     CHECK(count == 1);
@@ -522,18 +522,18 @@ TEST_CASE("mpsc api: recv: a try, a deadline, a wait that send ends", "[mpsc][th
         uint64_t value = 0;
         CHECK(channel.try_recv(&value) == VKP_ERR_EMPTY);
         const uint64_t deadline = vkp_after_ms(2);
-        CHECK(vkp_mpsc_recv(channel.rx, &value, deadline) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_mpsc_recv(channel.rx, deadline, &value) == VKP_ERR_TIMEOUT);
         CHECK(vkp_now_ns() >= deadline);
         for (uint64_t i = 1; i <= 20; i++) {
             vkp_test_waiting receiver(
-                [&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+                [&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
             switch (i % 3) {
             case 0:
                 REQUIRE(channel.try_send(i) == VKP_OK);
                 break;
             case 1: {
                 size_t sent = 0;
-                REQUIRE(vkp_mpsc_send_many(channel.tx, &i, 1, &sent, 0) == VKP_OK);
+                REQUIRE(vkp_mpsc_send_many(channel.tx, &i, 1, 0, &sent) == VKP_OK);
                 break;
             }
             default: {
@@ -567,13 +567,13 @@ TEST_CASE("mpsc api: room: a try, a deadline, a wait that recv ends", "[mpsc][th
             }
             if (reserving) {
                 CHECK(vkp_mpsc_try_reserve(channel.tx, &permit) == VKP_ERR_FULL);
-                CHECK(vkp_mpsc_reserve(channel.tx, &permit, 0) == VKP_ERR_TIMEOUT);
+                CHECK(vkp_mpsc_reserve(channel.tx, 0, &permit) == VKP_ERR_TIMEOUT);
             } else {
                 CHECK(channel.try_send(next) == VKP_ERR_FULL);
                 CHECK(channel.send(next, 0) == VKP_ERR_TIMEOUT);
             }
             const uint64_t deadline = vkp_after_ms(2);
-            CHECK((reserving ? vkp_mpsc_reserve(channel.tx, &permit, deadline)
+            CHECK((reserving ? vkp_mpsc_reserve(channel.tx, deadline, &permit)
                              : channel.send(next, deadline)) == VKP_ERR_TIMEOUT);
             CHECK(vkp_now_ns() >= deadline);
             for (int i = 0; i < 10; i++, next++) {
@@ -581,7 +581,7 @@ TEST_CASE("mpsc api: room: a try, a deadline, a wait that recv ends", "[mpsc][th
                     if (!reserving) {
                         return vkp_mpsc_send(channel.tx, &next, VKP_FOREVER);
                     }
-                    const vkp_status status = vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER);
+                    const vkp_status status = vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit);
                     if (status == VKP_OK) {
                         *static_cast<uint64_t *>(permit.item) = next;
                         vkp_mpsc_commit(&permit);
@@ -593,7 +593,7 @@ TEST_CASE("mpsc api: room: a try, a deadline, a wait that recv ends", "[mpsc][th
                 REQUIRE(channel.next() == expected++);
                 REQUIRE(sender.join() == VKP_OK);
                 REQUIRE(sender.parks() == 1);
-                REQUIRE(vkp_mpsc_len(channel.rx) == capacity);
+                REQUIRE(vkp_mpsc_get_len(channel.rx) == capacity);
             }
             while (expected < next) {
                 REQUIRE(channel.next() == expected++);
@@ -635,13 +635,13 @@ TEST_CASE("mpsc api: an end wakes whoever waits for a value or for room", "[mpsc
     uint64_t value = 0;
     {
         Channel channel(config_of(1, &env));
-        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
         channel.leave();
         CHECK(receiver.join() == VKP_ERR_CLOSED);
     }
     {
         Channel channel(config_of(1, &env));
-        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
         vkp_mpsc_close(channel.rx);
         CHECK(receiver.join() == VKP_ERR_CLOSED);
     }
@@ -653,9 +653,9 @@ TEST_CASE("mpsc api: an end wakes whoever waits for a value or for room", "[mpsc
         REQUIRE(channel.try_send(1) == VKP_OK);
         const auto sender = waiting_send(channel.tx, 2);
         vkp_test_waiting reserver(
-            [&] { return vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER); });
+            [&] { return vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit); });
         vkp_test_waiting several(
-            [&] { return vkp_mpsc_send_many(channel.tx, many, 2, &sent, VKP_FOREVER); });
+            [&] { return vkp_mpsc_send_many(channel.tx, many, 2, VKP_FOREVER, &sent); });
         if (dropping) {
             channel.drop_receiver();
         } else {
@@ -679,6 +679,7 @@ TEST_CASE("mpsc api: a receiver under watch: called for each value, for the end,
     Channel channel(config_of(0, &env));
     std::vector<uint64_t> got;
     int ends = 0;
+    vkp_handler *handler = nullptr;
     std::function<void()> fn = [&] {
         uint64_t value = 0;
         const vkp_status status = channel.try_recv(&value);
@@ -686,13 +687,12 @@ TEST_CASE("mpsc api: a receiver under watch: called for each value, for the end,
             got.push_back(value);
         } else {
             ends += status == VKP_ERR_CLOSED ? 1 : 1000;
-            vkp_mpsc_unwatch(channel.rx);
+            vkp_handler_close(handler);
         }
     };
     const auto call = [](void *user) { (*static_cast<std::function<void()> *>(user))(); };
     REQUIRE(channel.try_send(0) == VKP_OK); // was there before the watch
-    REQUIRE(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_OK);
-    CHECK(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_ERR_INVALID);
+    REQUIRE(vkp_test_handle(loop, channel.rx, call, &fn, &handler) == VKP_OK);
     vkp_test_run_until(loop, "the value before", [&] { return got.size() == 1; });
     vkp_test_settle(loop);
     CHECK(got.size() == 1);
@@ -710,15 +710,17 @@ TEST_CASE("mpsc api: a receiver under watch: called for each value, for the end,
     });
     vkp_test_run_until(loop, "many values", [&] { return got.size() == 200; });
     sender.join();
-    vkp_mpsc_unwatch(channel.rx);
-    vkp_mpsc_unwatch(channel.rx);
+    vkp_handler_close(handler);
+    vkp_handler_close(handler);
     REQUIRE(channel.try_send(200) == VKP_OK);
     vkp_test_settle(loop);
     CHECK(got.size() == 200);
-    REQUIRE(vkp_mpsc_watch(channel.rx, loop, call, &fn) == VKP_OK);
+    vkp_handler_unref(handler);
+    REQUIRE(vkp_test_handle(loop, channel.rx, call, &fn, &handler) == VKP_OK);
     channel.leave();
     vkp_test_run_until(loop, "the end", [&] { return ends > 0; });
     vkp_test_settle(loop);
+    vkp_handler_unref(handler);
     CHECK(ends == 1);
     REQUIRE(got.size() == 201);
     for (uint64_t i = 0; i <= 200; i++) {
@@ -732,8 +734,8 @@ TEST_CASE("mpsc api: a watch stays silent behind a reserved place, and speaks at
     ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Channel channel(config_of(4, nullptr));
-    vkp_test_case_watch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr),
-                              [&] { (void)channel.next(); });
+    vkp_test_handler watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr),
+                           [&] { (void)channel.next(); });
     REQUIRE(watch.status == VKP_OK);
     vkp_mpsc_permit permits[2];
     REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permits[0]) == VKP_OK);
@@ -746,7 +748,7 @@ TEST_CASE("mpsc api: a watch stays silent behind a reserved place, and speaks at
     CHECK(watch.calls == 0);
     *static_cast<uint64_t *>(permits[1].item) = 2;
     vkp_mpsc_commit(&permits[1]);
-    vkp_test_run_until(loop, "both values", [&] { return vkp_mpsc_len(channel.rx) == 0; });
+    vkp_test_run_until(loop, "both values", [&] { return vkp_mpsc_get_len(channel.rx) == 0; });
     CHECK(watch.calls == 2);
 }
 
@@ -765,8 +767,8 @@ TEST_CASE("mpsc api: a sender's watch is called while there may be room, and at 
             uint64_t sent = 0;
             vkp_status last = VKP_OK;
             const uint64_t most = capacity != 0 ? capacity : 30;
-            std::unique_ptr<vkp_test_case_watch> watch;
-            watch = std::make_unique<vkp_test_case_watch>(
+            std::unique_ptr<vkp_test_handler> watch;
+            watch = std::make_unique<vkp_test_handler>(
                 loop,
                 reserving ? vkp_case_mpsc_reserve(channel.tx, &permit)
                           : vkp_case_mpsc_send(channel.tx, &item),
@@ -790,7 +792,7 @@ TEST_CASE("mpsc api: a sender's watch is called while there may be room, and at 
             std::thread receiver([&] {
                 uint64_t value = 0;
                 for (uint64_t i = 0; i < 50; i++) {
-                    if (vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) != VKP_OK || value != i) {
+                    if (vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) != VKP_OK || value != i) {
                         vkp_test_fail("not the next value");
                     }
                 }
@@ -812,11 +814,11 @@ TEST_CASE("mpsc api: a sender's watch stands in line, and gives its place up whe
     Channel channel(config_of(1, &env));
     const uint64_t item = 7;
     REQUIRE(channel.try_send(0) == VKP_OK);
-    vkp_test_case_watch watch(loop, vkp_case_mpsc_send(channel.tx, &item), [] {});
+    vkp_test_handler watch(loop, vkp_case_mpsc_send(channel.tx, &item), [] {});
     REQUIRE(watch.status == VKP_OK);
     const auto behind = waiting_send(channel.tx, 1);
     CHECK(channel.next() == 0);
-    CHECK(vkp_mpsc_len(channel.rx) == 0); // the place is the watch's, until it does not want it
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0); // the place is the watch's, until it does not want it
     watch.stop();
     CHECK(behind->join() == VKP_OK);
     CHECK(watch.calls == 0);
@@ -829,7 +831,7 @@ TEST_CASE("mpsc api: a watch for the receiver's end is called then, not before",
     for (const bool dropping : {false, true}) {
         vkp_test_loop loop(backend);
         Channel channel(config_of(1, nullptr));
-        vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_handler watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         REQUIRE(watch.status == VKP_OK);
         REQUIRE(channel.try_send(1) == VKP_OK);
         REQUIRE(channel.next() == 1);
@@ -848,7 +850,7 @@ TEST_CASE("mpsc api: a watch for the receiver's end is called then, not before",
         const int calls = watch.calls;
         vkp_test_settle(loop);
         CHECK(watch.calls == calls);
-        vkp_test_case_watch late(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_handler late(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         vkp_test_run_until(loop, "an end before the watch", [&] { return late.calls > 0; });
     }
 }
@@ -863,7 +865,7 @@ TEST_CASE("mpsc api: a case of nothing never wins, and its watch is never called
          {vkp_case_mpsc_recv(nullptr, &value), vkp_case_mpsc_send(nullptr, &value),
           vkp_case_mpsc_send(channel.tx, nullptr), vkp_case_mpsc_reserve(nullptr, nullptr),
           vkp_case_mpsc_closed(nullptr), vkp_case_never()}) {
-        vkp_test_case_watch watch(loop, what, [] {});
+        vkp_test_handler watch(loop, what, [] {});
         CHECK(watch.status == VKP_OK);
         vkp_test_settle(loop);
         CHECK(watch.calls == 0);
@@ -942,10 +944,10 @@ TEST_CASE("mpsc api: an aborted place lets the sender behind it in", "[mpsc][thr
         const auto sender = waiting_send(channel.tx, 4);
         if (awake) { // the receiver comes by later
             vkp_mpsc_abort(&permit);
-            CHECK(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+            CHECK(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
         } else { // the receiver sleeps behind the place
             vkp_test_waiting receiver(
-                [&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+                [&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
             vkp_mpsc_abort(&permit);
             CHECK(receiver.join() == VKP_OK);
         }
@@ -960,9 +962,9 @@ TEST_CASE("mpsc api: reserve is INVALID where values cost bytes: no value, no co
     config.capacity_bytes = 64;
     Channel channel(config);
     vkp_mpsc_permit permit;
-    CHECK(vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER) == VKP_ERR_INVALID);
+    CHECK(vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit) == VKP_ERR_INVALID);
     CHECK(vkp_mpsc_try_reserve(channel.tx, &permit) == VKP_ERR_INVALID);
-    CHECK(vkp_mpsc_len(channel.rx) == 0);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0);
 }
 
 TEST_CASE("mpsc api: a place reserved before the close is still received", "[mpsc][threads]")
@@ -982,15 +984,15 @@ TEST_CASE("mpsc api: a place reserved before the close is still received", "[mps
     CHECK(vkp_mpsc_try_reserve(channel.tx, &late) == VKP_ERR_CLOSED);
     CHECK(channel.next() == 1);
     CHECK(channel.try_recv(&value) == VKP_ERR_EMPTY);
-    CHECK(vkp_mpsc_recv(channel.rx, &value, vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_mpsc_recv(channel.rx, vkp_after_ms(1), &value) == VKP_ERR_TIMEOUT);
     {
-        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
         *static_cast<uint64_t *>(permits[0].item) = 2;
         vkp_mpsc_commit(&permits[0]);
         CHECK(receiver.join() == VKP_OK);
         CHECK(value == 2);
     }
-    vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+    vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
     vkp_mpsc_abort(&permits[1]);
     CHECK(receiver.join() == VKP_ERR_CLOSED);
     CHECK(drops.count.load() == 0);
@@ -1057,7 +1059,7 @@ TEST_CASE("mpsc api: threads: a place is held while others send; then all arrive
     for (std::thread &thread : threads) {
         thread.join();
     }
-    CHECK(vkp_mpsc_len(channel.rx) == 4001);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 4001);
     CHECK(channel.try_recv(&value) == VKP_ERR_EMPTY);
     *static_cast<uint64_t *>(permit.item) = value_of(0, 0);
     std::thread other([&] { vkp_mpsc_commit(&permit); }); // on a thread that did not reserve
@@ -1111,7 +1113,7 @@ TEST_CASE("mpsc api: memory comes with the values, many growths keep their order
             }
             take(next - expected);
             CHECK(wrong == 0);
-            CHECK(vkp_mpsc_len(channel.rx) == 0);
+            CHECK(vkp_mpsc_get_len(channel.rx) == 0);
             CHECK(counted.bytes() > empty);
         }
         CHECK(counted.blocks() == 0);
@@ -1141,7 +1143,7 @@ TEST_CASE("mpsc api: a burst's memory goes back when the receiver finds nothing"
                 wrong += channel.next() == i ? 0 : 1;
             }
             CHECK(wrong == 0);
-            CHECK(vkp_mpsc_recv(channel.rx, &value, vkp_now_ns() + 1000) == VKP_ERR_TIMEOUT);
+            CHECK(vkp_mpsc_recv(channel.rx, vkp_now_ns() + 1000, &value) == VKP_ERR_TIMEOUT);
             // A ring of everyday size may stay; the megabytes are back.
             CHECK(counted.bytes() <= before + 65536);
         }
@@ -1252,7 +1254,7 @@ TEST_CASE("mpsc api: bytes are counted by cost on every way in and out", "[mpsc]
     for (int lap = 0; lap < 20; lap++) {
         const uint64_t many[4] = {40, 30, 20, 60};
         size_t sent = 0;
-        REQUIRE(vkp_mpsc_send_many(channel.tx, many, 4, &sent, 0) == VKP_OK);
+        REQUIRE(vkp_mpsc_send_many(channel.tx, many, 4, 0, &sent) == VKP_OK);
         CHECK(sent == 3); // 90 of 100
         CHECK(channel.try_send(11) == VKP_ERR_FULL);
         CHECK(channel.try_send(10) == VKP_OK);
@@ -1261,13 +1263,13 @@ TEST_CASE("mpsc api: bytes are counted by cost on every way in and out", "[mpsc]
         size_t count = 0;
         CHECK(channel.next() == 40);
         CHECK(channel.try_send(41) == VKP_ERR_FULL);
-        REQUIRE(vkp_mpsc_recv_many(channel.rx, out, 8, &count, 0) == VKP_OK);
+        REQUIRE(vkp_mpsc_recv_many(channel.rx, 0, out, 8, &count) == VKP_OK);
         CHECK(count == 4);
         CHECK(channel.try_send(5000) == VKP_OK); // one value always fits
         CHECK(channel.try_send(1) == VKP_ERR_FULL);
         CHECK(channel.next() == 5000);
     }
-    CHECK(vkp_mpsc_len(channel.rx) == 0);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 0);
 }
 
 TEST_CASE("mpsc api: threads: all bytes that were counted come back", "[mpsc][threads]")
@@ -1299,7 +1301,7 @@ TEST_CASE("mpsc api: threads: all bytes that were counted come back", "[mpsc][th
     while (received < 3 * each) {
         uint64_t out[16];
         size_t count = 0;
-        REQUIRE(vkp_mpsc_recv_many(channel.rx, out, received % 16 + 1, &count, VKP_FOREVER) ==
+        REQUIRE(vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, received % 16 + 1, &count) ==
                 VKP_OK);
         received += count;
         for (size_t i = 0; i < count; i++) {
@@ -1327,15 +1329,15 @@ TEST_CASE("mpsc api: send_many sends what fits, and says how many", "[mpsc]")
         values[static_cast<size_t>(i)] = i;
     }
     size_t sent = 0;
-    REQUIRE(vkp_mpsc_send_many(channel.tx, values.data(), 100, &sent, 0) == VKP_OK);
+    REQUIRE(vkp_mpsc_send_many(channel.tx, values.data(), 100, 0, &sent) == VKP_OK);
     CHECK(sent == 40);
-    CHECK(vkp_mpsc_send_many(channel.tx, values.data() + 40, 60, &sent, vkp_after_ms(1)) ==
+    CHECK(vkp_mpsc_send_many(channel.tx, values.data() + 40, 60, vkp_after_ms(1), &sent) ==
           VKP_ERR_TIMEOUT);
     CHECK(sent == 40);
     CHECK(channel.next() == 0);
     CHECK(channel.next() == 1);
     const uint64_t deadline = vkp_after_ms(2);
-    REQUIRE(vkp_mpsc_send_many(channel.tx, values.data() + 40, 60, &sent, deadline) == VKP_OK);
+    REQUIRE(vkp_mpsc_send_many(channel.tx, values.data() + 40, 60, deadline, &sent) == VKP_OK);
     CHECK(sent == 2);
     CHECK(vkp_now_ns() >= deadline); // it waited for the rest
     for (uint64_t i = 2; i < 42; i++) {
@@ -1354,10 +1356,10 @@ TEST_CASE("mpsc api: send_many waits for room and goes on", "[mpsc][threads]")
         }
         size_t sent = 0;
         vkp_test_waiting sender(
-            [&] { return vkp_mpsc_send_many(channel.tx, values.data(), 50, &sent, VKP_FOREVER); });
+            [&] { return vkp_mpsc_send_many(channel.tx, values.data(), 50, VKP_FOREVER, &sent); });
         uint64_t value = 0;
         for (uint64_t i = 0; i < 50; i++) {
-            REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
             REQUIRE(value == i);
         }
         CHECK(sender.join() == VKP_OK);
@@ -1373,11 +1375,11 @@ TEST_CASE("mpsc api: a close in the midst of send_many: the rest stays the calle
     const uint64_t values[5] = {0, 1, 2, 3, 4};
     size_t sent = 0;
     vkp_test_waiting sender(
-        [&] { return vkp_mpsc_send_many(channel.tx, values, 5, &sent, VKP_FOREVER); });
+        [&] { return vkp_mpsc_send_many(channel.tx, values, 5, VKP_FOREVER, &sent); });
     vkp_mpsc_close(channel.rx);
     CHECK(sender.join() == VKP_OK);
     CHECK(sent == 3);
-    CHECK(vkp_mpsc_send_many(channel.tx, values, 5, &sent, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_mpsc_send_many(channel.tx, values, 5, VKP_FOREVER, &sent) == VKP_ERR_CLOSED);
     for (uint64_t i = 0; i < 3; i++) {
         CHECK(channel.next() == i);
     }
@@ -1396,19 +1398,19 @@ TEST_CASE("mpsc api: memory that ends in the midst of send_many: the rest stays 
         }
         size_t sent = 9;
         counted.fault(VKP_TEST_FAULT_FROM, 1);
-        CHECK(vkp_mpsc_send_many(channel.tx, values.data(), 200, &sent, VKP_FOREVER) ==
+        CHECK(vkp_mpsc_send_many(channel.tx, values.data(), 200, VKP_FOREVER, &sent) ==
               VKP_ERR_NOMEM);
         CHECK(sent == 9);
         counted.fault(VKP_TEST_FAULT_FROM, 2);
-        REQUIRE(vkp_mpsc_send_many(channel.tx, values.data(), 200, &sent, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_mpsc_send_many(channel.tx, values.data(), 200, VKP_FOREVER, &sent) == VKP_OK);
         REQUIRE(sent > 0);
         REQUIRE(sent < 200);
         size_t more = 0;
-        CHECK(vkp_mpsc_send_many(channel.tx, values.data(), 1, &more, VKP_FOREVER) ==
+        CHECK(vkp_mpsc_send_many(channel.tx, values.data(), 1, VKP_FOREVER, &more) ==
               VKP_ERR_NOMEM);
         counted.fault(VKP_TEST_FAULT_NONE, 0);
-        REQUIRE(vkp_mpsc_send_many(channel.tx, values.data() + sent, 200 - sent, &more,
-                                   VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_mpsc_send_many(channel.tx, values.data() + sent, 200 - sent, VKP_FOREVER,
+                                   &more) == VKP_OK);
         CHECK(sent + more == 200);
         for (uint64_t i = 0; i < 200; i++) {
             CHECK(channel.next() == i);
@@ -1455,7 +1457,7 @@ TEST_CASE("mpsc api: threads: one sends, another, the first again, then many: no
             sent = 60 + 600;
             while (seen.received < sent) {
                 uint64_t value = 0;
-                REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+                REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
                 seen.take(value);
             }
             for (std::thread &thread : threads) {
@@ -1543,14 +1545,14 @@ TEST_CASE("mpsc api: threads: a close meets senders in a tight loop: sent is rec
         Sequences seen(senders);
         uint64_t value = 0;
         while (begun.load() < senders || seen.received < static_cast<uint64_t>(round) * 20) {
-            REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
             seen.take(value);
         }
         if (dropping) {
             channel.drop_receiver();
         } else {
             vkp_mpsc_close(channel.rx);
-            while (vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK) {
+            while (vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK) {
                 seen.take(value);
             }
         }
@@ -1611,7 +1613,7 @@ TEST_CASE("mpsc api: threads: requests that nobody takes release their requester
                     }
                     accepted.fetch_add(1);
                     // Without a drop of the request this would wait for ever.
-                    if (vkp_oneshot_recv(&slot, &reply, VKP_FOREVER) == VKP_OK) {
+                    if (vkp_oneshot_recv(&slot, VKP_FOREVER, &reply) == VKP_OK) {
                         answered.fetch_add(1);
                     } else {
                         released.fetch_add(1);
@@ -1622,7 +1624,7 @@ TEST_CASE("mpsc api: threads: requests that nobody takes release their requester
         const uint64_t served = static_cast<uint64_t>(round);
         for (uint64_t i = 0; i < served; i++) {
             Request request;
-            REQUIRE(vkp_mpsc_recv(channel.rx, &request, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &request) == VKP_OK);
             REQUIRE(vkp_oneshot_send(request.reply, &i) == VKP_OK);
         }
         channel.drop_receiver();
@@ -1653,7 +1655,7 @@ TEST_CASE("mpsc api: drop runs without a lock: it may use the channel it comes f
         self->refused += vkp_mpsc_send(self->tx, item, VKP_FOREVER) == VKP_ERR_CLOSED ? 1 : 0;
         self->refused += vkp_mpsc_try_reserve(self->tx, &permit) == VKP_ERR_CLOSED ? 1 : 0;
         self->refused +=
-            vkp_mpsc_send_many(self->tx, item, 1, &sent, VKP_FOREVER) == VKP_ERR_CLOSED ? 1 : 0;
+            vkp_mpsc_send_many(self->tx, item, 1, VKP_FOREVER, &sent) == VKP_ERR_CLOSED ? 1 : 0;
         self->refused += vkp_mpsc_wait_closed(self->tx, VKP_FOREVER) == VKP_OK ? 1 : 0;
         self->refused += vkp_mpsc_is_closed(self->tx) ? 1 : 0;
     };
@@ -1689,7 +1691,7 @@ TEST_CASE("mpsc api: whoever waits for room gets it in the order of arrival, wha
         vkp_mpsc_permit permit;
         const auto first = waiting_send(channel.tx, 1);
         vkp_test_waiting second([&] {
-            const vkp_status status = vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER);
+            const vkp_status status = vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit);
             if (status == VKP_OK) {
                 *static_cast<uint64_t *>(permit.item) = 2;
                 vkp_mpsc_commit(&permit);
@@ -1697,7 +1699,7 @@ TEST_CASE("mpsc api: whoever waits for room gets it in the order of arrival, wha
             return status;
         });
         vkp_test_waiting third(
-            [&] { return vkp_mpsc_send_many(channel.tx, &third_value, 1, &sent, VKP_FOREVER); });
+            [&] { return vkp_mpsc_send_many(channel.tx, &third_value, 1, VKP_FOREVER, &sent); });
         const auto fourth = waiting_send(channel.tx, 4);
         uint64_t value = 0;
         vkp_mpsc_permit intruder;
@@ -1708,7 +1710,7 @@ TEST_CASE("mpsc api: whoever waits for room gets it in the order of arrival, wha
             CHECK(channel.next() == 0);
         }
         for (uint64_t i = 1; i <= 4; i++) {
-            REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
             CHECK(value == i);
         }
         CHECK(first->join() == VKP_OK);
@@ -1740,9 +1742,9 @@ TEST_CASE("mpsc api: threads: a waiting sender is not passed, however many try",
         }
         const auto waiter = waiting_send(channel.tx, round);
         uint64_t value = 0;
-        REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
         wrong += value != 0 ? 1 : 0;
-        REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
         wrong += value != round ? 1 : 0;
         REQUIRE(waiter->join() == VKP_OK);
     }
@@ -1777,14 +1779,14 @@ TEST_CASE("mpsc api: threads: deadlines that meet room: each value has one fate"
                     status = vkp_mpsc_send(own, &value, deadline);
                     break;
                 case 1:
-                    status = vkp_mpsc_reserve(own, &permit, deadline);
+                    status = vkp_mpsc_reserve(own, deadline, &permit);
                     if (status == VKP_OK) {
                         *static_cast<uint64_t *>(permit.item) = value;
                         vkp_mpsc_commit(&permit);
                     }
                     break;
                 default:
-                    status = vkp_mpsc_send_many(own, &value, 1, &count, deadline);
+                    status = vkp_mpsc_send_many(own, &value, 1, deadline, &count);
                     break;
                 }
                 if (status == VKP_OK) {
@@ -1802,7 +1804,7 @@ TEST_CASE("mpsc api: threads: deadlines that meet room: each value has one fate"
     for (;;) {
         uint64_t value = 0;
         const vkp_status status =
-            vkp_mpsc_recv(channel.rx, &value, vkp_now_ns() + seen.received % 8 * 2000);
+            vkp_mpsc_recv(channel.rx, vkp_now_ns() + seen.received % 8 * 2000, &value);
         if (status == VKP_OK) {
             seen.take(value);
         } else if (status == VKP_ERR_CLOSED) {
@@ -1887,7 +1889,7 @@ const vkp_sys *counting_sys(bool membarrier)
         for (vkp_sys &table : tables) {
             table.clock_ns = [] {
                 calls.others.fetch_add(1);
-                return vkp_sys_default()->clock_ns();
+                return vkp_sys_get_default()->clock_ns();
             };
             table.processors = [] {
                 calls.others.fetch_add(1);
@@ -1899,11 +1901,11 @@ const vkp_sys *counting_sys(bool membarrier)
             };
             table.unpark = [](vkp_parker *parker) {
                 calls.unparks.fetch_add(1);
-                vkp_sys_default()->unpark(parker);
+                vkp_sys_get_default()->unpark(parker);
             };
             table.yield = [] {
                 calls.yields.fetch_add(1);
-                vkp_sys_default()->yield();
+                vkp_sys_get_default()->yield();
             };
         }
         tables[0].membarrier = [](bool) {
@@ -1912,7 +1914,7 @@ const vkp_sys *counting_sys(bool membarrier)
         };
         tables[1].membarrier = [](bool prepare) {
             calls.barriers.fetch_add(1);
-            return vkp_sys_default()->membarrier(prepare);
+            return vkp_sys_get_default()->membarrier(prepare);
         };
         return true;
     }();
@@ -1940,13 +1942,13 @@ TEST_CASE("mpsc api: the system is not called for a value that finds room and a 
             const uint64_t many[2] = {i, i};
             wrong += channel.try_send(i) == VKP_OK ? 0 : 1;
             wrong += channel.send(i, VKP_FOREVER) == VKP_OK ? 0 : 1;
-            wrong += vkp_mpsc_send_many(channel.tx, many, 2, &count, VKP_FOREVER) == VKP_OK ? 0 : 1;
-            wrong += vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER) == VKP_OK ? 0 : 1;
+            wrong += vkp_mpsc_send_many(channel.tx, many, 2, VKP_FOREVER, &count) == VKP_OK ? 0 : 1;
+            wrong += vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit) == VKP_OK ? 0 : 1;
             *static_cast<uint64_t *>(permit.item) = i;
             vkp_mpsc_commit(&permit);
             wrong += channel.next() == i ? 0 : 1;
-            wrong += vkp_mpsc_recv(channel.rx, out, VKP_FOREVER) == VKP_OK ? 0 : 1;
-            wrong += vkp_mpsc_recv_many(channel.rx, out, 4, &count, VKP_FOREVER) == VKP_OK ? 0 : 1;
+            wrong += vkp_mpsc_recv(channel.rx, VKP_FOREVER, out) == VKP_OK ? 0 : 1;
+            wrong += vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 4, &count) == VKP_OK ? 0 : 1;
             wrong += channel.next() == UINT64_MAX ? 0 : 1;
         }
         CHECK(wrong == 0);
@@ -1967,7 +1969,7 @@ TEST_CASE("mpsc api: who waits sleeps once, and is woken once, however long the 
     for (uint64_t i = 0; i < 20; i++) {
         const uint64_t parks = calls.parks.load();
         const uint64_t unparks = calls.unparks.load();
-        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value); });
         const uint64_t asleep = calls.all();
         for (int lap = 0; lap < 100; lap++) { // life elsewhere, which is no business of theirs
             REQUIRE(other.try_send(1) == VKP_OK);
@@ -2008,9 +2010,9 @@ TEST_CASE("mpsc api: lanes: each clone has its order, its capacity and its place
         CHECK(channel.try_send(0) == VKP_ERR_FULL);
         CHECK(vkp_mpsc_get_room(channel.tx) == 0);
         CHECK(vkp_mpsc_get_room(clone) == 2);
-        REQUIRE(vkp_mpsc_send_many(clone, many, 3, &sent, 0) == VKP_OK);
+        REQUIRE(vkp_mpsc_send_many(clone, many, 3, 0, &sent) == VKP_OK);
         CHECK(sent == 2);
-        CHECK(vkp_mpsc_len(channel.rx) == 4);
+        CHECK(vkp_mpsc_get_len(channel.rx) == 4);
         Sequences seen(2);
         seen.next = {lap * 2, lap * 2};
         const void *item = nullptr;
@@ -2043,7 +2045,7 @@ TEST_CASE("mpsc api: lanes: each clone has its order, its capacity and its place
     uint64_t sum = 0;
     for (int i = 0; i < 4; i++) {
         uint64_t value = 0;
-        REQUIRE(vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK);
         sum += value;
     }
     CHECK(waiting->join() == VKP_OK);
@@ -2088,8 +2090,8 @@ TEST_CASE("mpsc api: lanes: a value waits for at most 64 of each other sender", 
                 size_t count = 1;
                 const vkp_status status =
                     form == 0   ? vkp_mpsc_try_recv(channel.rx, out)
-                    : form == 1 ? vkp_mpsc_recv(channel.rx, out, VKP_FOREVER)
-                                : vkp_mpsc_recv_many(channel.rx, out, 100, &count, VKP_FOREVER);
+                    : form == 1 ? vkp_mpsc_recv(channel.rx, VKP_FOREVER, out)
+                                : vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 100, &count);
                 REQUIRE(status == VKP_OK);
                 for (size_t i = 0; i < count; i++) {
                     take(out[i]);
@@ -2136,7 +2138,7 @@ TEST_CASE("mpsc api: lanes: the last of all senders is the end, weak ones get a 
         for (int i = 0; i < 50; i++) {
             REQUIRE(channel.next() != UINT64_MAX);
         }
-        CHECK(vkp_mpsc_recv(channel.rx, &value, vkp_now_ns() + 1000) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_mpsc_recv(channel.rx, vkp_now_ns() + 1000, &value) == VKP_ERR_TIMEOUT);
         CHECK(counted.blocks() <= before);
         // Without memory there is no clone, and no harm.
         counted.fault(VKP_TEST_FAULT_FROM, 1);
@@ -2208,12 +2210,12 @@ TEST_CASE("mpsc api: lanes: threads: clones come, send and go; each value has on
         Sequences seen(threads_count * lives);
         uint64_t value = 0;
         while ((ending == 0 || seen.received < 500) &&
-               vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK) {
+               vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK) {
             seen.take(value);
         }
         if (ending == 1) {
             vkp_mpsc_close(channel.rx);
-            while (vkp_mpsc_recv(channel.rx, &value, VKP_FOREVER) == VKP_OK) {
+            while (vkp_mpsc_recv(channel.rx, VKP_FOREVER, &value) == VKP_OK) {
                 seen.take(value);
             }
         } else if (ending == 2) {
@@ -2246,7 +2248,7 @@ TEST_CASE("mpsc api: lanes: a watch hears of every clone", "[mpsc][lanes][loop]"
     Channel channel(config);
     std::vector<uint64_t> got;
     bool ended = false;
-    vkp_test_case_watch watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] {
+    vkp_test_handler watch(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] {
         uint64_t value = 0;
         const vkp_status status = channel.try_recv(&value);
         if (status == VKP_OK) {
@@ -2318,7 +2320,7 @@ size_t story_under_faults(Env &counted, size_t capacity, size_t elem, vkp_test_f
         fill(40);
         keep(vkp_mpsc_try_send(tx, items.data()), 1);
         fill(40);
-        vkp_status status = vkp_mpsc_send_many(tx, items.data(), 40, &count, 0);
+        vkp_status status = vkp_mpsc_send_many(tx, items.data(), 40, 0, &count);
         keep(status == VKP_ERR_TIMEOUT ? VKP_ERR_FULL : status, count);
         next += 40 - count;
         status = vkp_mpsc_try_reserve(tx, &permit);
@@ -2346,7 +2348,7 @@ size_t story_under_faults(Env &counted, size_t capacity, size_t elem, vkp_test_f
         put();
         take(round == 2 ? 1000 : 10);
         if (round == 2) { // large rings go back here, and come anew
-            CHECK(vkp_mpsc_recv(rx, items.data(), vkp_now_ns() + 1000) == VKP_ERR_TIMEOUT);
+            CHECK(vkp_mpsc_recv(rx, vkp_now_ns() + 1000, items.data()) == VKP_ERR_TIMEOUT);
         }
     }
     counted.fault(VKP_TEST_FAULT_NONE, 0);
@@ -2426,12 +2428,12 @@ TEST_CASE("mpsc api: a waiting reserve that comes for its room and finds no memo
         REQUIRE(vkp_mpsc_try_send(channel.tx, value.data()) == VKP_OK);
         vkp_test_waiting sender([&] {
             held = &hold;
-            return vkp_mpsc_reserve(channel.tx, &permit, VKP_FOREVER);
+            return vkp_mpsc_reserve(channel.tx, VKP_FOREVER, &permit);
         });
         // The receiver makes room, finds nothing more, and gives the memory back; the sender,
         // told of its room, has not come yet.
         REQUIRE(vkp_mpsc_try_recv(channel.rx, value.data()) == VKP_OK);
-        CHECK(vkp_mpsc_recv(channel.rx, value.data(), vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_mpsc_recv(channel.rx, vkp_after_ms(1), value.data()) == VKP_ERR_TIMEOUT);
         counted.fault(VKP_TEST_FAULT_FROM, 1);
         hold.store(false);
         CHECK(sender.join() == VKP_ERR_NOMEM);
@@ -2442,7 +2444,7 @@ TEST_CASE("mpsc api: a waiting reserve that comes for its room and finds no memo
     CHECK(counted.blocks() == 0);
 }
 
-TEST_CASE("mpsc api: a watch that finds no memory leaves all as it was", "[mpsc][loop][faults]")
+TEST_CASE("mpsc api: a handler that finds no memory leaves all as it was", "[mpsc][loop][faults]")
 {
     ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
@@ -2450,30 +2452,34 @@ TEST_CASE("mpsc api: a watch that finds no memory leaves all as it was", "[mpsc]
     int called = 0;
     const auto fn = [](void *user) { ++*static_cast<int *>(user); };
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, 1);
-    CHECK(vkp_mpsc_watch(channel.rx, loop, fn, &called) == VKP_ERR_NOMEM);
+    vkp_handler *handler = nullptr;
+    CHECK(vkp_test_handle(loop, channel.rx, fn, &called, &handler) == VKP_ERR_NOMEM);
+    CHECK(handler == nullptr);
     {
-        vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+        vkp_test_handler watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
         CHECK(watch.status == VKP_ERR_NOMEM);
     }
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
-    REQUIRE(vkp_mpsc_watch(channel.rx, loop, fn, &called) == VKP_OK);
+    REQUIRE(vkp_test_handle(loop, channel.rx, fn, &called, &handler) == VKP_OK);
     REQUIRE(channel.try_send(1) == VKP_OK);
     vkp_test_run_until(loop, "a value", [&] { return called > 0; });
-    channel.drop_receiver(); // ends the watch
+    vkp_handler_unref(handler);
+    channel.drop_receiver();
     called = 0;
     vkp_test_settle(loop);
     CHECK(called == 0);
 }
 
-TEST_CASE("mpsc api: a loop that closes ends its watches", "[mpsc][loop]")
+TEST_CASE("mpsc api: a loop that closes ends its handlers", "[mpsc][loop]")
 {
     ON_EVERY_BACKEND;
     vkp_test_loop loop(backend);
     Channel channel(config_of(2, nullptr));
     int called = 0;
     const auto fn = [](void *user) { ++*static_cast<int *>(user); };
-    REQUIRE(vkp_mpsc_watch(channel.rx, loop, fn, &called) == VKP_OK);
-    vkp_test_case_watch watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
+    vkp_handler *handler = nullptr;
+    REQUIRE(vkp_test_handle(loop, channel.rx, fn, &called, &handler) == VKP_OK);
+    vkp_test_handler watch(loop, vkp_case_mpsc_closed(channel.tx), [] {});
     REQUIRE(watch.status == VKP_OK);
     vkp_loop_close(loop);
     REQUIRE(channel.try_send(1) == VKP_OK);
@@ -2481,6 +2487,7 @@ TEST_CASE("mpsc api: a loop that closes ends its watches", "[mpsc][loop]")
     vkp_mpsc_close(channel.rx);
     CHECK(called == 0);
     CHECK(watch.calls == 0);
+    vkp_handler_unref(handler);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2516,17 +2523,17 @@ TEST_CASE("mpsc api: threads: all calls at once: each value once, in its sender'
                         status = vkp_mpsc_try_send(own, values);
                         break;
                     case 2:
-                        status = vkp_mpsc_send_many(own, values, 5, &count, VKP_FOREVER);
+                        status = vkp_mpsc_send_many(own, values, 5, VKP_FOREVER, &count);
                         break;
                     case 3:
-                        status = vkp_mpsc_reserve(own, &permit, VKP_FOREVER);
+                        status = vkp_mpsc_reserve(own, VKP_FOREVER, &permit);
                         if (status == VKP_OK) {
                             *static_cast<uint64_t *>(permit.item) = values[0];
                             vkp_mpsc_commit(&permit);
                         }
                         break;
                     default:
-                        if (vkp_mpsc_reserve(own, &permit, VKP_FOREVER) == VKP_OK) {
+                        if (vkp_mpsc_reserve(own, VKP_FOREVER, &permit) == VKP_OK) {
                             vkp_mpsc_abort(&permit);
                         }
                         break;
@@ -2546,14 +2553,14 @@ TEST_CASE("mpsc api: threads: all calls at once: each value once, in its sender'
             const void *item = nullptr;
             vkp_status status;
             if (turn % 3 == 0) {
-                status = vkp_mpsc_recv(channel.rx, out, VKP_FOREVER);
+                status = vkp_mpsc_recv(channel.rx, VKP_FOREVER, out);
             } else if (turn % 3 == 1) {
                 const bool shown = vkp_mpsc_peek(channel.rx, &item) == VKP_OK;
                 const uint64_t value = shown ? *static_cast<const uint64_t *>(item) : 0;
                 status = vkp_mpsc_try_recv(channel.rx, out);
                 peeked_wrong += shown && (status != VKP_OK || out[0] != value) ? 1 : 0;
             } else {
-                status = vkp_mpsc_recv_many(channel.rx, out, 9, &count, VKP_FOREVER);
+                status = vkp_mpsc_recv_many(channel.rx, VKP_FOREVER, out, 9, &count);
             }
             if (status == VKP_ERR_CLOSED) {
                 break;

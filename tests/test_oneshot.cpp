@@ -90,7 +90,7 @@ TEST_CASE("oneshot: init takes 1 to VKP_ONESHOT_BYTES bytes", "[oneshot]")
         std::memset(out, 0, sizeof out);
         REQUIRE(vkp_oneshot_init(&slot, nullptr, bytes, nullptr, nullptr) == VKP_OK);
         REQUIRE(vkp_oneshot_send(&slot, in) == VKP_OK);
-        REQUIRE(vkp_oneshot_recv(&slot, out, VKP_FOREVER) == VKP_OK);
+        REQUIRE(vkp_oneshot_recv(&slot, VKP_FOREVER, out) == VKP_OK);
         REQUIRE(std::memcmp(in, out, bytes) == 0);
         REQUIRE(out[bytes] == 0);
     }
@@ -102,8 +102,8 @@ TEST_CASE("oneshot: null arguments are INVALID and change nothing", "[oneshot]")
     uint64_t value = 3;
     CHECK(vkp_oneshot_send(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_oneshot_send(&s.slot, nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_oneshot_recv(nullptr, &value, 0) == VKP_ERR_INVALID);
-    CHECK(vkp_oneshot_recv(&s.slot, nullptr, VKP_FOREVER) == VKP_ERR_INVALID);
+    CHECK(vkp_oneshot_recv(nullptr, 0, &value) == VKP_ERR_INVALID);
+    CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, nullptr) == VKP_ERR_INVALID);
     CHECK(vkp_oneshot_try_recv(nullptr, &value) == VKP_ERR_INVALID);
     CHECK(vkp_oneshot_try_recv(&s.slot, nullptr) == VKP_ERR_INVALID);
     CHECK(s.send(4) == VKP_OK);
@@ -120,15 +120,15 @@ TEST_CASE("oneshot: nothing is allocated, in any course of events", "[oneshot][f
     {
         Slot sent(&env.env);
         CHECK(sent.send(5) == VKP_OK);
-        CHECK(vkp_oneshot_recv(&sent.slot, &value, VKP_FOREVER) == VKP_OK);
+        CHECK(vkp_oneshot_recv(&sent.slot, VKP_FOREVER, &value) == VKP_OK);
         Slot late(&env.env);
-        CHECK(vkp_oneshot_recv(&late.slot, &value, vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_oneshot_recv(&late.slot, vkp_after_ms(1), &value) == VKP_ERR_TIMEOUT);
         Slot dropped(&env.env);
         CHECK(dropped.send(6) == VKP_OK);
         vkp_oneshot_close(&dropped.slot);
         Slot abandoned(&env.env);
         vkp_oneshot_abandon(&abandoned.slot);
-        CHECK(vkp_oneshot_recv(&abandoned.slot, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        CHECK(vkp_oneshot_recv(&abandoned.slot, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
     }
     CHECK(value == 5);
     CHECK(vkp_test_env_calls(&env) == 0);
@@ -147,10 +147,10 @@ TEST_CASE("oneshot: the value is received once; then the slot is closed", "[ones
         CHECK(value == 1);
         CHECK(s.send(7) == VKP_OK);
         CHECK((trying ? vkp_oneshot_try_recv(&s.slot, &value)
-                      : vkp_oneshot_recv(&s.slot, &value, 0)) == VKP_OK);
+                      : vkp_oneshot_recv(&s.slot, 0, &value)) == VKP_OK);
         CHECK(value == 7);
         CHECK(vkp_oneshot_try_recv(&s.slot, &value) == VKP_ERR_CLOSED);
-        CHECK(vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
         vkp_oneshot_close(&s.slot);
         CHECK(s.drops.count.load() == 0);
         CHECK(value == 7);
@@ -163,7 +163,7 @@ TEST_CASE("oneshot: a second send is INVALID and leaves the first value", "[ones
     uint64_t value = 0;
     CHECK(s.send(1) == VKP_OK);
     CHECK(s.send(2) == VKP_ERR_INVALID);
-    CHECK(vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER) == VKP_OK);
+    CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value) == VKP_OK);
     CHECK(value == 1);
     CHECK(s.drops.count.load() == 0);
 }
@@ -175,14 +175,14 @@ TEST_CASE("oneshot: an abandoned slot gives CLOSED; after a send abandon is igno
         Slot s;
         vkp_oneshot_abandon(&s.slot);
         CHECK((trying ? vkp_oneshot_try_recv(&s.slot, &value)
-                      : vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER)) == VKP_ERR_CLOSED);
+                      : vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value)) == VKP_ERR_CLOSED);
         CHECK(value == 9);
         CHECK(s.drops.count.load() == 0);
     }
     Slot sent;
     CHECK(sent.send(3) == VKP_OK);
     vkp_oneshot_abandon(&sent.slot);
-    CHECK(vkp_oneshot_recv(&sent.slot, &value, VKP_FOREVER) == VKP_OK);
+    CHECK(vkp_oneshot_recv(&sent.slot, VKP_FOREVER, &value) == VKP_OK);
     CHECK(value == 3);
 }
 
@@ -195,7 +195,7 @@ TEST_CASE("oneshot: close before the value: the sender keeps it", "[oneshot]")
     vkp_oneshot_close(&s.slot);
     CHECK(s.send(1) == VKP_ERR_CLOSED);
     vkp_oneshot_abandon(&s.slot);
-    CHECK(vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+    CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
     CHECK(vkp_oneshot_try_recv(&s.slot, &value) == VKP_ERR_CLOSED);
     CHECK(s.drops.count.load() == 0);
 }
@@ -240,11 +240,11 @@ TEST_CASE("oneshot: a timeout closes the slot, and the late value stays the send
         Slot s(&env);
         uint64_t value = 2;
         const uint64_t deadline = at_once ? 0 : vkp_test_virtual_ns.load() + hour_ns;
-        CHECK(vkp_oneshot_recv(&s.slot, &value, deadline) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_oneshot_recv(&s.slot, deadline, &value) == VKP_ERR_TIMEOUT);
         CHECK(vkp_test_virtual_ns.load() >= deadline);
         CHECK(vkp_oneshot_is_closed(&s.slot));
         CHECK(s.send(1) == VKP_ERR_CLOSED);
-        CHECK(vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
         vkp_oneshot_close(&s.slot);
         CHECK(value == 2);
         CHECK(s.drops.count.load() == 0);
@@ -256,7 +256,7 @@ TEST_CASE("oneshot: a wait on the real clock never ends before its deadline", "[
     Slot s;
     uint64_t value = 0;
     const uint64_t deadline = vkp_after_ms(2);
-    CHECK(vkp_oneshot_recv(&s.slot, &value, deadline) == VKP_ERR_TIMEOUT);
+    CHECK(vkp_oneshot_recv(&s.slot, deadline, &value) == VKP_ERR_TIMEOUT);
     CHECK(vkp_now_ns() >= deadline);
 }
 
@@ -267,7 +267,7 @@ TEST_CASE("oneshot: a slot may be used again after init", "[oneshot]")
     for (uint64_t i = 0; i < 5; i++) {
         REQUIRE(vkp_oneshot_init(&s.slot, nullptr, 8, Drops::drop, &s.drops) == VKP_OK);
         REQUIRE(s.send(i) == VKP_OK);
-        REQUIRE(vkp_oneshot_recv(&s.slot, &value, 0) == VKP_OK);
+        REQUIRE(vkp_oneshot_recv(&s.slot, 0, &value) == VKP_OK);
         REQUIRE(value == i);
     }
 }
@@ -302,14 +302,14 @@ TEST_CASE("oneshot: a sender that can be detached is, when the receiver leaves b
         CHECK(owner.detached == 1);
         CHECK(owner.slot == &s.slot);
         vkp_oneshot_close(&s.slot);
-        CHECK(vkp_oneshot_recv(&s.slot, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        CHECK(vkp_oneshot_recv(&s.slot, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
         CHECK(owner.detached == 1);
     }
     {
         Owner owner;
         Slot s;
         owner.attach(&s);
-        CHECK(vkp_oneshot_recv(&s.slot, &value, 0) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_oneshot_recv(&s.slot, 0, &value) == VKP_ERR_TIMEOUT);
         CHECK(owner.detached == 1);
         CHECK(owner.slot == &s.slot);
         vkp_oneshot_close(&s.slot);
@@ -325,7 +325,7 @@ TEST_CASE("oneshot: a sender that has finished is not detached: it may be gone",
     owner.attach(&received);
     CHECK(vkp_oneshot_try_recv(&received.slot, &value) == VKP_ERR_EMPTY);
     CHECK(received.send(1) == VKP_OK);
-    CHECK(vkp_oneshot_recv(&received.slot, &value, 0) == VKP_OK);
+    CHECK(vkp_oneshot_recv(&received.slot, 0, &value) == VKP_OK);
     vkp_oneshot_close(&received.slot);
     Slot dropped;
     owner.attach(&dropped);
@@ -335,7 +335,7 @@ TEST_CASE("oneshot: a sender that has finished is not detached: it may be gone",
     Slot abandoned;
     owner.attach(&abandoned);
     vkp_oneshot_abandon(&abandoned.slot);
-    CHECK(vkp_oneshot_recv(&abandoned.slot, &value, 0) == VKP_ERR_CLOSED);
+    CHECK(vkp_oneshot_recv(&abandoned.slot, 0, &value) == VKP_ERR_CLOSED);
     vkp_oneshot_close(&abandoned.slot);
     CHECK(owner.detached == 0);
 }
@@ -352,7 +352,7 @@ TEST_CASE("oneshot: a waiting receiver is woken by send and by abandon", "[onesh
             vkp_status status = VKP_ERR_INVALID;
             std::thread receiver([&] {
                 vkp_test_parks = &parks;
-                status = vkp_oneshot_recv(&s.slot, &value, vkp_test_deadline());
+                status = vkp_oneshot_recv(&s.slot, vkp_test_deadline(), &value);
                 vkp_test_parks = nullptr;
             });
             vkp_test_await_park(parks);
@@ -391,11 +391,11 @@ vkp_status receive(vkp_oneshot *slot, uint64_t *value, ReceiverAct act, unsigned
     vkp_status status = VKP_ERR_EMPTY;
     switch (act) {
     case act_recv:
-        return vkp_oneshot_recv(slot, value, VKP_FOREVER);
+        return vkp_oneshot_recv(slot, VKP_FOREVER, value);
     case act_recv_now:
-        return vkp_oneshot_recv(slot, value, 0);
+        return vkp_oneshot_recv(slot, 0, value);
     case act_recv_soon:
-        return vkp_oneshot_recv(slot, value, vkp_now_ns() + round % 64 * 1000);
+        return vkp_oneshot_recv(slot, vkp_now_ns() + round % 64 * 1000, value);
     case act_try:
         while (status == VKP_ERR_EMPTY) {
             status = vkp_oneshot_try_recv(slot, value);
@@ -549,10 +549,10 @@ std::atomic<bool> staged_returned{false};
 const vkp_sys *staged_sys()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.park = [](vkp_parker *parker, uint64_t deadline_ns) {
             if (staged_parks.fetch_add(1) > 0) {
-                vkp_sys_default()->park(parker, deadline_ns);
+                vkp_sys_get_default()->park(parker, deadline_ns);
                 return;
             }
             while (!staged_unpark.load()) {
@@ -565,7 +565,7 @@ const vkp_sys *staged_sys()
                 sched_yield();
             }
             if (!staged_returned.load()) {
-                vkp_sys_default()->unpark(parker);
+                vkp_sys_get_default()->unpark(parker);
             }
         };
         return copy;
@@ -588,7 +588,7 @@ TEST_CASE("oneshot: threads: a value that met the deadline is received, not lost
         vkp_status status = VKP_ERR_INVALID;
         uint64_t value = 0;
         std::thread receiver([&] {
-            status = vkp_oneshot_recv(&s.slot, &value, vkp_after_ms(1));
+            status = vkp_oneshot_recv(&s.slot, vkp_after_ms(1), &value);
             staged_returned.store(true);
         });
         while (staged_parks.load() == 0) {

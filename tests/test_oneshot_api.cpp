@@ -120,7 +120,7 @@ TEST_CASE("oneshot api: open refuses what makes no slot", "[oneshot]")
     unsigned char out[VKP_ONESHOT_BYTES] = {0};
     std::memset(in, 0x5a, sizeof in);
     CHECK(vkp_oneshot_send(slot, in) == VKP_OK);
-    CHECK(vkp_oneshot_recv(slot, out, VKP_FOREVER) == VKP_OK);
+    CHECK(vkp_oneshot_recv(slot, VKP_FOREVER, out) == VKP_OK);
     CHECK(std::memcmp(in, out, sizeof in) == 0);
 }
 
@@ -134,7 +134,7 @@ TEST_CASE("oneshot api: one allocation for a slot of the heap, none for what hap
         uint64_t value = 0;
         CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
         CHECK(s.send(i) == VKP_OK);
-        CHECK(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+        CHECK(vkp_oneshot_recv(s.slot, VKP_FOREVER, &value) == VKP_OK);
         CHECK(value == i);
         CHECK(vkp_test_env_calls(&counted.test) == before + 1);
         CHECK(vkp_test_env_live_blocks(&counted.test) == 0);
@@ -159,7 +159,7 @@ TEST_CASE("oneshot api: what is sent before the close of the sender's side is re
             CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
             CHECK(s.send(5) == VKP_OK);
             CHECK((trying ? vkp_oneshot_try_recv(s.slot, &value)
-                          : vkp_oneshot_recv(s.slot, &value, 0)) == VKP_OK);
+                          : vkp_oneshot_recv(s.slot, 0, &value)) == VKP_OK);
             CHECK(value == 5);
             CHECK(s.drops.count.load() == 0);
         }
@@ -175,7 +175,7 @@ TEST_CASE("oneshot api: a sender that gives up is CLOSED to the receiver", "[one
             uint64_t value = 3;
             vkp_oneshot_abandon(s.slot);
             CHECK((trying ? vkp_oneshot_try_recv(s.slot, &value)
-                          : vkp_oneshot_recv(s.slot, &value, VKP_FOREVER)) == VKP_ERR_CLOSED);
+                          : vkp_oneshot_recv(s.slot, VKP_FOREVER, &value)) == VKP_ERR_CLOSED);
             CHECK(value == 3);
             CHECK(s.drops.count.load() == 0);
         }
@@ -192,7 +192,7 @@ TEST_CASE("oneshot api: a value for a receiver that has gone stays the sender's"
             if (ending == 0) {
                 vkp_oneshot_close(s.slot);
             } else {
-                CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_ERR_TIMEOUT);
+                CHECK(vkp_oneshot_recv(s.slot, 0, &value) == VKP_ERR_TIMEOUT);
             }
             CHECK(vkp_oneshot_is_closed(s.slot));
             CHECK(vkp_oneshot_wait_closed(s.slot, 0) == VKP_OK);
@@ -234,14 +234,14 @@ TEST_CASE("oneshot api: recv: a try, a deadline, a wait that either end of the s
             Slot s(heap, &env);
             CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
             const uint64_t deadline = vkp_after_ms(2);
-            CHECK(vkp_oneshot_recv(s.slot, &value, deadline) == VKP_ERR_TIMEOUT);
+            CHECK(vkp_oneshot_recv(s.slot, deadline, &value) == VKP_ERR_TIMEOUT);
             CHECK(vkp_now_ns() >= deadline);
             CHECK(s.send(1) == VKP_ERR_CLOSED);
         }
         for (uint64_t i = 0; i < 20; i++) {
             Slot s(heap, &env);
             vkp_test_waiting receiver(
-                [&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+                [&] { return vkp_oneshot_recv(s.slot, VKP_FOREVER, &value); });
             if (i % 2 == 0) {
                 REQUIRE(s.send(i) == VKP_OK);
                 REQUIRE(receiver.join() == VKP_OK);
@@ -272,7 +272,7 @@ TEST_CASE("oneshot api: wait_closed: a try, a deadline, a wait that the receiver
             if (ending == 0) {
                 vkp_oneshot_close(s.slot);
             } else {
-                CHECK(vkp_oneshot_recv(s.slot, &value, vkp_after_ms(1)) == VKP_ERR_TIMEOUT);
+                CHECK(vkp_oneshot_recv(s.slot, vkp_after_ms(1), &value) == VKP_ERR_TIMEOUT);
             }
             CHECK(sender.join() == VKP_OK);
             CHECK(s.send(1) == VKP_ERR_CLOSED);
@@ -288,7 +288,7 @@ TEST_CASE("oneshot api: both sides wait: the receiver's deadline ends both", "[o
         Slot s(round % 2 != 0, &env);
         uint64_t value = 0;
         vkp_test_waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
-        CHECK(vkp_oneshot_recv(s.slot, &value, vkp_now_ns() + 100000) == VKP_ERR_TIMEOUT);
+        CHECK(vkp_oneshot_recv(s.slot, vkp_now_ns() + 100000, &value) == VKP_ERR_TIMEOUT);
         CHECK(sender.join() == VKP_OK);
         vkp_oneshot_abandon(s.slot);
     }
@@ -303,7 +303,7 @@ TEST_CASE("oneshot api: after waiting for the close in vain the sender may still
         CHECK(vkp_oneshot_wait_closed(s.slot, vkp_now_ns() + 1000) == VKP_ERR_TIMEOUT);
         CHECK(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
         CHECK(s.send(4) == VKP_OK);
-        CHECK(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+        CHECK(vkp_oneshot_recv(s.slot, VKP_FOREVER, &value) == VKP_OK);
         CHECK(value == 4);
     }
 }
@@ -323,8 +323,8 @@ TEST_CASE("oneshot api: a receiver's watch is called for the value and for the e
             if (ending == 2) {
                 REQUIRE(s.send(6) == VKP_OK);
             }
-            std::unique_ptr<vkp_test_case_watch> watch;
-            watch = std::make_unique<vkp_test_case_watch>(
+            std::unique_ptr<vkp_test_handler> watch;
+            watch = std::make_unique<vkp_test_handler>(
                 loop, vkp_case_oneshot_recv(s.slot, nullptr), [&] {
                     watch->stop(); // before the slot may go
                     status = vkp_oneshot_try_recv(s.slot, &value);
@@ -364,20 +364,20 @@ TEST_CASE("oneshot api: a receiver's watch that ends leaves the slot open", "[on
     Slot s(true, &counted.test.env);
     uint64_t value = 0;
     {
-        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        vkp_test_handler watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
         REQUIRE(watch.status == VKP_OK);
         vkp_test_settle(loop);
         CHECK(watch.calls == 0);
     }
     CHECK_FALSE(vkp_oneshot_is_closed(s.slot));
     {
-        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
+        vkp_test_handler watch(loop, vkp_case_oneshot_recv(s.slot, nullptr), [] {});
         CHECK(s.send(9) == VKP_OK);
         watch.stop(); // the wake is under way
         vkp_test_settle(loop);
         CHECK(watch.calls == 0);
     }
-    CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
+    CHECK(vkp_oneshot_recv(s.slot, 0, &value) == VKP_OK);
     CHECK(value == 9);
 }
 
@@ -389,9 +389,9 @@ TEST_CASE("oneshot api: a sender's watch is called when the receiver has closed,
     for (const bool heap : {false, true}) {
         vkp_test_loop loop(backend);
         Slot s(heap, &env);
-        std::unique_ptr<vkp_test_case_watch> watch;
+        std::unique_ptr<vkp_test_handler> watch;
         bool closed = false;
-        watch = std::make_unique<vkp_test_case_watch>(loop, vkp_case_oneshot_closed(s.slot), [&] {
+        watch = std::make_unique<vkp_test_handler>(loop, vkp_case_oneshot_closed(s.slot), [&] {
             watch->stop();
             closed = vkp_oneshot_is_closed(s.slot);
             vkp_oneshot_abandon(s.slot);
@@ -410,12 +410,12 @@ TEST_CASE("oneshot api: a sender's watch is called when the receiver has closed,
     vkp_test_loop loop(backend);
     Slot s(false, &env);
     uint64_t value = 0;
-    vkp_test_case_watch watch(loop, vkp_case_oneshot_closed(s.slot), [] {});
+    vkp_test_handler watch(loop, vkp_case_oneshot_closed(s.slot), [] {});
     vkp_test_settle(loop);
     watch.stop();
     CHECK(s.send(2) == VKP_OK);
     vkp_test_settle(loop);
-    CHECK(vkp_oneshot_recv(&s.own, &value, 0) == VKP_OK);
+    CHECK(vkp_oneshot_recv(&s.own, 0, &value) == VKP_OK);
     CHECK(watch.calls == 0);
 }
 
@@ -427,16 +427,16 @@ TEST_CASE("oneshot api: a watch that finds no memory leaves the slot as it was",
     uint64_t value = 0;
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_FROM, 1);
     {
-        vkp_test_case_watch watch(loop, vkp_case_oneshot_recv(s.slot, &value), [] {});
+        vkp_test_handler watch(loop, vkp_case_oneshot_recv(s.slot, &value), [] {});
         CHECK(watch.status == VKP_ERR_NOMEM);
     }
     vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
-    vkp_test_case_watch nothing(loop, vkp_case_oneshot_recv(nullptr, &value), [] {});
+    vkp_test_handler nothing(loop, vkp_case_oneshot_recv(nullptr, &value), [] {});
     CHECK(nothing.status == VKP_OK);
     CHECK(s.send(1) == VKP_OK);
     vkp_test_settle(loop);
     CHECK(nothing.calls == 0);
-    CHECK(vkp_oneshot_recv(s.slot, &value, 0) == VKP_OK);
+    CHECK(vkp_oneshot_recv(s.slot, 0, &value) == VKP_OK);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -461,11 +461,11 @@ const vkp_sys *counting_sys()
         };
         counting.unpark = [](vkp_parker *parker) {
             calls.unparks.fetch_add(1);
-            vkp_sys_default()->unpark(parker);
+            vkp_sys_get_default()->unpark(parker);
         };
         counting.yield = [] {
             calls.others.fetch_add(1);
-            vkp_sys_default()->yield();
+            vkp_sys_get_default()->yield();
         };
         counting.processors = [] {
             calls.others.fetch_add(1);
@@ -473,7 +473,7 @@ const vkp_sys *counting_sys()
         };
         counting.clock_ns = [] {
             calls.others.fetch_add(1);
-            return vkp_sys_default()->clock_ns();
+            return vkp_sys_get_default()->clock_ns();
         };
         return counting;
     }();
@@ -495,13 +495,13 @@ TEST_CASE("oneshot api: the system is called by who sleeps, once, and to wake it
             Slot s(heap, &env);
             REQUIRE(vkp_oneshot_try_recv(s.slot, &value) == VKP_ERR_EMPTY);
             REQUIRE(s.send(i) == VKP_OK);
-            REQUIRE(vkp_oneshot_recv(s.slot, &value, VKP_FOREVER) == VKP_OK);
+            REQUIRE(vkp_oneshot_recv(s.slot, VKP_FOREVER, &value) == VKP_OK);
             REQUIRE(calls.parks + calls.unparks + calls.others == before);
         }
         const uint64_t parks = calls.parks.load();
         const uint64_t unparks = calls.unparks.load();
         Slot s(heap, &env);
-        vkp_test_waiting receiver([&] { return vkp_oneshot_recv(s.slot, &value, VKP_FOREVER); });
+        vkp_test_waiting receiver([&] { return vkp_oneshot_recv(s.slot, VKP_FOREVER, &value); });
         const uint64_t asleep = calls.parks + calls.unparks + calls.others;
         for (int lap = 0; lap < 100; lap++) {
             sched_yield();
@@ -576,10 +576,10 @@ TEST_CASE("oneshot api: threads: all ends of a heap slot race: one fate for the 
         }
         switch (i / 4 % 4) {
         case 0:
-            round.received = vkp_oneshot_recv(round.slot, &value, VKP_FOREVER);
+            round.received = vkp_oneshot_recv(round.slot, VKP_FOREVER, &value);
             break;
         case 1:
-            round.received = vkp_oneshot_recv(round.slot, &value, vkp_now_ns() + i % 5 * 5000);
+            round.received = vkp_oneshot_recv(round.slot, vkp_now_ns() + i % 5 * 5000, &value);
             break;
         case 2:
             round.received = vkp_oneshot_try_recv(round.slot, &value);

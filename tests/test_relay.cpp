@@ -1191,7 +1191,7 @@ TEST_CASE("stand-alone: what client libraries ask on connect has an answer")
     CHECK(contains(info, "redis_mode:standalone\r\n"));
     CHECK(contains(info, "connected_clients:1\r\n"));
     CHECK(contains(info, "loading:0\r\n"));
-    CHECK(contains(info, std::string("valkey_push_version:") + vkp_version() + "\r\n"));
+    CHECK(contains(info, std::string("valkey_push_version:") + vkp_version_str() + "\r\n"));
     CHECK(starts_with(ask(peer, "HELLO", "3"), "%7\r\n"));
     CHECK(ask(peer, "COMMAND", "DOCS") == "%0\r\n");
     CHECK(ask(peer, "CONFIG", "GET", "*") == "%0\r\n");
@@ -1915,8 +1915,8 @@ TEST_CASE("a drain answers what was asked, delivers what is queued, and removes 
     std::atomic<int> ends{0};
     relay.on_loop([&] {
         vkp_relay_drain(
-            relay, vkp_test_deadline(),
-            [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends);
+            relay, [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends,
+            vkp_test_deadline());
     });
     CHECK(!vkp_test_exists(relay.address.c_str() + 5));
     CHECK(vkp_test_connect(relay.address.c_str()) == -1);
@@ -1964,8 +1964,8 @@ TEST_CASE("a drain tells each client why, in its own language, after all it was 
     std::atomic<int> ends{0};
     relay.on_loop([&] {
         vkp_relay_drain(
-            relay, vkp_test_deadline(),
-            [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends);
+            relay, [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends,
+            vkp_test_deadline());
     });
     auto is_error = [&](const std::string &frame) {
         const bool one_line = frame.find("\r\n") == frame.size() - 2;
@@ -2010,7 +2010,7 @@ TEST_CASE("a drain's notice comes behind the answers that the server still owes"
     }
     say(asking, script);
     CHECK(hear(asking) == ":1\r\n"); // it has begun
-    relay.on_loop([&] { vkp_relay_drain(relay, vkp_test_deadline(), nullptr, nullptr); });
+    relay.on_loop([&] { vkp_relay_drain(relay, nullptr, nullptr, vkp_test_deadline()); });
     const Strings heard = hear_all(asking);
     REQUIRE(!heard.empty());
     for (size_t i = 0; i + 1 < heard.size(); i++) {
@@ -2037,7 +2037,7 @@ TEST_CASE("a relay is gone before its drain's end was told: nobody is told any m
         REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
         int told = 0;
         vkp_relay_drain(
-            relay, vkp_test_deadline(), [](void *user) { ++*static_cast<int *>(user); }, &told);
+            relay, [](void *user) { ++*static_cast<int *>(user); }, &told, vkp_test_deadline());
         // This round finds no clients; what it queues is for the next one, which a close runs.
         REQUIRE(vkp_loop_run_once(loop, 0) == VKP_OK);
         if (early) {
@@ -2066,9 +2066,9 @@ TEST_CASE("a drain ends at its deadline, whoever does not read")
     std::atomic<int> ends{0};
     relay.on_loop([&] {
         vkp_relay_drain(
-            relay, vkp_after_ms(50), [](void *user) { ++*static_cast<std::atomic<int> *>(user); },
-            &ends);
-        vkp_relay_drain(relay, 0, nullptr, nullptr); // once
+            relay, [](void *user) { ++*static_cast<std::atomic<int> *>(user); }, &ends,
+            vkp_after_ms(50));
+        vkp_relay_drain(relay, nullptr, nullptr, 0); // once
     });
     vkp_test_wait_until("the end", [&] { return ends == 1; });
     CHECK(relay.stats().clients == 0);
@@ -2189,7 +2189,7 @@ TEST_CASE("nobody there for the time to linger, once somebody was: on_idle")
     }
     SECTION("a drain ends it")
     {
-        vkp_relay_drain(relay, VKP_FOREVER, nullptr, nullptr);
+        vkp_relay_drain(relay, nullptr, nullptr, VKP_FOREVER);
         relay.pass(5000);
         CHECK(idle.count == 0);
     }
@@ -2227,7 +2227,7 @@ TEST_CASE("a relay is gone before loop 0 heard that the last client left: no tim
         for (const Peer &peer : peers) {
             size_t len = 0;
             while (vkp_test_peer_try_read_frame(peer.get(), &len) == nullptr) {
-                REQUIRE(vkp_sys_default()->clock_ns() < deadline);
+                REQUIRE(vkp_sys_get_default()->clock_ns() < deadline);
                 REQUIRE(vkp_loop_run_once(first, 0) == VKP_OK);
                 REQUIRE(vkp_loop_run_once(second, 0) == VKP_OK);
             }
@@ -2259,8 +2259,8 @@ TEST_CASE("on_idle comes on loop 0, whichever loop the last client was on, and m
         Idle *self = static_cast<Idle *>(user);
         self->count++;
         vkp_relay_drain(
-            self->relay, vkp_test_deadline(),
-            [](void *arg) { static_cast<Idle *>(arg)->ended = true; }, self);
+            self->relay, [](void *arg) { static_cast<Idle *>(arg)->ended = true; }, self,
+            vkp_test_deadline());
     };
     config.user = &idle;
     Relay relay(setup, config);
@@ -2318,13 +2318,13 @@ TEST_CASE("so many clients of one user over Unix sockets, and no more")
 TEST_CASE("other users come in when they are allowed to, and see the file then")
 {
     static uint32_t uid;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.peer = [](int fd, vkp_peer *peer) {
-        const int result = vkp_sys_default()->peer(fd, peer);
+        const int result = vkp_sys_get_default()->peer(fd, peer);
         peer->uid = uid;
         return result;
     };
-    const uint32_t own = vkp_sys_default()->user_id();
+    const uint32_t own = vkp_sys_get_default()->user_id();
     const uint32_t allowed[] = {own + 1, own + 2};
     const bool some = GENERATE(false, true);
     vkp_relay_config config = {};
@@ -2414,7 +2414,7 @@ TEST_CASE("an address without a path is a name of its own; an abstract one has n
         REQUIRE(vkp_health_check_open(loop, &config, &check) == VKP_OK);
         vkp_test_run_until(loop, "an answer", [&] { return answer.status != 1; });
         CHECK(answer.status == VKP_OK);
-        vkp_health_check_close(check);
+        vkp_health_check_unref(check);
 #else
         CHECK(abstract == VKP_ERR_UNSUPPORTED);
 #endif

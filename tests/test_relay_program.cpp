@@ -273,7 +273,7 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
         CHECK(each.size() <= 95); // for a terminal that is not wide
     }
     Process version(relay_words({"--version"}));
-    CHECK(version.line() == std::string("valkey-push-relay ") + vkp_version());
+    CHECK(version.line() == std::string("valkey-push-relay ") + vkp_version_str());
     CHECK(version.reap() == 0);
 }
 

@@ -95,12 +95,12 @@ class Reader {
     std::string reason() const
     {
         uint64_t position = 0;
-        return vkp_resp_reader_error(reader_, &position);
+        return vkp_resp_reader_get_error(reader_, &position);
     }
     uint64_t position() const
     {
         uint64_t position = UINT64_MAX;
-        (void)vkp_resp_reader_error(reader_, &position);
+        (void)vkp_resp_reader_get_error(reader_, &position);
         return position;
     }
 
@@ -126,17 +126,17 @@ std::string place_text(const vkp_value *value)
         out += "/" + std::to_string(value->flags);
     }
     switch (value->type) {
-    case VKP_STRING:
-    case VKP_ERROR:
-    case VKP_DOUBLE:
-    case VKP_BIGNUM:
+    case VKP_RESP_STRING:
+    case VKP_RESP_ERROR:
+    case VKP_RESP_DOUBLE:
+    case VKP_RESP_BIGNUM:
         out += "(" + std::string(value->u.str, value->len) + ")";
         break;
-    case VKP_INTEGER:
-    case VKP_BOOL:
+    case VKP_RESP_INTEGER:
+    case VKP_RESP_BOOL:
         out += "(" + std::to_string(value->u.integer) + ")";
         break;
-    case VKP_NULL:
+    case VKP_RESP_NULL:
         break;
     default:
         out += "[" + std::to_string(value->len) + "]";
@@ -163,7 +163,7 @@ std::string tree_text(const vkp_value *root)
 
 bool is_aggregate(const vkp_value *value)
 {
-    return value->type >= VKP_ARRAY && value->type <= VKP_ATTRIBUTE;
+    return value->type >= VKP_RESP_ARRAY && value->type <= VKP_RESP_ATTRIBUTE;
 }
 
 // What holds of every tree: an aggregate has `len` elements by the walk, its span is the sum of
@@ -176,10 +176,10 @@ bool tree_is_sound(const vkp_value *root)
             return false;
         }
         if (at->attributes != 0 &&
-            at[-static_cast<ptrdiff_t>(at->attributes)].type != VKP_ATTRIBUTE) {
+            at[-static_cast<ptrdiff_t>(at->attributes)].type != VKP_RESP_ATTRIBUTE) {
             return false;
         }
-        const vkp_value *child = vkp_value_first(at);
+        const vkp_value *child = vkp_value_get_first(at);
         if (!is_aggregate(at)) {
             if (at->span != 1 || child != nullptr) {
                 return false;
@@ -187,8 +187,8 @@ bool tree_is_sound(const vkp_value *root)
             continue;
         }
         size_t children = 0;
-        for (; child != nullptr; child = vkp_value_next(at, child)) {
-            if (child <= at || child >= at + at->span || child->type == VKP_ATTRIBUTE) {
+        for (; child != nullptr; child = vkp_value_get_next(at, child)) {
+            if (child <= at || child >= at + at->span || child->type == VKP_RESP_ATTRIBUTE) {
                 return false;
             }
             children++;
@@ -237,7 +237,7 @@ void note(Outcome &outcome, const vkp_value *value)
 void finish(Outcome &outcome, const vkp_resp_reader *reader, vkp_status status)
 {
     outcome.status = status;
-    outcome.reason = vkp_resp_reader_error(reader, &outcome.position);
+    outcome.reason = vkp_resp_reader_get_error(reader, &outcome.position);
 }
 
 // Feeds the bytes cut at the given places (ascending), taking what is whole after each piece.
@@ -686,8 +686,8 @@ TEST_CASE("resp reader: random trees come out as they were made, however split",
         REQUIRE(read_fed(generator.bytes, every_byte(generator.bytes), plain_config()).same(whole));
         REQUIRE(
             read_scanned(generator.bytes, every_byte(generator.bytes), plain_config()).same(whole));
-        REQUIRE(vkp_resp_frame_len(reinterpret_cast<const uint8_t *>(generator.bytes.data()),
-                                   generator.bytes.size()) == generator.bytes.size());
+        REQUIRE(vkp_resp_get_frame_len(reinterpret_cast<const uint8_t *>(generator.bytes.data()),
+                                       generator.bytes.size()) == generator.bytes.size());
     }
 }
 
@@ -1224,7 +1224,7 @@ TEST_CASE("resp reader: the deepest tree there may be is read and freed without 
         REQUIRE(reader.next(&value) == VKP_OK);
         CHECK(value->span == 65001);
         size_t depth = 0;
-        for (const vkp_value *child = value; child != nullptr; child = vkp_value_first(child)) {
+        for (const vkp_value *child = value; child != nullptr; child = vkp_value_get_first(child)) {
             depth++;
         }
         CHECK(depth == 65001);
@@ -1291,8 +1291,8 @@ TEST_CASE("resp reader: what the views show stays until the next call, and no co
     REQUIRE(vkp_resp_reader_scan(reader.get(), bytes.data(), bytes.size(), &value, &consumed) ==
             VKP_OK);
     CHECK(consumed == 19);
-    const vkp_value *first = vkp_value_first(value);
-    const vkp_value *second = vkp_value_next(value, first);
+    const vkp_value *first = vkp_value_get_first(value);
+    const vkp_value *second = vkp_value_get_next(value, first);
     CHECK(first->u.str == bytes.data() + 8);
     CHECK(second->u.str == bytes.data() + 14);
     REQUIRE(vkp_resp_reader_scan(reader.get(), bytes.data() + consumed, bytes.size() - consumed,
@@ -1321,30 +1321,30 @@ TEST_CASE("resp reader: attributes count for nobody and may repeat", "[resp]")
     REQUIRE(reader.next(&value) == VKP_OK);
     CHECK(value->len == 2);
     CHECK(value->attributes == 0);
-    const vkp_value *first = vkp_value_first(value);
+    const vkp_value *first = vkp_value_get_first(value);
     REQUIRE(first != nullptr);
     CHECK(first->u.integer == 10);
-    const vkp_value *second = vkp_value_next(value, first);
+    const vkp_value *second = vkp_value_get_next(value, first);
     REQUIRE(second != nullptr);
     CHECK(second->u.integer == 20);
     CHECK(second->attributes == 0);
-    CHECK(vkp_value_next(value, second) == nullptr);
+    CHECK(vkp_value_get_next(value, second) == nullptr);
     // The nearest attribute annotates the value, the one before it is found from there.
     const vkp_value *near = first - first->attributes;
-    CHECK(near->type == VKP_ATTRIBUTE);
+    CHECK(near->type == VKP_RESP_ATTRIBUTE);
     CHECK(near->len == 2);
-    CHECK(vkp_value_is(vkp_value_first(near), "b"));
+    CHECK(vkp_value_is_text(vkp_value_get_first(near), "b"));
     const vkp_value *far = near - near->attributes;
-    CHECK(far->type == VKP_ATTRIBUTE);
-    CHECK(vkp_value_is(vkp_value_first(far), "a"));
+    CHECK(far->type == VKP_RESP_ATTRIBUTE);
+    CHECK(vkp_value_is_text(vkp_value_get_first(far), "a"));
     CHECK(far->attributes == 0);
 
     REQUIRE(reader.next(&value) == VKP_OK);
-    CHECK(vkp_value_is(value, "top"));
+    CHECK(vkp_value_is_text(value, "top"));
     REQUIRE(value->attributes != 0);
-    CHECK(vkp_value_is(vkp_value_first(value - value->attributes), "c"));
+    CHECK(vkp_value_is_text(vkp_value_get_first(value - value->attributes), "c"));
     REQUIRE(reader.next(&value) == VKP_OK);
-    CHECK(vkp_value_is(value, "bare"));
+    CHECK(vkp_value_is_text(value, "bare"));
     CHECK(value->attributes == 0);
 
     // An attribute alone is not a value yet.
@@ -1373,46 +1373,46 @@ TEST_CASE("value: walking, text and comparison", "[resp]")
     REQUIRE(reader.feed("%2\r\n+Key\r\n*2\r\n:1\r\n:2\r\n-ERR x\r\n_\r\n"
                         "*5\r\n:7\r\n(12\r\n,1.5\r\n#t\r\n*0\r\n") == VKP_OK);
     REQUIRE(reader.next(&value) == VKP_OK);
-    const vkp_value *key = vkp_value_first(value);
-    const vkp_value *list = vkp_value_next(value, key);
-    const vkp_value *error = vkp_value_next(value, list);
-    const vkp_value *null = vkp_value_next(value, error);
+    const vkp_value *key = vkp_value_get_first(value);
+    const vkp_value *list = vkp_value_get_next(value, key);
+    const vkp_value *error = vkp_value_get_next(value, list);
+    const vkp_value *null = vkp_value_get_next(value, error);
     REQUIRE(null != nullptr);
-    CHECK(vkp_value_next(value, null) == nullptr);
+    CHECK(vkp_value_get_next(value, null) == nullptr);
     CHECK(list->len == 2);
-    CHECK(error->type == VKP_ERROR);
-    CHECK(null->type == VKP_NULL);
-    CHECK(vkp_value_first(key) == nullptr);
-    CHECK(vkp_value_first(null) == nullptr);
+    CHECK(error->type == VKP_RESP_ERROR);
+    CHECK(null->type == VKP_RESP_NULL);
+    CHECK(vkp_value_get_first(key) == nullptr);
+    CHECK(vkp_value_get_first(null) == nullptr);
 
-    CHECK(vkp_test_view(vkp_value_str(key)) == "Key");
-    CHECK(vkp_test_view(vkp_value_str(error)) == "ERR x");
-    CHECK(vkp_value_str(list).len == 0);
-    CHECK(vkp_value_str(null).len == 0);
-    CHECK(vkp_value_str(nullptr).len == 0);
-    CHECK(vkp_value_is(key, "key"));
-    CHECK(vkp_value_is(key, "KEY"));
-    CHECK_FALSE(vkp_value_is(key, "ke"));
-    CHECK_FALSE(vkp_value_is(key, "keyy"));
-    CHECK_FALSE(vkp_value_is(key, ""));
-    CHECK(vkp_value_is(error, "err X"));
-    CHECK_FALSE(vkp_value_is(null, ""));
-    CHECK_FALSE(vkp_value_is(list, ""));
+    CHECK(vkp_test_view(vkp_value_get_str(key)) == "Key");
+    CHECK(vkp_test_view(vkp_value_get_str(error)) == "ERR x");
+    CHECK(vkp_value_get_str(list).len == 0);
+    CHECK(vkp_value_get_str(null).len == 0);
+    CHECK(vkp_value_get_str(nullptr).len == 0);
+    CHECK(vkp_value_is_text(key, "key"));
+    CHECK(vkp_value_is_text(key, "KEY"));
+    CHECK_FALSE(vkp_value_is_text(key, "ke"));
+    CHECK_FALSE(vkp_value_is_text(key, "keyy"));
+    CHECK_FALSE(vkp_value_is_text(key, ""));
+    CHECK(vkp_value_is_text(error, "err X"));
+    CHECK_FALSE(vkp_value_is_text(null, ""));
+    CHECK_FALSE(vkp_value_is_text(list, ""));
 
     REQUIRE(reader.next(&value) == VKP_OK);
-    const vkp_value *integer = vkp_value_first(value);
-    const vkp_value *bignum = vkp_value_next(value, integer);
-    const vkp_value *real = vkp_value_next(value, bignum);
-    const vkp_value *boolean = vkp_value_next(value, real);
-    const vkp_value *empty = vkp_value_next(value, boolean);
+    const vkp_value *integer = vkp_value_get_first(value);
+    const vkp_value *bignum = vkp_value_get_next(value, integer);
+    const vkp_value *real = vkp_value_get_next(value, bignum);
+    const vkp_value *boolean = vkp_value_get_next(value, real);
+    const vkp_value *empty = vkp_value_get_next(value, boolean);
     REQUIRE(empty != nullptr);
-    CHECK(vkp_value_first(empty) == nullptr);
-    CHECK(vkp_value_str(integer).len == 0);
-    CHECK(vkp_value_str(boolean).len == 0);
-    CHECK(vkp_test_view(vkp_value_str(bignum)) == "12");
-    CHECK(vkp_test_view(vkp_value_str(real)) == "1.5");
-    CHECK_FALSE(vkp_value_is(bignum, "12"));
-    CHECK_FALSE(vkp_value_is(real, "1.5"));
+    CHECK(vkp_value_get_first(empty) == nullptr);
+    CHECK(vkp_value_get_str(integer).len == 0);
+    CHECK(vkp_value_get_str(boolean).len == 0);
+    CHECK(vkp_test_view(vkp_value_get_str(bignum)) == "12");
+    CHECK(vkp_test_view(vkp_value_get_str(real)) == "1.5");
+    CHECK_FALSE(vkp_value_is_text(bignum, "12"));
+    CHECK_FALSE(vkp_value_is_text(real, "1.5"));
     CHECK(vkp_value_get_double(integer) == 7.0);
     CHECK(vkp_value_get_double(real) == 1.5);
     CHECK(vkp_value_get_double(bignum) == 0.0);
@@ -1428,7 +1428,7 @@ TEST_CASE("value: a text with zero bytes is compared by its length", "[resp]")
     REQUIRE(reader.feed(std::string("$3\r\na\0b\r\n", 9)) == VKP_OK);
     REQUIRE(reader.next(&value) == VKP_OK);
     CHECK(value->len == 3);
-    CHECK_FALSE(vkp_value_is(value, "a"));
+    CHECK_FALSE(vkp_value_is_text(value, "a"));
 }
 
 namespace {
@@ -1760,7 +1760,7 @@ TEST_CASE("resp reader: memory may fail at every allocation; the reader goes on"
                     if (status == VKP_OK) {
                         note(outcome, value);
                     } else if (status == VKP_ERR_NOMEM) {
-                        CHECK(std::string(vkp_resp_reader_error(reader, nullptr)).empty());
+                        CHECK(std::string(vkp_resp_reader_get_error(reader, nullptr)).empty());
                         relieve();
                     }
                 } while (status == VKP_OK || status == VKP_ERR_NOMEM);
@@ -1818,7 +1818,7 @@ TEST_CASE("frame_len: the length of the first whole frame, as the reader has it"
         const auto length = [](const std::string &text) {
             // Of the exact size: a byte past the end is caught by a sanitizer.
             const std::vector<uint8_t> copy(text.begin(), text.end());
-            return vkp_resp_frame_len(copy.data(), copy.size());
+            return vkp_resp_get_frame_len(copy.data(), copy.size());
         };
         CHECK(length(bytes) == bytes.size());
         CHECK(length(bytes + ":1\r\n") == bytes.size());
@@ -1833,9 +1833,9 @@ TEST_CASE("frame_len: nothing, and headers of frames that never come", "[resp]")
 {
     const auto length = [](const std::string &text) {
         const std::vector<uint8_t> copy(text.begin(), text.end());
-        return vkp_resp_frame_len(copy.data(), copy.size());
+        return vkp_resp_get_frame_len(copy.data(), copy.size());
     };
-    CHECK(vkp_resp_frame_len(nullptr, 0) == 0);
+    CHECK(vkp_resp_get_frame_len(nullptr, 0) == 0);
     CHECK(length("*2147483647\r\n:1\r\n") == 0);
     CHECK(length("%2147483647\r\n:1\r\n") == 0);
     CHECK(length("$536870912\r\nabc\r\n") == 0);

@@ -121,15 +121,15 @@ std::string converted(const std::string &bytes, int protocol)
 std::string meaning(const vkp_value *value)
 {
     const std::string type = std::to_string(value->type);
-    if (value->type < VKP_ARRAY) {
-        const vkp_str text = vkp_value_str(value);
-        const bool number = value->type == VKP_INTEGER || value->type == VKP_BOOL;
+    if (value->type < VKP_RESP_ARRAY) {
+        const vkp_str text = vkp_value_get_str(value);
+        const bool number = value->type == VKP_RESP_INTEGER || value->type == VKP_RESP_BOOL;
         return type + ":" +
                (number ? std::to_string(value->u.integer) : std::string(vkp_test_view(text)));
     }
     std::string out = type + "[";
-    for (const vkp_value *child = vkp_value_first(value); child != nullptr;
-         child = vkp_value_next(value, child)) {
+    for (const vkp_value *child = vkp_value_get_first(value); child != nullptr;
+         child = vkp_value_get_next(value, child)) {
         out += meaning(child) + ",";
     }
     return out + "]";
@@ -221,10 +221,11 @@ TEST_CASE("resp writer: each put writes its type", "[resp][writer]")
         CHECK(w.text() == ":" + std::string(number) + "\r\n");
     }
     const struct {
-        vkp_type type;
+        vkp_resp_type type;
         const char *mark;
     } aggregates[] = {
-        {VKP_ARRAY, "*"}, {VKP_SET, "~"}, {VKP_PUSH, ">"}, {VKP_MAP, "%"}, {VKP_ATTRIBUTE, "|"},
+        {VKP_RESP_ARRAY, "*"}, {VKP_RESP_SET, "~"},       {VKP_RESP_PUSH, ">"},
+        {VKP_RESP_MAP, "%"},   {VKP_RESP_ATTRIBUTE, "|"},
     };
     for (const auto &aggregate : aggregates) {
         // The count is the wire's: pairs for maps and attributes.
@@ -265,7 +266,7 @@ TEST_CASE("resp writer: a double written is the double read", "[resp][writer]")
         vkp_resp_put_double(w.get(), number);
         Reader reader(w.text());
         const vkp_value *value = reader.only();
-        if (value == nullptr || value->type != VKP_DOUBLE) {
+        if (value == nullptr || value->type != VKP_RESP_DOUBLE) {
             wrong++;
             continue;
         }
@@ -327,11 +328,11 @@ TEST_CASE("resp writer: a value that is an element is written alone", "[resp][wr
     Reader reader("*3\r\n:1\r\n%1\r\n+k\r\n*1\r\n:2\r\n:3\r\n");
     const vkp_value *array = reader.only();
     REQUIRE(array != nullptr);
-    const vkp_value *map = vkp_value_next(array, vkp_value_first(array));
+    const vkp_value *map = vkp_value_get_next(array, vkp_value_get_first(array));
     Writer w;
-    vkp_resp_put_aggregate(w.get(), VKP_ARRAY, 2);
+    vkp_resp_put_aggregate(w.get(), VKP_RESP_ARRAY, 2);
     vkp_resp_put_value(w.get(), map, 3);
-    vkp_resp_put_value(w.get(), vkp_value_first(map), 2);
+    vkp_resp_put_value(w.get(), vkp_value_get_first(map), 2);
     CHECK(w.text() == "*2\r\n%1\r\n+k\r\n*1\r\n:2\r\n+k\r\n");
 }
 
@@ -342,7 +343,7 @@ TEST_CASE("resp writer: an uncounted push is written whole when it is asked for 
     const vkp_value *array = reader.only();
     REQUIRE(array != nullptr);
     const vkp_value *push = array + 1;
-    REQUIRE((push->flags & VKP_F_OUT_OF_BAND) != 0);
+    REQUIRE((push->flags & VKP_VALUE_OUT_OF_BAND) != 0);
     Writer w;
     vkp_resp_put_value(w.get(), push, 3);
     CHECK(w.text() == ">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nm\r\n");
@@ -431,7 +432,7 @@ TEST_CASE("resp writer: memory may fail at every allocation; take tells, and it 
     REQUIRE(value != nullptr);
     Env env;
     const auto write = [&](Writer &w) {
-        vkp_resp_put_aggregate(w.get(), VKP_ARRAY, 9);
+        vkp_resp_put_aggregate(w.get(), VKP_RESP_ARRAY, 9);
         vkp_resp_put_simple(w.get(), "simple");
         vkp_resp_put_error(w.get(), "ERR error");
         vkp_resp_put_integer(w.get(), 123456);

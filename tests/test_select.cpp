@@ -76,7 +76,8 @@ class Mpsc : public End {
     bool holds(uint64_t want)
     {
         uint64_t value = 0;
-        return vkp_mpsc_try_recv(rx, &value) == VKP_OK && value == want && vkp_mpsc_len(rx) == 0;
+        return vkp_mpsc_try_recv(rx, &value) == VKP_OK && value == want &&
+               vkp_mpsc_get_len(rx) == 0;
     }
     vkp_mpsc_tx *tx = nullptr;
     vkp_mpsc_rx *rx = nullptr;
@@ -109,7 +110,7 @@ class MpscRecv : public Mpsc {
     bool was_carried_out(const vkp_case &won) override
     {
         return closes_ ? won.status == VKP_ERR_CLOSED
-                       : won.status == VKP_OK && out == 5 && vkp_mpsc_len(rx) == 0;
+                       : won.status == VKP_OK && out == 5 && vkp_mpsc_get_len(rx) == 0;
     }
     bool is_whole() override
     {
@@ -148,7 +149,7 @@ class MpscSend : public Mpsc {
     }
     bool is_whole() override
     {
-        return closes_ ? holds(1) : vkp_mpsc_len(rx) == 0 && send(9) && holds(9);
+        return closes_ ? holds(1) : vkp_mpsc_get_len(rx) == 0 && send(9) && holds(9);
     }
 
   private:
@@ -184,7 +185,7 @@ class MpscReserve : public Mpsc {
     }
     bool is_whole() override
     {
-        return vkp_mpsc_len(rx) == 0 && send(9) && holds(9); // no place is kept for nobody
+        return vkp_mpsc_get_len(rx) == 0 && send(9) && holds(9); // no place is kept for nobody
     }
 
   private:
@@ -321,11 +322,11 @@ class Broadcast : public End {
     {
         switch (kind_) {
         case value:
-            return won.status == VKP_OK && out_ == 5 && vkp_broadcast_len(rx_) == 0;
+            return won.status == VKP_OK && out_ == 5 && vkp_broadcast_get_len(rx_) == 0;
         case lagged: // a receiver that waits wakes at the first value or at any later one
             return won.status == VKP_ERR_LAGGED
-                       ? vkp_broadcast_get_missed(rx_) + vkp_broadcast_len(rx_) == 4
-                       : won.status == VKP_OK && out_ == 5 && vkp_broadcast_len(rx_) == 3;
+                       ? vkp_broadcast_get_missed(rx_) + vkp_broadcast_get_len(rx_) == 4
+                       : won.status == VKP_OK && out_ == 5 && vkp_broadcast_get_len(rx_) == 3;
         case closed:
             return won.status == VKP_ERR_CLOSED;
         case gone:
@@ -398,13 +399,13 @@ class Watch : public End {
     }
     bool was_carried_out(const vkp_case &won) override
     {
-        return kind_ == changed  ? won.status == VKP_OK && !vkp_watch_has_changed(rx_)
+        return kind_ == changed  ? won.status == VKP_OK && !vkp_watch_is_changed(rx_)
                : kind_ == closed ? won.status == VKP_ERR_CLOSED
                                  : won.status == VKP_OK && is_whole();
     }
     bool is_whole() override
     {
-        return kind_ == changed  ? vkp_watch_has_changed(rx_)
+        return kind_ == changed  ? vkp_watch_is_changed(rx_)
                : kind_ == closed ? vkp_watch_changed(rx_, 0) == VKP_ERR_CLOSED
                                  : vkp_watch_get_receivers(tx_) == 0;
     }
@@ -481,7 +482,7 @@ class Descriptor : public End {
     }
     vkp_case make() override
     {
-        return vkp_case_fd(fds_[0], kind_ == write_end ? VKP_WRITE : VKP_READ);
+        return vkp_case_fd(fds_[0], kind_ == write_end ? VKP_IO_WRITE : VKP_IO_READ);
     }
     void make_ready() override
     {
@@ -500,8 +501,8 @@ class Descriptor : public End {
     }
     bool was_carried_out(const vkp_case &won) override
     {
-        const uint32_t want = kind_ == write_end ? VKP_WRITE : VKP_READ;
-        return won.status == VKP_OK && (won.ready & (want | VKP_HUP)) != 0 &&
+        const uint32_t want = kind_ == write_end ? VKP_IO_WRITE : VKP_IO_READ;
+        return won.status == VKP_OK && (won.ready & (want | VKP_IO_HUP)) != 0 &&
                (kind_ == hang_up || won.ready == want) && is_whole();
     }
     bool is_whole() override
@@ -631,7 +632,7 @@ TEST_CASE("select: no cases, too many, or null arguments are INVALID", "[select]
     CHECK(vkp_select_fair(cases.data(), 1, &turn, 0, nullptr) == VKP_ERR_INVALID);
     CHECK(won == 99);
     CHECK(turn == 0);
-    CHECK(vkp_mpsc_len(channel.rx) == 1);
+    CHECK(vkp_mpsc_get_len(channel.rx) == 1);
     REQUIRE(vkp_select(cases.data(), VKP_SELECT_MAX, 0, &won) == VKP_OK);
     CHECK(won == 0);
     CHECK(out == 5);
@@ -654,7 +655,7 @@ TEST_CASE("select: cases of nothing never win", "[select]")
         vkp_case_broadcast_closed(nullptr),
         vkp_case_watch_closed(nullptr),
         vkp_case_cancel(nullptr),
-        vkp_case_fd(-1, VKP_READ),
+        vkp_case_fd(-1, VKP_IO_READ),
     };
     size_t won = 99;
     CHECK(vkp_select(cases.data(), cases.size(), 0, &won) == VKP_ERR_TIMEOUT);
@@ -775,7 +776,7 @@ TEST_CASE("select: what becomes ready between the look and the sleep is not miss
     // said that it waits: that call makes the other case ready here, before or after that one
     // has said so for itself.
     static thread_local std::function<void()> *in_barrier = nullptr;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.membarrier = [](bool prepare) {
         if (!prepare && in_barrier != nullptr) {
             std::function<void()> *call = in_barrier;
@@ -996,7 +997,7 @@ TEST_CASE("select: fair: a case that stays ready waits for at most count - 1 oth
             std::vector<bool> ready;
             for (size_t i = 0; i < count; i++) {
                 cases.push_back(vkp_case_mpsc_recv(channels[i]->rx, &out[i]));
-                ready.push_back(vkp_mpsc_len(channels[i]->rx) > 0);
+                ready.push_back(vkp_mpsc_get_len(channels[i]->rx) > 0);
             }
             size_t won = 99;
             const vkp_status status = vkp_select_fair(cases.data(), count, &turn, 0, &won);
@@ -1036,7 +1037,7 @@ TEST_CASE("select: one end in several cases", "[select][threads]")
         REQUIRE(received == VKP_OK);
         REQUIRE(status == VKP_OK);
         REQUIRE(won < 2);
-        REQUIRE(vkp_mpsc_len(channel.rx) == 1); // one of them, not both
+        REQUIRE(vkp_mpsc_get_len(channel.rx) == 1); // one of them, not both
         REQUIRE(vkp_mpsc_try_recv(channel.rx, &out) == VKP_OK);
         CHECK(out == values[won + 1]);
         vkp_test_waiting second([&] { return vkp_select(cases + 2, 2, VKP_FOREVER, &won); });
@@ -1070,7 +1071,7 @@ TEST_CASE("select: a sender that leaves the queue leaves the room to the next", 
                 [&] { return vkp_mpsc_send(channel.tx, &values[2], vkp_test_deadline()); });
             vkp_cancel_trigger(guard.token());
             const vkp_status left = leaving.join();
-            const vkp_status received = vkp_mpsc_recv(channel.rx, &out, VKP_FOREVER);
+            const vkp_status received = vkp_mpsc_recv(channel.rx, VKP_FOREVER, &out);
             const vkp_status stayed = staying.join();
             REQUIRE(left == VKP_OK);
             REQUIRE(won == 1);
@@ -1119,7 +1120,7 @@ TEST_CASE("select: a sender that was woken for room and does not want it passes 
             });
             vkp_test_waiting staying(
                 [&] { return vkp_mpsc_send(channel.tx, &values[2], VKP_FOREVER); });
-            const vkp_status first = vkp_mpsc_recv(channel.rx, &out[0], VKP_FOREVER);
+            const vkp_status first = vkp_mpsc_recv(channel.rx, VKP_FOREVER, &out[0]);
             vkp_cancel_trigger(guard.token());
             hold.store(false);
             const vkp_status left = leaving.join();
@@ -1205,7 +1206,9 @@ TEST_CASE("select: no pipe for a sleep among descriptors is SYS, and nothing was
     static bool refuse;
     refuse = true;
     vkp_sys sys = *vkp_test_build_sys(false);
-    sys.wake_pair = [](int fds[2]) { return refuse ? -EMFILE : vkp_sys_default()->wake_pair(fds); };
+    sys.wake_pair = [](int fds[2]) {
+        return refuse ? -EMFILE : vkp_sys_get_default()->wake_pair(fds);
+    };
     vkp_env env = VKP_ZERO;
     env.sys = &sys;
     std::vector<std::unique_ptr<End>> ends;
@@ -1235,12 +1238,12 @@ TEST_CASE("select: a sleep among descriptors outlives signals", "[select]")
 {
     static std::atomic<int> interrupted;
     interrupted.store(0);
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.poll = [](void *pollfds, size_t count, uint64_t deadline_ns) {
         if (deadline_ns != 0 && interrupted.fetch_add(1) < 3) {
             return -EINTR;
         }
-        return vkp_sys_default()->poll(pollfds, count, deadline_ns);
+        return vkp_sys_get_default()->poll(pollfds, count, deadline_ns);
     };
     vkp_env env = VKP_ZERO;
     env.sys = &sys;
@@ -1257,12 +1260,12 @@ TEST_CASE("select: a poll that ends before the deadline is not the deadline", "[
     // As poll does where a time-out is longer than its number of milliseconds can say.
     static std::atomic<int> early;
     early = 0;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.poll = [](void *pollfds, size_t count, uint64_t deadline_ns) {
         if (deadline_ns != 0 && early.fetch_add(1) < 3) {
             return 0;
         }
-        return vkp_sys_default()->poll(pollfds, count, deadline_ns);
+        return vkp_sys_get_default()->poll(pollfds, count, deadline_ns);
     };
     vkp_env env = VKP_ZERO;
     env.sys = &sys;
@@ -1270,7 +1273,7 @@ TEST_CASE("select: a poll that ends before the deadline is not the deadline", "[
     REQUIRE(pipe(fds) == 0);
     vkp_cancel *token = nullptr;
     REQUIRE(vkp_cancel_open(&env, nullptr, &token) == VKP_OK);
-    vkp_case cases[] = {vkp_case_fd(fds[0], VKP_READ), vkp_case_cancel(token)};
+    vkp_case cases[] = {vkp_case_fd(fds[0], VKP_IO_READ), vkp_case_cancel(token)};
     size_t won = 9;
     std::atomic<bool> over{false};
     std::thread other([&] {
@@ -1384,7 +1387,7 @@ TEST_CASE("case watch: what is ready already is told, and a watch may end itself
 TEST_CASE("case watch: refused calls, and a loop that closes first", "[select][loop]")
 {
     Guard guard(nullptr);
-    vkp_case_watch *watch = nullptr;
+    vkp_handler *watch = nullptr;
     const auto nothing = [](void *) {};
     for (const vkp_backend *const *backend = vkp_test_backends_all(); *backend; backend++) {
         INFO((*backend)->name);
@@ -1396,23 +1399,20 @@ TEST_CASE("case watch: refused calls, and a loop that closes first", "[select][l
             Descriptor end(Descriptor::read_end);
             const vkp_case descriptor = end.make();
             const vkp_case deadline = vkp_case_deadline(0);
-            CHECK(vkp_case_watch_open(nullptr, &token, nothing, nullptr, &watch) ==
-                  VKP_ERR_INVALID);
-            CHECK(vkp_case_watch_open(loop, nullptr, nothing, nullptr, &watch) == VKP_ERR_INVALID);
-            CHECK(vkp_case_watch_open(loop, &token, nullptr, nullptr, &watch) == VKP_ERR_INVALID);
-            CHECK(vkp_case_watch_open(loop, &token, nothing, nullptr, nullptr) == VKP_ERR_INVALID);
-            CHECK(vkp_case_watch_open(loop, &descriptor, nothing, nullptr, &watch) ==
-                  VKP_ERR_INVALID);
-            CHECK(vkp_case_watch_open(loop, &deadline, nothing, nullptr, &watch) ==
-                  VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(nullptr, &token, nothing, nullptr, &watch) == VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(loop, nullptr, nothing, nullptr, &watch) == VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(loop, &token, nullptr, nullptr, &watch) == VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(loop, &token, nothing, nullptr, nullptr) == VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(loop, &descriptor, nothing, nullptr, &watch) == VKP_ERR_INVALID);
+            CHECK(vkp_handler_open(loop, &deadline, nothing, nullptr, &watch) == VKP_ERR_INVALID);
             CHECK(watch == nullptr);
-            vkp_case_watch_close(nullptr);
+            vkp_handler_close(nullptr);
+            vkp_handler_unref(nullptr);
             const size_t blocks = memory.blocks();
             for (uint64_t k = 1;; k++) {
                 memory.fail(VKP_TEST_FAULT_ONCE, k);
                 const uint64_t before = memory.failures();
-                const vkp_status status =
-                    vkp_case_watch_open(loop, &token, nothing, nullptr, &watch);
+                const vkp_status status = vkp_handler_open(loop, &token, nothing, nullptr, &watch);
                 if (memory.failures() == before) {
                     REQUIRE(status == VKP_OK);
                     break;
@@ -1423,10 +1423,12 @@ TEST_CASE("case watch: refused calls, and a loop that closes first", "[select][l
             }
             memory.heal();
             vkp_loop_close(loop);
-            vkp_case_watch *late = nullptr;
-            CHECK(vkp_case_watch_open(loop, &token, nothing, nullptr, &late) == VKP_ERR_INVALID);
+            vkp_handler *late = nullptr;
+            CHECK(vkp_handler_open(loop, &token, nothing, nullptr, &late) == VKP_ERR_INVALID);
             CHECK(late == nullptr);
-            vkp_case_watch_close(watch);
+            vkp_handler_close(watch);
+            vkp_handler_close(watch);
+            vkp_handler_unref(watch);
             watch = nullptr;
         }
         CHECK(memory.blocks() == 0);
@@ -1456,7 +1458,7 @@ TEST_CASE("select: threads: a cancel meets a send: the value went, or is here st
             std::thread selecting(
                 [&] { status = vkp_select(cases, 2, vkp_test_deadline(), &won); });
             std::thread cancelling([&] { vkp_cancel_trigger(guard.token()); });
-            wrong += vkp_mpsc_recv(channel.rx, &out, VKP_FOREVER) != VKP_OK;
+            wrong += vkp_mpsc_recv(channel.rx, VKP_FOREVER, &out) != VKP_OK;
             selecting.join();
             cancelling.join();
             wrong += status != VKP_OK || out != 1;
@@ -1499,7 +1501,7 @@ TEST_CASE("select: threads: a one-shot that meets another end is received, or th
             if (won == 0 && round % 3 == 0) {
                 vkp_oneshot_close(slot); // dropped, or given back to the sender
             } else if (won == 0) {
-                wrong += vkp_oneshot_recv(slot, &out, vkp_test_deadline()) != VKP_OK;
+                wrong += vkp_oneshot_recv(slot, vkp_test_deadline(), &out) != VKP_OK;
             }
             sending.join();
             cancelling.join();
@@ -1581,7 +1583,7 @@ TEST_CASE("select: threads: a random mix of everything loses, doubles and keeps 
                 threads.emplace_back([&, rx] {
                     uint64_t value = 0;
                     uint64_t want = 0;
-                    while (vkp_mpsc_recv(rx, &value, vkp_test_deadline()) == VKP_OK) {
+                    while (vkp_mpsc_recv(rx, vkp_test_deadline(), &value) == VKP_OK) {
                         wrong += value != want++;
                     }
                     wrong += want != each;
@@ -1611,7 +1613,7 @@ TEST_CASE("select: threads: a random mix of everything loses, doubles and keeps 
                     use(changed, vkp_case_watch_changed(newest_rx)),
                     use(send, vkp_case_mpsc_send(out.tx, &got[send])),
                     use(reserve, vkp_case_mpsc_reserve(reserved.tx, &permit)),
-                    use(fd, vkp_case_fd(fds[0], VKP_READ)),
+                    use(fd, vkp_case_fd(fds[0], VKP_IO_READ)),
                     stop.make(),
                     vkp_case_deadline(random() % 8 == 0 ? vkp_now_ns() + 5000 : VKP_FOREVER),
                 };

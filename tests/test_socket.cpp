@@ -58,7 +58,7 @@ TEST_CASE("socket: a socket outlives the program's reference to its registry")
     vkp_socket *sock = nullptr;
     const char *path = vkp_test_fresh_path("s");
     REQUIRE(vkp_registry_open(&config, &registry) == VKP_OK);
-    REQUIRE(vkp_socket_get_or_create(registry, path, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_open(registry, path, &sock) == VKP_OK);
     vkp_registry_unref(registry);
     CHECK(vkp_test_answers(path));
     vkp_socket_unref(sock);
@@ -72,7 +72,7 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
     vkp_test_registry registry;
     const char *path = vkp_test_fresh_path("s");
     vkp_socket *none = nullptr;
-    CHECK(vkp_socket_get_existing(registry, path, &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(registry, path, &none) == VKP_ERR_NOT_FOUND);
     CHECK_FALSE(vkp_registry_is_active(registry, path));
     CHECK_FALSE(vkp_test_exists(path));
 
@@ -90,7 +90,7 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
 
     vkp_socket *second = registry.make(path);
     vkp_socket *third = nullptr;
-    REQUIRE(vkp_socket_get_existing(registry, path, &third) == VKP_OK);
+    REQUIRE(vkp_socket_find(registry, path, &third) == VKP_OK);
     CHECK(second == first);
     CHECK(third == first);
     CHECK(vkp_socket_ref(first) == first);
@@ -106,7 +106,7 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
     CHECK_FALSE(vkp_registry_is_active(registry, path));
     CHECK_FALSE(vkp_test_exists(path));
     CHECK_FALSE(vkp_test_has_lock(path));
-    CHECK(vkp_socket_get_existing(registry, path, &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(registry, path, &none) == VKP_ERR_NOT_FOUND);
     CHECK(registry.stats().unlink_failures == 0);
     CHECK(registry.fds_more() == 0);
 }
@@ -119,15 +119,15 @@ TEST_CASE("socket: nobody connects before the file has the mode it is to have")
     static mode_t at_listen;
     path = vkp_test_fresh_path("s");
     at_birth = at_listen = 0;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
-        const int result = vkp_sys_default()->bind(fd, address, bytes, mode);
+        const int result = vkp_sys_get_default()->bind(fd, address, bytes, mode);
         at_birth = vkp_test_mode(path);
         return result;
     };
     sys.listen = [](int fd, int backlog) {
         at_listen = vkp_test_mode(path);
-        return vkp_sys_default()->listen(fd, backlog);
+        return vkp_sys_get_default()->listen(fd, backlog);
     };
     struct Case {
         uint32_t configured;
@@ -162,20 +162,20 @@ TEST_CASE("socket: arguments that cannot be")
     vkp_test_registry registry;
     vkp_socket *sock = nullptr;
     const std::string dir = vkp_test_dir();
-    CHECK(vkp_socket_get_or_create(nullptr, "x", &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_get_or_create(registry, "x", nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_get_existing(registry, nullptr, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_get_existing(nullptr, "x", &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_get_existing(registry, "x", nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_register_new(registry, "x", -1, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_register_new(nullptr, "x", 0, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_register_new(registry, nullptr, 0, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_register_new(registry, "x", 0, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(nullptr, "x", &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(registry, "x", nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(registry, nullptr, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(nullptr, "x", &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(registry, "x", nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, "x", -1, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(nullptr, "x", 0, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, nullptr, 0, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, "x", 0, nullptr) == VKP_ERR_INVALID);
     for (const std::string &path : {std::string(), std::string(".."), std::string("../x"),
                                     dir + "/../x", dir + "/a/..", dir + "//.."}) {
         INFO("path \"" << path << '"');
-        CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_INVALID);
-        CHECK(vkp_socket_register_new(registry, path.c_str(), 0, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, path.c_str(), 0, &sock) == VKP_ERR_INVALID);
     }
     for (const std::string name : {"a..b", "..a", "b..", "...", ".a"}) {
         INFO("name " << name);
@@ -202,8 +202,8 @@ TEST_CASE("socket: a path is used whole, or refused with the limit named")
 
     path += 'p';
     sock = nullptr;
-    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_register_new(registry, path.c_str(), 0, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_adopt(registry, path.c_str(), 0, &sock) == VKP_ERR_LIMIT);
     CHECK(sock == nullptr);
     CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
     path.pop_back();
@@ -246,7 +246,7 @@ TEST_CASE("socket: something that is no socket is refused and left alone")
         REQUIRE(symlink((path + ".live").c_str(), path.c_str()) == 0);
     }
     const struct stat before = vkp_test_look(path);
-    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
     CHECK(sock == nullptr);
     CHECK(vkp_test_env_logged(&registry.test, path.c_str()));
     const struct stat after = vkp_test_look(path);
@@ -270,7 +270,7 @@ TEST_CASE("socket: a symbolic link in place of the lock file is not followed")
     vkp_test_write_file(target);
     REQUIRE(symlink(target.c_str(), vkp_test_lock_of(path).c_str()) == 0);
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_EXISTS);
     CHECK(vkp_test_look(target).st_size == 4);
     CHECK(S_ISLNK(vkp_test_look(vkp_test_lock_of(path)).st_mode));
     CHECK_FALSE(vkp_test_exists(path));
@@ -281,9 +281,9 @@ TEST_CASE("socket: a dead socket of another user is left alone")
 {
     static std::string path;
     path = vkp_test_fresh_path("s");
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.identify = [](const char *name, vkp_file_id *id) {
-        int result = vkp_sys_default()->identify(name, id);
+        int result = vkp_sys_get_default()->identify(name, id);
         id->uid += path == name ? 1u : 0u;
         return result;
     };
@@ -291,7 +291,7 @@ TEST_CASE("socket: a dead socket of another user is left alone")
     close(vkp_test_foreign_socket(path, 1));
     const ino_t before = vkp_test_look(path).st_ino;
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
     CHECK(vkp_test_look(path).st_ino == before);
 }
 
@@ -334,7 +334,7 @@ TEST_CASE("socket: a live socket is never taken")
         vkp_test_child child([&] { return vkp_test_serve(path); });
         REQUIRE(child.hear() == 's');
         const ino_t before = vkp_test_look(path).st_ino;
-        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_look(path).st_ino == before);
         CHECK(vkp_test_has_lock(path));
         CHECK(vkp_test_answers(path));
@@ -344,7 +344,7 @@ TEST_CASE("socket: a live socket is never taken")
     SECTION("of a server that knows no lock files")
     {
         int server = vkp_test_foreign_socket(path, 4);
-        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         CHECK_FALSE(vkp_test_has_lock(path));
         close(server);
@@ -363,7 +363,7 @@ TEST_CASE("socket: a live socket is never taken")
         }
 #ifdef __linux__
         REQUIRE(result != 0);
-        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_exists(path));
 #endif
         for (int fd : waiting) {
@@ -375,7 +375,7 @@ TEST_CASE("socket: a live socket is never taken")
     {
         vkp_test_registry other;
         vkp_socket *theirs = other.make(path);
-        CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         vkp_socket_unref(theirs);
         sock = registry.make(path);
@@ -408,7 +408,7 @@ TEST_CASE("socket: of many processes that find a dead socket exactly one gets it
                 if (vkp_registry_open(nullptr, &registry) != VKP_OK || read(gate[0], &byte, 1)) {
                     return 1;
                 }
-                vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+                vkp_status status = vkp_socket_open(registry, path, &sock);
                 vkp_test_child::say(status == VKP_OK ? 'w' : status == VKP_ERR_IN_USE ? 'l' : '?');
                 for (;;) {
                     pause();
@@ -477,9 +477,9 @@ TEST_CASE("socket: a file that cannot be removed is counted, with the reason")
 {
     static std::string path;
     path = vkp_test_fresh_path("s");
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.unlink = [](const char *name) {
-        return path == name ? -EROFS : vkp_sys_default()->unlink(name);
+        return path == name ? -EROFS : vkp_sys_get_default()->unlink(name);
     };
     vkp_test_registry registry(&sys);
     CHECK(registry.stats().unlink_failures == 0);
@@ -558,7 +558,7 @@ TEST_CASE("socket: registering a bound socket takes its descriptor")
     const char *path = vkp_test_fresh_path("s");
     int fd = vkp_test_foreign_socket(path, 8);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_register_new(registry, path, fd, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, path, fd, &sock) == VKP_OK);
     CHECK(vkp_socket_is_active(sock));
     CHECK(vkp_test_has_lock(path));
     CHECK(registry.make(path) == sock);
@@ -580,7 +580,7 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
     SECTION("a handle of that path lives")
     {
         vkp_socket *mine = registry.make(path);
-        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_EXISTS);
+        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_EXISTS);
         CHECK(vkp_test_answers(path));
         vkp_socket_unref(mine);
     }
@@ -588,19 +588,19 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
     {
         vkp_test_child child([&] { return vkp_test_serve(path); });
         REQUIRE(child.hear() == 's');
-        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         child.end(SIGKILL);
         CHECK(vkp_test_ask_elsewhere(path) == VKP_OK);
     }
     SECTION("there is no file")
     {
-        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_INVALID);
     }
     SECTION("it is no socket")
     {
         vkp_test_write_file(path);
-        CHECK(vkp_socket_register_new(registry, path, fd, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_INVALID);
         CHECK(vkp_test_look(path).st_size == 4);
         unlink(path);
     }
@@ -609,7 +609,7 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
         for (uint64_t k = 1; sock == nullptr; k++) {
             INFO("allocation " << k);
             vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_ONCE, k);
-            vkp_status status = vkp_socket_register_new(registry, elsewhere, fd, &sock);
+            vkp_status status = vkp_socket_adopt(registry, elsewhere, fd, &sock);
             vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
             if (status != VKP_OK) {
                 CHECK(status == VKP_ERR_NOMEM);
@@ -775,7 +775,7 @@ TEST_CASE("socket: every allocation of get_or_create may fail")
         const char *path = vkp_test_fresh_path("s");
         vkp_socket *sock = nullptr;
         vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_FROM, k);
-        vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+        vkp_status status = vkp_socket_open(registry, path, &sock);
         vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
         if (status == VKP_OK) {
             vkp_socket_unref(sock);
@@ -797,24 +797,25 @@ TEST_CASE("socket: every system call of get_or_create may fail")
 {
     static int fault_at;
     static int calls;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.socket = [](int family, int type) {
-        return calls++ == fault_at ? -EMFILE : vkp_sys_default()->socket(family, type);
+        return calls++ == fault_at ? -EMFILE : vkp_sys_get_default()->socket(family, type);
     };
     sys.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
-        return calls++ == fault_at ? -EACCES : vkp_sys_default()->bind(fd, address, bytes, mode);
+        return calls++ == fault_at ? -EACCES
+                                   : vkp_sys_get_default()->bind(fd, address, bytes, mode);
     };
     sys.listen = [](int fd, int backlog) {
-        return calls++ == fault_at ? -EIO : vkp_sys_default()->listen(fd, backlog);
+        return calls++ == fault_at ? -EIO : vkp_sys_get_default()->listen(fd, backlog);
     };
     sys.chmod = [](const char *name, uint32_t mode) {
-        return calls++ == fault_at ? -EPERM : vkp_sys_default()->chmod(name, mode);
+        return calls++ == fault_at ? -EPERM : vkp_sys_get_default()->chmod(name, mode);
     };
     sys.lock_file = [](const char *name, vkp_file_id *id) {
-        return calls++ == fault_at ? -ENOSPC : vkp_sys_default()->lock_file(name, id);
+        return calls++ == fault_at ? -ENOSPC : vkp_sys_get_default()->lock_file(name, id);
     };
     sys.identify = [](const char *name, vkp_file_id *id) {
-        return calls++ == fault_at ? -EIO : vkp_sys_default()->identify(name, id);
+        return calls++ == fault_at ? -EIO : vkp_sys_get_default()->identify(name, id);
     };
     vkp_test_registry registry(&sys);
     int failed = 0;
@@ -824,7 +825,7 @@ TEST_CASE("socket: every system call of get_or_create may fail")
         vkp_socket *sock = nullptr;
         calls = 0;
         errno = 0;
-        vkp_status status = vkp_socket_get_or_create(registry, path, &sock);
+        vkp_status status = vkp_socket_open(registry, path, &sock);
         const int error = errno;
         if (status == VKP_OK) {
             vkp_socket_unref(sock);
@@ -847,12 +848,12 @@ TEST_CASE("socket: a bind that loses a race says who has the path")
 {
     static int error;
     error = GENERATE(EADDRINUSE, EEXIST);
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.bind = [](int, const void *, uint32_t, uint32_t) { return -error; };
     vkp_test_registry registry(&sys);
     const char *path = vkp_test_fresh_path("s");
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_get_or_create(registry, path, &sock) == VKP_ERR_IN_USE);
+    CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
     CHECK_FALSE(vkp_test_has_lock(path));
     CHECK(registry.fds_more() == 0);
 }
@@ -863,7 +864,7 @@ TEST_CASE("socket: a folder that does not exist is a plain error")
     const std::string path = std::string(vkp_test_fresh_path("nowhere")) + "/s";
     vkp_socket *sock = nullptr;
     errno = 0;
-    CHECK(vkp_socket_get_or_create(registry, path.c_str(), &sock) == VKP_ERR_SYS);
+    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_SYS);
     CHECK(errno == ENOENT);
     CHECK(registry.fds_more() == 0);
 }

@@ -45,7 +45,7 @@ void check_serves(vkp_test_registry &registry, vkp_socket *sock, const std::stri
 
 vkp_status get(vkp_registry *registry, const std::string &path, vkp_socket **sock)
 {
-    return vkp_socket_get_or_create(registry, path.c_str(), sock);
+    return vkp_socket_open(registry, path.c_str(), sock);
 }
 
 } // namespace
@@ -195,7 +195,7 @@ TEST_CASE("socket edges: a last reference given back inside of the registry is c
     {
         const int fd = vkp_test_foreign_socket(path, 4);
         hooks.at(call::lock_file, hand_over);
-        REQUIRE(vkp_socket_register_new(registry, path.c_str(), fd, &sock) == VKP_OK);
+        REQUIRE(vkp_socket_adopt(registry, path.c_str(), fd, &sock) == VKP_OK);
     }
     CHECK(was_there);
     CHECK(hooks.before == nullptr);
@@ -407,7 +407,7 @@ TEST_CASE("socket edges: sockets are closed and lines logged outside of the regi
             if (!inside && registry != nullptr) {
                 inside = true;
                 vkp_socket *sock = nullptr;
-                if (vkp_socket_get_or_create(registry, path.c_str(), &sock) != VKP_OK) {
+                if (vkp_socket_open(registry, path.c_str(), &sock) != VKP_OK) {
                     vkp_test_fail("the registry cannot be used");
                 }
                 vkp_socket_unref(sock);
@@ -493,9 +493,9 @@ TEST_CASE("socket edges: a file is removed only if device and inode are those we
     static void (*change)(vkp_file_id *);
     path = folder.file();
     change = nullptr;
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.identify = [](const char *name, vkp_file_id *id) {
-        const int result = vkp_sys_default()->identify(name, id);
+        const int result = vkp_sys_get_default()->identify(name, id);
         if (result == 0 && change != nullptr && path == name) {
             change(id);
         }
@@ -934,9 +934,9 @@ TEST_CASE("socket edges: nothing is bound again without the lock, whatever its i
     lies = false;
     const std::string path = folder.file();
     lock = vkp_test_lock_of(path);
-    vkp_sys sys = *vkp_sys_default();
+    vkp_sys sys = *vkp_sys_get_default();
     sys.identify = [](const char *name, vkp_file_id *id) {
-        const int result = vkp_sys_default()->identify(name, id);
+        const int result = vkp_sys_get_default()->identify(name, id);
         if (result == 0 && lies && lock == name) {
             *id = ours;
         }
@@ -944,11 +944,11 @@ TEST_CASE("socket edges: nothing is bound again without the lock, whatever its i
     };
     Timed timed(checked(true), &sys);
     vkp_socket *sock = timed.registry.make(path);
-    REQUIRE(vkp_sys_default()->identify(lock.c_str(), &ours) == 0);
+    REQUIRE(vkp_sys_get_default()->identify(lock.c_str(), &ours) == 0);
     REQUIRE(unlink(path.c_str()) == 0);
     REQUIRE(unlink(lock.c_str()) == 0);
     vkp_file_id theirs = {};
-    const int held = vkp_sys_default()->lock_file(lock.c_str(), &theirs);
+    const int held = vkp_sys_get_default()->lock_file(lock.c_str(), &theirs);
     REQUIRE(held >= 0);
     timed.pass(check_ms);
     CHECK(timed.kinds() == kinds{VKP_SOCKET_LOST, VKP_SOCKET_BLOCKED});
@@ -1118,7 +1118,7 @@ TEST_CASE("socket edges: text that holds a NUL, or nothing, is no path")
     const std::string path = folder.file();
     vkp_socket *sock = nullptr;
     const auto ask = [&](const std::string &text) {
-        return vkp_socket_get_or_create_str(registry, vkp_str{text.data(), text.size()}, &sock);
+        return vkp_socket_open_str(registry, vkp_str{text.data(), text.size()}, &sock);
     };
     CHECK(ask(path + std::string("\0x", 2)) == VKP_ERR_INVALID);
     CHECK(ask(path + std::string("\0", 1)) == VKP_ERR_INVALID);
@@ -1127,17 +1127,14 @@ TEST_CASE("socket edges: text that holds a NUL, or nothing, is no path")
     CHECK(ask("..") == VKP_ERR_INVALID);
     CHECK(ask(folder.path() + "/../s") == VKP_ERR_INVALID);
     CHECK(ask(path + std::string(200, 'p')) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_get_or_create_str(nullptr, vkp_str_of(path.c_str()), &sock) ==
-          VKP_ERR_INVALID);
-    CHECK(vkp_socket_get_or_create_str(registry, vkp_str_of(path.c_str()), nullptr) ==
-          VKP_ERR_INVALID);
+    CHECK(vkp_socket_open_str(nullptr, vkp_str_of(path.c_str()), &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open_str(registry, vkp_str_of(path.c_str()), nullptr) == VKP_ERR_INVALID);
     CHECK(sock == nullptr);
     CHECK(folder.is_empty());
 
     // Text is used up to its length, whatever follows.
     const std::string longer = path + "longer";
-    REQUIRE(vkp_socket_get_or_create_str(registry, vkp_str{longer.data(), path.size()}, &sock) ==
-            VKP_OK);
+    REQUIRE(vkp_socket_open_str(registry, vkp_str{longer.data(), path.size()}, &sock) == VKP_OK);
     CHECK(vkp_socket_get_path(sock) == path);
     CHECK(registry.make(path) == sock);
     CHECK(folder.names() == std::vector<std::string>{"s", "s.lock"});
@@ -1206,8 +1203,8 @@ TEST_CASE("socket edges: a unique name that chance gave before is not given twic
     // Chance that is broken for good is an error, not a loop.
     vkp_socket *sock = nullptr;
     repeats = UINT64_MAX;
-    CHECK(vkp_socket_get_or_create(one, nullptr, &sock) == VKP_ERR_EXISTS);
-    CHECK(vkp_socket_get_or_create(two, nullptr, &sock) == VKP_ERR_IN_USE);
+    CHECK(vkp_socket_open(one, nullptr, &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(two, nullptr, &sock) == VKP_ERR_IN_USE);
     CHECK(sock == nullptr);
     for (vkp_socket *each : socks) {
         vkp_socket_unref(each);
@@ -1228,7 +1225,7 @@ TEST_CASE("socket edges: a folder in which no unique name can be")
         REQUIRE(mkdir(deep.c_str(), 0700) == 0);
         config.folder = deep.c_str();
         vkp_test_registry registry(config);
-        CHECK(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
         CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
         CHECK(rmdir(deep.c_str()) == 0); // empty
         CHECK(registry.fds_more() == 0);
@@ -1238,7 +1235,7 @@ TEST_CASE("socket edges: a folder in which no unique name can be")
         const std::string deep = "/" + std::string(5000, 'd');
         config.folder = deep.c_str();
         vkp_test_registry registry(config);
-        CHECK(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
     }
     SECTION("not there")
     {
@@ -1246,7 +1243,7 @@ TEST_CASE("socket edges: a folder in which no unique name can be")
         config.folder = nowhere.c_str();
         vkp_test_registry registry(config);
         errno = 0;
-        CHECK(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_ERR_SYS);
+        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_SYS);
         CHECK(errno == ENOENT);
         CHECK(registry.fds_more() == 0);
     }
@@ -1262,7 +1259,7 @@ TEST_CASE("socket edges: two registries of one process know nothing of each othe
     const std::string path = folder.file();
     vkp_socket *sock = one.make(path);
     vkp_socket *none = nullptr;
-    CHECK(vkp_socket_get_existing(two, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(two, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
     CHECK_FALSE(vkp_registry_is_active(two, path.c_str()));
     CHECK(get(two, path, &none) == VKP_ERR_IN_USE);
     CHECK(vkp_registry_cleanup_all(two) == 0);
@@ -1473,8 +1470,7 @@ TEST_CASE("socket edges: abstract names that cannot be")
     CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
     CHECK(get(registry, "@", &sock) == VKP_ERR_INVALID);
     const int fd = abstract_socket(abstract_name(), true);
-    CHECK(vkp_socket_register_new(registry, abstract_name().c_str(), fd, &sock) ==
-          VKP_ERR_UNSUPPORTED);
+    CHECK(vkp_socket_adopt(registry, abstract_name().c_str(), fd, &sock) == VKP_ERR_UNSUPPORTED);
     CHECK(fcntl(fd, F_GETFD) >= 0);
     close(fd);
     CHECK(sock == nullptr);
@@ -1522,9 +1518,9 @@ TEST_CASE("socket edges: a registry takes as many sockets as it may, those that 
     vkp_socket *two = registry.make(folder.file("2"));
     vkp_socket *sock = nullptr;
     CHECK(get(registry, folder.file("3"), &sock) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
     const int fd = vkp_test_foreign_socket(folder.file("3"), 1);
-    CHECK(vkp_socket_register_new(registry, folder.file("3").c_str(), fd, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_adopt(registry, folder.file("3").c_str(), fd, &sock) == VKP_ERR_LIMIT);
     CHECK(sock == nullptr);
     close(fd);
     unlink(folder.file("3").c_str());
@@ -1580,7 +1576,7 @@ TEST_CASE("socket edges: a socket has as many references as it may, and says so 
     for (int i = 0; i < 3; i++) {
         CHECK(vkp_socket_ref(sock) == nullptr);
         CHECK(get(registry, path, &more) == VKP_ERR_LIMIT);
-        CHECK(vkp_socket_get_existing(registry, path.c_str(), &more) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_find(registry, path.c_str(), &more) == VKP_ERR_LIMIT);
         CHECK(vkp_socket_upgrade(&weak, &more) == VKP_ERR_LIMIT);
         CHECK(more == nullptr);
         CHECK(vkp_socket_get_ref_count(sock) == 3);
@@ -1715,7 +1711,7 @@ TEST_CASE("socket edges: a socket that lingers is revived by its name and by a w
             if (how == 0) {
                 again = registry.make(path);
             } else if (how == 1) {
-                REQUIRE(vkp_socket_get_existing(registry, path.c_str(), &again) == VKP_OK);
+                REQUIRE(vkp_socket_find(registry, path.c_str(), &again) == VKP_OK);
             } else {
                 REQUIRE(vkp_socket_upgrade(&weak, &again) == VKP_OK);
             }
@@ -1735,7 +1731,7 @@ TEST_CASE("socket edges: a socket that lingers is revived by its name and by a w
     CHECK(folder.is_empty());
     vkp_socket *none = nullptr;
     CHECK(vkp_socket_upgrade(&weak, &none) == VKP_ERR_NOT_FOUND);
-    CHECK(vkp_socket_get_existing(registry, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(registry, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
     CHECK(registry.fds_more() == 0);
 }
 
@@ -2183,7 +2179,7 @@ TEST_CASE("socket edges: look-ups by name while slots change hands and the regis
     std::atomic<int> makers{3};
     const auto look = [&](const std::string &path) {
         vkp_socket *sock = nullptr;
-        const vkp_status status = vkp_socket_get_existing(registry, path.c_str(), &sock);
+        const vkp_status status = vkp_socket_find(registry, path.c_str(), &sock);
         if (status == VKP_OK) {
             wrong += vkp_socket_get_path(sock) == path && vkp_socket_is_active(sock) ? 0 : 1;
             vkp_socket_unref(sock);
@@ -2258,7 +2254,7 @@ class Pool {
     }
     vkp_socket *at(size_t index) const
     {
-        return vkp_socket_pool_get(pool_, index);
+        return vkp_socket_pool_get_socket(pool_, index);
     }
     // Which one, or -1 when it is refused.
     int pick() const
@@ -2337,7 +2333,7 @@ TEST_CASE("socket edges: a pool shares sockets that are there, and makes names o
     REQUIRE(vkp_socket_pool_open(&unique, &pool) == VKP_OK);
     std::set<std::string> paths;
     for (size_t i = 0; i < 4; i++) {
-        paths.insert(vkp_socket_get_path(vkp_socket_pool_get(pool, i)));
+        paths.insert(vkp_socket_get_path(vkp_socket_pool_get_socket(pool, i)));
     }
     CHECK(paths.size() == 4);
     CHECK(folder.names().size() == 8);
@@ -2691,7 +2687,7 @@ TEST_CASE("socket edges: descriptors are close-on-exec and do not wait")
     const int mine = vkp_test_foreign_socket(folder.file("b"), 4);
     fcntl(mine, F_SETFD, 0);
     vkp_socket *other = nullptr;
-    REQUIRE(vkp_socket_register_new(registry, folder.file("b").c_str(), mine, &other) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, folder.file("b").c_str(), mine, &other) == VKP_OK);
     int found = 0;
     for (int fd = 0; fd < 256; fd++) {
         const int flags = fcntl(fd, F_GETFD);
@@ -2813,7 +2809,7 @@ vkp_status register_once(vkp_registry *registry, const std::string &path)
     unlink(path.c_str());
     const int fd = vkp_test_foreign_socket(path, 4);
     vkp_socket *sock = nullptr;
-    const vkp_status status = vkp_socket_register_new(registry, path.c_str(), fd, &sock);
+    const vkp_status status = vkp_socket_adopt(registry, path.c_str(), fd, &sock);
     if (status != VKP_OK) {
         CHECK(sock == nullptr);
         CHECK(vkp_test_answers(path)); // the descriptor and its file are the caller's

@@ -30,7 +30,7 @@ using call = vkp_test_call;
 
 vkp_status get(vkp_registry *registry, const std::string &path, vkp_socket **sock)
 {
-    return vkp_socket_get_or_create(registry, path.c_str(), sock);
+    return vkp_socket_open(registry, path.c_str(), sock);
 }
 
 // In a child: a registry that needs no end.
@@ -290,8 +290,8 @@ vkp_registry *open_timed(const vkp_env *env, vkp_registry_config config, vkp_loo
 
 void pass(vkp_loop *loop, uint64_t ms)
 {
-    const uint64_t until = vkp_loop_get_now(loop) + ms * 1000000;
-    while (vkp_loop_get_now(loop) < until) {
+    const uint64_t until = vkp_loop_get_now_ns(loop) + ms * 1000000;
+    while (vkp_loop_get_now_ns(loop) < until) {
         if (vkp_loop_run_once(loop, until) != VKP_OK) {
             vkp_test_fail("a round failed");
         }
@@ -335,7 +335,7 @@ TEST_CASE("socket processes: killed at any step of register_new, the path is the
         const int fd = vkp_test_foreign_socket(path, 4);
         vkp_socket *sock = nullptr;
         armed();
-        if (vkp_socket_register_new(open_registry(with(env)), path.c_str(), fd, &sock) != VKP_OK) {
+        if (vkp_socket_adopt(open_registry(with(env)), path.c_str(), fd, &sock) != VKP_OK) {
             vkp_test_fail("not registered");
         }
     });
@@ -720,12 +720,12 @@ TEST_CASE("socket processes: a handler of crashes removes the files, wherever th
     INFO((is_locked ? "under the lock" : "anywhere"));
     vkp_test_child child([&] {
         static bool crashes_in_bind;
-        vkp_sys sys = *vkp_sys_default();
+        vkp_sys sys = *vkp_sys_get_default();
         sys.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
             if (crashes_in_bind) { // while the registry's lock is held: the handler takes none
                 raise(SIGSEGV);
             }
-            return vkp_sys_default()->bind(fd, address, bytes, mode);
+            return vkp_sys_get_default()->bind(fd, address, bytes, mode);
         };
         vkp_env env = {};
         env.sys = &sys;
@@ -858,7 +858,7 @@ TEST_CASE("socket processes: the folder of unique names without a config")
             VKP_TEST_EXPECT(set("TMPDIR", each.temporary) == 0);
             vkp_registry *registry = open_registry();
             vkp_socket *sock = nullptr;
-            VKP_TEST_EXPECT(vkp_socket_get_or_create(registry, nullptr, &sock) == VKP_OK);
+            VKP_TEST_EXPECT(vkp_socket_open(registry, nullptr, &sock) == VKP_OK);
             const std::string path = vkp_socket_get_path(sock);
             VKP_TEST_EXPECT(path.compare(0, each.wanted.size() + 1, each.wanted + "/") == 0);
             VKP_TEST_EXPECT(path.find('/', each.wanted.size() + 1) == std::string::npos);
@@ -886,7 +886,7 @@ TEST_CASE("socket processes: unique names of processes that were forked alike ar
             vkp_registry *mine = open_registry(config);
             for (int n = 0; n < 5; n++) {
                 vkp_socket *sock = nullptr;
-                VKP_TEST_EXPECT(vkp_socket_get_or_create(mine, nullptr, &sock) == VKP_OK);
+                VKP_TEST_EXPECT(vkp_socket_open(mine, nullptr, &sock) == VKP_OK);
             }
             vkp_test_child::say('s');
             (void)vkp_test_child::listen();

@@ -73,7 +73,7 @@ size_t wrong_values(Open open, Send send, Recv recv, void (*unref_tx)(Tx *), voi
         filler<Bytes> out;
         vkp_test_fill(&in, Bytes, number);
         wrong += send(tx, in, VKP_FOREVER) != VKP_OK;
-        wrong += recv(rx, &out, VKP_FOREVER) != VKP_OK;
+        wrong += recv(rx, VKP_FOREVER, &out) != VKP_OK;
         wrong += !vkp_test_is_filled(&out, Bytes, number);
     }
     unref_tx(tx);
@@ -114,7 +114,7 @@ TEST_CASE("typed: pointers are values: what is const is the pointer, not what it
     int *out = nullptr;
     REQUIRE(counters_open(nullptr, &tx, &rx) == VKP_OK);
     CHECK(counters_send(tx, &counter, 0) == VKP_OK);
-    CHECK(counters_recv(rx, &out, 0) == VKP_OK);
+    CHECK(counters_recv(rx, 0, &out) == VKP_OK);
     CHECK(out == &counter);
     counters_tx_unref(tx);
     counters_rx_unref(rx);
@@ -129,7 +129,7 @@ TEST_CASE("typed: the size of a value comes from its type", "[typed]")
     uint64_t out = 0;
     REQUIRE(words_open(&config, &tx, &rx) == VKP_OK);
     REQUIRE(words_send(tx, UINT64_MAX - 5, 0) == VKP_OK);
-    REQUIRE(words_recv(rx, &out, 0) == VKP_OK);
+    REQUIRE(words_recv(rx, 0, &out) == VKP_OK);
     CHECK(out == UINT64_MAX - 5);
     words_tx_unref(tx);
     words_rx_unref(rx);
@@ -248,7 +248,7 @@ TEST_CASE("typed: threads: a request, its slot in the caller's memory, and the r
         std::atomic<size_t> wrong{0};
         std::thread server([&] {
             request got;
-            while (vkp_mpsc_recv(rx, &got, vkp_test_deadline()) == VKP_OK) {
+            while (vkp_mpsc_recv(rx, vkp_test_deadline(), &got) == VKP_OK) {
                 wrong += point_slot_send(got.reply, point{got.number, -got.number}) != VKP_OK;
             }
         });
@@ -261,7 +261,7 @@ TEST_CASE("typed: threads: a request, its slot in the caller's memory, and the r
                     wrong += point_slot_init(&slot, &env, nullptr, nullptr) != VKP_OK;
                     const request ask = {c * 1000 + i, &slot};
                     wrong += vkp_mpsc_send(tx, &ask, vkp_test_deadline()) != VKP_OK;
-                    wrong += point_slot_recv(&slot, &reply, vkp_test_deadline()) != VKP_OK;
+                    wrong += point_slot_recv(&slot, vkp_test_deadline(), &reply) != VKP_OK;
                     wrong += reply.x != ask.number || reply.y != -ask.number;
                 }
             });
@@ -321,7 +321,7 @@ TEST_CASE("typed: clones, places, batches and copies have the type, too")
     REQUIRE(rest_news_send(news, Rest{2}) == VKP_OK);
     Rest batch[4] = {{0}, {0}, {0}, {0}};
     size_t count = 0;
-    REQUIRE(rest_news_recv_many(reader, batch, 4, &count, 0) == VKP_OK);
+    REQUIRE(rest_news_recv_many(reader, 0, batch, 4, &count) == VKP_OK);
     CHECK(count == 2);
     CHECK(batch[1].number == 2);
     size_t won = 9;

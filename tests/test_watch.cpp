@@ -102,7 +102,7 @@ struct Receiver {
     }
     bool has_changed() const
     {
-        return vkp_watch_has_changed(rx);
+        return vkp_watch_is_changed(rx);
     }
     uint64_t get()
     {
@@ -727,7 +727,7 @@ TEST_CASE("watch: random calls answer as a model does", "[watch]")
                 models[pick].seen = version;
             }
             for (const Model &model : models) {
-                REQUIRE(vkp_watch_has_changed(model.rx) == (model.seen != version));
+                REQUIRE(vkp_watch_is_changed(model.rx) == (model.seen != version));
                 if (model.borrowed != nullptr) {
                     REQUIRE(*model.borrowed == model.value);
                     REQUIRE(ledger.owners(model.value) == 1);

@@ -11,11 +11,11 @@ int main(void)
     char version[32];
     vkp_bytes text = vkp_bytes_static(VKP_VERSION_STR, sizeof VKP_VERSION_STR - 1);
     vkp_str view = VKP_ZERO;
-    view.ptr = vkp_version();
+    view.ptr = vkp_version_str();
     view.len = text.len;
     snprintf(version, sizeof version, "%d.%d.%d", VKP_VERSION_MAJOR, VKP_VERSION_MINOR,
              VKP_VERSION_PATCH);
-    if (strcmp(vkp_version(), version) != 0 || memcmp(text.data, version, text.len) != 0) {
+    if (strcmp(vkp_version_str(), version) != 0 || memcmp(text.data, version, text.len) != 0) {
         printf("version %.*s, macros %s\n", VKP_FMT(view), version);
         return 1;
     }

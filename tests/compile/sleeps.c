@@ -29,7 +29,7 @@ int main(void)
     if (vkp_mpsc_open(&config, &tx, &rx) != VKP_OK) {
         return 1;
     }
-    status = vkp_mpsc_recv(rx, &value, vkp_after_ms(100));
+    status = vkp_mpsc_recv(rx, vkp_after_ms(100), &value);
     vkp_mpsc_tx_unref(tx);
     vkp_mpsc_rx_unref(rx);
     if (status != VKP_ERR_TIMEOUT || calls > 100) {

@@ -17,7 +17,7 @@ int unit_runs(void)
     }
     vkp_status status = vkp_mpsc_try_send(tx, &sent);
     if (status == VKP_OK) {
-        status = vkp_mpsc_recv(rx, &received, VKP_FOREVER);
+        status = vkp_mpsc_recv(rx, VKP_FOREVER, &received);
     }
     vkp_mpsc_tx_unref(tx);
     vkp_mpsc_rx_unref(rx);

@@ -121,7 +121,8 @@ static int give_client(int fd)
 static void make_pair(int fds[2])
 {
     require(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0, "no socketpair");
-    require(vkp_sys_default()->prepare(fds[0]) == 0 && vkp_sys_default()->prepare(fds[1]) == 0,
+    require(vkp_sys_get_default()->prepare(fds[0]) == 0 &&
+                vkp_sys_get_default()->prepare(fds[1]) == 0,
             "a socket cannot be prepared");
 }
 
@@ -231,7 +232,7 @@ static void open_world(world *self, bool small, size_t fail_every)
     vkp_loop_config loop = VKP_ZERO;
     vkp_relay_config relay = VKP_ZERO;
     memset(self, 0, sizeof *self);
-    self->sys = *vkp_sys_default();
+    self->sys = *vkp_sys_get_default();
     self->sys.random_u64 = give_random;
     self->sys.socket = give_listener;
     self->sys.bind = accept_bind;

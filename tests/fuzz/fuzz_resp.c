@@ -112,14 +112,14 @@ static void trace_place(trace *self, const vkp_value *value, uint32_t flags)
     trace_number(self, value->flags & flags);
     trace_number(self, value->len);
     switch ((int)value->type) {
-    case VKP_STRING:
-    case VKP_ERROR:
-    case VKP_DOUBLE:
-    case VKP_BIGNUM:
+    case VKP_RESP_STRING:
+    case VKP_RESP_ERROR:
+    case VKP_RESP_DOUBLE:
+    case VKP_RESP_BIGNUM:
         trace_add(self, value->u.str, value->len);
         break;
-    case VKP_INTEGER:
-    case VKP_BOOL:
+    case VKP_RESP_INTEGER:
+    case VKP_RESP_BOOL:
         trace_number(self, (uint64_t)value->u.integer);
         break;
     default:
@@ -150,10 +150,10 @@ static void trace_meaning(trace *self, const vkp_value *root)
 {
     const vkp_value *at = root;
     while (at < root + root->span) {
-        if ((at->flags & VKP_F_OUT_OF_BAND) != 0) {
+        if ((at->flags & VKP_VALUE_OUT_OF_BAND) != 0) {
             at += at->span;
         } else {
-            trace_place(self, at, VKP_F_SIMPLE | VKP_F_VERBATIM);
+            trace_place(self, at, VKP_VALUE_SIMPLE | VKP_VALUE_VERBATIM);
             at++;
         }
     }
@@ -163,15 +163,15 @@ static void trace_meaning(trace *self, const vkp_value *root)
 
 static void check_aggregate(const vkp_value *value)
 {
-    const vkp_value *child = vkp_value_first(value);
+    const vkp_value *child = vkp_value_get_first(value);
     const vkp_value *end = value + value->span;
     const vkp_value *at = value + 1;
     size_t children = 0;
     while (child != NULL) {
         require(child > value && child + child->span <= end, "an element outside its aggregate");
-        require(child->type != VKP_ATTRIBUTE, "an attribute among the elements");
+        require(child->type != VKP_RESP_ATTRIBUTE, "an attribute among the elements");
         children++;
-        child = vkp_value_next(value, child);
+        child = vkp_value_get_next(value, child);
     }
     require(children == value->len, "elements by the walk are not len");
     while (at < end) {
@@ -184,15 +184,15 @@ static void check_aggregate(const vkp_value *value)
 static void check_scalar(const vkp_value *value)
 {
     volatile uint8_t last;
-    vkp_str text = vkp_value_str(value);
-    require(value->span == 1 && vkp_value_first(value) == NULL, "a scalar with elements");
+    vkp_str text = vkp_value_get_str(value);
+    require(value->span == 1 && vkp_value_get_first(value) == NULL, "a scalar with elements");
     if (text.len > 0) {
         last = (uint8_t)text.ptr[text.len - 1]; /* within its block, or a sanitizer tells */
         (void)last;
     }
-    require(value->type != VKP_BOOL || value->u.integer == 0 || value->u.integer == 1,
+    require(value->type != VKP_RESP_BOOL || value->u.integer == 0 || value->u.integer == 1,
             "a boolean that is neither");
-    if (value->type == VKP_DOUBLE) {
+    if (value->type == VKP_RESP_DOUBLE) {
         double number = vkp_value_get_double(value);
         bool finite = number - number == 0.0;
         bool named = memchr(text.ptr, 'n', text.len) != NULL; /* inf and nan */
@@ -203,21 +203,22 @@ static void check_scalar(const vkp_value *value)
 static void check_tree(const vkp_value *root)
 {
     const vkp_value *at;
-    bool message = vkp_value_is(root, "MESSAGE");
-    require(message == (vkp_value_is(root, "message") && root->len == 7), "text comparison");
+    bool message = vkp_value_is_text(root, "MESSAGE");
+    require(message == (vkp_value_is_text(root, "message") && root->len == 7), "text comparison");
     for (at = tree_begin(root); at < root + root->span; at++) {
-        require(at->type <= VKP_ATTRIBUTE, "an unknown type");
+        require(at->type <= VKP_RESP_ATTRIBUTE, "an unknown type");
         if (at->attributes != 0) {
-            require((at - at->attributes)->type == VKP_ATTRIBUTE, "attributes points elsewhere");
+            require((at - at->attributes)->type == VKP_RESP_ATTRIBUTE,
+                    "attributes points elsewhere");
         }
-        if (at->type >= VKP_ARRAY) {
+        if (at->type >= VKP_RESP_ARRAY) {
             check_aggregate(at);
         } else {
             check_scalar(at);
         }
-        if (at->type == VKP_PUSH) {
-            const vkp_value *kind = vkp_value_first(at);
-            require(kind != NULL && kind->type == VKP_STRING, "a push without a kind");
+        if (at->type == VKP_RESP_PUSH) {
+            const vkp_value *kind = vkp_value_get_first(at);
+            require(kind != NULL && kind->type == VKP_RESP_STRING, "a push without a kind");
         }
     }
 }
@@ -287,7 +288,7 @@ static size_t piece_len(const uint8_t *head, size_t index)
 static void finish(trace *self, const vkp_resp_reader *reader, vkp_status status)
 {
     uint64_t position = 0;
-    const char *reason = vkp_resp_reader_error(reader, &position);
+    const char *reason = vkp_resp_reader_get_error(reader, &position);
     require((status == VKP_ERR_EMPTY) == (reason[0] == '\0'), "an error without a reason");
     trace_number(self, (uint64_t)(int64_t)status);
     trace_number(self, position);
@@ -352,9 +353,9 @@ static trace read_fed(vkp_resp_config config, const uint8_t *head, const uint8_t
 
 static void check_length(const uint8_t *window, size_t len, size_t consumed)
 {
-    require(vkp_resp_frame_len(window, len) == consumed, "frame_len differs from scan");
-    require(vkp_resp_frame_len(window, consumed) == consumed, "frame_len needs what follows");
-    require(vkp_resp_frame_len(window, consumed - 1) == 0, "frame_len of less than a frame");
+    require(vkp_resp_get_frame_len(window, len) == consumed, "frame_len differs from scan");
+    require(vkp_resp_get_frame_len(window, consumed) == consumed, "frame_len needs what follows");
+    require(vkp_resp_get_frame_len(window, consumed - 1) == 0, "frame_len of less than a frame");
 }
 
 /* By scan: each window is a block of its own and of exactly its size, freed before the next. */
@@ -430,7 +431,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     stream = (uint8_t *)malloc(size > 0 ? size : 1);
     require(stream != NULL, "the machine has no memory");
     memcpy(stream, data + HEAD, size);
-    require(vkp_resp_frame_len(stream, size) <= size, "a frame longer than its bytes");
+    require(vkp_resp_get_frame_len(stream, size) <= size, "a frame longer than its bytes");
     for (lenient = 0; lenient <= 1; lenient++) {
         trace whole;
         config.lenient = lenient != 0;

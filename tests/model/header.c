@@ -113,7 +113,7 @@ const vkp_env *environment(void)
 {
     static vkp_sys sys;
     static vkp_env env;
-    sys = *vkp_sys_default();
+    sys = *vkp_sys_get_default();
     (void)sys.processors(); /* is remembered from one execution to the next: so know it at once */
     sys.park = park;
     sys.unpark = unpark;

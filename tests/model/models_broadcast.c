@@ -141,10 +141,10 @@ static vkp_status receive(struct receiver *self, char how)
         break;
     case 'M':
     case 'N':
-        status = vkp_broadcast_recv_many(self->rx, items, 2, &count, how == 'M' ? VKP_FOREVER : 0);
+        status = vkp_broadcast_recv_many(self->rx, how == 'M' ? VKP_FOREVER : 0, items, 2, &count);
         break;
     default:
-        status = vkp_broadcast_recv(self->rx, items, how == 'D' ? SOON : VKP_FOREVER);
+        status = vkp_broadcast_recv(self->rx, how == 'D' ? SOON : VKP_FOREVER, items);
         break;
     }
     model_note("received: %s", vkp_status_str(status));
@@ -246,7 +246,7 @@ static void receiver_call(struct receiver *self, char call)
 {
     switch (call) {
     case 'L':
-        MODEL_CHECK(vkp_broadcast_len(self->rx) <= ENDS * VALUES);
+        MODEL_CHECK(vkp_broadcast_get_len(self->rx) <= ENDS * VALUES);
         break;
     case 'b':
         visit(NULL, self->rx);

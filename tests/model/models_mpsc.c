@@ -178,7 +178,7 @@ static void send_two(unsigned sender, bool wait)
     memcpy(out_items[sender] + bytes, &value[1], sizeof value[1]);
     model_note("sends %llx and the next", (unsigned long long)value[0]);
     status =
-        vkp_mpsc_send_many(now.tx[sender], out_items[sender], 2, &sent, wait ? VKP_FOREVER : 0);
+        vkp_mpsc_send_many(now.tx[sender], out_items[sender], 2, wait ? VKP_FOREVER : 0, &sent);
     model_note("sent %llx, %zu: %s", (unsigned long long)value[0], sent, vkp_status_str(status));
     settle(value[0], status == VKP_OK);
     settle(value[1], status == VKP_OK && sent == 2);
@@ -199,7 +199,7 @@ static void send_permit(unsigned sender, char how)
     vkp_mpsc_permit permit;
     vkp_status status =
         how == 'r' ? vkp_mpsc_try_reserve(now.tx[sender], &permit)
-                   : vkp_mpsc_reserve(now.tx[sender], &permit, how == 'e' ? SOON : VKP_FOREVER);
+                   : vkp_mpsc_reserve(now.tx[sender], how == 'e' ? SOON : VKP_FOREVER, &permit);
     model_note("reserved for %llx: %s", (unsigned long long)value, vkp_status_str(status));
     if (status != VKP_OK) {
         settle(value, false);
@@ -361,10 +361,10 @@ static vkp_status receive(char how)
         break;
     case 'M':
     case 'N':
-        status = vkp_mpsc_recv_many(now.rx, in_items, 2, &count, how == 'M' ? VKP_FOREVER : 0);
+        status = vkp_mpsc_recv_many(now.rx, how == 'M' ? VKP_FOREVER : 0, in_items, 2, &count);
         break;
     default:
-        status = vkp_mpsc_recv(now.rx, in_items, how == 'D' ? SOON : VKP_FOREVER);
+        status = vkp_mpsc_recv(now.rx, how == 'D' ? SOON : VKP_FOREVER, in_items);
         break;
     }
     model_note("received: %s", vkp_status_str(status));
@@ -414,7 +414,7 @@ static void receiver_call(char call)
         look_ahead();
         break;
     case 'L':
-        MODEL_CHECK(vkp_mpsc_len(now.rx) <= SENDERS * VALUES);
+        MODEL_CHECK(vkp_mpsc_get_len(now.rx) <= SENDERS * VALUES);
         if (vkp_mpsc_rx_is_closed(now.rx)) {
             MODEL_CHECK(now.close_begun || now.strong == 0);
         }

@@ -87,7 +87,7 @@ static bool receiver_call(char call)
     }
     now.closing = now.closing || call != 'T';
     status = call == 'T' ? vkp_oneshot_try_recv(now.slot, &value)
-                         : vkp_oneshot_recv(now.slot, &value, call == 'D' ? SOON : VKP_FOREVER);
+                         : vkp_oneshot_recv(now.slot, call == 'D' ? SOON : VKP_FOREVER, &value);
     model_note("received: %s", vkp_status_str(status));
     switch ((int)status) {
     case VKP_OK:

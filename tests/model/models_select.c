@@ -184,7 +184,7 @@ static void fire(struct source *self, char kind)
         break;
     case 's':
     case 'v':
-        expect(vkp_mpsc_recv(self->rx, &value, VKP_FOREVER));
+        expect(vkp_mpsc_recv(self->rx, VKP_FOREVER, &value));
         MODEL_CHECK(value == VALUE - 1);
         break;
     case 'm':
@@ -228,16 +228,16 @@ static void take_later(struct source *self, char kind)
     vkp_status status = VKP_OK;
     switch (kind) {
     case 'r':
-        status = vkp_mpsc_recv(self->rx, &value, VKP_FOREVER);
+        status = vkp_mpsc_recv(self->rx, VKP_FOREVER, &value);
         break;
     case 'e':
-        MODEL_CHECK(vkp_mpsc_recv(self->rx, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        MODEL_CHECK(vkp_mpsc_recv(self->rx, VKP_FOREVER, &value) == VKP_ERR_CLOSED);
         break;
     case 'o':
-        status = vkp_oneshot_recv(self->slot, &value, VKP_FOREVER);
+        status = vkp_oneshot_recv(self->slot, VKP_FOREVER, &value);
         break;
     case 'b':
-        status = vkp_broadcast_recv(self->broadcast_rx, &value, VKP_FOREVER);
+        status = vkp_broadcast_recv(self->broadcast_rx, VKP_FOREVER, &value);
         break;
     case 'w':
         status = vkp_watch_changed(self->watch_rx, VKP_FOREVER);

@@ -370,8 +370,8 @@ static void get(struct actor *self, unsigned path, bool create)
     vkp_status status;
     begin();
     place->acquiring++;
-    status = create ? vkp_socket_get_or_create(self->registry, place->name, &sock)
-                    : vkp_socket_get_existing(self->registry, place->name, &sock);
+    status = create ? vkp_socket_open(self->registry, place->name, &sock)
+                    : vkp_socket_find(self->registry, place->name, &sock);
     model_note("%s: %s", create ? "get_or_create" : "get_existing", vkp_status_str(status));
     place->acquiring--;
     if (status == VKP_OK) {
@@ -463,7 +463,7 @@ static void register_new(struct actor *self)
         now.moving++;
         disk_hand_over(fd);
         now.places[0].acquiring++;
-        status = vkp_socket_register_new(self->registry, place->name, fd, &sock);
+        status = vkp_socket_adopt(self->registry, place->name, fd, &sock);
         model_note("register_new: %s", vkp_status_str(status));
         now.places[0].acquiring--;
         now.moving--;
@@ -621,7 +621,7 @@ static void open_loop(void)
 static void hand_out(struct actor *self, unsigned path)
 {
     vkp_socket *sock = NULL;
-    vkp_status status = vkp_socket_get_or_create(self->registry, now.places[path].name, &sock);
+    vkp_status status = vkp_socket_open(self->registry, now.places[path].name, &sock);
     MODEL_CHECK(status == VKP_OK);
     keep(self, path, sock, now.era);
 }

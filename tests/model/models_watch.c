@@ -165,7 +165,7 @@ static void visit(vkp_watch_tx *tx, const struct receiver *beside)
     MODEL_CHECK(status == VKP_OK);
     now.alive++;
     look(&fresh, false);
-    (void)vkp_watch_has_changed(fresh.rx);
+    (void)vkp_watch_is_changed(fresh.rx);
     leave(&fresh);
 }
 
@@ -255,7 +255,7 @@ static void receiver_call(struct receiver *self, char call)
     case 'k':
         vkp_watch_mark_changed(self->rx);
         self->marked = true;
-        MODEL_CHECK(vkp_watch_has_changed(self->rx));
+        MODEL_CHECK(vkp_watch_is_changed(self->rx));
         (void)changed(self, VKP_FOREVER, true);
         break;
     case 'y':
@@ -263,7 +263,7 @@ static void receiver_call(struct receiver *self, char call)
         self->marked = true;
         break;
     case 'h':
-        MODEL_CHECK(!vkp_watch_has_changed(self->rx) || now.begun > 0);
+        MODEL_CHECK(!vkp_watch_is_changed(self->rx) || now.begun > 0);
         MODEL_CHECK(!vkp_watch_is_closed(self->rx) || now.strong == 0);
         break;
     case 'g':

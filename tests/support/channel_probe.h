@@ -43,7 +43,7 @@ inline const vkp_sys *vkp_test_build_sys(bool fenced)
             if (vkp_test_parks != nullptr && deadline_ns != 0) {
                 vkp_test_parks->fetch_add(1);
             }
-            return vkp_sys_default()->poll(pollfds, count, deadline_ns);
+            return vkp_sys_get_default()->poll(pollfds, count, deadline_ns);
         };
         return copy;
     }();
@@ -191,23 +191,22 @@ inline void vkp_test_settle(vkp_loop *loop)
     }
 }
 
-/* A case under watch; calls what it is given, until stop, and counts. */
-class vkp_test_case_watch {
+/* A handler of a case; calls what it is given, until stop, and counts. */
+class vkp_test_handler {
   public:
-    vkp_test_case_watch(vkp_loop *loop, vkp_case what, std::function<void()> fn)
-        : fn_(std::move(fn))
+    vkp_test_handler(vkp_loop *loop, vkp_case what, std::function<void()> fn) : fn_(std::move(fn))
     {
-        status = vkp_case_watch_open(loop, &what, call, this, &watch_);
+        status = vkp_handler_open(loop, &what, call, this, &handler_);
     }
-    ~vkp_test_case_watch()
+    ~vkp_test_handler()
     {
         stop();
     }
-    vkp_test_case_watch(const vkp_test_case_watch &) = delete;
-    vkp_test_case_watch &operator=(const vkp_test_case_watch &) = delete;
+    vkp_test_handler(const vkp_test_handler &) = delete;
+    vkp_test_handler &operator=(const vkp_test_handler &) = delete;
     void stop()
     {
-        vkp_case_watch_close(std::exchange(watch_, nullptr));
+        vkp_handler_unref(std::exchange(handler_, nullptr));
     }
     vkp_status status;
     int calls = 0;
@@ -215,12 +214,12 @@ class vkp_test_case_watch {
   private:
     static void call(void *user)
     {
-        vkp_test_case_watch *self = static_cast<vkp_test_case_watch *>(user);
+        vkp_test_handler *self = static_cast<vkp_test_handler *>(user);
         self->calls++;
         self->fn_();
     }
     std::function<void()> fn_;
-    vkp_case_watch *watch_ = nullptr;
+    vkp_handler *handler_ = nullptr;
 };
 
 /* A loop of this thread with one watched case. */
@@ -249,13 +248,13 @@ class vkp_test_watched {
     }
     vkp_status watch(const vkp_case &what, std::function<void()> fn)
     {
-        watch_ = std::make_unique<vkp_test_case_watch>(loop_, what, std::move(fn));
-        return watch_->status;
+        handler_ = std::make_unique<vkp_test_handler>(loop_, what, std::move(fn));
+        return handler_->status;
     }
     void end() /* also inside its own call */
     {
-        if (watch_ != nullptr) {
-            watch_->stop();
+        if (handler_ != nullptr) {
+            handler_->stop();
         }
     }
     void settle()
@@ -270,7 +269,7 @@ class vkp_test_watched {
 
   private:
     vkp_loop *loop_ = nullptr;
-    std::unique_ptr<vkp_test_case_watch> watch_;
+    std::unique_ptr<vkp_test_handler> handler_;
 };
 
 /* Owners of values that are numbered from 0, each number in the value's first eight bytes. Give it

@@ -55,7 +55,7 @@ class vkp_test_loop {
     }
     uint64_t now() const
     {
-        return vkp_loop_get_now(loop_);
+        return vkp_loop_get_now_ns(loop_);
     }
     void round(uint64_t deadline_ns = 0)
     {
@@ -210,13 +210,13 @@ class vkp_test_client {
         }
         return all;
     }
-    void subscribe(const char *name, vkp_sub_kind kind = VKP_CHANNEL)
+    void subscribe(const char *name, vkp_sub_kind kind = VKP_SUB_CHANNEL)
     {
         if (vkp_client_subscribe(client_, kind, vkp_str_of(name)) != VKP_OK) {
             vkp_test_fail("subscribe to %s failed", name);
         }
     }
-    void unsubscribe(const char *name, vkp_sub_kind kind = VKP_CHANNEL)
+    void unsubscribe(const char *name, vkp_sub_kind kind = VKP_SUB_CHANNEL)
     {
         if (vkp_client_unsubscribe(client_, kind, vkp_str_of(name)) != VKP_OK) {
             vkp_test_fail("unsubscribe from %s failed", name);
@@ -235,31 +235,33 @@ class vkp_test_client {
 inline std::string vkp_test_show(const vkp_value *value)
 {
     std::string text;
-    const char *brackets = value->type == VKP_SET ? "{}" : value->type == VKP_MAP ? "<>" : "[]";
-    switch (static_cast<vkp_type>(value->type)) {
-    case VKP_NULL:
+    const char *brackets = value->type == VKP_RESP_SET   ? "{}"
+                           : value->type == VKP_RESP_MAP ? "<>"
+                                                         : "[]";
+    switch (static_cast<vkp_resp_type>(value->type)) {
+    case VKP_RESP_NULL:
         return "null";
-    case VKP_STRING:
-        return std::string(vkp_test_view(vkp_value_str(value)));
-    case VKP_ERROR:
-        return "error: " + std::string(vkp_test_view(vkp_value_str(value)));
-    case VKP_INTEGER:
+    case VKP_RESP_STRING:
+        return std::string(vkp_test_view(vkp_value_get_str(value)));
+    case VKP_RESP_ERROR:
+        return "error: " + std::string(vkp_test_view(vkp_value_get_str(value)));
+    case VKP_RESP_INTEGER:
         return std::to_string(value->u.integer);
-    case VKP_DOUBLE:
-        return "double " + std::string(vkp_test_view(vkp_value_str(value)));
-    case VKP_BOOL:
+    case VKP_RESP_DOUBLE:
+        return "double " + std::string(vkp_test_view(vkp_value_get_str(value)));
+    case VKP_RESP_BOOL:
         return value->u.integer != 0 ? "true" : "false";
-    case VKP_BIGNUM:
-        return "big " + std::string(vkp_test_view(vkp_value_str(value)));
-    case VKP_ARRAY:
-    case VKP_SET:
-    case VKP_PUSH:
-    case VKP_MAP:
-    case VKP_ATTRIBUTE:
+    case VKP_RESP_BIGNUM:
+        return "big " + std::string(vkp_test_view(vkp_value_get_str(value)));
+    case VKP_RESP_ARRAY:
+    case VKP_RESP_SET:
+    case VKP_RESP_PUSH:
+    case VKP_RESP_MAP:
+    case VKP_RESP_ATTRIBUTE:
         break;
     }
-    for (const vkp_value *at = vkp_value_first(value); at != nullptr;
-         at = vkp_value_next(value, at)) {
+    for (const vkp_value *at = vkp_value_get_first(value); at != nullptr;
+         at = vkp_value_get_next(value, at)) {
         text += (text.empty() ? "" : " ") + vkp_test_show(at);
     }
     return brackets[0] + text + brackets[1];
@@ -300,7 +302,7 @@ class vkp_test_question {
     {
         open_ = false;
         forget();
-        return vkp_oneshot_recv(&slot_, &reply_, deadline_ns);
+        return vkp_oneshot_recv(&slot_, deadline_ns, &reply_);
     }
     vkp_status try_recv()
     {
@@ -398,7 +400,7 @@ struct vkp_test_done {
     vkp_status status = VKP_ERR_EMPTY;
     std::function<void()> hook;
 
-    vkp_status subscribe(vkp_client *client, const char *name, vkp_sub_kind kind = VKP_CHANNEL)
+    vkp_status subscribe(vkp_client *client, const char *name, vkp_sub_kind kind = VKP_SUB_CHANNEL)
     {
         return vkp_client_subscribe_then(client, kind, vkp_str_of(name), on_done, this);
     }

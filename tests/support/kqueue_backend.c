@@ -32,7 +32,7 @@ static vkp_status open_over(const vkp_backend *backend, const vkp_backend_host *
     self->sys = *env->sys;
     self->env = *env;
     self->host = *host;
-    if (self->sys.kqueue_create == vkp_sys_default()->kqueue_create) {
+    if (self->sys.kqueue_create == vkp_sys_get_default()->kqueue_create) {
         self->sys.kqueue_create = vkp_test_kqueue_create;
         self->sys.kevent = vkp_test_kevent;
     }
@@ -98,10 +98,12 @@ static int pollable_fd(void *state)
 }
 
 const vkp_backend vkp_test_kqueue = {
-    VKP_BACKEND_ABI, 0,    "kqueue",   open_with_user, close_it, watch,
-    wait_for,        wake, NULL,       after_fork,     pollable_fd, NULL};
+    VKP_BACKEND_ABI, 0,    "kqueue", open_with_user, close_it,    watch,
+    wait_for,        wake, NULL,     after_fork,     pollable_fd, NULL};
 
 const vkp_backend vkp_test_kqueue_no_user = {
-    VKP_BACKEND_ABI, 0,    "kqueue without EVFILT_USER", open_without_user, close_it, watch,
-    wait_for,        wake, NULL,                         after_fork,        pollable_fd, NULL};
+    VKP_BACKEND_ABI,   0,           "kqueue without EVFILT_USER",
+    open_without_user, close_it,    watch,
+    wait_for,          wake,        NULL,
+    after_fork,        pollable_fd, NULL};
 #endif /* __linux__ */

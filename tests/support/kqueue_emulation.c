@@ -18,7 +18,7 @@
 #ifndef __linux__
 const vkp_sys *vkp_test_sys(void)
 {
-    return vkp_sys_default();
+    return vkp_sys_get_default();
 }
 #else
 #include "kqueue/sys/event.h"
@@ -532,7 +532,7 @@ static int call(int kq, const struct kevent *changes, int change_count, struct k
             return result;
         }
         unlock_queues();
-        result = vkp_sys_default()->epoll_wait(kq, &any, 1, deadline_ns);
+        result = vkp_sys_get_default()->epoll_wait(kq, &any, 1, deadline_ns);
         sched_yield(); /* what EV_CLEAR keeps silent about keeps the set readable */
         lock_queues();
         self = find_queue(kq);
@@ -674,7 +674,7 @@ static vkp_sys table;
 
 static void fill_table(void)
 {
-    table = *vkp_sys_default();
+    table = *vkp_sys_get_default();
     table.kqueue_create = vkp_test_kqueue_create;
     table.kevent = vkp_test_kevent;
 }

@@ -16,12 +16,12 @@ inline thread_local std::atomic<unsigned> *vkp_test_parks = nullptr;
 inline const vkp_sys *vkp_test_probed_sys()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.park = [](vkp_parker *parker, uint64_t deadline_ns) {
             if (vkp_test_parks != nullptr) {
                 vkp_test_parks->fetch_add(1);
             }
-            vkp_sys_default()->park(parker, deadline_ns);
+            vkp_sys_get_default()->park(parker, deadline_ns);
         };
         return copy;
     }();
@@ -46,7 +46,7 @@ inline std::atomic<uint64_t> vkp_test_virtual_ns{1};
 inline const vkp_sys *vkp_test_virtual_sys()
 {
     static const vkp_sys table = [] {
-        vkp_sys copy = *vkp_sys_default();
+        vkp_sys copy = *vkp_sys_get_default();
         copy.clock_ns = [] { return vkp_test_virtual_ns.load(); };
         copy.park = [](vkp_parker *, uint64_t deadline_ns) {
             if (deadline_ns == VKP_FOREVER) {

@@ -164,62 +164,63 @@ class vkp_test_hooks {
     }
     static vkp_sys make()
     {
-        vkp_sys table = *vkp_sys_default();
+        vkp_sys table = *vkp_sys_get_default();
         table.clock_ns = [] {
             (void)through(vkp_test_call::clock_ns, "", -1, [] { return 0; });
-            return now_ != nullptr && now_->clock ? now_->clock() : vkp_sys_default()->clock_ns();
+            return now_ != nullptr && now_->clock ? now_->clock()
+                                                  : vkp_sys_get_default()->clock_ns();
         };
         table.random_u64 = [] {
             return now_ != nullptr && now_->random ? now_->random()
-                                                   : vkp_sys_default()->random_u64();
+                                                   : vkp_sys_get_default()->random_u64();
         };
         table.process_id = [] {
             return through(vkp_test_call::process_id, "", -1,
-                           [] { return vkp_sys_default()->process_id(); });
+                           [] { return vkp_sys_get_default()->process_id(); });
         };
         table.user_id = [] {
             (void)through(vkp_test_call::user_id, "", -1, [] { return 0; });
-            return vkp_sys_default()->user_id();
+            return vkp_sys_get_default()->user_id();
         };
         table.socket = [](int family, int type) {
             return through(vkp_test_call::socket, "", -1,
-                           [&] { return vkp_sys_default()->socket(family, type); });
+                           [&] { return vkp_sys_get_default()->socket(family, type); });
         };
         table.bind = [](int fd, const void *address, uint32_t bytes, uint32_t mode) {
             return through(vkp_test_call::bind, path_of(address, bytes), fd,
-                           [&] { return vkp_sys_default()->bind(fd, address, bytes, mode); });
+                           [&] { return vkp_sys_get_default()->bind(fd, address, bytes, mode); });
         };
         table.listen = [](int fd, int backlog) {
             return through(vkp_test_call::listen, "", fd,
-                           [&] { return vkp_sys_default()->listen(fd, backlog); });
+                           [&] { return vkp_sys_get_default()->listen(fd, backlog); });
         };
         table.connect = [](int fd, const void *address, uint32_t bytes) {
             return through(vkp_test_call::connect, path_of(address, bytes), fd,
-                           [&] { return vkp_sys_default()->connect(fd, address, bytes); });
+                           [&] { return vkp_sys_get_default()->connect(fd, address, bytes); });
         };
         table.prepare = [](int fd) {
             return through(vkp_test_call::prepare, "", fd,
-                           [&] { return vkp_sys_default()->prepare(fd); });
+                           [&] { return vkp_sys_get_default()->prepare(fd); });
         };
         table.close = [](int fd) {
             return through(vkp_test_call::close, "", fd,
-                           [&] { return vkp_sys_default()->close(fd); });
+                           [&] { return vkp_sys_get_default()->close(fd); });
         };
         table.lock_file = [](const char *path, vkp_file_id *id) {
             return through(vkp_test_call::lock_file, path, -1,
-                           [&] { return vkp_sys_default()->lock_file(path, id); });
+                           [&] { return vkp_sys_get_default()->lock_file(path, id); });
         };
         table.identify = [](const char *path, vkp_file_id *id) {
             return through(vkp_test_call::identify, path, -1,
-                           [&] { return vkp_sys_default()->identify(path, id); });
+                           [&] { return vkp_sys_get_default()->identify(path, id); });
         };
         table.chmod = [](const char *path, uint32_t mode) {
             return through(vkp_test_call::chmod, path, -1,
-                           [&] { return vkp_sys_default()->chmod(path, mode); });
+                           [&] { return vkp_sys_get_default()->chmod(path, mode); });
         };
         table.unlink = [](const char *path) {
             return through(vkp_test_call::unlink, path, -1,
-                           [&] { return vkp_sys_default()->unlink(path); });
+                           [&] { return vkp_sys_get_default()->unlink(path); });
         };
         return table;
     }
@@ -410,7 +411,7 @@ class vkp_test_registry {
     vkp_socket *made(const char *path)
     {
         vkp_socket *sock = nullptr;
-        const vkp_status status = vkp_socket_get_or_create(registry_, path, &sock);
+        const vkp_status status = vkp_socket_open(registry_, path, &sock);
         if (status != VKP_OK) {
             vkp_test_fail("no socket at %s: %s", path != nullptr ? path : "a name of its own",
                           vkp_status_str(status));
@@ -431,7 +432,7 @@ inline vkp_status vkp_test_ask_elsewhere(const std::string &path)
     if (vkp_registry_open(nullptr, &registry) != VKP_OK) {
         vkp_test_fail("no registry");
     }
-    const vkp_status status = vkp_socket_get_or_create(registry, path.c_str(), &sock);
+    const vkp_status status = vkp_socket_open(registry, path.c_str(), &sock);
     if (status == VKP_OK) {
         vkp_socket_unref(sock);
     }
@@ -620,7 +621,7 @@ inline int vkp_test_serve(const std::string &path)
     vkp_registry *registry = nullptr;
     vkp_socket *sock = nullptr;
     if (vkp_registry_open(nullptr, &registry) != VKP_OK ||
-        vkp_socket_get_or_create(registry, path.c_str(), &sock) != VKP_OK) {
+        vkp_socket_open(registry, path.c_str(), &sock) != VKP_OK) {
         return 1;
     }
     vkp_test_child::say('s');

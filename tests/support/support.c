@@ -43,6 +43,13 @@ uint64_t vkp_test_deadline(void)
     return vkp_now_ns() + (uint64_t)(seconds > 0 ? seconds : 30) * UINT64_C(1000000000);
 }
 
+vkp_status vkp_test_handle(vkp_loop *loop, vkp_mpsc_rx *rx, void (*fn)(void *user), void *user,
+                           vkp_handler **handler)
+{
+    vkp_case receive = vkp_case_mpsc_recv(rx, NULL);
+    return vkp_handler_open(loop, &receive, fn, user, handler);
+}
+
 int vkp_test_i_poll(int fd, short events, uint64_t deadline_ns)
 {
     struct pollfd item = {fd, events, 0};
@@ -493,7 +500,7 @@ void vkp_test_run_until(vkp_loop *loop, bool (*done)(void *user), void *user, co
 {
     uint64_t deadline = vkp_test_deadline();
     while (!done(user)) {
-        vkp_status status = vkp_loop_run_once(loop, vkp_loop_get_now(loop) + SLICE_NS);
+        vkp_status status = vkp_loop_run_once(loop, vkp_loop_get_now_ns(loop) + SLICE_NS);
         if (status != VKP_OK) {
             vkp_test_fail("the loop failed while waiting for %s: %s", what, vkp_status_str(status));
         }

@@ -23,6 +23,10 @@ void vkp_test_fail(const char *format, ...) __attribute__((noreturn, format(prin
    set (emulators, valgrind).                                                                    */
 uint64_t vkp_test_deadline(void);
 
+/* A handler on the loop that calls fn(user) while the receiver has a value, or CLOSED. */
+vkp_status vkp_test_handle(vkp_loop *loop, vkp_mpsc_rx *rx, void (*fn)(void *user), void *user,
+                           vkp_handler **handler);
+
 /* --------------------------------------------------------------------------------------
    Files and descriptors                                                                     */
 

@@ -45,5 +45,5 @@ int main(void)
             return 1;
         }
     }
-    return strcmp(vkp_version(), VKP_VERSION_STR) != 0;
+    return strcmp(vkp_version_str(), VKP_VERSION_STR) != 0;
 }

@@ -18,10 +18,10 @@ int main()
     vkp_status sent = VKP_ERR_INVALID;
     std::thread sender([&] { sent = numbers_send(tx, 42, VKP_FOREVER); });
     int number = 0;
-    vkp_status received = numbers_recv(rx, &number, VKP_FOREVER);
+    vkp_status received = numbers_recv(rx, VKP_FOREVER, &number);
     sender.join();
     numbers_tx_unref(tx);
     numbers_rx_unref(rx);
-    std::cout << number << " " << vkp_status_str(received) << " " << vkp_version() << "\n";
+    std::cout << number << " " << vkp_status_str(received) << " " << vkp_version_str() << "\n";
     return sent == VKP_OK && received == VKP_OK && number == 42 ? 0 : 1;
 }
