@@ -17,11 +17,18 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+/* The usage text and option_values give these numbers, too. */
 #define MOST_LISTENERS 16
 #define MOST_THREADS 64
 #define MOST_UIDS 64
 #define DRAIN_MS 5000
 #define NO_LINGER SIZE_MAX
+
+#ifdef __linux__
+#define BACKENDS "epoll or poll"
+#else
+#define BACKENDS "kqueue or poll"
+#endif
 
 typedef struct options {
     const char *check;
@@ -47,39 +54,45 @@ typedef struct options {
 
 static const char usage[] =
     "usage: valkey-push-relay [options]\n"
-    "  --server ADDR        the upstream server, tcp:HOST:PORT or unix:PATH;\n"
-    "                       without it: a stand-alone pub/sub broker\n"
-    "  --user NAME          user name for the server\n"
-    "  --pass-env VAR       the environment variable that holds the password\n"
-    "  --listen ADDR        accept local clients there, unix:PATH or tcp:HOST:PORT (port 0: any);\n"
-    "                       may be repeated; default: a unique unix socket, printed\n"
-    "  --backend NAME       poll" /* the list goes on below */
-#ifdef __linux__
-    " or epoll (default)"
-#else
-    " or kqueue (default)"
-#endif
-    "\n"
-    "  --threads N          event loops, clients are spread over them; default 1\n"
-    "  --queue-frames N     most messages that wait for one client; default 65536\n"
-    "  --queue-bytes N      most bytes that wait for one client; default 8388608\n"
-    "  --on-full POLICY     drop-oldest, drop-newest or disconnect (default)\n"
-    "  --max-clients N      most clients at once; default 16384\n"
+    "  --server ADDR        the server to connect to, tcp:HOST:PORT or unix:PATH;\n"
+    "                       default: none, the relay is a pub/sub broker without a server\n"
+    "  --user NAME          user name for the server; needs --pass-env\n"
+    "  --pass-env VAR       the environment variable that holds the password for the server\n"
+    "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
+    "                       may be repeated, up to 16 times; default: a unique Unix socket\n"
+    "  --backend NAME       how to wait for descriptors: epoll (Linux), kqueue (macOS, BSD) or\n"
+    "                       poll (all); default: epoll on Linux, kqueue elsewhere\n"
+    "  --threads N          event loops, 1 to 64, each in its own thread; clients are spread\n"
+    "                       over them; default: 1\n"
+    "  --queue-frames N     most messages that wait for one client; default: 65536\n"
+    "  --queue-bytes N      most bytes of messages that wait for one client; default: 8388608\n"
+    "  --on-full POLICY     when a client's queue is full: disconnect the client, drop-oldest\n"
+    "                       or drop-newest messages; default: disconnect\n"
+    "  --max-clients N      most clients at once, over all addresses; default: 16384\n"
     "  --max-clients-per-uid N\n"
-    "                       most clients of one user over unix sockets; default: no limit\n"
-    "  --allow-uid UID      let this user in over unix sockets, too, not the relay's own alone;\n"
-    "                       their files then have mode 0666; may be repeated\n"
-    "  --linger MS          end that long after the last client left, once there was one\n"
-    "  --check-files MS     look that often at the sockets' files, bind again when one is gone\n"
+    "                       most clients of one user at once, over Unix sockets;\n"
+    "                       default: no limit\n"
+    "  --allow-uid UID      over Unix sockets, also accept clients of the user with this number;\n"
+    "                       the sockets' files then have mode 0666; may be repeated, up to 64\n"
+    "                       times; default: the relay's own user\n"
+    "  --linger MS          end when no client has been connected for MS milliseconds, but not\n"
+    "                       before the first client; default: off\n"
+    "  --check-files MS     every MS milliseconds, check that the sockets' files exist, and\n"
+    "                       create those again that do not; default: off\n"
     "  --shutdown-notice TEXT\n"
-    "                       what clients are told before the end: a message of the channel\n"
-    "                       " VKP_RELAY_NOTICE_CHANNEL ", or an error where none can be\n"
-    "  --log LEVEL          error, warn (default), info or debug; on stderr\n"
-    "  --check ADDR         do not serve: ask whoever serves there for a PONG, within a second;\n"
-    "                       prints one line; exit code 0 (it answers) or 1\n"
-    "  --help, --version\n"
-    "Prints `ready: ADDR` per address once it accepts. SIGTERM and SIGINT drain and end it.\n"
-    "SIGUSR1 prints its counters on stderr, a line `name value` for each.\n";
+    "                       before the relay ends, send TEXT to each client: as a message of\n"
+    "                       channel " VKP_RELAY_NOTICE_CHANNEL ", or as an error to a RESP2\n"
+    "                       client without subscriptions; default: none\n"
+    "  --log LEVEL          log error, warn, info or debug, and what is more severe, on standard\n"
+    "                       error; default: warn\n"
+    "  --check ADDR         do not serve: send PING to the relay or server at ADDR, and wait up\n"
+    "                       to 1 second for PONG; prints one line; exit code 0 (PONG) or 1\n"
+    "  --help               print this text and exit\n"
+    "  --version            print the version and exit\n"
+    "The relay prints `ready: ADDR` for each address when it accepts clients there.\n"
+    "SIGTERM, SIGINT: stop accepting, answer, write what is queued for up to 5 seconds, exit;\n"
+    "a second one: exit at once. SIGUSR1: print counters on standard error, `name value` per\n"
+    "line.\n";
 
 static volatile sig_atomic_t ends_asked;
 static volatile sig_atomic_t metrics_asked;
@@ -236,6 +249,50 @@ static bool read_option(options *opts, const char *name, const char *value)
     return ok;
 }
 
+/* What the value of an option is, for the message about one that is not. */
+typedef struct option_value {
+    const char *name;
+    const char *expected;
+} option_value;
+
+static const option_value option_values[] = {
+    {"--server", "tcp:HOST:PORT or unix:PATH"},
+    {"--user", "a user name"},
+    {"--pass-env", "the name of an environment variable that is set"},
+    {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times"},
+    {"--backend", BACKENDS},
+    {"--threads", "a number from 1 to 64"},
+    {"--queue-frames", "a number of messages, at least 1"},
+    {"--queue-bytes", "a number of bytes, at least 1"},
+    {"--on-full", "disconnect, drop-oldest or drop-newest"},
+    {"--max-clients", "a number of clients, at least 1"},
+    {"--max-clients-per-uid", "a number of clients, at least 1"},
+    {"--allow-uid", "the number of a user, up to 64 times"},
+    {"--linger", "milliseconds, 0 to 4294967295"},
+    {"--check-files", "milliseconds, 1 to 4294967295"},
+    {"--shutdown-notice", "a text"},
+    {"--log", "error, warn, info or debug"},
+    {"--check", "tcp:HOST:PORT or unix:PATH"},
+};
+
+/* Name the option, the value (NULL: none was given) and what it should be: the exit code. */
+static int refuse_option(const char *name, const char *value)
+{
+    size_t i = 0;
+    size_t count = sizeof option_values / sizeof *option_values;
+    while (i < count && strcmp(name, option_values[i].name) != 0) {
+        i++;
+    }
+    if (i == count) {
+        fprintf(stderr, "valkey-push-relay: unknown option: %s\n%s", name, usage);
+    } else {
+        fprintf(stderr, "valkey-push-relay: %s: expected %s, got %s%s%s\n%s", name,
+                option_values[i].expected, value != NULL ? "'" : "",
+                value != NULL ? value : "nothing", value != NULL ? "'" : "", usage);
+    }
+    return 2;
+}
+
 /* -1: go on; else the exit code. */
 static int read_options(int argc, char **argv, options *opts)
 {
@@ -255,9 +312,7 @@ static int read_options(int argc, char **argv, options *opts)
             return 0;
         }
         if (i + 1 == argc || !read_option(opts, argv[i], argv[i + 1])) {
-            fprintf(stderr, "valkey-push-relay: not an option, or not a value for it: %s %s\n%s",
-                    argv[i], i + 1 < argc ? argv[i + 1] : "", usage);
-            return 2;
+            return refuse_option(argv[i], i + 1 < argc ? argv[i + 1] : NULL);
         }
     }
     return -1;

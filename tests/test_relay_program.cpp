@@ -301,6 +301,25 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
     CHECK(contains(relay.errors(), "usage: valkey-push-relay"));
 }
 
+TEST_CASE("a wrong value is an error that names the option, the value and what is expected")
+{
+    const Strings bad = GENERATE(
+        Strings{"--threads", "65", "--threads: expected a number from 1 to 64, got '65'"},
+        Strings{"--on-full", "wait",
+                "--on-full: expected disconnect, drop-oldest or drop-newest, got 'wait'"},
+        Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE",
+                "--pass-env: expected the name of an environment variable that is set, got "
+                "'VKP_TEST_NO_SUCH_VARIABLE'"},
+        Strings{"--log", "", "--log: expected error, warn, info or debug, got ''"},
+        Strings{"--nosuch", "1", "unknown option: --nosuch"});
+    Process relay(relay_words({bad[0], bad[1]}));
+    CHECK(relay.reap() == 2);
+    CHECK(starts_with(relay.errors(), "valkey-push-relay: " + bad[2] + "\n"));
+    Process lacks(relay_words({"--check"}));
+    CHECK(lacks.reap() == 2);
+    CHECK(contains(lacks.errors(), "--check: expected tcp:HOST:PORT or unix:PATH, got nothing\n"));
+}
+
 TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
 {
     const Strings bad = GENERATE(

@@ -8,21 +8,22 @@ failures=$work/failures
 
 mkdir -p "$work"
 : >"$failures"
+: >"$work/seeded"
 complain() {
     echo "$1" | tee -a "$failures"
 }
 
-# seed CHECK EXPECTED: the header with a defect comes on standard input
-seed() {
-    check=$1 expected=$2
+# seed_in FILE CHECK EXPECTED: FILE of the tree, with a defect, comes on standard input
+seed_in() {
+    file=$1 check=$2 expected=$3
     rm -rf "$work/tree"
-    mkdir -p "$work/tree/backends" "$work/tree/docs" "$work/tree/src"
-    cat >"$work/tree/valkey_push.h"
-    cp "$root"/backends/*.[ch] "$work/tree/backends/"
-    cp "$root"/src/* "$work/tree/src/"
-    cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$work/tree/"
-    cp "$root"/docs/*.md "$work/tree/docs/"
-    if cmp -s "$root/valkey_push.h" "$work/tree/valkey_push.h"; then
+    mkdir -p "$work/tree/packaging"
+    cp -R "$root/backends" "$root/docs" "$root/examples" "$root/src" "$work/tree/"
+    cp "$root"/packaging/*.1 "$work/tree/packaging/"
+    cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$root/valkey_push.h" \
+        "$work/tree/"
+    cat >"$work/tree/$file"
+    if cmp -s "$root/$file" "$work/tree/$file"; then
         complain "$check: the defect was not seeded ($expected)"
     elif sh "$here/check_$check.sh" "$work/tree" "$work/$check" >"$work/output" 2>&1; then
         complain "$check: missed the defect ($expected)"
@@ -30,6 +31,11 @@ seed() {
         complain "$check: failed, but not for $expected:"
         cat "$work/output"
     fi
+    echo "$check" >>"$work/seeded"
+}
+# seed CHECK EXPECTED: the same for the header
+seed() {
+    seed_in valkey_push.h "$@"
 }
 header=$root/valkey_push.h
 before_end='#endif /* VALKEY_PUSH_H */'
@@ -75,6 +81,26 @@ export VKP_CMAKE_VERSION
 sed 's/^#define VKP_VERSION_PATCH .*/#define VKP_VERSION_PATCH 999/' "$header" |
     seed version 'VKP_VERSION_STR says'
 
+usage=examples/relay.c manual=packaging/valkey-push-relay.1 reference=docs/relay.md
+sed '/^\.BI \\-\\-linger/d' "$root/$manual" |
+    seed_in "$manual" relay_options "$manual: --linger is missing"
+sed 's/\\-\\-user " NAME"/\\-\\-user " USER"/' "$root/$manual" |
+    seed_in "$manual" relay_options "$manual: --user takes \"USER\""
+sed 's/^Default: 16384\./Default: 16385./' "$root/$manual" |
+    seed_in "$manual" relay_options "$manual: default of --max-clients: \"16385\""
+sed '/^| `--check-files MS`/d' "$root/$reference" |
+    seed_in "$reference" relay_options "$reference: --check-files is missing"
+sed 's/^| `--log LEVEL` | warn/| `--log LEVEL` | info/' "$root/$reference" |
+    seed_in "$reference" relay_options "$reference: default of --log: \"info\""
+sed 's/^| `--on-full POLICY`/| `--on-seed POLICY`/' "$root/$reference" |
+    seed_in "$reference" relay_options "$reference: --on-seed is not in --help"
+sed 's/strcmp(name, "--user")/strcmp(name, "--seed")/' "$root/$usage" |
+    seed_in "$usage" relay_options "$usage: --seed is read, and is not in --help"
+sed 's/"  --threads N /"  --strands N /' "$root/$usage" |
+    seed_in "$usage" relay_options "$reference: --threads is not in --help"
+sed 's/{"--backend", BACKENDS}/{"--seed", BACKENDS}/' "$root/$usage" |
+    seed_in "$usage" relay_options "option_values and --help differ in --backend"
+
 # The excuse counts.
 implement "/* long: a table */
 static int vkp_i_seed(int a)
@@ -86,4 +112,4 @@ if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_see
     complain "lengths: does not accept long:"
 fi
 [ ! -s "$failures" ]
-echo "16 defects found"
+echo "$(wc -l <"$work/seeded") defects found"
