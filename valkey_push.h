@@ -922,13 +922,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_e
                                                   size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user);
 
-/* The same on the heap, for sides that go in any order: the slot frees itself when both are
-   through. The sender is with its send or abandon; the receiver with its close, or a receive that
-   did not return EMPTY. Neither touches the slot after that.
-   Owns:   gives *slot, to both sides     Errors: NOMEM, INVALID (as vkp_oneshot_init)         */
+/* The same on the heap, for sides that end in any order: *slot holds one reference for each side,
+   given back with vkp_oneshot_tx_unref and vkp_oneshot_rx_unref.
+   Owns:   gives *slot, twice     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (as vkp_oneshot_init)                                                */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user,
                                                   vkp_oneshot **slot);
+
+/* Sender: abandon a slot that was not sent, and give the sender's reference back. For slots of
+   vkp_oneshot_open. NULL is ignored. Sender's thread.                                         */
+VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot);
+
+/* Receiver: close the slot, and give the receiver's reference back. For slots of vkp_oneshot_open.
+   NULL is ignored. Receiver's thread.                                                         */
+VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot);
 
 /* Sender: deliver the value and wake the receiver. The slot is not touched afterwards.
    Owns:   takes what *item owns (on CLOSED it stays the caller's)
@@ -937,7 +945,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t ele
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item);
 
 /* Sender: give up without a value; the receiver gets CLOSED. The slot is not touched afterwards.
-   Ignored after a send. Sender's thread.                                                      */
+   Ignored after a send; NULL is ignored. Sender's thread.                                     */
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
 
 /* Receiver: wait for the value until the deadline. Whatever it returns, the slot is closed then:
@@ -950,8 +958,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t de
 /* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: stop waiting; a value already there is dropped through drop. Idempotent in the
-   caller's memory; afterwards the slot's memory may go. Receiver's thread.                    */
+/* Receiver: refuse the value; one that was sent already is dropped through drop. Idempotent; NULL
+   is ignored. Afterwards the memory of a slot of vkp_oneshot_init may be reused. Receiver's
+   thread.                                                                                     */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
 /* Sender: true once the receiver closed; and to wait for that: OK, TIMEOUT, INVALID.
@@ -1194,8 +1203,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, 
 
 /* Call fn(user) on the loop's thread in every round in which the case is ready. In fn, call the try
    form of what the case names, or close the handler: while the case stays ready, fn is called
-   again. A sending case reserves nothing: its try form may still return FULL. `what` is copied;
-   what it names must outlive the handler. vkp_case_mpsc_recv and the like are made with `out` NULL. A
+   again. A sending case reserves nothing: its try form may still return FULL. what is copied;
+   what it names must outlive the handler. Make vkp_case_mpsc_recv and the like with `out` NULL. A
    handler of a one-shot ends before the same side finishes it (send, abandon, recv, close).
    Owns:   borrows what; shares loop; gives *handler     Blocks: never
    Threads: loop's     In callbacks: ok
@@ -5914,8 +5923,13 @@ VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx)
 
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
 {
-    vkp_i_channel *channel = rx->channel;
-    vkp_i_lane *lane = &channel->lane;
+    vkp_i_channel *channel;
+    vkp_i_lane *lane;
+    if (rx == NULL) {
+        return;
+    }
+    channel = rx->channel;
+    lane = &channel->lane;
     VKP_I_LOCK(&channel->mutex);
     for (; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
         (void)vkp_i_lane_freeze(lane); /* for good: no ticket is given after this */
@@ -6133,7 +6147,7 @@ static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
    side that leaves its wait too late waits for that mark (the other one is between two
    instructions). A side may wait more than once (a select that another case won): each wait is a
    turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
-   one. A slot of the heap is freed by the second side to finish.                               */
+   one. A slot of the heap has two references, one for each side.                               */
 
 #define VKP_I_SLOT_SENT 1u
 #define VKP_I_SLOT_ABANDONED 2u
@@ -6143,6 +6157,11 @@ static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
 #define VKP_I_SLOT_TX_WAITING 16u
 #define VKP_I_SLOT_HEAP 32u
 #define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
+
+typedef struct vkp_i_heap_slot {
+    vkp_oneshot slot;
+    size_t refs; /* atomic */
+} vkp_i_heap_slot;
 
 VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
                                     void (*drop)(void *user, void *item), void *user)
@@ -6162,28 +6181,30 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
                                     void (*drop)(void *user, void *item), void *user,
                                     vkp_oneshot **slot)
 {
-    vkp_oneshot *self;
+    vkp_i_heap_slot *self;
     vkp_status status;
     VKP_I_REQUIRE(slot != NULL);
-    self = (vkp_oneshot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
+    self = (vkp_i_heap_slot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
     if (self == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_oneshot_init(self, env, elem_bytes, drop, user);
+    status = vkp_oneshot_init(&self->slot, env, elem_bytes, drop, user);
     if (status != VKP_OK) {
         vkp_i_free(vkp_i_env(env), self, sizeof *self);
         return status;
     }
-    VKP_I_STORE(&self->i_state, VKP_I_SLOT_HEAP);
-    *slot = self;
+    VKP_I_STORE(&self->slot.i_state, VKP_I_SLOT_HEAP);
+    VKP_I_STORE(&self->refs, (size_t)2);
+    *slot = &self->slot;
     return VKP_OK;
 }
 
-/* Both sides are through. */
-static void vkp_i_oneshot_free(vkp_oneshot *slot, uint32_t state)
+/* Of a slot of the heap. The side that finds itself alone needs no exchange. */
+static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_free(slot->i_env, slot, sizeof *slot);
+    vkp_i_heap_slot *self = VKP_I_CONTAINER(slot, vkp_i_heap_slot, slot);
+    if (VKP_I_LOAD_ACQ(&self->refs) == 1 || VKP_I_UNREF(&self->refs) == 1) {
+        vkp_i_free(slot->i_env, self, sizeof *self);
     }
 }
 
@@ -6207,9 +6228,6 @@ static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint3
             return true;
         }
     }
-    if ((state & VKP_I_SLOT_CLOSED) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    }
     return false;
 }
 
@@ -6225,7 +6243,9 @@ VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 {
-    (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+    if (slot != NULL) {
+        (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+    }
 }
 
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
@@ -6245,11 +6265,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
         VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
         status = VKP_OK;
     }
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    } else {
-        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
-    }
+    VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);
     return status;
 }
 
@@ -6260,7 +6276,6 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
     while ((state & VKP_I_SLOT_ENDED) == 0) {
         bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
         vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
-        /* A heap slot may go with the exchange; it has no sender of the library's. */
         void (*detach)(vkp_oneshot *) = slot->i_detach;
         if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
             if (sender != NULL) {
@@ -6278,17 +6293,35 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
 {
     uint32_t state;
-    if (vkp_i_oneshot_shut(slot)) {
+    if (slot == NULL || vkp_i_oneshot_shut(slot)) {
         return;
     }
     state = VKP_I_LOAD_ACQ(&slot->i_state);
     if ((state & VKP_I_SLOT_SENT) != 0 && slot->i_drop != NULL) {
         slot->i_drop(slot->i_user, slot->i_value.bytes);
     }
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    } else {
-        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);
+}
+
+VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot)
+{
+    if (slot != NULL) {
+        bool on_heap = (VKP_I_LOAD(&slot->i_state) & VKP_I_SLOT_HEAP) != 0;
+        vkp_oneshot_abandon(slot);
+        if (on_heap) {
+            vkp_i_heap_slot_unref(slot);
+        }
+    }
+}
+
+VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
+{
+    if (slot != NULL) {
+        bool on_heap = (VKP_I_LOAD(&slot->i_state) & VKP_I_SLOT_HEAP) != 0;
+        vkp_oneshot_close(slot);
+        if (on_heap) {
+            vkp_i_heap_slot_unref(slot);
+        }
     }
 }
 
@@ -7855,7 +7888,7 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
 
 VKP_API void vkp_loop_close(vkp_loop *loop)
 {
-    if (loop->closed || loop->in_round) {
+    if (loop == NULL || loop->closed || loop->in_round) {
         return;
     }
     (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
@@ -9742,8 +9775,10 @@ VKP_API vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *byte
 
 VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
 {
-    vkp_i_block_unref(writer->i_block);
-    vkp_resp_writer_init(writer, writer->i_env);
+    if (writer != NULL) {
+        vkp_i_block_unref(writer->i_block);
+        vkp_resp_writer_init(writer, writer->i_env);
+    }
 }
 
 #endif /* VKP_I_IO */
@@ -13251,7 +13286,7 @@ VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_s
 
 VKP_API void vkp_listener_close(vkp_listener *listener)
 {
-    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
+    if (listener == NULL || (listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
         return;
     }
     listener->flags |= VKP_I_LISTENER_CLOSED;
@@ -15757,6 +15792,9 @@ VKP_API vkp_client *vkp_client_ref(vkp_client *client)
 
 VKP_API void vkp_client_close(vkp_client *client)
 {
+    if (client == NULL) {
+        return;
+    }
     if (vkp_i_on_loop(client->loop)) {
         vkp_i_client_shut(client);
         return;

@@ -33,6 +33,10 @@ static work_figures once(const work_order *order)
             vkp_oneshot_recv(slot, 0, &out) != VKP_OK) {
             bench_fail("once");
         }
+        if (on_heap) {
+            vkp_oneshot_tx_unref(slot);
+            vkp_oneshot_rx_unref(slot);
+        }
         sum += out - i;
     }
     if (sum != 0) {

@@ -903,6 +903,9 @@ VKP_API vkp_client *vkp_client_ref(vkp_client *client)
 
 VKP_API void vkp_client_close(vkp_client *client)
 {
+    if (client == NULL) {
+        return;
+    }
     if (vkp_i_on_loop(client->loop)) {
         vkp_i_client_shut(client);
         return;

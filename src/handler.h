@@ -4,8 +4,8 @@
 
 /* Call fn(user) on the loop's thread in every round in which the case is ready. In fn, call the try
    form of what the case names, or close the handler: while the case stays ready, fn is called
-   again. A sending case reserves nothing: its try form may still return FULL. `what` is copied;
-   what it names must outlive the handler. vkp_case_mpsc_recv and the like are made with `out` NULL. A
+   again. A sending case reserves nothing: its try form may still return FULL. what is copied;
+   what it names must outlive the handler. Make vkp_case_mpsc_recv and the like with `out` NULL. A
    handler of a one-shot ends before the same side finishes it (send, abandon, recv, close).
    Owns:   borrows what; shares loop; gives *handler     Blocks: never
    Threads: loop's     In callbacks: ok

@@ -515,7 +515,7 @@ VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_s
 
 VKP_API void vkp_listener_close(vkp_listener *listener)
 {
-    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
+    if (listener == NULL || (listener->flags & VKP_I_LISTENER_CLOSED) != 0) {
         return;
     }
     listener->flags |= VKP_I_LISTENER_CLOSED;

@@ -338,7 +338,7 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
 
 VKP_API void vkp_loop_close(vkp_loop *loop)
 {
-    if (loop->closed || loop->in_round) {
+    if (loop == NULL || loop->closed || loop->in_round) {
         return;
     }
     (void)vkp_loop_ref(loop); /* the last object may hold the last reference */

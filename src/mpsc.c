@@ -206,8 +206,13 @@ VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx)
 
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
 {
-    vkp_i_channel *channel = rx->channel;
-    vkp_i_lane *lane = &channel->lane;
+    vkp_i_channel *channel;
+    vkp_i_lane *lane;
+    if (rx == NULL) {
+        return;
+    }
+    channel = rx->channel;
+    lane = &channel->lane;
     VKP_I_LOCK(&channel->mutex);
     for (; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
         (void)vkp_i_lane_freeze(lane); /* for good: no ticket is given after this */

@@ -8,7 +8,7 @@
    side that leaves its wait too late waits for that mark (the other one is between two
    instructions). A side may wait more than once (a select that another case won): each wait is a
    turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
-   one. A slot of the heap is freed by the second side to finish.                               */
+   one. A slot of the heap has two references, one for each side.                               */
 
 #define VKP_I_SLOT_SENT 1u
 #define VKP_I_SLOT_ABANDONED 2u
@@ -18,6 +18,11 @@
 #define VKP_I_SLOT_TX_WAITING 16u
 #define VKP_I_SLOT_HEAP 32u
 #define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
+
+typedef struct vkp_i_heap_slot {
+    vkp_oneshot slot;
+    size_t refs; /* atomic */
+} vkp_i_heap_slot;
 
 VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
                                     void (*drop)(void *user, void *item), void *user)
@@ -37,28 +42,30 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
                                     void (*drop)(void *user, void *item), void *user,
                                     vkp_oneshot **slot)
 {
-    vkp_oneshot *self;
+    vkp_i_heap_slot *self;
     vkp_status status;
     VKP_I_REQUIRE(slot != NULL);
-    self = (vkp_oneshot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
+    self = (vkp_i_heap_slot *)vkp_i_alloc(vkp_i_env(env), sizeof *self);
     if (self == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_oneshot_init(self, env, elem_bytes, drop, user);
+    status = vkp_oneshot_init(&self->slot, env, elem_bytes, drop, user);
     if (status != VKP_OK) {
         vkp_i_free(vkp_i_env(env), self, sizeof *self);
         return status;
     }
-    VKP_I_STORE(&self->i_state, VKP_I_SLOT_HEAP);
-    *slot = self;
+    VKP_I_STORE(&self->slot.i_state, VKP_I_SLOT_HEAP);
+    VKP_I_STORE(&self->refs, (size_t)2);
+    *slot = &self->slot;
     return VKP_OK;
 }
 
-/* Both sides are through. */
-static void vkp_i_oneshot_free(vkp_oneshot *slot, uint32_t state)
+/* Of a slot of the heap. The side that finds itself alone needs no exchange. */
+static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_free(slot->i_env, slot, sizeof *slot);
+    vkp_i_heap_slot *self = VKP_I_CONTAINER(slot, vkp_i_heap_slot, slot);
+    if (VKP_I_LOAD_ACQ(&self->refs) == 1 || VKP_I_UNREF(&self->refs) == 1) {
+        vkp_i_free(slot->i_env, self, sizeof *self);
     }
 }
 
@@ -82,9 +89,6 @@ static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint3
             return true;
         }
     }
-    if ((state & VKP_I_SLOT_CLOSED) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    }
     return false;
 }
 
@@ -100,7 +104,9 @@ VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 {
-    (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+    if (slot != NULL) {
+        (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+    }
 }
 
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
@@ -120,11 +126,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
         VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
         status = VKP_OK;
     }
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    } else {
-        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
-    }
+    VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);
     return status;
 }
 
@@ -135,7 +137,6 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
     while ((state & VKP_I_SLOT_ENDED) == 0) {
         bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
         vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
-        /* A heap slot may go with the exchange; it has no sender of the library's. */
         void (*detach)(vkp_oneshot *) = slot->i_detach;
         if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
             if (sender != NULL) {
@@ -153,17 +154,35 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
 {
     uint32_t state;
-    if (vkp_i_oneshot_shut(slot)) {
+    if (slot == NULL || vkp_i_oneshot_shut(slot)) {
         return;
     }
     state = VKP_I_LOAD_ACQ(&slot->i_state);
     if ((state & VKP_I_SLOT_SENT) != 0 && slot->i_drop != NULL) {
         slot->i_drop(slot->i_user, slot->i_value.bytes);
     }
-    if ((state & VKP_I_SLOT_HEAP) != 0) {
-        vkp_i_oneshot_free(slot, state);
-    } else {
-        VKP_I_STORE(&slot->i_state, VKP_I_SLOT_CLOSED);
+    VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);
+}
+
+VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot)
+{
+    if (slot != NULL) {
+        bool on_heap = (VKP_I_LOAD(&slot->i_state) & VKP_I_SLOT_HEAP) != 0;
+        vkp_oneshot_abandon(slot);
+        if (on_heap) {
+            vkp_i_heap_slot_unref(slot);
+        }
+    }
+}
+
+VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
+{
+    if (slot != NULL) {
+        bool on_heap = (VKP_I_LOAD(&slot->i_state) & VKP_I_SLOT_HEAP) != 0;
+        vkp_oneshot_close(slot);
+        if (on_heap) {
+            vkp_i_heap_slot_unref(slot);
+        }
     }
 }
 

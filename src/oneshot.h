@@ -32,13 +32,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_e
                                                   size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user);
 
-/* The same on the heap, for sides that go in any order: the slot frees itself when both are
-   through. The sender is with its send or abandon; the receiver with its close, or a receive that
-   did not return EMPTY. Neither touches the slot after that.
-   Owns:   gives *slot, to both sides     Errors: NOMEM, INVALID (as vkp_oneshot_init)         */
+/* The same on the heap, for sides that end in any order: *slot holds one reference for each side,
+   given back with vkp_oneshot_tx_unref and vkp_oneshot_rx_unref.
+   Owns:   gives *slot, twice     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (as vkp_oneshot_init)                                                */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user,
                                                   vkp_oneshot **slot);
+
+/* Sender: abandon a slot that was not sent, and give the sender's reference back. For slots of
+   vkp_oneshot_open. NULL is ignored. Sender's thread.                                         */
+VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot);
+
+/* Receiver: close the slot, and give the receiver's reference back. For slots of vkp_oneshot_open.
+   NULL is ignored. Receiver's thread.                                                         */
+VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot);
 
 /* Sender: deliver the value and wake the receiver. The slot is not touched afterwards.
    Owns:   takes what *item owns (on CLOSED it stays the caller's)
@@ -47,7 +55,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t ele
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item);
 
 /* Sender: give up without a value; the receiver gets CLOSED. The slot is not touched afterwards.
-   Ignored after a send. Sender's thread.                                                      */
+   Ignored after a send; NULL is ignored. Sender's thread.                                     */
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
 
 /* Receiver: wait for the value until the deadline. Whatever it returns, the slot is closed then:
@@ -60,8 +68,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t de
 /* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: stop waiting; a value already there is dropped through drop. Idempotent in the
-   caller's memory; afterwards the slot's memory may go. Receiver's thread.                    */
+/* Receiver: refuse the value; one that was sent already is dropped through drop. Idempotent; NULL
+   is ignored. Afterwards the memory of a slot of vkp_oneshot_init may be reused. Receiver's
+   thread.                                                                                     */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
 /* Sender: true once the receiver closed; and to wait for that: OK, TIMEOUT, INVALID.

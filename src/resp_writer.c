@@ -248,8 +248,10 @@ VKP_API vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *byte
 
 VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
 {
-    vkp_i_block_unref(writer->i_block);
-    vkp_resp_writer_init(writer, writer->i_env);
+    if (writer != NULL) {
+        vkp_i_block_unref(writer->i_block);
+        vkp_resp_writer_init(writer, writer->i_env);
+    }
 }
 
 #endif /* VKP_I_IO */

@@ -1495,7 +1495,10 @@ TEST_CASE("select: threads: a one-shot that meets another end is received, or th
             size_t won = 99;
             ledger.own(round);
             vkp_status sent = VKP_ERR_INVALID;
-            std::thread sending([&] { sent = vkp_oneshot_send(slot, &round); });
+            std::thread sending([&] {
+                sent = vkp_oneshot_send(slot, &round);
+                vkp_oneshot_tx_unref(slot);
+            });
             std::thread cancelling([&] { vkp_cancel_trigger(guard.token()); });
             wrong += vkp_select(cases, 2, vkp_test_deadline(), &won) != VKP_OK;
             if (won == 0 && round % 3 == 0) {
@@ -1503,6 +1506,7 @@ TEST_CASE("select: threads: a one-shot that meets another end is received, or th
             } else if (won == 0) {
                 wrong += vkp_oneshot_recv(slot, vkp_test_deadline(), &out) != VKP_OK;
             }
+            vkp_oneshot_rx_unref(slot);
             sending.join();
             cancelling.join();
             uint64_t mine = round;

@@ -73,8 +73,7 @@ static void sender_call(char call)
     }
 }
 
-/* Whether the receiver's part goes on. */
-static bool receiver_call(char call)
+static void receiver_call(char call)
 {
     bool sent = now.sent;
     uint64_t value = 0;
@@ -83,7 +82,7 @@ static bool receiver_call(char call)
         now.closing = true;
         vkp_oneshot_close(now.slot);
         now.closed = !now.received;
-        return !scenario()->heap;
+        return;
     }
     now.closing = now.closing || call != 'T';
     status = call == 'T' ? vkp_oneshot_try_recv(now.slot, &value)
@@ -93,17 +92,17 @@ static bool receiver_call(char call)
     case VKP_OK:
         MODEL_CHECK(value == VALUE && !now.received && !now.closed);
         now.received = true;
-        return !scenario()->heap;
+        return;
     case VKP_ERR_EMPTY:
         MODEL_CHECK(call == 'T' && !now.closed && !(sent && model_has_one_time()));
-        return true;
+        return;
     case VKP_ERR_TIMEOUT:
         MODEL_CHECK(call == 'D' && !now.closed && !(sent && model_has_one_time()));
         now.closed = true;
-        return !scenario()->heap;
+        return;
     default:
         MODEL_CHECK(status == VKP_ERR_CLOSED && (now.abandoned || now.closed || now.received));
-        return !scenario()->heap;
+        break;
     }
 }
 
@@ -126,9 +125,17 @@ static void thread(unsigned index)
     for (; *call != '\0'; call++) {
         if (index == 0) {
             sender_call(*call);
-        } else if (!receiver_call(*call)) {
-            return;
+        } else {
+            receiver_call(*call);
         }
+    }
+    if (!scenario()->heap) {
+        return;
+    }
+    if (index == 0) {
+        vkp_oneshot_tx_unref(now.slot);
+    } else {
+        vkp_oneshot_rx_unref(now.slot);
     }
 }
 

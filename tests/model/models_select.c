@@ -288,8 +288,10 @@ static void close_source(struct source *self, char kind)
     case 'm':
         vkp_mpsc_tx_unref(self->tx);
         break;
+    case 'o':
     case 'n':
-        vkp_oneshot_abandon(self->slot);
+        vkp_oneshot_tx_unref(self->slot);
+        vkp_oneshot_rx_unref(self->slot);
         break;
     case 'b':
         MODEL_CHECK(vkp_broadcast_try_recv(self->broadcast_rx, &value) == VKP_ERR_CLOSED);
