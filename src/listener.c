@@ -377,18 +377,9 @@ static vkp_status vkp_i_listen_unix(vkp_listener *listener)
     return listener->address != NULL ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
 }
 
-static vkp_status vkp_i_listener_open_registry(vkp_listener *listener)
-{
-    vkp_registry_config config;
-    memset(&config, 0, sizeof config);
-    config.env = listener->loop->env;
-    config.backlog = listener->config.backlog;
-    config.abstract_names = VKP_I_LINUX;
-    return vkp_registry_open(&config, &listener->registry);
-}
-
-/* "unix:PATH" or, for a unique one, "unix:". */
-static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *path)
+/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry where there is none. */
+static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, const char *path,
+                                    vkp_registry **registry, vkp_socket **sock)
 {
     vkp_status status = VKP_OK;
 #if !VKP_I_LINUX
@@ -396,17 +387,18 @@ static vkp_status vkp_i_listener_bind_unix(vkp_listener *listener, const char *p
         return VKP_ERR_UNSUPPORTED;
     }
 #endif
-    if (listener->config.registry == NULL) {
-        status = vkp_i_listener_open_registry(listener);
+    if (*registry == NULL) {
+        vkp_registry_config config;
+        memset(&config, 0, sizeof config);
+        config.env = env;
+        config.backlog = backlog;
+        config.abstract_names = VKP_I_LINUX;
+        status = vkp_registry_open(&config, registry);
     } else {
-        VKP_I_REQUIRE(path[0] != '@' || listener->config.registry->config.abstract_names);
-        listener->registry = vkp_registry_ref(listener->config.registry);
+        VKP_I_REQUIRE(path[0] != '@' || (*registry)->config.abstract_names);
     }
-    if (status == VKP_OK) {
-        status =
-            vkp_socket_open(listener->registry, path[0] != '\0' ? path : NULL, &listener->socket);
-    }
-    return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
+    return status == VKP_OK ? vkp_socket_open(*registry, path[0] != '\0' ? path : NULL, sock)
+                            : status;
 }
 
 static vkp_status vkp_i_listener_bind(vkp_listener *listener)
@@ -421,7 +413,12 @@ static vkp_status vkp_i_listener_bind(vkp_listener *listener)
         return listener->socket != NULL ? vkp_i_listen_unix(listener) : VKP_ERR_LIMIT;
     }
     if (strncmp(text, "unix:", 5) == 0) {
-        return vkp_i_listener_bind_unix(listener, text + 5);
+        if (listener->config.registry != NULL) {
+            listener->registry = vkp_registry_ref(listener->config.registry);
+        }
+        status = vkp_i_make_socket(listener->loop->env, listener->config.backlog, text + 5,
+                                   &listener->registry, &listener->socket);
+        return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
     }
     status = vkp_i_parse_address(listener->loop->env, text, &address, 1, &count);
     return status == VKP_OK ? vkp_i_listen_tcp(listener, &address, text) : status;
@@ -444,19 +441,13 @@ static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
     return status;
 }
 
-VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *config,
-                                     vkp_listener **out)
+/* On the loop's thread, with a config that was checked. */
+static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config *config,
+                                       vkp_listener **out)
 {
     vkp_listener *listener;
     vkp_status status;
     int error;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
-    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
-    VKP_I_REQUIRE(config->socket != NULL || !config->follow);
-    VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
     listener = (vkp_listener *)vkp_i_alloc_zero(loop->env, sizeof *listener);
     if (listener == NULL) {
         return VKP_ERR_NOMEM;
@@ -632,133 +623,102 @@ VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *n
     return VKP_OK;
 }
 
-/* ---- listeners started from other threads ---- */
+/* ---- listeners started from any thread ---- */
 
-typedef struct vkp_i_listen {
+typedef struct vkp_i_start {
     vkp_i_task task;
     vkp_loop *loop;
-    vkp_listener_config config; /* shares its registry and gate */
-    char *path;
-    vkp_socket *sock; /* vkp_listen_ref: shared */
-    bool give;        /* the reference, to on_init */
-    vkp_on_listening *on_init;
-    void *user;
-} vkp_i_listen;
+    vkp_listener_config config; /* shares its socket, registry and gate; its address is a copy */
+    char *address;
+} vkp_i_start;
 
-static void vkp_i_listen_free(vkp_i_listen *listen)
+static void vkp_i_start_free(vkp_i_start *start)
 {
-    vkp_loop *loop = listen->loop;
-    vkp_registry_unref(listen->config.registry);
-    vkp_gate_unref(listen->config.gate);
-    vkp_socket_unref(listen->sock);
-    vkp_i_free_text(loop->env, listen->path);
-    vkp_i_free(loop->env, listen, sizeof *listen);
+    vkp_loop *loop = start->loop;
+    vkp_registry_unref(start->config.registry);
+    vkp_gate_unref(start->config.gate);
+    vkp_socket_unref(start->config.socket);
+    vkp_i_free_text(loop->env, start->address);
+    vkp_i_free(loop->env, start, sizeof *start);
     vkp_loop_unref(loop);
 }
 
-static vkp_status vkp_i_listen_open(vkp_i_listen *listen, vkp_listener **out)
+static void vkp_i_start_run(vkp_i_task *task)
 {
-    vkp_loop *loop = listen->loop;
-    vkp_status status = loop->closed ? VKP_ERR_CLOSED : VKP_OK;
-    if (status == VKP_OK && listen->config.registry == NULL && listen->sock == NULL) {
-        vkp_registry_config config;
-        memset(&config, 0, sizeof config);
-        config.env = loop->env;
-        config.backlog = listen->config.backlog;
-        status = vkp_registry_open(&config, &listen->config.registry);
+    vkp_i_start *start = VKP_I_CONTAINER(task, vkp_i_start, task);
+    bool gives = start->config.follow && start->config.socket == NULL;
+    vkp_listener *listener = NULL;
+    vkp_listening result;
+    memset(&result, 0, sizeof result);
+    result.status = start->loop->closed ? VKP_ERR_CLOSED : VKP_OK;
+    if (result.status == VKP_OK && gives) { /* the socket first, to have the reference */
+        result.status =
+            vkp_i_make_socket(start->loop->env, start->config.backlog, start->address + 5,
+                              &start->config.registry, &start->config.socket);
+        start->config.address = NULL;
     }
-    if (status == VKP_OK && listen->sock == NULL) {
-        status = vkp_socket_open(listen->config.registry, listen->path, &listen->sock);
+    if (result.status == VKP_OK) {
+        result.status = vkp_i_listener_begin(start->loop, &start->config, &listener);
     }
-    if (status == VKP_OK) {
-        listen->config.socket = listen->sock;
-        status = vkp_listener_open(loop, &listen->config, out);
+    if (result.status == VKP_OK) {
+        listener->flags |= VKP_I_LISTENER_LOOPS;
+        listener->release_task.fn = vkp_i_listener_release_later;
+        result.address = listener->address;
+        result.listener = listener;
+        result.socket = gives ? start->config.socket : NULL;
+    } else if (result.status == VKP_ERR_SYS) {
+        result.sys_error = errno;
+    }
+    start->config.on_start(start->config.conn.user, &result);
+    if (result.socket != NULL) {
+        start->config.socket = NULL; /* given */
+    }
+    vkp_i_start_free(start);
+}
+
+static vkp_status vkp_i_listener_start(vkp_loop *loop, const vkp_listener_config *config)
+{
+    vkp_i_start *start = (vkp_i_start *)vkp_i_alloc_zero(loop->env, sizeof *start);
+    vkp_status status = VKP_OK;
+    if (start == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    start->task.fn = vkp_i_start_run;
+    start->loop = vkp_loop_ref(loop);
+    start->config = *config;
+    start->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
+    start->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
+    if (config->address != NULL) {
+        start->address = vkp_i_copy_text(loop->env, config->address);
+        start->config.address = start->address;
+        status = start->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    } else {
+        start->config.socket = vkp_socket_ref(config->socket);
+        status = start->config.socket != NULL ? VKP_OK : VKP_ERR_LIMIT;
+    }
+    if (status == VKP_OK && !vkp_i_loop_queue(loop, &start->task)) {
+        status = VKP_ERR_CLOSED;
+    }
+    if (status != VKP_OK) {
+        vkp_i_start_free(start);
     }
     return status;
 }
 
-static void vkp_i_listen_run(vkp_i_task *task)
+VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *config,
+                                     vkp_listener **listener)
 {
-    vkp_i_listen *listen = VKP_I_CONTAINER(task, vkp_i_listen, task);
-    vkp_listener *listener = NULL;
-    vkp_listening result;
-    memset(&result, 0, sizeof result);
-    result.status = vkp_i_listen_open(listen, &listener);
-    if (result.status == VKP_OK) {
-        listener->flags |= VKP_I_LISTENER_LOOPS;
-        listener->release_task.fn = vkp_i_listener_release_later;
-        result.path = vkp_socket_get_path(listen->sock);
-        result.listener = listener;
-        if (listen->give) {
-            result.sock = listen->sock;
-        }
-    } else if (result.status == VKP_ERR_SYS) {
-        result.sys_error = errno;
-    }
-    listen->on_init(listen->user, &result);
-    if (result.sock != NULL) {
-        listen->sock = NULL; /* given */
-    }
-    vkp_i_listen_free(listen);
-}
-
-static vkp_status vkp_i_listen_start(vkp_loop *loop, const vkp_listener_config *config,
-                                     const char *path, vkp_socket *sock, bool give,
-                                     vkp_on_listening *on_init, void *user)
-{
-    vkp_i_listen *listen;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && on_init != NULL);
-    VKP_I_REQUIRE(config->address == NULL && config->socket == NULL);
+    VKP_I_REQUIRE(loop != NULL && config != NULL);
+    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
     VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
-    listen = (vkp_i_listen *)vkp_i_alloc_zero(loop->env, sizeof *listen);
-    if (listen == NULL) {
-        return VKP_ERR_NOMEM;
+    VKP_I_REQUIRE((config->on_start == NULL) == (listener != NULL));
+    if (config->on_start != NULL) {
+        VKP_I_REQUIRE(!config->follow || config->address == NULL ||
+                      strncmp(config->address, "unix:", 5) == 0);
+        return vkp_i_listener_start(loop, config);
     }
-    listen->task.fn = vkp_i_listen_run;
-    listen->loop = vkp_loop_ref(loop);
-    listen->config = *config;
-    listen->config.follow = give || sock != NULL;
-    listen->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
-    listen->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
-    listen->give = give;
-    listen->on_init = on_init;
-    listen->user = user;
-    if (path != NULL) {
-        listen->path = vkp_i_copy_text(loop->env, path);
-    }
-    if (sock != NULL) {
-        listen->sock = vkp_socket_ref(sock);
-    }
-    if ((path != NULL && listen->path == NULL) || (sock != NULL && listen->sock == NULL)) {
-        vkp_status status = sock != NULL ? VKP_ERR_LIMIT : VKP_ERR_NOMEM;
-        vkp_i_listen_free(listen);
-        return status;
-    }
-    if (!vkp_i_loop_queue(loop, &listen->task)) {
-        vkp_i_listen_free(listen);
-        return VKP_ERR_CLOSED;
-    }
-    return VKP_OK;
-}
-
-VKP_API vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config, const char *path,
-                              vkp_on_listening *on_init, void *user)
-{
-    return vkp_i_listen_start(loop, config, path, NULL, false, on_init, user);
-}
-
-VKP_API vkp_status vkp_listen_with_reference(vkp_loop *loop, const vkp_listener_config *config,
-                                             const char *path, vkp_on_listening *on_init,
-                                             void *user)
-{
-    return vkp_i_listen_start(loop, config, path, NULL, true, on_init, user);
-}
-
-VKP_API vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
-                                  vkp_socket *sock, vkp_on_listening *on_init, void *user)
-{
-    VKP_I_REQUIRE(sock != NULL);
-    return vkp_i_listen_start(loop, config, NULL, sock, false, on_init, user);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->socket != NULL || !config->follow));
+    return loop->closed ? VKP_ERR_CLOSED : vkp_i_listener_begin(loop, config, listener);
 }
 
 #endif /* VKP_I_IO */

@@ -2,12 +2,23 @@
 /* --------------------------------------------------------------------------------------
    >>api-listener   Accept connections                                                     */
 
+/* What vkp_listener_config.on_start gets. */
+typedef struct vkp_listening {
+    vkp_status status;      /* OK, or why it did not start: then all else is NULL */
+    int sys_error;          /* errno, with status SYS */
+    const char *address;    /* as vkp_listener_get_address. Views. */
+    vkp_listener *listener; /* the loop's: valid until it ended. Close it, do not unref it. */
+    vkp_socket *socket;     /* with address and follow: gives its only reference. Else NULL. */
+} vkp_listening;
+
 typedef struct vkp_listener_config {
-    const char *address;    /* or */
-    vkp_socket *socket;     /* a ref-counted socket: shared until the listener closes */
-    vkp_registry *registry; /* for a unix: address; NULL opens one of its own */
-    /* With .socket: hold no reference of it; each client holds one, the program may, and when the
-       last one is given back (and linger_ms passed) the listener ends too.                    */
+    /* Where to listen: one of the two. "unix:PATH", "unix:" (a path of its own), "tcp:HOST:PORT". */
+    const char *address;
+    vkp_socket *socket;     /* a socket that is there; shared until the listener ended */
+    vkp_registry *registry; /* of a unix: address; NULL opens one of its own */
+    /* Hold no reference of the socket: each client holds one, the program may, and when the last
+       one is given back (and linger_ms passed) the listener ends too. With an address only
+       together with on_start, which gets the first reference.                                 */
     bool follow;
     vkp_gate *gate;       /* shared; NULL: the process's own uid alone, as many as come */
     size_t max_clients;   /* of this listener at once; default: no limit */
@@ -20,16 +31,23 @@ typedef struct vkp_listener_config {
     void (*on_refuse)(void *user, int fd, vkp_refusal why);
     /* It ended by itself: its socket did, or its loop. Once, not after vkp_listener_close. */
     void (*on_end)(void *user);
+    /* Start from any thread: called once on the loop's thread, unless vkp_listener_open failed. */
+    void (*on_start)(void *user, const vkp_listening *result);
     int backlog; /* default 4096 */
 } vkp_listener_config;
 
-/* Listen and accept on the loop. When descriptors or memory run out it pauses, 10 ms at first, 1 s
-   at last, and clients wait in the backlog; when descriptors are short for a second, a spare one
-   serves to tell them (VKP_REFUSAL_OVERLOAD).
-   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener
-   Blocks: on the file system     Threads: loop's     In callbacks: ok
-   Errors: as vkp_socket_open; IN_USE for a port taken; CLOSED (loop, or socket); INVALID
-   (address and socket both, or neither; follow without socket; neither conn.ops nor on_fd)    */
+/* Listen and accept on the loop. Without on_start at once, on the loop's thread; with it from any
+   thread: the loop starts the listener, owns it, and frees it when it ended or the loop closes.
+   When descriptors or memory run out the listener pauses, 10 ms at first, 1 s at last, and clients
+   wait in the backlog; when descriptors are short for a second, a spare one serves to refuse them
+   (VKP_REFUSAL_OVERLOAD).
+   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener (NULL with on_start)
+   Blocks: on the file system; with on_start never
+   Threads: loop's; with on_start any     In callbacks: ok
+   Errors: as vkp_socket_open, IN_USE for a port taken (with on_start these go there); CLOSED
+   (loop, or socket), NOMEM, LIMIT (max_references of socket), INVALID (address and socket both, or
+   neither; follow with an address but without on_start, or with tcp:; neither conn.ops nor on_fd;
+   listener NULL without on_start, or not NULL with it)                                        */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
                                                    const vkp_listener_config *config,
                                                    vkp_listener **listener);
@@ -62,35 +80,5 @@ typedef struct vkp_listener_stats {
 } vkp_listener_stats;
 VKP_API void vkp_listener_get_stats(const vkp_listener *listener,
                                     vkp_listener_stats *stats); /* loop's thread */
-
-/* How a listener started from another thread began. */
-typedef struct vkp_listening {
-    vkp_status status;      /* OK, or why not; then the rest is NULL */
-    int sys_error;          /* errno of SYS */
-    const char *path;       /* views */
-    vkp_socket *sock;       /* vkp_listen_with_reference: gives one reference; else NULL */
-    vkp_listener *listener; /* the loop's; vkp_listener_close is yours, unref is not */
-} vkp_listening;
-
-/* Start a listener from any thread. It belongs to the loop, which frees it when it ended or the
-   loop closes. config.address and .socket must be NULL; config.conn.user and .on_... as above.
-   vkp_listen: it keeps its socket alive until it is closed. vkp_listen_with_reference: on_init
-   gets the only reference; the listener follows. vkp_listen_ref: follows a socket that is there.
-   on_init(user, result) runs once on the loop's thread, unless an error comes back here.
-   A registry of their own, where config names none, has no abstract names.
-   Owns:   borrows path (NULL: a unique one), copies config; shares what it names until on_init
-   Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID, LIMIT (max_references of a socket given)                    */
-typedef void vkp_on_listening(void *user, const vkp_listening *result);
-VKP_API VKP_NODISCARD vkp_status vkp_listen(vkp_loop *loop, const vkp_listener_config *config,
-                                            const char *path, vkp_on_listening *on_init,
-                                            void *user);
-VKP_API VKP_NODISCARD vkp_status vkp_listen_with_reference(vkp_loop *loop,
-                                                           const vkp_listener_config *config,
-                                                           const char *path,
-                                                           vkp_on_listening *on_init, void *user);
-VKP_API VKP_NODISCARD vkp_status vkp_listen_ref(vkp_loop *loop, const vkp_listener_config *config,
-                                                vkp_socket *sock, vkp_on_listening *on_init,
-                                                void *user);
 
 #endif /* VKP_NO_IO */

@@ -98,6 +98,7 @@ struct Host {
     std::atomic<int> closes{0};
     std::atomic<int> ends{0};
     std::thread::id end_thread;
+    void *start = nullptr; // who waits for its start
 
     Host()
     {
@@ -729,20 +730,21 @@ TEST_CASE("listen: a file taken away is bound again under its listeners")
 // ---------------------------------------------------------------------------------------------
 // Started from another thread
 
-// What on_init was given.
+// What on_start was given.
 struct Start {
     int calls = 0;
     vkp_listening result = {};
-    std::string path;
+    std::string address;
     std::thread::id thread;
     std::function<void(const vkp_listening &)> hook;
 
-    static void on_init(void *user, const vkp_listening *result)
+    // Set by start(): the listener's user is the host.
+    static void on_start(void *user, const vkp_listening *result)
     {
-        Start *self = static_cast<Start *>(user);
+        Start *self = static_cast<Start *>(static_cast<Host *>(user)->start);
         self->calls++;
         self->result = *result;
-        self->path = result->path != nullptr ? result->path : "";
+        self->address = result->address != nullptr ? result->address : "";
         self->thread = std::this_thread::get_id();
         if (self->hook) {
             self->hook(*result);
@@ -750,34 +752,38 @@ struct Start {
     }
 };
 
+// It keeps the socket of its address, follows it, or follows a socket that is there.
 enum class Form { plain, reference, handle };
 
 static std::ostream &operator<<(std::ostream &out, Form form)
 {
-    static const char *const names[] = {"vkp_listen", "vkp_listen_with_reference",
-                                        "vkp_listen_ref"};
+    static const char *const names[] = {"address", "address, follow", "socket, follow"};
     return out << names[static_cast<int>(form)];
 }
 
+static vkp_listener_config config_of(Form form, const Host &host, const char *address,
+                                     vkp_socket *sock)
+{
+    vkp_listener_config config = host.config;
+    config.address = form == Form::handle ? nullptr : address;
+    config.socket = form == Form::handle ? sock : nullptr;
+    config.follow = form != Form::plain;
+    config.on_start = Start::on_start;
+    return config;
+}
+
 // The call, from a thread that is not the loop's. Nothing that it borrows outlives it.
-static vkp_status start(Form form, vkp_loop *loop, const vkp_listener_config &config,
-                        const char *path, vkp_socket *sock, Start *told)
+static vkp_status start(Form form, vkp_loop *loop, Host &host, const std::string &path,
+                        vkp_socket *sock, Start *told)
 {
     vkp_status status = VKP_ERR_INVALID;
+    host.start = told;
     std::thread([&] {
-        auto copy = std::make_unique<vkp_listener_config>(config);
-        auto text = path != nullptr ? std::make_unique<std::string>(path) : nullptr;
-        const char *view = text ? text->c_str() : nullptr;
-        if (form == Form::plain) {
-            status = vkp_listen(loop, copy.get(), view, Start::on_init, told);
-        } else if (form == Form::reference) {
-            status = vkp_listen_with_reference(loop, copy.get(), view, Start::on_init, told);
-        } else {
-            status = vkp_listen_ref(loop, copy.get(), sock, Start::on_init, told);
-        }
-        if (text) {
-            text->assign(text->size(), '#');
-        }
+        std::string address = "unix:" + path;
+        auto copy =
+            std::make_unique<vkp_listener_config>(config_of(form, host, address.c_str(), sock));
+        status = vkp_listener_open(loop, copy.get(), nullptr);
+        address.assign(address.size(), '#');
         *copy = vkp_listener_config();
     }).join();
     return status;
@@ -796,21 +802,21 @@ TEST_CASE("listen: started from another thread: by path, with a reference, on a 
     Start told;
     vkp_socket *sock = form == Form::handle ? registry.socket(path) : nullptr;
     host.config.registry = form == Form::handle ? nullptr : static_cast<vkp_registry *>(registry);
-    REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
+    REQUIRE(start(form, loop, host, path, sock, &told) == VKP_OK);
     CHECK(told.calls == 0);
     vkp_test_run_until(loop, "the start", [&] { return told.calls == 1; });
     CHECK(told.thread == std::this_thread::get_id());
     CHECK(told.result.status == VKP_OK);
-    CHECK(told.path == path);
+    CHECK(told.address == address);
     REQUIRE(told.result.listener != nullptr);
     CHECK(vkp_listener_get_address(told.result.listener) == address);
     CHECK(registry.stats().references == 1);
     if (form == Form::reference) {
-        REQUIRE(told.result.sock != nullptr);
-        CHECK(std::string(vkp_socket_get_path(told.result.sock)) == path);
-        sock = told.result.sock;
+        REQUIRE(told.result.socket != nullptr);
+        CHECK(std::string(vkp_socket_get_path(told.result.socket)) == path);
+        sock = told.result.socket;
     } else {
-        CHECK(told.result.sock == nullptr);
+        CHECK(told.result.socket == nullptr);
     }
     vkp_test_rounds(loop, 3);
     Peer peer = vkp_test_peer_to(address);
@@ -878,22 +884,24 @@ TEST_CASE("listen: without a path the socket has a name of its own")
         for (int i = 0; i < 3; i++) {
             hosts[i].config.registry =
                 own_registry ? nullptr : static_cast<vkp_registry *>(registry);
-            REQUIRE(start(form, loop, hosts[i].config, nullptr, nullptr, &told[i]) == VKP_OK);
+            REQUIRE(start(form, loop, hosts[i], "", nullptr, &told[i]) == VKP_OK);
         }
         for (int i = 0; i < 3; i++) {
             vkp_test_run_until(loop, "the start", [&] { return told[i].calls == 1; });
             REQUIRE(told[i].result.status == VKP_OK);
-            CHECK(paths.insert(told[i].path).second);
-            CHECK(told[i].path.find(vkp_test_dir()) == 0);
-            CHECK(vkp_test_exists(told[i].path.c_str()));
-            Peer peer = vkp_test_peer_to("unix:" + told[i].path);
+            REQUIRE(told[i].address.find("unix:") == 0);
+            const std::string path = told[i].address.substr(5);
+            CHECK(paths.insert(path).second);
+            CHECK(path.find(vkp_test_dir()) == 0);
+            CHECK(vkp_test_exists(path.c_str()));
+            Peer peer = vkp_test_peer_to(told[i].address);
             CHECK(is_served(loop, peer));
             peer.reset();
             vkp_test_run_until(loop, "the client to go", [&] { return hosts[i].closes == 1; });
             if (form == Form::plain) {
                 vkp_listener_close(told[i].result.listener);
             } else {
-                vkp_socket_unref(told[i].result.sock);
+                vkp_socket_unref(told[i].result.socket);
                 vkp_test_run_until(loop, "the end", [&] { return hosts[i].ends == 1; });
             }
         }
@@ -926,7 +934,6 @@ TEST_CASE("listen: what does not begin tells why, and leaves nothing")
         {std::string(vkp_test_dir()) + "/nowhere/s", VKP_ERR_SYS, ENOENT},
         {"/" + std::string(200, 'p'), VKP_ERR_LIMIT, 0},
         {std::string(vkp_test_dir()) + "/../s", VKP_ERR_INVALID, 0},
-        {"", VKP_ERR_INVALID, 0},
     };
     for (const Case &each : cases) {
         INFO("path " << each.path);
@@ -934,13 +941,13 @@ TEST_CASE("listen: what does not begin tells why, and leaves nothing")
         Start told;
         host.config.registry = mine;
         const int fds = vkp_test_fd_count();
-        const vkp_status now = start(form, loop, host.config, each.path.c_str(), nullptr, &told);
+        const vkp_status now = start(form, loop, host, each.path, nullptr, &told);
         if (now == VKP_OK) { // told in one way or in the other, never in both
             vkp_test_run_until(loop, "the answer", [&] { return told.calls == 1; });
             CHECK(told.result.status == each.status);
             CHECK(told.result.sys_error == each.error);
-            CHECK(told.result.path == nullptr);
-            CHECK(told.result.sock == nullptr);
+            CHECK(told.result.address == nullptr);
+            CHECK(told.result.socket == nullptr);
             CHECK(told.result.listener == nullptr);
         } else {
             CHECK(now == each.status);
@@ -960,26 +967,36 @@ TEST_CASE("listen: calls that cannot be are refused at once")
     Start told;
     const std::string path = vkp_test_fresh_path("s");
     vkp_socket *sock = registry.socket(vkp_test_fresh_path("s"));
-    auto refused = [&](vkp_loop *on, const vkp_listener_config *config, vkp_on_listening *on_init) {
-        CHECK(vkp_listen(on, config, path.c_str(), on_init, &told) == VKP_ERR_INVALID);
-        CHECK(vkp_listen_with_reference(on, config, path.c_str(), on_init, &told) ==
-              VKP_ERR_INVALID);
-        CHECK(vkp_listen_ref(on, config, sock, on_init, &told) == VKP_ERR_INVALID);
-    };
+    const std::string address = "unix:" + path;
     Host host;
-    refused(nullptr, &host.config, Start::on_init);
-    refused(loop, nullptr, Start::on_init);
-    refused(loop, &host.config, nullptr);
-    vkp_listener_config config = host.config;
-    config.address = "tcp:127.0.0.1:0";
-    refused(loop, &config, Start::on_init);
-    config = host.config;
-    config.socket = sock;
-    refused(loop, &config, Start::on_init);
-    config = host.config;
-    config.conn.ops = nullptr;
-    refused(loop, &config, Start::on_init);
-    CHECK(vkp_listen_ref(loop, &host.config, nullptr, Start::on_init, &told) == VKP_ERR_INVALID);
+    host.start = &told;
+    for (Form form : {Form::plain, Form::reference, Form::handle}) {
+        INFO(form);
+        const vkp_listener_config good = config_of(form, host, address.c_str(), sock);
+        vkp_listener_config config = good;
+        vkp_listener *listener = nullptr;
+        CHECK(vkp_listener_open(nullptr, &good, nullptr) == VKP_ERR_INVALID);
+        CHECK(vkp_listener_open(loop, nullptr, nullptr) == VKP_ERR_INVALID);
+        CHECK(vkp_listener_open(loop, &good, &listener) == VKP_ERR_INVALID);
+        config.on_start = nullptr;
+        CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
+        if (form == Form::reference) { // nobody is there to get the reference
+            CHECK(vkp_listener_open(loop, &config, &listener) == VKP_ERR_INVALID);
+        }
+        config = good;
+        config.address = address.c_str();
+        config.socket = sock;
+        CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
+        config.address = nullptr;
+        config.socket = nullptr;
+        CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
+        config = good;
+        config.conn.ops = nullptr;
+        CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
+        CHECK(listener == nullptr);
+    }
+    vkp_listener_config tcp = config_of(Form::reference, host, "tcp:127.0.0.1:0", nullptr);
+    CHECK(vkp_listener_open(loop, &tcp, nullptr) == VKP_ERR_INVALID);
     vkp_test_rounds(loop, 3);
     CHECK(told.calls == 0);
     CHECK(vkp_socket_get_ref_count(sock) == 1);
@@ -999,15 +1016,15 @@ TEST_CASE("listen: the loop closes before it came to it, or was closed before")
     Start told;
     vkp_socket *sock = form == Form::handle ? registry.socket(path) : nullptr;
     host.config.registry = form == Form::handle ? nullptr : static_cast<vkp_registry *>(registry);
-    REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
-    told.hook = [](const vkp_listening &result) { vkp_socket_unref(result.sock); };
+    REQUIRE(start(form, loop, host, path, sock, &told) == VKP_OK);
+    told.hook = [](const vkp_listening &result) { vkp_socket_unref(result.socket); };
     loop.close();
     CHECK(told.calls == 1);
     // The close runs what was posted: what began there ended there, and both were told.
     CHECK((told.result.status == VKP_OK || told.result.status == VKP_ERR_CLOSED));
     CHECK(host.ends == (told.result.status == VKP_OK ? 1 : 0));
     CHECK(vkp_test_exists(path.c_str()) == (form == Form::handle));
-    CHECK(start(form, kept, host.config, path.c_str(), sock, &told) == VKP_ERR_CLOSED);
+    CHECK(start(form, kept, host, path, sock, &told) == VKP_ERR_CLOSED);
     CHECK(told.calls == 1);
     CHECK(registry.stats().references == (form == Form::handle ? 1 : 0));
     vkp_socket_unref(sock);
@@ -1015,7 +1032,7 @@ TEST_CASE("listen: the loop closes before it came to it, or was closed before")
     vkp_loop_unref(kept);
 }
 
-TEST_CASE("listen: on_init may end what just began")
+TEST_CASE("listen: on_start may end what just began")
 {
     VKP_TEST_ON_EVERY_BACKEND;
     const Form form = GENERATE(Form::plain, Form::reference, Form::handle);
@@ -1031,9 +1048,9 @@ TEST_CASE("listen: on_init may end what just began")
     {
         told.hook = [&](const vkp_listening &result) {
             vkp_listener_close(result.listener);
-            vkp_socket_unref(result.sock);
+            vkp_socket_unref(result.socket);
         };
-        REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
+        REQUIRE(start(form, loop, host, path, sock, &told) == VKP_OK);
         vkp_test_run_until(loop, "the start", [&] { return told.calls == 1; });
         vkp_socket_unref(sock);
         CHECK_FALSE(vkp_test_exists(path.c_str()));
@@ -1043,13 +1060,13 @@ TEST_CASE("listen: on_init may end what just began")
     SECTION("by letting go of the last reference")
     {
         told.hook = [&](const vkp_listening &result) {
-            vkp_socket_unref(result.sock);
+            vkp_socket_unref(result.socket);
             vkp_socket_unref(sock);
             if (form == Form::plain) { // it holds one of its own
                 CHECK(vkp_registry_cleanup_all(registry) == 1);
             }
         };
-        REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
+        REQUIRE(start(form, loop, host, path, sock, &told) == VKP_OK);
         vkp_test_run_until(loop, "the end", [&] { return host.ends == 1; });
         CHECK_FALSE(vkp_test_exists(path.c_str()));
         vkp_test_rounds(loop, 3);
@@ -1086,12 +1103,12 @@ TEST_CASE("listen: what the call names may be let go of as soon as it returned")
         vkp_socket *held = nullptr;
         told.hook = [&](const vkp_listening &result) {
             // Alive until here at least; who wants it longer takes a reference.
-            held = result.sock;
+            held = result.socket;
             if (form == Form::handle && vkp_socket_upgrade(&weak, &held) != VKP_OK) {
-                vkp_test_fail("it ended before on_init");
+                vkp_test_fail("it ended before on_start");
             }
         };
-        REQUIRE(start(form, loop, host.config, path.c_str(), sock, &told) == VKP_OK);
+        REQUIRE(start(form, loop, host, path, sock, &told) == VKP_OK);
         vkp_gate_unref(gate);
         vkp_socket_unref(sock);
         if (form != Form::handle) { // a weak handle needs its registry
@@ -1142,7 +1159,7 @@ TEST_CASE("listen: every allocation of a start may fail: told once, and nothing 
             own_registry || form == Form::handle ? nullptr : static_cast<vkp_registry *>(registry);
         const int fds = vkp_test_fd_count();
         vkp_test_env_fault(&loop.test, fault, k);
-        const vkp_status now = start(form, loop, host.config, path.c_str(), sock, &told);
+        const vkp_status now = start(form, loop, host, path, sock, &told);
         vkp_test_rounds(loop, 3);
         vkp_test_env_fault(&loop.test, VKP_TEST_FAULT_NONE, 0);
         if (now != VKP_OK) {
@@ -1163,7 +1180,7 @@ TEST_CASE("listen: every allocation of a start may fail: told once, and nothing 
             CHECK(is_served(loop, peer));
             peer.reset();
             vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
-            vkp_socket_unref(told.result.sock);
+            vkp_socket_unref(told.result.socket);
             vkp_listener_close(told.result.listener);
         } else {
             CHECK(vkp_test_fd_count() == fds);
@@ -1199,14 +1216,15 @@ TEST_CASE("listen: threads: many start at once on a loop that runs")
                             std::atomic<vkp_socket *> sock;
                             std::atomic<bool> done;
                         } told = {{nullptr}, {false}};
-                        const vkp_status status = vkp_listen_with_reference(
-                            loop, &hosts[i].config, nullptr,
-                            [](void *user, const vkp_listening *result) {
-                                Told *self = static_cast<Told *>(user);
-                                self->sock = result->sock;
-                                self->done = true;
-                            },
-                            &told);
+                        vkp_listener_config config =
+                            config_of(Form::reference, hosts[i], "unix:", nullptr);
+                        hosts[i].start = &told;
+                        config.on_start = [](void *user, const vkp_listening *result) {
+                            Told *self = static_cast<Told *>(static_cast<Host *>(user)->start);
+                            self->sock = result->socket;
+                            self->done = true;
+                        };
+                        const vkp_status status = vkp_listener_open(loop, &config, nullptr);
                         if (status != VKP_OK) {
                             wrong++;
                             continue;
@@ -1631,4 +1649,25 @@ TEST_CASE("listen: a drain for which memory is missing at any allocation changes
             break;
         }
     }
+}
+
+TEST_CASE("listen: a TCP address from another thread")
+{
+    vkp_test_loop loop(&vkp_backend_poll);
+    Host host;
+    Start told;
+    host.start = &told;
+    vkp_listener_config config = config_of(Form::plain, host, "tcp:127.0.0.1:0", nullptr);
+    vkp_status status = VKP_ERR_INVALID;
+    std::thread([&] { status = vkp_listener_open(loop, &config, nullptr); }).join();
+    REQUIRE(status == VKP_OK);
+    vkp_test_run_until(loop, "the start", [&] { return told.calls == 1; });
+    REQUIRE(told.result.status == VKP_OK);
+    CHECK(told.address.find("tcp:127.0.0.1:") == 0);
+    CHECK(told.address != "tcp:127.0.0.1:0");
+    Peer peer = vkp_test_peer_to(told.address);
+    CHECK(is_served(loop, peer));
+    peer.reset();
+    vkp_test_run_until(loop, "the client to go", [&] { return host.closes == 1; });
+    vkp_listener_close(told.result.listener);
 }
