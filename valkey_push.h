@@ -298,11 +298,20 @@ VKP_API const char *vkp_version_str(void);
 /* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
 #define VKP_FOREVER UINT64_MAX
 
+/* In a config, where 0 means a default: a size without a limit, a time (_ms) that never comes. */
+#define VKP_UNLIMITED SIZE_MAX
+#define VKP_OFF UINT64_MAX
+
 /* Now, in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
 /* The deadline that many milliseconds from now; saturates at VKP_FOREVER. Any thread. */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
+
+/* The struct of that type whose member the pointer points to: what a vkp_io or vkp_timer is part
+   of, in its callback.                                                                        */
+#define VKP_CONTAINER(pointer, type, member) \
+    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 typedef enum vkp_log_level {
     VKP_LOG_DEFAULT = 0, /* as VKP_LOG_WARN */
@@ -451,7 +460,7 @@ VKP_API vkp_str vkp_value_get_str(const vkp_value *value);
 VKP_API double vkp_value_get_double(const vkp_value *value);
 
 /* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
-VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text);
+VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text);
 
 typedef struct vkp_resp_config {
     uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
@@ -539,15 +548,15 @@ typedef enum vkp_client_state {
 } vkp_client_state;
 
 typedef struct vkp_client_config {
-    const char *address;         /* required */
-    const char *username;        /* default user when NULL */
-    const char *password;        /* none when NULL */
-    const char *name;            /* CLIENT SETNAME; none when NULL */
+    vkp_str address;             /* required */
+    vkp_str username;            /* default: the default user */
+    vkp_str password;            /* default: none, no AUTH */
+    vkp_str name;                /* CLIENT SETNAME; default: none */
     int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
-    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too */
+    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too; VKP_OFF: none */
     uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
     uint64_t retry_max_ms; /* default 5,000 */
-    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000 */
+    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000; VKP_OFF: never */
     uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
     size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
     vkp_resp_config resp;          /* limits of the reader; lenient is set */
@@ -684,6 +693,10 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop);
 
 /* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
 VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop);
+
+/* The deadline that many milliseconds after vkp_loop_get_now_ns: for timers and calls of this loop,
+   also where its backend keeps a virtual clock. Saturates at VKP_FOREVER. Loop's thread.      */
+VKP_API uint64_t vkp_loop_after_ms(const vkp_loop *loop, uint64_t ms);
 
 /* What to wait for at a descriptor, and what it is ready for: bits of a uint32_t. HUP and ERROR are
    reported without being asked for and imply both directions: read until the end of file before
@@ -1282,8 +1295,8 @@ typedef struct vkp_resp_writer {
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
 VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count);
 VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
-VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
-VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, vkp_str text);
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, vkp_str text);
 VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
 VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);
@@ -1330,10 +1343,10 @@ typedef struct vkp_registry_config {
     bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
     size_t max_sockets;  /* alive at once; default: no limit */
     size_t max_references; /* of one socket; default and most: 2^29 */
-    const char *folder;    /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
+    vkp_str folder;        /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
     vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
-    uint32_t linger_ms; /* a socket ends that long after its last reference; default: at once */
-    uint32_t check_ms;  /* look that often whether the files are still ours; default: never */
+    uint64_t linger_ms; /* a socket ends that long after its last reference; default: at once */
+    uint64_t check_ms;  /* look that often whether the files are still ours; default: never */
     bool rebind;        /* then bind again what was lost */
     /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
     void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
@@ -1353,7 +1366,7 @@ VKP_API void vkp_registry_unref(vkp_registry *registry);
 
 /* Sockets that are alive in this registry. Any thread; out of date at once. */
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
-VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path);
 
 /* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
    stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
@@ -1392,23 +1405,19 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry,
    Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
    serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
    SYS, NOMEM                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, const char *path,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
-
-/* The same for text that may hold NUL bytes: INVALID then. */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path,
-                                                     vkp_socket **sock);
 
 /* The live socket of the path, never a new one. Gives *sock. Any thread.
    Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, const char *path,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
 /* Hand over a socket that the caller bound to the path and set listening.
    Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
    Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
    INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd,
                                                   vkp_socket **sock);
 
 /* One more reference: sock, or NULL when it has max_references. Any thread. */
@@ -1448,9 +1457,9 @@ typedef enum vkp_balance {
 } vkp_balance;
 
 typedef struct vkp_socket_pool_config {
-    vkp_registry *registry;   /* required; shared */
-    const char *const *paths; /* NULL: unique ones */
-    size_t count;             /* of sockets; at least 1 */
+    vkp_registry *registry; /* required; shared */
+    const vkp_str *paths;   /* as many as count; NULL: unique ones */
+    size_t count;           /* of sockets; at least 1 */
     vkp_balance balance;
 } vkp_socket_pool_config;
 
@@ -1491,7 +1500,8 @@ VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
 
 /* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
 typedef enum vkp_on_full {
-    VKP_ON_FULL_WAIT = 0,    /* vkp_conn_push waits; on the loop's thread it gets FULL */
+    VKP_ON_FULL_DEFAULT = 0, /* WAIT; of a relay DISCONNECT */
+    VKP_ON_FULL_WAIT,        /* vkp_conn_push waits; on the loop's thread it gets FULL */
     VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
     VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
     VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
@@ -1538,7 +1548,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
 /* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
    NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
    Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address,
                                                   const vkp_conn_config *config, vkp_conn **conn);
 
 VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */
@@ -1648,9 +1658,9 @@ typedef struct vkp_listening {
 } vkp_listening;
 
 typedef struct vkp_listener_config {
-    /* Where to listen: one of the two. "unix:PATH", "unix:" (a path of its own), "tcp:HOST:PORT". */
-    const char *address;
-    vkp_socket *socket;     /* a socket that is there; shared until the listener ended */
+    /* Where to listen, one of the two: "unix:PATH", "unix:" (a unique path), "tcp:HOST:PORT" ... */
+    vkp_str address;
+    vkp_socket *socket;     /* ... or a socket that is open; shared until the listener ended */
     vkp_registry *registry; /* of a unix: address; NULL opens one of its own */
     /* Hold no reference of the socket: each client holds one, the program may, and when the last
        one is given back (and linger_ms passed) the listener ends too. With an address only
@@ -1733,11 +1743,11 @@ typedef struct vkp_health {
 } vkp_health;
 
 typedef struct vkp_health_config {
-    const char *address;
+    vkp_str address;     /* required */
     vkp_str request;     /* default "PING\r\n" */
     vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
-    uint32_t timeout_ms; /* of one check; default 1000 */
-    uint32_t period_ms;  /* 0: once */
+    uint64_t timeout_ms; /* of one check; default 1000; VKP_OFF: none */
+    uint64_t period_ms;  /* from one check to the next; default: one check only */
     void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
     void *user;
 } vkp_health_config;
@@ -1866,14 +1876,14 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop); /* stops it; loop's 
    >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
 
 typedef struct vkp_relay_config {
-    const char *server;   /* upstream address; NULL: a stand-alone pub/sub broker */
-    const char *username; /* of the upstream connection */
-    const char *password;
+    vkp_str server;         /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str username;       /* of the connection to the server; default: the default user */
+    vkp_str password;       /* of the connection to the server; default: none */
     vkp_loop *const *loops; /* connections are spread over these; at least one */
     size_t loop_count;      /* default 1 */
     size_t queue_frames;    /* per client, as vkp_conn_config */
     size_t queue_bytes;
-    vkp_on_full on_full;        /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
+    vkp_on_full on_full;        /* default DISCONNECT; or DROP_OLDEST, DROP_NEWEST */
     size_t max_clients;         /* at once; default 16,384 */
     size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
     /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
@@ -1882,10 +1892,10 @@ typedef struct vkp_relay_config {
     /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
     void (*on_idle)(void *user);
     void *user;
-    uint32_t linger_ms;
-    uint32_t check_ms; /* look that often at the sockets' files, bind again what is lost */
-    const char *shutdown_notice; /* copied; see vkp_relay_drain; NULL: none */
-    size_t max_request_bytes;    /* one command, or one MULTI block; default 64 MiB */
+    uint64_t linger_ms;       /* default: at once */
+    uint64_t check_ms;        /* look that often at the sockets' files, bind again what is lost */
+    vkp_str shutdown_notice;  /* copied; see vkp_relay_drain; default: none */
+    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
     size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
     size_t max_subscriptions; /* names of one client; default 100,000 */
     const vkp_env *env;
@@ -1900,7 +1910,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, 
 /* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
    loops[0]'s. *bound (may be NULL) views the address with the port chosen.
    Errors: those of vkp_listener_open                                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
+VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
 /* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
@@ -2246,37 +2256,73 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     struct name##_tx /* so that a semicolon may follow */
 
 /* A one-shot of at most VKP_ONESHOT_BYTES: the slot is `name`, in the caller's memory. */
-#define VKP_ONESHOT_TYPED(name, T)                                                         \
-    typedef T name##_value;                                                                \
-    typedef struct name {                                                                  \
-        vkp_oneshot slot;                                                                  \
-    } name;                                                                                \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_init(                                   \
-        name *self, const vkp_env *env, void (*drop)(void *user, void *item), void *user)  \
-    {                                                                                      \
-        return vkp_oneshot_init(&self->slot, env, sizeof(name##_value), drop, user);       \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name *self, name##_value value)    \
-    {                                                                                      \
-        return vkp_oneshot_send(&self->slot, &value);                                      \
-    }                                                                                      \
-    VKP_TYPED_CALL void name##_abandon(name *self)                                         \
-    {                                                                                      \
-        vkp_oneshot_abandon(&self->slot);                                                  \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,  \
-                                                        name##_value *out)                 \
-    {                                                                                      \
-        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                            \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out) \
-    {                                                                                      \
-        return vkp_oneshot_try_recv(&self->slot, out);                                     \
-    }                                                                                      \
-    VKP_TYPED_CALL void name##_close(name *self)                                           \
-    {                                                                                      \
-        vkp_oneshot_close(&self->slot);                                                    \
-    }                                                                                      \
+#define VKP_ONESHOT_TYPED(name, T)                                                               \
+    typedef T name##_value;                                                                      \
+    typedef struct name {                                                                        \
+        vkp_oneshot slot;                                                                        \
+    } name;                                                                                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_init(                                         \
+        name *self, const vkp_env *env, void (*drop)(void *user, void *item), void *user)        \
+    {                                                                                            \
+        return vkp_oneshot_init(&self->slot, env, sizeof(name##_value), drop, user);             \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name *self, name##_value value)          \
+    {                                                                                            \
+        return vkp_oneshot_send(&self->slot, &value);                                            \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_abandon(name *self)                                               \
+    {                                                                                            \
+        vkp_oneshot_abandon((vkp_oneshot *)(uintptr_t)self);                                     \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,        \
+                                                        name##_value *out)                       \
+    {                                                                                            \
+        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                                  \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out)       \
+    {                                                                                            \
+        return vkp_oneshot_try_recv(&self->slot, out);                                           \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(                                         \
+        const vkp_env *env, void (*drop)(void *user, void *item), void *user, name **self)       \
+    {                                                                                            \
+        vkp_oneshot *raw;                                                                        \
+        vkp_status status = self != NULL                                                         \
+                                ? vkp_oneshot_open(env, sizeof(name##_value), drop, user, &raw)  \
+                                : VKP_ERR_INVALID;                                               \
+        if (status == VKP_OK) {                                                                  \
+            *self = (name *)(uintptr_t)raw;                                                      \
+        }                                                                                        \
+        return status;                                                                           \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_tx_unref(name *self)                                              \
+    {                                                                                            \
+        vkp_oneshot_tx_unref((vkp_oneshot *)(uintptr_t)self);                                    \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_rx_unref(name *self)                                              \
+    {                                                                                            \
+        vkp_oneshot_rx_unref((vkp_oneshot *)(uintptr_t)self);                                    \
+    }                                                                                            \
+    VKP_TYPED_CALL bool name##_is_closed(const name *self)                                       \
+    {                                                                                            \
+        return vkp_oneshot_is_closed(&self->slot);                                               \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_wait_closed(name *self, uint64_t deadline_ns) \
+    {                                                                                            \
+        return vkp_oneshot_wait_closed(&self->slot, deadline_ns);                                \
+    }                                                                                            \
+    VKP_TYPED_CALL vkp_case name##_case_recv(name *self, name##_value *out)                      \
+    {                                                                                            \
+        return vkp_case_oneshot_recv((vkp_oneshot *)(uintptr_t)self, out);                       \
+    }                                                                                            \
+    VKP_TYPED_CALL vkp_case name##_case_closed(name *self)                                       \
+    {                                                                                            \
+        return vkp_case_oneshot_closed((vkp_oneshot *)(uintptr_t)self);                          \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_close(name *self)                                                 \
+    {                                                                                            \
+        vkp_oneshot_close((vkp_oneshot *)(uintptr_t)self);                                       \
+    }                                                                                            \
     struct name
 
 #define VKP_BROADCAST_TYPED(name, T)                                                            \
@@ -2532,9 +2578,6 @@ extern "C" {
 /* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
 #define VKP_I_APART 128
 
-#define VKP_I_CONTAINER(pointer, type, member) \
-    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
-
 #define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -2681,6 +2724,7 @@ VKP_API uint64_t vkp_now_ns(void)
     return vkp_sys_get_default()->clock_ns();
 }
 
+/* That many milliseconds later; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
     return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
@@ -2718,6 +2762,18 @@ static char vkp_i_lower(char c)
     return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
 }
 
+/* Whether two views are equal, ASCII case ignored. */
+static bool vkp_i_str_alike(vkp_str a, vkp_str b)
+{
+    size_t i;
+    for (i = 0; i < a.len && i < b.len; i++) {
+        if (vkp_i_lower(a.ptr[i]) != vkp_i_lower(b.ptr[i])) {
+            return false;
+        }
+    }
+    return a.len == b.len;
+}
+
 /* Whether the view equals the terminated text, ASCII case ignored. */
 static bool vkp_i_str_is(vkp_str view, const char *text)
 {
@@ -2727,26 +2783,41 @@ static bool vkp_i_str_is(vkp_str view, const char *text)
             return false;
         }
     }
-    return text[view.len] == '\0';
+    return text[i] == '\0';
 }
 
-/* A terminated copy, or NULL. Freed with vkp_i_free_text. */
-static char *vkp_i_copy_text(const vkp_env *env, const char *text)
+/* A copy with a NUL behind it, in place of the view; nothing is copied of a text that is not there.
+   Freed with vkp_i_free_str.                                                                  */
+static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
 {
-    size_t bytes = strlen(text) + 1;
-    char *copy = (char *)vkp_i_alloc(env, bytes);
-    if (copy != NULL) {
-        memcpy(copy, text, bytes);
+    char *copy;
+    if (text->ptr == NULL) {
+        return true;
     }
-    return copy;
+    copy = (char *)vkp_i_alloc(env, text->len + 1);
+    if (copy != NULL) {
+        memcpy(copy, text->ptr, text->len);
+        copy[text->len] = '\0';
+    }
+    text->ptr = copy;
+    return copy != NULL;
 }
 
+static void vkp_i_free_str(const vkp_env *env, vkp_str text)
+{
+    void *copy;
+    memcpy(&copy, &text.ptr, sizeof copy); /* which was made here, not const */
+    vkp_i_free(env, copy, text.len + 1);
+}
+
+/* A text that ends with its only NUL. */
 static void vkp_i_free_text(const vkp_env *env, char *text)
 {
     if (text != NULL) {
         vkp_i_free(env, text, strlen(text) + 1);
     }
 }
+
 static bool vkp_i_starts_with(vkp_str text, const char *start)
 {
     size_t len = strlen(start);
@@ -3501,7 +3572,7 @@ typedef struct vkp_i_wait {
 
 static void vkp_i_thread_wake(vkp_i_waiter *waiter)
 {
-    vkp_i_wait *self = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
+    vkp_i_wait *self = VKP_CONTAINER(waiter, vkp_i_wait, node);
     self->sys->unpark(self->parker);
 }
 
@@ -3751,7 +3822,7 @@ typedef struct vkp_i_sleeper {
 #if VKP_I_IO
 static void vkp_i_pipe_wake(vkp_i_waiter *waiter)
 {
-    const vkp_i_wait *wait = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
+    const vkp_i_wait *wait = VKP_CONTAINER(waiter, vkp_i_wait, node);
     uint64_t one = 1;
     (void)wait->sys->write(wait->wake_fd, &one, sizeof one); /* full: it is readable already */
 }
@@ -5048,7 +5119,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
     bool placed = false;
     ticket = vkp_i_lane_freeze(lane);
     while (!vkp_i_waiters_empty(&lane->senders)) {
-        vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+        vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
         if (!vkp_i_lane_has_room(lane, ticket, sender->cost)) {
             break;
         }
@@ -5443,7 +5514,7 @@ static void vkp_i_lane_free(vkp_i_lane *lane)
     (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
     vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
     if (lane != &lane->channel->lane) {
-        vkp_i_free(env, VKP_I_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
+        vkp_i_free(env, VKP_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
     }
 }
 
@@ -5925,7 +5996,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
     (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_CLOSED);
     for (lane = &channel->lane; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
         while (!vkp_i_waiters_empty(&lane->senders)) {
-            vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+            vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
             vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
         }
         vkp_i_gate_shut(&lane->tx_waiting, 1u);
@@ -6190,7 +6261,7 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
 /* Of a slot of the heap. The side that finds itself alone needs no exchange. */
 static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
-    vkp_i_heap_slot *self = VKP_I_CONTAINER(slot, vkp_i_heap_slot, slot);
+    vkp_i_heap_slot *self = VKP_CONTAINER(slot, vkp_i_heap_slot, slot);
     if (VKP_I_LOAD_ACQ(&self->refs) == 1 || VKP_I_UNREF(&self->refs) == 1) {
         vkp_i_free(slot->i_env, self, sizeof *self);
     }
@@ -7910,6 +7981,11 @@ VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop)
     return vkp_i_loop_now(loop);
 }
 
+VKP_API uint64_t vkp_loop_after_ms(const vkp_loop *loop, uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_loop_get_now_ns(loop), ms);
+}
+
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
 {
     return loop->backend->pollable_fd != NULL ? loop->backend->pollable_fd(loop->backend_state)
@@ -8176,7 +8252,7 @@ struct vkp_handler {
 
 static void vkp_i_handler_wake(vkp_i_waiter *waiter)
 {
-    vkp_handler *handler = VKP_I_CONTAINER(waiter, vkp_handler, wait.node);
+    vkp_handler *handler = VKP_CONTAINER(waiter, vkp_handler, wait.node);
     handler->busy = true;
     if (!vkp_i_loop_queue(handler->loop, &handler->task)) {
         handler->busy = false; /* the loop is closed: nobody runs the task */
@@ -8229,7 +8305,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
 {
     vkp_i_waiter *node = loop->unarmed.head.next;
     while (node != &loop->unarmed.head) {
-        vkp_handler *handler = VKP_I_CONTAINER(node, vkp_handler, wait.node);
+        vkp_handler *handler = VKP_CONTAINER(node, vkp_handler, wait.node);
         node = node->next;
         if (handler->what.i_kind->is_ready(&handler->what)) {
             (void)vkp_i_waiter_unlink(&handler->wait.node);
@@ -8237,7 +8313,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
         }
     }
     while (VKP_I_LOAD(&loop->queue) == NULL && !vkp_i_waiters_empty(&loop->unarmed)) {
-        vkp_handler *handler = VKP_I_CONTAINER(loop->unarmed.head.next, vkp_handler, wait.node);
+        vkp_handler *handler = VKP_CONTAINER(loop->unarmed.head.next, vkp_handler, wait.node);
         (void)vkp_i_waiter_unlink(&handler->wait.node);
         vkp_i_handler_arm(handler);
     }
@@ -8245,7 +8321,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
 
 static void vkp_i_handler_run(vkp_i_task *task)
 {
-    vkp_handler *handler = VKP_I_CONTAINER(task, vkp_handler, task);
+    vkp_handler *handler = VKP_CONTAINER(task, vkp_handler, task);
     vkp_i_handler_leave(handler);
     handler->busy = false;
     if (!handler->ended && handler->what.i_kind->is_ready(&handler->what)) {
@@ -8261,7 +8337,7 @@ static void vkp_i_handler_run(vkp_i_task *task)
 
 static void vkp_i_handler_loop_closed(vkp_i_attached *attached)
 {
-    vkp_i_handler_end(VKP_I_CONTAINER(attached, vkp_handler, attached));
+    vkp_i_handler_end(VKP_CONTAINER(attached, vkp_handler, attached));
 }
 
 VKP_API vkp_status vkp_handler_open(vkp_loop *loop, const vkp_case *what, void (*fn)(void *user),
@@ -8410,7 +8486,7 @@ typedef struct vkp_i_post {
 
 static void vkp_i_run_post(vkp_i_task *task)
 {
-    vkp_i_post *post = VKP_I_CONTAINER(task, vkp_i_post, task);
+    vkp_i_post *post = VKP_CONTAINER(task, vkp_i_post, task);
     void (*fn)(void *user) = post->fn;
     void *user = post->user;
     vkp_i_free(post->env, post, sizeof *post);
@@ -8480,10 +8556,10 @@ VKP_API vkp_str vkp_value_get_str(const vkp_value *value)
     return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
 }
 
-VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text)
+VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text)
 {
-    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text != NULL &&
-           vkp_i_str_is(vkp_value_get_str(value), text);
+    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text.ptr != NULL &&
+           vkp_i_str_alike(vkp_value_get_str(value), text);
 }
 
 /* ---- doubles ---- */
@@ -9598,14 +9674,14 @@ static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
-VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text)
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, vkp_str text)
 {
-    vkp_i_put_line(writer, '+', vkp_str_of(text));
+    vkp_i_put_line(writer, '+', text);
 }
 
-VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text)
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, vkp_str text)
 {
-    vkp_i_put_line(writer, '-', vkp_str_of(text));
+    vkp_i_put_line(writer, '-', text);
 }
 
 VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
@@ -9846,47 +9922,57 @@ static vkp_address vkp_i_unix_address(vkp_i_name name)
 }
 
 /* Decimal, 0 to 65535: resolvers take more and cut it. */
-static bool vkp_i_is_port(const char *text)
+static bool vkp_i_is_port(vkp_str text)
 {
     unsigned port = 0;
-    size_t len = 0;
-    for (; text[len] >= '0' && text[len] <= '9' && len < 6; len++) {
-        port = port * 10 + (unsigned)(text[len] - '0');
+    size_t i;
+    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < 6; i++) {
+        port = port * 10 + (unsigned)(text.ptr[i] - '0');
     }
-    return len > 0 && text[len] == '\0' && port <= 65535;
+    return i > 0 && i == text.len && port <= 65535;
 }
 
 /* What an address says. */
 typedef struct vkp_i_parts {
     vkp_i_name name; /* of a Unix socket; text NULL: none */
     char host[256];
-    const char *port;
+    char port[8];
 } vkp_i_parts;
 
-static vkp_status vkp_i_split_address(const vkp_env *env, const char *text, vkp_i_parts *parts)
+static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_parts *parts)
 {
-    size_t len;
+    vkp_str host;
+    vkp_str port;
     memset(parts, 0, sizeof *parts);
-    if (strncmp(text, "unix:", 5) == 0) {
-        return vkp_i_name_of(env, vkp_str_of(text + 5), true, &parts->name);
+    if (vkp_i_starts_with(text, "unix:")) {
+        return vkp_i_name_of(env, vkp_i_str(text.ptr + 5, text.len - 5), true, &parts->name);
     }
-    parts->port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
-    len = parts->port != NULL ? (size_t)(parts->port - (text + 4)) : 0;
-    if (len == 0 || len >= sizeof parts->host || !vkp_i_is_port(++parts->port)) {
-        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
+    host = vkp_i_starts_with(text, "tcp:") ? vkp_i_str(text.ptr + 4, text.len - 4)
+                                           : vkp_i_str(NULL, 0);
+    port = vkp_i_str(NULL, 0);
+    while (host.len > 0 && port.ptr == NULL) {
+        if (host.ptr[--host.len] == ':') {
+            port.ptr = host.ptr + host.len + 1;
+            port.len = (size_t)(text.ptr + text.len - port.ptr);
+        }
+    }
+    if (host.len == 0 || host.len >= sizeof parts->host || !vkp_i_is_port(port) ||
+        memchr(host.ptr, '\0', host.len) != NULL) {
+        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %.*s",
+                  VKP_FMT(text));
         return VKP_ERR_INVALID;
     }
-    text += 4;
-    if (len > 2 && text[0] == '[' && text[len - 1] == ']') {
-        text++;
-        len -= 2;
+    if (host.len > 2 && host.ptr[0] == '[' && host.ptr[host.len - 1] == ']') {
+        host.ptr++;
+        host.len -= 2;
     }
-    memcpy(parts->host, text, len);
+    memcpy(parts->host, host.ptr, host.len);
+    memcpy(parts->port, port.ptr, port.len);
     return VKP_OK;
 }
 
 /* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
-static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
+static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_address *out,
                                       size_t capacity, size_t *count)
 {
     vkp_i_parts parts;
@@ -9901,7 +9987,7 @@ static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_
         found = vkp_i_sys(env)->resolve(parts.host, parts.port, out, capacity);
     }
     if (found <= 0) {
-        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
+        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %.*s", VKP_FMT(text));
         return VKP_ERR_REFUSED;
     }
     *count = (size_t)found;
@@ -9991,12 +10077,11 @@ struct vkp_registry {
     const vkp_env *env;
     const vkp_sys *sys;
     size_t refs; /* atomic: the program's, the live sockets', those of work under way */
-    vkp_registry_config config; /* folder is not the caller's */
-    char *folder;
-    VKP_I_MUTEX mutex;   /* the line before `held` */
-    uint32_t held;       /* atomic */
-    vkp_socket *corpses; /* atomic */
-    vkp_socket *all;     /* atomic, newest first */
+    vkp_registry_config config; /* its folder is a copy */
+    VKP_I_MUTEX mutex;          /* the line before `held` */
+    uint32_t held;              /* atomic */
+    vkp_socket *corpses;        /* atomic */
+    vkp_socket *all;            /* atomic, newest first */
     /* Guarded by `held`: */
     vkp_i_map sockets;
     vkp_socket *spare;
@@ -10076,7 +10161,7 @@ static void vkp_i_registry_free(vkp_registry *registry)
     }
     vkp_i_map_deinit(&registry->sockets);
     VKP_I_MUTEX_DEINIT(&registry->mutex);
-    vkp_i_free_text(registry->env, registry->folder);
+    vkp_i_free_str(registry->env, registry->config.folder);
     vkp_i_free(registry->env, registry, sizeof *registry);
     vkp_loop_unref(loop);
 }
@@ -10680,7 +10765,7 @@ static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
     vkp_str key = vkp_i_str(name.text, name.len);
     vkp_i_map_node *node =
         vkp_i_map_find(&registry->sockets, vkp_i_map_hash(&registry->sockets, key), key);
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_socket, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_socket, node) : NULL;
 }
 
 /* The live socket of the name; one that has just died is buried. */
@@ -10709,7 +10794,7 @@ static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
     int steps;
     for (steps = 0; node != NULL && steps < VKP_I_PEEK_STEPS; steps++) {
         if (VKP_I_LOAD(&node->hash) == hash) {
-            vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
             uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word));
             if (vkp_i_socket_take(sock, generation, false) != VKP_OK) {
                 return NULL;
@@ -10808,7 +10893,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
         vkp_status status = VKP_OK;
         vkp_i_registry_enter(registry);
         while (event == 0 && (node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-            sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            sock = VKP_CONTAINER(node, vkp_socket, node);
             for (event = VKP_SOCKET_BLOCKED; event > 0; event--) {
                 if ((sock->flags & VKP_I_SOCKET_EVENT(event)) != 0) {
                     break;
@@ -10840,19 +10925,17 @@ static void vkp_i_registry_on_timer(vkp_timer *timer);
 /* End those that lingered long enough, look at the files: when is there more to do? */
 static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
-    uint64_t linger_ns = (uint64_t)registry->config.linger_ms * 1000000u;
-    uint64_t check_ns = (uint64_t)registry->config.check_ms * 1000000u;
     uint64_t next_ns = VKP_FOREVER;
-    bool check = check_ns > 0 && !over && now_ns >= registry->next_check_ns;
+    bool check = registry->config.check_ms > 0 && !over && now_ns >= registry->next_check_ns;
     vkp_i_map_node *node = NULL;
     if (check) {
-        registry->next_check_ns = now_ns + check_ns;
+        registry->next_check_ns = vkp_i_after_ms(now_ns, registry->config.check_ms);
     }
     while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         if (lingers && sock->linger_until_ns == 0) {
-            sock->linger_until_ns = now_ns + linger_ns;
+            sock->linger_until_ns = vkp_i_after_ms(now_ns, registry->config.linger_ms);
         }
         if (lingers && (over || now_ns >= sock->linger_until_ns)) {
             vkp_i_socket_end(registry, sock, registry->sys->clock_ns());
@@ -10865,7 +10948,7 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
             vkp_i_socket_check(sock);
         }
     }
-    if (check_ns > 0 && !over && registry->sockets.count > 0) {
+    if (registry->config.check_ms > 0 && !over && registry->sockets.count > 0) {
         next_ns = VKP_I_MIN(next_ns, registry->next_check_ns);
     }
     return next_ns;
@@ -10901,7 +10984,7 @@ static void vkp_i_registry_run_keeper(vkp_registry *registry)
 
 static void vkp_i_registry_on_timer(vkp_timer *timer)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(timer, vkp_registry, keeper_timer);
+    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, keeper_timer);
     (void)VKP_I_ADD(&registry->refs, 1);
     vkp_i_registry_run_keeper(registry);
     vkp_i_registry_drop(registry, 1);
@@ -10909,7 +10992,7 @@ static void vkp_i_registry_on_timer(vkp_timer *timer)
 
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(task, vkp_registry, keeper_task);
+    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, keeper_task);
     vkp_i_registry_enter(registry);
     registry->keeper_queued = false;
     vkp_i_registry_leave(registry, true);
@@ -10919,7 +11002,7 @@ static void vkp_i_registry_on_call(vkp_i_task *task)
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(place, vkp_registry, keeper_place);
+    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, keeper_place);
     (void)VKP_I_ADD(&registry->refs, 1);
     vkp_i_registry_run_keeper(registry); /* finds the loop closed */
     vkp_i_registry_drop(registry, 1);
@@ -10957,10 +11040,10 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     if (config != NULL) {
         registry->config = *config;
     }
-    registry->folder =
-        vkp_i_copy_text(env, registry->config.folder != NULL ? registry->config.folder
-                                                             : vkp_i_default_folder(registry->sys));
-    if (registry->folder == NULL) {
+    if (registry->config.folder.ptr == NULL) {
+        registry->config.folder = vkp_str_of(vkp_i_default_folder(registry->sys));
+    }
+    if (!vkp_i_copy_str(env, &registry->config.folder)) {
         vkp_i_free(env, registry, sizeof *registry);
         return VKP_ERR_NOMEM;
     }
@@ -11009,7 +11092,7 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *
     stats->live = registry->sockets.count;
     stats->references = 0;
     while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-        stats->references += vkp_socket_get_ref_count(VKP_I_CONTAINER(node, vkp_socket, node));
+        stats->references += vkp_socket_get_ref_count(VKP_CONTAINER(node, vkp_socket, node));
     }
     vkp_i_registry_leave(registry, true);
 }
@@ -11023,12 +11106,12 @@ VKP_API size_t vkp_registry_get_count(vkp_registry *registry)
     return count;
 }
 
-VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path)
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path)
 {
     vkp_i_name name;
     vkp_socket *sock;
-    name.text = path;
-    name.len = strlen(path);
+    name.text = path.ptr;
+    name.len = path.len;
     name.abstract = false; /* no matter here */
     vkp_i_registry_enter(registry);
     sock = vkp_i_registry_find(registry, name);
@@ -11044,7 +11127,7 @@ VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
     vkp_i_registry_enter(registry);
     now_ns = registry->sys->clock_ns();
     while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
-        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         (void)vkp_i_socket_retire(sock, now_ns);
         if (lingers) {
@@ -11108,8 +11191,8 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
          i++) {
         char text[512];
         vkp_i_name name;
-        int len = snprintf(text, sizeof text, "%s/vkp-%d-%08lx.sock", registry->folder,
-                           registry->sys->process_id(),
+        int len = snprintf(text, sizeof text, "%.*s/vkp-%d-%08lx.sock",
+                           VKP_FMT(registry->config.folder), registry->sys->process_id(),
                            (unsigned long)(registry->sys->random_u64() & 0xffffffffu));
         status = len < 0 || (size_t)len >= sizeof text
                      ? VKP_ERR_LIMIT
@@ -11125,33 +11208,26 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
     return status;
 }
 
-VKP_API vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path, vkp_socket **out)
+VKP_API vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
-    return vkp_i_registry_get(registry, path, true, out);
+    return path.ptr != NULL ? vkp_i_registry_get(registry, path, true, out)
+                            : vkp_i_registry_get_unique(registry, out);
 }
 
-VKP_API vkp_status vkp_socket_open(vkp_registry *registry, const char *path, vkp_socket **out)
+VKP_API vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
-    VKP_I_REQUIRE(registry != NULL && out != NULL);
-    return path != NULL ? vkp_i_registry_get(registry, vkp_str_of(path), true, out)
-                        : vkp_i_registry_get_unique(registry, out);
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path.ptr != NULL);
+    return vkp_i_registry_get(registry, path, false, out);
 }
 
-VKP_API vkp_status vkp_socket_find(vkp_registry *registry, const char *path, vkp_socket **out)
-{
-    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
-    return vkp_i_registry_get(registry, vkp_str_of(path), false, out);
-}
-
-VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
-                                    vkp_socket **out)
+VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd, vkp_socket **out)
 {
     vkp_i_name name;
     vkp_socket *sock = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL && fd >= 0);
-    status = vkp_i_name_of(registry->env, vkp_str_of(path), registry->config.abstract_names, &name);
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path.ptr != NULL && fd >= 0);
+    status = vkp_i_name_of(registry->env, path, registry->config.abstract_names, &name);
     if (status == VKP_OK && name.abstract) {
         status = VKP_ERR_UNSUPPORTED;
     }
@@ -11219,7 +11295,7 @@ VKP_API vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config, vk
     pool->capacity = config->count;
     pool->sockets = (vkp_socket **)(void *)(pool + 1);
     while (pool->count < pool->capacity && status == VKP_OK) {
-        const char *path = config->paths != NULL ? config->paths[pool->count] : NULL;
+        vkp_str path = config->paths != NULL ? config->paths[pool->count] : vkp_i_str(NULL, 0);
         status = vkp_socket_open(pool->registry, path, &pool->sockets[pool->count]);
         pool->count += status == VKP_OK ? 1u : 0u;
     }
@@ -11577,6 +11653,9 @@ static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_conf
         profile->env = env;
         profile->refs = 1;
         profile->config = *config;
+        if (profile->config.on_full == VKP_ON_FULL_DEFAULT) {
+            profile->config.on_full = VKP_ON_FULL_WAIT;
+        }
         if (profile->config.queue_frames == 0) {
             profile->config.queue_frames = 65536;
         }
@@ -12189,14 +12268,14 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 
 static void vkp_i_conn_remote(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
     vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
     vkp_conn_unref(conn);
 }
 
 static void vkp_i_conn_remote_slow(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
     vkp_i_conn_finish(conn, VKP_CLOSE_SLOW, 0);
     vkp_conn_unref(conn);
 }
@@ -12456,7 +12535,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
 
 static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+    vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
     bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
@@ -12499,7 +12578,7 @@ static void vkp_i_conn_discard_input(vkp_conn *conn)
 /* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
 static void vkp_i_conn_task(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, task);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, task);
     conn->flags &= ~VKP_I_CONN_QUEUED;
     if (!vkp_i_conn_closed(conn)) {
         vkp_i_conn_reread(conn);
@@ -12630,13 +12709,13 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
-VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
-                                    const vkp_conn_config *config, vkp_conn **out)
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
+                                    vkp_conn **out)
 {
     vkp_i_profile *profile;
     vkp_conn *conn = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && address != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
     VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
@@ -12792,7 +12871,7 @@ struct vkp_listener {
     vkp_i_task drain_task;
     void (*on_drained)(void *user);
     void *drain_user;
-    char *address;
+    vkp_str address;          /* a copy */
     vkp_listener_stats stats; /* but for clients */
 };
 
@@ -12803,7 +12882,7 @@ static void vkp_i_listener_release(vkp_listener *listener)
         vkp_i_profile_unref(listener->profile);
         vkp_registry_unref(listener->registry);
         vkp_gate_unref(listener->gate);
-        vkp_i_free_text(loop->env, listener->address);
+        vkp_i_free_str(loop->env, listener->address);
         vkp_i_free(loop->env, listener, sizeof *listener);
         vkp_loop_unref(loop);
     }
@@ -12811,7 +12890,7 @@ static void vkp_i_listener_release(vkp_listener *listener)
 
 static void vkp_i_listener_release_later(vkp_i_task *task)
 {
-    vkp_i_listener_release(VKP_I_CONTAINER(task, vkp_listener, release_task));
+    vkp_i_listener_release(VKP_CONTAINER(task, vkp_listener, release_task));
 }
 
 /* It ended by itself. */
@@ -12924,7 +13003,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
+    vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
     if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
@@ -12944,7 +13023,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
-              listener->address, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+              listener->address.ptr, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
 }
 
 /* Descriptors are short for long: those who wait shall know. */
@@ -13003,7 +13082,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
 
 static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
+    vkp_listener *listener = VKP_CONTAINER(watch, vkp_listener, watch);
     bool more = true;
     int i;
     listener->refs++;
@@ -13034,7 +13113,7 @@ static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 /* The socket ended, or has another descriptor. */
 static void vkp_i_listener_told(vkp_i_task *task)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, follower.task);
+    vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
     vkp_i_endpoint *endpoint = NULL;
     vkp_i_registry_enter(listener->registry);
     listener->follower.queued = false;
@@ -13097,8 +13176,7 @@ static void vkp_i_listener_part(vkp_listener *listener)
 
 /* ---- opening ---- */
 
-static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address,
-                                   const char *text)
+static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address, vkp_str text)
 {
     const vkp_sys *sys = listener->loop->sys;
     char full[320];
@@ -13121,31 +13199,38 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
     if (result < 0) {
         return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
     }
-    (void)snprintf(full, sizeof full, "%.*s:%d", (int)(strrchr(text, ':') - text), text, result);
-    listener->address = vkp_i_copy_text(listener->loop->env, full);
-    return listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    while (text.ptr[--text.len] != ':') { /* the port that was asked for */
+    }
+    (void)snprintf(full, sizeof full, "%.*s:%d", VKP_FMT(text), result);
+    listener->address = vkp_str_of(full);
+    return vkp_i_copy_str(listener->loop->env, &listener->address) ? VKP_OK : VKP_ERR_NOMEM;
 }
 
 /* listener->socket is set, with a reference. */
 static vkp_status vkp_i_listen_unix(vkp_listener *listener)
 {
     char full[sizeof "unix:" + VKP_I_PATH_BYTES];
+    bool copied;
     (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
-    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    listener->address = vkp_str_of(full);
+    copied = vkp_i_copy_str(listener->loop->env, &listener->address);
     listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
-    return listener->address != NULL ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+    return copied ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
 }
 
-/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry where there is none. */
-static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, const char *path,
+/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
+static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, vkp_str address,
                                     vkp_registry **registry, vkp_socket **sock)
 {
+    vkp_str path = vkp_i_str(address.ptr + 5, address.len - 5);
+    bool abstract = path.len > 0 && path.ptr[0] == '@';
     vkp_status status = VKP_OK;
-#if !VKP_I_LINUX
-    if (path[0] == '@') {
+    if (abstract && !VKP_I_LINUX) {
         return VKP_ERR_UNSUPPORTED;
     }
-#endif
+    if (path.len == 0) {
+        path.ptr = NULL;
+    }
     if (*registry == NULL) {
         vkp_registry_config config;
         memset(&config, 0, sizeof config);
@@ -13154,15 +13239,14 @@ static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, const char 
         config.abstract_names = VKP_I_LINUX;
         status = vkp_registry_open(&config, registry);
     } else {
-        VKP_I_REQUIRE(path[0] != '@' || (*registry)->config.abstract_names);
+        VKP_I_REQUIRE(!abstract || (*registry)->config.abstract_names);
     }
-    return status == VKP_OK ? vkp_socket_open(*registry, path[0] != '\0' ? path : NULL, sock)
-                            : status;
+    return status == VKP_OK ? vkp_socket_open(*registry, path, sock) : status;
 }
 
 static vkp_status vkp_i_listener_bind(vkp_listener *listener)
 {
-    const char *text = listener->config.address;
+    vkp_str text = listener->config.address;
     vkp_address address;
     size_t count = 0;
     vkp_status status;
@@ -13171,11 +13255,11 @@ static vkp_status vkp_i_listener_bind(vkp_listener *listener)
         listener->socket = vkp_socket_ref(listener->config.socket);
         return listener->socket != NULL ? vkp_i_listen_unix(listener) : VKP_ERR_LIMIT;
     }
-    if (strncmp(text, "unix:", 5) == 0) {
+    if (vkp_i_starts_with(text, "unix:")) {
         if (listener->config.registry != NULL) {
             listener->registry = vkp_registry_ref(listener->config.registry);
         }
-        status = vkp_i_make_socket(listener->loop->env, listener->config.backlog, text + 5,
+        status = vkp_i_make_socket(listener->loop->env, listener->config.backlog, text,
                                    &listener->registry, &listener->socket);
         return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
     }
@@ -13230,7 +13314,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
                               vkp_i_listener_event);
     }
     error = errno;
-    listener->config.address = NULL; /* was the caller's */
+    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's */
     if (status != VKP_OK) {
         listener->config.follow = false; /* it has the reference of its opening still */
         vkp_listener_unref(listener);
@@ -13248,7 +13332,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
 
 VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
 {
-    return listener->address;
+    return listener->address.ptr;
 }
 
 VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_stats *stats)
@@ -13315,7 +13399,7 @@ static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
     while (*index < loop->slot_count) {
         vkp_io *watch = loop->slots[(*index)++].watch;
         if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
-            vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+            vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
             if (conn->profile == listener->profile) {
                 return conn;
             }
@@ -13326,7 +13410,7 @@ static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
 
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, drain_task);
+    vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
     void (*on_drained)(void *user) = listener->on_drained;
     listener->flags &= ~VKP_I_LISTENER_DRAINS;
     vkp_timer_stop(&listener->drain_timer);
@@ -13338,7 +13422,7 @@ static void vkp_i_listener_drained(vkp_i_task *task)
 
 static void vkp_i_listener_drain_over(vkp_timer *timer)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, drain_timer);
+    vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, drain_timer);
     vkp_conn *conn;
     size_t index = 0;
     listener->refs++;
@@ -13388,7 +13472,6 @@ typedef struct vkp_i_start {
     vkp_i_task task;
     vkp_loop *loop;
     vkp_listener_config config; /* shares its socket, registry and gate; its address is a copy */
-    char *address;
 } vkp_i_start;
 
 static void vkp_i_start_free(vkp_i_start *start)
@@ -13397,14 +13480,14 @@ static void vkp_i_start_free(vkp_i_start *start)
     vkp_registry_unref(start->config.registry);
     vkp_gate_unref(start->config.gate);
     vkp_socket_unref(start->config.socket);
-    vkp_i_free_text(loop->env, start->address);
+    vkp_i_free_str(loop->env, start->config.address);
     vkp_i_free(loop->env, start, sizeof *start);
     vkp_loop_unref(loop);
 }
 
 static void vkp_i_start_run(vkp_i_task *task)
 {
-    vkp_i_start *start = VKP_I_CONTAINER(task, vkp_i_start, task);
+    vkp_i_start *start = VKP_CONTAINER(task, vkp_i_start, task);
     bool gives = start->config.follow && start->config.socket == NULL;
     vkp_listener *listener = NULL;
     vkp_listening result;
@@ -13412,9 +13495,8 @@ static void vkp_i_start_run(vkp_i_task *task)
     result.status = start->loop->closed ? VKP_ERR_CLOSED : VKP_OK;
     if (result.status == VKP_OK && gives) { /* the socket first, to have the reference */
         result.status =
-            vkp_i_make_socket(start->loop->env, start->config.backlog, start->address + 5,
+            vkp_i_make_socket(start->loop->env, start->config.backlog, start->config.address,
                               &start->config.registry, &start->config.socket);
-        start->config.address = NULL;
     }
     if (result.status == VKP_OK) {
         result.status = vkp_i_listener_begin(start->loop, &start->config, &listener);
@@ -13422,7 +13504,7 @@ static void vkp_i_start_run(vkp_i_task *task)
     if (result.status == VKP_OK) {
         listener->flags |= VKP_I_LISTENER_LOOPS;
         listener->release_task.fn = vkp_i_listener_release_later;
-        result.address = listener->address;
+        result.address = listener->address.ptr;
         result.listener = listener;
         result.socket = gives ? start->config.socket : NULL;
     } else if (result.status == VKP_ERR_SYS) {
@@ -13447,10 +13529,8 @@ static vkp_status vkp_i_listener_start(vkp_loop *loop, const vkp_listener_config
     start->config = *config;
     start->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
     start->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
-    if (config->address != NULL) {
-        start->address = vkp_i_copy_text(loop->env, config->address);
-        start->config.address = start->address;
-        status = start->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (config->address.ptr != NULL) {
+        status = vkp_i_copy_str(loop->env, &start->config.address) ? VKP_OK : VKP_ERR_NOMEM;
     } else {
         start->config.socket = vkp_socket_ref(config->socket);
         status = start->config.socket != NULL ? VKP_OK : VKP_ERR_LIMIT;
@@ -13468,12 +13548,12 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
                                      vkp_listener **listener)
 {
     VKP_I_REQUIRE(loop != NULL && config != NULL);
-    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
+    VKP_I_REQUIRE((config->address.ptr != NULL) != (config->socket != NULL));
     VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
     VKP_I_REQUIRE((config->on_start == NULL) == (listener != NULL));
     if (config->on_start != NULL) {
-        VKP_I_REQUIRE(!config->follow || config->address == NULL ||
-                      strncmp(config->address, "unix:", 5) == 0);
+        VKP_I_REQUIRE(!config->follow || config->address.ptr == NULL ||
+                      vkp_i_starts_with(config->address, "unix:"));
         return vkp_i_listener_start(loop, config);
     }
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->socket != NULL || !config->follow));
@@ -13542,7 +13622,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     if (check->released) {
         vkp_i_health_free(check);
     } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
-        uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
+        uint64_t next_ns = vkp_i_after_ms(check->began_ns, check->config.period_ms);
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
                                VKP_I_MAX(next_ns, loop->now_ns));
@@ -13610,12 +13690,12 @@ static const vkp_conn_ops vkp_i_health_ops = {
 
 static void vkp_i_health_late(vkp_timer *timer)
 {
-    vkp_i_health_end(VKP_I_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
+    vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
 
 static void vkp_i_health_begin(vkp_timer *timer)
 {
-    vkp_health_check *check = VKP_I_CONTAINER(timer, vkp_health_check, timer);
+    vkp_health_check *check = VKP_CONTAINER(timer, vkp_health_check, timer);
     vkp_loop *loop = check->loop;
     vkp_conn_config config;
     vkp_status status;
@@ -13626,7 +13706,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
     status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
-                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u);
+                             vkp_i_after_ms(check->began_ns, check->config.timeout_ms));
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
     }
@@ -13640,7 +13720,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
 
 static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
-    vkp_health_check *check = VKP_I_CONTAINER(place, vkp_health_check, place);
+    vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
     vkp_timer_stop(&check->timer);
     vkp_i_health_hang_up(check);
 }
@@ -13659,12 +13739,11 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
                                          vkp_health_check **out)
 {
     vkp_health_check *check;
-    vkp_str address;
     vkp_i_parts parts;
     vkp_status status;
     size_t at = 0;
     VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
-    VKP_I_REQUIRE(config->address != NULL && config->on_result != NULL);
+    VKP_I_REQUIRE(config->address.ptr != NULL && config->on_result != NULL);
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }
@@ -13687,12 +13766,12 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.timeout_ms = 1000;
     }
     check->loop = vkp_loop_ref(loop);
-    address = vkp_str_of(config->address);
-    check->text_bytes = address.len + check->config.request.len + check->config.answer.len + 3;
+    check->text_bytes =
+        config->address.len + check->config.request.len + check->config.answer.len + 3;
     check->texts = (char *)vkp_i_alloc(loop->env, check->text_bytes);
     status = check->texts != NULL ? VKP_OK : VKP_ERR_NOMEM;
     if (status == VKP_OK) {
-        check->config.address = vkp_i_health_copy(check, &at, address).ptr;
+        check->config.address = vkp_i_health_copy(check, &at, config->address);
         check->config.request = vkp_i_health_copy(check, &at, check->config.request);
         check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
         status = vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0, 0);
@@ -13887,7 +13966,7 @@ static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_st
     const vkp_i_map *map = &hub->topics[kind];
     vkp_i_map_node *node =
         map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_topic, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_topic, node) : NULL;
 }
 
 static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
@@ -14186,8 +14265,7 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
         while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
             if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
-                count +=
-                    vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
+                count += vkp_i_topic_deliver(hub, VKP_CONTAINER(node, vkp_i_topic, node), &message);
             }
         }
     }
@@ -14442,18 +14520,10 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_i_block_unref(client->out);
     vkp_mpsc_tx_unref(client->config.pushes);
     VKP_I_MUTEX_DEINIT(&client->mutex);
-    {
-        /* The copies were ours. */
-        char *texts[4];
-        size_t i;
-        memcpy(&texts[0], &client->config.address, sizeof texts[0]);
-        memcpy(&texts[1], &client->config.username, sizeof texts[1]);
-        memcpy(&texts[2], &client->config.password, sizeof texts[2]);
-        memcpy(&texts[3], &client->config.name, sizeof texts[3]);
-        for (i = 0; i < 4; i++) {
-            vkp_i_free_text(env, texts[i]);
-        }
-    }
+    vkp_i_free_str(env, client->config.address);
+    vkp_i_free_str(env, client->config.username);
+    vkp_i_free_str(env, client->config.password);
+    vkp_i_free_str(env, client->config.name);
     vkp_i_free(env, client, sizeof *client);
     vkp_loop_unref(loop);
 }
@@ -14950,7 +15020,7 @@ static vkp_i_interest *vkp_i_interest_find(vkp_client *client, vkp_sub_kind kind
     vkp_i_map *map = &client->interests[kind];
     vkp_i_map_node *node =
         map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_interest, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_interest, node) : NULL;
 }
 
 static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind, vkp_str name)
@@ -15143,7 +15213,7 @@ static void vkp_i_client_resubscribe(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = NULL;
         while ((node = vkp_i_map_next(&client->interests[kind], node)) != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             if (!vkp_i_interest_sync(client, interest)) {
                 vkp_i_client_lost(client, "out of memory");
                 return;
@@ -15232,7 +15302,7 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
         while (node != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             node = vkp_i_map_next(&client->interests[kind], node);
             interest->in_flight = 0;
             interest->subscribed = false;
@@ -15281,7 +15351,7 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
         return;
     }
     vkp_i_client_set_error(client, why);
-    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address, why);
+    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address.ptr, why);
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
     vkp_i_client_drop_connection(client);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
@@ -15324,20 +15394,20 @@ static bool vkp_i_client_login2(vkp_client *client)
     vkp_str argv[3];
     size_t argc = 0;
     VKP_I_STORE(&client->protocol, 2u);
-    if (client->config.password != NULL) {
+    if (client->config.password.ptr != NULL) {
         argv[argc++] = vkp_str_of("AUTH");
-        if (client->config.username != NULL) {
-            argv[argc++] = vkp_str_of(client->config.username);
+        if (client->config.username.ptr != NULL) {
+            argv[argc++] = client->config.username;
         }
-        argv[argc++] = vkp_str_of(client->config.password);
+        argv[argc++] = client->config.password;
         if (vkp_i_client_issue(client, VKP_I_REQUEST_LOGIN, argc, argv) == NULL) {
             return false;
         }
     }
-    if (client->config.name != NULL) {
+    if (client->config.name.ptr != NULL) {
         argv[0] = vkp_str_of("CLIENT");
         argv[1] = vkp_str_of("SETNAME");
-        argv[2] = vkp_str_of(client->config.name);
+        argv[2] = client->config.name;
         if (vkp_i_client_issue(client, VKP_I_REQUEST_NAME, 3, argv) == NULL) {
             return false;
         }
@@ -15357,15 +15427,15 @@ static bool vkp_i_client_hello(vkp_client *client)
     VKP_I_STORE(&client->protocol, 3u);
     argv[argc++] = vkp_str_of("HELLO");
     argv[argc++] = vkp_str_of("3");
-    if (client->config.password != NULL) {
+    if (client->config.password.ptr != NULL) {
         argv[argc++] = vkp_str_of("AUTH");
         argv[argc++] =
-            vkp_str_of(client->config.username != NULL ? client->config.username : "default");
-        argv[argc++] = vkp_str_of(client->config.password);
+            client->config.username.ptr != NULL ? client->config.username : vkp_str_of("default");
+        argv[argc++] = client->config.password;
     }
-    if (client->config.name != NULL) {
+    if (client->config.name.ptr != NULL) {
         argv[argc++] = vkp_str_of("SETNAME");
-        argv[argc++] = vkp_str_of(client->config.name);
+        argv[argc++] = client->config.name;
     }
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
 }
@@ -15376,7 +15446,7 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
     char words[sizeof client->error];
     (void)snprintf(words, sizeof words, "%s: %.*s", why, (int)VKP_I_MIN(text.len, sizeof words),
                    text.ptr);
-    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address, words);
+    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address.ptr, words);
     vkp_i_client_lost(client, why);
     vkp_i_client_set_error(client, words);
 }
@@ -15525,7 +15595,7 @@ static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *
         }
         if (status != VKP_OK) {
             uint64_t position;
-            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address,
+            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address.ptr,
                       vkp_resp_reader_get_error(client->reader, &position));
             vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
                                                               : "the server broke the protocol");
@@ -15565,7 +15635,7 @@ static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason r
         if (reason == VKP_CLOSE_LOOP) {
             return; /* the loop's close reaches the client itself */
         }
-        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address,
+        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address.ptr,
                   vkp_close_reason_str(reason), error != 0 ? ": " : "",
                   error != 0 ? strerror(error) : "");
         (void)VKP_I_ADD(&client->refs, 1);
@@ -15618,7 +15688,7 @@ static void vkp_i_client_heartbeat(vkp_client *client)
 
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
-    vkp_client *client = VKP_I_CONTAINER(timer, vkp_client, timer);
+    vkp_client *client = VKP_CONTAINER(timer, vkp_client, timer);
     (void)VKP_I_ADD(&client->refs, 1);
     switch (vkp_client_get_state(client)) {
     case VKP_CLIENT_CONNECTING:
@@ -15695,7 +15765,7 @@ static void vkp_i_client_shut(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
         while (node != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             node = vkp_i_map_next(&client->interests[kind], node);
             interest->wanted = 0;
             vkp_i_interest_collect(client, interest);
@@ -15710,7 +15780,7 @@ static void vkp_i_client_shut(vkp_client *client)
 /* What other threads queued. The task holds a reference. */
 static void vkp_i_client_run(vkp_i_task *task)
 {
-    vkp_client *client = VKP_I_CONTAINER(task, vkp_client, task);
+    vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
     bool close_wanted;
     VKP_I_LOCK(&client->mutex);
     client->task_queued = false;
@@ -15725,7 +15795,7 @@ static void vkp_i_client_run(vkp_i_task *task)
 
 static void vkp_i_client_loop_closed(vkp_i_attached *attached)
 {
-    vkp_client *client = VKP_I_CONTAINER(attached, vkp_client, attached);
+    vkp_client *client = VKP_CONTAINER(attached, vkp_client, attached);
     (void)VKP_I_ADD(&client->refs, 1);
     vkp_i_client_shut(client);
     vkp_i_client_release(client);
@@ -15774,23 +15844,24 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
     return (int)VKP_I_LOAD(&client->protocol);
 }
 
-static bool vkp_i_copy_into(const vkp_env *env, const char **text)
-{
-    if (*text != NULL) {
-        *text = vkp_i_copy_text(env, *text);
-        return *text != NULL;
-    }
-    return true;
-}
-
 static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
-    vkp_client_config texts = *config;
-    bool copied;
+    vkp_str *texts[4];
+    bool copied = true;
+    size_t i;
     *own = *config;
-    own->address = own->username = own->password = own->name = NULL;
     own->pushes = NULL;
+    texts[0] = &own->address;
+    texts[1] = &own->username;
+    texts[2] = &own->password;
+    texts[3] = &own->name;
+    for (i = 0; i < 4; i++) {
+        copied = copied && vkp_i_copy_str(client->env, texts[i]);
+        if (!copied) {
+            texts[i]->ptr = NULL; /* the caller's, or not copied */
+        }
+    }
 #define VKP_I_DEFAULT(field, value) \
     if (own->field == 0) {          \
         own->field = (value);       \
@@ -15804,14 +15875,6 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
-    copied = vkp_i_copy_into(client->env, &texts.address);
-    own->address = copied ? texts.address : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.username);
-    own->username = copied ? texts.username : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.password);
-    own->password = copied ? texts.password : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.name);
-    own->name = copied ? texts.name : NULL;
     return copied && vkp_resp_reader_open(&own->resp, &client->reader) == VKP_OK;
 }
 
@@ -15821,7 +15884,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_client *client;
     vkp_status status;
     int kind;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address != NULL && out != NULL);
+    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     if (loop->closed) {
@@ -16137,10 +16200,10 @@ struct vkp_relay {
     vkp_i_task end_task;
     void (*on_end)(void *user);
     void *end_user;
-    char *notice; /* for the shutdown, or NULL */
+    vkp_str notice; /* for the shutdown: a copy, or NULL */
     void (*on_idle)(void *user);
     void *user;
-    uint64_t linger_ns;
+    uint64_t linger_ms;
     uint32_t idle_queued; /* atomic */
     vkp_i_task idle_task;
     vkp_timer idle_timer; /* loop 0's */
@@ -16172,7 +16235,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     }
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
-    vkp_i_free_text(env, relay->notice);
+    vkp_i_free_str(env, relay->notice);
     vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
@@ -16233,7 +16296,7 @@ static void vkp_i_local_notify(vkp_i_local *local)
 {
     vkp_i_shard *shard = local->shard;
     const vkp_hub_member *member = &local->member;
-    vkp_str notice = vkp_str_of(shard->relay->notice);
+    vkp_str notice = shard->relay->notice;
     if (member->protocol == 3 || member->counts[0] + member->counts[1] + member->counts[2] > 0) {
         vkp_i_message message;
         const vkp_bytes *frame;
@@ -16244,13 +16307,13 @@ static void vkp_i_local_notify(vkp_i_local *local)
             vkp_i_local_send(local, frame);
         }
     } else {
-        vkp_i_local_error(local, "ERR %s", notice.ptr);
+        vkp_i_local_error(local, "ERR %.*s", VKP_FMT(notice));
     }
 }
 
 static void vkp_i_local_leave(vkp_i_local *local)
 {
-    if (local->shard->draining && local->shard->relay->notice != NULL &&
+    if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
         (local->flags & VKP_I_LOCAL_FAILED) == 0 &&
         (local->member.conn->flags & VKP_I_CONN_DRAINING) == 0) {
         vkp_i_local_notify(local);
@@ -16404,7 +16467,7 @@ static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
         *at = (unsigned char)*at < 0x20 || *at == 0x7f ? ' ' : *at;
     }
     vkp_resp_writer_init(&writer, env);
-    vkp_resp_put_error(&writer, text);
+    vkp_resp_put_error(&writer, vkp_str_of(text));
     if (vkp_resp_writer_take(&writer, &bytes) != VKP_OK) {
         static const char none[] = "-ERR out of memory\r\n";
         bytes = vkp_bytes_static(none, sizeof none - 1);
@@ -16578,7 +16641,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
 
 static void vkp_i_answer_home(vkp_i_task *task)
 {
-    vkp_i_answer *answer = VKP_I_CONTAINER(task, vkp_i_answer, task);
+    vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;
@@ -16664,7 +16727,7 @@ static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, 
     VKP_I_LOCK(&relay->mutex);
     node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
     if (node != NULL) {
-        entry = VKP_I_CONTAINER(node, vkp_i_census_entry, node);
+        entry = VKP_CONTAINER(node, vkp_i_census_entry, node);
     } else if (added) {
         entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
         ok = entry != NULL;
@@ -16697,7 +16760,7 @@ static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str na
 {
     vkp_i_map *map = &relay->census[kind];
     vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
 }
 
 /* Who gets a message published now, over all shards. */
@@ -16710,7 +16773,7 @@ static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_st
     while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
            (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
         if (vkp_glob_is_match(node->key, channel)) {
-            count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
+            count += VKP_CONTAINER(node, vkp_i_census_entry, node)->count;
         }
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -16851,7 +16914,8 @@ static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *
     if (stands) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
     } else {
-        vkp_resp_put_error(writer, "NOPERM the upstream server refused the subscription");
+        vkp_resp_put_error(writer,
+                           vkp_str_of("NOPERM the upstream server refused the subscription"));
     }
     return true;
 }
@@ -16878,7 +16942,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
 
 static void vkp_i_sub_item_home(vkp_i_task *task)
 {
-    vkp_i_sub_item *item = VKP_I_CONTAINER(task, vkp_i_sub_item, task);
+    vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
     if (--item->subscription->waiting == 0) {
         vkp_i_subscription_finish(item->subscription);
     }
@@ -18129,7 +18193,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
 
 static void vkp_i_handover_home(vkp_i_task *task)
 {
-    vkp_i_handover *handover = VKP_I_CONTAINER(task, vkp_i_handover, task);
+    vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
     vkp_relay *relay = handover->shard->relay;
     vkp_i_handover_unlink(handover);
     if (handover->fd >= 0) {
@@ -18189,7 +18253,7 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
 
 static void vkp_i_relay_idle_over(vkp_timer *timer)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, idle_timer);
+    vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, idle_timer);
     if (vkp_i_relay_count_clients(relay) == 0) {
         relay->on_idle(relay->user);
     }
@@ -18197,13 +18261,13 @@ static void vkp_i_relay_idle_over(vkp_timer *timer)
 
 static void vkp_i_relay_idle_begins(vkp_i_task *task)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, idle_task);
+    vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, idle_task);
     vkp_loop *loop = relay->shards[0].loop;
     (void)VKP_I_XCHG(&relay->idle_queued, 0u);
     if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
         vkp_i_relay_count_clients(relay) == 0 &&
         vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
-                        vkp_i_add_ns(loop->now_ns, relay->linger_ns)) != VKP_OK) {
+                        vkp_i_after_ms(loop->now_ns, relay->linger_ms)) != VKP_OK) {
         vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
     }
     vkp_i_relay_release(relay);
@@ -18222,13 +18286,13 @@ static void vkp_i_relay_client_left(vkp_relay *relay)
     }
 }
 
-VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, const char *address, const char **bound)
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
 {
     vkp_listener_config config;
     vkp_listener *listener;
     void *listeners;
     vkp_status status;
-    VKP_I_REQUIRE(relay != NULL && address != NULL);
+    VKP_I_REQUIRE(relay != NULL && address.ptr != NULL);
     listeners = relay->listeners;
     if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
                     sizeof *relay->listeners)) {
@@ -18288,7 +18352,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 
 static void vkp_i_relay_end(vkp_i_task *task)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, end_task);
+    vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
     vkp_timer_stop(&relay->drain_timer);
     if (relay->client != NULL) {
         vkp_client_close(relay->client);
@@ -18318,7 +18382,7 @@ static void vkp_i_shard_told(vkp_i_shard *shard)
 
 static void vkp_i_shard_drain(vkp_i_task *task)
 {
-    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, drain_task);
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, drain_task);
     vkp_relay *relay = shard->relay;
     vkp_i_local *local = shard->locals;
     shard->draining = true;
@@ -18338,7 +18402,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
 
 static void vkp_i_shard_kill(vkp_i_task *task)
 {
-    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, kill_task);
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, kill_task);
     vkp_relay *relay = shard->relay;
     while (shard->locals != NULL) {
         vkp_conn_close(shard->locals->member.conn);
@@ -18358,7 +18422,7 @@ static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(v
 
 static void vkp_i_relay_drain_over(vkp_timer *timer)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, drain_timer);
+    vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, drain_timer);
     size_t i;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].kill_task, vkp_i_shard_kill);
@@ -18478,7 +18542,8 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     conn.ops = &vkp_i_local_ops;
     conn.queue_frames = config->queue_frames;
     conn.queue_bytes = config->queue_bytes;
-    conn.on_full = config->on_full == VKP_ON_FULL_WAIT ? VKP_ON_FULL_DISCONNECT : config->on_full;
+    conn.on_full =
+        config->on_full == VKP_ON_FULL_DEFAULT ? VKP_ON_FULL_DISCONNECT : config->on_full;
     conn.input_bytes = relay->max_request_bytes + 65536;
     conn.loop_only = true;
     shard->profile = vkp_i_profile_open(relay->env, &conn);
@@ -18496,7 +18561,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     if (status == VKP_OK) {
         status = vkp_resp_reader_open(&resp, &shard->reader);
     }
-    if (status == VKP_OK && (index > 0 || (config->server == NULL && relay->shard_count > 1))) {
+    if (status == VKP_OK && (index > 0 || (config->server.ptr == NULL && relay->shard_count > 1))) {
         status = vkp_i_shard_open_channel(shard);
     }
     return status;
@@ -18509,7 +18574,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     client.address = config->server;
     client.username = config->username;
     client.password = config->password;
-    client.name = "valkey-push-relay";
+    client.name = vkp_str_of("valkey-push-relay");
     client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;
@@ -18551,9 +18616,9 @@ static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_confi
     if (status == VKP_OK) {
         status = vkp_registry_open(&registry, &relay->registry);
     }
-    if (status == VKP_OK && config->shutdown_notice != NULL) {
-        relay->notice = vkp_i_copy_text(relay->env, config->shutdown_notice);
-        status = relay->notice != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (status == VKP_OK) {
+        relay->notice = config->shutdown_notice;
+        status = vkp_i_copy_str(relay->env, &relay->notice) ? VKP_OK : VKP_ERR_NOMEM;
     }
     return status;
 }
@@ -18568,6 +18633,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     int kind;
     VKP_I_REQUIRE(config != NULL && out != NULL && config->loops != NULL);
     VKP_I_REQUIRE(config->max_request_bytes <= VKP_I_BLOCK_MAX / 2);
+    VKP_I_REQUIRE(config->on_full != VKP_ON_FULL_WAIT && config->on_full != VKP_ON_FULL_ERROR);
     env = vkp_i_env(config->env);
     count = config->loop_count > 0 ? config->loop_count : 1;
     relay = (vkp_relay *)vkp_i_alloc_zero(env, sizeof *relay);
@@ -18578,7 +18644,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->refs = 1;
     relay->on_idle = config->on_idle;
     relay->user = config->user;
-    relay->linger_ns = (uint64_t)config->linger_ms * 1000000u;
+    relay->linger_ms = config->linger_ms;
     relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
@@ -18601,7 +18667,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     if (status == VKP_OK) {
         status = vkp_i_relay_open_doors(relay, config);
     }
-    if (status == VKP_OK && config->server != NULL) {
+    if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_client(relay, config);
     }
     if (status != VKP_OK) {

@@ -254,12 +254,12 @@ static void relay_serve(const char *upstream, const char *address)
     if (vkp_loop_open(&loop_config, &loop) != VKP_OK) {
         bench_fail("no loop");
     }
-    config.server = upstream;
+    config.server = vkp_str_of(upstream);
     config.loops = &loop;
     config.queue_bytes = (size_t)256 << 20;
     config.on_full = VKP_ON_FULL_DISCONNECT;
     if (vkp_relay_open(&config, &relay) != VKP_OK ||
-        vkp_relay_listen(relay, address, NULL) != VKP_OK) {
+        vkp_relay_listen(relay, vkp_str_of(address), NULL) != VKP_OK) {
         bench_fail("no relay at %s: %s", address, strerror(errno));
     }
     exit(vkp_loop_run(loop) == VKP_OK ? 0 : 1);

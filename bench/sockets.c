@@ -37,7 +37,8 @@ SOCKETED_TURNS(upgrade)
 WORK_INLINE void find_once(uint32_t which)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_find(registry, socketed_names[which], &sock), "get_existing");
+    drive_check(vkp_socket_find(registry, vkp_str_of(socketed_names[which]), &sock),
+                "get_existing");
     vkp_socket_unref(sock);
 }
 SOCKETED_TURNS(find)
@@ -45,7 +46,8 @@ SOCKETED_TURNS(find)
 WORK_INLINE void obtain_once(uint32_t which)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_open(registry, socketed_names[which], &sock), "get_or_create");
+    drive_check(vkp_socket_open(registry, vkp_str_of(socketed_names[which]), &sock),
+                "get_or_create");
     vkp_socket_unref(sock);
 }
 SOCKETED_TURNS(obtain)
@@ -63,7 +65,7 @@ static void open_registry(const vkp_env *env)
 static void *make_socket(const char *name)
 {
     vkp_socket *sock;
-    drive_check(vkp_socket_open(registry, name, &sock), "get_or_create");
+    drive_check(vkp_socket_open(registry, vkp_str_of(name), &sock), "get_or_create");
     return sock;
 }
 

@@ -168,7 +168,7 @@ static void subscribe_vkp(const char *address, const vkp_backend *backend)
     vkp_loop *loop;
     vkp_client *client;
     loop_config.backend = backend;
-    config.address = address;
+    config.address = vkp_str_of(address);
     config.on_push = on_push;
     if (vkp_loop_open(&loop_config, &loop) != VKP_OK ||
         vkp_client_open(loop, &config, &client) != VKP_OK ||

@@ -63,7 +63,7 @@ static void *ask(void *user)
 int main(int argc, char **argv)
 {
     vkp_loop_config on = {.backend = &vkp_backend_poll};
-    vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379"};
+    vkp_client_config to = {.address = vkp_str_of(argc > 1 ? argv[1] : "tcp:127.0.0.1:6379")};
     vkp_loop *loop;
     vkp_client *client;
     pthread_t loop_thread;
@@ -72,7 +72,7 @@ int main(int argc, char **argv)
     int i;
     if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_client_open(loop, &to, &client) != VKP_OK ||
         pthread_create(&loop_thread, NULL, run_loop, loop) != 0) {
-        fprintf(stderr, "no client to %s\n", to.address);
+        fprintf(stderr, "no client to %.*s\n", VKP_FMT(to.address));
         return 1;
     }
     for (i = 0; i < 2; i++) {

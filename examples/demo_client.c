@@ -58,7 +58,7 @@ static int subscribe(vkp_loop *loop, char **words)
     vkp_status status;
     self.who = words[0];
     self.missing = strtoul(words[4], NULL, 10);
-    config.address = words[1];
+    config.address = vkp_str_of(words[1]);
     config.on_push = on_push;
     config.user = &self;
     status = vkp_client_open(loop, &config, &client);
@@ -117,7 +117,7 @@ static int ask(vkp_loop *loop, char **words, size_t count)
     for (i = 1; i < count; i++) {
         command[i - 1] = vkp_str_of(words[i]);
     }
-    config.address = words[0];
+    config.address = vkp_str_of(words[0]);
     status = vkp_client_open(loop, &config, &client);
     if (status != VKP_OK) {
         return fail(words[0], vkp_status_str(status));
@@ -153,7 +153,7 @@ static int share(const char *path)
         return fail("registry", vkp_status_str(status));
     }
     while (count < 3 && status == VKP_OK) {
-        status = vkp_socket_open(registry, path, &sockets[count]);
+        status = vkp_socket_open(registry, vkp_str_of(path), &sockets[count]);
         if (status == VKP_OK) {
             count++;
             printf("%u taken, the file is %s\n", (unsigned)count,

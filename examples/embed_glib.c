@@ -94,11 +94,12 @@ int main(int argc, char **argv)
     vkp_loop *loop;
     vkp_client *client;
     vkp_loop_config on = {.backend = &BACKEND};
-    vkp_client_config to = {
-        .address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379", .on_push = on_push, .user = &self};
+    vkp_client_config to = {.address = vkp_str_of(argc > 1 ? argv[1] : "tcp:127.0.0.1:6379"),
+                            .on_push = on_push,
+                            .user = &self};
     if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_client_open(loop, &to, &client) != VKP_OK ||
         vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of("news")) != VKP_OK) {
-        fprintf(stderr, "no client to %s\n", to.address);
+        fprintf(stderr, "no client to %.*s\n", VKP_FMT(to.address));
         return 1;
     }
     GSource *source = push_source_new(loop);

@@ -106,11 +106,11 @@ int main(int argc, char **argv)
     vkp_status status;
     vkp_loop_config on = {.backend = &BACKEND};
     vkp_listener_config at = {
-        .address = argc > 1 ? argv[1] : "unix:/tmp/embed_poll.sock",
+        .address = vkp_str_of(argc > 1 ? argv[1] : "unix:/tmp/embed_poll.sock"),
         .on_accept = on_accept,
         .conn = {.ops = &ops, .user = &self, .on_full = VKP_ON_FULL_DROP_OLDEST}};
     if (vkp_loop_open(&on, &loop) != VKP_OK || vkp_listener_open(loop, &at, &listener) != VKP_OK) {
-        fprintf(stderr, "cannot listen on %s\n", at.address);
+        fprintf(stderr, "cannot listen on %.*s\n", VKP_FMT(at.address));
         return 1;
     }
     printf("listening on %s\n", vkp_listener_get_address(listener));

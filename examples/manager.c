@@ -109,13 +109,17 @@ static vkp_status open_client(manager *self)
 {
     vkp_loop_config on = {.backend = &vkp_backend_poll};
     vkp_relay_config broker = {.loops = &self->loop};
-    vkp_client_config to = {.address = self->server};
+    vkp_client_config to = {.address = vkp_str_of(self->server)};
     vkp_status status = vkp_loop_open(&on, &self->loop);
     if (status == VKP_OK && self->server == NULL) {
         status = vkp_relay_open(&broker, &self->relay);
     }
     if (status == VKP_OK && self->server == NULL) {
-        status = vkp_relay_listen(self->relay, "tcp:127.0.0.1:0", &to.address);
+        const char *bound;
+        status = vkp_relay_listen(self->relay, vkp_str_of("tcp:127.0.0.1:0"), &bound);
+        if (status == VKP_OK) {
+            to.address = vkp_str_of(bound);
+        }
     }
     return status == VKP_OK ? vkp_client_open(self->loop, &to, &self->client) : status;
 }

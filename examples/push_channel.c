@@ -40,7 +40,7 @@ int main(int argc, char **argv)
                             .cost = vkp_push_get_cost,
                             .drop = vkp_push_drop};
     vkp_loop_config on = {.backend = &vkp_backend_poll};
-    vkp_client_config to = {.address = argc > 1 ? argv[1] : "tcp:127.0.0.1:6379"};
+    vkp_client_config to = {.address = vkp_str_of(argc > 1 ? argv[1] : "tcp:127.0.0.1:6379")};
     vkp_str name = vkp_str_of(argc > 2 ? argv[2] : "news");
     vkp_mpsc_tx *tx;
     vkp_mpsc_rx *rx;
@@ -55,7 +55,7 @@ int main(int argc, char **argv)
     if (vkp_client_open(loop, &to, &client) != VKP_OK ||
         vkp_client_subscribe(client, VKP_SUB_CHANNEL, name) != VKP_OK ||
         pthread_create(&thread, NULL, run_loop, loop) != 0) {
-        fprintf(stderr, "no client to %s\n", to.address);
+        fprintf(stderr, "no client to %.*s\n", VKP_FMT(to.address));
         return 1;
     }
     vkp_mpsc_tx_unref(tx); /* the client has its own: when it closes, recv gives CLOSED */

@@ -347,7 +347,7 @@ static int listen_all(vkp_relay *relay, const options *opts)
     for (i = 0; i < count; i++) {
         const char *address = opts->listen_count > 0 ? opts->listen[i] : "unix:";
         const char *bound = NULL;
-        vkp_status status = vkp_relay_listen(relay, address, &bound);
+        vkp_status status = vkp_relay_listen(relay, vkp_str_of(address), &bound);
         if (status != VKP_OK) {
             return fail(address, status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
         }
@@ -450,9 +450,9 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
                              vkp_relay **relay)
 {
     vkp_relay_config config = VKP_ZERO;
-    config.server = opts->server;
-    config.username = opts->user;
-    config.password = opts->password;
+    config.server = vkp_str_of(opts->server);
+    config.username = vkp_str_of(opts->user);
+    config.password = vkp_str_of(opts->password);
     config.loops = loops;
     config.loop_count = opts->threads;
     config.queue_frames = opts->queue_frames;
@@ -463,7 +463,7 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     config.allow_uids = opts->allow_uids;
     config.allow_uid_count = opts->allow_uid_count;
     config.check_ms = (uint32_t)opts->check_files_ms;
-    config.shutdown_notice = opts->shutdown_notice;
+    config.shutdown_notice = vkp_str_of(opts->shutdown_notice);
     if (opts->linger_ms != NO_LINGER) {
         config.linger_ms = (uint32_t)opts->linger_ms;
         config.on_idle = set_and_stop;
@@ -545,7 +545,7 @@ static int check(const char *address)
     vkp_health_check *running;
     check_result result = VKP_ZERO;
     vkp_status status;
-    config.address = address;
+    config.address = vkp_str_of(address);
     config.on_result = on_health;
     config.user = &result;
     status = vkp_health_check_open(main_loop, &config, &running);

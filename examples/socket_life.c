@@ -130,7 +130,7 @@ static void first_life(life *self)
     vkp_listener *listener;
     vkp_socket *again = NULL;
     int clients[3];
-    vkp_status status = vkp_socket_open(self->registry, self->path, &config.socket);
+    vkp_status status = vkp_socket_open(self->registry, vkp_str_of(self->path), &config.socket);
     if (status == VKP_OK) {
         self->weak = vkp_socket_downgrade(config.socket);
         show(self, "the program opens it", 1, true, true);
@@ -146,7 +146,8 @@ static void first_life(life *self)
     clients[1] = come(self);
     clients[2] = come(self);
     show(self, "two more come", 4, true, true);
-    must(self, vkp_socket_open(self->registry, self->path, &again) == VKP_OK, "by name");
+    must(self, vkp_socket_open(self->registry, vkp_str_of(self->path), &again) == VKP_OK,
+         "by name");
     must(self, again == config.socket, "one socket of one path");
     show(self, "another part of the program asks for the path", 5, true, true);
     vkp_socket_unref(again);
@@ -169,7 +170,7 @@ static void first_life(life *self)
 static void next_life(life *self, const char *step)
 {
     vkp_socket *sock = NULL;
-    vkp_status status = vkp_socket_open(self->registry, self->path, &sock);
+    vkp_status status = vkp_socket_open(self->registry, vkp_str_of(self->path), &sock);
     must(self, status == VKP_OK, "a new socket");
     show(self, step, 1, true, false);
     vkp_socket_unref(sock);
@@ -198,7 +199,8 @@ static int be_child(const char *end, const char *path)
     struct sigaction action = {.sa_handler = at_signal, .sa_flags = (int)SA_RESETHAND};
     vkp_socket *sock;
     if (vkp_registry_open(NULL, &swept) != VKP_OK || atexit(at_exit) != 0 ||
-        sigaction(SIGTERM, &action, NULL) != 0 || vkp_socket_open(swept, path, &sock) != VKP_OK) {
+        sigaction(SIGTERM, &action, NULL) != 0 ||
+        vkp_socket_open(swept, vkp_str_of(path), &sock) != VKP_OK) {
         return 1;
     }
     (void)raise(SIGSTOP); /* the parent looks around, and then kills it or lets it go on */
@@ -219,7 +221,8 @@ static void other_process(life *self, const char *end, int signal_number, const 
         must(self, false, "a child");
         return;
     }
-    must(self, vkp_socket_open(self->registry, self->path, &sock) == VKP_ERR_IN_USE, "IN_USE");
+    must(self, vkp_socket_open(self->registry, vkp_str_of(self->path), &sock) == VKP_ERR_IN_USE,
+         "IN_USE");
     show(self, "another process serves it: IN_USE here", 0, true, false);
     must(self, kill(pid, signal_number) == 0 && waitpid(pid, &status, 0) == pid, "a child's end");
     must(self, WIFEXITED(status) == (strcmp(end, "exit") == 0), "how it ended");

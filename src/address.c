@@ -73,47 +73,57 @@ static vkp_address vkp_i_unix_address(vkp_i_name name)
 }
 
 /* Decimal, 0 to 65535: resolvers take more and cut it. */
-static bool vkp_i_is_port(const char *text)
+static bool vkp_i_is_port(vkp_str text)
 {
     unsigned port = 0;
-    size_t len = 0;
-    for (; text[len] >= '0' && text[len] <= '9' && len < 6; len++) {
-        port = port * 10 + (unsigned)(text[len] - '0');
+    size_t i;
+    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < 6; i++) {
+        port = port * 10 + (unsigned)(text.ptr[i] - '0');
     }
-    return len > 0 && text[len] == '\0' && port <= 65535;
+    return i > 0 && i == text.len && port <= 65535;
 }
 
 /* What an address says. */
 typedef struct vkp_i_parts {
     vkp_i_name name; /* of a Unix socket; text NULL: none */
     char host[256];
-    const char *port;
+    char port[8];
 } vkp_i_parts;
 
-static vkp_status vkp_i_split_address(const vkp_env *env, const char *text, vkp_i_parts *parts)
+static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_parts *parts)
 {
-    size_t len;
+    vkp_str host;
+    vkp_str port;
     memset(parts, 0, sizeof *parts);
-    if (strncmp(text, "unix:", 5) == 0) {
-        return vkp_i_name_of(env, vkp_str_of(text + 5), true, &parts->name);
+    if (vkp_i_starts_with(text, "unix:")) {
+        return vkp_i_name_of(env, vkp_i_str(text.ptr + 5, text.len - 5), true, &parts->name);
     }
-    parts->port = strncmp(text, "tcp:", 4) == 0 ? strrchr(text + 4, ':') : NULL;
-    len = parts->port != NULL ? (size_t)(parts->port - (text + 4)) : 0;
-    if (len == 0 || len >= sizeof parts->host || !vkp_i_is_port(++parts->port)) {
-        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %s", text);
+    host = vkp_i_starts_with(text, "tcp:") ? vkp_i_str(text.ptr + 4, text.len - 4)
+                                           : vkp_i_str(NULL, 0);
+    port = vkp_i_str(NULL, 0);
+    while (host.len > 0 && port.ptr == NULL) {
+        if (host.ptr[--host.len] == ':') {
+            port.ptr = host.ptr + host.len + 1;
+            port.len = (size_t)(text.ptr + text.len - port.ptr);
+        }
+    }
+    if (host.len == 0 || host.len >= sizeof parts->host || !vkp_i_is_port(port) ||
+        memchr(host.ptr, '\0', host.len) != NULL) {
+        vkp_i_log(env, VKP_LOG_ERROR, "address is neither unix:PATH nor tcp:HOST:PORT: %.*s",
+                  VKP_FMT(text));
         return VKP_ERR_INVALID;
     }
-    text += 4;
-    if (len > 2 && text[0] == '[' && text[len - 1] == ']') {
-        text++;
-        len -= 2;
+    if (host.len > 2 && host.ptr[0] == '[' && host.ptr[host.len - 1] == ']') {
+        host.ptr++;
+        host.len -= 2;
     }
-    memcpy(parts->host, text, len);
+    memcpy(parts->host, host.ptr, host.len);
+    memcpy(parts->port, port.ptr, port.len);
     return VKP_OK;
 }
 
 /* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
-static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_address *out,
+static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_address *out,
                                       size_t capacity, size_t *count)
 {
     vkp_i_parts parts;
@@ -128,7 +138,7 @@ static vkp_status vkp_i_parse_address(const vkp_env *env, const char *text, vkp_
         found = vkp_i_sys(env)->resolve(parts.host, parts.port, out, capacity);
     }
     if (found <= 0) {
-        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %s", text);
+        vkp_i_log(env, VKP_LOG_ERROR, "cannot resolve %.*s", VKP_FMT(text));
         return VKP_ERR_REFUSED;
     }
     *count = (size_t)found;

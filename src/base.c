@@ -66,9 +66,6 @@
 /* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
 #define VKP_I_APART 128
 
-#define VKP_I_CONTAINER(pointer, type, member) \
-    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
-
 #define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -215,6 +212,7 @@ VKP_API uint64_t vkp_now_ns(void)
     return vkp_sys_get_default()->clock_ns();
 }
 
+/* That many milliseconds later; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
     return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
@@ -252,6 +250,18 @@ static char vkp_i_lower(char c)
     return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
 }
 
+/* Whether two views are equal, ASCII case ignored. */
+static bool vkp_i_str_alike(vkp_str a, vkp_str b)
+{
+    size_t i;
+    for (i = 0; i < a.len && i < b.len; i++) {
+        if (vkp_i_lower(a.ptr[i]) != vkp_i_lower(b.ptr[i])) {
+            return false;
+        }
+    }
+    return a.len == b.len;
+}
+
 /* Whether the view equals the terminated text, ASCII case ignored. */
 static bool vkp_i_str_is(vkp_str view, const char *text)
 {
@@ -261,26 +271,41 @@ static bool vkp_i_str_is(vkp_str view, const char *text)
             return false;
         }
     }
-    return text[view.len] == '\0';
+    return text[i] == '\0';
 }
 
-/* A terminated copy, or NULL. Freed with vkp_i_free_text. */
-static char *vkp_i_copy_text(const vkp_env *env, const char *text)
+/* A copy with a NUL behind it, in place of the view; nothing is copied of a text that is not there.
+   Freed with vkp_i_free_str.                                                                  */
+static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
 {
-    size_t bytes = strlen(text) + 1;
-    char *copy = (char *)vkp_i_alloc(env, bytes);
-    if (copy != NULL) {
-        memcpy(copy, text, bytes);
+    char *copy;
+    if (text->ptr == NULL) {
+        return true;
     }
-    return copy;
+    copy = (char *)vkp_i_alloc(env, text->len + 1);
+    if (copy != NULL) {
+        memcpy(copy, text->ptr, text->len);
+        copy[text->len] = '\0';
+    }
+    text->ptr = copy;
+    return copy != NULL;
 }
 
+static void vkp_i_free_str(const vkp_env *env, vkp_str text)
+{
+    void *copy;
+    memcpy(&copy, &text.ptr, sizeof copy); /* which was made here, not const */
+    vkp_i_free(env, copy, text.len + 1);
+}
+
+/* A text that ends with its only NUL. */
 static void vkp_i_free_text(const vkp_env *env, char *text)
 {
     if (text != NULL) {
         vkp_i_free(env, text, strlen(text) + 1);
     }
 }
+
 static bool vkp_i_starts_with(vkp_str text, const char *start)
 {
     size_t len = strlen(start);

@@ -37,11 +37,20 @@ VKP_API const char *vkp_version_str(void);
 /* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
 #define VKP_FOREVER UINT64_MAX
 
+/* In a config, where 0 means a default: a size without a limit, a time (_ms) that never comes. */
+#define VKP_UNLIMITED SIZE_MAX
+#define VKP_OFF UINT64_MAX
+
 /* Now, in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
 /* The deadline that many milliseconds from now; saturates at VKP_FOREVER. Any thread. */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
+
+/* The struct of that type whose member the pointer points to: what a vkp_io or vkp_timer is part
+   of, in its callback.                                                                        */
+#define VKP_CONTAINER(pointer, type, member) \
+    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 typedef enum vkp_log_level {
     VKP_LOG_DEFAULT = 0, /* as VKP_LOG_WARN */

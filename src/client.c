@@ -116,18 +116,10 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_i_block_unref(client->out);
     vkp_mpsc_tx_unref(client->config.pushes);
     VKP_I_MUTEX_DEINIT(&client->mutex);
-    {
-        /* The copies were ours. */
-        char *texts[4];
-        size_t i;
-        memcpy(&texts[0], &client->config.address, sizeof texts[0]);
-        memcpy(&texts[1], &client->config.username, sizeof texts[1]);
-        memcpy(&texts[2], &client->config.password, sizeof texts[2]);
-        memcpy(&texts[3], &client->config.name, sizeof texts[3]);
-        for (i = 0; i < 4; i++) {
-            vkp_i_free_text(env, texts[i]);
-        }
-    }
+    vkp_i_free_str(env, client->config.address);
+    vkp_i_free_str(env, client->config.username);
+    vkp_i_free_str(env, client->config.password);
+    vkp_i_free_str(env, client->config.name);
     vkp_i_free(env, client, sizeof *client);
     vkp_loop_unref(loop);
 }

@@ -16,15 +16,15 @@ typedef enum vkp_client_state {
 } vkp_client_state;
 
 typedef struct vkp_client_config {
-    const char *address;         /* required */
-    const char *username;        /* default user when NULL */
-    const char *password;        /* none when NULL */
-    const char *name;            /* CLIENT SETNAME; none when NULL */
+    vkp_str address;             /* required */
+    vkp_str username;            /* default: the default user */
+    vkp_str password;            /* default: none, no AUTH */
+    vkp_str name;                /* CLIENT SETNAME; default: none */
     int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
-    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too */
+    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too; VKP_OFF: none */
     uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
     uint64_t retry_max_ms; /* default 5,000 */
-    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000 */
+    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000; VKP_OFF: never */
     uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
     size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
     vkp_resp_config resp;          /* limits of the reader; lenient is set */

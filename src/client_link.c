@@ -113,7 +113,7 @@ static vkp_i_interest *vkp_i_interest_find(vkp_client *client, vkp_sub_kind kind
     vkp_i_map *map = &client->interests[kind];
     vkp_i_map_node *node =
         map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_interest, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_interest, node) : NULL;
 }
 
 static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind, vkp_str name)
@@ -306,7 +306,7 @@ static void vkp_i_client_resubscribe(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = NULL;
         while ((node = vkp_i_map_next(&client->interests[kind], node)) != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             if (!vkp_i_interest_sync(client, interest)) {
                 vkp_i_client_lost(client, "out of memory");
                 return;
@@ -395,7 +395,7 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
         while (node != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             node = vkp_i_map_next(&client->interests[kind], node);
             interest->in_flight = 0;
             interest->subscribed = false;
@@ -444,7 +444,7 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
         return;
     }
     vkp_i_client_set_error(client, why);
-    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address, why);
+    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address.ptr, why);
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
     vkp_i_client_drop_connection(client);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
@@ -487,20 +487,20 @@ static bool vkp_i_client_login2(vkp_client *client)
     vkp_str argv[3];
     size_t argc = 0;
     VKP_I_STORE(&client->protocol, 2u);
-    if (client->config.password != NULL) {
+    if (client->config.password.ptr != NULL) {
         argv[argc++] = vkp_str_of("AUTH");
-        if (client->config.username != NULL) {
-            argv[argc++] = vkp_str_of(client->config.username);
+        if (client->config.username.ptr != NULL) {
+            argv[argc++] = client->config.username;
         }
-        argv[argc++] = vkp_str_of(client->config.password);
+        argv[argc++] = client->config.password;
         if (vkp_i_client_issue(client, VKP_I_REQUEST_LOGIN, argc, argv) == NULL) {
             return false;
         }
     }
-    if (client->config.name != NULL) {
+    if (client->config.name.ptr != NULL) {
         argv[0] = vkp_str_of("CLIENT");
         argv[1] = vkp_str_of("SETNAME");
-        argv[2] = vkp_str_of(client->config.name);
+        argv[2] = client->config.name;
         if (vkp_i_client_issue(client, VKP_I_REQUEST_NAME, 3, argv) == NULL) {
             return false;
         }
@@ -520,15 +520,15 @@ static bool vkp_i_client_hello(vkp_client *client)
     VKP_I_STORE(&client->protocol, 3u);
     argv[argc++] = vkp_str_of("HELLO");
     argv[argc++] = vkp_str_of("3");
-    if (client->config.password != NULL) {
+    if (client->config.password.ptr != NULL) {
         argv[argc++] = vkp_str_of("AUTH");
         argv[argc++] =
-            vkp_str_of(client->config.username != NULL ? client->config.username : "default");
-        argv[argc++] = vkp_str_of(client->config.password);
+            client->config.username.ptr != NULL ? client->config.username : vkp_str_of("default");
+        argv[argc++] = client->config.password;
     }
-    if (client->config.name != NULL) {
+    if (client->config.name.ptr != NULL) {
         argv[argc++] = vkp_str_of("SETNAME");
-        argv[argc++] = vkp_str_of(client->config.name);
+        argv[argc++] = client->config.name;
     }
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
 }
@@ -539,7 +539,7 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
     char words[sizeof client->error];
     (void)snprintf(words, sizeof words, "%s: %.*s", why, (int)VKP_I_MIN(text.len, sizeof words),
                    text.ptr);
-    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address, words);
+    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address.ptr, words);
     vkp_i_client_lost(client, why);
     vkp_i_client_set_error(client, words);
 }
@@ -688,7 +688,7 @@ static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *
         }
         if (status != VKP_OK) {
             uint64_t position;
-            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address,
+            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address.ptr,
                       vkp_resp_reader_get_error(client->reader, &position));
             vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
                                                               : "the server broke the protocol");
@@ -728,7 +728,7 @@ static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason r
         if (reason == VKP_CLOSE_LOOP) {
             return; /* the loop's close reaches the client itself */
         }
-        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address,
+        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address.ptr,
                   vkp_close_reason_str(reason), error != 0 ? ": " : "",
                   error != 0 ? strerror(error) : "");
         (void)VKP_I_ADD(&client->refs, 1);
@@ -781,7 +781,7 @@ static void vkp_i_client_heartbeat(vkp_client *client)
 
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
-    vkp_client *client = VKP_I_CONTAINER(timer, vkp_client, timer);
+    vkp_client *client = VKP_CONTAINER(timer, vkp_client, timer);
     (void)VKP_I_ADD(&client->refs, 1);
     switch (vkp_client_get_state(client)) {
     case VKP_CLIENT_CONNECTING:
@@ -858,7 +858,7 @@ static void vkp_i_client_shut(vkp_client *client)
     for (kind = 0; kind < 3; kind++) {
         vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
         while (node != NULL) {
-            vkp_i_interest *interest = VKP_I_CONTAINER(node, vkp_i_interest, node);
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             node = vkp_i_map_next(&client->interests[kind], node);
             interest->wanted = 0;
             vkp_i_interest_collect(client, interest);
@@ -873,7 +873,7 @@ static void vkp_i_client_shut(vkp_client *client)
 /* What other threads queued. The task holds a reference. */
 static void vkp_i_client_run(vkp_i_task *task)
 {
-    vkp_client *client = VKP_I_CONTAINER(task, vkp_client, task);
+    vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
     bool close_wanted;
     VKP_I_LOCK(&client->mutex);
     client->task_queued = false;
@@ -888,7 +888,7 @@ static void vkp_i_client_run(vkp_i_task *task)
 
 static void vkp_i_client_loop_closed(vkp_i_attached *attached)
 {
-    vkp_client *client = VKP_I_CONTAINER(attached, vkp_client, attached);
+    vkp_client *client = VKP_CONTAINER(attached, vkp_client, attached);
     (void)VKP_I_ADD(&client->refs, 1);
     vkp_i_client_shut(client);
     vkp_i_client_release(client);
@@ -937,23 +937,24 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
     return (int)VKP_I_LOAD(&client->protocol);
 }
 
-static bool vkp_i_copy_into(const vkp_env *env, const char **text)
-{
-    if (*text != NULL) {
-        *text = vkp_i_copy_text(env, *text);
-        return *text != NULL;
-    }
-    return true;
-}
-
 static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
-    vkp_client_config texts = *config;
-    bool copied;
+    vkp_str *texts[4];
+    bool copied = true;
+    size_t i;
     *own = *config;
-    own->address = own->username = own->password = own->name = NULL;
     own->pushes = NULL;
+    texts[0] = &own->address;
+    texts[1] = &own->username;
+    texts[2] = &own->password;
+    texts[3] = &own->name;
+    for (i = 0; i < 4; i++) {
+        copied = copied && vkp_i_copy_str(client->env, texts[i]);
+        if (!copied) {
+            texts[i]->ptr = NULL; /* the caller's, or not copied */
+        }
+    }
 #define VKP_I_DEFAULT(field, value) \
     if (own->field == 0) {          \
         own->field = (value);       \
@@ -967,14 +968,6 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
-    copied = vkp_i_copy_into(client->env, &texts.address);
-    own->address = copied ? texts.address : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.username);
-    own->username = copied ? texts.username : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.password);
-    own->password = copied ? texts.password : NULL;
-    copied = copied && vkp_i_copy_into(client->env, &texts.name);
-    own->name = copied ? texts.name : NULL;
     return copied && vkp_resp_reader_open(&own->resp, &client->reader) == VKP_OK;
 }
 
@@ -984,7 +977,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_client *client;
     vkp_status status;
     int kind;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address != NULL && out != NULL);
+    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     if (loop->closed) {

@@ -340,14 +340,14 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 
 static void vkp_i_conn_remote(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
     vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
     vkp_conn_unref(conn);
 }
 
 static void vkp_i_conn_remote_slow(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, remote);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
     vkp_i_conn_finish(conn, VKP_CLOSE_SLOW, 0);
     vkp_conn_unref(conn);
 }
@@ -607,7 +607,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
 
 static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+    vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
     bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
@@ -650,7 +650,7 @@ static void vkp_i_conn_discard_input(vkp_conn *conn)
 /* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
 static void vkp_i_conn_task(vkp_i_task *task)
 {
-    vkp_conn *conn = VKP_I_CONTAINER(task, vkp_conn, task);
+    vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, task);
     conn->flags &= ~VKP_I_CONN_QUEUED;
     if (!vkp_i_conn_closed(conn)) {
         vkp_i_conn_reread(conn);
@@ -781,13 +781,13 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
-VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
-                                    const vkp_conn_config *config, vkp_conn **out)
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
+                                    vkp_conn **out)
 {
     vkp_i_profile *profile;
     vkp_conn *conn = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && address != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
     VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
     if (loop->closed) {
         return VKP_ERR_CLOSED;

@@ -17,7 +17,8 @@ VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
 
 /* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
 typedef enum vkp_on_full {
-    VKP_ON_FULL_WAIT = 0,    /* vkp_conn_push waits; on the loop's thread it gets FULL */
+    VKP_ON_FULL_DEFAULT = 0, /* WAIT; of a relay DISCONNECT */
+    VKP_ON_FULL_WAIT,        /* vkp_conn_push waits; on the loop's thread it gets FULL */
     VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
     VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
     VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
@@ -64,7 +65,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
 /* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
    NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
    Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
-VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, const char *address,
+VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address,
                                                   const vkp_conn_config *config, vkp_conn **conn);
 
 VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */

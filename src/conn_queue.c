@@ -108,6 +108,9 @@ static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_conf
         profile->env = env;
         profile->refs = 1;
         profile->config = *config;
+        if (profile->config.on_full == VKP_ON_FULL_DEFAULT) {
+            profile->config.on_full = VKP_ON_FULL_WAIT;
+        }
         if (profile->config.queue_frames == 0) {
             profile->config.queue_frames = 65536;
         }

@@ -26,7 +26,7 @@ struct vkp_handler {
 
 static void vkp_i_handler_wake(vkp_i_waiter *waiter)
 {
-    vkp_handler *handler = VKP_I_CONTAINER(waiter, vkp_handler, wait.node);
+    vkp_handler *handler = VKP_CONTAINER(waiter, vkp_handler, wait.node);
     handler->busy = true;
     if (!vkp_i_loop_queue(handler->loop, &handler->task)) {
         handler->busy = false; /* the loop is closed: nobody runs the task */
@@ -79,7 +79,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
 {
     vkp_i_waiter *node = loop->unarmed.head.next;
     while (node != &loop->unarmed.head) {
-        vkp_handler *handler = VKP_I_CONTAINER(node, vkp_handler, wait.node);
+        vkp_handler *handler = VKP_CONTAINER(node, vkp_handler, wait.node);
         node = node->next;
         if (handler->what.i_kind->is_ready(&handler->what)) {
             (void)vkp_i_waiter_unlink(&handler->wait.node);
@@ -87,7 +87,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
         }
     }
     while (VKP_I_LOAD(&loop->queue) == NULL && !vkp_i_waiters_empty(&loop->unarmed)) {
-        vkp_handler *handler = VKP_I_CONTAINER(loop->unarmed.head.next, vkp_handler, wait.node);
+        vkp_handler *handler = VKP_CONTAINER(loop->unarmed.head.next, vkp_handler, wait.node);
         (void)vkp_i_waiter_unlink(&handler->wait.node);
         vkp_i_handler_arm(handler);
     }
@@ -95,7 +95,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
 
 static void vkp_i_handler_run(vkp_i_task *task)
 {
-    vkp_handler *handler = VKP_I_CONTAINER(task, vkp_handler, task);
+    vkp_handler *handler = VKP_CONTAINER(task, vkp_handler, task);
     vkp_i_handler_leave(handler);
     handler->busy = false;
     if (!handler->ended && handler->what.i_kind->is_ready(&handler->what)) {
@@ -111,7 +111,7 @@ static void vkp_i_handler_run(vkp_i_task *task)
 
 static void vkp_i_handler_loop_closed(vkp_i_attached *attached)
 {
-    vkp_i_handler_end(VKP_I_CONTAINER(attached, vkp_handler, attached));
+    vkp_i_handler_end(VKP_CONTAINER(attached, vkp_handler, attached));
 }
 
 VKP_API vkp_status vkp_handler_open(vkp_loop *loop, const vkp_case *what, void (*fn)(void *user),

@@ -58,7 +58,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     if (check->released) {
         vkp_i_health_free(check);
     } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
-        uint64_t next_ns = check->began_ns + (uint64_t)check->config.period_ms * 1000000u;
+        uint64_t next_ns = vkp_i_after_ms(check->began_ns, check->config.period_ms);
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
                                VKP_I_MAX(next_ns, loop->now_ns));
@@ -126,12 +126,12 @@ static const vkp_conn_ops vkp_i_health_ops = {
 
 static void vkp_i_health_late(vkp_timer *timer)
 {
-    vkp_i_health_end(VKP_I_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
+    vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
 
 static void vkp_i_health_begin(vkp_timer *timer)
 {
-    vkp_health_check *check = VKP_I_CONTAINER(timer, vkp_health_check, timer);
+    vkp_health_check *check = VKP_CONTAINER(timer, vkp_health_check, timer);
     vkp_loop *loop = check->loop;
     vkp_conn_config config;
     vkp_status status;
@@ -142,7 +142,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
     status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
-                             check->began_ns + (uint64_t)check->config.timeout_ms * 1000000u);
+                             vkp_i_after_ms(check->began_ns, check->config.timeout_ms));
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
     }
@@ -156,7 +156,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
 
 static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
-    vkp_health_check *check = VKP_I_CONTAINER(place, vkp_health_check, place);
+    vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
     vkp_timer_stop(&check->timer);
     vkp_i_health_hang_up(check);
 }
@@ -175,12 +175,11 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
                                          vkp_health_check **out)
 {
     vkp_health_check *check;
-    vkp_str address;
     vkp_i_parts parts;
     vkp_status status;
     size_t at = 0;
     VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL && vkp_i_on_loop(loop));
-    VKP_I_REQUIRE(config->address != NULL && config->on_result != NULL);
+    VKP_I_REQUIRE(config->address.ptr != NULL && config->on_result != NULL);
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }
@@ -203,12 +202,12 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.timeout_ms = 1000;
     }
     check->loop = vkp_loop_ref(loop);
-    address = vkp_str_of(config->address);
-    check->text_bytes = address.len + check->config.request.len + check->config.answer.len + 3;
+    check->text_bytes =
+        config->address.len + check->config.request.len + check->config.answer.len + 3;
     check->texts = (char *)vkp_i_alloc(loop->env, check->text_bytes);
     status = check->texts != NULL ? VKP_OK : VKP_ERR_NOMEM;
     if (status == VKP_OK) {
-        check->config.address = vkp_i_health_copy(check, &at, address).ptr;
+        check->config.address = vkp_i_health_copy(check, &at, config->address);
         check->config.request = vkp_i_health_copy(check, &at, check->config.request);
         check->config.answer = vkp_i_health_copy(check, &at, check->config.answer);
         status = vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0, 0);

@@ -12,11 +12,11 @@ typedef struct vkp_health {
 } vkp_health;
 
 typedef struct vkp_health_config {
-    const char *address;
+    vkp_str address;     /* required */
     vkp_str request;     /* default "PING\r\n" */
     vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
-    uint32_t timeout_ms; /* of one check; default 1000 */
-    uint32_t period_ms;  /* 0: once */
+    uint64_t timeout_ms; /* of one check; default 1000; VKP_OFF: none */
+    uint64_t period_ms;  /* from one check to the next; default: one check only */
     void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
     void *user;
 } vkp_health_config;

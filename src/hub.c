@@ -155,7 +155,7 @@ static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_st
     const vkp_i_map *map = &hub->topics[kind];
     vkp_i_map_node *node =
         map->count > 0 ? vkp_i_map_find(map, vkp_i_map_hash(map, name), name) : NULL;
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_topic, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_topic, node) : NULL;
 }
 
 static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
@@ -454,8 +454,7 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
         while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
             if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
-                count +=
-                    vkp_i_topic_deliver(hub, VKP_I_CONTAINER(node, vkp_i_topic, node), &message);
+                count += vkp_i_topic_deliver(hub, VKP_CONTAINER(node, vkp_i_topic, node), &message);
             }
         }
     }

@@ -33,7 +33,7 @@ struct vkp_listener {
     vkp_i_task drain_task;
     void (*on_drained)(void *user);
     void *drain_user;
-    char *address;
+    vkp_str address;          /* a copy */
     vkp_listener_stats stats; /* but for clients */
 };
 
@@ -44,7 +44,7 @@ static void vkp_i_listener_release(vkp_listener *listener)
         vkp_i_profile_unref(listener->profile);
         vkp_registry_unref(listener->registry);
         vkp_gate_unref(listener->gate);
-        vkp_i_free_text(loop->env, listener->address);
+        vkp_i_free_str(loop->env, listener->address);
         vkp_i_free(loop->env, listener, sizeof *listener);
         vkp_loop_unref(loop);
     }
@@ -52,7 +52,7 @@ static void vkp_i_listener_release(vkp_listener *listener)
 
 static void vkp_i_listener_release_later(vkp_i_task *task)
 {
-    vkp_i_listener_release(VKP_I_CONTAINER(task, vkp_listener, release_task));
+    vkp_i_listener_release(VKP_CONTAINER(task, vkp_listener, release_task));
 }
 
 /* It ended by itself. */
@@ -165,7 +165,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, pause);
+    vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
     if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
@@ -185,7 +185,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
-              listener->address, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+              listener->address.ptr, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
 }
 
 /* Descriptors are short for long: those who wait shall know. */
@@ -244,7 +244,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
 
 static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(watch, vkp_listener, watch);
+    vkp_listener *listener = VKP_CONTAINER(watch, vkp_listener, watch);
     bool more = true;
     int i;
     listener->refs++;
@@ -275,7 +275,7 @@ static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 /* The socket ended, or has another descriptor. */
 static void vkp_i_listener_told(vkp_i_task *task)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, follower.task);
+    vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
     vkp_i_endpoint *endpoint = NULL;
     vkp_i_registry_enter(listener->registry);
     listener->follower.queued = false;
@@ -338,8 +338,7 @@ static void vkp_i_listener_part(vkp_listener *listener)
 
 /* ---- opening ---- */
 
-static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address,
-                                   const char *text)
+static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address, vkp_str text)
 {
     const vkp_sys *sys = listener->loop->sys;
     char full[320];
@@ -362,31 +361,38 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
     if (result < 0) {
         return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
     }
-    (void)snprintf(full, sizeof full, "%.*s:%d", (int)(strrchr(text, ':') - text), text, result);
-    listener->address = vkp_i_copy_text(listener->loop->env, full);
-    return listener->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    while (text.ptr[--text.len] != ':') { /* the port that was asked for */
+    }
+    (void)snprintf(full, sizeof full, "%.*s:%d", VKP_FMT(text), result);
+    listener->address = vkp_str_of(full);
+    return vkp_i_copy_str(listener->loop->env, &listener->address) ? VKP_OK : VKP_ERR_NOMEM;
 }
 
 /* listener->socket is set, with a reference. */
 static vkp_status vkp_i_listen_unix(vkp_listener *listener)
 {
     char full[sizeof "unix:" + VKP_I_PATH_BYTES];
+    bool copied;
     (void)snprintf(full, sizeof full, "unix:%s", vkp_socket_get_path(listener->socket));
-    listener->address = vkp_i_copy_text(listener->loop->env, full);
+    listener->address = vkp_str_of(full);
+    copied = vkp_i_copy_str(listener->loop->env, &listener->address);
     listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
-    return listener->address != NULL ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+    return copied ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
 }
 
-/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry where there is none. */
-static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, const char *path,
+/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
+static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, vkp_str address,
                                     vkp_registry **registry, vkp_socket **sock)
 {
+    vkp_str path = vkp_i_str(address.ptr + 5, address.len - 5);
+    bool abstract = path.len > 0 && path.ptr[0] == '@';
     vkp_status status = VKP_OK;
-#if !VKP_I_LINUX
-    if (path[0] == '@') {
+    if (abstract && !VKP_I_LINUX) {
         return VKP_ERR_UNSUPPORTED;
     }
-#endif
+    if (path.len == 0) {
+        path.ptr = NULL;
+    }
     if (*registry == NULL) {
         vkp_registry_config config;
         memset(&config, 0, sizeof config);
@@ -395,15 +401,14 @@ static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, const char 
         config.abstract_names = VKP_I_LINUX;
         status = vkp_registry_open(&config, registry);
     } else {
-        VKP_I_REQUIRE(path[0] != '@' || (*registry)->config.abstract_names);
+        VKP_I_REQUIRE(!abstract || (*registry)->config.abstract_names);
     }
-    return status == VKP_OK ? vkp_socket_open(*registry, path[0] != '\0' ? path : NULL, sock)
-                            : status;
+    return status == VKP_OK ? vkp_socket_open(*registry, path, sock) : status;
 }
 
 static vkp_status vkp_i_listener_bind(vkp_listener *listener)
 {
-    const char *text = listener->config.address;
+    vkp_str text = listener->config.address;
     vkp_address address;
     size_t count = 0;
     vkp_status status;
@@ -412,11 +417,11 @@ static vkp_status vkp_i_listener_bind(vkp_listener *listener)
         listener->socket = vkp_socket_ref(listener->config.socket);
         return listener->socket != NULL ? vkp_i_listen_unix(listener) : VKP_ERR_LIMIT;
     }
-    if (strncmp(text, "unix:", 5) == 0) {
+    if (vkp_i_starts_with(text, "unix:")) {
         if (listener->config.registry != NULL) {
             listener->registry = vkp_registry_ref(listener->config.registry);
         }
-        status = vkp_i_make_socket(listener->loop->env, listener->config.backlog, text + 5,
+        status = vkp_i_make_socket(listener->loop->env, listener->config.backlog, text,
                                    &listener->registry, &listener->socket);
         return status == VKP_OK ? vkp_i_listen_unix(listener) : status;
     }
@@ -471,7 +476,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
                               vkp_i_listener_event);
     }
     error = errno;
-    listener->config.address = NULL; /* was the caller's */
+    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's */
     if (status != VKP_OK) {
         listener->config.follow = false; /* it has the reference of its opening still */
         vkp_listener_unref(listener);
@@ -489,7 +494,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
 
 VKP_API const char *vkp_listener_get_address(const vkp_listener *listener)
 {
-    return listener->address;
+    return listener->address.ptr;
 }
 
 VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_stats *stats)
@@ -556,7 +561,7 @@ static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
     while (*index < loop->slot_count) {
         vkp_io *watch = loop->slots[(*index)++].watch;
         if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
-            vkp_conn *conn = VKP_I_CONTAINER(watch, vkp_conn, watch);
+            vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
             if (conn->profile == listener->profile) {
                 return conn;
             }
@@ -567,7 +572,7 @@ static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
 
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(task, vkp_listener, drain_task);
+    vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
     void (*on_drained)(void *user) = listener->on_drained;
     listener->flags &= ~VKP_I_LISTENER_DRAINS;
     vkp_timer_stop(&listener->drain_timer);
@@ -579,7 +584,7 @@ static void vkp_i_listener_drained(vkp_i_task *task)
 
 static void vkp_i_listener_drain_over(vkp_timer *timer)
 {
-    vkp_listener *listener = VKP_I_CONTAINER(timer, vkp_listener, drain_timer);
+    vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, drain_timer);
     vkp_conn *conn;
     size_t index = 0;
     listener->refs++;
@@ -629,7 +634,6 @@ typedef struct vkp_i_start {
     vkp_i_task task;
     vkp_loop *loop;
     vkp_listener_config config; /* shares its socket, registry and gate; its address is a copy */
-    char *address;
 } vkp_i_start;
 
 static void vkp_i_start_free(vkp_i_start *start)
@@ -638,14 +642,14 @@ static void vkp_i_start_free(vkp_i_start *start)
     vkp_registry_unref(start->config.registry);
     vkp_gate_unref(start->config.gate);
     vkp_socket_unref(start->config.socket);
-    vkp_i_free_text(loop->env, start->address);
+    vkp_i_free_str(loop->env, start->config.address);
     vkp_i_free(loop->env, start, sizeof *start);
     vkp_loop_unref(loop);
 }
 
 static void vkp_i_start_run(vkp_i_task *task)
 {
-    vkp_i_start *start = VKP_I_CONTAINER(task, vkp_i_start, task);
+    vkp_i_start *start = VKP_CONTAINER(task, vkp_i_start, task);
     bool gives = start->config.follow && start->config.socket == NULL;
     vkp_listener *listener = NULL;
     vkp_listening result;
@@ -653,9 +657,8 @@ static void vkp_i_start_run(vkp_i_task *task)
     result.status = start->loop->closed ? VKP_ERR_CLOSED : VKP_OK;
     if (result.status == VKP_OK && gives) { /* the socket first, to have the reference */
         result.status =
-            vkp_i_make_socket(start->loop->env, start->config.backlog, start->address + 5,
+            vkp_i_make_socket(start->loop->env, start->config.backlog, start->config.address,
                               &start->config.registry, &start->config.socket);
-        start->config.address = NULL;
     }
     if (result.status == VKP_OK) {
         result.status = vkp_i_listener_begin(start->loop, &start->config, &listener);
@@ -663,7 +666,7 @@ static void vkp_i_start_run(vkp_i_task *task)
     if (result.status == VKP_OK) {
         listener->flags |= VKP_I_LISTENER_LOOPS;
         listener->release_task.fn = vkp_i_listener_release_later;
-        result.address = listener->address;
+        result.address = listener->address.ptr;
         result.listener = listener;
         result.socket = gives ? start->config.socket : NULL;
     } else if (result.status == VKP_ERR_SYS) {
@@ -688,10 +691,8 @@ static vkp_status vkp_i_listener_start(vkp_loop *loop, const vkp_listener_config
     start->config = *config;
     start->config.registry = config->registry != NULL ? vkp_registry_ref(config->registry) : NULL;
     start->config.gate = config->gate != NULL ? vkp_gate_ref(config->gate) : NULL;
-    if (config->address != NULL) {
-        start->address = vkp_i_copy_text(loop->env, config->address);
-        start->config.address = start->address;
-        status = start->address != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (config->address.ptr != NULL) {
+        status = vkp_i_copy_str(loop->env, &start->config.address) ? VKP_OK : VKP_ERR_NOMEM;
     } else {
         start->config.socket = vkp_socket_ref(config->socket);
         status = start->config.socket != NULL ? VKP_OK : VKP_ERR_LIMIT;
@@ -709,12 +710,12 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
                                      vkp_listener **listener)
 {
     VKP_I_REQUIRE(loop != NULL && config != NULL);
-    VKP_I_REQUIRE((config->address != NULL) != (config->socket != NULL));
+    VKP_I_REQUIRE((config->address.ptr != NULL) != (config->socket != NULL));
     VKP_I_REQUIRE(config->conn.ops != NULL || config->on_fd != NULL);
     VKP_I_REQUIRE((config->on_start == NULL) == (listener != NULL));
     if (config->on_start != NULL) {
-        VKP_I_REQUIRE(!config->follow || config->address == NULL ||
-                      strncmp(config->address, "unix:", 5) == 0);
+        VKP_I_REQUIRE(!config->follow || config->address.ptr == NULL ||
+                      vkp_i_starts_with(config->address, "unix:"));
         return vkp_i_listener_start(loop, config);
     }
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->socket != NULL || !config->follow));

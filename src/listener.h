@@ -12,9 +12,9 @@ typedef struct vkp_listening {
 } vkp_listening;
 
 typedef struct vkp_listener_config {
-    /* Where to listen: one of the two. "unix:PATH", "unix:" (a path of its own), "tcp:HOST:PORT". */
-    const char *address;
-    vkp_socket *socket;     /* a socket that is there; shared until the listener ended */
+    /* Where to listen, one of the two: "unix:PATH", "unix:" (a unique path), "tcp:HOST:PORT" ... */
+    vkp_str address;
+    vkp_socket *socket;     /* ... or a socket that is open; shared until the listener ended */
     vkp_registry *registry; /* of a unix: address; NULL opens one of its own */
     /* Hold no reference of the socket: each client holds one, the program may, and when the last
        one is given back (and linger_ms passed) the listener ends too. With an address only

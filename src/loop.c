@@ -372,6 +372,11 @@ VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop)
     return vkp_i_loop_now(loop);
 }
 
+VKP_API uint64_t vkp_loop_after_ms(const vkp_loop *loop, uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_loop_get_now_ns(loop), ms);
+}
+
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop)
 {
     return loop->backend->pollable_fd != NULL ? loop->backend->pollable_fd(loop->backend_state)

@@ -53,6 +53,10 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop);
 /* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
 VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop);
 
+/* The deadline that many milliseconds after vkp_loop_get_now_ns: for timers and calls of this loop,
+   also where its backend keeps a virtual clock. Saturates at VKP_FOREVER. Loop's thread.      */
+VKP_API uint64_t vkp_loop_after_ms(const vkp_loop *loop, uint64_t ms);
+
 /* What to wait for at a descriptor, and what it is ready for: bits of a uint32_t. HUP and ERROR are
    reported without being asked for and imply both directions: read until the end of file before
    you treat the connection as closed.                                                         */

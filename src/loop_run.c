@@ -102,7 +102,7 @@ typedef struct vkp_i_post {
 
 static void vkp_i_run_post(vkp_i_task *task)
 {
-    vkp_i_post *post = VKP_I_CONTAINER(task, vkp_i_post, task);
+    vkp_i_post *post = VKP_CONTAINER(task, vkp_i_post, task);
     void (*fn)(void *user) = post->fn;
     void *user = post->user;
     vkp_i_free(post->env, post, sizeof *post);

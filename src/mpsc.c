@@ -220,7 +220,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
     (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_CLOSED);
     for (lane = &channel->lane; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
         while (!vkp_i_waiters_empty(&lane->senders)) {
-            vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+            vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
             vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
         }
         vkp_i_gate_shut(&lane->tx_waiting, 1u);

@@ -128,7 +128,7 @@ static void vkp_i_lane_free(vkp_i_lane *lane)
     (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
     vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
     if (lane != &lane->channel->lane) {
-        vkp_i_free(env, VKP_I_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
+        vkp_i_free(env, VKP_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
     }
 }
 

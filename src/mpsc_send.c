@@ -210,7 +210,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
     bool placed = false;
     ticket = vkp_i_lane_freeze(lane);
     while (!vkp_i_waiters_empty(&lane->senders)) {
-        vkp_i_wait *sender = VKP_I_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
+        vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
         if (!vkp_i_lane_has_room(lane, ticket, sender->cost)) {
             break;
         }

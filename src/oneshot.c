@@ -63,7 +63,7 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
 /* Of a slot of the heap. The side that finds itself alone needs no exchange. */
 static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
-    vkp_i_heap_slot *self = VKP_I_CONTAINER(slot, vkp_i_heap_slot, slot);
+    vkp_i_heap_slot *self = VKP_CONTAINER(slot, vkp_i_heap_slot, slot);
     if (VKP_I_LOAD_ACQ(&self->refs) == 1 || VKP_I_UNREF(&self->refs) == 1) {
         vkp_i_free(slot->i_env, self, sizeof *self);
     }

@@ -73,7 +73,7 @@ typedef struct vkp_i_wait {
 
 static void vkp_i_thread_wake(vkp_i_waiter *waiter)
 {
-    vkp_i_wait *self = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
+    vkp_i_wait *self = VKP_CONTAINER(waiter, vkp_i_wait, node);
     self->sys->unpark(self->parker);
 }
 
@@ -323,7 +323,7 @@ typedef struct vkp_i_sleeper {
 #if VKP_I_IO
 static void vkp_i_pipe_wake(vkp_i_waiter *waiter)
 {
-    const vkp_i_wait *wait = VKP_I_CONTAINER(waiter, vkp_i_wait, node);
+    const vkp_i_wait *wait = VKP_CONTAINER(waiter, vkp_i_wait, node);
     uint64_t one = 1;
     (void)wait->sys->write(wait->wake_fd, &one, sizeof one); /* full: it is readable already */
 }

@@ -79,7 +79,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
         vkp_status status = VKP_OK;
         vkp_i_registry_enter(registry);
         while (event == 0 && (node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-            sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            sock = VKP_CONTAINER(node, vkp_socket, node);
             for (event = VKP_SOCKET_BLOCKED; event > 0; event--) {
                 if ((sock->flags & VKP_I_SOCKET_EVENT(event)) != 0) {
                     break;
@@ -111,19 +111,17 @@ static void vkp_i_registry_on_timer(vkp_timer *timer);
 /* End those that lingered long enough, look at the files: when is there more to do? */
 static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
-    uint64_t linger_ns = (uint64_t)registry->config.linger_ms * 1000000u;
-    uint64_t check_ns = (uint64_t)registry->config.check_ms * 1000000u;
     uint64_t next_ns = VKP_FOREVER;
-    bool check = check_ns > 0 && !over && now_ns >= registry->next_check_ns;
+    bool check = registry->config.check_ms > 0 && !over && now_ns >= registry->next_check_ns;
     vkp_i_map_node *node = NULL;
     if (check) {
-        registry->next_check_ns = now_ns + check_ns;
+        registry->next_check_ns = vkp_i_after_ms(now_ns, registry->config.check_ms);
     }
     while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         if (lingers && sock->linger_until_ns == 0) {
-            sock->linger_until_ns = now_ns + linger_ns;
+            sock->linger_until_ns = vkp_i_after_ms(now_ns, registry->config.linger_ms);
         }
         if (lingers && (over || now_ns >= sock->linger_until_ns)) {
             vkp_i_socket_end(registry, sock, registry->sys->clock_ns());
@@ -136,7 +134,7 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
             vkp_i_socket_check(sock);
         }
     }
-    if (check_ns > 0 && !over && registry->sockets.count > 0) {
+    if (registry->config.check_ms > 0 && !over && registry->sockets.count > 0) {
         next_ns = VKP_I_MIN(next_ns, registry->next_check_ns);
     }
     return next_ns;
@@ -172,7 +170,7 @@ static void vkp_i_registry_run_keeper(vkp_registry *registry)
 
 static void vkp_i_registry_on_timer(vkp_timer *timer)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(timer, vkp_registry, keeper_timer);
+    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, keeper_timer);
     (void)VKP_I_ADD(&registry->refs, 1);
     vkp_i_registry_run_keeper(registry);
     vkp_i_registry_drop(registry, 1);
@@ -180,7 +178,7 @@ static void vkp_i_registry_on_timer(vkp_timer *timer)
 
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(task, vkp_registry, keeper_task);
+    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, keeper_task);
     vkp_i_registry_enter(registry);
     registry->keeper_queued = false;
     vkp_i_registry_leave(registry, true);
@@ -190,7 +188,7 @@ static void vkp_i_registry_on_call(vkp_i_task *task)
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
-    vkp_registry *registry = VKP_I_CONTAINER(place, vkp_registry, keeper_place);
+    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, keeper_place);
     (void)VKP_I_ADD(&registry->refs, 1);
     vkp_i_registry_run_keeper(registry); /* finds the loop closed */
     vkp_i_registry_drop(registry, 1);
@@ -228,10 +226,10 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     if (config != NULL) {
         registry->config = *config;
     }
-    registry->folder =
-        vkp_i_copy_text(env, registry->config.folder != NULL ? registry->config.folder
-                                                             : vkp_i_default_folder(registry->sys));
-    if (registry->folder == NULL) {
+    if (registry->config.folder.ptr == NULL) {
+        registry->config.folder = vkp_str_of(vkp_i_default_folder(registry->sys));
+    }
+    if (!vkp_i_copy_str(env, &registry->config.folder)) {
         vkp_i_free(env, registry, sizeof *registry);
         return VKP_ERR_NOMEM;
     }
@@ -280,7 +278,7 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *
     stats->live = registry->sockets.count;
     stats->references = 0;
     while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
-        stats->references += vkp_socket_get_ref_count(VKP_I_CONTAINER(node, vkp_socket, node));
+        stats->references += vkp_socket_get_ref_count(VKP_CONTAINER(node, vkp_socket, node));
     }
     vkp_i_registry_leave(registry, true);
 }
@@ -294,12 +292,12 @@ VKP_API size_t vkp_registry_get_count(vkp_registry *registry)
     return count;
 }
 
-VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path)
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path)
 {
     vkp_i_name name;
     vkp_socket *sock;
-    name.text = path;
-    name.len = strlen(path);
+    name.text = path.ptr;
+    name.len = path.len;
     name.abstract = false; /* no matter here */
     vkp_i_registry_enter(registry);
     sock = vkp_i_registry_find(registry, name);
@@ -315,7 +313,7 @@ VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
     vkp_i_registry_enter(registry);
     now_ns = registry->sys->clock_ns();
     while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
-        vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+        vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         (void)vkp_i_socket_retire(sock, now_ns);
         if (lingers) {
@@ -379,8 +377,8 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
          i++) {
         char text[512];
         vkp_i_name name;
-        int len = snprintf(text, sizeof text, "%s/vkp-%d-%08lx.sock", registry->folder,
-                           registry->sys->process_id(),
+        int len = snprintf(text, sizeof text, "%.*s/vkp-%d-%08lx.sock",
+                           VKP_FMT(registry->config.folder), registry->sys->process_id(),
                            (unsigned long)(registry->sys->random_u64() & 0xffffffffu));
         status = len < 0 || (size_t)len >= sizeof text
                      ? VKP_ERR_LIMIT
@@ -396,33 +394,26 @@ static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket *
     return status;
 }
 
-VKP_API vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path, vkp_socket **out)
+VKP_API vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
     VKP_I_REQUIRE(registry != NULL && out != NULL);
-    return vkp_i_registry_get(registry, path, true, out);
+    return path.ptr != NULL ? vkp_i_registry_get(registry, path, true, out)
+                            : vkp_i_registry_get_unique(registry, out);
 }
 
-VKP_API vkp_status vkp_socket_open(vkp_registry *registry, const char *path, vkp_socket **out)
+VKP_API vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path, vkp_socket **out)
 {
-    VKP_I_REQUIRE(registry != NULL && out != NULL);
-    return path != NULL ? vkp_i_registry_get(registry, vkp_str_of(path), true, out)
-                        : vkp_i_registry_get_unique(registry, out);
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path.ptr != NULL);
+    return vkp_i_registry_get(registry, path, false, out);
 }
 
-VKP_API vkp_status vkp_socket_find(vkp_registry *registry, const char *path, vkp_socket **out)
-{
-    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL);
-    return vkp_i_registry_get(registry, vkp_str_of(path), false, out);
-}
-
-VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
-                                    vkp_socket **out)
+VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd, vkp_socket **out)
 {
     vkp_i_name name;
     vkp_socket *sock = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(registry != NULL && out != NULL && path != NULL && fd >= 0);
-    status = vkp_i_name_of(registry->env, vkp_str_of(path), registry->config.abstract_names, &name);
+    VKP_I_REQUIRE(registry != NULL && out != NULL && path.ptr != NULL && fd >= 0);
+    status = vkp_i_name_of(registry->env, path, registry->config.abstract_names, &name);
     if (status == VKP_OK && name.abstract) {
         status = VKP_ERR_UNSUPPORTED;
     }
@@ -490,7 +481,7 @@ VKP_API vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config, vk
     pool->capacity = config->count;
     pool->sockets = (vkp_socket **)(void *)(pool + 1);
     while (pool->count < pool->capacity && status == VKP_OK) {
-        const char *path = config->paths != NULL ? config->paths[pool->count] : NULL;
+        vkp_str path = config->paths != NULL ? config->paths[pool->count] : vkp_i_str(NULL, 0);
         status = vkp_socket_open(pool->registry, path, &pool->sockets[pool->count]);
         pool->count += status == VKP_OK ? 1u : 0u;
     }

@@ -123,10 +123,10 @@ struct vkp_relay {
     vkp_i_task end_task;
     void (*on_end)(void *user);
     void *end_user;
-    char *notice; /* for the shutdown, or NULL */
+    vkp_str notice; /* for the shutdown: a copy, or NULL */
     void (*on_idle)(void *user);
     void *user;
-    uint64_t linger_ns;
+    uint64_t linger_ms;
     uint32_t idle_queued; /* atomic */
     vkp_i_task idle_task;
     vkp_timer idle_timer; /* loop 0's */
@@ -158,7 +158,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     }
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
-    vkp_i_free_text(env, relay->notice);
+    vkp_i_free_str(env, relay->notice);
     vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
@@ -219,7 +219,7 @@ static void vkp_i_local_notify(vkp_i_local *local)
 {
     vkp_i_shard *shard = local->shard;
     const vkp_hub_member *member = &local->member;
-    vkp_str notice = vkp_str_of(shard->relay->notice);
+    vkp_str notice = shard->relay->notice;
     if (member->protocol == 3 || member->counts[0] + member->counts[1] + member->counts[2] > 0) {
         vkp_i_message message;
         const vkp_bytes *frame;
@@ -230,13 +230,13 @@ static void vkp_i_local_notify(vkp_i_local *local)
             vkp_i_local_send(local, frame);
         }
     } else {
-        vkp_i_local_error(local, "ERR %s", notice.ptr);
+        vkp_i_local_error(local, "ERR %.*s", VKP_FMT(notice));
     }
 }
 
 static void vkp_i_local_leave(vkp_i_local *local)
 {
-    if (local->shard->draining && local->shard->relay->notice != NULL &&
+    if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
         (local->flags & VKP_I_LOCAL_FAILED) == 0 &&
         (local->member.conn->flags & VKP_I_CONN_DRAINING) == 0) {
         vkp_i_local_notify(local);
@@ -390,7 +390,7 @@ static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
         *at = (unsigned char)*at < 0x20 || *at == 0x7f ? ' ' : *at;
     }
     vkp_resp_writer_init(&writer, env);
-    vkp_resp_put_error(&writer, text);
+    vkp_resp_put_error(&writer, vkp_str_of(text));
     if (vkp_resp_writer_take(&writer, &bytes) != VKP_OK) {
         static const char none[] = "-ERR out of memory\r\n";
         bytes = vkp_bytes_static(none, sizeof none - 1);

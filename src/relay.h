@@ -3,14 +3,14 @@
    >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
 
 typedef struct vkp_relay_config {
-    const char *server;   /* upstream address; NULL: a stand-alone pub/sub broker */
-    const char *username; /* of the upstream connection */
-    const char *password;
+    vkp_str server;         /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str username;       /* of the connection to the server; default: the default user */
+    vkp_str password;       /* of the connection to the server; default: none */
     vkp_loop *const *loops; /* connections are spread over these; at least one */
     size_t loop_count;      /* default 1 */
     size_t queue_frames;    /* per client, as vkp_conn_config */
     size_t queue_bytes;
-    vkp_on_full on_full;        /* DROP_OLDEST, DROP_NEWEST or DISCONNECT; WAIT means DISCONNECT */
+    vkp_on_full on_full;        /* default DISCONNECT; or DROP_OLDEST, DROP_NEWEST */
     size_t max_clients;         /* at once; default 16,384 */
     size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
     /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
@@ -19,10 +19,10 @@ typedef struct vkp_relay_config {
     /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
     void (*on_idle)(void *user);
     void *user;
-    uint32_t linger_ms;
-    uint32_t check_ms; /* look that often at the sockets' files, bind again what is lost */
-    const char *shutdown_notice; /* copied; see vkp_relay_drain; NULL: none */
-    size_t max_request_bytes;    /* one command, or one MULTI block; default 64 MiB */
+    uint64_t linger_ms;       /* default: at once */
+    uint64_t check_ms;        /* look that often at the sockets' files, bind again what is lost */
+    vkp_str shutdown_notice;  /* copied; see vkp_relay_drain; default: none */
+    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
     size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
     size_t max_subscriptions; /* names of one client; default 100,000 */
     const vkp_env *env;
@@ -37,7 +37,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, 
 /* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
    loops[0]'s. *bound (may be NULL) views the address with the port chosen.
    Errors: those of vkp_listener_open                                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, const char *address,
+VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
 /* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,

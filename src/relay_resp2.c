@@ -132,7 +132,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
 
 static void vkp_i_answer_home(vkp_i_task *task)
 {
-    vkp_i_answer *answer = VKP_I_CONTAINER(task, vkp_i_answer, task);
+    vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;

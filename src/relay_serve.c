@@ -374,7 +374,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
 
 static void vkp_i_handover_home(vkp_i_task *task)
 {
-    vkp_i_handover *handover = VKP_I_CONTAINER(task, vkp_i_handover, task);
+    vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
     vkp_relay *relay = handover->shard->relay;
     vkp_i_handover_unlink(handover);
     if (handover->fd >= 0) {
@@ -434,7 +434,7 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
 
 static void vkp_i_relay_idle_over(vkp_timer *timer)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, idle_timer);
+    vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, idle_timer);
     if (vkp_i_relay_count_clients(relay) == 0) {
         relay->on_idle(relay->user);
     }
@@ -442,13 +442,13 @@ static void vkp_i_relay_idle_over(vkp_timer *timer)
 
 static void vkp_i_relay_idle_begins(vkp_i_task *task)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, idle_task);
+    vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, idle_task);
     vkp_loop *loop = relay->shards[0].loop;
     (void)VKP_I_XCHG(&relay->idle_queued, 0u);
     if (!loop->closed && !relay->draining && relay->on_idle != NULL &&
         vkp_i_relay_count_clients(relay) == 0 &&
         vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
-                        vkp_i_add_ns(loop->now_ns, relay->linger_ns)) != VKP_OK) {
+                        vkp_i_after_ms(loop->now_ns, relay->linger_ms)) != VKP_OK) {
         vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
     }
     vkp_i_relay_release(relay);
@@ -467,13 +467,13 @@ static void vkp_i_relay_client_left(vkp_relay *relay)
     }
 }
 
-VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, const char *address, const char **bound)
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
 {
     vkp_listener_config config;
     vkp_listener *listener;
     void *listeners;
     vkp_status status;
-    VKP_I_REQUIRE(relay != NULL && address != NULL);
+    VKP_I_REQUIRE(relay != NULL && address.ptr != NULL);
     listeners = relay->listeners;
     if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
                     sizeof *relay->listeners)) {
@@ -533,7 +533,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 
 static void vkp_i_relay_end(vkp_i_task *task)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(task, vkp_relay, end_task);
+    vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
     vkp_timer_stop(&relay->drain_timer);
     if (relay->client != NULL) {
         vkp_client_close(relay->client);
@@ -563,7 +563,7 @@ static void vkp_i_shard_told(vkp_i_shard *shard)
 
 static void vkp_i_shard_drain(vkp_i_task *task)
 {
-    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, drain_task);
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, drain_task);
     vkp_relay *relay = shard->relay;
     vkp_i_local *local = shard->locals;
     shard->draining = true;
@@ -583,7 +583,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
 
 static void vkp_i_shard_kill(vkp_i_task *task)
 {
-    vkp_i_shard *shard = VKP_I_CONTAINER(task, vkp_i_shard, kill_task);
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, kill_task);
     vkp_relay *relay = shard->relay;
     while (shard->locals != NULL) {
         vkp_conn_close(shard->locals->member.conn);
@@ -603,7 +603,7 @@ static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(v
 
 static void vkp_i_relay_drain_over(vkp_timer *timer)
 {
-    vkp_relay *relay = VKP_I_CONTAINER(timer, vkp_relay, drain_timer);
+    vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, drain_timer);
     size_t i;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].kill_task, vkp_i_shard_kill);
@@ -723,7 +723,8 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     conn.ops = &vkp_i_local_ops;
     conn.queue_frames = config->queue_frames;
     conn.queue_bytes = config->queue_bytes;
-    conn.on_full = config->on_full == VKP_ON_FULL_WAIT ? VKP_ON_FULL_DISCONNECT : config->on_full;
+    conn.on_full =
+        config->on_full == VKP_ON_FULL_DEFAULT ? VKP_ON_FULL_DISCONNECT : config->on_full;
     conn.input_bytes = relay->max_request_bytes + 65536;
     conn.loop_only = true;
     shard->profile = vkp_i_profile_open(relay->env, &conn);
@@ -741,7 +742,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     if (status == VKP_OK) {
         status = vkp_resp_reader_open(&resp, &shard->reader);
     }
-    if (status == VKP_OK && (index > 0 || (config->server == NULL && relay->shard_count > 1))) {
+    if (status == VKP_OK && (index > 0 || (config->server.ptr == NULL && relay->shard_count > 1))) {
         status = vkp_i_shard_open_channel(shard);
     }
     return status;
@@ -754,7 +755,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     client.address = config->server;
     client.username = config->username;
     client.password = config->password;
-    client.name = "valkey-push-relay";
+    client.name = vkp_str_of("valkey-push-relay");
     client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;
@@ -796,9 +797,9 @@ static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_confi
     if (status == VKP_OK) {
         status = vkp_registry_open(&registry, &relay->registry);
     }
-    if (status == VKP_OK && config->shutdown_notice != NULL) {
-        relay->notice = vkp_i_copy_text(relay->env, config->shutdown_notice);
-        status = relay->notice != NULL ? VKP_OK : VKP_ERR_NOMEM;
+    if (status == VKP_OK) {
+        relay->notice = config->shutdown_notice;
+        status = vkp_i_copy_str(relay->env, &relay->notice) ? VKP_OK : VKP_ERR_NOMEM;
     }
     return status;
 }
@@ -813,6 +814,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     int kind;
     VKP_I_REQUIRE(config != NULL && out != NULL && config->loops != NULL);
     VKP_I_REQUIRE(config->max_request_bytes <= VKP_I_BLOCK_MAX / 2);
+    VKP_I_REQUIRE(config->on_full != VKP_ON_FULL_WAIT && config->on_full != VKP_ON_FULL_ERROR);
     env = vkp_i_env(config->env);
     count = config->loop_count > 0 ? config->loop_count : 1;
     relay = (vkp_relay *)vkp_i_alloc_zero(env, sizeof *relay);
@@ -823,7 +825,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->refs = 1;
     relay->on_idle = config->on_idle;
     relay->user = config->user;
-    relay->linger_ns = (uint64_t)config->linger_ms * 1000000u;
+    relay->linger_ms = config->linger_ms;
     relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
@@ -846,7 +848,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     if (status == VKP_OK) {
         status = vkp_i_relay_open_doors(relay, config);
     }
-    if (status == VKP_OK && config->server != NULL) {
+    if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_client(relay, config);
     }
     if (status != VKP_OK) {

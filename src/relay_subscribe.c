@@ -15,7 +15,7 @@ static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, 
     VKP_I_LOCK(&relay->mutex);
     node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
     if (node != NULL) {
-        entry = VKP_I_CONTAINER(node, vkp_i_census_entry, node);
+        entry = VKP_CONTAINER(node, vkp_i_census_entry, node);
     } else if (added) {
         entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
         ok = entry != NULL;
@@ -48,7 +48,7 @@ static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str na
 {
     vkp_i_map *map = &relay->census[kind];
     vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
 }
 
 /* Who gets a message published now, over all shards. */
@@ -61,7 +61,7 @@ static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_st
     while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
            (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
         if (vkp_glob_is_match(node->key, channel)) {
-            count += VKP_I_CONTAINER(node, vkp_i_census_entry, node)->count;
+            count += VKP_CONTAINER(node, vkp_i_census_entry, node)->count;
         }
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -202,7 +202,8 @@ static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *
     if (stands) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
     } else {
-        vkp_resp_put_error(writer, "NOPERM the upstream server refused the subscription");
+        vkp_resp_put_error(writer,
+                           vkp_str_of("NOPERM the upstream server refused the subscription"));
     }
     return true;
 }
@@ -229,7 +230,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
 
 static void vkp_i_sub_item_home(vkp_i_task *task)
 {
-    vkp_i_sub_item *item = VKP_I_CONTAINER(task, vkp_i_sub_item, task);
+    vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
     if (--item->subscription->waiting == 0) {
         vkp_i_subscription_finish(item->subscription);
     }

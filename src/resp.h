@@ -58,8 +58,8 @@ typedef struct vkp_resp_writer {
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
 VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count);
 VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
-VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text);
-VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text);
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, vkp_str text);
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, vkp_str text);
 VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
 VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);

@@ -83,14 +83,14 @@ static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
-VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, const char *text)
+VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, vkp_str text)
 {
-    vkp_i_put_line(writer, '+', vkp_str_of(text));
+    vkp_i_put_line(writer, '+', text);
 }
 
-VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, const char *text)
+VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, vkp_str text)
 {
-    vkp_i_put_line(writer, '-', vkp_str_of(text));
+    vkp_i_put_line(writer, '-', text);
 }
 
 VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)

@@ -79,12 +79,11 @@ struct vkp_registry {
     const vkp_env *env;
     const vkp_sys *sys;
     size_t refs; /* atomic: the program's, the live sockets', those of work under way */
-    vkp_registry_config config; /* folder is not the caller's */
-    char *folder;
-    VKP_I_MUTEX mutex;   /* the line before `held` */
-    uint32_t held;       /* atomic */
-    vkp_socket *corpses; /* atomic */
-    vkp_socket *all;     /* atomic, newest first */
+    vkp_registry_config config; /* its folder is a copy */
+    VKP_I_MUTEX mutex;          /* the line before `held` */
+    uint32_t held;              /* atomic */
+    vkp_socket *corpses;        /* atomic */
+    vkp_socket *all;            /* atomic, newest first */
     /* Guarded by `held`: */
     vkp_i_map sockets;
     vkp_socket *spare;
@@ -164,7 +163,7 @@ static void vkp_i_registry_free(vkp_registry *registry)
     }
     vkp_i_map_deinit(&registry->sockets);
     VKP_I_MUTEX_DEINIT(&registry->mutex);
-    vkp_i_free_text(registry->env, registry->folder);
+    vkp_i_free_str(registry->env, registry->config.folder);
     vkp_i_free(registry->env, registry, sizeof *registry);
     vkp_loop_unref(loop);
 }
@@ -768,7 +767,7 @@ static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
     vkp_str key = vkp_i_str(name.text, name.len);
     vkp_i_map_node *node =
         vkp_i_map_find(&registry->sockets, vkp_i_map_hash(&registry->sockets, key), key);
-    return node != NULL ? VKP_I_CONTAINER(node, vkp_socket, node) : NULL;
+    return node != NULL ? VKP_CONTAINER(node, vkp_socket, node) : NULL;
 }
 
 /* The live socket of the name; one that has just died is buried. */
@@ -797,7 +796,7 @@ static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
     int steps;
     for (steps = 0; node != NULL && steps < VKP_I_PEEK_STEPS; steps++) {
         if (VKP_I_LOAD(&node->hash) == hash) {
-            vkp_socket *sock = VKP_I_CONTAINER(node, vkp_socket, node);
+            vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
             uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word));
             if (vkp_i_socket_take(sock, generation, false) != VKP_OK) {
                 return NULL;

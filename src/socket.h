@@ -23,10 +23,10 @@ typedef struct vkp_registry_config {
     bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
     size_t max_sockets;  /* alive at once; default: no limit */
     size_t max_references; /* of one socket; default and most: 2^29 */
-    const char *folder;    /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
+    vkp_str folder;        /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
     vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
-    uint32_t linger_ms; /* a socket ends that long after its last reference; default: at once */
-    uint32_t check_ms;  /* look that often whether the files are still ours; default: never */
+    uint64_t linger_ms; /* a socket ends that long after its last reference; default: at once */
+    uint64_t check_ms;  /* look that often whether the files are still ours; default: never */
     bool rebind;        /* then bind again what was lost */
     /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
     void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
@@ -46,7 +46,7 @@ VKP_API void vkp_registry_unref(vkp_registry *registry);
 
 /* Sockets that are alive in this registry. Any thread; out of date at once. */
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
-VKP_API bool vkp_registry_is_active(vkp_registry *registry, const char *path);
+VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path);
 
 /* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
    stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
@@ -85,23 +85,19 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry,
    Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
    serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
    SYS, NOMEM                                                                                  */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, const char *path,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
-
-/* The same for text that may hold NUL bytes: INVALID then. */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_open_str(vkp_registry *registry, vkp_str path,
-                                                     vkp_socket **sock);
 
 /* The live socket of the path, never a new one. Gives *sock. Any thread.
    Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, const char *path,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
 /* Hand over a socket that the caller bound to the path and set listening.
    Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
    Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
    INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
-VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, const char *path, int fd,
+VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd,
                                                   vkp_socket **sock);
 
 /* One more reference: sock, or NULL when it has max_references. Any thread. */
@@ -141,9 +137,9 @@ typedef enum vkp_balance {
 } vkp_balance;
 
 typedef struct vkp_socket_pool_config {
-    vkp_registry *registry;   /* required; shared */
-    const char *const *paths; /* NULL: unique ones */
-    size_t count;             /* of sockets; at least 1 */
+    vkp_registry *registry; /* required; shared */
+    const vkp_str *paths;   /* as many as count; NULL: unique ones */
+    size_t count;           /* of sockets; at least 1 */
     vkp_balance balance;
 } vkp_socket_pool_config;
 

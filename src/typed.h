@@ -149,37 +149,73 @@
     struct name##_tx /* so that a semicolon may follow */
 
 /* A one-shot of at most VKP_ONESHOT_BYTES: the slot is `name`, in the caller's memory. */
-#define VKP_ONESHOT_TYPED(name, T)                                                         \
-    typedef T name##_value;                                                                \
-    typedef struct name {                                                                  \
-        vkp_oneshot slot;                                                                  \
-    } name;                                                                                \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_init(                                   \
-        name *self, const vkp_env *env, void (*drop)(void *user, void *item), void *user)  \
-    {                                                                                      \
-        return vkp_oneshot_init(&self->slot, env, sizeof(name##_value), drop, user);       \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name *self, name##_value value)    \
-    {                                                                                      \
-        return vkp_oneshot_send(&self->slot, &value);                                      \
-    }                                                                                      \
-    VKP_TYPED_CALL void name##_abandon(name *self)                                         \
-    {                                                                                      \
-        vkp_oneshot_abandon(&self->slot);                                                  \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,  \
-                                                        name##_value *out)                 \
-    {                                                                                      \
-        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                            \
-    }                                                                                      \
-    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out) \
-    {                                                                                      \
-        return vkp_oneshot_try_recv(&self->slot, out);                                     \
-    }                                                                                      \
-    VKP_TYPED_CALL void name##_close(name *self)                                           \
-    {                                                                                      \
-        vkp_oneshot_close(&self->slot);                                                    \
-    }                                                                                      \
+#define VKP_ONESHOT_TYPED(name, T)                                                               \
+    typedef T name##_value;                                                                      \
+    typedef struct name {                                                                        \
+        vkp_oneshot slot;                                                                        \
+    } name;                                                                                      \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_init(                                         \
+        name *self, const vkp_env *env, void (*drop)(void *user, void *item), void *user)        \
+    {                                                                                            \
+        return vkp_oneshot_init(&self->slot, env, sizeof(name##_value), drop, user);             \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_send(name *self, name##_value value)          \
+    {                                                                                            \
+        return vkp_oneshot_send(&self->slot, &value);                                            \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_abandon(name *self)                                               \
+    {                                                                                            \
+        vkp_oneshot_abandon((vkp_oneshot *)(uintptr_t)self);                                     \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_recv(name *self, uint64_t deadline_ns,        \
+                                                        name##_value *out)                       \
+    {                                                                                            \
+        return vkp_oneshot_recv(&self->slot, deadline_ns, out);                                  \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_try_recv(name *self, name##_value *out)       \
+    {                                                                                            \
+        return vkp_oneshot_try_recv(&self->slot, out);                                           \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_open(                                         \
+        const vkp_env *env, void (*drop)(void *user, void *item), void *user, name **self)       \
+    {                                                                                            \
+        vkp_oneshot *raw;                                                                        \
+        vkp_status status = self != NULL                                                         \
+                                ? vkp_oneshot_open(env, sizeof(name##_value), drop, user, &raw)  \
+                                : VKP_ERR_INVALID;                                               \
+        if (status == VKP_OK) {                                                                  \
+            *self = (name *)(uintptr_t)raw;                                                      \
+        }                                                                                        \
+        return status;                                                                           \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_tx_unref(name *self)                                              \
+    {                                                                                            \
+        vkp_oneshot_tx_unref((vkp_oneshot *)(uintptr_t)self);                                    \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_rx_unref(name *self)                                              \
+    {                                                                                            \
+        vkp_oneshot_rx_unref((vkp_oneshot *)(uintptr_t)self);                                    \
+    }                                                                                            \
+    VKP_TYPED_CALL bool name##_is_closed(const name *self)                                       \
+    {                                                                                            \
+        return vkp_oneshot_is_closed(&self->slot);                                               \
+    }                                                                                            \
+    VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_wait_closed(name *self, uint64_t deadline_ns) \
+    {                                                                                            \
+        return vkp_oneshot_wait_closed(&self->slot, deadline_ns);                                \
+    }                                                                                            \
+    VKP_TYPED_CALL vkp_case name##_case_recv(name *self, name##_value *out)                      \
+    {                                                                                            \
+        return vkp_case_oneshot_recv((vkp_oneshot *)(uintptr_t)self, out);                       \
+    }                                                                                            \
+    VKP_TYPED_CALL vkp_case name##_case_closed(name *self)                                       \
+    {                                                                                            \
+        return vkp_case_oneshot_closed((vkp_oneshot *)(uintptr_t)self);                          \
+    }                                                                                            \
+    VKP_TYPED_CALL void name##_close(name *self)                                                 \
+    {                                                                                            \
+        vkp_oneshot_close((vkp_oneshot *)(uintptr_t)self);                                       \
+    }                                                                                            \
     struct name
 
 #define VKP_BROADCAST_TYPED(name, T)                                                            \

@@ -40,10 +40,10 @@ VKP_API vkp_str vkp_value_get_str(const vkp_value *value)
     return text ? vkp_i_str(value->u.str, value->len) : vkp_i_str(NULL, 0);
 }
 
-VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text)
+VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text)
 {
-    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text != NULL &&
-           vkp_i_str_is(vkp_value_get_str(value), text);
+    return (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR) && text.ptr != NULL &&
+           vkp_i_str_alike(vkp_value_get_str(value), text);
 }
 
 /* ---- doubles ---- */

@@ -77,7 +77,7 @@ VKP_API vkp_str vkp_value_get_str(const vkp_value *value);
 VKP_API double vkp_value_get_double(const vkp_value *value);
 
 /* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
-VKP_API bool vkp_value_is_text(const vkp_value *value, const char *text);
+VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text);
 
 typedef struct vkp_resp_config {
     uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */

@@ -111,7 +111,7 @@ class FakeServer {
     vkp_client_config config() const
     {
         vkp_client_config config = {};
-        config.address = address();
+        config.address = vkp_str_of(address());
         config.retry_min_ms = 1;
         config.retry_max_ms = 1;
         return config;
@@ -223,7 +223,7 @@ TEST_CASE("client: open refuses what cannot work, and leaves nothing", "[client]
     vkp_client_config config = {};
     CHECK(vkp_client_open(loop, nullptr, &client) == VKP_ERR_INVALID);
     CHECK(vkp_client_open(loop, &config, &client) == VKP_ERR_INVALID);
-    config.address = "unix:/tmp/x";
+    config.address = vkp_str_of("unix:/tmp/x");
     CHECK(vkp_client_open(nullptr, &config, &client) == VKP_ERR_INVALID);
     CHECK(vkp_client_open(loop, &config, nullptr) == VKP_ERR_INVALID);
     for (int protocol : {1, 4, -1}) {
@@ -234,10 +234,10 @@ TEST_CASE("client: open refuses what cannot work, and leaves nothing", "[client]
     const std::string too_long = "unix:/tmp/" + std::string(200, 'x');
     for (const char *address : {"", "/tmp/x", "tcp:", "tcp:127.0.0.1", "http://x", "unix:"}) {
         INFO(address);
-        config.address = address;
+        config.address = vkp_str_of(address);
         CHECK(vkp_client_open(loop, &config, &client) == VKP_ERR_INVALID);
     }
-    config.address = too_long.c_str();
+    config.address = vkp_str_of(too_long.c_str());
     vkp_status status = vkp_client_open(loop, &config, &client);
     CHECK((status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT));
 
@@ -246,7 +246,7 @@ TEST_CASE("client: open refuses what cannot work, and leaves nothing", "[client]
     vkp_mpsc_tx *tx = nullptr;
     vkp_mpsc_rx *rx = nullptr;
     REQUIRE(vkp_mpsc_open(&channel, &tx, &rx) == VKP_OK);
-    config.address = "unix:/tmp/x";
+    config.address = vkp_str_of("unix:/tmp/x");
     config.pushes = tx;
     config.on_push = [](void *, const vkp_push *) {};
     CHECK(vkp_client_open(loop, &config, &client) == VKP_ERR_INVALID);
@@ -265,7 +265,7 @@ TEST_CASE("client: open on a closed loop is refused", "[client]")
     vkp_loop *kept = vkp_loop_ref(loop);
     loop.close();
     vkp_client_config config = {};
-    config.address = "unix:/tmp/x";
+    config.address = vkp_str_of("unix:/tmp/x");
     vkp_client *client = nullptr;
     CHECK(vkp_client_open(kept, &config, &client) == VKP_ERR_CLOSED);
     CHECK(client == nullptr);
@@ -279,8 +279,8 @@ TEST_CASE("client: the texts of the config are copied", "[client]")
     vkp_client_config config = server.config();
     std::vector<char> address(server.address(), server.address() + strlen(server.address()) + 1);
     std::vector<char> secret = {'p', 'w', '\0'};
-    config.address = address.data();
-    config.password = secret.data();
+    config.address = vkp_str_of(address.data());
+    config.password = vkp_str_of(secret.data());
     Client client(loop, config);
     std::fill(address.begin(), address.end(), 'X');
     std::fill(secret.begin(), secret.end(), 'X');
@@ -311,9 +311,9 @@ TEST_CASE("client: HELLO carries the credentials and the name", "[client]")
     Loop loop;
     FakeServer server;
     vkp_client_config config = server.config();
-    config.username = form.username;
-    config.password = form.password;
-    config.name = form.name;
+    config.username = vkp_str_of(form.username);
+    config.password = vkp_str_of(form.password);
+    config.name = vkp_str_of(form.name);
     config.protocol = 3;
     Client client(loop, config);
     CHECK(client.state() == VKP_CLIENT_CONNECTING);
@@ -340,9 +340,9 @@ TEST_CASE("client: a server without HELLO is spoken to in RESP2", "[client]")
     Loop loop;
     FakeServer server;
     vkp_client_config config = server.config();
-    config.username = "ann";
-    config.password = "secret";
-    config.name = "me";
+    config.username = vkp_str_of("ann");
+    config.password = vkp_str_of("secret");
+    config.name = vkp_str_of("me");
     Client client(loop, config);
     // The second time too HELLO comes first: the server may have become a newer one.
     for (int i = 0; i < 2; i++) {
@@ -391,7 +391,7 @@ TEST_CASE("client: with protocol 2 there is never a HELLO", "[client]")
     }
     SECTION("a password refused ends the connection")
     {
-        config.password = "secret";
+        config.password = vkp_str_of("secret");
         Client client(loop, config);
         Peer peer = server.accept(loop);
         CHECK(heard(loop, peer) == wire({"AUTH", "secret"}));
@@ -414,7 +414,7 @@ TEST_CASE("client: a HELLO refused for another reason is no RESP2, and is tried 
     Loop loop;
     FakeServer server;
     vkp_client_config config = server.config();
-    config.password = "secret";
+    config.password = vkp_str_of("secret");
     Client client(loop, config);
     for (int i = 0; i < 3; i++) {
         Peer peer = server.accept(loop);
@@ -507,7 +507,7 @@ TEST_CASE("client: arguments are sent as they are", "[client]")
     say(peer, "+OK\r\n");
     vkp_test_run_until(loop, "a reply",
                        [&] { return vkp_oneshot_try_recv(&slot, &reply) == VKP_OK; });
-    CHECK(vkp_value_is_text(vkp_reply_get_value(reply), "OK"));
+    CHECK(vkp_value_is_text(vkp_reply_get_value(reply), vkp_str_of("OK")));
     CHECK(vkp_reply_get_frame(reply).len == 5);
     vkp_reply_unref(reply);
 
@@ -2270,9 +2270,9 @@ TEST_CASE("client: opened without memory, it is not there", "[client][faults]")
 {
     FakeServer server;
     vkp_client_config config = server.config();
-    config.username = "u";
-    config.password = "p";
-    config.name = "n";
+    config.username = vkp_str_of("u");
+    config.password = vkp_str_of("p");
+    config.name = vkp_str_of("n");
     bool opened = false;
     for (uint64_t k = 1; !opened; k++) {
         REQUIRE(k < 100);

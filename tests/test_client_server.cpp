@@ -66,7 +66,8 @@ class Server {
     vkp_client_config config(bool tcp = false) const
     {
         vkp_client_config config = {};
-        config.address = tcp ? vkp_test_server_tcp(server_) : vkp_test_server_unix(server_);
+        config.address =
+            vkp_str_of(tcp ? vkp_test_server_tcp(server_) : vkp_test_server_unix(server_));
         config.retry_min_ms = 1;
         config.retry_max_ms = 10;
         return config;
@@ -131,7 +132,7 @@ TEST_CASE("server: greeted over TCP and over a Unix socket, with a name", "[clie
     Server server;
     Loop loop;
     vkp_client_config config = server.config(tcp);
-    config.name = "teller";
+    config.name = vkp_str_of("teller");
     Client client(loop, config);
     Question name(client, {"CLIENT", "GETNAME"});
     Question info(client, {"CLIENT", "INFO"});
@@ -150,7 +151,7 @@ TEST_CASE("server: a host name is an address too", "[client][server]")
     Loop loop;
     const std::string address = "tcp:localhost:" + std::to_string(vkp_test_server_port(server));
     vkp_client_config config = server.config();
-    config.address = address.c_str();
+    config.address = vkp_str_of(address.c_str());
     Client client(loop, config);
     Question question(client, {"PING"});
     CHECK(question.text_on(loop) == "PONG");
@@ -167,7 +168,7 @@ TEST_CASE("server: the right password lets in, the wrong one is tried until it i
     CHECK(ask(admin, "AUTH", "open") == "+OK\r\n");
     vkp_client_config config = server.config();
     config.protocol = protocol;
-    config.password = "sesame";
+    config.password = vkp_str_of("sesame");
     Client client(loop, config);
     vkp_test_run_until(loop, "a refusal",
                        [&] { return client.error().find("WRONGPASS") != std::string::npos; });
@@ -204,8 +205,8 @@ TEST_CASE("server: a user with rights of its own; a channel without the right is
     CHECK(ask(admin, "ACL", "SETUSER", "ann", "on", ">pw", "+@all", "~*", "resetchannels",
               "&news.*") == "+OK\r\n");
     vkp_client_config config = server.config();
-    config.username = "ann";
-    config.password = "pw";
+    config.username = vkp_str_of("ann");
+    config.password = vkp_str_of("pw");
     Client client(loop, config);
     Question who(client, {"ACL", "WHOAMI"});
     CHECK(who.text_on(loop) == "ann");
@@ -242,8 +243,8 @@ TEST_CASE("server: without HELLO there is RESP2, pushes included", "[client][ser
     Peer admin = server.peer();
     CHECK(ask(admin, "AUTH", "pw") == "+OK\r\n");
     vkp_client_config config = server.config();
-    config.password = "pw";
-    config.name = "old";
+    config.password = vkp_str_of("pw");
+    config.name = vkp_str_of("old");
     config.protocol = renamed ? 0 : 2;
     Client client(loop, config);
     Question name(client, {"CLIENT", "GETNAME"});

@@ -630,7 +630,7 @@ TEST_CASE("conn: what open refuses stays the caller's")
     vkp_loop *mine = vkp_loop_ref(loop);
     loop.close();
     CHECK(vkp_conn_open(mine, fds[0], &end.config, &conn) == VKP_ERR_CLOSED);
-    CHECK(vkp_conn_connect(mine, "unix:x", &end.config, &conn) == VKP_ERR_CLOSED);
+    CHECK(vkp_conn_connect(mine, vkp_str_of("unix:x"), &end.config, &conn) == VKP_ERR_CLOSED);
     vkp_loop_unref(mine);
     CHECK(conn == nullptr);
     CHECK(end.told.empty());
@@ -2601,7 +2601,8 @@ TEST_CASE("conn: connect reaches a server by number and by name, over all addres
     Server server;
     const char *host = GENERATE("127.0.0.1", "localhost"); // localhost may say ::1 first
     Conn end;
-    REQUIRE(vkp_conn_connect(loop, server.at(host).c_str(), &end.config, &end.conn) == VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(server.at(host).c_str()), &end.config, &end.conn) ==
+            VKP_OK);
     CHECK(push(end.conn, "pushed before it stood") == VKP_OK);
     vkp_test_run_until(loop, "the connection", [&] { return end.opens + end.closes > 0; });
     REQUIRE(end.opens == 1);
@@ -2629,8 +2630,8 @@ TEST_CASE("conn: connect reaches a Unix socket")
     REQUIRE(bind(server, reinterpret_cast<sockaddr *>(&address), sizeof address) == 0);
     REQUIRE(listen(server, 4) == 0);
     Conn end;
-    REQUIRE(vkp_conn_connect(loop, (std::string("unix:") + path).c_str(), &end.config, &end.conn) ==
-            VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of((std::string("unix:") + path).c_str()), &end.config,
+                             &end.conn) == VKP_OK);
     vkp_test_run_until(loop, "the connection", [&] { return end.opens > 0; });
     Peer peer(accept(server, nullptr, nullptr));
     CHECK(push(end.conn, "hello") == VKP_OK);
@@ -2649,7 +2650,7 @@ TEST_CASE("conn: a refused connection says so once, and never opens")
     const std::string whole = address == "unix:" ? vkp_test_fresh_address("nobody")
                                                  : address + ":" + std::to_string(dead_port());
     errno = 0;
-    vkp_status status = vkp_conn_connect(loop, whole.c_str(), &end.config, &end.conn);
+    vkp_status status = vkp_conn_connect(loop, vkp_str_of(whole.c_str()), &end.config, &end.conn);
     if (status == VKP_OK) {
         vkp_test_run_until(loop, "the refusal", [&] { return end.closes > 0; });
         loop.rounds(3);
@@ -2672,8 +2673,8 @@ TEST_CASE("conn: closing while connecting")
     Loop loop(backend);
     Server server;
     Conn end;
-    REQUIRE(vkp_conn_connect(loop, server.at("127.0.0.1").c_str(), &end.config, &end.conn) ==
-            VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(server.at("127.0.0.1").c_str()), &end.config,
+                             &end.conn) == VKP_OK);
     CHECK(push(end.conn, "never written") == VKP_OK);
     SECTION("by close")
     {
@@ -2696,8 +2697,8 @@ TEST_CASE("conn: a drain while connecting still writes")
     Loop loop(backend);
     Server server;
     Conn end;
-    REQUIRE(vkp_conn_connect(loop, server.at("127.0.0.1").c_str(), &end.config, &end.conn) ==
-            VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(server.at("127.0.0.1").c_str()), &end.config,
+                             &end.conn) == VKP_OK);
     CHECK(push(end.conn, "one word") == VKP_OK);
     vkp_conn_drain(end.conn);
     vkp_test_run_until(loop, "the close", [&] { return end.closes > 0; });
@@ -2723,8 +2724,8 @@ TEST_CASE("conn: pushes of other threads that wait for the connection to stand")
     Server server;
     Conn end;
     end.config.queue_frames = 2;
-    REQUIRE(vkp_conn_connect(loop, server.at("127.0.0.1").c_str(), &end.config, &end.conn) ==
-            VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(server.at("127.0.0.1").c_str()), &end.config,
+                             &end.conn) == VKP_OK);
     {
         Runner runner(loop);
         std::thread pusher([&] {
@@ -2754,14 +2755,16 @@ TEST_CASE("conn: addresses that are none")
         "tcp:127.0.0.1:-1", "tcp:127.0.0.1:65536", "tcp:127.0.0.1:99999999999", "tcp:127.0.0.1: 80",
         "127.0.0.1:80", "TCP:127.0.0.1:1", "http://127.0.0.1:80");
     INFO("address " << address);
-    CHECK(vkp_conn_connect(loop, address, &end.config, &end.conn) == VKP_ERR_INVALID);
+    CHECK(vkp_conn_connect(loop, vkp_str_of(address), &end.config, &end.conn) == VKP_ERR_INVALID);
     const std::string long_host = "tcp:" + std::string(300, 'h') + ":1";
-    CHECK(vkp_conn_connect(loop, long_host.c_str(), &end.config, &end.conn) == VKP_ERR_INVALID);
+    CHECK(vkp_conn_connect(loop, vkp_str_of(long_host.c_str()), &end.config, &end.conn) ==
+          VKP_ERR_INVALID);
     const std::string long_path = "unix:/" + std::string(300, 'p');
-    CHECK(vkp_conn_connect(loop, long_path.c_str(), &end.config, &end.conn) == VKP_ERR_LIMIT);
-    CHECK(vkp_conn_connect(loop, nullptr, &end.config, &end.conn) == VKP_ERR_INVALID);
-    CHECK(vkp_conn_connect(loop, "unix:x", nullptr, &end.conn) == VKP_ERR_INVALID);
-    CHECK(vkp_conn_connect(loop, "unix:x", &end.config, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_conn_connect(loop, vkp_str_of(long_path.c_str()), &end.config, &end.conn) ==
+          VKP_ERR_LIMIT);
+    CHECK(vkp_conn_connect(loop, vkp_str_of(nullptr), &end.config, &end.conn) == VKP_ERR_INVALID);
+    CHECK(vkp_conn_connect(loop, vkp_str_of("unix:x"), nullptr, &end.conn) == VKP_ERR_INVALID);
+    CHECK(vkp_conn_connect(loop, vkp_str_of("unix:x"), &end.config, nullptr) == VKP_ERR_INVALID);
     CHECK(end.conn == nullptr);
     CHECK(end.told.empty());
 }
@@ -2772,7 +2775,7 @@ TEST_CASE("conn: a name that nobody knows is refused")
     sys.resolve = [](const char *, const char *, vkp_address *, size_t) { return -ENOENT; };
     Loop loop(&vkp_backend_poll, &sys);
     Conn end;
-    CHECK(vkp_conn_connect(loop, "tcp:nobody.invalid:80", &end.config, &end.conn) ==
+    CHECK(vkp_conn_connect(loop, vkp_str_of("tcp:nobody.invalid:80"), &end.config, &end.conn) ==
           VKP_ERR_REFUSED);
     CHECK(end.conn == nullptr);
     CHECK(end.told.empty());
@@ -2803,8 +2806,8 @@ TEST_CASE("conn: every address of a name is tried in turn")
     Server server;
     dead = dead_port();
     Conn end;
-    REQUIRE(vkp_conn_connect(loop, server.at("127.0.0.1").c_str(), &end.config, &end.conn) ==
-            VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(server.at("127.0.0.1").c_str()), &end.config,
+                             &end.conn) == VKP_OK);
     vkp_test_run_until(loop, "the connection", [&] { return end.opens + end.closes > 0; });
     CHECK(end.opens == 1);
     CHECK(end.closes == 0);
@@ -2822,8 +2825,8 @@ TEST_CASE("conn: every allocation of connect may fail")
         Conn end;
         const int fds = vkp_test_fd_count();
         loop.fault(VKP_TEST_FAULT_ONCE, k);
-        vkp_status status =
-            vkp_conn_connect(loop, server.at("127.0.0.1").c_str(), &end.config, &end.conn);
+        vkp_status status = vkp_conn_connect(loop, vkp_str_of(server.at("127.0.0.1").c_str()),
+                                             &end.config, &end.conn);
         loop.fault(VKP_TEST_FAULT_NONE, 0);
         if (status == VKP_OK) {
             break;
@@ -2854,7 +2857,8 @@ TEST_CASE("conn: system calls of connect that fail")
     }
     Loop loop(&vkp_backend_poll, &sys);
     errno = 0;
-    CHECK(vkp_conn_connect(loop, "tcp:127.0.0.1:1", &end.config, &end.conn) == VKP_ERR_SYS);
+    CHECK(vkp_conn_connect(loop, vkp_str_of("tcp:127.0.0.1:1"), &end.config, &end.conn) ==
+          VKP_ERR_SYS);
     CHECK(errno == fault);
     CHECK(end.conn == nullptr);
     CHECK(end.told.empty());

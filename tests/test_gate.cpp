@@ -88,12 +88,12 @@ class Door {
     void open(vkp_loop *loop, const std::string &wanted = vkp_test_fresh_address("gate"))
     {
         if (config.socket == nullptr) {
-            config.address = wanted.c_str();
+            config.address = vkp_str_of(wanted.c_str());
         }
         if (vkp_listener_open(loop, &config, &listener) != VKP_OK) {
             vkp_test_fail("no listener at %s", wanted.c_str());
         }
-        config.address = nullptr;
+        config.address = vkp_str_of(nullptr);
         address = vkp_listener_get_address(listener);
         loop_ = vkp_loop_ref(loop);
     }
@@ -840,7 +840,7 @@ TEST_CASE("gate: a descriptor handed on keeps its place until the seat is left")
     };
     const std::string address = vkp_test_fresh_address("gate");
     Handing handing(gate);
-    handing.config.address = address.c_str();
+    handing.config.address = vkp_str_of(address.c_str());
     REQUIRE(vkp_listener_open(loop, &handing.config, &handing.listener) == VKP_OK);
     Peer peer = vkp_test_peer_to(address);
     vkp_test_run_until(loop, "a descriptor", [&] { return handing.given.size() == 1; });
@@ -1120,7 +1120,7 @@ TEST_CASE("gate: threads: seats are left by threads while others are taken")
     REQUIRE(vkp_mpsc_open(&queue, &hall.tx, &rx) == VKP_OK);
     vkp_listener_config listening = {};
     const std::string address = vkp_test_fresh_address("gate");
-    listening.address = address.c_str();
+    listening.address = vkp_str_of(address.c_str());
     listening.gate = gate;
     listening.conn.user = &hall;
     listening.on_fd = [](void *user, int fd, vkp_seat *seat) {

@@ -1025,7 +1025,7 @@ TEST_CASE("guest: a listener and its clients in one foreign loop, which ends whe
     Echo echo;
     const std::string address = vkp_test_fresh_address("echo");
     vkp_listener_config config = {};
-    config.address = address.c_str();
+    config.address = vkp_str_of(address.c_str());
     config.conn.ops = Echo::server_ops();
     REQUIRE(vkp_listener_open(guest, &config, &echo.listener) == VKP_OK);
     std::vector<Echo::Client> clients(count);
@@ -1037,7 +1037,7 @@ TEST_CASE("guest: a listener and its clients in one foreign loop, which ends whe
         mine.user = &client;
         vkp_conn *conn = nullptr;
         echo.clients++;
-        REQUIRE(vkp_conn_connect(guest, address.c_str(), &mine, &conn) == VKP_OK);
+        REQUIRE(vkp_conn_connect(guest, vkp_str_of(address.c_str()), &mine, &conn) == VKP_OK);
         vkp_conn_unref(conn);
     }
     program.run();
@@ -1062,7 +1062,7 @@ TEST_CASE("guest: a client subscribes, publishes and asks")
         int events = 0;
     } state;
     vkp_client_config config = {};
-    config.address = vkp_test_server_tcp(server.get());
+    config.address = vkp_str_of(vkp_test_server_tcp(server.get()));
     config.user = &state;
     config.on_push = [](void *user, const vkp_push *push) {
         auto *self = static_cast<State *>(user);
@@ -1117,7 +1117,7 @@ TEST_CASE("guest: a client opened long after the last round has its whole time t
     CHECK(vkp_loop_get_now_ns(guest) >= ahead_ns);
     vkp_client_config config = {};
     const std::string where = "unix:" + path;
-    config.address = where.c_str();
+    config.address = vkp_str_of(where.c_str());
     vkp_client *client = nullptr;
     REQUIRE(vkp_client_open(guest, &config, &client) == VKP_OK);
     for (int i = 0; i < 3; i++) {

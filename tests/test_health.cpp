@@ -54,7 +54,7 @@ class Patient {
             return table;
         }();
         vkp_listener_config config = {};
-        config.address = this->address.c_str();
+        config.address = vkp_str_of(this->address.c_str());
         config.conn.ops = &ops;
         config.conn.user = this;
         if (vkp_listener_open(loop, &config, &listener_) != VKP_OK) {
@@ -130,7 +130,7 @@ struct Doctor {
     {
         loop = on;
         const std::string copy = address; // borrowed, and gone when this returns
-        config.address = copy.c_str();
+        config.address = vkp_str_of(copy.c_str());
         return vkp_health_check_open(on, &config, &check);
     }
     void open(vkp_loop *on, const std::string &address)
@@ -177,7 +177,7 @@ TEST_CASE("health: arguments that cannot be")
     Doctor doctor;
     doctor.loop = loop;
     vkp_health_check *check = nullptr;
-    doctor.config.address = "tcp:127.0.0.1:1";
+    doctor.config.address = vkp_str_of("tcp:127.0.0.1:1");
     CHECK(vkp_health_check_open(nullptr, &doctor.config, &check) == VKP_ERR_INVALID);
     CHECK(vkp_health_check_open(loop, nullptr, &check) == VKP_ERR_INVALID);
     CHECK(vkp_health_check_open(loop, &doctor.config, nullptr) == VKP_ERR_INVALID);
@@ -185,12 +185,12 @@ TEST_CASE("health: arguments that cannot be")
     config.on_result = nullptr;
     CHECK(vkp_health_check_open(loop, &config, &check) == VKP_ERR_INVALID);
     config = doctor.config;
-    config.address = nullptr;
+    config.address = vkp_str_of(nullptr);
     CHECK(vkp_health_check_open(loop, &config, &check) == VKP_ERR_INVALID);
     for (const char *address : {"", "nonsense", "unix:", "tcp:127.0.0.1", "tcp:127.0.0.1:99999"}) {
         INFO("address " << address);
         config = doctor.config;
-        config.address = address;
+        config.address = vkp_str_of(address);
         CHECK(vkp_health_check_open(loop, &config, &check) == VKP_ERR_INVALID);
     }
     CHECK(check == nullptr);
@@ -714,7 +714,7 @@ TEST_CASE("health: a relay answers, until it drains")
     vkp_relay *relay = nullptr;
     REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
     const std::string address = vkp_test_fresh_address("health");
-    REQUIRE(vkp_relay_listen(relay, address.c_str(), nullptr) == VKP_OK);
+    REQUIRE(vkp_relay_listen(relay, vkp_str_of(address.c_str()), nullptr) == VKP_OK);
     Doctor doctor;
     doctor.config.period_ms = 1;
     doctor.config.timeout_ms = 30000;

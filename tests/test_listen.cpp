@@ -68,7 +68,7 @@ class Registry {
     vkp_socket *socket(const std::string &path) const
     {
         vkp_socket *sock = nullptr;
-        if (vkp_socket_open(registry_, path.c_str(), &sock) != VKP_OK) {
+        if (vkp_socket_open(registry_, vkp_str_of(path.c_str()), &sock) != VKP_OK) {
             vkp_test_fail("no socket at %s", path.c_str());
         }
         return sock;
@@ -159,9 +159,9 @@ struct Host {
     }
     void open(vkp_loop *loop, const std::string &address)
     {
-        config.address = address.c_str();
+        config.address = vkp_str_of(address.c_str());
         open(loop);
-        config.address = nullptr;
+        config.address = vkp_str_of(nullptr);
     }
     void follow(vkp_loop *loop, vkp_socket *sock)
     {
@@ -266,10 +266,10 @@ TEST_CASE("listen: to follow there must be a socket, and one that lives")
     host.config.follow = true;
     host.config.registry = registry;
     for (const char *text : {address.c_str(), "tcp:127.0.0.1:0"}) {
-        host.config.address = text;
+        host.config.address = vkp_str_of(text);
         CHECK(vkp_listener_open(loop, &host.config, &host.listener) == VKP_ERR_INVALID);
     }
-    host.config.address = nullptr;
+    host.config.address = vkp_str_of(nullptr);
     host.config.socket = sock;
     CHECK(vkp_registry_cleanup_all(registry) == 1);
     CHECK(vkp_listener_open(loop, &host.config, &host.listener) == VKP_ERR_CLOSED);
@@ -765,7 +765,7 @@ static vkp_listener_config config_of(Form form, const Host &host, const char *ad
                                      vkp_socket *sock)
 {
     vkp_listener_config config = host.config;
-    config.address = form == Form::handle ? nullptr : address;
+    config.address = vkp_str_of(form == Form::handle ? nullptr : address);
     config.socket = form == Form::handle ? sock : nullptr;
     config.follow = form != Form::plain;
     config.on_start = Start::on_start;
@@ -875,7 +875,7 @@ TEST_CASE("listen: without a path the socket has a name of its own")
     vkp_test_loop loop(&vkp_backend_null);
     REQUIRE(setenv("XDG_RUNTIME_DIR", vkp_test_dir(), 1) == 0);
     vkp_registry_config config = {};
-    config.folder = vkp_test_dir();
+    config.folder = vkp_str_of(vkp_test_dir());
     Registry registry(config);
     std::set<std::string> paths;
     {
@@ -984,10 +984,10 @@ TEST_CASE("listen: calls that cannot be are refused at once")
             CHECK(vkp_listener_open(loop, &config, &listener) == VKP_ERR_INVALID);
         }
         config = good;
-        config.address = address.c_str();
+        config.address = vkp_str_of(address.c_str());
         config.socket = sock;
         CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
-        config.address = nullptr;
+        config.address = vkp_str_of(nullptr);
         config.socket = nullptr;
         CHECK(vkp_listener_open(loop, &config, nullptr) == VKP_ERR_INVALID);
         config = good;
@@ -1199,7 +1199,7 @@ TEST_CASE("listen: threads: many start at once on a loop that runs")
     constexpr size_t turns = 25;
     vkp_test_loop loop;
     vkp_registry_config config = {};
-    config.folder = vkp_test_dir();
+    config.folder = vkp_str_of(vkp_test_dir());
     {
         Registry registry(config);
         Host hosts[starts];

@@ -159,7 +159,7 @@ struct Echo {
     }
     vkp_status open(vkp_loop *loop, const char *address)
     {
-        config.address = address;
+        config.address = vkp_str_of(address);
         return open(loop);
     }
     vkp_status open(vkp_loop *loop)
@@ -260,7 +260,7 @@ TEST_CASE("listener: arguments that cannot be")
     CHECK(vkp_listener_open(nullptr, &echo.config, &listener) == VKP_ERR_INVALID);
     CHECK(vkp_listener_open(loop, nullptr, &listener) == VKP_ERR_INVALID);
     CHECK(vkp_listener_open(loop, &echo.config, &listener) == VKP_ERR_INVALID); // no address
-    echo.config.address = "tcp:127.0.0.1:0";
+    echo.config.address = vkp_str_of("tcp:127.0.0.1:0");
     CHECK(vkp_listener_open(loop, &echo.config, nullptr) == VKP_ERR_INVALID);
     echo.config.conn.ops = nullptr;
     CHECK(vkp_listener_open(loop, &echo.config, &listener) == VKP_ERR_INVALID);
@@ -328,7 +328,7 @@ TEST_CASE("listener: IPv6, where the system has it")
     config.ops = &ops;
     config.user = &outcome;
     vkp_conn *conn = nullptr;
-    REQUIRE(vkp_conn_connect(loop, echo.address().c_str(), &config, &conn) == VKP_OK);
+    REQUIRE(vkp_conn_connect(loop, vkp_str_of(echo.address().c_str()), &config, &conn) == VKP_OK);
     vkp_test_run_until(loop, "both ends", [&] { return outcome.opens == 1 && echo.opens == 1; });
     vkp_conn_close(conn);
     vkp_conn_unref(conn);
@@ -381,7 +381,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     second.config.registry = registry;
     REQUIRE(first.open(loop, address.c_str()) == VKP_OK);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
+    REQUIRE(vkp_socket_find(registry, vkp_str_of(path_of(address)), &sock) == VKP_OK);
     CHECK(vkp_socket_get_ref_count(sock) == 2);
     vkp_socket_unref(sock);
     SECTION("one after the other")
@@ -392,7 +392,7 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     }
     SECTION("a handle of the program keeps the path")
     {
-        REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
+        REQUIRE(vkp_socket_find(registry, vkp_str_of(path_of(address)), &sock) == VKP_OK);
         first.drop();
         CHECK(vkp_test_exists(path_of(address)));
         Client waits(address); // in the backlog until somebody listens again
@@ -404,9 +404,9 @@ TEST_CASE("listener: listeners of one registry share the path's socket")
     }
     SECTION("a handle given to the listener")
     {
-        REQUIRE(vkp_socket_find(registry, path_of(address), &sock) == VKP_OK);
+        REQUIRE(vkp_socket_find(registry, vkp_str_of(path_of(address)), &sock) == VKP_OK);
         first.drop();
-        second.config.address = nullptr;
+        second.config.address = vkp_str_of(nullptr);
         second.config.socket = sock;
         REQUIRE(second.open(loop) == VKP_OK);
         CHECK(vkp_socket_get_ref_count(sock) == 2);
@@ -433,7 +433,7 @@ TEST_CASE("listener: a registered socket serves, even one that the caller left b
     REQUIRE(bind(fd, reinterpret_cast<sockaddr *>(&name), sizeof name) == 0);
     REQUIRE(listen(fd, 8) == 0);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_adopt(registry, path_of(address), fd, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, vkp_str_of(path_of(address)), fd, &sock) == VKP_OK);
     REQUIRE((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0); // else the next line would never return
     CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
     Echo echo;

@@ -1336,6 +1336,21 @@ TEST_CASE("loop: watches that are refused")
     CHECK(vkp_io_start(&watch, loop, pipe.reader(), VKP_IO_READ, fn) == VKP_ERR_INVALID);
 }
 
+TEST_CASE("loop: a deadline by the loop's own clock, where time is virtual")
+{
+    Loop loop(&vkp_backend_null);
+    const uint64_t start = vkp_loop_get_now_ns(loop);
+    uint64_t fired = 0;
+    Timer timer;
+    const uint64_t hour_ms = 3600 * 1000;
+    CHECK(vkp_loop_after_ms(loop, 0) == start);
+    CHECK(vkp_loop_after_ms(loop, UINT64_MAX) == VKP_FOREVER);
+    REQUIRE(timer.start(loop, vkp_loop_after_ms(loop, hour_ms), 0,
+                        [&] { fired = vkp_loop_get_now_ns(loop); }) == VKP_OK);
+    loop.round(VKP_FOREVER);
+    CHECK(fired == start + hour_ms * 1000000);
+}
+
 // ---- handlers of channels ----
 
 namespace {

@@ -166,7 +166,7 @@ using Catch::Generators::from_range;
 vkp_relay_config upstream_of(const char *address)
 {
     vkp_relay_config config = {};
-    config.server = address;
+    config.server = vkp_str_of(address);
     return config;
 }
 
@@ -187,7 +187,7 @@ class Relay {
         const char *bound = nullptr;
         const char *wanted = vkp_test_fresh_address("relay");
         if (vkp_relay_open(&config, &relay_) != VKP_OK ||
-            vkp_relay_listen(relay_, wanted, &bound) != VKP_OK) {
+            vkp_relay_listen(relay_, vkp_str_of(wanted), &bound) != VKP_OK) {
             vkp_test_fail("no relay at %s", wanted);
         }
         address = bound;
@@ -1464,8 +1464,8 @@ TEST_CASE("a subscription that the server refuses is refused to the client, who 
     Server server =
         start_server({"--user", "limited", "on", ">pw", "resetchannels", "&ok*", "+@all", "~*"});
     vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
-    config.username = "limited";
-    config.password = "pw";
+    config.username = vkp_str_of("limited");
+    config.password = vkp_str_of("pw");
     Relay relay(setup, config);
     Peer peer = relay.connected_client();
     say(peer, wires({"SUBSCRIBE ok1 secret ok2"}));
@@ -1592,14 +1592,14 @@ TEST_CASE("a password that the server refuses: the relay says so and serves what
     vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
     SECTION("the right one")
     {
-        config.password = "right";
+        config.password = vkp_str_of("right");
         Relay relay(setups().front(), config);
         Peer peer = relay.connected_client();
         CHECK(ask(peer, "SET", "k", "v") == "+OK\r\n");
     }
     SECTION("a wrong one")
     {
-        config.password = "wrong";
+        config.password = vkp_str_of("wrong");
         Relay relay(setups().front(), config);
         Peer peer = relay.client();
         vkp_test_wait_until("the refusal in the log",
@@ -1763,11 +1763,25 @@ TEST_CASE("a storm of connections over max_clients: the first are served, the ot
     vkp_test_wait_until("all to be gone", [&] { return relay.stats().clients == 0; });
 }
 
+TEST_CASE("a policy that would make the relay wait is refused, not replaced")
+{
+    vkp_test_loop loop(&vkp_backend_poll);
+    vkp_loop *loops[] = {loop};
+    vkp_relay_config config = {};
+    vkp_relay *relay = nullptr;
+    config.loops = loops;
+    for (vkp_on_full policy : {VKP_ON_FULL_WAIT, VKP_ON_FULL_ERROR}) {
+        config.on_full = policy;
+        CHECK(vkp_relay_open(&config, &relay) == VKP_ERR_INVALID);
+    }
+    CHECK(relay == nullptr);
+}
+
 TEST_CASE("a subscriber that does not read is handled as on_full says; others lose nothing")
 {
     EVERY_SETUP();
     const vkp_on_full policy = GENERATE(VKP_ON_FULL_DROP_OLDEST, VKP_ON_FULL_DROP_NEWEST,
-                                        VKP_ON_FULL_DISCONNECT, VKP_ON_FULL_WAIT);
+                                        VKP_ON_FULL_DISCONNECT, VKP_ON_FULL_DEFAULT);
     INFO("policy " << policy);
     vkp_relay_config config = {};
     config.on_full = policy;
@@ -1814,7 +1828,7 @@ TEST_CASE("a subscriber that does not read is handled as on_full says; others lo
         got++;
     }
     CHECK(first == 0);
-    if (policy == VKP_ON_FULL_DISCONNECT || policy == VKP_ON_FULL_WAIT) {
+    if (policy == VKP_ON_FULL_DISCONNECT || policy == VKP_ON_FULL_DEFAULT) {
         CHECK(ended);
         CHECK(stats.slow_closed == 1);
         CHECK(stats.dropped_frames == 0);
@@ -1872,11 +1886,11 @@ TEST_CASE("listening at several addresses, and at one that is taken")
     vkp_status broken = VKP_OK;
     relay.on_loop([&] {
         const char *bound = nullptr;
-        if (vkp_relay_listen(relay, "tcp:127.0.0.1:0", &bound) == VKP_OK) {
+        if (vkp_relay_listen(relay, vkp_str_of("tcp:127.0.0.1:0"), &bound) == VKP_OK) {
             tcp = bound;
         }
-        taken = vkp_relay_listen(relay, second.address.c_str(), nullptr);
-        broken = vkp_relay_listen(relay, "nonsense", nullptr);
+        taken = vkp_relay_listen(relay, vkp_str_of(second.address.c_str()), nullptr);
+        broken = vkp_relay_listen(relay, vkp_str_of("nonsense"), nullptr);
     });
     REQUIRE(starts_with(tcp, "tcp:127.0.0.1:"));
     CHECK(tcp != "tcp:127.0.0.1:0");
@@ -1939,7 +1953,7 @@ TEST_CASE("a drain tells each client why, in its own language, after all it was 
     const std::string notice = GENERATE(as<std::string>{}, "going down", "two\r\nlines", "",
                                         "long " + std::string(2000, 'x'));
     vkp_relay_config config = {};
-    config.shutdown_notice = notice.c_str();
+    config.shutdown_notice = vkp_str_of(notice.c_str());
     Relay relay(setup, config);
     const std::string channel = VKP_RELAY_NOTICE_CHANNEL;
     std::vector<Peer> plain = relay.client_per_loop();
@@ -2001,7 +2015,7 @@ TEST_CASE("a drain's notice comes behind the answers that the server still owes"
     EVERY_SETUP();
     Server server = start_server();
     vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
-    config.shutdown_notice = "going down";
+    config.shutdown_notice = vkp_str_of("going down");
     Relay relay(setup, config);
     Peer asking = relay.connected_client();
     std::string script;
@@ -2090,7 +2104,7 @@ class StillRelay {
         config.env = &loop.test.env;
         address = vkp_test_fresh_address("still");
         if (vkp_relay_open(&config, &relay_) != VKP_OK ||
-            vkp_relay_listen(relay_, address.c_str(), nullptr) != VKP_OK) {
+            vkp_relay_listen(relay_, vkp_str_of(address.c_str()), nullptr) != VKP_OK) {
             vkp_test_fail("no relay at %s", address.c_str());
         }
     }
@@ -2212,7 +2226,8 @@ TEST_CASE("a relay is gone before loop 0 heard that the last client left: no tim
         vkp_relay *relay = nullptr;
         const char *bound = nullptr;
         REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
-        REQUIRE(vkp_relay_listen(relay, vkp_test_fresh_address("idle"), &bound) == VKP_OK);
+        REQUIRE(vkp_relay_listen(relay, vkp_str_of(vkp_test_fresh_address("idle")), &bound) ==
+                VKP_OK);
         std::vector<Peer> peers;
         for (int i = 0; i < 4; i++) { // two on each loop
             peers.push_back(open(bound));
@@ -2290,7 +2305,7 @@ TEST_CASE("so many clients of one user over Unix sockets, and no more")
     std::string tcp;
     relay.on_loop([&] {
         const char *bound = nullptr;
-        tcp = vkp_relay_listen(relay, "tcp:127.0.0.1:0", &bound) == VKP_OK ? bound : "";
+        tcp = vkp_relay_listen(relay, vkp_str_of("tcp:127.0.0.1:0"), &bound) == VKP_OK ? bound : "";
     });
     Peer first = relay.client();
     Peer second = relay.client();
@@ -2382,7 +2397,8 @@ TEST_CASE("an address without a path is a name of its own; an abstract one has n
             std::string address;
             relay.on_loop([&] {
                 const char *bound = nullptr;
-                address = vkp_relay_listen(relay, "unix:", &bound) == VKP_OK ? bound : "";
+                address =
+                    vkp_relay_listen(relay, vkp_str_of("unix:"), &bound) == VKP_OK ? bound : "";
             });
             CHECK(starts_with(address, std::string("unix:") + vkp_test_dir() + "/"));
             CHECK(paths.insert(address.substr(5)).second);
@@ -2395,7 +2411,8 @@ TEST_CASE("an address without a path is a name of its own; an abstract one has n
         CHECK(stats.created == 4);
         vkp_status abstract = VKP_OK;
         std::string name = "unix:@" + std::string(vkp_test_fresh_path("abstract"));
-        relay.on_loop([&] { abstract = vkp_relay_listen(relay, name.c_str(), nullptr); });
+        relay.on_loop(
+            [&] { abstract = vkp_relay_listen(relay, vkp_str_of(name.c_str()), nullptr); });
 #ifdef __linux__
         REQUIRE(abstract == VKP_OK);
         CHECK_FALSE(vkp_test_exists(name.c_str() + 5));
@@ -2404,7 +2421,7 @@ TEST_CASE("an address without a path is a name of its own; an abstract one has n
             std::atomic<int> status{1};
         } answer;
         vkp_health_config config = {};
-        config.address = name.c_str();
+        config.address = vkp_str_of(name.c_str());
         config.timeout_ms = 30000;
         config.user = &answer;
         config.on_result = [](void *user, const vkp_health *health) {
@@ -2436,7 +2453,7 @@ TEST_CASE("wrong configs are refused")
     CHECK(vkp_relay_open(&config, &relay) == VKP_ERR_INVALID);
     config.loops = &view;
     CHECK(vkp_relay_open(&config, nullptr) == VKP_ERR_INVALID);
-    config.server = "nonsense";
+    config.server = vkp_str_of("nonsense");
     CHECK(vkp_relay_open(&config, &relay) == VKP_ERR_INVALID);
     CHECK(relay == nullptr);
     vkp_relay_unref(nullptr);
@@ -2460,7 +2477,7 @@ TEST_CASE("no memory for opening or listening, at every allocation: an error, an
                 views.push_back(*loops.back());
             }
             vkp_relay_config config = {};
-            config.server = alone ? nullptr : server.c_str();
+            config.server = vkp_str_of(alone ? nullptr : server.c_str());
             config.loops = views.data();
             config.loop_count = loop_count;
             config.env = &test.env;
@@ -2469,13 +2486,14 @@ TEST_CASE("no memory for opening or listening, at every allocation: an error, an
             vkp_test_env_fault(&test, VKP_TEST_FAULT_ONCE, k);
             vkp_status status = vkp_relay_open(&config, &relay);
             if (status == VKP_OK) {
-                status = vkp_relay_listen(relay, address.c_str(), nullptr);
+                status = vkp_relay_listen(relay, vkp_str_of(address.c_str()), nullptr);
             }
             all = vkp_test_env_failures(&test) == 0;
             CHECK(status == (all ? VKP_OK : VKP_ERR_NOMEM));
             if (relay != nullptr && status != VKP_OK) {
                 CHECK(!vkp_test_exists(address.c_str() + 5));
-                CHECK(vkp_relay_listen(relay, address.c_str(), nullptr) == VKP_OK); // now it can
+                CHECK(vkp_relay_listen(relay, vkp_str_of(address.c_str()), nullptr) ==
+                      VKP_OK); // now it can
             }
             vkp_relay_unref(relay);
             CHECK(!vkp_test_exists(address.c_str() + 5));

@@ -1333,18 +1333,18 @@ TEST_CASE("resp reader: attributes count for nobody and may repeat", "[resp]")
     const vkp_value *near = first - first->attributes;
     CHECK(near->type == VKP_RESP_ATTRIBUTE);
     CHECK(near->len == 2);
-    CHECK(vkp_value_is_text(vkp_value_get_first(near), "b"));
+    CHECK(vkp_value_is_text(vkp_value_get_first(near), vkp_str_of("b")));
     const vkp_value *far = near - near->attributes;
     CHECK(far->type == VKP_RESP_ATTRIBUTE);
-    CHECK(vkp_value_is_text(vkp_value_get_first(far), "a"));
+    CHECK(vkp_value_is_text(vkp_value_get_first(far), vkp_str_of("a")));
     CHECK(far->attributes == 0);
 
     REQUIRE(reader.next(&value) == VKP_OK);
-    CHECK(vkp_value_is_text(value, "top"));
+    CHECK(vkp_value_is_text(value, vkp_str_of("top")));
     REQUIRE(value->attributes != 0);
-    CHECK(vkp_value_is_text(vkp_value_get_first(value - value->attributes), "c"));
+    CHECK(vkp_value_is_text(vkp_value_get_first(value - value->attributes), vkp_str_of("c")));
     REQUIRE(reader.next(&value) == VKP_OK);
-    CHECK(vkp_value_is_text(value, "bare"));
+    CHECK(vkp_value_is_text(value, vkp_str_of("bare")));
     CHECK(value->attributes == 0);
 
     // An attribute alone is not a value yet.
@@ -1390,14 +1390,14 @@ TEST_CASE("value: walking, text and comparison", "[resp]")
     CHECK(vkp_value_get_str(list).len == 0);
     CHECK(vkp_value_get_str(null).len == 0);
     CHECK(vkp_value_get_str(nullptr).len == 0);
-    CHECK(vkp_value_is_text(key, "key"));
-    CHECK(vkp_value_is_text(key, "KEY"));
-    CHECK_FALSE(vkp_value_is_text(key, "ke"));
-    CHECK_FALSE(vkp_value_is_text(key, "keyy"));
-    CHECK_FALSE(vkp_value_is_text(key, ""));
-    CHECK(vkp_value_is_text(error, "err X"));
-    CHECK_FALSE(vkp_value_is_text(null, ""));
-    CHECK_FALSE(vkp_value_is_text(list, ""));
+    CHECK(vkp_value_is_text(key, vkp_str_of("key")));
+    CHECK(vkp_value_is_text(key, vkp_str_of("KEY")));
+    CHECK_FALSE(vkp_value_is_text(key, vkp_str_of("ke")));
+    CHECK_FALSE(vkp_value_is_text(key, vkp_str_of("keyy")));
+    CHECK_FALSE(vkp_value_is_text(key, vkp_str_of("")));
+    CHECK(vkp_value_is_text(error, vkp_str_of("err X")));
+    CHECK_FALSE(vkp_value_is_text(null, vkp_str_of("")));
+    CHECK_FALSE(vkp_value_is_text(list, vkp_str_of("")));
 
     REQUIRE(reader.next(&value) == VKP_OK);
     const vkp_value *integer = vkp_value_get_first(value);
@@ -1411,8 +1411,8 @@ TEST_CASE("value: walking, text and comparison", "[resp]")
     CHECK(vkp_value_get_str(boolean).len == 0);
     CHECK(vkp_test_view(vkp_value_get_str(bignum)) == "12");
     CHECK(vkp_test_view(vkp_value_get_str(real)) == "1.5");
-    CHECK_FALSE(vkp_value_is_text(bignum, "12"));
-    CHECK_FALSE(vkp_value_is_text(real, "1.5"));
+    CHECK_FALSE(vkp_value_is_text(bignum, vkp_str_of("12")));
+    CHECK_FALSE(vkp_value_is_text(real, vkp_str_of("1.5")));
     CHECK(vkp_value_get_double(integer) == 7.0);
     CHECK(vkp_value_get_double(real) == 1.5);
     CHECK(vkp_value_get_double(bignum) == 0.0);
@@ -1428,7 +1428,7 @@ TEST_CASE("value: a text with zero bytes is compared by its length", "[resp]")
     REQUIRE(reader.feed(std::string("$3\r\na\0b\r\n", 9)) == VKP_OK);
     REQUIRE(reader.next(&value) == VKP_OK);
     CHECK(value->len == 3);
-    CHECK_FALSE(vkp_value_is_text(value, "a"));
+    CHECK_FALSE(vkp_value_is_text(value, vkp_str_of("a")));
 }
 
 namespace {

@@ -196,11 +196,11 @@ const Conversion k_conversions[] = {
 TEST_CASE("resp writer: each put writes its type", "[resp][writer]")
 {
     Writer w;
-    vkp_resp_put_simple(w.get(), "OK");
+    vkp_resp_put_simple(w.get(), vkp_str_of("OK"));
     CHECK(w.text() == "+OK\r\n");
-    vkp_resp_put_simple(w.get(), "");
+    vkp_resp_put_simple(w.get(), vkp_str_of(""));
     CHECK(w.text() == "+\r\n");
-    vkp_resp_put_error(w.get(), "ERR no");
+    vkp_resp_put_error(w.get(), vkp_str_of("ERR no"));
     CHECK(w.text() == "-ERR no\r\n");
     vkp_resp_put_bulk(w.get(), "a\r\n\0b", 5);
     CHECK(w.text() == std::string("$5\r\na\r\n\0b\r\n", 11));
@@ -379,9 +379,9 @@ TEST_CASE("resp writer: a line break in a line is INVALID, kept until take", "[r
             Writer w;
             vkp_resp_put_integer(w.get(), 1);
             if (error) {
-                vkp_resp_put_error(w.get(), text);
+                vkp_resp_put_error(w.get(), vkp_str_of(text));
             } else {
-                vkp_resp_put_simple(w.get(), text);
+                vkp_resp_put_simple(w.get(), vkp_str_of(text));
             }
             vkp_resp_put_integer(w.get(), 2);
             vkp_bytes marked = vkp_bytes_static("mark", 4);
@@ -411,9 +411,9 @@ TEST_CASE("resp writer: above 4 GiB it is LIMIT, and nothing is read or allocate
         CHECK(w.text() == "status: a configured limit was exceeded");
         // The first error is the one that is told.
         vkp_resp_put_bulk(w.get(), "x", len);
-        vkp_resp_put_simple(w.get(), "\n");
+        vkp_resp_put_simple(w.get(), vkp_str_of("\n"));
         CHECK(w.text() == "status: a configured limit was exceeded");
-        vkp_resp_put_simple(w.get(), "\n");
+        vkp_resp_put_simple(w.get(), vkp_str_of("\n"));
         vkp_resp_put_bulk(w.get(), "x", len);
         CHECK(w.text() == "status: invalid argument or use");
     }
@@ -433,8 +433,8 @@ TEST_CASE("resp writer: memory may fail at every allocation; take tells, and it 
     Env env;
     const auto write = [&](Writer &w) {
         vkp_resp_put_aggregate(w.get(), VKP_RESP_ARRAY, 9);
-        vkp_resp_put_simple(w.get(), "simple");
-        vkp_resp_put_error(w.get(), "ERR error");
+        vkp_resp_put_simple(w.get(), vkp_str_of("simple"));
+        vkp_resp_put_error(w.get(), vkp_str_of("ERR error"));
         vkp_resp_put_integer(w.get(), 123456);
         vkp_resp_put_double(w.get(), 0.25);
         vkp_resp_put_bool(w.get(), true);
@@ -479,11 +479,11 @@ TEST_CASE("resp writer: the bytes taken are an ordinary shared block", "[resp][w
 {
     Env env;
     Writer w(&env.test.env);
-    vkp_resp_put_simple(w.get(), "first");
+    vkp_resp_put_simple(w.get(), vkp_str_of("first"));
     vkp_bytes first = VKP_ZERO;
     REQUIRE(vkp_resp_writer_take(w.get(), &first) == VKP_OK);
     vkp_bytes other = vkp_bytes_ref(&first);
-    vkp_resp_put_simple(w.get(), "second");
+    vkp_resp_put_simple(w.get(), vkp_str_of("second"));
     vkp_bytes second = VKP_ZERO;
     REQUIRE(vkp_resp_writer_take(w.get(), &second) == VKP_OK);
     vkp_bytes_unref(&first);
@@ -502,7 +502,7 @@ TEST_CASE("resp writer: nothing written is nothing taken; deinit drops what was 
     REQUIRE(vkp_resp_writer_take(w.get(), &bytes) == VKP_OK);
     CHECK(bytes.len == 0);
     vkp_bytes_unref(&bytes);
-    vkp_resp_put_simple(w.get(), "dropped");
+    vkp_resp_put_simple(w.get(), vkp_str_of("dropped"));
     CHECK(env.blocks() == 1);
     vkp_resp_writer_deinit(w.get());
     CHECK(env.blocks() == 0);

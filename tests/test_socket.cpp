@@ -58,7 +58,7 @@ TEST_CASE("socket: a socket outlives the program's reference to its registry")
     vkp_socket *sock = nullptr;
     const char *path = vkp_test_fresh_path("s");
     REQUIRE(vkp_registry_open(&config, &registry) == VKP_OK);
-    REQUIRE(vkp_socket_open(registry, path, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_OK);
     vkp_registry_unref(registry);
     CHECK(vkp_test_answers(path));
     vkp_socket_unref(sock);
@@ -72,8 +72,8 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
     vkp_test_registry registry;
     const char *path = vkp_test_fresh_path("s");
     vkp_socket *none = nullptr;
-    CHECK(vkp_socket_find(registry, path, &none) == VKP_ERR_NOT_FOUND);
-    CHECK_FALSE(vkp_registry_is_active(registry, path));
+    CHECK(vkp_socket_find(registry, vkp_str_of(path), &none) == VKP_ERR_NOT_FOUND);
+    CHECK_FALSE(vkp_registry_is_active(registry, vkp_str_of(path)));
     CHECK_FALSE(vkp_test_exists(path));
 
     vkp_socket *first = registry.make(path);
@@ -81,7 +81,7 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
     CHECK(vkp_socket_is_active(first));
     CHECK(vkp_socket_get_ref_count(first) == 1);
     CHECK(registry.count() == 1);
-    CHECK(vkp_registry_is_active(registry, path));
+    CHECK(vkp_registry_is_active(registry, vkp_str_of(path)));
     CHECK(S_ISSOCK(vkp_test_look(path).st_mode));
     CHECK((vkp_test_look(path).st_mode & 07777) == 0600);
     CHECK(vkp_test_has_lock(path));
@@ -90,7 +90,7 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
 
     vkp_socket *second = registry.make(path);
     vkp_socket *third = nullptr;
-    REQUIRE(vkp_socket_find(registry, path, &third) == VKP_OK);
+    REQUIRE(vkp_socket_find(registry, vkp_str_of(path), &third) == VKP_OK);
     CHECK(second == first);
     CHECK(third == first);
     CHECK(vkp_socket_ref(first) == first);
@@ -103,10 +103,10 @@ TEST_CASE("socket: the first handle binds, more share it, the last one removes a
     vkp_socket_unref(first);
     vkp_socket_unref(nullptr);
     CHECK(registry.count() == 0);
-    CHECK_FALSE(vkp_registry_is_active(registry, path));
+    CHECK_FALSE(vkp_registry_is_active(registry, vkp_str_of(path)));
     CHECK_FALSE(vkp_test_exists(path));
     CHECK_FALSE(vkp_test_has_lock(path));
-    CHECK(vkp_socket_find(registry, path, &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(registry, vkp_str_of(path), &none) == VKP_ERR_NOT_FOUND);
     CHECK(registry.stats().unlink_failures == 0);
     CHECK(registry.fds_more() == 0);
 }
@@ -162,20 +162,20 @@ TEST_CASE("socket: arguments that cannot be")
     vkp_test_registry registry;
     vkp_socket *sock = nullptr;
     const std::string dir = vkp_test_dir();
-    CHECK(vkp_socket_open(nullptr, "x", &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_open(registry, "x", nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_find(registry, nullptr, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_find(nullptr, "x", &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_find(registry, "x", nullptr) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_adopt(registry, "x", -1, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_adopt(nullptr, "x", 0, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_adopt(registry, nullptr, 0, &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_adopt(registry, "x", 0, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(nullptr, vkp_str_of("x"), &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(registry, vkp_str_of("x"), nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(registry, vkp_str_of(nullptr), &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(nullptr, vkp_str_of("x"), &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_find(registry, vkp_str_of("x"), nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of("x"), -1, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(nullptr, vkp_str_of("x"), 0, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of(nullptr), 0, &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of("x"), 0, nullptr) == VKP_ERR_INVALID);
     for (const std::string &path : {std::string(), std::string(".."), std::string("../x"),
                                     dir + "/../x", dir + "/a/..", dir + "//.."}) {
         INFO("path \"" << path << '"');
-        CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_INVALID);
-        CHECK(vkp_socket_adopt(registry, path.c_str(), 0, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, vkp_str_of(path.c_str()), 0, &sock) == VKP_ERR_INVALID);
     }
     for (const std::string name : {"a..b", "..a", "b..", "...", ".a"}) {
         INFO("name " << name);
@@ -202,8 +202,8 @@ TEST_CASE("socket: a path is used whole, or refused with the limit named")
 
     path += 'p';
     sock = nullptr;
-    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_adopt(registry, path.c_str(), 0, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of(path.c_str()), 0, &sock) == VKP_ERR_LIMIT);
     CHECK(sock == nullptr);
     CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
     path.pop_back();
@@ -246,7 +246,7 @@ TEST_CASE("socket: something that is no socket is refused and left alone")
         REQUIRE(symlink((path + ".live").c_str(), path.c_str()) == 0);
     }
     const struct stat before = vkp_test_look(path);
-    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_ERR_EXISTS);
     CHECK(sock == nullptr);
     CHECK(vkp_test_env_logged(&registry.test, path.c_str()));
     const struct stat after = vkp_test_look(path);
@@ -270,7 +270,7 @@ TEST_CASE("socket: a symbolic link in place of the lock file is not followed")
     vkp_test_write_file(target);
     REQUIRE(symlink(target.c_str(), vkp_test_lock_of(path).c_str()) == 0);
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_EXISTS);
     CHECK(vkp_test_look(target).st_size == 4);
     CHECK(S_ISLNK(vkp_test_look(vkp_test_lock_of(path)).st_mode));
     CHECK_FALSE(vkp_test_exists(path));
@@ -291,7 +291,7 @@ TEST_CASE("socket: a dead socket of another user is left alone")
     close(vkp_test_foreign_socket(path, 1));
     const ino_t before = vkp_test_look(path).st_ino;
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_ERR_EXISTS);
     CHECK(vkp_test_look(path).st_ino == before);
 }
 
@@ -334,7 +334,7 @@ TEST_CASE("socket: a live socket is never taken")
         vkp_test_child child([&] { return vkp_test_serve(path); });
         REQUIRE(child.hear() == 's');
         const ino_t before = vkp_test_look(path).st_ino;
-        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_look(path).st_ino == before);
         CHECK(vkp_test_has_lock(path));
         CHECK(vkp_test_answers(path));
@@ -344,7 +344,7 @@ TEST_CASE("socket: a live socket is never taken")
     SECTION("of a server that knows no lock files")
     {
         int server = vkp_test_foreign_socket(path, 4);
-        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         CHECK_FALSE(vkp_test_has_lock(path));
         close(server);
@@ -363,7 +363,7 @@ TEST_CASE("socket: a live socket is never taken")
         }
 #ifdef __linux__
         REQUIRE(result != 0);
-        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_exists(path));
 #endif
         for (int fd : waiting) {
@@ -375,7 +375,7 @@ TEST_CASE("socket: a live socket is never taken")
     {
         vkp_test_registry other;
         vkp_socket *theirs = other.make(path);
-        CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         vkp_socket_unref(theirs);
         sock = registry.make(path);
@@ -408,7 +408,7 @@ TEST_CASE("socket: of many processes that find a dead socket exactly one gets it
                 if (vkp_registry_open(nullptr, &registry) != VKP_OK || read(gate[0], &byte, 1)) {
                     return 1;
                 }
-                vkp_status status = vkp_socket_open(registry, path, &sock);
+                vkp_status status = vkp_socket_open(registry, vkp_str_of(path), &sock);
                 vkp_test_child::say(status == VKP_OK ? 'w' : status == VKP_ERR_IN_USE ? 'l' : '?');
                 for (;;) {
                     pause();
@@ -558,7 +558,7 @@ TEST_CASE("socket: registering a bound socket takes its descriptor")
     const char *path = vkp_test_fresh_path("s");
     int fd = vkp_test_foreign_socket(path, 8);
     vkp_socket *sock = nullptr;
-    REQUIRE(vkp_socket_adopt(registry, path, fd, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, vkp_str_of(path), fd, &sock) == VKP_OK);
     CHECK(vkp_socket_is_active(sock));
     CHECK(vkp_test_has_lock(path));
     CHECK(registry.make(path) == sock);
@@ -580,7 +580,7 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
     SECTION("a handle of that path lives")
     {
         vkp_socket *mine = registry.make(path);
-        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_EXISTS);
+        CHECK(vkp_socket_adopt(registry, vkp_str_of(path), fd, &sock) == VKP_ERR_EXISTS);
         CHECK(vkp_test_answers(path));
         vkp_socket_unref(mine);
     }
@@ -588,19 +588,19 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
     {
         vkp_test_child child([&] { return vkp_test_serve(path); });
         REQUIRE(child.hear() == 's');
-        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_IN_USE);
+        CHECK(vkp_socket_adopt(registry, vkp_str_of(path), fd, &sock) == VKP_ERR_IN_USE);
         CHECK(vkp_test_answers(path));
         child.end(SIGKILL);
         CHECK(vkp_test_ask_elsewhere(path) == VKP_OK);
     }
     SECTION("there is no file")
     {
-        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, vkp_str_of(path), fd, &sock) == VKP_ERR_INVALID);
     }
     SECTION("it is no socket")
     {
         vkp_test_write_file(path);
-        CHECK(vkp_socket_adopt(registry, path, fd, &sock) == VKP_ERR_INVALID);
+        CHECK(vkp_socket_adopt(registry, vkp_str_of(path), fd, &sock) == VKP_ERR_INVALID);
         CHECK(vkp_test_look(path).st_size == 4);
         unlink(path);
     }
@@ -609,7 +609,7 @@ TEST_CASE("socket: registering that fails leaves the descriptor with the caller"
         for (uint64_t k = 1; sock == nullptr; k++) {
             INFO("allocation " << k);
             vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_ONCE, k);
-            vkp_status status = vkp_socket_adopt(registry, elsewhere, fd, &sock);
+            vkp_status status = vkp_socket_adopt(registry, vkp_str_of(elsewhere), fd, &sock);
             vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
             if (status != VKP_OK) {
                 CHECK(status == VKP_ERR_NOMEM);
@@ -731,7 +731,7 @@ TEST_CASE("socket: the figures hold")
         }
         CHECK(registry.count() == 500);
         for (vkp_socket *sock : socks) {
-            CHECK(vkp_registry_is_active(registry, vkp_socket_get_path(sock)));
+            CHECK(vkp_registry_is_active(registry, vkp_str_of(vkp_socket_get_path(sock))));
             vkp_socket_unref(sock);
         }
     }
@@ -775,7 +775,7 @@ TEST_CASE("socket: every allocation of get_or_create may fail")
         const char *path = vkp_test_fresh_path("s");
         vkp_socket *sock = nullptr;
         vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_FROM, k);
-        vkp_status status = vkp_socket_open(registry, path, &sock);
+        vkp_status status = vkp_socket_open(registry, vkp_str_of(path), &sock);
         vkp_test_env_fault(&registry.test, VKP_TEST_FAULT_NONE, 0);
         if (status == VKP_OK) {
             vkp_socket_unref(sock);
@@ -825,7 +825,7 @@ TEST_CASE("socket: every system call of get_or_create may fail")
         vkp_socket *sock = nullptr;
         calls = 0;
         errno = 0;
-        vkp_status status = vkp_socket_open(registry, path, &sock);
+        vkp_status status = vkp_socket_open(registry, vkp_str_of(path), &sock);
         const int error = errno;
         if (status == VKP_OK) {
             vkp_socket_unref(sock);
@@ -853,7 +853,7 @@ TEST_CASE("socket: a bind that loses a race says who has the path")
     vkp_test_registry registry(&sys);
     const char *path = vkp_test_fresh_path("s");
     vkp_socket *sock = nullptr;
-    CHECK(vkp_socket_open(registry, path, &sock) == VKP_ERR_IN_USE);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path), &sock) == VKP_ERR_IN_USE);
     CHECK_FALSE(vkp_test_has_lock(path));
     CHECK(registry.fds_more() == 0);
 }
@@ -864,7 +864,7 @@ TEST_CASE("socket: a folder that does not exist is a plain error")
     const std::string path = std::string(vkp_test_fresh_path("nowhere")) + "/s";
     vkp_socket *sock = nullptr;
     errno = 0;
-    CHECK(vkp_socket_open(registry, path.c_str(), &sock) == VKP_ERR_SYS);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_ERR_SYS);
     CHECK(errno == ENOENT);
     CHECK(registry.fds_more() == 0);
 }

@@ -36,7 +36,7 @@ void check_serves(vkp_test_registry &registry, vkp_socket *sock, const std::stri
 {
     CHECK(vkp_socket_is_active(sock));
     CHECK(vkp_socket_get_path(sock) == path);
-    CHECK(vkp_registry_is_active(registry, path.c_str()));
+    CHECK(vkp_registry_is_active(registry, vkp_str_of(path.c_str())));
     CHECK(vkp_test_exists(path.c_str()));
     CHECK(vkp_test_has_lock(path));
     CHECK(vkp_test_answers(path));
@@ -45,7 +45,7 @@ void check_serves(vkp_test_registry &registry, vkp_socket *sock, const std::stri
 
 vkp_status get(vkp_registry *registry, const std::string &path, vkp_socket **sock)
 {
-    return vkp_socket_open(registry, path.c_str(), sock);
+    return vkp_socket_open(registry, vkp_str_of(path.c_str()), sock);
 }
 
 } // namespace
@@ -195,7 +195,7 @@ TEST_CASE("socket edges: a last reference given back inside of the registry is c
     {
         const int fd = vkp_test_foreign_socket(path, 4);
         hooks.at(call::lock_file, hand_over);
-        REQUIRE(vkp_socket_adopt(registry, path.c_str(), fd, &sock) == VKP_OK);
+        REQUIRE(vkp_socket_adopt(registry, vkp_str_of(path.c_str()), fd, &sock) == VKP_OK);
     }
     CHECK(was_there);
     CHECK(hooks.before == nullptr);
@@ -407,7 +407,7 @@ TEST_CASE("socket edges: sockets are closed and lines logged outside of the regi
             if (!inside && registry != nullptr) {
                 inside = true;
                 vkp_socket *sock = nullptr;
-                if (vkp_socket_open(registry, path.c_str(), &sock) != VKP_OK) {
+                if (vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) != VKP_OK) {
                     vkp_test_fail("the registry cannot be used");
                 }
                 vkp_socket_unref(sock);
@@ -1118,7 +1118,7 @@ TEST_CASE("socket edges: text that holds a NUL, or nothing, is no path")
     const std::string path = folder.file();
     vkp_socket *sock = nullptr;
     const auto ask = [&](const std::string &text) {
-        return vkp_socket_open_str(registry, vkp_str{text.data(), text.size()}, &sock);
+        return vkp_socket_open(registry, vkp_str{text.data(), text.size()}, &sock);
     };
     CHECK(ask(path + std::string("\0x", 2)) == VKP_ERR_INVALID);
     CHECK(ask(path + std::string("\0", 1)) == VKP_ERR_INVALID);
@@ -1127,14 +1127,14 @@ TEST_CASE("socket edges: text that holds a NUL, or nothing, is no path")
     CHECK(ask("..") == VKP_ERR_INVALID);
     CHECK(ask(folder.path() + "/../s") == VKP_ERR_INVALID);
     CHECK(ask(path + std::string(200, 'p')) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_open_str(nullptr, vkp_str_of(path.c_str()), &sock) == VKP_ERR_INVALID);
-    CHECK(vkp_socket_open_str(registry, vkp_str_of(path.c_str()), nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(nullptr, vkp_str_of(path.c_str()), &sock) == VKP_ERR_INVALID);
+    CHECK(vkp_socket_open(registry, vkp_str_of(path.c_str()), nullptr) == VKP_ERR_INVALID);
     CHECK(sock == nullptr);
     CHECK(folder.is_empty());
 
     // Text is used up to its length, whatever follows.
     const std::string longer = path + "longer";
-    REQUIRE(vkp_socket_open_str(registry, vkp_str{longer.data(), path.size()}, &sock) == VKP_OK);
+    REQUIRE(vkp_socket_open(registry, vkp_str{longer.data(), path.size()}, &sock) == VKP_OK);
     CHECK(vkp_socket_get_path(sock) == path);
     CHECK(registry.make(path) == sock);
     CHECK(folder.names() == std::vector<std::string>{"s", "s.lock"});
@@ -1149,7 +1149,7 @@ TEST_CASE("socket edges: names of the registry's own are unique, in the folder i
     vkp_test_folder folder;
     std::string text = folder.path();
     vkp_registry_config config = {};
-    config.folder = text.c_str();
+    config.folder = vkp_str_of(text.c_str());
     vkp_test_registry one(config);
     vkp_test_registry two(config);
     text.assign(text.size(), 'x'); // it was copied
@@ -1179,7 +1179,7 @@ TEST_CASE("socket edges: a unique name that chance gave before is not given twic
     vkp_test_folder folder;
     vkp_test_hooks hooks;
     vkp_registry_config config = {};
-    config.folder = folder.path().c_str();
+    config.folder = vkp_str_of(folder.path().c_str());
     uint64_t repeats = 0;
     uint64_t number = 100;
     hooks.random = [&] {
@@ -1203,8 +1203,8 @@ TEST_CASE("socket edges: a unique name that chance gave before is not given twic
     // Chance that is broken for good is an error, not a loop.
     vkp_socket *sock = nullptr;
     repeats = UINT64_MAX;
-    CHECK(vkp_socket_open(one, nullptr, &sock) == VKP_ERR_EXISTS);
-    CHECK(vkp_socket_open(two, nullptr, &sock) == VKP_ERR_IN_USE);
+    CHECK(vkp_socket_open(one, vkp_str_of(nullptr), &sock) == VKP_ERR_EXISTS);
+    CHECK(vkp_socket_open(two, vkp_str_of(nullptr), &sock) == VKP_ERR_IN_USE);
     CHECK(sock == nullptr);
     for (vkp_socket *each : socks) {
         vkp_socket_unref(each);
@@ -1223,9 +1223,9 @@ TEST_CASE("socket edges: a folder in which no unique name can be")
         std::string deep = folder.path() + "/";
         deep += std::string(most - deep.size() - 3, 'd'); // room for no name worth the word
         REQUIRE(mkdir(deep.c_str(), 0700) == 0);
-        config.folder = deep.c_str();
+        config.folder = vkp_str_of(deep.c_str());
         vkp_test_registry registry(config);
-        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_open(registry, vkp_str_of(nullptr), &sock) == VKP_ERR_LIMIT);
         CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
         CHECK(rmdir(deep.c_str()) == 0); // empty
         CHECK(registry.fds_more() == 0);
@@ -1233,17 +1233,17 @@ TEST_CASE("socket edges: a folder in which no unique name can be")
     SECTION("longer than any address")
     {
         const std::string deep = "/" + std::string(5000, 'd');
-        config.folder = deep.c_str();
+        config.folder = vkp_str_of(deep.c_str());
         vkp_test_registry registry(config);
-        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_open(registry, vkp_str_of(nullptr), &sock) == VKP_ERR_LIMIT);
     }
     SECTION("not there")
     {
         const std::string nowhere = folder.file("nowhere");
-        config.folder = nowhere.c_str();
+        config.folder = vkp_str_of(nowhere.c_str());
         vkp_test_registry registry(config);
         errno = 0;
-        CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_SYS);
+        CHECK(vkp_socket_open(registry, vkp_str_of(nullptr), &sock) == VKP_ERR_SYS);
         CHECK(errno == ENOENT);
         CHECK(registry.fds_more() == 0);
     }
@@ -1259,8 +1259,8 @@ TEST_CASE("socket edges: two registries of one process know nothing of each othe
     const std::string path = folder.file();
     vkp_socket *sock = one.make(path);
     vkp_socket *none = nullptr;
-    CHECK(vkp_socket_find(two, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
-    CHECK_FALSE(vkp_registry_is_active(two, path.c_str()));
+    CHECK(vkp_socket_find(two, vkp_str_of(path.c_str()), &none) == VKP_ERR_NOT_FOUND);
+    CHECK_FALSE(vkp_registry_is_active(two, vkp_str_of(path.c_str())));
     CHECK(get(two, path, &none) == VKP_ERR_IN_USE);
     CHECK(vkp_registry_cleanup_all(two) == 0);
     vkp_registry_unlink_all(two);
@@ -1343,7 +1343,7 @@ TEST_CASE("socket edges: an abstract name has no file, and is gone with its last
     vkp_socket *sock = registry.make(name);
     CHECK(vkp_socket_get_path(sock) == name);
     CHECK(vkp_socket_is_active(sock));
-    CHECK(vkp_registry_is_active(registry, name.c_str()));
+    CHECK(vkp_registry_is_active(registry, vkp_str_of(name.c_str())));
     CHECK(registry.make(name) == sock);
     CHECK(abstract_answers(name));
     CHECK_FALSE(vkp_test_exists(name.c_str()));
@@ -1470,7 +1470,8 @@ TEST_CASE("socket edges: abstract names that cannot be")
     CHECK(vkp_test_env_logged(&registry.test, std::to_string(most).c_str()));
     CHECK(get(registry, "@", &sock) == VKP_ERR_INVALID);
     const int fd = abstract_socket(abstract_name(), true);
-    CHECK(vkp_socket_adopt(registry, abstract_name().c_str(), fd, &sock) == VKP_ERR_UNSUPPORTED);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of(abstract_name().c_str()), fd, &sock) ==
+          VKP_ERR_UNSUPPORTED);
     CHECK(fcntl(fd, F_GETFD) >= 0);
     close(fd);
     CHECK(sock == nullptr);
@@ -1518,9 +1519,10 @@ TEST_CASE("socket edges: a registry takes as many sockets as it may, those that 
     vkp_socket *two = registry.make(folder.file("2"));
     vkp_socket *sock = nullptr;
     CHECK(get(registry, folder.file("3"), &sock) == VKP_ERR_LIMIT);
-    CHECK(vkp_socket_open(registry, nullptr, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_open(registry, vkp_str_of(nullptr), &sock) == VKP_ERR_LIMIT);
     const int fd = vkp_test_foreign_socket(folder.file("3"), 1);
-    CHECK(vkp_socket_adopt(registry, folder.file("3").c_str(), fd, &sock) == VKP_ERR_LIMIT);
+    CHECK(vkp_socket_adopt(registry, vkp_str_of(folder.file("3").c_str()), fd, &sock) ==
+          VKP_ERR_LIMIT);
     CHECK(sock == nullptr);
     close(fd);
     unlink(folder.file("3").c_str());
@@ -1576,7 +1578,7 @@ TEST_CASE("socket edges: a socket has as many references as it may, and says so 
     for (int i = 0; i < 3; i++) {
         CHECK(vkp_socket_ref(sock) == nullptr);
         CHECK(get(registry, path, &more) == VKP_ERR_LIMIT);
-        CHECK(vkp_socket_find(registry, path.c_str(), &more) == VKP_ERR_LIMIT);
+        CHECK(vkp_socket_find(registry, vkp_str_of(path.c_str()), &more) == VKP_ERR_LIMIT);
         CHECK(vkp_socket_upgrade(&weak, &more) == VKP_ERR_LIMIT);
         CHECK(more == nullptr);
         CHECK(vkp_socket_get_ref_count(sock) == 3);
@@ -1679,14 +1681,14 @@ TEST_CASE("socket edges: a socket lingers after its last reference, and then end
     CHECK(vkp_test_answers(path));
     CHECK(vkp_test_has_lock(path));
     CHECK(registry.count() == 1);
-    CHECK(vkp_registry_is_active(registry, path.c_str()));
+    CHECK(vkp_registry_is_active(registry, vkp_str_of(path.c_str())));
     CHECK(registry.stats().live == 1);
     CHECK(registry.stats().references == 0);
     CHECK(registry.stats().ended == 0);
     timed.pass(1);
     CHECK(folder.is_empty());
     CHECK(registry.count() == 0);
-    CHECK_FALSE(vkp_registry_is_active(registry, path.c_str()));
+    CHECK_FALSE(vkp_registry_is_active(registry, vkp_str_of(path.c_str())));
     CHECK(registry.stats().live == 0);
     CHECK(registry.stats().ended == 1);
     CHECK(registry.stats().revived == 0);
@@ -1711,7 +1713,7 @@ TEST_CASE("socket edges: a socket that lingers is revived by its name and by a w
             if (how == 0) {
                 again = registry.make(path);
             } else if (how == 1) {
-                REQUIRE(vkp_socket_find(registry, path.c_str(), &again) == VKP_OK);
+                REQUIRE(vkp_socket_find(registry, vkp_str_of(path.c_str()), &again) == VKP_OK);
             } else {
                 REQUIRE(vkp_socket_upgrade(&weak, &again) == VKP_OK);
             }
@@ -1731,7 +1733,7 @@ TEST_CASE("socket edges: a socket that lingers is revived by its name and by a w
     CHECK(folder.is_empty());
     vkp_socket *none = nullptr;
     CHECK(vkp_socket_upgrade(&weak, &none) == VKP_ERR_NOT_FOUND);
-    CHECK(vkp_socket_find(registry, path.c_str(), &none) == VKP_ERR_NOT_FOUND);
+    CHECK(vkp_socket_find(registry, vkp_str_of(path.c_str()), &none) == VKP_ERR_NOT_FOUND);
     CHECK(registry.fds_more() == 0);
 }
 
@@ -2179,7 +2181,7 @@ TEST_CASE("socket edges: look-ups by name while slots change hands and the regis
     std::atomic<int> makers{3};
     const auto look = [&](const std::string &path) {
         vkp_socket *sock = nullptr;
-        const vkp_status status = vkp_socket_find(registry, path.c_str(), &sock);
+        const vkp_status status = vkp_socket_find(registry, vkp_str_of(path.c_str()), &sock);
         if (status == VKP_OK) {
             wrong += vkp_socket_get_path(sock) == path && vkp_socket_is_active(sock) ? 0 : 1;
             vkp_socket_unref(sock);
@@ -2227,9 +2229,9 @@ class Pool {
   public:
     Pool(vkp_registry *registry, const std::vector<std::string> &paths, vkp_balance balance)
     {
-        std::vector<const char *> texts;
+        std::vector<vkp_str> texts;
         for (const std::string &path : paths) {
-            texts.push_back(path.c_str());
+            texts.push_back(vkp_str_of(path.c_str()));
         }
         vkp_socket_pool_config config = {};
         config.registry = registry;
@@ -2315,7 +2317,7 @@ TEST_CASE("socket edges: a pool shares sockets that are there, and makes names o
 {
     vkp_test_folder folder;
     vkp_registry_config config = {};
-    config.folder = folder.path().c_str();
+    config.folder = vkp_str_of(folder.path().c_str());
     vkp_test_registry registry(config);
     vkp_socket *there = registry.make(folder.file("1"));
     {
@@ -2687,7 +2689,8 @@ TEST_CASE("socket edges: descriptors are close-on-exec and do not wait")
     const int mine = vkp_test_foreign_socket(folder.file("b"), 4);
     fcntl(mine, F_SETFD, 0);
     vkp_socket *other = nullptr;
-    REQUIRE(vkp_socket_adopt(registry, folder.file("b").c_str(), mine, &other) == VKP_OK);
+    REQUIRE(vkp_socket_adopt(registry, vkp_str_of(folder.file("b").c_str()), mine, &other) ==
+            VKP_OK);
     int found = 0;
     for (int fd = 0; fd < 256; fd++) {
         const int flags = fcntl(fd, F_GETFD);
@@ -2809,7 +2812,7 @@ vkp_status register_once(vkp_registry *registry, const std::string &path)
     unlink(path.c_str());
     const int fd = vkp_test_foreign_socket(path, 4);
     vkp_socket *sock = nullptr;
-    const vkp_status status = vkp_socket_adopt(registry, path.c_str(), fd, &sock);
+    const vkp_status status = vkp_socket_adopt(registry, vkp_str_of(path.c_str()), fd, &sock);
     if (status != VKP_OK) {
         CHECK(sock == nullptr);
         CHECK(vkp_test_answers(path)); // the descriptor and its file are the caller's
@@ -2918,7 +2921,7 @@ TEST_CASE("socket edges: every allocation of a registry may fail")
     vkp_test_env_init(&env);
     vkp_registry_config config = checked(true);
     config.linger_ms = 10;
-    config.folder = "/somewhere";
+    config.folder = vkp_str_of("/somewhere");
     config.loop = loop;
     config.env = &env.env;
     vkp_registry *registry = nullptr;

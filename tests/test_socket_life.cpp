@@ -132,7 +132,7 @@ TEST_CASE("socket life: a path that another process serves is left to it")
     vkp_registry *registry = nullptr;
     vkp_socket *sock = nullptr;
     REQUIRE(vkp_registry_open(nullptr, &registry) == VKP_OK);
-    REQUIRE(vkp_socket_open(registry, path.c_str(), &sock) == VKP_OK);
+    REQUIRE(vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) == VKP_OK);
     const Outcome outcome = run(path);
     CHECK(outcome.code == 1);
     CHECK(last_line(outcome.text) == "something is WRONG");

@@ -30,7 +30,7 @@ using call = vkp_test_call;
 
 vkp_status get(vkp_registry *registry, const std::string &path, vkp_socket **sock)
 {
-    return vkp_socket_open(registry, path.c_str(), sock);
+    return vkp_socket_open(registry, vkp_str_of(path.c_str()), sock);
 }
 
 // In a child: a registry that needs no end.
@@ -335,7 +335,8 @@ TEST_CASE("socket processes: killed at any step of register_new, the path is the
         const int fd = vkp_test_foreign_socket(path, 4);
         vkp_socket *sock = nullptr;
         armed();
-        if (vkp_socket_adopt(open_registry(with(env)), path.c_str(), fd, &sock) != VKP_OK) {
+        if (vkp_socket_adopt(open_registry(with(env)), vkp_str_of(path.c_str()), fd, &sock) !=
+            VKP_OK) {
             vkp_test_fail("not registered");
         }
     });
@@ -858,7 +859,7 @@ TEST_CASE("socket processes: the folder of unique names without a config")
             VKP_TEST_EXPECT(set("TMPDIR", each.temporary) == 0);
             vkp_registry *registry = open_registry();
             vkp_socket *sock = nullptr;
-            VKP_TEST_EXPECT(vkp_socket_open(registry, nullptr, &sock) == VKP_OK);
+            VKP_TEST_EXPECT(vkp_socket_open(registry, vkp_str_of(nullptr), &sock) == VKP_OK);
             const std::string path = vkp_socket_get_path(sock);
             VKP_TEST_EXPECT(path.compare(0, each.wanted.size() + 1, each.wanted + "/") == 0);
             VKP_TEST_EXPECT(path.find('/', each.wanted.size() + 1) == std::string::npos);
@@ -878,7 +879,7 @@ TEST_CASE("socket processes: unique names of processes that were forked alike ar
 {
     vkp_test_folder folder;
     vkp_registry_config config = {};
-    config.folder = folder.path().c_str();
+    config.folder = vkp_str_of(folder.path().c_str());
     vkp_test_registry registry(config);
     std::vector<std::unique_ptr<vkp_test_child>> children;
     for (int i = 0; i < 4; i++) {
@@ -886,7 +887,7 @@ TEST_CASE("socket processes: unique names of processes that were forked alike ar
             vkp_registry *mine = open_registry(config);
             for (int n = 0; n < 5; n++) {
                 vkp_socket *sock = nullptr;
-                VKP_TEST_EXPECT(vkp_socket_open(mine, nullptr, &sock) == VKP_OK);
+                VKP_TEST_EXPECT(vkp_socket_open(mine, vkp_str_of(nullptr), &sock) == VKP_OK);
             }
             vkp_test_child::say('s');
             (void)vkp_test_child::listen();

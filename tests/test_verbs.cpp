@@ -1,6 +1,6 @@
 /* One table of verbs: every close, unref and deinit that the header declares accepts NULL, every
-   close may come twice and frees nothing. The list is made from the declarations (scripts/verbs.sh); a
-   close of a type that nothing below makes does not compile.
+   close may come twice and frees nothing. The list is made from the declarations
+   (scripts/verbs.sh); a close of a type that nothing below makes does not compile.
    SPDX-License-Identifier: MIT                                                                  */
 #include <catch2/catch.hpp>
 
@@ -58,7 +58,7 @@ struct Made<vkp_client> {
     explicit Made(World &world)
     {
         vkp_client_config config = {};
-        config.address = "unix:/nobody/is/here";
+        config.address = vkp_str_of("unix:/nobody/is/here");
         REQUIRE(vkp_client_open(world.loop, &config, &object) == VKP_OK);
     }
     ~Made()
@@ -97,7 +97,7 @@ struct Made<vkp_listener> {
     {
         static const vkp_conn_ops ops = {};
         vkp_listener_config config = {};
-        config.address = "tcp:127.0.0.1:0";
+        config.address = vkp_str_of("tcp:127.0.0.1:0");
         config.conn.ops = &ops;
         REQUIRE(vkp_listener_open(world.loop, &config, &object) == VKP_OK);
     }
@@ -114,7 +114,7 @@ struct Made<vkp_health_check> {
     explicit Made(World &world)
     {
         vkp_health_config config = {};
-        config.address = "unix:/nobody/is/here";
+        config.address = vkp_str_of("unix:/nobody/is/here");
         config.on_result = [](void *, const vkp_health *) {};
         REQUIRE(vkp_health_check_open(world.loop, &config, &object) == VKP_OK);
     }

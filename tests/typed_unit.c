@@ -116,6 +116,9 @@ int typed_unit_oneshot(void)
 {
     job_slot slot;
     int_slot other;
+    int_slot *shared;
+    vkp_case one;
+    size_t won;
     struct job got = job_of(0);
     int number = 0;
     EXPECT(job_slot_init(&slot, NULL, NULL, NULL) == VKP_OK);
@@ -131,6 +134,21 @@ int typed_unit_oneshot(void)
     EXPECT(int_slot_init(&other, NULL, NULL, NULL) == VKP_OK);
     EXPECT(int_slot_send(&other, -7) == VKP_OK);
     EXPECT(int_slot_try_recv(&other, &number) == VKP_OK && number == -7);
+    EXPECT(int_slot_open(NULL, NULL, NULL, NULL) == VKP_ERR_INVALID);
+    EXPECT(int_slot_open(NULL, NULL, NULL, &shared) == VKP_OK);
+    EXPECT(!int_slot_is_closed(shared) && int_slot_wait_closed(shared, 0) == VKP_ERR_TIMEOUT);
+    one = int_slot_case_closed(shared);
+    EXPECT(vkp_select(&one, 1, 0, &won) == VKP_ERR_TIMEOUT);
+    EXPECT(int_slot_send(shared, 9) == VKP_OK);
+    one = int_slot_case_recv(shared, &number);
+    EXPECT(vkp_select(&one, 1, 0, &won) == VKP_OK && one.status == VKP_OK && number == 9);
+    int_slot_rx_unref(shared);
+    EXPECT(int_slot_is_closed(shared));
+    int_slot_tx_unref(shared);
+    int_slot_rx_unref(NULL);
+    int_slot_tx_unref(NULL);
+    int_slot_close(NULL);
+    int_slot_abandon(NULL);
     return 0;
 }
 

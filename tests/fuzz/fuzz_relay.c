@@ -260,7 +260,8 @@ static void open_world(world *self, bool small, size_t fail_every)
         relay.on_full = VKP_ON_FULL_DROP_OLDEST;
     }
     require(vkp_relay_open(&relay, &self->relay) == VKP_OK, "no relay");
-    require(vkp_relay_listen(self->relay, "tcp:127.0.0.1:0", NULL) == VKP_OK, "no listener");
+    require(vkp_relay_listen(self->relay, vkp_str_of("tcp:127.0.0.1:0"), NULL) == VKP_OK,
+            "no listener");
     connect_client(self, &self->calm);
     ask_calmly(self, "PSUBSCRIBE news*\r\nPING begin\r\n", "begin\r\n");
     self->mem.fail_every = fail_every;

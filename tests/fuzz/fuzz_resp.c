@@ -203,8 +203,9 @@ static void check_scalar(const vkp_value *value)
 static void check_tree(const vkp_value *root)
 {
     const vkp_value *at;
-    bool message = vkp_value_is_text(root, "MESSAGE");
-    require(message == (vkp_value_is_text(root, "message") && root->len == 7), "text comparison");
+    bool message = vkp_value_is_text(root, vkp_str_of("MESSAGE"));
+    require(message == (vkp_value_is_text(root, vkp_str_of("message")) && root->len == 7),
+            "text comparison");
     for (at = tree_begin(root); at < root + root->span; at++) {
         require(at->type <= VKP_RESP_ATTRIBUTE, "an unknown type");
         if (at->attributes != 0) {

@@ -370,8 +370,8 @@ static void get(struct actor *self, unsigned path, bool create)
     vkp_status status;
     begin();
     place->acquiring++;
-    status = create ? vkp_socket_open(self->registry, place->name, &sock)
-                    : vkp_socket_find(self->registry, place->name, &sock);
+    status = create ? vkp_socket_open(self->registry, vkp_str_of(place->name), &sock)
+                    : vkp_socket_find(self->registry, vkp_str_of(place->name), &sock);
     model_note("%s: %s", create ? "get_or_create" : "get_existing", vkp_status_str(status));
     place->acquiring--;
     if (status == VKP_OK) {
@@ -463,7 +463,7 @@ static void register_new(struct actor *self)
         now.moving++;
         disk_hand_over(fd);
         now.places[0].acquiring++;
-        status = vkp_socket_adopt(self->registry, place->name, fd, &sock);
+        status = vkp_socket_adopt(self->registry, vkp_str_of(place->name), fd, &sock);
         model_note("register_new: %s", vkp_status_str(status));
         now.places[0].acquiring--;
         now.moving--;
@@ -521,7 +521,7 @@ static void look(struct actor *self)
     MODEL_CHECK(vkp_registry_get_count(self->registry) <= PATHS);
     held = holders(0, self->registry) > 0;
     since = era();
-    if (!vkp_registry_is_active(self->registry, now.places[0].name)) {
+    if (!vkp_registry_is_active(self->registry, vkp_str_of(now.places[0].name))) {
         MODEL_CHECK(!held || since != now.era || now.places[0].dropped > 0);
     }
     vkp_registry_get_stats(self->registry, &stats);
@@ -592,7 +592,7 @@ static void open_registry(unsigned which)
 {
     vkp_registry_config config = VKP_ZERO;
     vkp_status status;
-    config.folder = "/";
+    config.folder = vkp_str_of("/");
     config.env = &now.env;
     config.loop = now.loop;
     config.linger_ms = is(LINGERS) ? LINGER_MS : 0;
@@ -621,7 +621,7 @@ static void open_loop(void)
 static void hand_out(struct actor *self, unsigned path)
 {
     vkp_socket *sock = NULL;
-    vkp_status status = vkp_socket_open(self->registry, now.places[path].name, &sock);
+    vkp_status status = vkp_socket_open(self->registry, vkp_str_of(now.places[path].name), &sock);
     MODEL_CHECK(status == VKP_OK);
     keep(self, path, sock, now.era);
 }

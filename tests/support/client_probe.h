@@ -166,7 +166,7 @@ class vkp_test_client {
         };
         config.user = this;
         if (vkp_client_open(loop, &config, &client_) != VKP_OK) {
-            vkp_test_fail("no client to %s", config.address);
+            vkp_test_fail("no client to %s", config.address.ptr);
         }
     }
     ~vkp_test_client()

@@ -411,7 +411,7 @@ class vkp_test_registry {
     vkp_socket *made(const char *path)
     {
         vkp_socket *sock = nullptr;
-        const vkp_status status = vkp_socket_open(registry_, path, &sock);
+        const vkp_status status = vkp_socket_open(registry_, vkp_str_of(path), &sock);
         if (status != VKP_OK) {
             vkp_test_fail("no socket at %s: %s", path != nullptr ? path : "a name of its own",
                           vkp_status_str(status));
@@ -432,7 +432,7 @@ inline vkp_status vkp_test_ask_elsewhere(const std::string &path)
     if (vkp_registry_open(nullptr, &registry) != VKP_OK) {
         vkp_test_fail("no registry");
     }
-    const vkp_status status = vkp_socket_open(registry, path.c_str(), &sock);
+    const vkp_status status = vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock);
     if (status == VKP_OK) {
         vkp_socket_unref(sock);
     }
@@ -621,7 +621,7 @@ inline int vkp_test_serve(const std::string &path)
     vkp_registry *registry = nullptr;
     vkp_socket *sock = nullptr;
     if (vkp_registry_open(nullptr, &registry) != VKP_OK ||
-        vkp_socket_open(registry, path.c_str(), &sock) != VKP_OK) {
+        vkp_socket_open(registry, vkp_str_of(path.c_str()), &sock) != VKP_OK) {
         return 1;
     }
     vkp_test_child::say('s');
