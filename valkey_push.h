@@ -27,11 +27,11 @@
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
-           >>impl-audience  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
+           >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-client  >>impl-client-link  >>impl-pushloop  >>impl-relay
+           >>impl-push  >>impl-client  >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full
@@ -436,10 +436,10 @@ typedef struct vkp_value {
     uint8_t type;  /* vkp_resp_type */
     uint8_t flags; /* VKP_F_* */
     uint16_t i_depth;
-    uint32_t span;       /* places in the array that it takes, its elements included */
-    uint32_t attributes; /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
-    uint32_t i_reserved;
-    size_t len; /* bytes of str, or number of elements */
+    uint32_t span;         /* places in the array that it takes, its elements included */
+    uint32_t attributes;   /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
+    uint32_t i_has_nested; /* of an aggregate: it holds a VKP_VALUE_OUT_OF_BAND */
+    size_t len;            /* bytes of str, or number of elements */
     union {
         const char *str; /* not terminated */
         int64_t integer;
@@ -483,6 +483,7 @@ typedef enum vkp_sub_kind {
     VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
     VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
 } vkp_sub_kind;
+#define VKP_SUB_KINDS 3
 
 typedef enum vkp_push_kind {
     VKP_PUSH_MESSAGE = 0,  /* channel, payload */
@@ -721,7 +722,7 @@ typedef enum vkp_io_bits {
 typedef struct vkp_io vkp_io;
 struct vkp_io {
     vkp_loop *i_loop;
-    void (*i_fn)(vkp_io *watch, uint32_t ready);
+    void (*i_fn)(vkp_io *io, uint32_t ready);
     int i_fd;
     uint32_t i_slot;
     uint32_t i_interest;
@@ -730,17 +731,16 @@ struct vkp_io {
 /* Watch fd for `interest`. fn gets VKP_IO_READ etc., and ready 0 once if the loop closes first (the
    watch is stopped then). The fd stays the caller's and must stay open until the stop.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd,
-                                              uint32_t interest,
-                                              void (*fn)(vkp_io *watch, uint32_t ready));
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *io, vkp_loop *loop, int fd, uint32_t interest,
+                                              void (*fn)(vkp_io *io, uint32_t ready));
 
 /* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
    Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *watch, uint32_t interest);
+VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *io, uint32_t interest);
 
 /* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
    started or zeroed watch. Loop's thread.                                                     */
-VKP_API void vkp_io_stop(vkp_io *watch);
+VKP_API void vkp_io_stop(vkp_io *io);
 
 /* A timer in the caller's memory; fields are private. Zero it before the first start. */
 typedef struct vkp_timer vkp_timer;
@@ -1783,10 +1783,10 @@ typedef struct vkp_hub_sub vkp_hub_sub;
 
 /* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
 typedef struct vkp_hub_member {
-    vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
-    int protocol;       /* 2 or 3: how messages are written to it */
-    uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
-    vkp_hub_sub *i_subs[3];
+    vkp_conn *conn; /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
+    int protocol;   /* 2 or 3: how messages are written to it */
+    uint32_t counts[VKP_SUB_KINDS]; /* subscriptions by vkp_sub_kind; read only */
+    vkp_hub_sub *i_subs[VKP_SUB_KINDS];
 } vkp_hub_member;
 
 typedef struct vkp_hub_config {
@@ -2074,7 +2074,7 @@ struct vkp_backend {
     /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
        Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
        INVALID (fd < 0).                                                                       */
-    vkp_status (*watch)(void *state, int fd, uint32_t interest, uint64_t token);
+    vkp_status (*set_interest)(void *state, int fd, uint32_t interest, uint64_t token);
     /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
        (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
     vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
@@ -2643,11 +2643,6 @@ static const vkp_env *vkp_i_env(const vkp_env *env)
     return env != NULL ? env : &vkp_i_env_default;
 }
 
-static const vkp_sys *vkp_i_sys(const vkp_env *env)
-{
-    return env->sys != NULL ? env->sys : vkp_sys_get_default();
-}
-
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
 {
     return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
@@ -2719,20 +2714,10 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 }
 #endif
 
-VKP_API uint64_t vkp_now_ns(void)
-{
-    return vkp_sys_get_default()->clock_ns();
-}
-
 /* That many milliseconds later; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
     return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
-}
-
-VKP_API uint64_t vkp_after_ms(uint64_t ms)
-{
-    return vkp_i_after_ms(vkp_now_ns(), ms);
 }
 
 VKP_API vkp_str vkp_str_of(const char *text)
@@ -3497,6 +3482,21 @@ VKP_API const vkp_sys *vkp_sys_get_default(void)
     return &table;
 }
 
+static const vkp_sys *vkp_i_sys(const vkp_env *env)
+{
+    return env->sys != NULL ? env->sys : vkp_sys_get_default();
+}
+
+VKP_API uint64_t vkp_now_ns(void)
+{
+    return vkp_sys_get_default()->clock_ns();
+}
+
+VKP_API uint64_t vkp_after_ms(uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_now_ns(), ms);
+}
+
 /* ======================================================================================
    >>impl-park   The waiter: the one way to be woken
    ======================================================================================
@@ -3596,7 +3596,7 @@ static bool vkp_i_parker_notified(vkp_parker *parker)
    itself, which puts the two in an order.                                                     */
 
 /* The storing side, after its store: the bits of those who wait. */
-static inline uint32_t vkp_i_gate_check(uint32_t *gate, bool fenced)
+static inline uint32_t vkp_i_flag_check(uint32_t *gate, bool fenced)
 {
     if (fenced) {
         return VKP_I_ADD_ACQ_REL(gate, 0u);
@@ -3606,25 +3606,25 @@ static inline uint32_t vkp_i_gate_check(uint32_t *gate, bool fenced)
 }
 
 /* The waiting side: open, settle, and then look. */
-static void vkp_i_gate_open(uint32_t *gate, uint32_t bit)
+static void vkp_i_flag_raise(uint32_t *gate, uint32_t bit)
 {
     (void)VKP_I_OR(gate, bit);
 }
 
-static void vkp_i_gate_settle(const vkp_env *env, bool fenced)
+static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
 {
     if (!fenced) {
         (void)vkp_i_sys(env)->membarrier(false);
     }
 }
 
-static void vkp_i_gate_shut(uint32_t *gate, uint32_t bit)
+static void vkp_i_flag_lower(uint32_t *gate, uint32_t bit)
 {
     (void)VKP_I_AND(gate, ~bit);
 }
 
 /* Whether gates have to do without membarrier. */
-static bool vkp_i_gate_prepare(const vkp_env *env)
+static bool vkp_i_flag_prepare(const vkp_env *env)
 {
     return vkp_i_sys(env)->membarrier(true) < 0;
 }
@@ -4042,7 +4042,7 @@ static void vkp_i_bias_hold(vkp_i_bias *bias, const vkp_env *env)
 {
     vkp_i_backoff backoff = {0};
     VKP_I_STORE(&bias->held, 1u);
-    vkp_i_gate_settle(env, false);
+    vkp_i_flag_fence(env, false);
     while (VKP_I_LOAD_ACQ(&bias->busy) != 0) {
         vkp_i_back_off(&backoff, vkp_i_sys(env));
     }
@@ -4353,7 +4353,7 @@ static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
     VKP_I_STORE_REL(bucket, node);
 }
 
-static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
+static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
 {
     vkp_i_buckets *older = map->buckets;
     vkp_i_buckets *buckets = (vkp_i_buckets *)vkp_i_alloc_zero(
@@ -4384,7 +4384,7 @@ static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
 static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
 {
     size_t room = map->buckets != NULL ? map->buckets->count : 0;
-    if (map->count >= room && !vkp_i_map_rehouse(map, room == 0 ? 16 : room * 2) && room == 0) {
+    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? 16 : room * 2) && room == 0) {
         return false;
     }
     vkp_i_map_link(map->buckets, node);
@@ -4403,7 +4403,7 @@ static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
 }
 
 /* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
-static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
+static vkp_i_map_node *vkp_i_map_get_next(const vkp_i_map *map, const vkp_i_map_node *node)
 {
     size_t count = map->buckets != NULL ? map->buckets->count : 0;
     size_t bucket = 0;
@@ -4869,7 +4869,7 @@ static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
 static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
 {
     if (!vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_flag_lower(&channel->flags, VKP_I_RX_WAITING);
         vkp_i_waiters_wake_all(&channel->receiver);
     }
 }
@@ -4968,7 +4968,7 @@ static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64
 {
     vkp_i_channel *channel = lane->channel;
     VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket), vkp_i_stamp(ticket) | outcome);
-    if (vkp_i_gate_check(&channel->flags, channel->fenced) != 0) {
+    if (vkp_i_flag_check(&channel->flags, channel->fenced) != 0) {
         vkp_i_channel_signal(channel);
     }
 }
@@ -5138,7 +5138,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
         }
     }
     if (vkp_i_waiters_empty(&lane->senders)) {
-        vkp_i_gate_shut(&lane->tx_waiting, 1u);
+        vkp_i_flag_lower(&lane->tx_waiting, 1u);
     }
     vkp_i_lane_thaw(lane, ticket);
     if (placed) {
@@ -5217,12 +5217,12 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     sender->status = VKP_ERR_FULL;
     vkp_i_waiter_link(&lane->senders, &sender->node);
     (void)vkp_i_lane_freeze(lane);
-    vkp_i_gate_open(&lane->tx_waiting, 1u);
+    vkp_i_flag_raise(&lane->tx_waiting, 1u);
     if ((VKP_I_LOAD(&channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
         vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
     }
     VKP_I_UNLOCK(&channel->mutex);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     VKP_I_LOCK(&channel->mutex);
     vkp_i_lane_admit(lane); /* the room that the receiver made before it could see us */
     VKP_I_UNLOCK(&channel->mutex);
@@ -5389,7 +5389,7 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
    ====================================================================================== */
 
 /* Senders wait who could not know of the places just freed. */
-static void vkp_i_lane_let_in(vkp_i_lane *lane)
+static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
 {
     VKP_I_LOCK(&lane->channel->mutex);
     vkp_i_lane_admit(lane);
@@ -5422,8 +5422,8 @@ static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
     }
     VKP_I_COPY_OUT(out, vkp_i_ring_item(ring, head), ring->elem_bytes);
     VKP_I_STORE_REL(&lane->head, head + 1);
-    if (vkp_i_gate_check(&lane->tx_waiting, false) != 0) {
-        vkp_i_lane_let_in(lane);
+    if (vkp_i_flag_check(&lane->tx_waiting, false) != 0) {
+        vkp_i_lane_admit_waiting(lane);
     }
     return true;
 }
@@ -5460,8 +5460,8 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     vkp_i_channel *channel = lane->channel;
     if (channel->evicts) {
         vkp_i_lane_admit(lane);
-    } else if (vkp_i_gate_check(&lane->tx_waiting, channel->fenced) != 0) {
-        vkp_i_lane_let_in(lane);
+    } else if (vkp_i_flag_check(&lane->tx_waiting, channel->fenced) != 0) {
+        vkp_i_lane_admit_waiting(lane);
     }
 }
 
@@ -5588,7 +5588,7 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
     if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_flag_lower(&channel->flags, VKP_I_RX_WAITING);
     }
     VKP_I_UNLOCK(&channel->mutex);
 }
@@ -5599,9 +5599,9 @@ static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
     VKP_I_LOCK(&channel->mutex);
     vkp_i_channel_tidy(channel);
     vkp_i_waiter_link(&channel->receiver, waiter);
-    vkp_i_gate_open(&channel->flags, VKP_I_RX_WAITING);
+    vkp_i_flag_raise(&channel->flags, VKP_I_RX_WAITING);
     VKP_I_UNLOCK(&channel->mutex);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     if (!vkp_i_channel_is_ready(channel)) {
         return true;
     }
@@ -5827,7 +5827,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
     channel->weak.channel = channel;
     channel->refs = 2;
     channel->evicts = evicts;
-    channel->fenced = vkp_i_gate_prepare(env);
+    channel->fenced = vkp_i_flag_prepare(env);
     channel->spins = vkp_i_spins(env);
     VKP_I_MUTEX_INIT(&channel->mutex);
     vkp_i_waiters_init(&channel->receiver);
@@ -5853,7 +5853,7 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
 }
 
 /* A sender less; the last one ends the channel. */
-static void vkp_i_channel_lose(vkp_i_channel *channel)
+static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
 {
     if (VKP_I_UNREF(&channel->handles) == 1) {
         VKP_I_LOCK(&channel->mutex);
@@ -5870,7 +5870,7 @@ static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **t
     vkp_i_extra_lane *extra =
         (vkp_i_extra_lane *)vkp_i_alloc_zero(channel->config.env, sizeof *extra);
     if (extra == NULL) {
-        vkp_i_channel_lose(channel);
+        vkp_i_channel_remove_sender(channel);
         return VKP_ERR_NOMEM;
     }
     vkp_i_lane_init(&extra->lane, channel);
@@ -5909,7 +5909,7 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
             (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
             VKP_I_STORE_REL(&tx->lane->dead, 1u); /* it may be gone from here on */
         }
-        vkp_i_channel_lose(channel);
+        vkp_i_channel_remove_sender(channel);
     }
 }
 
@@ -5999,7 +5999,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
             vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
             vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
         }
-        vkp_i_gate_shut(&lane->tx_waiting, 1u);
+        vkp_i_flag_lower(&lane->tx_waiting, 1u);
     }
     vkp_i_waiters_wake_all(&channel->closers);
     vkp_i_channel_wake_receiver(channel);
@@ -6015,8 +6015,8 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
     channel = rx->channel;
     vkp_mpsc_close(rx);
     /* From here on a sender that publishes late drops its value itself. */
-    vkp_i_gate_open(&channel->flags, VKP_I_RX_GONE);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_raise(&channel->flags, VKP_I_RX_GONE);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     vkp_i_channel_purge(channel);
     vkp_i_channel_unref(channel);
 }
@@ -6329,7 +6329,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 }
 
 /* Close before the sender finished; false when it was first. */
-static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
+static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
     while ((state & VKP_I_SLOT_ENDED) == 0) {
@@ -6352,7 +6352,7 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
 {
     uint32_t state;
-    if (slot == NULL || vkp_i_oneshot_shut(slot)) {
+    if (slot == NULL || vkp_i_oneshot_close_first(slot)) {
         return;
     }
     state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -6503,7 +6503,7 @@ VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, voi
         }
     }
     /* A value that comes with the deadline is received: whoever ends the slot first has it. */
-    return vkp_i_oneshot_shut(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
+    return vkp_i_oneshot_close_first(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
 }
 
 VKP_API vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out)
@@ -6531,13 +6531,13 @@ VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot)
 }
 
 /* ======================================================================================
-   >>impl-audience   What broadcast and watch share
+   >>impl-receivers   What broadcast and watch share
    ====================================================================================== */
 
 /* ---- what broadcast and watch share: receivers, those who wait for news, and their leaving
    ----                                                                                         */
 
-typedef struct vkp_i_audience {
+typedef struct vkp_i_receivers {
     const vkp_env *env;
     uint32_t spins;
     bool fenced;
@@ -6548,126 +6548,126 @@ typedef struct vkp_i_audience {
     VKP_I_MUTEX mutex; /* guards both lists */
     vkp_i_waiters news;
     vkp_i_waiters closers; /* wait until no receiver is left */
-} vkp_i_audience;
+} vkp_i_receivers;
 
-static void vkp_i_audience_init(vkp_i_audience *audience, const vkp_env *env)
+static void vkp_i_receivers_init(vkp_i_receivers *receivers, const vkp_env *env)
 {
-    audience->env = env;
-    audience->spins = vkp_i_spins(env);
-    audience->fenced = vkp_i_gate_prepare(env);
-    VKP_I_MUTEX_INIT(&audience->mutex);
-    vkp_i_waiters_init(&audience->news);
-    vkp_i_waiters_init(&audience->closers);
+    receivers->env = env;
+    receivers->spins = vkp_i_spins(env);
+    receivers->fenced = vkp_i_flag_prepare(env);
+    VKP_I_MUTEX_INIT(&receivers->mutex);
+    vkp_i_waiters_init(&receivers->news);
+    vkp_i_waiters_init(&receivers->closers);
 }
 
-static void vkp_i_audience_deinit(vkp_i_audience *audience)
+static void vkp_i_receivers_deinit(vkp_i_receivers *receivers)
 {
-    VKP_I_MUTEX_DEINIT(&audience->mutex);
+    VKP_I_MUTEX_DEINIT(&receivers->mutex);
 }
 
 /* After a store that receivers may wait for. */
-static inline void vkp_i_audience_signal(vkp_i_audience *audience)
+static inline void vkp_i_receivers_signal(vkp_i_receivers *receivers)
 {
-    if (vkp_i_gate_check(&audience->waiting, audience->fenced) != 0) {
-        VKP_I_LOCK(&audience->mutex);
-        vkp_i_gate_shut(&audience->waiting, 1u);
-        vkp_i_waiters_wake_all(&audience->news);
-        VKP_I_UNLOCK(&audience->mutex);
+    if (vkp_i_flag_check(&receivers->waiting, receivers->fenced) != 0) {
+        VKP_I_LOCK(&receivers->mutex);
+        vkp_i_flag_lower(&receivers->waiting, 1u);
+        vkp_i_waiters_wake_all(&receivers->news);
+        VKP_I_UNLOCK(&receivers->mutex);
     }
 }
 
 /* The last sender has gone. */
-static void vkp_i_audience_end(vkp_i_audience *audience)
+static void vkp_i_receivers_end(vkp_i_receivers *receivers)
 {
-    VKP_I_STORE_REL(&audience->ended, 1u);
-    vkp_i_audience_signal(audience);
+    VKP_I_STORE_REL(&receivers->ended, 1u);
+    vkp_i_receivers_signal(receivers);
 }
 
-static bool vkp_i_audience_is_ended(const vkp_i_audience *audience)
+static bool vkp_i_receivers_is_ended(const vkp_i_receivers *receivers)
 {
-    return VKP_I_LOAD_ACQ(&audience->ended) != 0;
+    return VKP_I_LOAD_ACQ(&receivers->ended) != 0;
 }
 
-static size_t vkp_i_audience_size(const vkp_i_audience *audience)
+static size_t vkp_i_receivers_size(const vkp_i_receivers *receivers)
 {
-    return VKP_I_LOAD_ACQ(&audience->receivers);
+    return VKP_I_LOAD_ACQ(&receivers->receivers);
 }
 
 /* Link a receiver's waiter; it looks once more afterwards. */
-static void vkp_i_audience_join(vkp_i_audience *audience, vkp_i_waiter *waiter)
+static void vkp_i_receivers_join(vkp_i_receivers *receivers, vkp_i_waiter *waiter)
 {
-    VKP_I_LOCK(&audience->mutex);
-    vkp_i_waiter_link(&audience->news, waiter);
-    vkp_i_gate_open(&audience->waiting, 1u);
-    VKP_I_UNLOCK(&audience->mutex);
-    vkp_i_gate_settle(audience->env, audience->fenced);
+    VKP_I_LOCK(&receivers->mutex);
+    vkp_i_waiter_link(&receivers->news, waiter);
+    vkp_i_flag_raise(&receivers->waiting, 1u);
+    VKP_I_UNLOCK(&receivers->mutex);
+    vkp_i_flag_fence(receivers->env, receivers->fenced);
 }
 
-static void vkp_i_audience_leave(vkp_i_audience *audience, vkp_i_waiter *waiter)
+static void vkp_i_receivers_leave(vkp_i_receivers *receivers, vkp_i_waiter *waiter)
 {
-    VKP_I_LOCK(&audience->mutex);
-    if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&audience->news)) {
-        vkp_i_gate_shut(&audience->waiting, 1u);
+    VKP_I_LOCK(&receivers->mutex);
+    if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&receivers->news)) {
+        vkp_i_flag_lower(&receivers->waiting, 1u);
     }
-    VKP_I_UNLOCK(&audience->mutex);
+    VKP_I_UNLOCK(&receivers->mutex);
 }
 
 /* A receiver goes. */
-static void vkp_i_audience_lose(vkp_i_audience *audience)
+static void vkp_i_receivers_remove(vkp_i_receivers *receivers)
 {
-    if (VKP_I_UNREF(&audience->receivers) == 1) {
-        VKP_I_LOCK(&audience->mutex);
-        vkp_i_waiters_wake_all(&audience->closers);
-        VKP_I_UNLOCK(&audience->mutex);
+    if (VKP_I_UNREF(&receivers->receivers) == 1) {
+        VKP_I_LOCK(&receivers->mutex);
+        vkp_i_waiters_wake_all(&receivers->closers);
+        VKP_I_UNLOCK(&receivers->mutex);
     }
 }
 
-static vkp_status vkp_i_case_gone_attempt(vkp_case *each, vkp_i_wait *wait)
+static vkp_status vkp_i_case_no_receivers_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     (void)wait;
-    return vkp_i_audience_size((vkp_i_audience *)each->i_object) == 0 ? VKP_OK : VKP_ERR_EMPTY;
+    return vkp_i_receivers_size((vkp_i_receivers *)each->i_object) == 0 ? VKP_OK : VKP_ERR_EMPTY;
 }
 
-static bool vkp_i_case_gone_is_ready(const vkp_case *each)
+static bool vkp_i_case_no_receivers_is_ready(const vkp_case *each)
 {
-    return vkp_i_audience_size((vkp_i_audience *)each->i_object) == 0;
+    return vkp_i_receivers_size((vkp_i_receivers *)each->i_object) == 0;
 }
 
-static bool vkp_i_case_gone_join(const vkp_case *each, vkp_i_wait *wait)
+static bool vkp_i_case_no_receivers_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience *audience = (vkp_i_audience *)each->i_object;
+    vkp_i_receivers *receivers = (vkp_i_receivers *)each->i_object;
     bool ready;
-    VKP_I_LOCK(&audience->mutex); /* the last receiver wakes under it, after its count */
-    ready = vkp_i_case_gone_is_ready(each);
+    VKP_I_LOCK(&receivers->mutex); /* the last receiver wakes under it, after its count */
+    ready = vkp_i_case_no_receivers_is_ready(each);
     if (!ready) {
-        vkp_i_waiter_link(&audience->closers, &wait->node);
+        vkp_i_waiter_link(&receivers->closers, &wait->node);
     }
-    VKP_I_UNLOCK(&audience->mutex);
+    VKP_I_UNLOCK(&receivers->mutex);
     return !ready;
 }
 
-static void vkp_i_case_gone_leave(const vkp_case *each, vkp_i_wait *wait)
+static void vkp_i_case_no_receivers_leave(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience *audience = (vkp_i_audience *)each->i_object;
-    VKP_I_LOCK(&audience->mutex);
+    vkp_i_receivers *receivers = (vkp_i_receivers *)each->i_object;
+    VKP_I_LOCK(&receivers->mutex);
     (void)vkp_i_waiter_unlink(&wait->node);
-    VKP_I_UNLOCK(&audience->mutex);
+    VKP_I_UNLOCK(&receivers->mutex);
 }
 
-static const vkp_env *vkp_i_case_gone_env(const vkp_case *each)
+static const vkp_env *vkp_i_case_no_receivers_env(const vkp_case *each)
 {
-    return ((vkp_i_audience *)each->i_object)->env;
+    return ((vkp_i_receivers *)each->i_object)->env;
 }
 
 /* No receiver is left; i_object is the audience. */
-static const vkp_i_case_kind vkp_i_case_gone = {vkp_i_case_gone_attempt, vkp_i_case_gone_is_ready,
-                                                vkp_i_case_gone_join, vkp_i_case_gone_leave,
-                                                vkp_i_case_gone_env};
+static const vkp_i_case_kind vkp_i_case_no_receivers = {
+    vkp_i_case_no_receivers_attempt, vkp_i_case_no_receivers_is_ready, vkp_i_case_no_receivers_join,
+    vkp_i_case_no_receivers_leave, vkp_i_case_no_receivers_env};
 
-static vkp_status vkp_i_audience_wait_gone(vkp_i_audience *audience, uint64_t deadline_ns)
+static vkp_status vkp_i_receivers_wait_gone(vkp_i_receivers *receivers, uint64_t deadline_ns)
 {
-    vkp_case gone = vkp_i_case(&vkp_i_case_gone, audience, NULL);
-    return vkp_i_select_few(&gone, 1, audience->env, 0, deadline_ns);
+    vkp_case gone = vkp_i_case(&vkp_i_case_no_receivers, receivers, NULL);
+    return vkp_i_select_few(&gone, 1, receivers->env, 0, deadline_ns);
 }
 
 /* Values that are copied while they may be overwritten, word by word. */
@@ -6723,7 +6723,7 @@ typedef struct vkp_i_broadcast {
     unsigned char pad_sender[VKP_I_APART];
     uint64_t tail;            /* atomic: the next ticket */
     vkp_i_biased_latch latch; /* of senders */
-    vkp_i_audience audience;
+    vkp_i_receivers receivers;
 } vkp_i_broadcast;
 
 struct vkp_broadcast_tx {
@@ -6766,7 +6766,7 @@ static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
     }
     vkp_i_free(env, channel->places,
                (size_t)(channel->mask + 1) * channel->stride * sizeof(uint64_t));
-    vkp_i_audience_deinit(&channel->audience);
+    vkp_i_receivers_deinit(&channel->receivers);
     vkp_i_free(env, channel, sizeof *channel);
 }
 
@@ -6803,8 +6803,8 @@ VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_br
     channel->mask = capacity - 1;
     channel->refs = 1;
     channel->tx_refs = 1;
-    vkp_i_audience_init(&channel->audience, env);
-    vkp_i_biased_init(&channel->latch, channel->audience.fenced);
+    vkp_i_receivers_init(&channel->receivers, env);
+    vkp_i_biased_init(&channel->latch, channel->receivers.fenced);
     *tx = (vkp_broadcast_tx *)(void *)channel;
     return VKP_OK;
 }
@@ -6818,7 +6818,7 @@ VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx)
 VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
 {
     if (tx != NULL && VKP_I_UNREF(&tx->channel.tx_refs) == 1) {
-        vkp_i_audience_end(&tx->channel.audience);
+        vkp_i_receivers_end(&tx->channel.receivers);
         vkp_i_broadcast_unref(&tx->channel);
     }
 }
@@ -6832,7 +6832,7 @@ static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadc
     }
     self->channel = channel;
     (void)VKP_I_ADD(&channel->refs, (size_t)1);
-    (void)VKP_I_ADD(&channel->audience.receivers, (size_t)1);
+    (void)VKP_I_ADD(&channel->receivers.receivers, (size_t)1);
     self->next = VKP_I_LOAD_ACQ(&channel->tail);
     *rx = self;
     return VKP_OK;
@@ -6857,7 +6857,7 @@ VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
         return;
     }
     channel = rx->channel;
-    vkp_i_audience_lose(&channel->audience);
+    vkp_i_receivers_remove(&channel->receivers);
     vkp_i_free(channel->config.env, rx, sizeof *rx);
     vkp_i_broadcast_unref(channel);
 }
@@ -6894,7 +6894,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     bool biased;
     VKP_I_REQUIRE(tx != NULL && item != NULL);
     channel = &tx->channel;
-    if (vkp_i_audience_size(&channel->audience) == 0) {
+    if (vkp_i_receivers_size(&channel->receivers) == 0) {
         return VKP_ERR_CLOSED;
     }
     biased = vkp_i_biased_lock(&channel->latch, channel->config.env);
@@ -6907,7 +6907,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     if (drops) {
         channel->config.drop(channel->config.user, old);
     }
-    vkp_i_audience_signal(&channel->audience);
+    vkp_i_receivers_signal(&channel->receivers);
     return VKP_OK;
 }
 
@@ -6949,7 +6949,7 @@ static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_
                                        size_t *count)
 {
     vkp_i_broadcast *channel = rx->channel;
-    bool ended = vkp_i_audience_is_ended(&channel->audience);
+    bool ended = vkp_i_receivers_is_ended(&channel->receivers);
     uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
     size_t taken = 0;
     if (rx->next == tail) {
@@ -6992,18 +6992,18 @@ static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
 static bool vkp_i_case_value_is_ready(const vkp_case *each)
 {
     const vkp_broadcast_rx *rx = (const vkp_broadcast_rx *)each->i_object;
-    return vkp_i_audience_is_ended(&rx->channel->audience) ||
+    return vkp_i_receivers_is_ended(&rx->channel->receivers) ||
            VKP_I_LOAD_ACQ(&rx->channel->tail) != rx->next;
 }
 
 static void vkp_i_case_value_leave(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_leave(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    vkp_i_receivers_leave(&((vkp_broadcast_rx *)each->i_object)->channel->receivers, &wait->node);
 }
 
 static bool vkp_i_case_value_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_join(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    vkp_i_receivers_join(&((vkp_broadcast_rx *)each->i_object)->channel->receivers, &wait->node);
     if (vkp_i_case_value_is_ready(each)) {
         vkp_i_case_value_leave(each, wait);
         return false;
@@ -7046,7 +7046,7 @@ VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadli
     batch.out = out;
     batch.capacity = capacity;
     values = vkp_i_case(&vkp_i_case_values, rx, &batch);
-    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->audience.spins,
+    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->receivers.spins,
                               deadline_ns);
     if (status == VKP_OK) {
         *count = batch.count;
@@ -7075,19 +7075,19 @@ VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx)
 
 VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx)
 {
-    return vkp_i_audience_size(&tx->channel.audience);
+    return vkp_i_receivers_size(&tx->channel.receivers);
 }
 
 VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx)
 {
-    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->channel.audience, NULL)
+    return tx != NULL ? vkp_i_case(&vkp_i_case_no_receivers, &tx->channel.receivers, NULL)
                       : vkp_case_never();
 }
 
 VKP_API vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx, uint64_t deadline_ns)
 {
     VKP_I_REQUIRE(tx != NULL);
-    return vkp_i_audience_wait_gone(&tx->channel.audience, deadline_ns);
+    return vkp_i_receivers_wait_gone(&tx->channel.receivers, deadline_ns);
 }
 
 /* ======================================================================================
@@ -7119,7 +7119,7 @@ typedef struct vkp_i_watch {
     vkp_i_cell *current; /* atomic */
     vkp_i_cell *cells;   /* latch */
     uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
-    vkp_i_audience audience;
+    vkp_i_receivers receivers;
 } vkp_i_watch;
 
 struct vkp_watch_tx {
@@ -7199,7 +7199,7 @@ static void vkp_i_watch_unref(vkp_i_watch *watch)
     if (watch->scratch != NULL) {
         vkp_i_free(env, watch->scratch, watch->words * sizeof(uint64_t));
     }
-    vkp_i_audience_deinit(&watch->audience);
+    vkp_i_receivers_deinit(&watch->receivers);
     vkp_i_free(env, watch, sizeof *watch);
 }
 
@@ -7230,8 +7230,8 @@ VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx *
     cell->owns = config->drop != NULL && config->initial != NULL;
     watch->refs = 1;
     watch->tx_refs = 1;
-    vkp_i_audience_init(&watch->audience, env);
-    vkp_i_biased_init(&watch->latch, watch->audience.fenced);
+    vkp_i_receivers_init(&watch->receivers, env);
+    vkp_i_biased_init(&watch->latch, watch->receivers.fenced);
     *tx = (vkp_watch_tx *)(void *)watch;
     return VKP_OK;
 }
@@ -7250,7 +7250,7 @@ VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
     }
     watch = &tx->watch;
     if (VKP_I_UNREF(&watch->tx_refs) == 1) {
-        vkp_i_audience_end(&watch->audience);
+        vkp_i_receivers_end(&watch->receivers);
         vkp_i_watch_unref(watch);
     }
 }
@@ -7264,7 +7264,7 @@ static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_w
     self->watch = watch;
     self->seen = seen;
     (void)VKP_I_ADD(&watch->refs, (size_t)1);
-    (void)VKP_I_ADD(&watch->audience.receivers, (size_t)1);
+    (void)VKP_I_ADD(&watch->receivers.receivers, (size_t)1);
     *rx = self;
     return VKP_OK;
 }
@@ -7289,7 +7289,7 @@ VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx)
     }
     watch = rx->watch;
     vkp_watch_release(rx);
-    vkp_i_audience_lose(&watch->audience);
+    vkp_i_receivers_remove(&watch->receivers);
     vkp_i_free(watch->config.env, rx, sizeof *rx);
     vkp_i_watch_unref(watch);
 }
@@ -7313,7 +7313,7 @@ VKP_API vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item)
         return VKP_ERR_NOMEM;
     }
     vkp_i_watch_drop(watch, doomed);
-    vkp_i_audience_signal(&watch->audience);
+    vkp_i_receivers_signal(&watch->receivers);
     return VKP_OK;
 }
 
@@ -7371,7 +7371,7 @@ VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
     status = vkp_i_watch_modify(watch, modify, user, &modified);
     vkp_i_biased_unlock(&watch->latch, biased);
     if (modified) {
-        vkp_i_audience_signal(&watch->audience);
+        vkp_i_receivers_signal(&watch->receivers);
     }
     if (status == VKP_OK && changed != NULL) {
         *changed = modified;
@@ -7473,12 +7473,12 @@ VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx)
 
 VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx)
 {
-    return vkp_i_audience_is_ended(&rx->watch->audience);
+    return vkp_i_receivers_is_ended(&rx->watch->receivers);
 }
 
 VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
 {
-    return vkp_i_audience_size(&tx->watch.audience);
+    return vkp_i_receivers_size(&tx->watch.receivers);
 }
 
 static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
@@ -7501,12 +7501,12 @@ static bool vkp_i_case_changed_is_ready(const vkp_case *each)
 
 static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_leave(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    vkp_i_receivers_leave(&((vkp_watch_rx *)each->i_object)->watch->receivers, &wait->node);
 }
 
 static bool vkp_i_case_changed_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_join(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    vkp_i_receivers_join(&((vkp_watch_rx *)each->i_object)->watch->receivers, &wait->node);
     if (vkp_i_case_changed_is_ready(each)) {
         vkp_i_case_changed_leave(each, wait);
         return false;
@@ -7533,19 +7533,20 @@ VKP_API vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns)
     vkp_case changed;
     VKP_I_REQUIRE(rx != NULL);
     changed = vkp_case_watch_changed(rx);
-    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->audience.spins,
+    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->receivers.spins,
                             deadline_ns);
 }
 
 VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx)
 {
-    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->watch.audience, NULL) : vkp_case_never();
+    return tx != NULL ? vkp_i_case(&vkp_i_case_no_receivers, &tx->watch.receivers, NULL)
+                      : vkp_case_never();
 }
 
 VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
 {
     VKP_I_REQUIRE(tx != NULL);
-    return vkp_i_audience_wait_gone(&tx->watch.audience, deadline_ns);
+    return vkp_i_receivers_wait_gone(&tx->watch.receivers, deadline_ns);
 }
 
 /* ======================================================================================
@@ -7634,7 +7635,7 @@ typedef struct vkp_i_attached {
 } vkp_i_attached;
 
 typedef struct vkp_i_slot {
-    vkp_io *watch; /* NULL: free */
+    vkp_io *io; /* NULL: free */
     uint32_t generation;
     uint32_t next_free; /* index + 1 */
 } vkp_i_slot;
@@ -7723,7 +7724,7 @@ static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
 /* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
    with this; so does whatever makes work outside of rounds. Objects that have no deadline still
    have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
-static vkp_status vkp_i_loop_remind(vkp_loop *loop)
+static vkp_status vkp_i_loop_set_guest_timer(vkp_loop *loop)
 {
     uint64_t deadline_ns;
     vkp_status status = VKP_OK;
@@ -7748,7 +7749,7 @@ static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
     task->next = NULL;
     *loop->deferred_end = task;
     loop->deferred_end = &task->next;
-    (void)!vkp_i_loop_remind(loop);
+    (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
 static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
@@ -7758,7 +7759,7 @@ static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
     object->loop = loop;
     loop->attached.prev->next = object;
     loop->attached.prev = object;
-    (void)!vkp_i_loop_remind(loop);
+    (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
 static void vkp_i_loop_detach(vkp_i_attached *object)
@@ -7768,7 +7769,7 @@ static void vkp_i_loop_detach(vkp_i_attached *object)
         object->next->prev = object->prev;
         object->prev = NULL;
         object->next = NULL;
-        (void)!vkp_i_loop_remind(object->loop);
+        (void)!vkp_i_loop_set_guest_timer(object->loop);
     }
 }
 
@@ -7820,88 +7821,6 @@ static uint64_t vkp_i_loop_now(const vkp_loop *loop)
     return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
 }
 
-/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
-   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
-static void vkp_i_backend_round(void *user)
-{
-    vkp_loop *loop = (vkp_loop *)user;
-    if (loop->in_round) {
-        loop->reminded = false;
-    } else if (!loop->closed) {
-        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
-    }
-}
-
-static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
-{
-    vkp_status status;
-    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
-    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
-    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
-    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
-    if (loop->events == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    loop->host_env = *loop->env;
-    loop->host_env.sys = loop->sys;
-    if (loop->host_env.alloc == NULL) {
-        loop->host_env.alloc = vkp_i_libc_alloc;
-    }
-    loop->host.env = &loop->host_env;
-    loop->host.foreign = config->foreign;
-    loop->host.loop = loop;
-    loop->host.round = vkp_i_backend_round;
-    status = loop->backend->open(&loop->host, &loop->backend_state);
-    /* A guest begins with a round, for what is posted before the foreign loop runs. */
-    if (status == VKP_OK && loop->backend->timer != NULL) {
-        status = loop->backend->timer(loop->backend_state, 0);
-        loop->reminded = true;
-        if (status != VKP_OK) {
-            loop->backend->close(loop->backend_state);
-        }
-    }
-    return status;
-}
-
-VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
-{
-    vkp_loop *loop;
-    vkp_status status;
-    const vkp_env *env;
-    VKP_I_REQUIRE(config != NULL && out != NULL);
-    env = vkp_i_env(config->env);
-    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
-        vkp_i_log(env, VKP_LOG_ERROR,
-                  "vkp_loop_open: config.backend is missing or of another version: pass "
-                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
-        return VKP_ERR_INVALID;
-    }
-    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
-    if (loop == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    loop->env = env;
-    loop->sys = vkp_i_sys(env);
-    loop->backend = config->backend;
-    loop->refs = 1;
-    loop->opener_pid = loop->sys->process_id();
-    loop->thread = vkp_i_this_thread();
-    loop->asleep = 1;
-    loop->deferred_end = &loop->deferred;
-    vkp_i_waiters_init(&loop->unarmed);
-    loop->attached.prev = &loop->attached;
-    loop->attached.next = &loop->attached;
-    status = vkp_i_loop_setup(loop, config);
-    if (status != VKP_OK) {
-        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
-        vkp_i_free(env, loop, sizeof *loop);
-        return status;
-    }
-    loop->now_ns = vkp_i_loop_clock(loop);
-    *out = loop;
-    return VKP_OK;
-}
-
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop)
 {
     (void)VKP_I_ADD(&loop->refs, 1);
@@ -7937,10 +7856,10 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
         object->on_loop_close(object);
     }
     for (i = 0; i < loop->slot_count; i++) {
-        vkp_io *watch = loop->slots[i].watch;
-        if (watch != NULL) {
-            vkp_io_stop(watch);
-            watch->i_fn(watch, 0);
+        vkp_io *io = loop->slots[i].io;
+        if (io != NULL) {
+            vkp_io_stop(io);
+            io->i_fn(io, 0);
         }
     }
 }
@@ -8003,17 +7922,17 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
 
 /* ---- watches ---- */
 
-static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
+static uint64_t vkp_i_io_token(const vkp_loop *loop, uint32_t slot)
 {
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
 }
 
-VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t interest,
-                                void (*fn)(vkp_io *watch, uint32_t ready))
+VKP_API vkp_status vkp_io_start(vkp_io *io, vkp_loop *loop, int fd, uint32_t interest,
+                                void (*fn)(vkp_io *io, uint32_t ready))
 {
     uint32_t slot;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && watch != NULL && fd >= 0 && fn != NULL);
+    VKP_I_REQUIRE(loop != NULL && io != NULL && fd >= 0 && fn != NULL);
     VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
     if (loop->free_slot != 0) {
         slot = loop->free_slot - 1;
@@ -8029,65 +7948,66 @@ VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t 
         loop->slots[slot].next_free = loop->free_slot;
         loop->free_slot = slot + 1;
     }
-    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_IO_READ | VKP_IO_WRITE),
-                                  vkp_i_watch_token(loop, slot));
+    status = loop->backend->set_interest(loop->backend_state, fd,
+                                         interest & (VKP_IO_READ | VKP_IO_WRITE),
+                                         vkp_i_io_token(loop, slot));
     if (status != VKP_OK) {
         return status;
     }
     loop->free_slot = loop->slots[slot].next_free;
-    loop->slots[slot].watch = watch;
-    watch->i_loop = loop;
-    watch->i_fn = fn;
-    watch->i_fd = fd;
-    watch->i_slot = slot;
-    watch->i_interest = interest;
+    loop->slots[slot].io = io;
+    io->i_loop = loop;
+    io->i_fn = fn;
+    io->i_fd = fd;
+    io->i_slot = slot;
+    io->i_interest = interest;
     return VKP_OK;
 }
 
-VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
+VKP_API vkp_status vkp_io_set(vkp_io *io, uint32_t interest)
 {
     vkp_loop *loop;
     vkp_status status;
-    VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
-    loop = watch->i_loop;
+    VKP_I_REQUIRE(io != NULL && io->i_loop != NULL);
+    loop = io->i_loop;
     interest &= VKP_IO_READ | VKP_IO_WRITE;
-    if (watch->i_interest == interest) {
+    if (io->i_interest == interest) {
         return VKP_OK;
     }
-    status = loop->backend->watch(loop->backend_state, watch->i_fd, interest,
-                                  vkp_i_watch_token(loop, watch->i_slot));
+    status = loop->backend->set_interest(loop->backend_state, io->i_fd, interest,
+                                         vkp_i_io_token(loop, io->i_slot));
     if (status == VKP_OK) {
-        watch->i_interest = interest;
+        io->i_interest = interest;
     }
     return status;
 }
 
-VKP_API void vkp_io_stop(vkp_io *watch)
+VKP_API void vkp_io_stop(vkp_io *io)
 {
-    vkp_loop *loop = watch->i_loop;
+    vkp_loop *loop = io->i_loop;
     vkp_i_slot *slot;
     if (loop == NULL) {
         return;
     }
-    slot = &loop->slots[watch->i_slot];
+    slot = &loop->slots[io->i_slot];
     if (!vkp_i_loop_is_forked(loop)) {
-        (void)loop->backend->watch(loop->backend_state, watch->i_fd, 0,
-                                   vkp_i_watch_token(loop, watch->i_slot));
+        (void)loop->backend->set_interest(loop->backend_state, io->i_fd, 0,
+                                          vkp_i_io_token(loop, io->i_slot));
     }
-    slot->watch = NULL;
+    slot->io = NULL;
     slot->generation++;
     slot->next_free = loop->free_slot;
-    loop->free_slot = watch->i_slot + 1;
-    watch->i_loop = NULL;
+    loop->free_slot = io->i_slot + 1;
+    io->i_loop = NULL;
 }
 
 static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 {
     uint32_t index = (uint32_t)(event->token & 0xffffffffu);
     vkp_i_slot *slot = index < loop->slot_count ? &loop->slots[index] : NULL;
-    if (slot != NULL && slot->watch != NULL && event->ready != 0 &&
+    if (slot != NULL && slot->io != NULL && event->ready != 0 &&
         slot->generation == (uint32_t)(event->token >> 32)) {
-        slot->watch->i_fn(slot->watch, event->ready);
+        slot->io->i_fn(slot->io, event->ready);
     }
 }
 
@@ -8162,7 +8082,7 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
 {
     if (timer->i_index != 0) {
         vkp_i_timer_remove(timer);
-        (void)!vkp_i_loop_remind(timer->i_loop); /* if it fails: a round too many */
+        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* if it fails: a round too many */
     }
 }
 
@@ -8189,7 +8109,7 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     entry.order = loop->timer_order++;
     entry.timer = timer;
     vkp_i_timer_sift_up(loop, loop->timer_count++, entry);
-    status = vkp_i_loop_remind(loop);
+    status = vkp_i_loop_set_guest_timer(loop);
     if (status != VKP_OK) {
         vkp_timer_stop(timer);
     }
@@ -8384,7 +8304,7 @@ VKP_API void vkp_handler_unref(vkp_handler *handler)
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-loop-run   The rounds of a loop
+   >>impl-loop-run   The rounds of a loop, and its opening
    ====================================================================================== */
 
 /* Rounds that posts and channels may go on before descriptors are asked. */
@@ -8427,7 +8347,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     loop->in_round = false;
     /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
-    if (vkp_i_loop_remind(loop) != VKP_OK && status == VKP_OK) {
+    if (vkp_i_loop_set_guest_timer(loop) != VKP_OK && status == VKP_OK) {
         status = VKP_ERR_SYS;
     }
     return status;
@@ -8509,6 +8429,90 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
         vkp_i_free(loop->env, post, sizeof *post);
         return VKP_ERR_CLOSED;
     }
+    return VKP_OK;
+}
+
+/* ---- opening ---- */
+
+/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
+   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
+static void vkp_i_backend_round(void *user)
+{
+    vkp_loop *loop = (vkp_loop *)user;
+    if (loop->in_round) {
+        loop->reminded = false;
+    } else if (!loop->closed) {
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+    }
+}
+
+static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
+{
+    vkp_status status;
+    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
+    if (loop->events == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->host_env = *loop->env;
+    loop->host_env.sys = loop->sys;
+    if (loop->host_env.alloc == NULL) {
+        loop->host_env.alloc = vkp_i_libc_alloc;
+    }
+    loop->host.env = &loop->host_env;
+    loop->host.foreign = config->foreign;
+    loop->host.loop = loop;
+    loop->host.round = vkp_i_backend_round;
+    status = loop->backend->open(&loop->host, &loop->backend_state);
+    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    if (status == VKP_OK && loop->backend->timer != NULL) {
+        status = loop->backend->timer(loop->backend_state, 0);
+        loop->reminded = true;
+        if (status != VKP_OK) {
+            loop->backend->close(loop->backend_state);
+        }
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    const vkp_env *env;
+    VKP_I_REQUIRE(config != NULL && out != NULL);
+    env = vkp_i_env(config->env);
+    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
+        vkp_i_log(env, VKP_LOG_ERROR,
+                  "vkp_loop_open: config.backend is missing or of another version: pass "
+                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
+        return VKP_ERR_INVALID;
+    }
+    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
+    if (loop == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->env = env;
+    loop->sys = vkp_i_sys(env);
+    loop->backend = config->backend;
+    loop->refs = 1;
+    loop->opener_pid = loop->sys->process_id();
+    loop->thread = vkp_i_this_thread();
+    loop->asleep = 1;
+    loop->deferred_end = &loop->deferred;
+    vkp_i_waiters_init(&loop->unarmed);
+    loop->attached.prev = &loop->attached;
+    loop->attached.next = &loop->attached;
+    status = vkp_i_loop_setup(loop, config);
+    if (status != VKP_OK) {
+        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
+        vkp_i_free(env, loop, sizeof *loop);
+        return status;
+    }
+    loop->now_ns = vkp_i_loop_clock(loop);
+    *out = loop;
     return VKP_OK;
 }
 
@@ -9269,7 +9273,7 @@ static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
 
 /* A value is whole: count it where it belongs, and close the aggregates that it completes.
    True when the frame is whole.                                                               */
-static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
+static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
     for (;;) {
@@ -9292,7 +9296,7 @@ static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
         }
         if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
-            reader->values[top->index].i_reserved = 1; /* the array has some */
+            reader->values[top->index].i_has_nested = 1;
             return false;
         }
         if (--top->remaining > 0) {
@@ -9408,7 +9412,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
         if (status != VKP_OK) {
             return status;
         }
-    } while (!vkp_i_reader_settle(reader, window));
+    } while (!vkp_i_reader_end_value(reader, window));
     if (reader->position > reader->config.max_frame_bytes) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->config.max_frame_bytes,
                                  "frame above max_frame_bytes (%zu)",
@@ -9489,6 +9493,21 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
     reader->given = 0;
     window = reader->buffer != NULL ? reader->buffer + reader->begin : nothing;
     return vkp_resp_reader_scan(reader, window, reader->end - reader->begin, value, &reader->given);
+}
+
+/* ---- for the layers above ----
+   The relay gives a reader of its own to a client whose command is long.                      */
+
+/* The frame under way has so many values that reading it again from its start would cost. */
+#define VKP_I_READER_DEEP 64
+static bool vkp_i_reader_is_deep_in(const vkp_resp_reader *reader)
+{
+    return reader->count > VKP_I_READER_DEEP;
+}
+
+static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_resp_reader **out)
+{
+    return vkp_resp_reader_open(&reader->config, out);
 }
 
 #endif /* VKP_I_IO */
@@ -9774,7 +9793,7 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
 }
 
 /* One place of the tree: a scalar, or an aggregate's header. */
-static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+static void vkp_i_put_node(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {
     case VKP_RESP_NULL:
@@ -9818,7 +9837,7 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
             (value->type == VKP_RESP_ATTRIBUTE && protocol != 3)) {
             value += value->span;
         } else {
-            vkp_i_put_place(writer, value, protocol);
+            vkp_i_put_node(writer, value, protocol);
             value++;
         }
     }
@@ -10025,7 +10044,7 @@ static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_addr
 #define VKP_I_REFS ((uint64_t)0x3fffffff) /* of the word: how many refer to it */
 #define VKP_I_MOST_REFS ((size_t)1 << 29) /* far from the next bit: ref adds before it looks */
 #define VKP_I_DEAD ((uint64_t)1 << 30)    /* retired: inactive for good */
-#define VKP_I_DUTY ((uint64_t)1 << 31)    /* somebody is about to bury it */
+#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* somebody is about to bury it */
 #define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32))
 
 #define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1) /* with an end */
@@ -10092,13 +10111,13 @@ struct vkp_registry {
     char note[256];
     vkp_registry_stats stats;
     /* Of the loop's timer, guarded too; timer and place belong to its thread. */
-    bool keeper_queued;
-    bool keeper_placed;
+    bool upkeep_queued;
+    bool upkeep_attached;
     bool loop_gone;
     uint64_t next_check_ns;
-    vkp_i_task keeper_task;
-    vkp_timer keeper_timer;
-    vkp_i_attached keeper_place;
+    vkp_i_task upkeep_task;
+    vkp_timer upkeep_timer;
+    vkp_i_attached upkeep_place;
 };
 
 static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
@@ -10184,13 +10203,13 @@ vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *for
     va_end(arguments);
 }
 
-static void vkp_i_registry_bury_all(vkp_registry *registry);
+static void vkp_i_registry_dispose_all(vkp_registry *registry);
 
 static void vkp_i_registry_enter(vkp_registry *registry)
 {
     VKP_I_LOCK(&registry->mutex);
     vkp_i_latch_lock(&registry->held, registry->sys);
-    vkp_i_registry_bury_all(registry);
+    vkp_i_registry_dispose_all(registry);
 }
 
 static bool vkp_i_registry_try_enter(vkp_registry *registry)
@@ -10209,7 +10228,7 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
     char note[sizeof registry->note];
     note[0] = '\0';
     do {
-        vkp_i_registry_bury_all(registry);
+        vkp_i_registry_dispose_all(registry);
         while (registry->to_close != NULL) {
             vkp_i_endpoint *each = registry->to_close;
             registry->to_close = each->next;
@@ -10305,7 +10324,7 @@ VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock)
     return NULL;
 }
 
-static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock);
+static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock);
 
 VKP_API void vkp_socket_unref(vkp_socket *sock)
 {
@@ -10317,16 +10336,16 @@ VKP_API void vkp_socket_unref(vkp_socket *sock)
     }
     word = VKP_I_LOAD(&sock->word);
     do {
-        less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_DUTY;
+        less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_CLEANUP;
     } while (!VKP_I_CAS(&sock->word, &word, less));
-    if ((less & VKP_I_REFS) > 0 || (word & VKP_I_DUTY) != 0) {
+    if ((less & VKP_I_REFS) > 0 || (word & VKP_I_CLEANUP) != 0) {
         return; /* others refer to it, or its burial is under way, which will see this */
     }
     registry = sock->registry;
     sock->ended_ns = registry->sys->clock_ns();
     (void)VKP_I_ADD(&registry->refs, 1); /* whoever buries a corpse drops the socket's own */
     if (vkp_i_registry_try_enter(registry)) {
-        vkp_i_socket_bury(registry, sock);
+        vkp_i_socket_dispose(registry, sock);
         vkp_i_registry_leave(registry, false);
     } else {
         sock->link = VKP_I_LOAD(&registry->corpses);
@@ -10412,7 +10431,7 @@ static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
 }
 
 /* An abstract name is free when its descriptor is closed, so that must not wait. */
-static void vkp_i_socket_let_go(vkp_socket *sock)
+static void vkp_i_socket_detach(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
     vkp_i_endpoint *endpoint = sock->endpoint;
@@ -10425,7 +10444,7 @@ static void vkp_i_socket_let_go(vkp_socket *sock)
     }
 }
 
-static void vkp_i_follower_tell(vkp_i_follower *follower)
+static void vkp_i_follower_notify(vkp_i_follower *follower)
 {
     if (!follower->queued) {
         follower->queued = vkp_i_loop_queue(follower->loop, &follower->task);
@@ -10451,14 +10470,14 @@ static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
         sock->followers = follower->next;
         follower->sock = NULL;
         if (ours) {
-            vkp_i_follower_tell(follower);
+            vkp_i_follower_notify(follower);
         }
     }
     if (ours && (sock->flags & VKP_I_SOCKET_ABSTRACT) == 0) {
         vkp_i_registry_remove(registry, sock->path, &sock->id);
     }
     vkp_i_socket_unlock(sock, ours);
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     now = sys->clock_ns();
     registry->stats.cleanup_last_ns = now > since_ns ? now - since_ns : 0;
     registry->stats.cleanup_total_ns += registry->stats.cleanup_last_ns;
@@ -10487,12 +10506,12 @@ static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t 
 }
 
 /* Have it look soon. False: there is no loop any more. */
-static bool vkp_i_registry_call_keeper(vkp_registry *registry)
+static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
 {
-    if (!registry->keeper_queued && !registry->loop_gone) {
-        registry->keeper_queued = vkp_i_loop_queue(registry->config.loop, &registry->keeper_task);
-        registry->loop_gone = !registry->keeper_queued;
-        if (registry->keeper_queued) {
+    if (!registry->upkeep_queued && !registry->loop_gone) {
+        registry->upkeep_queued = vkp_i_loop_queue(registry->config.loop, &registry->upkeep_task);
+        registry->loop_gone = !registry->upkeep_queued;
+        if (registry->upkeep_queued) {
             (void)VKP_I_ADD(&registry->refs, 1);
         }
     }
@@ -10500,37 +10519,37 @@ static bool vkp_i_registry_call_keeper(vkp_registry *registry)
 }
 
 /* With the first socket, and again if there was no memory for the timer then. */
-static void vkp_i_registry_see_to_checks(vkp_registry *registry)
+static void vkp_i_registry_ensure_checks(vkp_registry *registry)
 {
-    if (registry->config.check_ms > 0 && !registry->keeper_placed) {
-        (void)vkp_i_registry_call_keeper(registry);
+    if (registry->config.check_ms > 0 && !registry->upkeep_attached) {
+        (void)vkp_i_registry_request_upkeep(registry);
     }
 }
 
 /* The duty is the caller's. */
-static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock)
+static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
     bool lingers = false;
-    vkp_i_registry_see_to_checks(registry);
+    vkp_i_registry_ensure_checks(registry);
     do {
         if ((word & VKP_I_REFS) == 0) {
             lingers = (word & VKP_I_DEAD) == 0 && registry->config.linger_ms > 0 &&
                       registry->sys->process_id() == sock->opener_pid &&
-                      vkp_i_registry_call_keeper(registry);
+                      vkp_i_registry_request_upkeep(registry);
             if (!lingers) {
                 vkp_i_socket_end(registry, sock, sock->ended_ns);
                 return;
             }
         }
-    } while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_DUTY));
+    } while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_CLEANUP));
     if (lingers) {
         sock->flags |= VKP_I_SOCKET_LINGERS;
         sock->linger_until_ns = 0;
     }
 }
 
-static void vkp_i_registry_bury_all(vkp_registry *registry)
+static void vkp_i_registry_dispose_all(vkp_registry *registry)
 {
     vkp_socket *corpse = NULL;
     if (VKP_I_LOAD_ACQ(&registry->corpses) != NULL) {
@@ -10539,7 +10558,7 @@ static void vkp_i_registry_bury_all(vkp_registry *registry)
     while (corpse != NULL) {
         vkp_socket *next = corpse->link;
         uint64_t ended = registry->stats.ended;
-        vkp_i_socket_bury(registry, corpse);
+        vkp_i_socket_dispose(registry, corpse);
         registry->stats.handed_over += registry->stats.ended - ended; /* it may linger instead */
         corpse = next;
     }
@@ -10640,7 +10659,7 @@ static vkp_status vkp_i_socket_bind(vkp_socket *sock)
         return result == -EADDRINUSE || result == -EEXIST ? VKP_ERR_IN_USE
                                                           : vkp_i_sys_failure(result);
     }
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     sock->endpoint = endpoint;
     sock->id = id;
     return VKP_OK;
@@ -10743,7 +10762,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
         (void)VKP_I_ADD(&registry->refs, 1);
         registry->stats.created++;
         registry->stats.taken_over += cleared ? 1u : 0u;
-        vkp_i_registry_see_to_checks(registry);
+        vkp_i_registry_ensure_checks(registry);
         *out = sock;
         return VKP_OK;
     }
@@ -10753,7 +10772,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
         sock->endpoint = NULL;
     }
     vkp_i_socket_unlock(sock, true);
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     sock->link = registry->spare;
     registry->spare = sock;
     errno = error;
@@ -10845,7 +10864,7 @@ static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
     VKP_I_STORE_REL(&sock->on_disk, 1u);
     for (follower = sock->followers; status == VKP_OK && follower != NULL;
          follower = follower->next) {
-        vkp_i_follower_tell(follower);
+        vkp_i_follower_notify(follower);
     }
     return status;
 }
@@ -10884,7 +10903,7 @@ static void vkp_i_socket_check(vkp_socket *sock)
 }
 
 /* Tell what was noted, one at a time: the program may do anything in between. */
-static void vkp_i_registry_tell_events(vkp_registry *registry)
+static void vkp_i_registry_notify_events(vkp_registry *registry)
 {
     for (;;) {
         vkp_i_map_node *node = NULL;
@@ -10892,7 +10911,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
         uint32_t event = 0;
         vkp_status status = VKP_OK;
         vkp_i_registry_enter(registry);
-        while (event == 0 && (node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+        while (event == 0 && (node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
             sock = VKP_CONTAINER(node, vkp_socket, node);
             for (event = VKP_SOCKET_BLOCKED; event > 0; event--) {
                 if ((sock->flags & VKP_I_SOCKET_EVENT(event)) != 0) {
@@ -10923,7 +10942,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
 static void vkp_i_registry_on_timer(vkp_timer *timer);
 
 /* End those that lingered long enough, look at the files: when is there more to do? */
-static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, bool over)
+static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
     uint64_t next_ns = VKP_FOREVER;
     bool check = registry->config.check_ms > 0 && !over && now_ns >= registry->next_check_ns;
@@ -10931,7 +10950,7 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
     if (check) {
         registry->next_check_ns = vkp_i_after_ms(now_ns, registry->config.check_ms);
     }
-    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
         vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         if (lingers && sock->linger_until_ns == 0) {
@@ -10955,56 +10974,57 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
 }
 
 /* Loop's thread, with a reference. A placed keeper has one of its own. */
-static void vkp_i_registry_run_keeper(vkp_registry *registry)
+static void vkp_i_registry_run_upkeep(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
     uint64_t next_ns;
     vkp_i_registry_enter(registry);
     registry->loop_gone = registry->loop_gone || loop->closed;
-    next_ns = vkp_i_registry_keep(registry, loop->now_ns, registry->loop_gone);
-    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->keeper_timer, loop,
+    next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, registry->loop_gone);
+    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->upkeep_timer, loop,
                                                   vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
-        next_ns = vkp_i_registry_keep(registry, loop->now_ns, true); /* nothing lingers without */
+        next_ns =
+            vkp_i_registry_do_upkeep(registry, loop->now_ns, true); /* nothing lingers without */
     }
-    if (next_ns != VKP_FOREVER && !registry->keeper_placed) {
-        registry->keeper_placed = true;
+    if (next_ns != VKP_FOREVER && !registry->upkeep_attached) {
+        registry->upkeep_attached = true;
         (void)VKP_I_ADD(&registry->refs, 1);
-        vkp_i_loop_attach(loop, &registry->keeper_place);
-    } else if (next_ns == VKP_FOREVER && registry->keeper_placed) {
-        registry->keeper_placed = false;
+        vkp_i_loop_attach(loop, &registry->upkeep_place);
+    } else if (next_ns == VKP_FOREVER && registry->upkeep_attached) {
+        registry->upkeep_attached = false;
         registry->released++;
-        vkp_timer_stop(&registry->keeper_timer);
-        vkp_i_loop_detach(&registry->keeper_place);
+        vkp_timer_stop(&registry->upkeep_timer);
+        vkp_i_loop_detach(&registry->upkeep_place);
     }
     vkp_i_registry_leave(registry, true);
     if (registry->config.on_event != NULL) {
-        vkp_i_registry_tell_events(registry);
+        vkp_i_registry_notify_events(registry);
     }
 }
 
 static void vkp_i_registry_on_timer(vkp_timer *timer)
 {
-    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, keeper_timer);
+    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, upkeep_timer);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_run_upkeep(registry);
     vkp_i_registry_drop(registry, 1);
 }
 
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
-    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, keeper_task);
+    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, upkeep_task);
     vkp_i_registry_enter(registry);
-    registry->keeper_queued = false;
+    registry->upkeep_queued = false;
     vkp_i_registry_leave(registry, true);
-    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_run_upkeep(registry);
     vkp_i_registry_drop(registry, 1); /* the call's */
 }
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
-    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, keeper_place);
+    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, upkeep_place);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_keeper(registry); /* finds the loop closed */
+    vkp_i_registry_run_upkeep(registry); /* finds the loop closed */
     vkp_i_registry_drop(registry, 1);
 }
 
@@ -11062,8 +11082,8 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     if (registry->config.loop != NULL) {
         (void)vkp_loop_ref(registry->config.loop);
     }
-    registry->keeper_task.fn = vkp_i_registry_on_call;
-    registry->keeper_place.on_loop_close = vkp_i_registry_on_loop_close;
+    registry->upkeep_task.fn = vkp_i_registry_on_call;
+    registry->upkeep_place.on_loop_close = vkp_i_registry_on_loop_close;
     VKP_I_MUTEX_INIT(&registry->mutex);
     vkp_i_map_init(&registry->sockets, env);
     registry->sockets.shared = true;
@@ -11091,7 +11111,7 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *
     *stats = registry->stats;
     stats->live = registry->sockets.count;
     stats->references = 0;
-    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
         stats->references += vkp_socket_get_ref_count(VKP_CONTAINER(node, vkp_socket, node));
     }
     vkp_i_registry_leave(registry, true);
@@ -11126,7 +11146,7 @@ VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
     uint64_t now_ns;
     vkp_i_registry_enter(registry);
     now_ns = registry->sys->clock_ns();
-    while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, NULL)) != NULL) {
         vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         (void)vkp_i_socket_retire(sock, now_ns);
@@ -11361,9 +11381,9 @@ VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size
 struct vkp_seat {
     vkp_seat *prev;
     vkp_seat *next;
-    vkp_gate *gate;   /* shared */
-    vkp_socket *sock; /* NULL, or each client has a reference of it */
-    uint64_t door;    /* the listener's number */
+    vkp_gate *gate;       /* shared */
+    vkp_socket *sock;     /* NULL, or each client has a reference of it */
+    uint64_t listener_id; /* the listener's number */
     uint32_t uid;
     bool has_uid;
     size_t clients;
@@ -11375,7 +11395,7 @@ struct vkp_gate {
     size_t refs; /* atomic */
     vkp_gate_config config;
     uint32_t *allow_uids;
-    uint64_t doors; /* atomic: numbers given */
+    uint64_t listener_ids; /* atomic: numbers given */
     VKP_I_MUTEX mutex;
     vkp_seat *seats; /* guarded, as all that follows */
     vkp_gate_stats stats;
@@ -11468,9 +11488,9 @@ static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t
     size_t of_uid = 0;
     for (each = gate->seats; each != NULL; each = each->next) {
         bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
-        of_door += each->door == wanted->door ? each->clients : 0;
+        of_door += each->listener_id == wanted->listener_id ? each->clients : 0;
         of_uid += same_uid ? each->clients : 0;
-        if (same_uid && each->door == wanted->door) {
+        if (same_uid && each->listener_id == wanted->listener_id) {
             found = each;
         }
     }
@@ -11566,7 +11586,7 @@ VKP_API void vkp_seat_unref(vkp_seat *seat)
 #define VKP_I_CONN_DRAINING 8u
 #define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_IO_WRITE */
 #define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
-#define VKP_I_CONN_DOOMED 64u
+#define VKP_I_CONN_CLOSES 64u
 #define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
 #define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: no handler until there is */
 
@@ -11625,12 +11645,12 @@ struct vkp_conn {
     uint32_t more_capacity;
     uint32_t more_head;
     void *user;
-    vkp_io watch;
+    vkp_io io;
     vkp_i_task remote;      /* queued by other threads */
     uint32_t remote_queued; /* atomic */
     int fd;
-    int doom_error;
-    vkp_close_reason doom;
+    int closes_error;
+    vkp_close_reason closes_reason;
     vkp_block *input; /* what on_data left; its bytes from input_begin */
     size_t input_begin;
     uint64_t dropped; /* atomic */
@@ -11979,7 +11999,7 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
         return;
     }
-    vkp_io_stop(&conn->watch);
+    vkp_io_stop(&conn->io);
     if (conn->fd >= 0) {
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
@@ -12005,18 +12025,18 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_conn_unref(conn); /* the loop's */
 }
 
-static void vkp_i_conn_doom(vkp_conn *conn, vkp_close_reason reason, int error)
+static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int error)
 {
-    if ((conn->flags & VKP_I_CONN_DOOMED) == 0) {
-        conn->flags |= VKP_I_CONN_DOOMED;
-        conn->doom = reason;
-        conn->doom_error = error;
+    if ((conn->flags & VKP_I_CONN_CLOSES) == 0) {
+        conn->flags |= VKP_I_CONN_CLOSES;
+        conn->closes_reason = reason;
+        conn->closes_error = error;
         vkp_i_conn_defer(conn);
     }
 }
 
 /* Make the watch match the flags. */
-static void vkp_i_conn_rewatch(vkp_conn *conn)
+static void vkp_i_conn_update_interest(vkp_conn *conn)
 {
     uint32_t interest = 0;
     if (vkp_i_conn_closed(conn)) {
@@ -12029,8 +12049,8 @@ static void vkp_i_conn_rewatch(vkp_conn *conn)
                         VKP_I_CONN_DRAINING)) == 0) {
         interest |= VKP_IO_READ;
     }
-    if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
+    if (vkp_io_set(&conn->io, interest) != VKP_OK) {
+        vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, errno);
     }
 }
 
@@ -12065,7 +12085,7 @@ static void vkp_i_conn_written(vkp_conn *conn, size_t put)
 static void vkp_i_conn_flush(vkp_conn *conn)
 {
     while (conn->spans > 0 &&
-           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_DOOMED)) == 0) {
+           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_CLOSES)) == 0) {
         vkp_range ranges[VKP_I_RANGES];
         size_t count = VKP_I_MIN((size_t)conn->spans, (size_t)VKP_I_RANGES);
         size_t offered = 0;
@@ -12082,7 +12102,7 @@ static void vkp_i_conn_flush(vkp_conn *conn)
             continue;
         }
         if (put < 0 && put != -EAGAIN && put != -EWOULDBLOCK && put != -ENOBUFS) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, (int)-put);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, (int)-put);
             return;
         }
         if (put > 0) {
@@ -12090,7 +12110,7 @@ static void vkp_i_conn_flush(vkp_conn *conn)
         }
         if (put < 0 || (size_t)put < offered) {
             conn->flags |= VKP_I_CONN_BLOCKED;
-            vkp_i_conn_rewatch(conn);
+            vkp_i_conn_update_interest(conn);
         }
     }
 }
@@ -12110,7 +12130,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
     conn->flags &= ~VKP_I_CONN_BLOCKED;
     vkp_i_conn_flush(conn);
     if ((conn->flags & VKP_I_CONN_BLOCKED) == 0) {
-        vkp_i_conn_rewatch(conn);
+        vkp_i_conn_update_interest(conn);
         if (conn->spans == 0 && conn->profile->config.ops->on_drain != NULL) {
             conn->profile->config.ops->on_drain(conn, conn->user);
         }
@@ -12119,7 +12139,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
         vkp_i_conn_pull_inbox(conn);
     }
     if (!vkp_i_conn_closed(conn) && vkp_i_conn_is_drained(conn)) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
     }
 }
 
@@ -12148,14 +12168,14 @@ static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
 static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
-    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DOOMED) != 0) {
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_CLOSES) != 0) {
         return VKP_ERR_CLOSED;
     }
     if (frame->len == 0) {
         return VKP_OK;
     }
     if (!vkp_i_conn_find_room(conn, frame->len)) {
-        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
             return VKP_ERR_CLOSED;
         }
         switch ((int)conn->profile->config.on_full) {
@@ -12170,7 +12190,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
             }
             break;
         case VKP_ON_FULL_DISCONNECT:
-            vkp_i_conn_doom(conn, VKP_CLOSE_SLOW, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_SLOW, 0);
             return VKP_ERR_CLOSED;
         default:
             return VKP_ERR_FULL;
@@ -12191,7 +12211,7 @@ VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
     VKP_I_REQUIRE(conn != NULL && frame != NULL && vkp_i_on_loop(conn->loop));
-    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_CLOSES | VKP_I_CONN_DRAINING)) != 0) {
         return VKP_ERR_CLOSED;
     }
     if (frame->len == 0) {
@@ -12215,13 +12235,13 @@ static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
 }
 
 /* A push that its thread was told is queued cannot be: count it where drops are counted. */
-static void vkp_i_conn_lose(vkp_conn *conn)
+static void vkp_i_conn_count_lost(vkp_conn *conn)
 {
     vkp_on_full policy = conn->profile->config.on_full;
     if (policy == VKP_ON_FULL_DROP_NEWEST || policy == VKP_ON_FULL_DROP_OLDEST) {
         vkp_i_conn_count_drop(conn);
     } else {
-        vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
@@ -12254,14 +12274,14 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
             break;
         }
         if (vkp_i_conn_enqueue(conn, &frame) == VKP_ERR_NOMEM) {
-            vkp_i_conn_lose(conn);
+            vkp_i_conn_count_lost(conn);
         }
         vkp_bytes_unref(&frame);
     }
     if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         conn->flags &= ~VKP_I_CONN_INBOX_HELD;
         if (!draining && vkp_i_conn_handle_inbox(conn) != VKP_OK) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
         }
     }
 }
@@ -12387,7 +12407,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
     size_t left = block->len - begin;
     vkp_block *kept = NULL;
     if (left > conn->profile->config.input_bytes) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, EMSGSIZE);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, EMSGSIZE);
         return false;
     }
     if (left > 0 && block == conn->input && begin == conn->input_begin) {
@@ -12398,7 +12418,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
         size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
         kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
         if (kept == NULL) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
             return false;
         }
         memcpy(vkp_i_block_data(kept), vkp_i_block_data(block) + begin, left);
@@ -12445,7 +12465,7 @@ static void vkp_i_conn_end(vkp_conn *conn)
     if (ops->on_end == NULL || !ops->on_end(conn, conn->user)) {
         vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
     } else {
-        vkp_i_conn_rewatch(conn);
+        vkp_i_conn_update_interest(conn);
     }
 }
 
@@ -12476,7 +12496,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 
 /* ---- connecting ---- */
 
-static void vkp_i_conn_event(vkp_io *watch, uint32_t ready);
+static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
 
 /* Begin with the next address. VKP_OK: an event will tell. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
@@ -12496,7 +12516,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
-                vkp_io_start(&conn->watch, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
+                vkp_io_start(&conn->io, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
                 return VKP_OK;
             }
@@ -12513,7 +12533,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     int error = -conn->loop->sys->socket_error(conn->fd);
     const vkp_conn_ops *ops = conn->profile->config.ops;
     if (error != 0) {
-        vkp_io_stop(&conn->watch);
+        vkp_io_stop(&conn->io);
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
         if (vkp_i_conn_try_next(conn) != VKP_OK) {
@@ -12524,7 +12544,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
     conn->connecting = NULL;
     conn->flags &= ~VKP_I_CONN_CONNECTING;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     if (ops->on_open != NULL) {
         ops->on_open(conn, conn->user);
     }
@@ -12533,9 +12553,9 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     }
 }
 
-static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
+static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
 {
-    vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
+    vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
     bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
@@ -12591,10 +12611,10 @@ static void vkp_i_conn_task(vkp_i_task *task)
         }
         if (vkp_i_conn_is_drained(conn)) {
             vkp_i_conn_discard_input(conn);
-            vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
         }
-        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
-            vkp_i_conn_finish(conn, conn->doom, conn->doom_error);
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
+            vkp_i_conn_finish(conn, conn->closes_reason, conn->closes_error);
         }
     }
     vkp_conn_unref(conn);
@@ -12676,7 +12696,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
     if (status != VKP_OK) {
         return status;
     }
-    status = vkp_io_start(&conn->watch, loop, fd, VKP_IO_READ, vkp_i_conn_event);
+    status = vkp_io_start(&conn->io, loop, fd, VKP_IO_READ, vkp_i_conn_event);
     if (status != VKP_OK) {
         vkp_conn_unref(conn);
         return status;
@@ -12755,7 +12775,7 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
 VKP_API void vkp_conn_pause(vkp_conn *conn)
 {
     conn->flags |= VKP_I_CONN_PAUSED;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
 }
 
 VKP_API void vkp_conn_resume(vkp_conn *conn)
@@ -12765,7 +12785,7 @@ VKP_API void vkp_conn_resume(vkp_conn *conn)
     }
     conn->flags &= ~VKP_I_CONN_PAUSED;
     conn->flags |= VKP_I_CONN_REREAD;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     vkp_i_conn_defer(conn);
 }
 
@@ -12781,7 +12801,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
         conn->flags |= VKP_I_CONN_INBOX_HELD;
         vkp_i_conn_pull_inbox(conn);
     }
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     vkp_i_conn_defer(conn);
 }
 
@@ -12834,6 +12854,44 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
     stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
 }
 
+/* ---- for the layers above ----
+   What listener, hub and relay use besides the calls of the header: vkp_i_profile_open, _ref and
+   _unref, the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
+   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and these.     */
+
+/* No more input is wanted: the connection ends when what is queued is written. */
+static bool vkp_i_conn_is_draining(const vkp_conn *conn)
+{
+    return (conn->flags & VKP_I_CONN_DRAINING) != 0;
+}
+
+/* Whether commands of the peer are still served. */
+static bool vkp_i_conn_is_serving(const vkp_conn *conn)
+{
+    return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
+}
+
+/* Bytes of pushes and of the response stream that the kernel has not taken. */
+static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
+{
+    return conn->queued_bytes;
+}
+
+/* The next connection of that profile from the loop's slot *index on, or NULL. */
+static vkp_conn *vkp_i_conn_of_profile(vkp_loop *loop, const vkp_i_profile *profile, size_t *index)
+{
+    while (*index < loop->slot_count) {
+        vkp_io *io = loop->slots[(*index)++].io;
+        if (io != NULL && io->i_fn == vkp_i_conn_event) {
+            vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
+            if (conn->profile == profile) {
+                return conn;
+            }
+        }
+    }
+    return NULL;
+}
+
 #endif /* VKP_I_IO */
 
 #if VKP_I_IO
@@ -12841,9 +12899,9 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
    >>impl-listener   Accept connections
    ====================================================================================== */
 
-#define VKP_I_LISTENER_CLOSED 1u     /* flags */
-#define VKP_I_LISTENER_LOOPS 2u      /* the loop's: goes when it is closed */
-#define VKP_I_LISTENER_TOLD_LATER 4u /* closed while its follower's task was queued */
+#define VKP_I_LISTENER_CLOSED 1u       /* flags */
+#define VKP_I_LISTENER_LOOPS 2u        /* the loop's: goes when it is closed */
+#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while its follower's task was queued */
 #define VKP_I_LISTENER_DRAINS 8u
 
 /* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
@@ -12855,13 +12913,13 @@ struct vkp_listener {
     vkp_i_profile *profile;
     vkp_listener_config config; /* its address is not ours */
     vkp_gate *gate;
-    uint64_t door;
+    uint64_t listener_id;
     vkp_registry *registry; /* Unix; else NULL */
     vkp_socket *socket;     /* Unix: with a reference, unless it follows */
     uint32_t generation;    /* of the socket */
     vkp_i_follower follower;
     vkp_i_endpoint *endpoint; /* what it accepts from */
-    vkp_io watch;
+    vkp_io io;
     vkp_timer pause;      /* after EMFILE and its like */
     uint64_t pause_ns;    /* 0: the last accept was fine */
     uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
@@ -12944,7 +13002,7 @@ static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat 
     if (status != VKP_OK) {
         return VKP_ERR_LIMIT;
     }
-    wanted.door = listener->door;
+    wanted.listener_id = listener->listener_id;
     VKP_I_LOCK(&gate->mutex);
     status = vkp_i_gate_seat(gate, &wanted, listener->config.max_clients, seat, why);
     VKP_I_UNLOCK(&gate->mutex);
@@ -12987,12 +13045,12 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     listener->stats.accepted++;
-    conn->seat = seat;
+    vkp_conn_set_seat(conn, seat);
     if (listener->config.on_accept != NULL) {
         listener->config.on_accept(listener->config.conn.user, conn);
     }
     if (vkp_conn_is_open(conn) && ops->on_open != NULL) {
-        ops->on_open(conn, conn->user);
+        ops->on_open(conn, vkp_conn_get_user(conn));
     }
     vkp_conn_unref(conn);
 }
@@ -13004,7 +13062,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
-    if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
+    if (vkp_io_set(&listener->io, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
                                listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
@@ -13019,7 +13077,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
                              : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
     if (vkp_timer_start(&listener->pause, listener->loop, vkp_i_listener_unpause, 0,
                         listener->loop->now_ns + listener->pause_ns) == VKP_OK) {
-        (void)!vkp_io_set(&listener->watch, 0);
+        (void)!vkp_io_set(&listener->io, 0);
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
@@ -13027,7 +13085,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 }
 
 /* Descriptors are short for long: those who wait shall know. */
-static void vkp_i_listener_turn_away(vkp_listener *listener)
+static void vkp_i_listener_reject_waiting(vkp_listener *listener)
 {
     const vkp_sys *sys = listener->loop->sys;
     int fd = 0;
@@ -13067,7 +13125,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
         if (listener->shortage_ns == 0) {
             listener->shortage_ns = now_ns;
         } else if (now_ns - listener->shortage_ns >= VKP_I_PAUSE_MOST_NS) {
-            vkp_i_listener_turn_away(listener);
+            vkp_i_listener_reject_waiting(listener);
         }
     } else if (error == ENOMEM || error == ENOBUFS) {
         listener->stats.no_memory++;
@@ -13080,9 +13138,9 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
     return false;
 }
 
-static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
+static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 {
-    vkp_listener *listener = VKP_CONTAINER(watch, vkp_listener, watch);
+    vkp_listener *listener = VKP_CONTAINER(io, vkp_listener, io);
     bool more = true;
     int i;
     listener->refs++;
@@ -13111,7 +13169,7 @@ static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 /* ---- with a socket ---- */
 
 /* The socket ended, or has another descriptor. */
-static void vkp_i_listener_told(vkp_i_task *task)
+static void vkp_i_listener_socket_ended(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
     vkp_i_endpoint *endpoint = NULL;
@@ -13121,7 +13179,7 @@ static void vkp_i_listener_told(vkp_i_task *task)
         endpoint = vkp_i_endpoint_ref(listener->follower.sock->endpoint);
     }
     vkp_i_registry_leave(listener->registry, true);
-    if ((listener->flags & VKP_I_LISTENER_TOLD_LATER) != 0) {
+    if ((listener->flags & VKP_I_LISTENER_CLOSED_FIRST) != 0) {
         vkp_i_listener_release(listener);
     } else if (endpoint == NULL) {
         vkp_i_listener_end(listener);
@@ -13129,9 +13187,9 @@ static void vkp_i_listener_told(vkp_i_task *task)
         vkp_i_endpoint *before = listener->endpoint;
         listener->endpoint = endpoint;
         endpoint = before; /* to be given back */
-        vkp_io_stop(&listener->watch);
+        vkp_io_stop(&listener->io);
         vkp_timer_stop(&listener->pause);
-        if (vkp_io_start(&listener->watch, listener->loop, listener->endpoint->fd, VKP_IO_READ,
+        if (vkp_io_start(&listener->io, listener->loop, listener->endpoint->fd, VKP_IO_READ,
                          vkp_i_listener_event) != VKP_OK) {
             vkp_i_listener_end(listener);
         }
@@ -13139,14 +13197,14 @@ static void vkp_i_listener_told(vkp_i_task *task)
     vkp_i_endpoint_unref(endpoint);
 }
 
-static vkp_status vkp_i_listener_join(vkp_listener *listener)
+static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
 {
     vkp_socket *sock = listener->socket;
     vkp_i_registry_enter(listener->registry);
     if (sock->endpoint != NULL) {
         listener->endpoint = vkp_i_endpoint_ref(sock->endpoint);
         listener->follower.loop = listener->loop;
-        listener->follower.task.fn = vkp_i_listener_told;
+        listener->follower.task.fn = vkp_i_listener_socket_ended;
         listener->follower.sock = sock;
         listener->follower.next = sock->followers;
         sock->followers = &listener->follower;
@@ -13155,7 +13213,7 @@ static vkp_status vkp_i_listener_join(vkp_listener *listener)
     return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
 }
 
-static void vkp_i_listener_part(vkp_listener *listener)
+static void vkp_i_listener_detach_socket(vkp_listener *listener)
 {
     vkp_i_follower *follower = &listener->follower;
     vkp_i_registry_enter(listener->registry);
@@ -13168,7 +13226,7 @@ static void vkp_i_listener_part(vkp_listener *listener)
         follower->sock = NULL;
     }
     if (follower->queued) {
-        listener->flags |= VKP_I_LISTENER_TOLD_LATER;
+        listener->flags |= VKP_I_LISTENER_CLOSED_FIRST;
         listener->refs++;
     }
     vkp_i_registry_leave(listener->registry, true);
@@ -13215,7 +13273,7 @@ static vkp_status vkp_i_listen_unix(vkp_listener *listener)
     listener->address = vkp_str_of(full);
     copied = vkp_i_copy_str(listener->loop->env, &listener->address);
     listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
-    return copied ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+    return copied ? vkp_i_listener_attach_socket(listener) : VKP_ERR_NOMEM;
 }
 
 /* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
@@ -13279,7 +13337,7 @@ static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
         status = vkp_gate_open(&config, &listener->gate);
     }
     if (status == VKP_OK) {
-        listener->door = VKP_I_ADD(&listener->gate->doors, (uint64_t)1);
+        listener->listener_id = VKP_I_ADD(&listener->gate->listener_ids, (uint64_t)1);
     }
     return status;
 }
@@ -13310,7 +13368,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
     status = vkp_i_listener_open_gate(listener);
     status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
     if (status == VKP_OK) {
-        status = vkp_io_start(&listener->watch, loop, listener->endpoint->fd, VKP_IO_READ,
+        status = vkp_io_start(&listener->io, loop, listener->endpoint->fd, VKP_IO_READ,
                               vkp_i_listener_event);
     }
     error = errno;
@@ -13342,7 +13400,7 @@ VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_s
     stats->clients = 0;
     VKP_I_LOCK(&listener->gate->mutex);
     for (each = listener->gate->seats; each != NULL; each = each->next) {
-        stats->clients += each->door == listener->door ? each->clients : 0;
+        stats->clients += each->listener_id == listener->listener_id ? each->clients : 0;
     }
     VKP_I_UNLOCK(&listener->gate->mutex);
 }
@@ -13353,10 +13411,10 @@ VKP_API void vkp_listener_close(vkp_listener *listener)
         return;
     }
     listener->flags |= VKP_I_LISTENER_CLOSED;
-    vkp_io_stop(&listener->watch);
+    vkp_io_stop(&listener->io);
     vkp_timer_stop(&listener->pause);
     if (listener->registry != NULL) {
-        vkp_i_listener_part(listener);
+        vkp_i_listener_detach_socket(listener);
     }
     vkp_i_endpoint_unref(listener->endpoint);
     listener->endpoint = NULL;
@@ -13392,22 +13450,6 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
 
 /* ---- draining ---- */
 
-/* The next of the listener's connections from slot *index on; they are all on its loop. */
-static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
-{
-    vkp_loop *loop = listener->loop;
-    while (*index < loop->slot_count) {
-        vkp_io *watch = loop->slots[(*index)++].watch;
-        if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
-            vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
-            if (conn->profile == listener->profile) {
-                return conn;
-            }
-        }
-    }
-    return NULL;
-}
-
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
@@ -13426,7 +13468,7 @@ static void vkp_i_listener_drain_over(vkp_timer *timer)
     vkp_conn *conn;
     size_t index = 0;
     listener->refs++;
-    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+    while ((conn = vkp_i_conn_of_profile(listener->loop, listener->profile, &index)) != NULL) {
         vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
     }
     vkp_i_listener_release(listener);
@@ -13452,9 +13494,9 @@ VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *n
     listener->on_drained = on_end;
     listener->drain_user = user;
     vkp_listener_close(listener);
-    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+    while ((conn = vkp_i_conn_of_profile(listener->loop, listener->profile, &index)) != NULL) {
         if (notice != NULL && vkp_conn_send(conn, notice) == VKP_ERR_NOMEM) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
         }
         vkp_conn_drain(conn);
     }
@@ -13593,7 +13635,7 @@ static void vkp_i_health_free(vkp_health_check *check)
 }
 
 /* Part with the connection first: its on_close must find no check under way. */
-static void vkp_i_health_hang_up(vkp_health_check *check)
+static void vkp_i_health_disconnect(vkp_health_check *check)
 {
     vkp_conn *conn = check->conn;
     check->conn = NULL;
@@ -13609,7 +13651,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     vkp_loop *loop = check->loop;
     vkp_health health;
     vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
+    vkp_i_health_disconnect(check);
     check->failures = status == VKP_OK ? 0 : check->failures + 1;
     memset(&health, 0, sizeof health);
     health.status = status;
@@ -13688,7 +13730,7 @@ static void vkp_i_health_on_close(vkp_conn *conn, void *user, vkp_close_reason r
 static const vkp_conn_ops vkp_i_health_ops = {
     vkp_i_health_on_open, vkp_i_health_on_data, NULL, NULL, vkp_i_health_on_close, NULL};
 
-static void vkp_i_health_late(vkp_timer *timer)
+static void vkp_i_health_timed_out(vkp_timer *timer)
 {
     vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
@@ -13705,7 +13747,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.input_bytes = check->config.answer.len + loop->read_bytes;
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
-    status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
+    status = vkp_timer_start(timer, loop, vkp_i_health_timed_out, 0,
                              vkp_i_after_ms(check->began_ns, check->config.timeout_ms));
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
@@ -13722,7 +13764,7 @@ static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
     vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
     vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
+    vkp_i_health_disconnect(check);
 }
 
 /* Copy a text behind the ones before. */
@@ -13791,7 +13833,7 @@ VKP_API void vkp_health_check_close(vkp_health_check *check)
     if (check != NULL && !check->closed) {
         check->closed = true;
         vkp_timer_stop(&check->timer);
-        vkp_i_health_hang_up(check);
+        vkp_i_health_disconnect(check);
         vkp_i_loop_detach(&check->place);
     }
 }
@@ -13837,8 +13879,8 @@ struct vkp_hub_sub {
 struct vkp_hub {
     const vkp_env *env;
     vkp_hub_config config;
-    vkp_i_map topics[3];  /* by vkp_sub_kind */
-    vkp_block *blocks[2]; /* where RESP2 and RESP3 are encoded */
+    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind */
+    vkp_block *blocks[2];            /* where RESP2 and RESP3 are encoded */
 };
 
 /* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
@@ -13934,7 +13976,7 @@ VKP_API vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **out)
     if (config != NULL) {
         hub->config = *config;
     }
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&hub->topics[kind], env);
     }
     *out = hub;
@@ -13953,7 +13995,7 @@ VKP_API void vkp_hub_unref(vkp_hub *hub)
     if (hub == NULL) {
         return;
     }
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&hub->topics[kind]);
     }
     vkp_i_block_unref(hub->blocks[0]);
@@ -14020,7 +14062,7 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     vkp_hub_sub *sub;
     void *subs;
     bool fresh;
-    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < 3);
+    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < VKP_SUB_KINDS);
     if (name.len > VKP_I_BLOCK_MAX) {
         return VKP_ERR_LIMIT;
     }
@@ -14098,7 +14140,7 @@ VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_k
 VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         while (member->i_subs[kind] != NULL) {
             vkp_i_hub_drop(hub, member->i_subs[kind]);
         }
@@ -14131,7 +14173,7 @@ VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind)
 
 VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name)
 {
-    vkp_i_map_node *node = vkp_i_map_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
+    vkp_i_map_node *node = vkp_i_map_get_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
     *cursor = node;
     if (node != NULL) {
         *name = node->key;
@@ -14262,7 +14304,7 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
         count += vkp_i_topic_deliver(hub, topic, &message);
     }
     if (kind == VKP_SUB_CHANNEL && hub->topics[VKP_SUB_PATTERN].count > 0) {
-        while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
+        while ((node = vkp_i_map_get_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
             if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
                 count += vkp_i_topic_deliver(hub, VKP_CONTAINER(node, vkp_i_topic, node), &message);
@@ -14331,6 +14373,12 @@ VKP_API void vkp_push_drop(void *user, void *push)
     vkp_push_unref((vkp_push *)push);
 }
 
+/* A message of a pub/sub channel, whichever way its subscriber asked for it. */
+static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
+{
+    return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
+}
+
 typedef struct vkp_i_push_form {
     const char *name;
     vkp_push_kind kind;
@@ -14365,7 +14413,7 @@ static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form
         element = vkp_value_get_next(value, element);
     }
     push->channel = vkp_value_get_str(element);
-    if (form->kind <= VKP_PUSH_SMESSAGE) {
+    if (vkp_i_push_kind_is_message(form->kind)) {
         push->payload = vkp_value_get_str(vkp_value_get_next(value, element));
     }
 }
@@ -14498,7 +14546,7 @@ struct vkp_client {
     vkp_i_requests flight;
     vkp_i_requests taken;  /* from submitted, next in turn */
     vkp_i_requests failed; /* their end is not told yet */
-    vkp_i_map interests[3];
+    vkp_i_map interests[VKP_SUB_KINDS];
     size_t confirmed; /* interests that are */
     size_t resuming;
     uint64_t lost_ns;
@@ -14513,7 +14561,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_loop *loop = client->loop;
     const vkp_env *env = client->env;
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&client->interests[kind]);
     }
     vkp_resp_reader_unref(client->reader);
@@ -14712,7 +14760,7 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
 /* ---- submitting, from any thread ---- */
 
 /* Locked: make sure that the loop will look. */
-static void vkp_i_client_nudge(vkp_client *client)
+static void vkp_i_client_schedule(vkp_client *client)
 {
     if (!client->task_queued) {
         client->task_queued = true;
@@ -14740,7 +14788,7 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request
     } else {
         client->queued_bytes += request->cost;
         vkp_i_requests_append(&client->submitted, request);
-        vkp_i_client_nudge(client);
+        vkp_i_client_schedule(client);
     }
     VKP_I_UNLOCK(&client->mutex);
     return status;
@@ -14907,7 +14955,7 @@ VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-client-link   The connection of a client
+   >>impl-client-connection   The connection of a client
    ====================================================================================== */
 
 /* ---- events ---- */
@@ -15054,7 +15102,7 @@ static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *int
     }
 }
 
-static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
+static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->wanted == 0 && interest->in_flight == 0) {
         vkp_i_interest_set_confirmed(client, interest, false);
@@ -15065,7 +15113,7 @@ static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
 
 /* One command of the name was settled: tell those whose last one it was, or all if it was
    refused. Any of them may close the client, which frees the interest.                        */
-static void vkp_i_interest_tell(vkp_client *client, vkp_i_interest *interest, bool refused)
+static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, bool refused)
 {
     vkp_i_request *waiter;
     for (waiter = interest->waiters.first; waiter != NULL; waiter = waiter->next) {
@@ -15081,8 +15129,8 @@ static void vkp_i_interest_tell(vkp_client *client, vkp_i_interest *interest, bo
 /* Make the server's view follow ours. False: the connection could not take it. */
 static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
 {
-    static const char *const verbs[2][3] = {{"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"},
-                                            {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
+    static const char *const verbs[2][VKP_SUB_KINDS] = {
+        {"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"}, {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
     bool want = interest->wanted > 0;
     vkp_i_request *request;
     vkp_str argv[2];
@@ -15161,7 +15209,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
     if (!vkp_i_interest_sync(client, interest)) {
         vkp_i_client_lost(client, "out of memory");
     } else {
-        vkp_i_interest_collect(client, interest);
+        vkp_i_interest_free_unused(client, interest);
     }
 }
 
@@ -15196,23 +15244,23 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
         interest->subscribed = false;
     }
     if (!client->closed) {
-        vkp_i_interest_tell(client, interest, refused && subscribe);
+        vkp_i_interest_notify(client, interest, refused && subscribe);
     }
     if (!client->closed) {
         vkp_i_client_resumed(client, interest);
     }
     if (!client->closed) {
         interest->in_flight--;
-        vkp_i_interest_collect(client, interest);
+        vkp_i_interest_free_unused(client, interest);
     }
 }
 
 static void vkp_i_client_resubscribe(vkp_client *client)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_node *node = NULL;
-        while ((node = vkp_i_map_next(&client->interests[kind], node)) != NULL) {
+        while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             if (!vkp_i_interest_sync(client, interest)) {
                 vkp_i_client_lost(client, "out of memory");
@@ -15299,17 +15347,17 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     int kind;
     vkp_i_requests_move(&client->flight, failed);
     vkp_i_client_collect(client, false, true, failed);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
         while (node != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_next(&client->interests[kind], node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
             interest->in_flight = 0;
             interest->subscribed = false;
             interest->resuming = false;
             vkp_i_interest_set_confirmed(client, interest, false);
             vkp_i_requests_move(&interest->waiters, failed);
-            vkp_i_interest_collect(client, interest);
+            vkp_i_interest_free_unused(client, interest);
         }
     }
     client->resuming = 0;
@@ -15569,7 +15617,7 @@ static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const
         vkp_i_client_push(client, value, frame);
         return;
     }
-    if (value->type == VKP_RESP_ARRAY && value->i_reserved != 0) {
+    if (value->type == VKP_RESP_ARRAY && value->i_has_nested != 0) {
         vkp_i_client_push_nested(client, value, frame);
         if (client->closed || client->conn == NULL) {
             return;
@@ -15745,7 +15793,7 @@ static void vkp_i_client_take(vkp_client *client)
 }
 
 /* The end, once. Gives up the loop's reference: the caller must hold another. */
-static void vkp_i_client_shut(vkp_client *client)
+static void vkp_i_client_close_now(vkp_client *client)
 {
     int kind;
     if (client->closed) {
@@ -15762,13 +15810,13 @@ static void vkp_i_client_shut(vkp_client *client)
     vkp_i_client_collect_failed(client);
     vkp_i_requests_move(&client->taken, &client->failed);
     vkp_i_client_collect(client, true, true, &client->failed);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
         while (node != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_next(&client->interests[kind], node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
             interest->wanted = 0;
-            vkp_i_interest_collect(client, interest);
+            vkp_i_interest_free_unused(client, interest);
         }
     }
     vkp_i_client_tell_failed(client, VKP_ERR_CLOSED);
@@ -15788,7 +15836,7 @@ static void vkp_i_client_run(vkp_i_task *task)
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_client_take(client);
     if (close_wanted) {
-        vkp_i_client_shut(client);
+        vkp_i_client_close_now(client);
     }
     vkp_i_client_release(client);
 }
@@ -15797,7 +15845,7 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
 {
     vkp_client *client = VKP_CONTAINER(attached, vkp_client, attached);
     (void)VKP_I_ADD(&client->refs, 1);
-    vkp_i_client_shut(client);
+    vkp_i_client_close_now(client);
     vkp_i_client_release(client);
 }
 
@@ -15814,12 +15862,12 @@ VKP_API void vkp_client_close(vkp_client *client)
         return;
     }
     if (vkp_i_on_loop(client->loop)) {
-        vkp_i_client_shut(client);
+        vkp_i_client_close_now(client);
         return;
     }
     VKP_I_LOCK(&client->mutex);
     client->close_wanted = true;
-    vkp_i_client_nudge(client);
+    vkp_i_client_schedule(client);
     VKP_I_UNLOCK(&client->mutex);
 }
 
@@ -15904,7 +15952,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_i_requests_init(&client->flight);
     vkp_i_requests_init(&client->taken);
     vkp_i_requests_init(&client->failed);
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);
     }
     client->task.fn = vkp_i_client_run;
@@ -15922,7 +15970,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
-        vkp_i_client_shut(client); /* no later try could succeed */
+        vkp_i_client_close_now(client); /* no later try could succeed */
         vkp_client_unref(client);
         return status;
     }
@@ -16171,10 +16219,10 @@ struct vkp_i_shard {
     vkp_i_task kill_task;
 };
 
-typedef struct vkp_i_census_entry {
+typedef struct vkp_i_subscriber_count {
     vkp_i_map_node node;
     size_t count;
-} vkp_i_census_entry; /* its name is behind the struct */
+} vkp_i_subscriber_count; /* its name is behind the struct */
 
 struct vkp_relay {
     const vkp_env *env;
@@ -16193,7 +16241,7 @@ struct vkp_relay {
     size_t listener_capacity;
     uint64_t next_id; /* atomic */
     VKP_I_MUTEX mutex;
-    vkp_i_map census[3]; /* guarded by the mutex */
+    vkp_i_map subscribers[VKP_SUB_KINDS]; /* guarded by the mutex */
     bool draining;
     size_t live_shards; /* atomic, while draining */
     vkp_timer drain_timer;
@@ -16230,8 +16278,8 @@ static void vkp_i_relay_free(vkp_relay *relay)
         vkp_i_free(env, shard->inline_text, shard->inline_capacity);
         vkp_loop_unref(shard->loop);
     }
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_deinit(&relay->census[kind]);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_deinit(&relay->subscribers[kind]);
     }
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
@@ -16272,14 +16320,14 @@ static void vkp_i_local_release(vkp_i_local *local)
 static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
 {
     if (vkp_conn_send(local->member.conn, bytes) == VKP_ERR_NOMEM) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
 static void vkp_i_local_fail(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
@@ -16314,15 +16362,14 @@ static void vkp_i_local_notify(vkp_i_local *local)
 static void vkp_i_local_leave(vkp_i_local *local)
 {
     if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
-        (local->flags & VKP_I_LOCAL_FAILED) == 0 &&
-        (local->member.conn->flags & VKP_I_CONN_DRAINING) == 0) {
+        (local->flags & VKP_I_LOCAL_FAILED) == 0 && !vkp_i_conn_is_draining(local->member.conn)) {
         vkp_i_local_notify(local);
     }
     vkp_conn_drain(local->member.conn);
 }
 
 /* Go on reading, or leave, as far as nothing stands against it. */
-static void vkp_i_local_proceed(vkp_i_local *local)
+static void vkp_i_local_maybe_resume(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
         return;
@@ -16331,12 +16378,12 @@ static void vkp_i_local_proceed(vkp_i_local *local)
         local->flags &= ~VKP_I_LOCAL_ORDER;
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
-        local->member.conn->queued_bytes > VKP_I_MOST_UNREAD / 2) {
+        vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD / 2) {
         vkp_i_conn_flush(local->member.conn); /* what it cannot take, on_drain tells of */
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
         local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
-        local->member.conn->queued_bytes <= VKP_I_MOST_UNREAD / 2) {
+        vkp_i_conn_get_queued_bytes(local->member.conn) <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
     if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
@@ -16362,10 +16409,10 @@ static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
 static void vkp_i_local_throttle(vkp_i_local *local)
 {
     vkp_conn *conn = local->member.conn;
-    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+    if (vkp_i_conn_get_queued_bytes(conn) > VKP_I_MOST_UNREAD) {
         vkp_i_conn_flush(conn);
     }
-    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+    if (vkp_i_conn_get_queued_bytes(conn) > VKP_I_MOST_UNREAD) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
 }
@@ -16395,7 +16442,7 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
         }
         vkp_i_answer_free(answer);
     }
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
     vkp_i_local_release(local);
 }
 
@@ -16623,7 +16670,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer writer;
     bool has_shape = answer->shape != 0 || answer->shape_count != 0;
     if (answer->protocol == 3
-            ? value->i_reserved == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
+            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
             : !has_shape && vkp_i_value_is_resp2(value)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
@@ -16639,16 +16686,16 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     return vkp_resp_writer_take(&writer, out);
 }
 
-static void vkp_i_answer_home(vkp_i_task *task)
+static void vkp_i_answer_return(vkp_i_task *task)
 {
     vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
-        local->held_bytes + local->member.conn->queued_bytes >
+        local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
             local->shard->relay->max_reply_bytes) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_SLOW, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0);
     }
     vkp_i_local_flush_answers(local);
 }
@@ -16674,12 +16721,12 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
         answer->bytes = vkp_i_error_bytes(env, text);
     }
     if (vkp_i_on_loop(shard->loop)) {
-        vkp_i_answer_home(&answer->task);
+        vkp_i_answer_return(&answer->task);
         return;
     }
-    answer->task.fn = vkp_i_answer_home;
+    answer->task.fn = vkp_i_answer_return;
     if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
-        vkp_i_answer_home(&answer->task); /* that loop is closed: nobody else is there */
+        vkp_i_answer_return(&answer->task); /* that loop is closed: nobody else is there */
     }
 }
 
@@ -16704,7 +16751,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
                            ? "ERR the relay is out of memory"
                            : "ERR the relay is not connected to its upstream server");
         answer->bytes = vkp_i_error_bytes(relay->env, text);
-        vkp_i_answer_home(&answer->task);
+        vkp_i_answer_return(&answer->task);
     }
 }
 
@@ -16718,18 +16765,18 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
 /* ---- the census ---- */
 
 /* Count a subscriber more or less. False: no memory (only when adding). */
-static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
+static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
 {
-    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map *map = &relay->subscribers[kind];
     vkp_i_map_node *node;
-    vkp_i_census_entry *entry = NULL;
+    vkp_i_subscriber_count *entry = NULL;
     bool ok = true;
     VKP_I_LOCK(&relay->mutex);
     node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
     if (node != NULL) {
-        entry = VKP_CONTAINER(node, vkp_i_census_entry, node);
+        entry = VKP_CONTAINER(node, vkp_i_subscriber_count, node);
     } else if (added) {
-        entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
+        entry = (vkp_i_subscriber_count *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
         ok = entry != NULL;
         if (ok) {
             if (name.len > 0) {
@@ -16756,24 +16803,24 @@ static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, 
 }
 
 /* Locked: subscribers of a name. */
-static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
-    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map *map = &relay->subscribers[kind];
     vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
-    return node != NULL ? VKP_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count : 0;
 }
 
 /* Who gets a message published now, over all shards. */
-static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
+static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
 {
     vkp_i_map_node *node = NULL;
     size_t count;
     VKP_I_LOCK(&relay->mutex);
-    count = vkp_i_census_count(relay, kind, channel);
-    while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
-           (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
+    count = vkp_i_subscribers_count(relay, kind, channel);
+    while (kind == VKP_SUB_CHANNEL && relay->subscribers[VKP_SUB_PATTERN].count > 0 &&
+           (node = vkp_i_map_get_next(&relay->subscribers[VKP_SUB_PATTERN], node)) != NULL) {
         if (vkp_glob_is_match(node->key, channel)) {
-            count += VKP_CONTAINER(node, vkp_i_census_entry, node)->count;
+            count += VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count;
         }
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -16802,8 +16849,8 @@ struct vkp_i_subscription {
     vkp_i_sub_item items[1]; /* count of them; then the names */
 };
 
-static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe", "sunsubscribe"},
-                                                  {"subscribe", "psubscribe", "ssubscribe"}};
+static const char *const vkp_i_sub_verbs[2][VKP_SUB_KINDS] = {
+    {"unsubscribe", "punsubscribe", "sunsubscribe"}, {"subscribe", "psubscribe", "ssubscribe"}};
 
 /* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
@@ -16846,38 +16893,38 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
 }
 
 /* Join the hub and count, or neither. */
-static bool vkp_i_local_join(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     bool added = false;
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && relay->client == NULL && !vkp_i_census_add(relay, kind, name, true)) {
+    if (added && relay->client == NULL && !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
     return true;
 }
 
-static void vkp_i_local_part(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
         if (relay->client == NULL) { /* first: the name may be the hub's memory */
-            (void)vkp_i_census_add(relay, kind, name, false);
+            (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }
 
-static void vkp_i_local_part_all(vkp_i_local *local)
+static void vkp_i_local_leave_all(vkp_i_local *local)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         while (local->member.counts[kind] > 0) {
-            vkp_i_local_part(local, (vkp_sub_kind)kind,
-                             vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
+            vkp_i_local_leave_name(local, (vkp_sub_kind)kind,
+                                   vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
         }
     }
 }
@@ -16890,15 +16937,15 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
 }
 
 /* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
-static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *item,
-                                      vkp_resp_writer *writer)
+static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
+                                        vkp_resp_writer *writer)
 {
     vkp_i_local *local = self->local;
     vkp_relay *relay = local->shard->relay;
     bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
     bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
     bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
-    if (!closed && stands && !vkp_i_local_join(local, self->kind, item->name)) {
+    if (!closed && stands && !vkp_i_local_join_name(local, self->kind, item->name)) {
         stands = false;
         closed = true;
         vkp_i_local_fail(local);
@@ -16928,7 +16975,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     for (i = 0; i < self->count; i++) {
-        alive = vkp_i_subscription_settle(self, &self->items[i], &writer) && alive;
+        alive = vkp_i_subscription_end_item(self, &self->items[i], &writer) && alive;
     }
     if (alive) {
         vkp_i_local_answer_writer(local, &writer);
@@ -16936,11 +16983,11 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
         vkp_resp_writer_deinit(&writer);
     }
     local->flags &= ~VKP_I_LOCAL_BUSY;
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
     vkp_i_subscription_free(self);
 }
 
-static void vkp_i_sub_item_home(vkp_i_task *task)
+static void vkp_i_sub_item_return(vkp_i_task *task)
 {
     vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
     if (--item->subscription->waiting == 0) {
@@ -16954,9 +17001,9 @@ static void vkp_i_sub_item_done(void *user, vkp_status status)
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
     vkp_loop *loop = item->subscription->local->shard->loop;
     item->status = status;
-    item->task.fn = vkp_i_sub_item_home;
+    item->task.fn = vkp_i_sub_item_return;
     if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
-        vkp_i_sub_item_home(&item->task);
+        vkp_i_sub_item_return(&item->task);
     }
 }
 
@@ -17038,7 +17085,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     for (i = 0; i < count; i++) {
-        vkp_i_local_part(local, kind, names[i]);
+        vkp_i_local_leave_name(local, kind, names[i]);
         vkp_i_put_confirmation(&writer, local, false, kind, names[i]);
     }
     if (count == 0 && local->member.counts[kind] == 0) {
@@ -17051,7 +17098,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
             vkp_i_local_fail(local);
             break;
         }
-        vkp_i_local_part(local, kind, name);
+        vkp_i_local_leave_name(local, kind, name);
         vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(copy.data, copy.len));
         vkp_bytes_unref(&copy);
     }
@@ -17255,7 +17302,7 @@ static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv
     (void)argc;
     (void)argv;
     vkp_i_multi_free(local);
-    vkp_i_local_part_all(local);
+    vkp_i_local_leave_all(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
     vkp_i_local_answer_static(local, "+RESET\r\n");
@@ -17388,7 +17435,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
         return;
     }
     (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
-    receivers = relay->shard_count > 1 ? vkp_i_census_receivers(relay, kind, argv[1]) : 0;
+    receivers = relay->shard_count > 1 ? vkp_i_subscribers_receivers(relay, kind, argv[1]) : 0;
     for (i = 0; i < relay->shard_count && receivers > 0; i++) {
         vkp_push push;
         if (&relay->shards[i] == shard) {
@@ -17418,11 +17465,11 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
 {
     vkp_i_map_node *node = NULL;
     size_t count = 0;
-    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&relay->subscribers[kind], node)) != NULL) {
         count += pattern == NULL || vkp_glob_is_match(*pattern, node->key) ? 1u : 0u;
     }
     vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
-    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&relay->subscribers[kind], node)) != NULL) {
         if (pattern == NULL || vkp_glob_is_match(*pattern, node->key)) {
             vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
         }
@@ -17451,10 +17498,10 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_put_map(&writer, 2, argc - 2);
         for (i = 2; i < argc; i++) {
             vkp_resp_put_bulk(&writer, argv[i].ptr, argv[i].len);
-            vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
+            vkp_resp_put_integer(&writer, (int64_t)vkp_i_subscribers_count(relay, kind, argv[i]));
         }
     } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_SUB_PATTERN].count);
+        vkp_resp_put_integer(&writer, (int64_t)relay->subscribers[VKP_SUB_PATTERN].count);
     } else {
         known = false;
     }
@@ -17562,7 +17609,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
         vkp_i_local_fail(local);
         vkp_i_multi_free(local);
         if (answer != NULL) { /* goes with the connection */
-            vkp_i_answer_home(&answer->task);
+            vkp_i_answer_return(&answer->task);
         }
         return;
     }
@@ -17575,7 +17622,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
 }
 
 /* Hold a command until EXEC. */
-static void vkp_i_multi_hold(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
+static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
 {
     vkp_i_multi *multi = local->multi;
     const vkp_env *env = local->shard->relay->env;
@@ -17799,7 +17846,7 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
         return true;
     }
     if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
-        vkp_i_multi_hold(local, argc, argv, shape);
+        vkp_i_multi_append(local, argc, argv, shape);
     } else if (here) {
         command->run(local, argc, argv);
     } else if (relay->client == NULL) {
@@ -17837,7 +17884,7 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
     (void)VKP_I_ADD(&local->shard->relay->protocol_errors, (uint64_t)1);
     vkp_i_local_error(local, "ERR Protocol error: %s", text);
     vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
 }
 
 static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
@@ -17871,9 +17918,9 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
     if (status == VKP_ERR_EMPTY) {
         /* Keep the reader of a long command: it must not be read from its start again. */
-        if (reader == shard->reader && reader->count > 64) {
+        if (reader == shard->reader && vkp_i_reader_is_deep_in(reader)) {
             vkp_resp_reader *fresh;
-            if (vkp_resp_reader_open(&reader->config, &fresh) == VKP_OK) {
+            if (vkp_i_reader_open_alike(reader, &fresh) == VKP_OK) {
                 local->reader = reader;
                 shard->reader = fresh;
             }
@@ -18047,8 +18094,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
     uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
                     VKP_I_LOCAL_FAILED;
     local->refs++;
-    while (used < in->len && (local->flags & stop) == 0 &&
-           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_DOOMED)) == 0) {
+    while (used < in->len && (local->flags & stop) == 0 && vkp_i_conn_is_serving(conn)) {
         size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
                                             : vkp_i_local_take_inline(local, in, used);
         if (step == 0) {
@@ -18075,10 +18121,10 @@ static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
     (void)conn;
-    vkp_i_local_proceed((vkp_i_local *)user);
+    vkp_i_local_maybe_resume((vkp_i_local *)user);
 }
 
-static void vkp_i_shard_told(vkp_i_shard *shard);
+static void vkp_i_shard_drained(vkp_i_shard *shard);
 static void vkp_i_relay_client_left(vkp_relay *relay);
 
 static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
@@ -18093,7 +18139,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
         (void)VKP_I_ADD(&relay->slow_closed, (uint64_t)1);
     }
     local->flags |= VKP_I_LOCAL_CLOSED;
-    vkp_i_local_part_all(local);
+    vkp_i_local_leave_all(local);
     vkp_i_multi_free(local);
     if (local->prev != NULL) {
         local->prev->next = local->next;
@@ -18106,7 +18152,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     shard->local_count--;
     local->member.conn = NULL;
     vkp_conn_unref(conn);
-    vkp_i_shard_told(shard);
+    vkp_i_shard_drained(shard);
     vkp_i_relay_client_left(relay);
     vkp_i_local_release(local);
 }
@@ -18191,7 +18237,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
     VKP_I_UNLOCK(&shard->relay->mutex);
 }
 
-static void vkp_i_handover_home(vkp_i_task *task)
+static void vkp_i_handover_receive(vkp_i_task *task)
 {
     vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
     vkp_relay *relay = handover->shard->relay;
@@ -18207,7 +18253,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
 {
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
     if (handover != NULL) {
-        handover->task.fn = vkp_i_handover_home;
+        handover->task.fn = vkp_i_handover_receive;
         handover->shard = shard;
         handover->fd = fd;
         handover->seat = seat;
@@ -18332,7 +18378,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 {
     vkp_relay *relay = (vkp_relay *)user;
     size_t i;
-    if (push->kind > VKP_PUSH_SMESSAGE) {
+    if (!vkp_i_push_kind_is_message(push->kind)) {
         if (push->kind >= VKP_PUSH_CONNECTED) {
             vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
                       VKP_FMT(push->payload));
@@ -18364,7 +18410,7 @@ static void vkp_i_relay_end(vkp_i_task *task)
 }
 
 /* The last client of a draining shard left: the last shard tells loop 0. */
-static void vkp_i_shard_told(vkp_i_shard *shard)
+static void vkp_i_shard_drained(vkp_i_shard *shard)
 {
     vkp_relay *relay = shard->relay;
     if (!shard->draining || shard->gone || shard->local_count > 0) {
@@ -18396,7 +18442,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
         }
         local = next;
     }
-    vkp_i_shard_told(shard);
+    vkp_i_shard_drained(shard);
     vkp_i_relay_release(relay);
 }
 
@@ -18496,7 +18542,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->pushes = NULL;
     }
     if (relay->client != NULL) {
-        vkp_i_client_shut(relay->client); /* answers under way come home now */
+        vkp_i_client_close_now(relay->client); /* answers under way come home now */
         vkp_client_unref(relay->client);
         relay->client = NULL;
     }
@@ -18592,7 +18638,7 @@ static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event e
 }
 
 /* Who may come in, and where. */
-static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_config *config)
+static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config *config)
 {
     vkp_gate_config gate;
     vkp_registry_config registry;
@@ -18652,8 +18698,8 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
     relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
     VKP_I_MUTEX_INIT(&relay->mutex);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_init(&relay->census[kind], env);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_init(&relay->subscribers[kind], env);
     }
     relay->shards = (vkp_i_shard *)vkp_i_alloc_zero(env, count * sizeof *relay->shards);
     if (relay->shards == NULL) {
@@ -18665,7 +18711,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         status = vkp_i_shard_open(&relay->shards[i], relay, config, i);
     }
     if (status == VKP_OK) {
-        status = vkp_i_relay_open_doors(relay, config);
+        status = vkp_i_relay_open_gate(relay, config);
     }
     if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_client(relay, config);

@@ -150,7 +150,7 @@ static bool vkp_i_epoll_reserve(vkp_i_epoll *self, int fd)
     return grown != NULL;
 }
 
-static vkp_status vkp_i_epoll_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static vkp_status vkp_i_epoll_set_interest(void *state, int fd, uint32_t interest, uint64_t token)
 {
     vkp_i_epoll *self = (vkp_i_epoll *)state;
     const vkp_i_epoll_entry wanted = {token, interest, ++self->last_serial};
@@ -249,7 +249,7 @@ const vkp_backend vkp_backend_epoll = {VKP_BACKEND_ABI,
                                        "epoll",
                                        vkp_i_epoll_open,
                                        vkp_i_epoll_close,
-                                       vkp_i_epoll_watch,
+                                       vkp_i_epoll_set_interest,
                                        vkp_i_epoll_wait,
                                        vkp_i_epoll_wake,
                                        NULL,

@@ -156,7 +156,7 @@ static vkp_i_kqueue_entry *vkp_i_kqueue_entry_of(vkp_i_kqueue *self, int fd)
     return fd >= 0 && (size_t)fd < self->items ? &self->entries[fd] : NULL;
 }
 
-static vkp_status vkp_i_kqueue_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static vkp_status vkp_i_kqueue_set_interest(void *state, int fd, uint32_t interest, uint64_t token)
 {
     vkp_i_kqueue *self = (vkp_i_kqueue *)state;
     vkp_i_kqueue_entry *entry = vkp_i_kqueue_entry_of(self, fd);
@@ -249,7 +249,7 @@ const vkp_backend vkp_backend_kqueue = {VKP_BACKEND_ABI,
                                         "kqueue",
                                         vkp_i_kqueue_open,
                                         vkp_i_kqueue_close,
-                                        vkp_i_kqueue_watch,
+                                        vkp_i_kqueue_set_interest,
                                         vkp_i_kqueue_wait,
                                         vkp_i_kqueue_wake,
                                         NULL,

@@ -161,6 +161,6 @@ static vkp_status vkp_i_libev_after_fork(void *state)
 
 const vkp_backend vkp_backend_libev = {
     VKP_BACKEND_ABI,        VKP_BACKEND_GUEST,       "libev",
-    vkp_i_libev_open,       vkp_i_libev_close,       vkp_i_guest_watch,
+    vkp_i_libev_open,       vkp_i_libev_close,       vkp_i_guest_set_interest,
     vkp_i_guest_wait,       vkp_i_libev_wake,        vkp_i_guest_timer,
     vkp_i_libev_after_fork, vkp_i_guest_pollable_fd, NULL};

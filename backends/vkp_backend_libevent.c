@@ -164,6 +164,6 @@ static void vkp_i_libevent_close(void *state)
 
 const vkp_backend vkp_backend_libevent = {
     VKP_BACKEND_ABI,        VKP_BACKEND_GUEST,       "libevent",
-    vkp_i_libevent_open,    vkp_i_libevent_close,    vkp_i_guest_watch,
+    vkp_i_libevent_open,    vkp_i_libevent_close,    vkp_i_guest_set_interest,
     vkp_i_guest_wait,       vkp_i_guest_wake,        vkp_i_guest_timer,
     vkp_i_guest_after_fork, vkp_i_guest_pollable_fd, NULL};

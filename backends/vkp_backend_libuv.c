@@ -191,6 +191,6 @@ static void vkp_i_libuv_close(void *state)
 
 const vkp_backend vkp_backend_libuv = {
     VKP_BACKEND_ABI,        VKP_BACKEND_GUEST,       "libuv",
-    vkp_i_libuv_open,       vkp_i_libuv_close,       vkp_i_guest_watch,
+    vkp_i_libuv_open,       vkp_i_libuv_close,       vkp_i_guest_set_interest,
     vkp_i_guest_wait,       vkp_i_guest_wake,        vkp_i_guest_timer,
     vkp_i_guest_after_fork, vkp_i_guest_pollable_fd, NULL};

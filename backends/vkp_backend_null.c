@@ -130,7 +130,7 @@ static size_t vkp_i_null_find(const vkp_i_null *self, int fd)
     return low;
 }
 
-static vkp_status vkp_i_null_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static vkp_status vkp_i_null_set_interest(void *state, int fd, uint32_t interest, uint64_t token)
 {
     vkp_i_null *self = (vkp_i_null *)state;
     const size_t at = vkp_i_null_find(self, fd);
@@ -245,6 +245,6 @@ static uint64_t vkp_i_null_clock_ns(void *state)
 
 const vkp_backend vkp_backend_null = {
     VKP_BACKEND_ABI,       VKP_BACKEND_VIRTUAL_TIME, "null",
-    vkp_i_null_open,       vkp_i_null_close,         vkp_i_null_watch,
+    vkp_i_null_open,       vkp_i_null_close,         vkp_i_null_set_interest,
     vkp_i_null_wait,       vkp_i_null_wake,          NULL,
     vkp_i_null_after_fork, vkp_i_null_pollable_fd,   vkp_i_null_clock_ns};

@@ -125,7 +125,7 @@ static vkp_status vkp_i_poll_open(const vkp_backend_host *host, void **state)
     return VKP_OK;
 }
 
-static vkp_status vkp_i_poll_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static vkp_status vkp_i_poll_set_interest(void *state, int fd, uint32_t interest, uint64_t token)
 {
     vkp_i_poll *self = (vkp_i_poll *)state;
     vkp_i_poll_place *place;
@@ -230,7 +230,7 @@ const vkp_backend vkp_backend_poll = {VKP_BACKEND_ABI,
                                       "poll",
                                       vkp_i_poll_open,
                                       vkp_i_poll_close,
-                                      vkp_i_poll_watch,
+                                      vkp_i_poll_set_interest,
                                       vkp_i_poll_wait,
                                       vkp_i_poll_wake,
                                       NULL,

@@ -143,7 +143,8 @@ static inline bool vkp_i_guest_reserve(vkp_i_guest *self, int fd)
     return true;
 }
 
-static inline vkp_status vkp_i_guest_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static inline vkp_status vkp_i_guest_set_interest(void *state, int fd, uint32_t interest,
+                                                  uint64_t token)
 {
     vkp_i_guest *self = (vkp_i_guest *)state;
     vkp_i_guest_entry *entry;
@@ -350,7 +351,7 @@ static inline void vkp_i_guest_close(vkp_i_guest *self)
 {
     size_t fd;
     for (fd = 0; fd < self->items; fd++) {
-        (void)vkp_i_guest_watch(self, (int)fd, 0, 0);
+        (void)vkp_i_guest_set_interest(self, (int)fd, 0, 0);
     }
     vkp_i_guest_close_wake(self);
     (void)self->env.alloc(self->env.user, self->entries, self->items * sizeof *self->entries, 0);

@@ -32,7 +32,7 @@ struct vkp_backend {
     /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
        Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
        INVALID (fd < 0).                                                                       */
-    vkp_status (*watch)(void *state, int fd, uint32_t interest, uint64_t token);
+    vkp_status (*set_interest)(void *state, int fd, uint32_t interest, uint64_t token);
     /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
        (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
     vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,

@@ -131,11 +131,6 @@ static const vkp_env *vkp_i_env(const vkp_env *env)
     return env != NULL ? env : &vkp_i_env_default;
 }
 
-static const vkp_sys *vkp_i_sys(const vkp_env *env)
-{
-    return env->sys != NULL ? env->sys : vkp_sys_get_default();
-}
-
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
 {
     return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
@@ -207,20 +202,10 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 }
 #endif
 
-VKP_API uint64_t vkp_now_ns(void)
-{
-    return vkp_sys_get_default()->clock_ns();
-}
-
 /* That many milliseconds later; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
     return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
-}
-
-VKP_API uint64_t vkp_after_ms(uint64_t ms)
-{
-    return vkp_i_after_ms(vkp_now_ns(), ms);
 }
 
 VKP_API vkp_str vkp_str_of(const char *text)

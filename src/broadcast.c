@@ -20,7 +20,7 @@ typedef struct vkp_i_broadcast {
     unsigned char pad_sender[VKP_I_APART];
     uint64_t tail;            /* atomic: the next ticket */
     vkp_i_biased_latch latch; /* of senders */
-    vkp_i_audience audience;
+    vkp_i_receivers receivers;
 } vkp_i_broadcast;
 
 struct vkp_broadcast_tx {
@@ -63,7 +63,7 @@ static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
     }
     vkp_i_free(env, channel->places,
                (size_t)(channel->mask + 1) * channel->stride * sizeof(uint64_t));
-    vkp_i_audience_deinit(&channel->audience);
+    vkp_i_receivers_deinit(&channel->receivers);
     vkp_i_free(env, channel, sizeof *channel);
 }
 
@@ -100,8 +100,8 @@ VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_br
     channel->mask = capacity - 1;
     channel->refs = 1;
     channel->tx_refs = 1;
-    vkp_i_audience_init(&channel->audience, env);
-    vkp_i_biased_init(&channel->latch, channel->audience.fenced);
+    vkp_i_receivers_init(&channel->receivers, env);
+    vkp_i_biased_init(&channel->latch, channel->receivers.fenced);
     *tx = (vkp_broadcast_tx *)(void *)channel;
     return VKP_OK;
 }
@@ -115,7 +115,7 @@ VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx)
 VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
 {
     if (tx != NULL && VKP_I_UNREF(&tx->channel.tx_refs) == 1) {
-        vkp_i_audience_end(&tx->channel.audience);
+        vkp_i_receivers_end(&tx->channel.receivers);
         vkp_i_broadcast_unref(&tx->channel);
     }
 }
@@ -129,7 +129,7 @@ static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadc
     }
     self->channel = channel;
     (void)VKP_I_ADD(&channel->refs, (size_t)1);
-    (void)VKP_I_ADD(&channel->audience.receivers, (size_t)1);
+    (void)VKP_I_ADD(&channel->receivers.receivers, (size_t)1);
     self->next = VKP_I_LOAD_ACQ(&channel->tail);
     *rx = self;
     return VKP_OK;
@@ -154,7 +154,7 @@ VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
         return;
     }
     channel = rx->channel;
-    vkp_i_audience_lose(&channel->audience);
+    vkp_i_receivers_remove(&channel->receivers);
     vkp_i_free(channel->config.env, rx, sizeof *rx);
     vkp_i_broadcast_unref(channel);
 }
@@ -191,7 +191,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     bool biased;
     VKP_I_REQUIRE(tx != NULL && item != NULL);
     channel = &tx->channel;
-    if (vkp_i_audience_size(&channel->audience) == 0) {
+    if (vkp_i_receivers_size(&channel->receivers) == 0) {
         return VKP_ERR_CLOSED;
     }
     biased = vkp_i_biased_lock(&channel->latch, channel->config.env);
@@ -204,7 +204,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     if (drops) {
         channel->config.drop(channel->config.user, old);
     }
-    vkp_i_audience_signal(&channel->audience);
+    vkp_i_receivers_signal(&channel->receivers);
     return VKP_OK;
 }
 
@@ -246,7 +246,7 @@ static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_
                                        size_t *count)
 {
     vkp_i_broadcast *channel = rx->channel;
-    bool ended = vkp_i_audience_is_ended(&channel->audience);
+    bool ended = vkp_i_receivers_is_ended(&channel->receivers);
     uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
     size_t taken = 0;
     if (rx->next == tail) {
@@ -289,18 +289,18 @@ static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
 static bool vkp_i_case_value_is_ready(const vkp_case *each)
 {
     const vkp_broadcast_rx *rx = (const vkp_broadcast_rx *)each->i_object;
-    return vkp_i_audience_is_ended(&rx->channel->audience) ||
+    return vkp_i_receivers_is_ended(&rx->channel->receivers) ||
            VKP_I_LOAD_ACQ(&rx->channel->tail) != rx->next;
 }
 
 static void vkp_i_case_value_leave(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_leave(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    vkp_i_receivers_leave(&((vkp_broadcast_rx *)each->i_object)->channel->receivers, &wait->node);
 }
 
 static bool vkp_i_case_value_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_join(&((vkp_broadcast_rx *)each->i_object)->channel->audience, &wait->node);
+    vkp_i_receivers_join(&((vkp_broadcast_rx *)each->i_object)->channel->receivers, &wait->node);
     if (vkp_i_case_value_is_ready(each)) {
         vkp_i_case_value_leave(each, wait);
         return false;
@@ -343,7 +343,7 @@ VKP_API vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadli
     batch.out = out;
     batch.capacity = capacity;
     values = vkp_i_case(&vkp_i_case_values, rx, &batch);
-    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->audience.spins,
+    status = vkp_i_select_few(&values, 1, rx->channel->config.env, rx->channel->receivers.spins,
                               deadline_ns);
     if (status == VKP_OK) {
         *count = batch.count;
@@ -372,17 +372,17 @@ VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx)
 
 VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx)
 {
-    return vkp_i_audience_size(&tx->channel.audience);
+    return vkp_i_receivers_size(&tx->channel.receivers);
 }
 
 VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx)
 {
-    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->channel.audience, NULL)
+    return tx != NULL ? vkp_i_case(&vkp_i_case_no_receivers, &tx->channel.receivers, NULL)
                       : vkp_case_never();
 }
 
 VKP_API vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx, uint64_t deadline_ns)
 {
     VKP_I_REQUIRE(tx != NULL);
-    return vkp_i_audience_wait_gone(&tx->channel.audience, deadline_ns);
+    return vkp_i_receivers_wait_gone(&tx->channel.receivers, deadline_ns);
 }

@@ -94,7 +94,7 @@ struct vkp_client {
     vkp_i_requests flight;
     vkp_i_requests taken;  /* from submitted, next in turn */
     vkp_i_requests failed; /* their end is not told yet */
-    vkp_i_map interests[3];
+    vkp_i_map interests[VKP_SUB_KINDS];
     size_t confirmed; /* interests that are */
     size_t resuming;
     uint64_t lost_ns;
@@ -109,7 +109,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_loop *loop = client->loop;
     const vkp_env *env = client->env;
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&client->interests[kind]);
     }
     vkp_resp_reader_unref(client->reader);
@@ -308,7 +308,7 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
 /* ---- submitting, from any thread ---- */
 
 /* Locked: make sure that the loop will look. */
-static void vkp_i_client_nudge(vkp_client *client)
+static void vkp_i_client_schedule(vkp_client *client)
 {
     if (!client->task_queued) {
         client->task_queued = true;
@@ -336,7 +336,7 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request
     } else {
         client->queued_bytes += request->cost;
         vkp_i_requests_append(&client->submitted, request);
-        vkp_i_client_nudge(client);
+        vkp_i_client_schedule(client);
     }
     VKP_I_UNLOCK(&client->mutex);
     return status;

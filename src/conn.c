@@ -51,7 +51,7 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     if (VKP_I_XCHG(&conn->state, VKP_I_CONN_CLOSED) == VKP_I_CONN_CLOSED) {
         return;
     }
-    vkp_io_stop(&conn->watch);
+    vkp_io_stop(&conn->io);
     if (conn->fd >= 0) {
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
@@ -77,18 +77,18 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_conn_unref(conn); /* the loop's */
 }
 
-static void vkp_i_conn_doom(vkp_conn *conn, vkp_close_reason reason, int error)
+static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int error)
 {
-    if ((conn->flags & VKP_I_CONN_DOOMED) == 0) {
-        conn->flags |= VKP_I_CONN_DOOMED;
-        conn->doom = reason;
-        conn->doom_error = error;
+    if ((conn->flags & VKP_I_CONN_CLOSES) == 0) {
+        conn->flags |= VKP_I_CONN_CLOSES;
+        conn->closes_reason = reason;
+        conn->closes_error = error;
         vkp_i_conn_defer(conn);
     }
 }
 
 /* Make the watch match the flags. */
-static void vkp_i_conn_rewatch(vkp_conn *conn)
+static void vkp_i_conn_update_interest(vkp_conn *conn)
 {
     uint32_t interest = 0;
     if (vkp_i_conn_closed(conn)) {
@@ -101,8 +101,8 @@ static void vkp_i_conn_rewatch(vkp_conn *conn)
                         VKP_I_CONN_DRAINING)) == 0) {
         interest |= VKP_IO_READ;
     }
-    if (vkp_io_set(&conn->watch, interest) != VKP_OK) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, errno);
+    if (vkp_io_set(&conn->io, interest) != VKP_OK) {
+        vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, errno);
     }
 }
 
@@ -137,7 +137,7 @@ static void vkp_i_conn_written(vkp_conn *conn, size_t put)
 static void vkp_i_conn_flush(vkp_conn *conn)
 {
     while (conn->spans > 0 &&
-           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_DOOMED)) == 0) {
+           (conn->flags & (VKP_I_CONN_BLOCKED | VKP_I_CONN_CONNECTING | VKP_I_CONN_CLOSES)) == 0) {
         vkp_range ranges[VKP_I_RANGES];
         size_t count = VKP_I_MIN((size_t)conn->spans, (size_t)VKP_I_RANGES);
         size_t offered = 0;
@@ -154,7 +154,7 @@ static void vkp_i_conn_flush(vkp_conn *conn)
             continue;
         }
         if (put < 0 && put != -EAGAIN && put != -EWOULDBLOCK && put != -ENOBUFS) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, (int)-put);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, (int)-put);
             return;
         }
         if (put > 0) {
@@ -162,7 +162,7 @@ static void vkp_i_conn_flush(vkp_conn *conn)
         }
         if (put < 0 || (size_t)put < offered) {
             conn->flags |= VKP_I_CONN_BLOCKED;
-            vkp_i_conn_rewatch(conn);
+            vkp_i_conn_update_interest(conn);
         }
     }
 }
@@ -182,7 +182,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
     conn->flags &= ~VKP_I_CONN_BLOCKED;
     vkp_i_conn_flush(conn);
     if ((conn->flags & VKP_I_CONN_BLOCKED) == 0) {
-        vkp_i_conn_rewatch(conn);
+        vkp_i_conn_update_interest(conn);
         if (conn->spans == 0 && conn->profile->config.ops->on_drain != NULL) {
             conn->profile->config.ops->on_drain(conn, conn->user);
         }
@@ -191,7 +191,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
         vkp_i_conn_pull_inbox(conn);
     }
     if (!vkp_i_conn_closed(conn) && vkp_i_conn_is_drained(conn)) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
     }
 }
 
@@ -220,14 +220,14 @@ static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
 static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
-    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_DOOMED) != 0) {
+    if (vkp_i_conn_closed(conn) || (conn->flags & VKP_I_CONN_CLOSES) != 0) {
         return VKP_ERR_CLOSED;
     }
     if (frame->len == 0) {
         return VKP_OK;
     }
     if (!vkp_i_conn_find_room(conn, frame->len)) {
-        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
             return VKP_ERR_CLOSED;
         }
         switch ((int)conn->profile->config.on_full) {
@@ -242,7 +242,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
             }
             break;
         case VKP_ON_FULL_DISCONNECT:
-            vkp_i_conn_doom(conn, VKP_CLOSE_SLOW, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_SLOW, 0);
             return VKP_ERR_CLOSED;
         default:
             return VKP_ERR_FULL;
@@ -263,7 +263,7 @@ VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
     VKP_I_REQUIRE(conn != NULL && frame != NULL && vkp_i_on_loop(conn->loop));
-    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_DOOMED | VKP_I_CONN_DRAINING)) != 0) {
+    if (vkp_i_conn_closed(conn) || (conn->flags & (VKP_I_CONN_CLOSES | VKP_I_CONN_DRAINING)) != 0) {
         return VKP_ERR_CLOSED;
     }
     if (frame->len == 0) {
@@ -287,13 +287,13 @@ static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
 }
 
 /* A push that its thread was told is queued cannot be: count it where drops are counted. */
-static void vkp_i_conn_lose(vkp_conn *conn)
+static void vkp_i_conn_count_lost(vkp_conn *conn)
 {
     vkp_on_full policy = conn->profile->config.on_full;
     if (policy == VKP_ON_FULL_DROP_NEWEST || policy == VKP_ON_FULL_DROP_OLDEST) {
         vkp_i_conn_count_drop(conn);
     } else {
-        vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
@@ -326,14 +326,14 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
             break;
         }
         if (vkp_i_conn_enqueue(conn, &frame) == VKP_ERR_NOMEM) {
-            vkp_i_conn_lose(conn);
+            vkp_i_conn_count_lost(conn);
         }
         vkp_bytes_unref(&frame);
     }
     if ((conn->flags & VKP_I_CONN_INBOX_HELD) != 0) {
         conn->flags &= ~VKP_I_CONN_INBOX_HELD;
         if (!draining && vkp_i_conn_handle_inbox(conn) != VKP_OK) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
         }
     }
 }
@@ -459,7 +459,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
     size_t left = block->len - begin;
     vkp_block *kept = NULL;
     if (left > conn->profile->config.input_bytes) {
-        vkp_i_conn_doom(conn, VKP_CLOSE_ERROR, EMSGSIZE);
+        vkp_i_conn_close_later(conn, VKP_CLOSE_ERROR, EMSGSIZE);
         return false;
     }
     if (left > 0 && block == conn->input && begin == conn->input_begin) {
@@ -470,7 +470,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
         size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
         kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
         if (kept == NULL) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
             return false;
         }
         memcpy(vkp_i_block_data(kept), vkp_i_block_data(block) + begin, left);
@@ -517,7 +517,7 @@ static void vkp_i_conn_end(vkp_conn *conn)
     if (ops->on_end == NULL || !ops->on_end(conn, conn->user)) {
         vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
     } else {
-        vkp_i_conn_rewatch(conn);
+        vkp_i_conn_update_interest(conn);
     }
 }
 
@@ -548,7 +548,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 
 /* ---- connecting ---- */
 
-static void vkp_i_conn_event(vkp_io *watch, uint32_t ready);
+static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
 
 /* Begin with the next address. VKP_OK: an event will tell. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
@@ -568,7 +568,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
-                vkp_io_start(&conn->watch, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
+                vkp_io_start(&conn->io, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
                 return VKP_OK;
             }
@@ -585,7 +585,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     int error = -conn->loop->sys->socket_error(conn->fd);
     const vkp_conn_ops *ops = conn->profile->config.ops;
     if (error != 0) {
-        vkp_io_stop(&conn->watch);
+        vkp_io_stop(&conn->io);
         (void)conn->loop->sys->close(conn->fd);
         conn->fd = -1;
         if (vkp_i_conn_try_next(conn) != VKP_OK) {
@@ -596,7 +596,7 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
     conn->connecting = NULL;
     conn->flags &= ~VKP_I_CONN_CONNECTING;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     if (ops->on_open != NULL) {
         ops->on_open(conn, conn->user);
     }
@@ -605,9 +605,9 @@ static void vkp_i_conn_connected(vkp_conn *conn)
     }
 }
 
-static void vkp_i_conn_event(vkp_io *watch, uint32_t ready)
+static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
 {
-    vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
+    vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
     bool hung_up = (ready & (VKP_IO_HUP | VKP_IO_ERROR)) != 0;
     (void)vkp_conn_ref(conn);
     if (ready == 0) {
@@ -663,10 +663,10 @@ static void vkp_i_conn_task(vkp_i_task *task)
         }
         if (vkp_i_conn_is_drained(conn)) {
             vkp_i_conn_discard_input(conn);
-            vkp_i_conn_doom(conn, VKP_CLOSE_LOCAL, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
         }
-        if ((conn->flags & VKP_I_CONN_DOOMED) != 0) {
-            vkp_i_conn_finish(conn, conn->doom, conn->doom_error);
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
+            vkp_i_conn_finish(conn, conn->closes_reason, conn->closes_error);
         }
     }
     vkp_conn_unref(conn);
@@ -748,7 +748,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
     if (status != VKP_OK) {
         return status;
     }
-    status = vkp_io_start(&conn->watch, loop, fd, VKP_IO_READ, vkp_i_conn_event);
+    status = vkp_io_start(&conn->io, loop, fd, VKP_IO_READ, vkp_i_conn_event);
     if (status != VKP_OK) {
         vkp_conn_unref(conn);
         return status;
@@ -827,7 +827,7 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
 VKP_API void vkp_conn_pause(vkp_conn *conn)
 {
     conn->flags |= VKP_I_CONN_PAUSED;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
 }
 
 VKP_API void vkp_conn_resume(vkp_conn *conn)
@@ -837,7 +837,7 @@ VKP_API void vkp_conn_resume(vkp_conn *conn)
     }
     conn->flags &= ~VKP_I_CONN_PAUSED;
     conn->flags |= VKP_I_CONN_REREAD;
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     vkp_i_conn_defer(conn);
 }
 
@@ -853,7 +853,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
         conn->flags |= VKP_I_CONN_INBOX_HELD;
         vkp_i_conn_pull_inbox(conn);
     }
-    vkp_i_conn_rewatch(conn);
+    vkp_i_conn_update_interest(conn);
     vkp_i_conn_defer(conn);
 }
 
@@ -904,6 +904,44 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
     stats->queued_frames = conn->queued_frames;
     stats->queued_bytes = conn->queued_bytes;
     stats->dropped_frames = VKP_I_LOAD(&conn->dropped);
+}
+
+/* ---- for the layers above ----
+   What listener, hub and relay use besides the calls of the header: vkp_i_profile_open, _ref and
+   _unref, the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
+   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and these.     */
+
+/* No more input is wanted: the connection ends when what is queued is written. */
+static bool vkp_i_conn_is_draining(const vkp_conn *conn)
+{
+    return (conn->flags & VKP_I_CONN_DRAINING) != 0;
+}
+
+/* Whether commands of the peer are still served. */
+static bool vkp_i_conn_is_serving(const vkp_conn *conn)
+{
+    return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
+}
+
+/* Bytes of pushes and of the response stream that the kernel has not taken. */
+static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
+{
+    return conn->queued_bytes;
+}
+
+/* The next connection of that profile from the loop's slot *index on, or NULL. */
+static vkp_conn *vkp_i_conn_of_profile(vkp_loop *loop, const vkp_i_profile *profile, size_t *index)
+{
+    while (*index < loop->slot_count) {
+        vkp_io *io = loop->slots[(*index)++].io;
+        if (io != NULL && io->i_fn == vkp_i_conn_event) {
+            vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
+            if (conn->profile == profile) {
+                return conn;
+            }
+        }
+    }
+    return NULL;
 }
 
 #endif /* VKP_I_IO */

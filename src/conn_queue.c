@@ -21,7 +21,7 @@
 #define VKP_I_CONN_DRAINING 8u
 #define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_IO_WRITE */
 #define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
-#define VKP_I_CONN_DOOMED 64u
+#define VKP_I_CONN_CLOSES 64u
 #define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
 #define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: no handler until there is */
 
@@ -80,12 +80,12 @@ struct vkp_conn {
     uint32_t more_capacity;
     uint32_t more_head;
     void *user;
-    vkp_io watch;
+    vkp_io io;
     vkp_i_task remote;      /* queued by other threads */
     uint32_t remote_queued; /* atomic */
     int fd;
-    int doom_error;
-    vkp_close_reason doom;
+    int closes_error;
+    vkp_close_reason closes_reason;
     vkp_block *input; /* what on_data left; its bytes from input_begin */
     size_t input_begin;
     uint64_t dropped; /* atomic */

@@ -7,9 +7,9 @@
 struct vkp_seat {
     vkp_seat *prev;
     vkp_seat *next;
-    vkp_gate *gate;   /* shared */
-    vkp_socket *sock; /* NULL, or each client has a reference of it */
-    uint64_t door;    /* the listener's number */
+    vkp_gate *gate;       /* shared */
+    vkp_socket *sock;     /* NULL, or each client has a reference of it */
+    uint64_t listener_id; /* the listener's number */
     uint32_t uid;
     bool has_uid;
     size_t clients;
@@ -21,7 +21,7 @@ struct vkp_gate {
     size_t refs; /* atomic */
     vkp_gate_config config;
     uint32_t *allow_uids;
-    uint64_t doors; /* atomic: numbers given */
+    uint64_t listener_ids; /* atomic: numbers given */
     VKP_I_MUTEX mutex;
     vkp_seat *seats; /* guarded, as all that follows */
     vkp_gate_stats stats;
@@ -114,9 +114,9 @@ static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t
     size_t of_uid = 0;
     for (each = gate->seats; each != NULL; each = each->next) {
         bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
-        of_door += each->door == wanted->door ? each->clients : 0;
+        of_door += each->listener_id == wanted->listener_id ? each->clients : 0;
         of_uid += same_uid ? each->clients : 0;
-        if (same_uid && each->door == wanted->door) {
+        if (same_uid && each->listener_id == wanted->listener_id) {
             found = each;
         }
     }

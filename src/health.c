@@ -29,7 +29,7 @@ static void vkp_i_health_free(vkp_health_check *check)
 }
 
 /* Part with the connection first: its on_close must find no check under way. */
-static void vkp_i_health_hang_up(vkp_health_check *check)
+static void vkp_i_health_disconnect(vkp_health_check *check)
 {
     vkp_conn *conn = check->conn;
     check->conn = NULL;
@@ -45,7 +45,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
     vkp_loop *loop = check->loop;
     vkp_health health;
     vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
+    vkp_i_health_disconnect(check);
     check->failures = status == VKP_OK ? 0 : check->failures + 1;
     memset(&health, 0, sizeof health);
     health.status = status;
@@ -124,7 +124,7 @@ static void vkp_i_health_on_close(vkp_conn *conn, void *user, vkp_close_reason r
 static const vkp_conn_ops vkp_i_health_ops = {
     vkp_i_health_on_open, vkp_i_health_on_data, NULL, NULL, vkp_i_health_on_close, NULL};
 
-static void vkp_i_health_late(vkp_timer *timer)
+static void vkp_i_health_timed_out(vkp_timer *timer)
 {
     vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
@@ -141,7 +141,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     config.input_bytes = check->config.answer.len + loop->read_bytes;
     config.loop_only = true;
     check->began_ns = vkp_i_loop_clock(loop);
-    status = vkp_timer_start(timer, loop, vkp_i_health_late, 0,
+    status = vkp_timer_start(timer, loop, vkp_i_health_timed_out, 0,
                              vkp_i_after_ms(check->began_ns, check->config.timeout_ms));
     if (status == VKP_OK) {
         status = vkp_conn_connect(loop, check->config.address, &config, &check->conn);
@@ -158,7 +158,7 @@ static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
     vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
     vkp_timer_stop(&check->timer);
-    vkp_i_health_hang_up(check);
+    vkp_i_health_disconnect(check);
 }
 
 /* Copy a text behind the ones before. */
@@ -227,7 +227,7 @@ VKP_API void vkp_health_check_close(vkp_health_check *check)
     if (check != NULL && !check->closed) {
         check->closed = true;
         vkp_timer_stop(&check->timer);
-        vkp_i_health_hang_up(check);
+        vkp_i_health_disconnect(check);
         vkp_i_loop_detach(&check->place);
     }
 }

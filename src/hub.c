@@ -26,8 +26,8 @@ struct vkp_hub_sub {
 struct vkp_hub {
     const vkp_env *env;
     vkp_hub_config config;
-    vkp_i_map topics[3];  /* by vkp_sub_kind */
-    vkp_block *blocks[2]; /* where RESP2 and RESP3 are encoded */
+    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind */
+    vkp_block *blocks[2];            /* where RESP2 and RESP3 are encoded */
 };
 
 /* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
@@ -123,7 +123,7 @@ VKP_API vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **out)
     if (config != NULL) {
         hub->config = *config;
     }
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&hub->topics[kind], env);
     }
     *out = hub;
@@ -142,7 +142,7 @@ VKP_API void vkp_hub_unref(vkp_hub *hub)
     if (hub == NULL) {
         return;
     }
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&hub->topics[kind]);
     }
     vkp_i_block_unref(hub->blocks[0]);
@@ -209,7 +209,7 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     vkp_hub_sub *sub;
     void *subs;
     bool fresh;
-    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < 3);
+    VKP_I_REQUIRE(hub != NULL && member != NULL && (unsigned)kind < VKP_SUB_KINDS);
     if (name.len > VKP_I_BLOCK_MAX) {
         return VKP_ERR_LIMIT;
     }
@@ -287,7 +287,7 @@ VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_k
 VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         while (member->i_subs[kind] != NULL) {
             vkp_i_hub_drop(hub, member->i_subs[kind]);
         }
@@ -320,7 +320,7 @@ VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind)
 
 VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name)
 {
-    vkp_i_map_node *node = vkp_i_map_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
+    vkp_i_map_node *node = vkp_i_map_get_next(&hub->topics[kind], (vkp_i_map_node *)*cursor);
     *cursor = node;
     if (node != NULL) {
         *name = node->key;
@@ -451,7 +451,7 @@ VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel,
         count += vkp_i_topic_deliver(hub, topic, &message);
     }
     if (kind == VKP_SUB_CHANNEL && hub->topics[VKP_SUB_PATTERN].count > 0) {
-        while ((node = vkp_i_map_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
+        while ((node = vkp_i_map_get_next(&hub->topics[VKP_SUB_PATTERN], node)) != NULL) {
             if (vkp_glob_is_match(node->key, channel)) {
                 vkp_i_message_init(&message, "pmessage", node->key, channel, payload);
                 count += vkp_i_topic_deliver(hub, VKP_CONTAINER(node, vkp_i_topic, node), &message);

@@ -10,10 +10,10 @@ typedef struct vkp_hub_sub vkp_hub_sub;
 
 /* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
 typedef struct vkp_hub_member {
-    vkp_conn *conn;     /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
-    int protocol;       /* 2 or 3: how messages are written to it */
-    uint32_t counts[3]; /* subscriptions by vkp_sub_kind; read only */
-    vkp_hub_sub *i_subs[3];
+    vkp_conn *conn; /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
+    int protocol;   /* 2 or 3: how messages are written to it */
+    uint32_t counts[VKP_SUB_KINDS]; /* subscriptions by vkp_sub_kind; read only */
+    vkp_hub_sub *i_subs[VKP_SUB_KINDS];
 } vkp_hub_member;
 
 typedef struct vkp_hub_config {

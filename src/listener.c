@@ -3,9 +3,9 @@
    >>impl-listener   Accept connections
    ====================================================================================== */
 
-#define VKP_I_LISTENER_CLOSED 1u     /* flags */
-#define VKP_I_LISTENER_LOOPS 2u      /* the loop's: goes when it is closed */
-#define VKP_I_LISTENER_TOLD_LATER 4u /* closed while its follower's task was queued */
+#define VKP_I_LISTENER_CLOSED 1u       /* flags */
+#define VKP_I_LISTENER_LOOPS 2u        /* the loop's: goes when it is closed */
+#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while its follower's task was queued */
 #define VKP_I_LISTENER_DRAINS 8u
 
 /* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
@@ -17,13 +17,13 @@ struct vkp_listener {
     vkp_i_profile *profile;
     vkp_listener_config config; /* its address is not ours */
     vkp_gate *gate;
-    uint64_t door;
+    uint64_t listener_id;
     vkp_registry *registry; /* Unix; else NULL */
     vkp_socket *socket;     /* Unix: with a reference, unless it follows */
     uint32_t generation;    /* of the socket */
     vkp_i_follower follower;
     vkp_i_endpoint *endpoint; /* what it accepts from */
-    vkp_io watch;
+    vkp_io io;
     vkp_timer pause;      /* after EMFILE and its like */
     uint64_t pause_ns;    /* 0: the last accept was fine */
     uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
@@ -106,7 +106,7 @@ static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat 
     if (status != VKP_OK) {
         return VKP_ERR_LIMIT;
     }
-    wanted.door = listener->door;
+    wanted.listener_id = listener->listener_id;
     VKP_I_LOCK(&gate->mutex);
     status = vkp_i_gate_seat(gate, &wanted, listener->config.max_clients, seat, why);
     VKP_I_UNLOCK(&gate->mutex);
@@ -149,12 +149,12 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         return;
     }
     listener->stats.accepted++;
-    conn->seat = seat;
+    vkp_conn_set_seat(conn, seat);
     if (listener->config.on_accept != NULL) {
         listener->config.on_accept(listener->config.conn.user, conn);
     }
     if (vkp_conn_is_open(conn) && ops->on_open != NULL) {
-        ops->on_open(conn, conn->user);
+        ops->on_open(conn, vkp_conn_get_user(conn));
     }
     vkp_conn_unref(conn);
 }
@@ -166,7 +166,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
-    if (vkp_io_set(&listener->watch, VKP_IO_READ) != VKP_OK) {
+    if (vkp_io_set(&listener->io, VKP_IO_READ) != VKP_OK) {
         /* There is room: its own entry just left. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
                                listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
@@ -181,7 +181,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
                              : VKP_I_MIN(listener->pause_ns * 2, (uint64_t)VKP_I_PAUSE_MOST_NS);
     if (vkp_timer_start(&listener->pause, listener->loop, vkp_i_listener_unpause, 0,
                         listener->loop->now_ns + listener->pause_ns) == VKP_OK) {
-        (void)!vkp_io_set(&listener->watch, 0);
+        (void)!vkp_io_set(&listener->io, 0);
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
@@ -189,7 +189,7 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 }
 
 /* Descriptors are short for long: those who wait shall know. */
-static void vkp_i_listener_turn_away(vkp_listener *listener)
+static void vkp_i_listener_reject_waiting(vkp_listener *listener)
 {
     const vkp_sys *sys = listener->loop->sys;
     int fd = 0;
@@ -229,7 +229,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
         if (listener->shortage_ns == 0) {
             listener->shortage_ns = now_ns;
         } else if (now_ns - listener->shortage_ns >= VKP_I_PAUSE_MOST_NS) {
-            vkp_i_listener_turn_away(listener);
+            vkp_i_listener_reject_waiting(listener);
         }
     } else if (error == ENOMEM || error == ENOBUFS) {
         listener->stats.no_memory++;
@@ -242,9 +242,9 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
     return false;
 }
 
-static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
+static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 {
-    vkp_listener *listener = VKP_CONTAINER(watch, vkp_listener, watch);
+    vkp_listener *listener = VKP_CONTAINER(io, vkp_listener, io);
     bool more = true;
     int i;
     listener->refs++;
@@ -273,7 +273,7 @@ static void vkp_i_listener_event(vkp_io *watch, uint32_t ready)
 /* ---- with a socket ---- */
 
 /* The socket ended, or has another descriptor. */
-static void vkp_i_listener_told(vkp_i_task *task)
+static void vkp_i_listener_socket_ended(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
     vkp_i_endpoint *endpoint = NULL;
@@ -283,7 +283,7 @@ static void vkp_i_listener_told(vkp_i_task *task)
         endpoint = vkp_i_endpoint_ref(listener->follower.sock->endpoint);
     }
     vkp_i_registry_leave(listener->registry, true);
-    if ((listener->flags & VKP_I_LISTENER_TOLD_LATER) != 0) {
+    if ((listener->flags & VKP_I_LISTENER_CLOSED_FIRST) != 0) {
         vkp_i_listener_release(listener);
     } else if (endpoint == NULL) {
         vkp_i_listener_end(listener);
@@ -291,9 +291,9 @@ static void vkp_i_listener_told(vkp_i_task *task)
         vkp_i_endpoint *before = listener->endpoint;
         listener->endpoint = endpoint;
         endpoint = before; /* to be given back */
-        vkp_io_stop(&listener->watch);
+        vkp_io_stop(&listener->io);
         vkp_timer_stop(&listener->pause);
-        if (vkp_io_start(&listener->watch, listener->loop, listener->endpoint->fd, VKP_IO_READ,
+        if (vkp_io_start(&listener->io, listener->loop, listener->endpoint->fd, VKP_IO_READ,
                          vkp_i_listener_event) != VKP_OK) {
             vkp_i_listener_end(listener);
         }
@@ -301,14 +301,14 @@ static void vkp_i_listener_told(vkp_i_task *task)
     vkp_i_endpoint_unref(endpoint);
 }
 
-static vkp_status vkp_i_listener_join(vkp_listener *listener)
+static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
 {
     vkp_socket *sock = listener->socket;
     vkp_i_registry_enter(listener->registry);
     if (sock->endpoint != NULL) {
         listener->endpoint = vkp_i_endpoint_ref(sock->endpoint);
         listener->follower.loop = listener->loop;
-        listener->follower.task.fn = vkp_i_listener_told;
+        listener->follower.task.fn = vkp_i_listener_socket_ended;
         listener->follower.sock = sock;
         listener->follower.next = sock->followers;
         sock->followers = &listener->follower;
@@ -317,7 +317,7 @@ static vkp_status vkp_i_listener_join(vkp_listener *listener)
     return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
 }
 
-static void vkp_i_listener_part(vkp_listener *listener)
+static void vkp_i_listener_detach_socket(vkp_listener *listener)
 {
     vkp_i_follower *follower = &listener->follower;
     vkp_i_registry_enter(listener->registry);
@@ -330,7 +330,7 @@ static void vkp_i_listener_part(vkp_listener *listener)
         follower->sock = NULL;
     }
     if (follower->queued) {
-        listener->flags |= VKP_I_LISTENER_TOLD_LATER;
+        listener->flags |= VKP_I_LISTENER_CLOSED_FIRST;
         listener->refs++;
     }
     vkp_i_registry_leave(listener->registry, true);
@@ -377,7 +377,7 @@ static vkp_status vkp_i_listen_unix(vkp_listener *listener)
     listener->address = vkp_str_of(full);
     copied = vkp_i_copy_str(listener->loop->env, &listener->address);
     listener->generation = vkp_socket_downgrade(listener->socket).i_generation;
-    return copied ? vkp_i_listener_join(listener) : VKP_ERR_NOMEM;
+    return copied ? vkp_i_listener_attach_socket(listener) : VKP_ERR_NOMEM;
 }
 
 /* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
@@ -441,7 +441,7 @@ static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
         status = vkp_gate_open(&config, &listener->gate);
     }
     if (status == VKP_OK) {
-        listener->door = VKP_I_ADD(&listener->gate->doors, (uint64_t)1);
+        listener->listener_id = VKP_I_ADD(&listener->gate->listener_ids, (uint64_t)1);
     }
     return status;
 }
@@ -472,7 +472,7 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
     status = vkp_i_listener_open_gate(listener);
     status = status == VKP_OK ? vkp_i_listener_bind(listener) : status;
     if (status == VKP_OK) {
-        status = vkp_io_start(&listener->watch, loop, listener->endpoint->fd, VKP_IO_READ,
+        status = vkp_io_start(&listener->io, loop, listener->endpoint->fd, VKP_IO_READ,
                               vkp_i_listener_event);
     }
     error = errno;
@@ -504,7 +504,7 @@ VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_s
     stats->clients = 0;
     VKP_I_LOCK(&listener->gate->mutex);
     for (each = listener->gate->seats; each != NULL; each = each->next) {
-        stats->clients += each->door == listener->door ? each->clients : 0;
+        stats->clients += each->listener_id == listener->listener_id ? each->clients : 0;
     }
     VKP_I_UNLOCK(&listener->gate->mutex);
 }
@@ -515,10 +515,10 @@ VKP_API void vkp_listener_close(vkp_listener *listener)
         return;
     }
     listener->flags |= VKP_I_LISTENER_CLOSED;
-    vkp_io_stop(&listener->watch);
+    vkp_io_stop(&listener->io);
     vkp_timer_stop(&listener->pause);
     if (listener->registry != NULL) {
-        vkp_i_listener_part(listener);
+        vkp_i_listener_detach_socket(listener);
     }
     vkp_i_endpoint_unref(listener->endpoint);
     listener->endpoint = NULL;
@@ -554,22 +554,6 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
 
 /* ---- draining ---- */
 
-/* The next of the listener's connections from slot *index on; they are all on its loop. */
-static vkp_conn *vkp_i_listener_next_conn(vkp_listener *listener, size_t *index)
-{
-    vkp_loop *loop = listener->loop;
-    while (*index < loop->slot_count) {
-        vkp_io *watch = loop->slots[(*index)++].watch;
-        if (watch != NULL && watch->i_fn == vkp_i_conn_event) {
-            vkp_conn *conn = VKP_CONTAINER(watch, vkp_conn, watch);
-            if (conn->profile == listener->profile) {
-                return conn;
-            }
-        }
-    }
-    return NULL;
-}
-
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
@@ -588,7 +572,7 @@ static void vkp_i_listener_drain_over(vkp_timer *timer)
     vkp_conn *conn;
     size_t index = 0;
     listener->refs++;
-    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+    while ((conn = vkp_i_conn_of_profile(listener->loop, listener->profile, &index)) != NULL) {
         vkp_i_conn_finish(conn, VKP_CLOSE_LOCAL, 0);
     }
     vkp_i_listener_release(listener);
@@ -614,9 +598,9 @@ VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *n
     listener->on_drained = on_end;
     listener->drain_user = user;
     vkp_listener_close(listener);
-    while ((conn = vkp_i_listener_next_conn(listener, &index)) != NULL) {
+    while ((conn = vkp_i_conn_of_profile(listener->loop, listener->profile, &index)) != NULL) {
         if (notice != NULL && vkp_conn_send(conn, notice) == VKP_ERR_NOMEM) {
-            vkp_i_conn_doom(conn, VKP_CLOSE_NOMEM, 0);
+            vkp_i_conn_close_later(conn, VKP_CLOSE_NOMEM, 0);
         }
         vkp_conn_drain(conn);
     }

@@ -25,7 +25,7 @@ typedef struct vkp_i_attached {
 } vkp_i_attached;
 
 typedef struct vkp_i_slot {
-    vkp_io *watch; /* NULL: free */
+    vkp_io *io; /* NULL: free */
     uint32_t generation;
     uint32_t next_free; /* index + 1 */
 } vkp_i_slot;
@@ -114,7 +114,7 @@ static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
 /* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
    with this; so does whatever makes work outside of rounds. Objects that have no deadline still
    have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
-static vkp_status vkp_i_loop_remind(vkp_loop *loop)
+static vkp_status vkp_i_loop_set_guest_timer(vkp_loop *loop)
 {
     uint64_t deadline_ns;
     vkp_status status = VKP_OK;
@@ -139,7 +139,7 @@ static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
     task->next = NULL;
     *loop->deferred_end = task;
     loop->deferred_end = &task->next;
-    (void)!vkp_i_loop_remind(loop);
+    (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
 static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
@@ -149,7 +149,7 @@ static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
     object->loop = loop;
     loop->attached.prev->next = object;
     loop->attached.prev = object;
-    (void)!vkp_i_loop_remind(loop);
+    (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
 static void vkp_i_loop_detach(vkp_i_attached *object)
@@ -159,7 +159,7 @@ static void vkp_i_loop_detach(vkp_i_attached *object)
         object->next->prev = object->prev;
         object->prev = NULL;
         object->next = NULL;
-        (void)!vkp_i_loop_remind(object->loop);
+        (void)!vkp_i_loop_set_guest_timer(object->loop);
     }
 }
 
@@ -211,88 +211,6 @@ static uint64_t vkp_i_loop_now(const vkp_loop *loop)
     return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
 }
 
-/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
-   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
-static void vkp_i_backend_round(void *user)
-{
-    vkp_loop *loop = (vkp_loop *)user;
-    if (loop->in_round) {
-        loop->reminded = false;
-    } else if (!loop->closed) {
-        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
-    }
-}
-
-static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
-{
-    vkp_status status;
-    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
-    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
-    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
-    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
-    if (loop->events == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    loop->host_env = *loop->env;
-    loop->host_env.sys = loop->sys;
-    if (loop->host_env.alloc == NULL) {
-        loop->host_env.alloc = vkp_i_libc_alloc;
-    }
-    loop->host.env = &loop->host_env;
-    loop->host.foreign = config->foreign;
-    loop->host.loop = loop;
-    loop->host.round = vkp_i_backend_round;
-    status = loop->backend->open(&loop->host, &loop->backend_state);
-    /* A guest begins with a round, for what is posted before the foreign loop runs. */
-    if (status == VKP_OK && loop->backend->timer != NULL) {
-        status = loop->backend->timer(loop->backend_state, 0);
-        loop->reminded = true;
-        if (status != VKP_OK) {
-            loop->backend->close(loop->backend_state);
-        }
-    }
-    return status;
-}
-
-VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
-{
-    vkp_loop *loop;
-    vkp_status status;
-    const vkp_env *env;
-    VKP_I_REQUIRE(config != NULL && out != NULL);
-    env = vkp_i_env(config->env);
-    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
-        vkp_i_log(env, VKP_LOG_ERROR,
-                  "vkp_loop_open: config.backend is missing or of another version: pass "
-                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
-        return VKP_ERR_INVALID;
-    }
-    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
-    if (loop == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    loop->env = env;
-    loop->sys = vkp_i_sys(env);
-    loop->backend = config->backend;
-    loop->refs = 1;
-    loop->opener_pid = loop->sys->process_id();
-    loop->thread = vkp_i_this_thread();
-    loop->asleep = 1;
-    loop->deferred_end = &loop->deferred;
-    vkp_i_waiters_init(&loop->unarmed);
-    loop->attached.prev = &loop->attached;
-    loop->attached.next = &loop->attached;
-    status = vkp_i_loop_setup(loop, config);
-    if (status != VKP_OK) {
-        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
-        vkp_i_free(env, loop, sizeof *loop);
-        return status;
-    }
-    loop->now_ns = vkp_i_loop_clock(loop);
-    *out = loop;
-    return VKP_OK;
-}
-
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop)
 {
     (void)VKP_I_ADD(&loop->refs, 1);
@@ -328,10 +246,10 @@ static void vkp_i_loop_close_objects(vkp_loop *loop)
         object->on_loop_close(object);
     }
     for (i = 0; i < loop->slot_count; i++) {
-        vkp_io *watch = loop->slots[i].watch;
-        if (watch != NULL) {
-            vkp_io_stop(watch);
-            watch->i_fn(watch, 0);
+        vkp_io *io = loop->slots[i].io;
+        if (io != NULL) {
+            vkp_io_stop(io);
+            io->i_fn(io, 0);
         }
     }
 }
@@ -394,17 +312,17 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
 
 /* ---- watches ---- */
 
-static uint64_t vkp_i_watch_token(const vkp_loop *loop, uint32_t slot)
+static uint64_t vkp_i_io_token(const vkp_loop *loop, uint32_t slot)
 {
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
 }
 
-VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t interest,
-                                void (*fn)(vkp_io *watch, uint32_t ready))
+VKP_API vkp_status vkp_io_start(vkp_io *io, vkp_loop *loop, int fd, uint32_t interest,
+                                void (*fn)(vkp_io *io, uint32_t ready))
 {
     uint32_t slot;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && watch != NULL && fd >= 0 && fn != NULL);
+    VKP_I_REQUIRE(loop != NULL && io != NULL && fd >= 0 && fn != NULL);
     VKP_I_REQUIRE(!loop->closed && vkp_i_on_loop(loop));
     if (loop->free_slot != 0) {
         slot = loop->free_slot - 1;
@@ -420,65 +338,66 @@ VKP_API vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd, uint32_t 
         loop->slots[slot].next_free = loop->free_slot;
         loop->free_slot = slot + 1;
     }
-    status = loop->backend->watch(loop->backend_state, fd, interest & (VKP_IO_READ | VKP_IO_WRITE),
-                                  vkp_i_watch_token(loop, slot));
+    status = loop->backend->set_interest(loop->backend_state, fd,
+                                         interest & (VKP_IO_READ | VKP_IO_WRITE),
+                                         vkp_i_io_token(loop, slot));
     if (status != VKP_OK) {
         return status;
     }
     loop->free_slot = loop->slots[slot].next_free;
-    loop->slots[slot].watch = watch;
-    watch->i_loop = loop;
-    watch->i_fn = fn;
-    watch->i_fd = fd;
-    watch->i_slot = slot;
-    watch->i_interest = interest;
+    loop->slots[slot].io = io;
+    io->i_loop = loop;
+    io->i_fn = fn;
+    io->i_fd = fd;
+    io->i_slot = slot;
+    io->i_interest = interest;
     return VKP_OK;
 }
 
-VKP_API vkp_status vkp_io_set(vkp_io *watch, uint32_t interest)
+VKP_API vkp_status vkp_io_set(vkp_io *io, uint32_t interest)
 {
     vkp_loop *loop;
     vkp_status status;
-    VKP_I_REQUIRE(watch != NULL && watch->i_loop != NULL);
-    loop = watch->i_loop;
+    VKP_I_REQUIRE(io != NULL && io->i_loop != NULL);
+    loop = io->i_loop;
     interest &= VKP_IO_READ | VKP_IO_WRITE;
-    if (watch->i_interest == interest) {
+    if (io->i_interest == interest) {
         return VKP_OK;
     }
-    status = loop->backend->watch(loop->backend_state, watch->i_fd, interest,
-                                  vkp_i_watch_token(loop, watch->i_slot));
+    status = loop->backend->set_interest(loop->backend_state, io->i_fd, interest,
+                                         vkp_i_io_token(loop, io->i_slot));
     if (status == VKP_OK) {
-        watch->i_interest = interest;
+        io->i_interest = interest;
     }
     return status;
 }
 
-VKP_API void vkp_io_stop(vkp_io *watch)
+VKP_API void vkp_io_stop(vkp_io *io)
 {
-    vkp_loop *loop = watch->i_loop;
+    vkp_loop *loop = io->i_loop;
     vkp_i_slot *slot;
     if (loop == NULL) {
         return;
     }
-    slot = &loop->slots[watch->i_slot];
+    slot = &loop->slots[io->i_slot];
     if (!vkp_i_loop_is_forked(loop)) {
-        (void)loop->backend->watch(loop->backend_state, watch->i_fd, 0,
-                                   vkp_i_watch_token(loop, watch->i_slot));
+        (void)loop->backend->set_interest(loop->backend_state, io->i_fd, 0,
+                                          vkp_i_io_token(loop, io->i_slot));
     }
-    slot->watch = NULL;
+    slot->io = NULL;
     slot->generation++;
     slot->next_free = loop->free_slot;
-    loop->free_slot = watch->i_slot + 1;
-    watch->i_loop = NULL;
+    loop->free_slot = io->i_slot + 1;
+    io->i_loop = NULL;
 }
 
 static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 {
     uint32_t index = (uint32_t)(event->token & 0xffffffffu);
     vkp_i_slot *slot = index < loop->slot_count ? &loop->slots[index] : NULL;
-    if (slot != NULL && slot->watch != NULL && event->ready != 0 &&
+    if (slot != NULL && slot->io != NULL && event->ready != 0 &&
         slot->generation == (uint32_t)(event->token >> 32)) {
-        slot->watch->i_fn(slot->watch, event->ready);
+        slot->io->i_fn(slot->io, event->ready);
     }
 }
 
@@ -553,7 +472,7 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
 {
     if (timer->i_index != 0) {
         vkp_i_timer_remove(timer);
-        (void)!vkp_i_loop_remind(timer->i_loop); /* if it fails: a round too many */
+        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* if it fails: a round too many */
     }
 }
 
@@ -580,7 +499,7 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     entry.order = loop->timer_order++;
     entry.timer = timer;
     vkp_i_timer_sift_up(loop, loop->timer_count++, entry);
-    status = vkp_i_loop_remind(loop);
+    status = vkp_i_loop_set_guest_timer(loop);
     if (status != VKP_OK) {
         vkp_timer_stop(timer);
     }

@@ -80,7 +80,7 @@ typedef enum vkp_io_bits {
 typedef struct vkp_io vkp_io;
 struct vkp_io {
     vkp_loop *i_loop;
-    void (*i_fn)(vkp_io *watch, uint32_t ready);
+    void (*i_fn)(vkp_io *io, uint32_t ready);
     int i_fd;
     uint32_t i_slot;
     uint32_t i_interest;
@@ -89,17 +89,16 @@ struct vkp_io {
 /* Watch fd for `interest`. fn gets VKP_IO_READ etc., and ready 0 once if the loop closes first (the
    watch is stopped then). The fd stays the caller's and must stay open until the stop.
    Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
-VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *watch, vkp_loop *loop, int fd,
-                                              uint32_t interest,
-                                              void (*fn)(vkp_io *watch, uint32_t ready));
+VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *io, vkp_loop *loop, int fd, uint32_t interest,
+                                              void (*fn)(vkp_io *io, uint32_t ready));
 
 /* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
    Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
-VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *watch, uint32_t interest);
+VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *io, uint32_t interest);
 
 /* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
    started or zeroed watch. Loop's thread.                                                     */
-VKP_API void vkp_io_stop(vkp_io *watch);
+VKP_API void vkp_io_stop(vkp_io *io);
 
 /* A timer in the caller's memory; fields are private. Zero it before the first start. */
 typedef struct vkp_timer vkp_timer;

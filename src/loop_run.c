@@ -1,6 +1,6 @@
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-loop-run   The rounds of a loop
+   >>impl-loop-run   The rounds of a loop, and its opening
    ====================================================================================== */
 
 /* Rounds that posts and channels may go on before descriptors are asked. */
@@ -43,7 +43,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     loop->in_round = false;
     /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
-    if (vkp_i_loop_remind(loop) != VKP_OK && status == VKP_OK) {
+    if (vkp_i_loop_set_guest_timer(loop) != VKP_OK && status == VKP_OK) {
         status = VKP_ERR_SYS;
     }
     return status;
@@ -125,6 +125,90 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
         vkp_i_free(loop->env, post, sizeof *post);
         return VKP_ERR_CLOSED;
     }
+    return VKP_OK;
+}
+
+/* ---- opening ---- */
+
+/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
+   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
+static void vkp_i_backend_round(void *user)
+{
+    vkp_loop *loop = (vkp_loop *)user;
+    if (loop->in_round) {
+        loop->reminded = false;
+    } else if (!loop->closed) {
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+    }
+}
+
+static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
+{
+    vkp_status status;
+    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
+    if (loop->events == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->host_env = *loop->env;
+    loop->host_env.sys = loop->sys;
+    if (loop->host_env.alloc == NULL) {
+        loop->host_env.alloc = vkp_i_libc_alloc;
+    }
+    loop->host.env = &loop->host_env;
+    loop->host.foreign = config->foreign;
+    loop->host.loop = loop;
+    loop->host.round = vkp_i_backend_round;
+    status = loop->backend->open(&loop->host, &loop->backend_state);
+    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    if (status == VKP_OK && loop->backend->timer != NULL) {
+        status = loop->backend->timer(loop->backend_state, 0);
+        loop->reminded = true;
+        if (status != VKP_OK) {
+            loop->backend->close(loop->backend_state);
+        }
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
+{
+    vkp_loop *loop;
+    vkp_status status;
+    const vkp_env *env;
+    VKP_I_REQUIRE(config != NULL && out != NULL);
+    env = vkp_i_env(config->env);
+    if (config->backend == NULL || config->backend->abi != VKP_BACKEND_ABI) {
+        vkp_i_log(env, VKP_LOG_ERROR,
+                  "vkp_loop_open: config.backend is missing or of another version: pass "
+                  "&vkp_backend_poll or &vkp_backend_epoll and link its file from backends/");
+        return VKP_ERR_INVALID;
+    }
+    loop = (vkp_loop *)vkp_i_alloc_zero(env, sizeof *loop);
+    if (loop == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    loop->env = env;
+    loop->sys = vkp_i_sys(env);
+    loop->backend = config->backend;
+    loop->refs = 1;
+    loop->opener_pid = loop->sys->process_id();
+    loop->thread = vkp_i_this_thread();
+    loop->asleep = 1;
+    loop->deferred_end = &loop->deferred;
+    vkp_i_waiters_init(&loop->unarmed);
+    loop->attached.prev = &loop->attached;
+    loop->attached.next = &loop->attached;
+    status = vkp_i_loop_setup(loop, config);
+    if (status != VKP_OK) {
+        vkp_i_free(env, loop->events, loop->event_capacity * sizeof(vkp_event));
+        vkp_i_free(env, loop, sizeof *loop);
+        return status;
+    }
+    loop->now_ns = vkp_i_loop_clock(loop);
+    *out = loop;
     return VKP_OK;
 }
 

@@ -120,7 +120,7 @@ static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
     VKP_I_STORE_REL(bucket, node);
 }
 
-static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
+static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
 {
     vkp_i_buckets *older = map->buckets;
     vkp_i_buckets *buckets = (vkp_i_buckets *)vkp_i_alloc_zero(
@@ -151,7 +151,7 @@ static bool vkp_i_map_rehouse(vkp_i_map *map, size_t bucket_count)
 static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
 {
     size_t room = map->buckets != NULL ? map->buckets->count : 0;
-    if (map->count >= room && !vkp_i_map_rehouse(map, room == 0 ? 16 : room * 2) && room == 0) {
+    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? 16 : room * 2) && room == 0) {
         return false;
     }
     vkp_i_map_link(map->buckets, node);
@@ -170,7 +170,7 @@ static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
 }
 
 /* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
-static vkp_i_map_node *vkp_i_map_next(const vkp_i_map *map, const vkp_i_map_node *node)
+static vkp_i_map_node *vkp_i_map_get_next(const vkp_i_map *map, const vkp_i_map_node *node)
 {
     size_t count = map->buckets != NULL ? map->buckets->count : 0;
     size_t bucket = 0;

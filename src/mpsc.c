@@ -51,7 +51,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
     channel->weak.channel = channel;
     channel->refs = 2;
     channel->evicts = evicts;
-    channel->fenced = vkp_i_gate_prepare(env);
+    channel->fenced = vkp_i_flag_prepare(env);
     channel->spins = vkp_i_spins(env);
     VKP_I_MUTEX_INIT(&channel->mutex);
     vkp_i_waiters_init(&channel->receiver);
@@ -77,7 +77,7 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
 }
 
 /* A sender less; the last one ends the channel. */
-static void vkp_i_channel_lose(vkp_i_channel *channel)
+static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
 {
     if (VKP_I_UNREF(&channel->handles) == 1) {
         VKP_I_LOCK(&channel->mutex);
@@ -94,7 +94,7 @@ static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **t
     vkp_i_extra_lane *extra =
         (vkp_i_extra_lane *)vkp_i_alloc_zero(channel->config.env, sizeof *extra);
     if (extra == NULL) {
-        vkp_i_channel_lose(channel);
+        vkp_i_channel_remove_sender(channel);
         return VKP_ERR_NOMEM;
     }
     vkp_i_lane_init(&extra->lane, channel);
@@ -133,7 +133,7 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
             (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
             VKP_I_STORE_REL(&tx->lane->dead, 1u); /* it may be gone from here on */
         }
-        vkp_i_channel_lose(channel);
+        vkp_i_channel_remove_sender(channel);
     }
 }
 
@@ -223,7 +223,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
             vkp_i_wait *sender = VKP_CONTAINER(lane->senders.head.next, vkp_i_wait, node);
             vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
         }
-        vkp_i_gate_shut(&lane->tx_waiting, 1u);
+        vkp_i_flag_lower(&lane->tx_waiting, 1u);
     }
     vkp_i_waiters_wake_all(&channel->closers);
     vkp_i_channel_wake_receiver(channel);
@@ -239,8 +239,8 @@ VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx)
     channel = rx->channel;
     vkp_mpsc_close(rx);
     /* From here on a sender that publishes late drops its value itself. */
-    vkp_i_gate_open(&channel->flags, VKP_I_RX_GONE);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_raise(&channel->flags, VKP_I_RX_GONE);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     vkp_i_channel_purge(channel);
     vkp_i_channel_unref(channel);
 }

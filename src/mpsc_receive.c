@@ -3,7 +3,7 @@
    ====================================================================================== */
 
 /* Senders wait who could not know of the places just freed. */
-static void vkp_i_lane_let_in(vkp_i_lane *lane)
+static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
 {
     VKP_I_LOCK(&lane->channel->mutex);
     vkp_i_lane_admit(lane);
@@ -36,8 +36,8 @@ static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
     }
     VKP_I_COPY_OUT(out, vkp_i_ring_item(ring, head), ring->elem_bytes);
     VKP_I_STORE_REL(&lane->head, head + 1);
-    if (vkp_i_gate_check(&lane->tx_waiting, false) != 0) {
-        vkp_i_lane_let_in(lane);
+    if (vkp_i_flag_check(&lane->tx_waiting, false) != 0) {
+        vkp_i_lane_admit_waiting(lane);
     }
     return true;
 }
@@ -74,8 +74,8 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     vkp_i_channel *channel = lane->channel;
     if (channel->evicts) {
         vkp_i_lane_admit(lane);
-    } else if (vkp_i_gate_check(&lane->tx_waiting, channel->fenced) != 0) {
-        vkp_i_lane_let_in(lane);
+    } else if (vkp_i_flag_check(&lane->tx_waiting, channel->fenced) != 0) {
+        vkp_i_lane_admit_waiting(lane);
     }
 }
 
@@ -202,7 +202,7 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
     if (vkp_i_waiter_unlink(waiter) && vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_flag_lower(&channel->flags, VKP_I_RX_WAITING);
     }
     VKP_I_UNLOCK(&channel->mutex);
 }
@@ -213,9 +213,9 @@ static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
     VKP_I_LOCK(&channel->mutex);
     vkp_i_channel_tidy(channel);
     vkp_i_waiter_link(&channel->receiver, waiter);
-    vkp_i_gate_open(&channel->flags, VKP_I_RX_WAITING);
+    vkp_i_flag_raise(&channel->flags, VKP_I_RX_WAITING);
     VKP_I_UNLOCK(&channel->mutex);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     if (!vkp_i_channel_is_ready(channel)) {
         return true;
     }

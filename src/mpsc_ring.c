@@ -255,7 +255,7 @@ static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
 static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
 {
     if (!vkp_i_waiters_empty(&channel->receiver)) {
-        vkp_i_gate_shut(&channel->flags, VKP_I_RX_WAITING);
+        vkp_i_flag_lower(&channel->flags, VKP_I_RX_WAITING);
         vkp_i_waiters_wake_all(&channel->receiver);
     }
 }

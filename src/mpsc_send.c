@@ -59,7 +59,7 @@ static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64
 {
     vkp_i_channel *channel = lane->channel;
     VKP_I_STORE_REL(vkp_i_ring_stamp(ring, ticket), vkp_i_stamp(ticket) | outcome);
-    if (vkp_i_gate_check(&channel->flags, channel->fenced) != 0) {
+    if (vkp_i_flag_check(&channel->flags, channel->fenced) != 0) {
         vkp_i_channel_signal(channel);
     }
 }
@@ -229,7 +229,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
         }
     }
     if (vkp_i_waiters_empty(&lane->senders)) {
-        vkp_i_gate_shut(&lane->tx_waiting, 1u);
+        vkp_i_flag_lower(&lane->tx_waiting, 1u);
     }
     vkp_i_lane_thaw(lane, ticket);
     if (placed) {
@@ -308,12 +308,12 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     sender->status = VKP_ERR_FULL;
     vkp_i_waiter_link(&lane->senders, &sender->node);
     (void)vkp_i_lane_freeze(lane);
-    vkp_i_gate_open(&lane->tx_waiting, 1u);
+    vkp_i_flag_raise(&lane->tx_waiting, 1u);
     if ((VKP_I_LOAD(&channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
         vkp_i_sender_finish(sender, VKP_ERR_CLOSED);
     }
     VKP_I_UNLOCK(&channel->mutex);
-    vkp_i_gate_settle(channel->config.env, channel->fenced);
+    vkp_i_flag_fence(channel->config.env, channel->fenced);
     VKP_I_LOCK(&channel->mutex);
     vkp_i_lane_admit(lane); /* the room that the receiver made before it could see us */
     VKP_I_UNLOCK(&channel->mutex);

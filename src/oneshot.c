@@ -131,7 +131,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 }
 
 /* Close before the sender finished; false when it was first. */
-static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
+static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
     while ((state & VKP_I_SLOT_ENDED) == 0) {
@@ -154,7 +154,7 @@ static bool vkp_i_oneshot_shut(vkp_oneshot *slot)
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
 {
     uint32_t state;
-    if (slot == NULL || vkp_i_oneshot_shut(slot)) {
+    if (slot == NULL || vkp_i_oneshot_close_first(slot)) {
         return;
     }
     state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -305,7 +305,7 @@ VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, voi
         }
     }
     /* A value that comes with the deadline is received: whoever ends the slot first has it. */
-    return vkp_i_oneshot_shut(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
+    return vkp_i_oneshot_close_first(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
 }
 
 VKP_API vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out)

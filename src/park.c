@@ -97,7 +97,7 @@ static bool vkp_i_parker_notified(vkp_parker *parker)
    itself, which puts the two in an order.                                                     */
 
 /* The storing side, after its store: the bits of those who wait. */
-static inline uint32_t vkp_i_gate_check(uint32_t *gate, bool fenced)
+static inline uint32_t vkp_i_flag_check(uint32_t *gate, bool fenced)
 {
     if (fenced) {
         return VKP_I_ADD_ACQ_REL(gate, 0u);
@@ -107,25 +107,25 @@ static inline uint32_t vkp_i_gate_check(uint32_t *gate, bool fenced)
 }
 
 /* The waiting side: open, settle, and then look. */
-static void vkp_i_gate_open(uint32_t *gate, uint32_t bit)
+static void vkp_i_flag_raise(uint32_t *gate, uint32_t bit)
 {
     (void)VKP_I_OR(gate, bit);
 }
 
-static void vkp_i_gate_settle(const vkp_env *env, bool fenced)
+static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
 {
     if (!fenced) {
         (void)vkp_i_sys(env)->membarrier(false);
     }
 }
 
-static void vkp_i_gate_shut(uint32_t *gate, uint32_t bit)
+static void vkp_i_flag_lower(uint32_t *gate, uint32_t bit)
 {
     (void)VKP_I_AND(gate, ~bit);
 }
 
 /* Whether gates have to do without membarrier. */
-static bool vkp_i_gate_prepare(const vkp_env *env)
+static bool vkp_i_flag_prepare(const vkp_env *env)
 {
     return vkp_i_sys(env)->membarrier(true) < 0;
 }
@@ -543,7 +543,7 @@ static void vkp_i_bias_hold(vkp_i_bias *bias, const vkp_env *env)
 {
     vkp_i_backoff backoff = {0};
     VKP_I_STORE(&bias->held, 1u);
-    vkp_i_gate_settle(env, false);
+    vkp_i_flag_fence(env, false);
     while (VKP_I_LOAD_ACQ(&bias->busy) != 0) {
         vkp_i_back_off(&backoff, vkp_i_sys(env));
     }

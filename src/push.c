@@ -30,6 +30,12 @@ VKP_API void vkp_push_drop(void *user, void *push)
     vkp_push_unref((vkp_push *)push);
 }
 
+/* A message of a pub/sub channel, whichever way its subscriber asked for it. */
+static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
+{
+    return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
+}
+
 typedef struct vkp_i_push_form {
     const char *name;
     vkp_push_kind kind;
@@ -64,7 +70,7 @@ static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form
         element = vkp_value_get_next(value, element);
     }
     push->channel = vkp_value_get_str(element);
-    if (form->kind <= VKP_PUSH_SMESSAGE) {
+    if (vkp_i_push_kind_is_message(form->kind)) {
         push->payload = vkp_value_get_str(vkp_value_get_next(value, element));
     }
 }

@@ -7,6 +7,7 @@ typedef enum vkp_sub_kind {
     VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
     VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
 } vkp_sub_kind;
+#define VKP_SUB_KINDS 3
 
 typedef enum vkp_push_kind {
     VKP_PUSH_MESSAGE = 0,  /* channel, payload */

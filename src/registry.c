@@ -31,7 +31,7 @@ static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
     VKP_I_STORE_REL(&sock->on_disk, 1u);
     for (follower = sock->followers; status == VKP_OK && follower != NULL;
          follower = follower->next) {
-        vkp_i_follower_tell(follower);
+        vkp_i_follower_notify(follower);
     }
     return status;
 }
@@ -70,7 +70,7 @@ static void vkp_i_socket_check(vkp_socket *sock)
 }
 
 /* Tell what was noted, one at a time: the program may do anything in between. */
-static void vkp_i_registry_tell_events(vkp_registry *registry)
+static void vkp_i_registry_notify_events(vkp_registry *registry)
 {
     for (;;) {
         vkp_i_map_node *node = NULL;
@@ -78,7 +78,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
         uint32_t event = 0;
         vkp_status status = VKP_OK;
         vkp_i_registry_enter(registry);
-        while (event == 0 && (node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+        while (event == 0 && (node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
             sock = VKP_CONTAINER(node, vkp_socket, node);
             for (event = VKP_SOCKET_BLOCKED; event > 0; event--) {
                 if ((sock->flags & VKP_I_SOCKET_EVENT(event)) != 0) {
@@ -109,7 +109,7 @@ static void vkp_i_registry_tell_events(vkp_registry *registry)
 static void vkp_i_registry_on_timer(vkp_timer *timer);
 
 /* End those that lingered long enough, look at the files: when is there more to do? */
-static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, bool over)
+static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
     uint64_t next_ns = VKP_FOREVER;
     bool check = registry->config.check_ms > 0 && !over && now_ns >= registry->next_check_ns;
@@ -117,7 +117,7 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
     if (check) {
         registry->next_check_ns = vkp_i_after_ms(now_ns, registry->config.check_ms);
     }
-    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
         vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         if (lingers && sock->linger_until_ns == 0) {
@@ -141,56 +141,57 @@ static uint64_t vkp_i_registry_keep(vkp_registry *registry, uint64_t now_ns, boo
 }
 
 /* Loop's thread, with a reference. A placed keeper has one of its own. */
-static void vkp_i_registry_run_keeper(vkp_registry *registry)
+static void vkp_i_registry_run_upkeep(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
     uint64_t next_ns;
     vkp_i_registry_enter(registry);
     registry->loop_gone = registry->loop_gone || loop->closed;
-    next_ns = vkp_i_registry_keep(registry, loop->now_ns, registry->loop_gone);
-    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->keeper_timer, loop,
+    next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, registry->loop_gone);
+    if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->upkeep_timer, loop,
                                                   vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
-        next_ns = vkp_i_registry_keep(registry, loop->now_ns, true); /* nothing lingers without */
+        next_ns =
+            vkp_i_registry_do_upkeep(registry, loop->now_ns, true); /* nothing lingers without */
     }
-    if (next_ns != VKP_FOREVER && !registry->keeper_placed) {
-        registry->keeper_placed = true;
+    if (next_ns != VKP_FOREVER && !registry->upkeep_attached) {
+        registry->upkeep_attached = true;
         (void)VKP_I_ADD(&registry->refs, 1);
-        vkp_i_loop_attach(loop, &registry->keeper_place);
-    } else if (next_ns == VKP_FOREVER && registry->keeper_placed) {
-        registry->keeper_placed = false;
+        vkp_i_loop_attach(loop, &registry->upkeep_place);
+    } else if (next_ns == VKP_FOREVER && registry->upkeep_attached) {
+        registry->upkeep_attached = false;
         registry->released++;
-        vkp_timer_stop(&registry->keeper_timer);
-        vkp_i_loop_detach(&registry->keeper_place);
+        vkp_timer_stop(&registry->upkeep_timer);
+        vkp_i_loop_detach(&registry->upkeep_place);
     }
     vkp_i_registry_leave(registry, true);
     if (registry->config.on_event != NULL) {
-        vkp_i_registry_tell_events(registry);
+        vkp_i_registry_notify_events(registry);
     }
 }
 
 static void vkp_i_registry_on_timer(vkp_timer *timer)
 {
-    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, keeper_timer);
+    vkp_registry *registry = VKP_CONTAINER(timer, vkp_registry, upkeep_timer);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_run_upkeep(registry);
     vkp_i_registry_drop(registry, 1);
 }
 
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
-    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, keeper_task);
+    vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, upkeep_task);
     vkp_i_registry_enter(registry);
-    registry->keeper_queued = false;
+    registry->upkeep_queued = false;
     vkp_i_registry_leave(registry, true);
-    vkp_i_registry_run_keeper(registry);
+    vkp_i_registry_run_upkeep(registry);
     vkp_i_registry_drop(registry, 1); /* the call's */
 }
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
-    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, keeper_place);
+    vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, upkeep_place);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_keeper(registry); /* finds the loop closed */
+    vkp_i_registry_run_upkeep(registry); /* finds the loop closed */
     vkp_i_registry_drop(registry, 1);
 }
 
@@ -248,8 +249,8 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
     if (registry->config.loop != NULL) {
         (void)vkp_loop_ref(registry->config.loop);
     }
-    registry->keeper_task.fn = vkp_i_registry_on_call;
-    registry->keeper_place.on_loop_close = vkp_i_registry_on_loop_close;
+    registry->upkeep_task.fn = vkp_i_registry_on_call;
+    registry->upkeep_place.on_loop_close = vkp_i_registry_on_loop_close;
     VKP_I_MUTEX_INIT(&registry->mutex);
     vkp_i_map_init(&registry->sockets, env);
     registry->sockets.shared = true;
@@ -277,7 +278,7 @@ VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *
     *stats = registry->stats;
     stats->live = registry->sockets.count;
     stats->references = 0;
-    while ((node = vkp_i_map_next(&registry->sockets, node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, node)) != NULL) {
         stats->references += vkp_socket_get_ref_count(VKP_CONTAINER(node, vkp_socket, node));
     }
     vkp_i_registry_leave(registry, true);
@@ -312,7 +313,7 @@ VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry)
     uint64_t now_ns;
     vkp_i_registry_enter(registry);
     now_ns = registry->sys->clock_ns();
-    while ((node = vkp_i_map_next(&registry->sockets, NULL)) != NULL) {
+    while ((node = vkp_i_map_get_next(&registry->sockets, NULL)) != NULL) {
         vkp_socket *sock = VKP_CONTAINER(node, vkp_socket, node);
         bool lingers = (sock->flags & VKP_I_SOCKET_LINGERS) != 0;
         (void)vkp_i_socket_retire(sock, now_ns);

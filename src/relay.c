@@ -94,10 +94,10 @@ struct vkp_i_shard {
     vkp_i_task kill_task;
 };
 
-typedef struct vkp_i_census_entry {
+typedef struct vkp_i_subscriber_count {
     vkp_i_map_node node;
     size_t count;
-} vkp_i_census_entry; /* its name is behind the struct */
+} vkp_i_subscriber_count; /* its name is behind the struct */
 
 struct vkp_relay {
     const vkp_env *env;
@@ -116,7 +116,7 @@ struct vkp_relay {
     size_t listener_capacity;
     uint64_t next_id; /* atomic */
     VKP_I_MUTEX mutex;
-    vkp_i_map census[3]; /* guarded by the mutex */
+    vkp_i_map subscribers[VKP_SUB_KINDS]; /* guarded by the mutex */
     bool draining;
     size_t live_shards; /* atomic, while draining */
     vkp_timer drain_timer;
@@ -153,8 +153,8 @@ static void vkp_i_relay_free(vkp_relay *relay)
         vkp_i_free(env, shard->inline_text, shard->inline_capacity);
         vkp_loop_unref(shard->loop);
     }
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_deinit(&relay->census[kind]);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_deinit(&relay->subscribers[kind]);
     }
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
@@ -195,14 +195,14 @@ static void vkp_i_local_release(vkp_i_local *local)
 static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
 {
     if (vkp_conn_send(local->member.conn, bytes) == VKP_ERR_NOMEM) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
 static void vkp_i_local_fail(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_NOMEM, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_NOMEM, 0);
     }
 }
 
@@ -237,15 +237,14 @@ static void vkp_i_local_notify(vkp_i_local *local)
 static void vkp_i_local_leave(vkp_i_local *local)
 {
     if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
-        (local->flags & VKP_I_LOCAL_FAILED) == 0 &&
-        (local->member.conn->flags & VKP_I_CONN_DRAINING) == 0) {
+        (local->flags & VKP_I_LOCAL_FAILED) == 0 && !vkp_i_conn_is_draining(local->member.conn)) {
         vkp_i_local_notify(local);
     }
     vkp_conn_drain(local->member.conn);
 }
 
 /* Go on reading, or leave, as far as nothing stands against it. */
-static void vkp_i_local_proceed(vkp_i_local *local)
+static void vkp_i_local_maybe_resume(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
         return;
@@ -254,12 +253,12 @@ static void vkp_i_local_proceed(vkp_i_local *local)
         local->flags &= ~VKP_I_LOCAL_ORDER;
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
-        local->member.conn->queued_bytes > VKP_I_MOST_UNREAD / 2) {
+        vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD / 2) {
         vkp_i_conn_flush(local->member.conn); /* what it cannot take, on_drain tells of */
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
         local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
-        local->member.conn->queued_bytes <= VKP_I_MOST_UNREAD / 2) {
+        vkp_i_conn_get_queued_bytes(local->member.conn) <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
     if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
@@ -285,10 +284,10 @@ static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
 static void vkp_i_local_throttle(vkp_i_local *local)
 {
     vkp_conn *conn = local->member.conn;
-    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+    if (vkp_i_conn_get_queued_bytes(conn) > VKP_I_MOST_UNREAD) {
         vkp_i_conn_flush(conn);
     }
-    if (conn->queued_bytes > VKP_I_MOST_UNREAD) {
+    if (vkp_i_conn_get_queued_bytes(conn) > VKP_I_MOST_UNREAD) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
 }
@@ -318,7 +317,7 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
         }
         vkp_i_answer_free(answer);
     }
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
     vkp_i_local_release(local);
 }
 

@@ -193,7 +193,7 @@ static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv
     (void)argc;
     (void)argv;
     vkp_i_multi_free(local);
-    vkp_i_local_part_all(local);
+    vkp_i_local_leave_all(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
     vkp_i_local_answer_static(local, "+RESET\r\n");
@@ -326,7 +326,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
         return;
     }
     (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
-    receivers = relay->shard_count > 1 ? vkp_i_census_receivers(relay, kind, argv[1]) : 0;
+    receivers = relay->shard_count > 1 ? vkp_i_subscribers_receivers(relay, kind, argv[1]) : 0;
     for (i = 0; i < relay->shard_count && receivers > 0; i++) {
         vkp_push push;
         if (&relay->shards[i] == shard) {
@@ -356,11 +356,11 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
 {
     vkp_i_map_node *node = NULL;
     size_t count = 0;
-    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&relay->subscribers[kind], node)) != NULL) {
         count += pattern == NULL || vkp_glob_is_match(*pattern, node->key) ? 1u : 0u;
     }
     vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
-    while ((node = vkp_i_map_next(&relay->census[kind], node)) != NULL) {
+    while ((node = vkp_i_map_get_next(&relay->subscribers[kind], node)) != NULL) {
         if (pattern == NULL || vkp_glob_is_match(*pattern, node->key)) {
             vkp_resp_put_bulk(writer, node->key.ptr, node->key.len);
         }
@@ -389,10 +389,10 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_put_map(&writer, 2, argc - 2);
         for (i = 2; i < argc; i++) {
             vkp_resp_put_bulk(&writer, argv[i].ptr, argv[i].len);
-            vkp_resp_put_integer(&writer, (int64_t)vkp_i_census_count(relay, kind, argv[i]));
+            vkp_resp_put_integer(&writer, (int64_t)vkp_i_subscribers_count(relay, kind, argv[i]));
         }
     } else if (vkp_i_str_is(argv[1], "NUMPAT") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)relay->census[VKP_SUB_PATTERN].count);
+        vkp_resp_put_integer(&writer, (int64_t)relay->subscribers[VKP_SUB_PATTERN].count);
     } else {
         known = false;
     }
@@ -500,7 +500,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
         vkp_i_local_fail(local);
         vkp_i_multi_free(local);
         if (answer != NULL) { /* goes with the connection */
-            vkp_i_answer_home(&answer->task);
+            vkp_i_answer_return(&answer->task);
         }
         return;
     }
@@ -513,7 +513,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
 }
 
 /* Hold a command until EXEC. */
-static void vkp_i_multi_hold(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
+static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *argv, uint32_t shape)
 {
     vkp_i_multi *multi = local->multi;
     const vkp_env *env = local->shard->relay->env;
@@ -737,7 +737,7 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
         return true;
     }
     if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
-        vkp_i_multi_hold(local, argc, argv, shape);
+        vkp_i_multi_append(local, argc, argv, shape);
     } else if (here) {
         command->run(local, argc, argv);
     } else if (relay->client == NULL) {

@@ -114,7 +114,7 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     vkp_resp_writer writer;
     bool has_shape = answer->shape != 0 || answer->shape_count != 0;
     if (answer->protocol == 3
-            ? value->i_reserved == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
+            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
             : !has_shape && vkp_i_value_is_resp2(value)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
@@ -130,16 +130,16 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     return vkp_resp_writer_take(&writer, out);
 }
 
-static void vkp_i_answer_home(vkp_i_task *task)
+static void vkp_i_answer_return(vkp_i_task *task)
 {
     vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
-        local->held_bytes + local->member.conn->queued_bytes >
+        local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
             local->shard->relay->max_reply_bytes) {
-        vkp_i_conn_doom(local->member.conn, VKP_CLOSE_SLOW, 0);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0);
     }
     vkp_i_local_flush_answers(local);
 }
@@ -165,12 +165,12 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
         answer->bytes = vkp_i_error_bytes(env, text);
     }
     if (vkp_i_on_loop(shard->loop)) {
-        vkp_i_answer_home(&answer->task);
+        vkp_i_answer_return(&answer->task);
         return;
     }
-    answer->task.fn = vkp_i_answer_home;
+    answer->task.fn = vkp_i_answer_return;
     if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
-        vkp_i_answer_home(&answer->task); /* that loop is closed: nobody else is there */
+        vkp_i_answer_return(&answer->task); /* that loop is closed: nobody else is there */
     }
 }
 
@@ -195,7 +195,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
                            ? "ERR the relay is out of memory"
                            : "ERR the relay is not connected to its upstream server");
         answer->bytes = vkp_i_error_bytes(relay->env, text);
-        vkp_i_answer_home(&answer->task);
+        vkp_i_answer_return(&answer->task);
     }
 }
 

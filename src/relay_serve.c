@@ -18,7 +18,7 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
     (void)VKP_I_ADD(&local->shard->relay->protocol_errors, (uint64_t)1);
     vkp_i_local_error(local, "ERR Protocol error: %s", text);
     vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
 }
 
 static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
@@ -52,9 +52,9 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
         vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
     if (status == VKP_ERR_EMPTY) {
         /* Keep the reader of a long command: it must not be read from its start again. */
-        if (reader == shard->reader && reader->count > 64) {
+        if (reader == shard->reader && vkp_i_reader_is_deep_in(reader)) {
             vkp_resp_reader *fresh;
-            if (vkp_resp_reader_open(&reader->config, &fresh) == VKP_OK) {
+            if (vkp_i_reader_open_alike(reader, &fresh) == VKP_OK) {
                 local->reader = reader;
                 shard->reader = fresh;
             }
@@ -228,8 +228,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
     uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
                     VKP_I_LOCAL_FAILED;
     local->refs++;
-    while (used < in->len && (local->flags & stop) == 0 &&
-           (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_DOOMED)) == 0) {
+    while (used < in->len && (local->flags & stop) == 0 && vkp_i_conn_is_serving(conn)) {
         size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
                                             : vkp_i_local_take_inline(local, in, used);
         if (step == 0) {
@@ -256,10 +255,10 @@ static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
     (void)conn;
-    vkp_i_local_proceed((vkp_i_local *)user);
+    vkp_i_local_maybe_resume((vkp_i_local *)user);
 }
 
-static void vkp_i_shard_told(vkp_i_shard *shard);
+static void vkp_i_shard_drained(vkp_i_shard *shard);
 static void vkp_i_relay_client_left(vkp_relay *relay);
 
 static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
@@ -274,7 +273,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
         (void)VKP_I_ADD(&relay->slow_closed, (uint64_t)1);
     }
     local->flags |= VKP_I_LOCAL_CLOSED;
-    vkp_i_local_part_all(local);
+    vkp_i_local_leave_all(local);
     vkp_i_multi_free(local);
     if (local->prev != NULL) {
         local->prev->next = local->next;
@@ -287,7 +286,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     shard->local_count--;
     local->member.conn = NULL;
     vkp_conn_unref(conn);
-    vkp_i_shard_told(shard);
+    vkp_i_shard_drained(shard);
     vkp_i_relay_client_left(relay);
     vkp_i_local_release(local);
 }
@@ -372,7 +371,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
     VKP_I_UNLOCK(&shard->relay->mutex);
 }
 
-static void vkp_i_handover_home(vkp_i_task *task)
+static void vkp_i_handover_receive(vkp_i_task *task)
 {
     vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
     vkp_relay *relay = handover->shard->relay;
@@ -388,7 +387,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
 {
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
     if (handover != NULL) {
-        handover->task.fn = vkp_i_handover_home;
+        handover->task.fn = vkp_i_handover_receive;
         handover->shard = shard;
         handover->fd = fd;
         handover->seat = seat;
@@ -513,7 +512,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 {
     vkp_relay *relay = (vkp_relay *)user;
     size_t i;
-    if (push->kind > VKP_PUSH_SMESSAGE) {
+    if (!vkp_i_push_kind_is_message(push->kind)) {
         if (push->kind >= VKP_PUSH_CONNECTED) {
             vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
                       VKP_FMT(push->payload));
@@ -545,7 +544,7 @@ static void vkp_i_relay_end(vkp_i_task *task)
 }
 
 /* The last client of a draining shard left: the last shard tells loop 0. */
-static void vkp_i_shard_told(vkp_i_shard *shard)
+static void vkp_i_shard_drained(vkp_i_shard *shard)
 {
     vkp_relay *relay = shard->relay;
     if (!shard->draining || shard->gone || shard->local_count > 0) {
@@ -577,7 +576,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
         }
         local = next;
     }
-    vkp_i_shard_told(shard);
+    vkp_i_shard_drained(shard);
     vkp_i_relay_release(relay);
 }
 
@@ -677,7 +676,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->pushes = NULL;
     }
     if (relay->client != NULL) {
-        vkp_i_client_shut(relay->client); /* answers under way come home now */
+        vkp_i_client_close_now(relay->client); /* answers under way come home now */
         vkp_client_unref(relay->client);
         relay->client = NULL;
     }
@@ -773,7 +772,7 @@ static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event e
 }
 
 /* Who may come in, and where. */
-static vkp_status vkp_i_relay_open_doors(vkp_relay *relay, const vkp_relay_config *config)
+static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config *config)
 {
     vkp_gate_config gate;
     vkp_registry_config registry;
@@ -833,8 +832,8 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
     relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
     VKP_I_MUTEX_INIT(&relay->mutex);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_init(&relay->census[kind], env);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_init(&relay->subscribers[kind], env);
     }
     relay->shards = (vkp_i_shard *)vkp_i_alloc_zero(env, count * sizeof *relay->shards);
     if (relay->shards == NULL) {
@@ -846,7 +845,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         status = vkp_i_shard_open(&relay->shards[i], relay, config, i);
     }
     if (status == VKP_OK) {
-        status = vkp_i_relay_open_doors(relay, config);
+        status = vkp_i_relay_open_gate(relay, config);
     }
     if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_client(relay, config);

@@ -6,18 +6,18 @@
 /* ---- the census ---- */
 
 /* Count a subscriber more or less. False: no memory (only when adding). */
-static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
+static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
 {
-    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map *map = &relay->subscribers[kind];
     vkp_i_map_node *node;
-    vkp_i_census_entry *entry = NULL;
+    vkp_i_subscriber_count *entry = NULL;
     bool ok = true;
     VKP_I_LOCK(&relay->mutex);
     node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
     if (node != NULL) {
-        entry = VKP_CONTAINER(node, vkp_i_census_entry, node);
+        entry = VKP_CONTAINER(node, vkp_i_subscriber_count, node);
     } else if (added) {
-        entry = (vkp_i_census_entry *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
+        entry = (vkp_i_subscriber_count *)vkp_i_alloc_zero(relay->env, sizeof *entry + name.len);
         ok = entry != NULL;
         if (ok) {
             if (name.len > 0) {
@@ -44,24 +44,24 @@ static bool vkp_i_census_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, 
 }
 
 /* Locked: subscribers of a name. */
-static size_t vkp_i_census_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
+static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
-    vkp_i_map *map = &relay->census[kind];
+    vkp_i_map *map = &relay->subscribers[kind];
     vkp_i_map_node *node = vkp_i_map_find(map, vkp_i_map_hash(map, name), name);
-    return node != NULL ? VKP_CONTAINER(node, vkp_i_census_entry, node)->count : 0;
+    return node != NULL ? VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count : 0;
 }
 
 /* Who gets a message published now, over all shards. */
-static size_t vkp_i_census_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
+static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
 {
     vkp_i_map_node *node = NULL;
     size_t count;
     VKP_I_LOCK(&relay->mutex);
-    count = vkp_i_census_count(relay, kind, channel);
-    while (kind == VKP_SUB_CHANNEL && relay->census[VKP_SUB_PATTERN].count > 0 &&
-           (node = vkp_i_map_next(&relay->census[VKP_SUB_PATTERN], node)) != NULL) {
+    count = vkp_i_subscribers_count(relay, kind, channel);
+    while (kind == VKP_SUB_CHANNEL && relay->subscribers[VKP_SUB_PATTERN].count > 0 &&
+           (node = vkp_i_map_get_next(&relay->subscribers[VKP_SUB_PATTERN], node)) != NULL) {
         if (vkp_glob_is_match(node->key, channel)) {
-            count += VKP_CONTAINER(node, vkp_i_census_entry, node)->count;
+            count += VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count;
         }
     }
     VKP_I_UNLOCK(&relay->mutex);
@@ -90,8 +90,8 @@ struct vkp_i_subscription {
     vkp_i_sub_item items[1]; /* count of them; then the names */
 };
 
-static const char *const vkp_i_sub_verbs[2][3] = {{"unsubscribe", "punsubscribe", "sunsubscribe"},
-                                                  {"subscribe", "psubscribe", "ssubscribe"}};
+static const char *const vkp_i_sub_verbs[2][VKP_SUB_KINDS] = {
+    {"unsubscribe", "punsubscribe", "sunsubscribe"}, {"subscribe", "psubscribe", "ssubscribe"}};
 
 /* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
@@ -134,38 +134,38 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
 }
 
 /* Join the hub and count, or neither. */
-static bool vkp_i_local_join(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     bool added = false;
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && relay->client == NULL && !vkp_i_census_add(relay, kind, name, true)) {
+    if (added && relay->client == NULL && !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
     return true;
 }
 
-static void vkp_i_local_part(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
+static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
         if (relay->client == NULL) { /* first: the name may be the hub's memory */
-            (void)vkp_i_census_add(relay, kind, name, false);
+            (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }
 
-static void vkp_i_local_part_all(vkp_i_local *local)
+static void vkp_i_local_leave_all(vkp_i_local *local)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         while (local->member.counts[kind] > 0) {
-            vkp_i_local_part(local, (vkp_sub_kind)kind,
-                             vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
+            vkp_i_local_leave_name(local, (vkp_sub_kind)kind,
+                                   vkp_hub_get_member_name(&local->member, (vkp_sub_kind)kind));
         }
     }
 }
@@ -178,15 +178,15 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
 }
 
 /* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
-static bool vkp_i_subscription_settle(vkp_i_subscription *self, vkp_i_sub_item *item,
-                                      vkp_resp_writer *writer)
+static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
+                                        vkp_resp_writer *writer)
 {
     vkp_i_local *local = self->local;
     vkp_relay *relay = local->shard->relay;
     bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
     bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
     bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
-    if (!closed && stands && !vkp_i_local_join(local, self->kind, item->name)) {
+    if (!closed && stands && !vkp_i_local_join_name(local, self->kind, item->name)) {
         stands = false;
         closed = true;
         vkp_i_local_fail(local);
@@ -216,7 +216,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     for (i = 0; i < self->count; i++) {
-        alive = vkp_i_subscription_settle(self, &self->items[i], &writer) && alive;
+        alive = vkp_i_subscription_end_item(self, &self->items[i], &writer) && alive;
     }
     if (alive) {
         vkp_i_local_answer_writer(local, &writer);
@@ -224,11 +224,11 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
         vkp_resp_writer_deinit(&writer);
     }
     local->flags &= ~VKP_I_LOCAL_BUSY;
-    vkp_i_local_proceed(local);
+    vkp_i_local_maybe_resume(local);
     vkp_i_subscription_free(self);
 }
 
-static void vkp_i_sub_item_home(vkp_i_task *task)
+static void vkp_i_sub_item_return(vkp_i_task *task)
 {
     vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
     if (--item->subscription->waiting == 0) {
@@ -242,9 +242,9 @@ static void vkp_i_sub_item_done(void *user, vkp_status status)
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
     vkp_loop *loop = item->subscription->local->shard->loop;
     item->status = status;
-    item->task.fn = vkp_i_sub_item_home;
+    item->task.fn = vkp_i_sub_item_return;
     if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
-        vkp_i_sub_item_home(&item->task);
+        vkp_i_sub_item_return(&item->task);
     }
 }
 
@@ -326,7 +326,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     for (i = 0; i < count; i++) {
-        vkp_i_local_part(local, kind, names[i]);
+        vkp_i_local_leave_name(local, kind, names[i]);
         vkp_i_put_confirmation(&writer, local, false, kind, names[i]);
     }
     if (count == 0 && local->member.counts[kind] == 0) {
@@ -339,7 +339,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
             vkp_i_local_fail(local);
             break;
         }
-        vkp_i_local_part(local, kind, name);
+        vkp_i_local_leave_name(local, kind, name);
         vkp_i_put_confirmation(&writer, local, false, kind, vkp_i_str(copy.data, copy.len));
         vkp_bytes_unref(&copy);
     }

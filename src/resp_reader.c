@@ -567,7 +567,7 @@ static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
 
 /* A value is whole: count it where it belongs, and close the aggregates that it completes.
    True when the frame is whole.                                                               */
-static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
+static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
     for (;;) {
@@ -590,7 +590,7 @@ static bool vkp_i_reader_settle(vkp_resp_reader *reader, const uint8_t *window)
         }
         if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
-            reader->values[top->index].i_reserved = 1; /* the array has some */
+            reader->values[top->index].i_has_nested = 1;
             return false;
         }
         if (--top->remaining > 0) {
@@ -706,7 +706,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
         if (status != VKP_OK) {
             return status;
         }
-    } while (!vkp_i_reader_settle(reader, window));
+    } while (!vkp_i_reader_end_value(reader, window));
     if (reader->position > reader->config.max_frame_bytes) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->config.max_frame_bytes,
                                  "frame above max_frame_bytes (%zu)",
@@ -787,6 +787,21 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
     reader->given = 0;
     window = reader->buffer != NULL ? reader->buffer + reader->begin : nothing;
     return vkp_resp_reader_scan(reader, window, reader->end - reader->begin, value, &reader->given);
+}
+
+/* ---- for the layers above ----
+   The relay gives a reader of its own to a client whose command is long.                      */
+
+/* The frame under way has so many values that reading it again from its start would cost. */
+#define VKP_I_READER_DEEP 64
+static bool vkp_i_reader_is_deep_in(const vkp_resp_reader *reader)
+{
+    return reader->count > VKP_I_READER_DEEP;
+}
+
+static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_resp_reader **out)
+{
+    return vkp_resp_reader_open(&reader->config, out);
 }
 
 #endif /* VKP_I_IO */

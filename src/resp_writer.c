@@ -183,7 +183,7 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
 }
 
 /* One place of the tree: a scalar, or an aggregate's header. */
-static void vkp_i_put_place(vkp_resp_writer *writer, const vkp_value *value, int protocol)
+static void vkp_i_put_node(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {
     case VKP_RESP_NULL:
@@ -227,7 +227,7 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
             (value->type == VKP_RESP_ATTRIBUTE && protocol != 3)) {
             value += value->span;
         } else {
-            vkp_i_put_place(writer, value, protocol);
+            vkp_i_put_node(writer, value, protocol);
             value++;
         }
     }

@@ -27,7 +27,7 @@
 #define VKP_I_REFS ((uint64_t)0x3fffffff) /* of the word: how many refer to it */
 #define VKP_I_MOST_REFS ((size_t)1 << 29) /* far from the next bit: ref adds before it looks */
 #define VKP_I_DEAD ((uint64_t)1 << 30)    /* retired: inactive for good */
-#define VKP_I_DUTY ((uint64_t)1 << 31)    /* somebody is about to bury it */
+#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* somebody is about to bury it */
 #define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32))
 
 #define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1) /* with an end */
@@ -94,13 +94,13 @@ struct vkp_registry {
     char note[256];
     vkp_registry_stats stats;
     /* Of the loop's timer, guarded too; timer and place belong to its thread. */
-    bool keeper_queued;
-    bool keeper_placed;
+    bool upkeep_queued;
+    bool upkeep_attached;
     bool loop_gone;
     uint64_t next_check_ns;
-    vkp_i_task keeper_task;
-    vkp_timer keeper_timer;
-    vkp_i_attached keeper_place;
+    vkp_i_task upkeep_task;
+    vkp_timer upkeep_timer;
+    vkp_i_attached upkeep_place;
 };
 
 static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
@@ -186,13 +186,13 @@ vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *for
     va_end(arguments);
 }
 
-static void vkp_i_registry_bury_all(vkp_registry *registry);
+static void vkp_i_registry_dispose_all(vkp_registry *registry);
 
 static void vkp_i_registry_enter(vkp_registry *registry)
 {
     VKP_I_LOCK(&registry->mutex);
     vkp_i_latch_lock(&registry->held, registry->sys);
-    vkp_i_registry_bury_all(registry);
+    vkp_i_registry_dispose_all(registry);
 }
 
 static bool vkp_i_registry_try_enter(vkp_registry *registry)
@@ -211,7 +211,7 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
     char note[sizeof registry->note];
     note[0] = '\0';
     do {
-        vkp_i_registry_bury_all(registry);
+        vkp_i_registry_dispose_all(registry);
         while (registry->to_close != NULL) {
             vkp_i_endpoint *each = registry->to_close;
             registry->to_close = each->next;
@@ -307,7 +307,7 @@ VKP_API vkp_socket *vkp_socket_ref(vkp_socket *sock)
     return NULL;
 }
 
-static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock);
+static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock);
 
 VKP_API void vkp_socket_unref(vkp_socket *sock)
 {
@@ -319,16 +319,16 @@ VKP_API void vkp_socket_unref(vkp_socket *sock)
     }
     word = VKP_I_LOAD(&sock->word);
     do {
-        less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_DUTY;
+        less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_CLEANUP;
     } while (!VKP_I_CAS(&sock->word, &word, less));
-    if ((less & VKP_I_REFS) > 0 || (word & VKP_I_DUTY) != 0) {
+    if ((less & VKP_I_REFS) > 0 || (word & VKP_I_CLEANUP) != 0) {
         return; /* others refer to it, or its burial is under way, which will see this */
     }
     registry = sock->registry;
     sock->ended_ns = registry->sys->clock_ns();
     (void)VKP_I_ADD(&registry->refs, 1); /* whoever buries a corpse drops the socket's own */
     if (vkp_i_registry_try_enter(registry)) {
-        vkp_i_socket_bury(registry, sock);
+        vkp_i_socket_dispose(registry, sock);
         vkp_i_registry_leave(registry, false);
     } else {
         sock->link = VKP_I_LOAD(&registry->corpses);
@@ -414,7 +414,7 @@ static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
 }
 
 /* An abstract name is free when its descriptor is closed, so that must not wait. */
-static void vkp_i_socket_let_go(vkp_socket *sock)
+static void vkp_i_socket_detach(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
     vkp_i_endpoint *endpoint = sock->endpoint;
@@ -427,7 +427,7 @@ static void vkp_i_socket_let_go(vkp_socket *sock)
     }
 }
 
-static void vkp_i_follower_tell(vkp_i_follower *follower)
+static void vkp_i_follower_notify(vkp_i_follower *follower)
 {
     if (!follower->queued) {
         follower->queued = vkp_i_loop_queue(follower->loop, &follower->task);
@@ -453,14 +453,14 @@ static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
         sock->followers = follower->next;
         follower->sock = NULL;
         if (ours) {
-            vkp_i_follower_tell(follower);
+            vkp_i_follower_notify(follower);
         }
     }
     if (ours && (sock->flags & VKP_I_SOCKET_ABSTRACT) == 0) {
         vkp_i_registry_remove(registry, sock->path, &sock->id);
     }
     vkp_i_socket_unlock(sock, ours);
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     now = sys->clock_ns();
     registry->stats.cleanup_last_ns = now > since_ns ? now - since_ns : 0;
     registry->stats.cleanup_total_ns += registry->stats.cleanup_last_ns;
@@ -489,12 +489,12 @@ static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t 
 }
 
 /* Have it look soon. False: there is no loop any more. */
-static bool vkp_i_registry_call_keeper(vkp_registry *registry)
+static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
 {
-    if (!registry->keeper_queued && !registry->loop_gone) {
-        registry->keeper_queued = vkp_i_loop_queue(registry->config.loop, &registry->keeper_task);
-        registry->loop_gone = !registry->keeper_queued;
-        if (registry->keeper_queued) {
+    if (!registry->upkeep_queued && !registry->loop_gone) {
+        registry->upkeep_queued = vkp_i_loop_queue(registry->config.loop, &registry->upkeep_task);
+        registry->loop_gone = !registry->upkeep_queued;
+        if (registry->upkeep_queued) {
             (void)VKP_I_ADD(&registry->refs, 1);
         }
     }
@@ -502,37 +502,37 @@ static bool vkp_i_registry_call_keeper(vkp_registry *registry)
 }
 
 /* With the first socket, and again if there was no memory for the timer then. */
-static void vkp_i_registry_see_to_checks(vkp_registry *registry)
+static void vkp_i_registry_ensure_checks(vkp_registry *registry)
 {
-    if (registry->config.check_ms > 0 && !registry->keeper_placed) {
-        (void)vkp_i_registry_call_keeper(registry);
+    if (registry->config.check_ms > 0 && !registry->upkeep_attached) {
+        (void)vkp_i_registry_request_upkeep(registry);
     }
 }
 
 /* The duty is the caller's. */
-static void vkp_i_socket_bury(vkp_registry *registry, vkp_socket *sock)
+static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
     bool lingers = false;
-    vkp_i_registry_see_to_checks(registry);
+    vkp_i_registry_ensure_checks(registry);
     do {
         if ((word & VKP_I_REFS) == 0) {
             lingers = (word & VKP_I_DEAD) == 0 && registry->config.linger_ms > 0 &&
                       registry->sys->process_id() == sock->opener_pid &&
-                      vkp_i_registry_call_keeper(registry);
+                      vkp_i_registry_request_upkeep(registry);
             if (!lingers) {
                 vkp_i_socket_end(registry, sock, sock->ended_ns);
                 return;
             }
         }
-    } while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_DUTY));
+    } while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_CLEANUP));
     if (lingers) {
         sock->flags |= VKP_I_SOCKET_LINGERS;
         sock->linger_until_ns = 0;
     }
 }
 
-static void vkp_i_registry_bury_all(vkp_registry *registry)
+static void vkp_i_registry_dispose_all(vkp_registry *registry)
 {
     vkp_socket *corpse = NULL;
     if (VKP_I_LOAD_ACQ(&registry->corpses) != NULL) {
@@ -541,7 +541,7 @@ static void vkp_i_registry_bury_all(vkp_registry *registry)
     while (corpse != NULL) {
         vkp_socket *next = corpse->link;
         uint64_t ended = registry->stats.ended;
-        vkp_i_socket_bury(registry, corpse);
+        vkp_i_socket_dispose(registry, corpse);
         registry->stats.handed_over += registry->stats.ended - ended; /* it may linger instead */
         corpse = next;
     }
@@ -642,7 +642,7 @@ static vkp_status vkp_i_socket_bind(vkp_socket *sock)
         return result == -EADDRINUSE || result == -EEXIST ? VKP_ERR_IN_USE
                                                           : vkp_i_sys_failure(result);
     }
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     sock->endpoint = endpoint;
     sock->id = id;
     return VKP_OK;
@@ -745,7 +745,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
         (void)VKP_I_ADD(&registry->refs, 1);
         registry->stats.created++;
         registry->stats.taken_over += cleared ? 1u : 0u;
-        vkp_i_registry_see_to_checks(registry);
+        vkp_i_registry_ensure_checks(registry);
         *out = sock;
         return VKP_OK;
     }
@@ -755,7 +755,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
         sock->endpoint = NULL;
     }
     vkp_i_socket_unlock(sock, true);
-    vkp_i_socket_let_go(sock);
+    vkp_i_socket_detach(sock);
     sock->link = registry->spare;
     registry->spare = sock;
     errno = error;

@@ -656,3 +656,18 @@ VKP_API const vkp_sys *vkp_sys_get_default(void)
         VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
     return &table;
 }
+
+static const vkp_sys *vkp_i_sys(const vkp_env *env)
+{
+    return env->sys != NULL ? env->sys : vkp_sys_get_default();
+}
+
+VKP_API uint64_t vkp_now_ns(void)
+{
+    return vkp_sys_get_default()->clock_ns();
+}
+
+VKP_API uint64_t vkp_after_ms(uint64_t ms)
+{
+    return vkp_i_after_ms(vkp_now_ns(), ms);
+}

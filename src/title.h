@@ -27,11 +27,11 @@
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
-           >>impl-audience  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
+           >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-client  >>impl-client-link  >>impl-pushloop  >>impl-relay
+           >>impl-push  >>impl-client  >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full

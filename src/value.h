@@ -53,10 +53,10 @@ typedef struct vkp_value {
     uint8_t type;  /* vkp_resp_type */
     uint8_t flags; /* VKP_F_* */
     uint16_t i_depth;
-    uint32_t span;       /* places in the array that it takes, its elements included */
-    uint32_t attributes; /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
-    uint32_t i_reserved;
-    size_t len; /* bytes of str, or number of elements */
+    uint32_t span;         /* places in the array that it takes, its elements included */
+    uint32_t attributes;   /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
+    uint32_t i_has_nested; /* of an aggregate: it holds a VKP_VALUE_OUT_OF_BAND */
+    size_t len;            /* bytes of str, or number of elements */
     union {
         const char *str; /* not terminated */
         int64_t integer;

@@ -27,7 +27,7 @@ typedef struct vkp_i_watch {
     vkp_i_cell *current; /* atomic */
     vkp_i_cell *cells;   /* latch */
     uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
-    vkp_i_audience audience;
+    vkp_i_receivers receivers;
 } vkp_i_watch;
 
 struct vkp_watch_tx {
@@ -107,7 +107,7 @@ static void vkp_i_watch_unref(vkp_i_watch *watch)
     if (watch->scratch != NULL) {
         vkp_i_free(env, watch->scratch, watch->words * sizeof(uint64_t));
     }
-    vkp_i_audience_deinit(&watch->audience);
+    vkp_i_receivers_deinit(&watch->receivers);
     vkp_i_free(env, watch, sizeof *watch);
 }
 
@@ -138,8 +138,8 @@ VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx *
     cell->owns = config->drop != NULL && config->initial != NULL;
     watch->refs = 1;
     watch->tx_refs = 1;
-    vkp_i_audience_init(&watch->audience, env);
-    vkp_i_biased_init(&watch->latch, watch->audience.fenced);
+    vkp_i_receivers_init(&watch->receivers, env);
+    vkp_i_biased_init(&watch->latch, watch->receivers.fenced);
     *tx = (vkp_watch_tx *)(void *)watch;
     return VKP_OK;
 }
@@ -158,7 +158,7 @@ VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
     }
     watch = &tx->watch;
     if (VKP_I_UNREF(&watch->tx_refs) == 1) {
-        vkp_i_audience_end(&watch->audience);
+        vkp_i_receivers_end(&watch->receivers);
         vkp_i_watch_unref(watch);
     }
 }
@@ -172,7 +172,7 @@ static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_w
     self->watch = watch;
     self->seen = seen;
     (void)VKP_I_ADD(&watch->refs, (size_t)1);
-    (void)VKP_I_ADD(&watch->audience.receivers, (size_t)1);
+    (void)VKP_I_ADD(&watch->receivers.receivers, (size_t)1);
     *rx = self;
     return VKP_OK;
 }
@@ -197,7 +197,7 @@ VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx)
     }
     watch = rx->watch;
     vkp_watch_release(rx);
-    vkp_i_audience_lose(&watch->audience);
+    vkp_i_receivers_remove(&watch->receivers);
     vkp_i_free(watch->config.env, rx, sizeof *rx);
     vkp_i_watch_unref(watch);
 }
@@ -221,7 +221,7 @@ VKP_API vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item)
         return VKP_ERR_NOMEM;
     }
     vkp_i_watch_drop(watch, doomed);
-    vkp_i_audience_signal(&watch->audience);
+    vkp_i_receivers_signal(&watch->receivers);
     return VKP_OK;
 }
 
@@ -279,7 +279,7 @@ VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
     status = vkp_i_watch_modify(watch, modify, user, &modified);
     vkp_i_biased_unlock(&watch->latch, biased);
     if (modified) {
-        vkp_i_audience_signal(&watch->audience);
+        vkp_i_receivers_signal(&watch->receivers);
     }
     if (status == VKP_OK && changed != NULL) {
         *changed = modified;
@@ -381,12 +381,12 @@ VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx)
 
 VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx)
 {
-    return vkp_i_audience_is_ended(&rx->watch->audience);
+    return vkp_i_receivers_is_ended(&rx->watch->receivers);
 }
 
 VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
 {
-    return vkp_i_audience_size(&tx->watch.audience);
+    return vkp_i_receivers_size(&tx->watch.receivers);
 }
 
 static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
@@ -409,12 +409,12 @@ static bool vkp_i_case_changed_is_ready(const vkp_case *each)
 
 static void vkp_i_case_changed_leave(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_leave(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    vkp_i_receivers_leave(&((vkp_watch_rx *)each->i_object)->watch->receivers, &wait->node);
 }
 
 static bool vkp_i_case_changed_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    vkp_i_audience_join(&((vkp_watch_rx *)each->i_object)->watch->audience, &wait->node);
+    vkp_i_receivers_join(&((vkp_watch_rx *)each->i_object)->watch->receivers, &wait->node);
     if (vkp_i_case_changed_is_ready(each)) {
         vkp_i_case_changed_leave(each, wait);
         return false;
@@ -441,17 +441,18 @@ VKP_API vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns)
     vkp_case changed;
     VKP_I_REQUIRE(rx != NULL);
     changed = vkp_case_watch_changed(rx);
-    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->audience.spins,
+    return vkp_i_select_few(&changed, 1, rx->watch->config.env, rx->watch->receivers.spins,
                             deadline_ns);
 }
 
 VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx)
 {
-    return tx != NULL ? vkp_i_case(&vkp_i_case_gone, &tx->watch.audience, NULL) : vkp_case_never();
+    return tx != NULL ? vkp_i_case(&vkp_i_case_no_receivers, &tx->watch.receivers, NULL)
+                      : vkp_case_never();
 }
 
 VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
 {
     VKP_I_REQUIRE(tx != NULL);
-    return vkp_i_audience_wait_gone(&tx->watch.audience, deadline_ns);
+    return vkp_i_receivers_wait_gone(&tx->watch.receivers, deadline_ns);
 }

@@ -304,7 +304,7 @@ class Bench : public Host {
 
     vkp_status watch(int fd, uint32_t interest, uint64_t token = 0)
     {
-        return backend_->watch(state_, fd, interest, token);
+        return backend_->set_interest(state_, fd, interest, token);
     }
     void wake()
     {
@@ -419,7 +419,7 @@ TEST_CASE("backend: the struct is complete")
     CHECK(std::string(backend->name).size() > 0);
     CHECK(backend->open != nullptr);
     CHECK(backend->close != nullptr);
-    CHECK(backend->watch != nullptr);
+    CHECK(backend->set_interest != nullptr);
     CHECK(backend->wait != nullptr);
     CHECK(backend->wake != nullptr);
     CHECK(backend->after_fork != nullptr);

@@ -670,7 +670,7 @@ class Bench {
     Bench &operator=(const Bench &) = delete;
     vkp_status watch(int fd, uint32_t interest, uint64_t token)
     {
-        return backend_->watch(state_, fd, interest, token);
+        return backend_->set_interest(state_, fd, interest, token);
     }
     void wake()
     {

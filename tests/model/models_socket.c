@@ -214,7 +214,7 @@ UNWATCHED static void check_registry(const vkp_registry *registry, unsigned leas
     for (sock = registry->all; sock != NULL; sock = sock->all) {
         slots++;
         /* The others belong to live sockets, or to ended ones of which there are handles. */
-        spare += (sock->word & (VKP_I_REFS | VKP_I_DUTY)) == 0 && sock->on_disk == 0;
+        spare += (sock->word & (VKP_I_REFS | VKP_I_CLEANUP)) == 0 && sock->on_disk == 0;
     }
     for (sock = registry->spare; sock != NULL; sock = sock->link) {
         MODEL_CHECK(spare > 0); /* linked twice, or while in use */
@@ -603,7 +603,7 @@ static void open_registry(unsigned which)
     status = vkp_registry_open(&config, &now.registries[which]);
     MODEL_CHECK(status == VKP_OK);
     if (is(NARROW)) {
-        MODEL_CHECK(vkp_i_map_rehouse(&now.registries[which]->sockets, 1));
+        MODEL_CHECK(vkp_i_map_resize(&now.registries[which]->sockets, 1));
     }
 }
 

@@ -4,15 +4,15 @@
 seed lingering 'the duty is taken in a step of its own' '
     /^VKP_API void vkp_socket_unref/,/^}/{
         s/^        less = (word & VKP_I_REFS) > 1 ? .*/        less = word - 1;/
-        s/ || (word & VKP_I_DUTY) != 0)/ ||\
-            (VKP_I_OR(\&sock->word, VKP_I_DUTY) \& VKP_I_DUTY) != 0)/
+        s/ || (word & VKP_I_CLEANUP) != 0)/ ||\
+            (VKP_I_OR(\&sock->word, VKP_I_CLEANUP) \& VKP_I_CLEANUP) != 0)/
     }'
 
 seed lingering 'nobody has the duty' '
     s/^        less = (word & VKP_I_REFS) > 1 ? .*/        less = word - 1;/'
 
 seed lingering 'the burial does not give the duty back' '
-    s/} while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_DUTY));/} while (0);/'
+    s/} while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_CLEANUP));/} while (0);/'
 
 seed 'socket ' 'generations are not compared' '
     s/if (VKP_I_GENERATION(word) != generation || /(void)generation; if (/'

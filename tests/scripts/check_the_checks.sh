@@ -76,6 +76,10 @@ sed "s/needs GCC or Clang/seed/" "$header" | seed errors 'needs GCC or Clang'
 sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 awk '{ print } NR == 3 { print "seed" }' "$header" | seed parts 'edit src/, then run'
+sed 's/^static void vkp_i_map_deinit.*/static void seed(void) { vkp_conn_close(NULL); }\n&/' \
+    "$root/src/map.c" | seed_in src/map.c layers 'src/map.c needs more than src/layers.txt allows it'
+awk '{ print } /^#include <unistd.h>/ { print "typedef int seed;" }' "$root/src/platform.c" |
+    seed_in src/platform.c parts 'edit src/, then run'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
 export VKP_CMAKE_VERSION
 sed 's/^#define VKP_VERSION_PATCH .*/#define VKP_VERSION_PATCH 999/' "$header" |

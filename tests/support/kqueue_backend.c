@@ -69,7 +69,7 @@ static void close_it(void *state)
 static vkp_status watch(void *state, int fd, uint32_t interest, uint64_t token)
 {
     emulated *self = state;
-    return self->backend->watch(self->state, fd, interest, token);
+    return self->backend->set_interest(self->state, fd, interest, token);
 }
 
 static vkp_status wait_for(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,

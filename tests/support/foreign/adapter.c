@@ -56,9 +56,9 @@ static void adapter_close(void *state)
     free_adapter(self);
 }
 
-static vkp_status adapter_watch(void *state, int fd, uint32_t interest, uint64_t token)
+static vkp_status adapter_set_interest(void *state, int fd, uint32_t interest, uint64_t token)
 {
-    return guest()->watch(((adapter *)state)->guest, fd, interest, token);
+    return guest()->set_interest(((adapter *)state)->guest, fd, interest, token);
 }
 
 static vkp_status adapter_wait(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
@@ -101,7 +101,7 @@ static vkp_backend waiting = {VKP_BACKEND_ABI,
                               "",
                               adapter_open,
                               adapter_close,
-                              adapter_watch,
+                              adapter_set_interest,
                               adapter_wait,
                               adapter_wake,
                               NULL,

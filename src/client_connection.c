@@ -1,6 +1,6 @@
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-client-link   The connection of a client
+   >>impl-client-connection   The connection of a client
    ====================================================================================== */
 
 /* ---- events ---- */
@@ -147,7 +147,7 @@ static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *int
     }
 }
 
-static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
+static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->wanted == 0 && interest->in_flight == 0) {
         vkp_i_interest_set_confirmed(client, interest, false);
@@ -158,7 +158,7 @@ static void vkp_i_interest_collect(vkp_client *client, vkp_i_interest *interest)
 
 /* One command of the name was settled: tell those whose last one it was, or all if it was
    refused. Any of them may close the client, which frees the interest.                        */
-static void vkp_i_interest_tell(vkp_client *client, vkp_i_interest *interest, bool refused)
+static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, bool refused)
 {
     vkp_i_request *waiter;
     for (waiter = interest->waiters.first; waiter != NULL; waiter = waiter->next) {
@@ -174,8 +174,8 @@ static void vkp_i_interest_tell(vkp_client *client, vkp_i_interest *interest, bo
 /* Make the server's view follow ours. False: the connection could not take it. */
 static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
 {
-    static const char *const verbs[2][3] = {{"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"},
-                                            {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
+    static const char *const verbs[2][VKP_SUB_KINDS] = {
+        {"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"}, {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
     bool want = interest->wanted > 0;
     vkp_i_request *request;
     vkp_str argv[2];
@@ -254,7 +254,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
     if (!vkp_i_interest_sync(client, interest)) {
         vkp_i_client_lost(client, "out of memory");
     } else {
-        vkp_i_interest_collect(client, interest);
+        vkp_i_interest_free_unused(client, interest);
     }
 }
 
@@ -289,23 +289,23 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
         interest->subscribed = false;
     }
     if (!client->closed) {
-        vkp_i_interest_tell(client, interest, refused && subscribe);
+        vkp_i_interest_notify(client, interest, refused && subscribe);
     }
     if (!client->closed) {
         vkp_i_client_resumed(client, interest);
     }
     if (!client->closed) {
         interest->in_flight--;
-        vkp_i_interest_collect(client, interest);
+        vkp_i_interest_free_unused(client, interest);
     }
 }
 
 static void vkp_i_client_resubscribe(vkp_client *client)
 {
     int kind;
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_node *node = NULL;
-        while ((node = vkp_i_map_next(&client->interests[kind], node)) != NULL) {
+        while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
             if (!vkp_i_interest_sync(client, interest)) {
                 vkp_i_client_lost(client, "out of memory");
@@ -392,17 +392,17 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     int kind;
     vkp_i_requests_move(&client->flight, failed);
     vkp_i_client_collect(client, false, true, failed);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
         while (node != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_next(&client->interests[kind], node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
             interest->in_flight = 0;
             interest->subscribed = false;
             interest->resuming = false;
             vkp_i_interest_set_confirmed(client, interest, false);
             vkp_i_requests_move(&interest->waiters, failed);
-            vkp_i_interest_collect(client, interest);
+            vkp_i_interest_free_unused(client, interest);
         }
     }
     client->resuming = 0;
@@ -662,7 +662,7 @@ static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const
         vkp_i_client_push(client, value, frame);
         return;
     }
-    if (value->type == VKP_RESP_ARRAY && value->i_reserved != 0) {
+    if (value->type == VKP_RESP_ARRAY && value->i_has_nested != 0) {
         vkp_i_client_push_nested(client, value, frame);
         if (client->closed || client->conn == NULL) {
             return;
@@ -838,7 +838,7 @@ static void vkp_i_client_take(vkp_client *client)
 }
 
 /* The end, once. Gives up the loop's reference: the caller must hold another. */
-static void vkp_i_client_shut(vkp_client *client)
+static void vkp_i_client_close_now(vkp_client *client)
 {
     int kind;
     if (client->closed) {
@@ -855,13 +855,13 @@ static void vkp_i_client_shut(vkp_client *client)
     vkp_i_client_collect_failed(client);
     vkp_i_requests_move(&client->taken, &client->failed);
     vkp_i_client_collect(client, true, true, &client->failed);
-    for (kind = 0; kind < 3; kind++) {
-        vkp_i_map_node *node = vkp_i_map_next(&client->interests[kind], NULL);
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
         while (node != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_next(&client->interests[kind], node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
             interest->wanted = 0;
-            vkp_i_interest_collect(client, interest);
+            vkp_i_interest_free_unused(client, interest);
         }
     }
     vkp_i_client_tell_failed(client, VKP_ERR_CLOSED);
@@ -881,7 +881,7 @@ static void vkp_i_client_run(vkp_i_task *task)
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_client_take(client);
     if (close_wanted) {
-        vkp_i_client_shut(client);
+        vkp_i_client_close_now(client);
     }
     vkp_i_client_release(client);
 }
@@ -890,7 +890,7 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
 {
     vkp_client *client = VKP_CONTAINER(attached, vkp_client, attached);
     (void)VKP_I_ADD(&client->refs, 1);
-    vkp_i_client_shut(client);
+    vkp_i_client_close_now(client);
     vkp_i_client_release(client);
 }
 
@@ -907,12 +907,12 @@ VKP_API void vkp_client_close(vkp_client *client)
         return;
     }
     if (vkp_i_on_loop(client->loop)) {
-        vkp_i_client_shut(client);
+        vkp_i_client_close_now(client);
         return;
     }
     VKP_I_LOCK(&client->mutex);
     client->close_wanted = true;
-    vkp_i_client_nudge(client);
+    vkp_i_client_schedule(client);
     VKP_I_UNLOCK(&client->mutex);
 }
 
@@ -997,7 +997,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_i_requests_init(&client->flight);
     vkp_i_requests_init(&client->taken);
     vkp_i_requests_init(&client->failed);
-    for (kind = 0; kind < 3; kind++) {
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);
     }
     client->task.fn = vkp_i_client_run;
@@ -1015,7 +1015,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
-        vkp_i_client_shut(client); /* no later try could succeed */
+        vkp_i_client_close_now(client); /* no later try could succeed */
         vkp_client_unref(client);
         return status;
     }
