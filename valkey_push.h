@@ -43,25 +43,22 @@
 /* ======================================================================================
    >>manual   Concepts
    ======================================================================================
-   What it is for. A Valkey (or Redis) server pushes: messages of subscribed channels, keys that
-   were invalidated. This library carries those pushes to the code, thread or process that wants
-   them, and holds what such a program is made of: channels between threads, one-shot replies,
-   cancellation, an event loop over a backend, a RESP reader, ref-counted Unix sockets,
-   connections with bounded queues, a hub of subscribers, a client that reconnects, a relay.
+   START HERE
+   - To react to what a server pushes: vkp_loop_open, vkp_client_open, vkp_client_subscribe,
+     vkp_loop_run. Pushes arrive in on_push, or in a channel that a thread of yours receives from.
+   - To send commands from any thread: vkp_client_command, and vkp_oneshot_recv for the reply.
+   - To pass values between threads: sections api-mpsc, api-oneshot, api-broadcast, api-watch.
+   - To serve local clients: vkp_listener_open, or a whole relay with vkp_relay_open.
+   - To run inside a loop that the program has already: docs/embedding.md.
+   - To test code that uses this library: vkp_backend_null and docs/testing-your-code.md.
+   - Every call has its contract above its declaration. docs/guarantees.md lists what holds always,
+     docs/recipes/ has short whole programs.
 
-   The layers, lowest first; each uses only those above it in this list:
-       base       statuses, deadlines, env: memory, log, and the operating system in one table
-       bytes      immutable ref-counted blocks and slices of them
-       mpsc, oneshot, broadcast, watch, cancel, select   what threads say to each other, and how
-                  they wait; no I/O (VKP_NO_IO keeps these alone)
-       loop       one thread's events: descriptors, timers, calls posted by other threads
-       resp       incremental reader, writer
-       socket     a listening Unix socket that lives as long as somebody refers to it
-       conn       a connection on a loop: outbox, policies, one gathered write per round
-       hub        who is subscribed to what: one frame in, one reference per subscriber out
-       client     a server connection that many threads share
-       push loop  from a channel of pushes to a hub, a connection or a callback
-       relay      all of it as a server: local clients in front, one upstream connection behind
+   WHAT IT IS FOR. A Valkey (or Redis) server pushes: messages of subscribed pub/sub channels, keys
+   that became invalid. This library carries those pushes to the callback, thread or process that
+   needs them. It holds what such programs are made of: channels between threads, cancellation, an
+   event loop over a backend, a RESP reader and writer, ref-counted Unix sockets, connections with
+   bounded queues, a hub of subscribers, a client that reconnects, a relay.
 
    A program of one thread opens a loop, a client on it, and runs:
        static void on_push(void *user, const vkp_push *push)
@@ -70,13 +67,13 @@
                printf("%.*s\n", VKP_FMT(push->payload));
            }
        }
-   Errors aside (examples/subscribe.c has them) the rest is four calls, shown at the top.
+   Errors aside (examples/subscribe.c has them) the other four calls are shown at the top.
    A thread of its own takes the same pushes from a channel (vkp_client_config.pushes):
        while (vkp_mpsc_recv(rx, VKP_FOREVER, &push) == VKP_OK) {
            use(&push);
            vkp_push_unref(&push);
        }
-   and asks from wherever it is, with a slot on its stack:
+   Any thread sends commands, with a slot for the reply on its stack:
        vkp_oneshot slot; vkp_reply *reply;
        if (vkp_client_command(client, &slot, "INCR", "hits", NULL) == VKP_OK &&
            vkp_oneshot_recv(&slot, vkp_after_ms(250), &reply) == VKP_OK) {
@@ -84,76 +81,155 @@
            vkp_reply_unref(reply);
        }
 
-   CHANNELS. mpsc: a queue with many senders and one receiver, bounded (senders wait:
-   back-pressure) or not. oneshot: one value, once, in the caller's memory: the reply to a request.
-   broadcast: each receiver sees each value, a slow one hears how many it lost. watch: only the
-   newest value. cancel: a token that ends waits, with its children. Each end waits in three forms:
-   try_x looks, x waits until a deadline, and a loop calls back (vkp_handler_open,
-   vkp_mpsc_watch). vkp_select waits for several at once and carries out one:
+   CHANNELS. mpsc: a queue with many senders and one receiver, bounded (a sender that finds it full
+   waits: back-pressure) or not. oneshot: one value, once, in the caller's memory: the reply to a
+   request. broadcast: each receiver gets each value; a slow receiver gets the number it lost.
+   watch: only the newest value. cancel: a token that ends waits, with its children. Each end waits
+   in three forms: try_x never waits, x waits until a deadline, and a loop calls a handler while x
+   is ready (vkp_handler_open). vkp_select waits for several cases and carries out one:
        vkp_case cases[] = {vkp_case_cancel(stop), vkp_case_mpsc_recv(jobs, &job)};
        if (vkp_select(cases, 2, vkp_after_ms(1000), &won) == VKP_OK && won == 1) { work(&job); }
-   A value that one end took is received once or dropped once, through `drop`, whoever goes first.
-   A thread that has to wait looks for some microseconds before it sleeps (vkp_env.spins); the
-   first sender after that wakes it, the others find it awake. Idle channels cost no processor.
+   Each value that a channel took is received once or dropped once, through the channel's drop
+   function, whichever end closes first. A thread that waits checks for some microseconds before it
+   sleeps (vkp_env.spins); the first sender after that wakes it. An idle channel costs nothing.
    docs/tokio-to-c.md has each call of Tokio's channels beside ours.
 
-   SOCKETS. A registry knows a program's listening Unix sockets by their paths and keeps none alive.
-   Each handle is a reference: vkp_socket_open gives one to the live socket or binds a new
-   one, in place of a file that a dead process left; the last vkp_socket_unref removes the file,
-   from whichever thread, without waiting for others. A listener keeps its socket, or follows it
-   (vkp_listener_config.follow): then clients keep it, each by its seat, and the last to leave turns
-   off the light. A gate says who comes in (by default this process's own user), and how many.
-   docs/sockets.md goes through a socket's life; examples/socket_life.c shows one.
+   SOCKETS. A registry finds a program's listening Unix sockets by their paths and keeps none of
+   them open. Each handle is a reference: vkp_socket_open returns one to the live socket of a path
+   or binds a new one, in place of a file that a dead process left. The last vkp_socket_unref
+   removes the file, on whichever thread, without waiting for other threads. A listener holds a
+   reference to its socket, or follows it (vkp_listener_config.follow): then each connected client
+   holds a reference, and when the last one disconnects the socket is closed and its file removed.
+   A gate says which clients are admitted (by default those of this process's own user) and how
+   many. docs/sockets.md describes a socket's life case by case; examples/socket_life.c shows one.
 
-   OWNERSHIP. Contracts use five words. takes: yours no more, unless the call fails (descriptors
-   too). borrows: until the call returns. shares: the object takes a reference of its own. gives:
-   one reference is yours to unref. views: valid until the next call that the contract names.
-   open gives a handle; ref and unref count; close ends what the object does, once, from any
-   thread, and frees nothing: the handle stays valid, and says CLOSED, until its last unref.
-   unref(NULL) does nothing. Out-parameters are written only on OK.
+   OWNERSHIP. Contracts use five words.
+       takes     on OK the callee owns it; on any error the caller still does, descriptors included
+       borrows   the callee uses it until the call returns
+       shares    the object takes a reference of its own
+       gives     one reference is the caller's to unref
+       views     valid until the next call that the contract names
+   Out-parameters are written only on OK.
 
-   CONFIGS are structs: zero them (VKP_ZERO) and set what matters; every zero is a default. They
-   are copied; pointers to ops tables, backends and env are kept and must outlive the object.
+   VERBS. The same for every handle:
+       open      gives a handle, with one reference
+       ref       gives one more reference to the same handle
+       close     ends what the object does. Frees nothing: the handle stays valid until its last
+                 unref, and calls on it return CLOSED. Idempotent; NULL is ignored.
+       unref     gives one reference back. The last one closes the object first, then frees it. NULL
+                 is ignored.
+       init      prepares memory of the caller's; deinit ends it. deinit(NULL) does nothing.
+   close and unref of each handle (thread: from where close, then unref, may be called):
+       handle            close                                last unref            thread
+       vkp_loop          closes all that is on it             closes                loop's; any
+       vkp_client        commands get CLOSED, no callback     closes                any; any
+       vkp_conn          calls on_close                       (the loop holds one)  any; any
+       vkp_listener      accepts no new clients               closes, ends a drain  loop's; loop's
+       vkp_health_check  no result follows                    closes                loop's; loop's
+       vkp_handler       is not called again                  closes                loop's; loop's
+       vkp_mpsc_rx       senders get CLOSED                   closes, drops values  any; receiver's
+       vkp_oneshot       the sender gets CLOSED               rx closes, tx abandons   each side's
+   Handles without close, where the last unref ends the activity: senders of channels (receivers
+   drain, then get CLOSED), receivers of broadcast and watch, tokens, sockets (stop listening),
+   seats, push loops, relays, readers. Plain references: registries, pools, gates, hubs, replies.
 
-   THREADS. The library starts none and keeps no global state. A loop belongs to the thread inside
-   vkp_loop_run; connections, listeners, hubs and watches belong to their loop's thread. Any
-   thread may: use channels and tokens, post to a loop, push to a connection, close and unref
-   connections and clients, send commands, subscribe. Until a thread runs the loop it belongs
-   to the one that opened it, which sets everything up. For more cores run more loops; a
-   connection stays on its loop for life.
+   ORDER OF ARGUMENTS. The object first, then what goes in, then a function and its user pointer,
+   then the deadline, then out-parameters.
+
+   CONFIGS are structs: zero them (VKP_ZERO) and set what matters. Every zero is a default that its
+   field's comment names; VKP_UNLIMITED and VKP_OFF say what zero cannot. Where no field is
+   required, a NULL config means all defaults. Configs are copied; pointers to ops tables, backends
+   and env are kept and must outlive the object. Texts are vkp_str, copied where they are kept;
+   vkp_str_of makes one of a C string, and a zeroed one is absent.
+
+   THREADS. The library starts none and keeps no global state. A loop belongs to its thread ("loop's
+   thread"): the thread inside vkp_loop_run; before the first run, the thread that called
+   vkp_loop_open; after run returned, any one thread. Connections, listeners, hubs, handlers, timers
+   and descriptors belong to their loop's thread. Any thread may use channels and tokens, post to a
+   loop, push to a connection, close and unref connections and clients, send commands, subscribe. To
+   use more cores run more loops; a connection stays on its loop for life.
 
    CALLBACKS run on the loop's thread, never under a lock; any call is legal inside one unless its
    contract says no. After an object's close returned on the loop's thread none of its callbacks
-   runs. What is written during a round leaves at its end, one system call per connection.
+   runs. Frames that are queued during a round are written at its end, with one system call per
+   connection.
 
-   DEADLINES are absolute monotonic nanoseconds: vkp_after_ms(250), 0 (do not wait), VKP_FOREVER.
+   DEADLINES are absolute monotonic nanoseconds: vkp_after_ms(250), 0 (do not wait), VKP_FOREVER; on
+   a loop vkp_loop_after_ms, which counts by the loop's own clock.
 
-   ERRORS. Everything that can fail returns a vkp_status that the compiler makes you look at.
-   Nothing prints, aborts or exits. A call that failed changed nothing, or says what it changed.
-   SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT) and is INVALID in
-   release builds.
-   Texts for people go to env.log.
+   ERRORS. Everything that can fail returns a vkp_status, which the compiler warns about if it is
+   ignored. Nothing prints, aborts or exits. A call that failed changed nothing, or its contract
+   says what it changed. SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT),
+   and is INVALID in release builds. Texts for people go to env.log.
 
-   LIMITS. All queues are bounded in bytes by their configs, the reader in depth, elements, lines
-   and bytes. One block, frame or command is below 4 GiB. Host names are resolved by getaddrinfo,
-   which may block the loop's thread; addresses in digits never do.
+   LIMITS. All queues are bounded in bytes by their configs; the reader is bounded in depth,
+   elements, lines and bytes. One block, frame or command is below 4 GiB. Host names are resolved
+   by getaddrinfo, which may block the loop's thread; numeric addresses never block.
 
-   SIGNALS. Process-wide state is not touched; sends never raise SIGPIPE. vkp_loop_stop and
-   vkp_registry_unlink_all may be called in a handler. FORK. A child may unref what it inherited,
-   no more; it removes no files.
+   SIGNALS. Process-wide signal state is not touched; sends never raise SIGPIPE. vkp_loop_stop and
+   vkp_registry_unlink_all may be called in a signal handler. FORK. A child may only unref what it
+   inherited; that removes no files.
+
    SERVERS. RESP3 servers (Redis 6, Valkey) carry commands and pushes on one connection. On a RESP2
    server the client works too, but a connection with subscriptions takes no commands (REFUSED):
-   open a second client.                                                                        */
+   open a second client.
+
+   GLOSSARY. One word has one meaning here, in the header, the documents and the messages.
+       backend         what makes a loop wait: poll, epoll, kqueue; null has a virtual clock
+       block           ref-counted immutable bytes; a vkp_bytes is a slice of one
+       case            one thing to wait for: vkp_select, vkp_handler_open
+       channel         between threads: mpsc, oneshot, broadcast, watch. A server's channel is a
+                       pub/sub channel
+       client          a vkp_client; of a listener, gate or relay: a program connected to it
+       connection      a vkp_conn: a stream socket on a loop, with its queues
+       drain           write what is queued, then close
+       env             allocator, log function, system calls: vkp_env
+       frame           one whole RESP value, as bytes
+       gap             the time in which messages may have been lost: VKP_PUSH_GAP
+       gate            admits clients, by user and number; each admitted client has a seat
+       guest           a backend inside the program's own loop: libev, libuv, libevent
+       handler         a function that a loop calls while a case is ready
+       hub             which connections subscribed to what; one frame in, a reference to each out
+       interest        one vkp_client_subscribe that was not taken back
+       io              a descriptor that is registered on a loop
+       lane            the queue of one sender of an mpsc channel
+       linger          a socket's time between its last reference and its end
+       listener        accepts clients on a loop
+       loop, round     one thread's events; a round waits, calls callbacks, writes
+       name            of a pub/sub channel, a pattern or a shard channel
+       outage          from DISCONNECTED to RECONNECTED
+       peer            the other end of a connection
+       permit          a place in an mpsc channel whose value is being built
+       policy          what a push does when the queue is full: vkp_on_full
+       push            a frame that its receiver did not ask for: from a server (vkp_push), or from
+                       this program to a peer (vkp_conn_push)
+       push loop       carries pushes from a channel to a sink: a hub, a connection, a callback
+       registry        finds live sockets by path
+       relay           local clients share one connection to a server (upstream), or none
+       reply           what a server answered to a command
+       select          wait for the first ready case. SELECT is a command of the server
+       sender, receiver  the two ends of a channel: tx and rx
+       slot            the memory of a one-shot
+       subscription    a name and a subscriber; in a hub a subscriber is a member
+       token           a cancellation token: vkp_cancel
+       watch           the channel that holds the newest value. WATCH is a command of the server  */
 
 /* ======================================================================================
    >>config   Macros
    ======================================================================================
-   VKP_IMPLEMENTATION   unset   in ONE file: compiles the implementation there
-   VKP_STATIC           unset   everywhere it is used: all functions are static, a private copy
-   VKP_API              extern  everywhere: linkage of the functions (visibility attributes)
-   VKP_ASSERT(x)        nothing implementation: programmer's errors; the call returns INVALID too
-   VKP_NO_IO            unset   implementation: channels only, no loop, RESP, sockets, client,
-                                relay; a file that defines it sees no others declared
+   Macro                unset means   define it
+   VKP_IMPLEMENTATION   declarations  in ONE file: the implementation is compiled there
+   VKP_STATIC           extern        in the one file that uses the library: all functions are
+                                      static, and only that file can call them
+   VKP_API              extern        in every file alike, backends included: the linkage of what
+                                      the library defines. A shared library of several files that
+                                      keeps its copy to itself defines it as
+                                      extern __attribute__((visibility("hidden")))
+   VKP_ASSERT(x)        nothing       with the implementation: a programmer's error asserts, and
+                                      the call returns INVALID as well
+   VKP_NO_IO            everything    with the implementation: channels only, without loop, RESP,
+                                      sockets, client and relay; a file that defines it sees no
+                                      other declarations
 */
 #ifdef VKP_IMPLEMENTATION /* before the first system header of this file */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
@@ -173,6 +249,16 @@
 #else
 #define VKP_API extern
 #endif
+#endif
+
+#ifdef VKP_STATIC
+#define VKP_API_DATA extern /* a backend is compiled in a file of its own */
+#else
+#define VKP_API_DATA VKP_API
+#endif
+
+#if defined(VKP_STATIC) && !defined(VKP_IMPLEMENTATION)
+#error "VKP_STATIC is for the one file that defines VKP_IMPLEMENTATION; for several use VKP_API"
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -204,64 +290,111 @@ extern "C" {
 /* ======================================================================================
    >>api   Declarations
    ======================================================================================
-   Contracts name: who owns what (takes, borrows, shares, gives, views), whether the call may
-   wait, from which threads it may come, whether it is legal inside callbacks, and its errors.
-   "Loop" as a thread means: the thread that opened the loop, until one runs it; then that one;
-   after vkp_loop_run returned, any ONE thread.
-   Every pointer argument must be valid; NULL where it is not allowed gives INVALID.           */
+   The contract above each function says who owns what (takes, borrows, shares, gives, views),
+   whether the call may wait, from which threads it may be called, whether it is legal inside
+   callbacks, and its errors with their causes. "Loop's thread" is the thread inside vkp_loop_run;
+   before the first run, the thread that called vkp_loop_open; after run returned, any one thread.
+   A pointer argument must be valid. Calls that return a status return INVALID for a NULL that their
+   contract does not allow; getters and vkp_resp_put_ calls do not check.                        */
 
 /* --------------------------------------------------------------------------------------
    >>api-handles   The handles, by section                                                 */
 
-/* What an object takes from the program around it: memory, log, the operating system. */
+/* What an object takes from the program: memory, log function, system calls. Not a handle. */
 typedef struct vkp_env vkp_env;
+
+/* The system calls that the library makes, as a table. Not a handle. */
 typedef struct vkp_sys vkp_sys;
 
-/* Bytes that are shared: see vkp_bytes. */
+/* Ref-counted immutable bytes: see vkp_bytes. */
 typedef struct vkp_block vkp_block;
 
-/* A server's client, and its replies. */
+/* A client of a server: one connection that many threads share. */
 typedef struct vkp_client vkp_client;
+
+/* What a server answered to a command: ref-counted, immutable. */
 typedef struct vkp_reply vkp_reply;
 
-/* One thread's events. */
+/* One thread's event loop. */
 typedef struct vkp_loop vkp_loop;
+
+/* How a loop waits: poll, epoll, kqueue and others. A constant table, not a handle. */
 typedef struct vkp_backend vkp_backend;
+
+/* A function that a loop calls while a case is ready. */
 typedef struct vkp_handler vkp_handler;
 
-/* Channels. tx sends: any number of references, any threads. rx receives: one thread at a time. */
+/* A sender of an mpsc channel: any number of references, used by any threads. */
 typedef struct vkp_mpsc_tx vkp_mpsc_tx;
-typedef struct vkp_mpsc_rx vkp_mpsc_rx;
-typedef struct vkp_mpsc_weak vkp_mpsc_weak; /* may become a sender again; keeps nothing open */
-typedef struct vkp_oneshot vkp_oneshot;     /* one value, once: no handle, but caller's memory */
-typedef struct vkp_broadcast_tx vkp_broadcast_tx;
-typedef struct vkp_broadcast_rx vkp_broadcast_rx;
-typedef struct vkp_watch_tx vkp_watch_tx;
-typedef struct vkp_watch_rx vkp_watch_rx;
-typedef struct vkp_cancel vkp_cancel; /* a token that ends waits */
 
-/* RESP. */
+/* The receiver of an mpsc channel: used by one thread at a time. */
+typedef struct vkp_mpsc_rx vkp_mpsc_rx;
+
+/* A weak sender of an mpsc channel: it may become a sender again, and keeps nothing open. */
+typedef struct vkp_mpsc_weak vkp_mpsc_weak;
+
+/* The slot of a one-shot: a struct in the caller's memory, or from vkp_oneshot_open. */
+typedef struct vkp_oneshot vkp_oneshot;
+
+/* A sender of a broadcast: any number of references, used by any threads. */
+typedef struct vkp_broadcast_tx vkp_broadcast_tx;
+
+/* One receiver of a broadcast: used by one thread at a time. */
+typedef struct vkp_broadcast_rx vkp_broadcast_rx;
+
+/* A sender of a watch: any number of references, used by any threads. */
+typedef struct vkp_watch_tx vkp_watch_tx;
+
+/* One receiver of a watch: used by one thread at a time. */
+typedef struct vkp_watch_rx vkp_watch_rx;
+
+/* A cancellation token. */
+typedef struct vkp_cancel vkp_cancel;
+
+/* An incremental reader of RESP. */
 typedef struct vkp_resp_reader vkp_resp_reader;
 
-/* Sockets, connections, and who may connect. */
+/* A registry of a program's listening Unix sockets. */
 typedef struct vkp_registry vkp_registry;
+
+/* A listening Unix socket, ref-counted. */
 typedef struct vkp_socket vkp_socket;
+
+/* Several sockets, over which clients are spread. */
 typedef struct vkp_socket_pool vkp_socket_pool;
+
+/* A stream connection on a loop. */
 typedef struct vkp_conn vkp_conn;
+
+/* A client as the kernel identifies it. A struct, not a handle. */
 typedef struct vkp_peer vkp_peer;
+
+/* Admission control for listeners. */
 typedef struct vkp_gate vkp_gate;
+
+/* The place of one admitted client at a gate. */
 typedef struct vkp_seat vkp_seat;
+
+/* Accepts clients on a loop. */
 typedef struct vkp_listener vkp_listener;
+
+/* A periodic check whether a server answers. */
 typedef struct vkp_health_check vkp_health_check;
 
-/* Where messages go. */
+/* Which connections subscribed to which names. */
 typedef struct vkp_hub vkp_hub;
+
+/* Carries pushes from a channel to a sink, on a loop. */
 typedef struct vkp_push_loop vkp_push_loop;
+
+/* Local clients that share one connection to a server. */
 typedef struct vkp_relay vkp_relay;
 
 /* --------------------------------------------------------------------------------------
    >>api-base   Status, deadlines, environment                                             */
 
+/* Each status as X(name, value, text). VKP_OK is 0, errors are negative, numbers never change. The
+   text says what the status means; the contract of a call names the cause.                    */
 #define VKP_STATUS_MAP(X)                                                     \
     X(VKP_OK, 0, "ok")                                                        \
     X(VKP_ERR_INVALID, -1, "invalid argument or use")                         \
@@ -283,127 +416,145 @@ typedef struct vkp_relay vkp_relay;
     X(VKP_ERR_UNSUPPORTED, -17, "not supported here")                         \
     X(VKP_ERR_LAGGED, -18, "values were lost to a receiver too slow")
 
+/* The result of a call that can fail: VKP_OK, or an error of VKP_STATUS_MAP. */
 typedef enum vkp_status {
 #define VKP_I_STATUS_ENUM(name, value, text) name = value,
     VKP_STATUS_MAP(VKP_I_STATUS_ENUM)
 #undef VKP_I_STATUS_ENUM
 } vkp_status;
 
-/* The status as a short lower-case English text; never NULL, static. Any thread. */
+/* The status as a short lower-case English text: static, never NULL. Any thread. */
 VKP_API const char *vkp_status_str(vkp_status status);
 
-/* The library's version at run time, "MAJOR.MINOR.PATCH"; static. Any thread. */
+/* The version of the compiled library as "MAJOR.MINOR.PATCH": static. Any thread. */
 VKP_API const char *vkp_version_str(void);
 
-/* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
+/* A deadline that never passes. Deadlines are absolute nanoseconds of the monotonic clock; the
+   deadline 0 has always passed.                                                               */
 #define VKP_FOREVER UINT64_MAX
 
-/* In a config, where 0 means a default: a size without a limit, a time (_ms) that never comes. */
+/* A size without a limit, for a config in which 0 means a default. */
 #define VKP_UNLIMITED SIZE_MAX
+
+/* A time (_ms) that never comes, for a config in which 0 means a default. */
 #define VKP_OFF UINT64_MAX
 
-/* Now, in nanoseconds of the monotonic clock. Any thread. */
+/* The current time in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
-/* The deadline that many milliseconds from now; saturates at VKP_FOREVER. Any thread. */
+/* The deadline `ms` milliseconds from now; saturates at VKP_FOREVER. Any thread. */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
 
-/* The struct of that type whose member the pointer points to: what a vkp_io or vkp_timer is part
-   of, in its callback.                                                                        */
+/* The struct `type` whose field `member` is at `pointer`. A callback that receives a vkp_io or a
+   vkp_timer finds with it the program's struct that contains the vkp_io or vkp_timer.         */
 #define VKP_CONTAINER(pointer, type, member) \
     ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
+/* How serious a log line is; a larger value is more verbose. */
 typedef enum vkp_log_level {
-    VKP_LOG_DEFAULT = 0, /* as VKP_LOG_WARN */
-    VKP_LOG_ERROR = 1,
-    VKP_LOG_WARN = 2,
-    VKP_LOG_INFO = 3,
-    VKP_LOG_DEBUG = 4
+    VKP_LOG_DEFAULT = 0, /* in vkp_env.log_level: the same as VKP_LOG_WARN */
+    VKP_LOG_ERROR = 1,   /* an operation failed */
+    VKP_LOG_WARN = 2,    /* the library continues, without something that the program asked for */
+    VKP_LOG_INFO = 3,    /* events of operation: connections lost or made, sockets taken over */
+    VKP_LOG_DEBUG = 4    /* details: how the connection of each client of a relay ended */
 } vkp_log_level;
 
-/* What an object takes from the program around it. Objects keep the POINTER: an env outlives
-   every object opened with it. NULL env, and NULL members, mean the defaults.               */
+/* What an object takes from the program: memory, log function, system calls. Objects keep the
+   POINTER: an env must outlive every object opened with it. A NULL env means all defaults, and a
+   zero field means the default of that field.                                                 */
 struct vkp_env {
-    /* realloc with sizes: ptr NULL allocates, new_bytes 0 frees and returns NULL. Must be
-       callable from any thread. Default: the C library's. NULL for a non-zero size = failure. */
+    /* Allocates (ptr NULL), resizes, or frees (new_bytes 0, returns NULL): realloc with sizes. NULL
+       for a non-zero new_bytes means no memory. Called from any thread. NULL: the C library's. */
     void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
-    /* One line, no newline, at most 512 bytes. Any thread, never under a lock. Default: none. */
+
+    /* Receives one log line: no newline, at most 511 bytes and a NUL. Called from any thread, never
+       under a lock. NULL: nothing is logged.                                                  */
     void (*log)(void *user, vkp_log_level level, const char *text);
-    void *user;              /* handed to both */
-    vkp_log_level log_level; /* the most verbose level passed to log */
-    const vkp_sys *sys;      /* operating system; default vkp_sys_get_default() */
-    /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
-       some microseconds. Default: 200, and none where one processor is online.                */
+
+    void *user;              /* the first argument of alloc and of log */
+    vkp_log_level log_level; /* the most verbose level that log receives; 0: VKP_LOG_WARN */
+    const vkp_sys *sys;      /* the table of system calls; NULL: vkp_sys_get_default() */
+
+    /* How many times a waiting thread checks again before it sleeps, about 20 ns apart; to sleep
+       and wake costs some microseconds. 0: 200, or none where one processor is online.        */
     uint32_t spins;
 };
 
-#define VKP_SPINS_NONE UINT32_MAX /* vkp_env.spins: sleep at once */
+/* vkp_env.spins: a waiting thread sleeps immediately. */
+#define VKP_SPINS_NONE UINT32_MAX
 
 /* --------------------------------------------------------------------------------------
    >>api-bytes   Text views, and immutable ref-counted bytes                               */
 
-/* Borrowed text: not terminated, may hold any byte. */
+/* A view of text that the struct does not own. The text has no terminator and may hold any byte. */
 typedef struct vkp_str {
-    const char *ptr;
-    size_t len; /* bytes */
+    const char *ptr; /* the first byte; NULL: no text */
+    size_t len;      /* bytes */
 } vkp_str;
 
-/* Arguments of printf's %.*s for a vkp_str (texts above INT_MAX bytes are cut by printf). */
+/* The two arguments of printf's %.*s for a vkp_str of at most INT_MAX bytes. */
 #define VKP_FMT(s) (int)(s).len, (s).ptr
 
-/* A view of a terminated string; NULL gives the empty text. Any thread. */
+/* A view of a terminated string; NULL gives an empty text whose ptr is NULL. Any thread. */
 VKP_API vkp_str vkp_str_of(const char *text);
 
-/* A slice of an immutable block. The value holds ONE reference when block is not NULL; copying
-   the struct does not copy the reference. Block NULL: static bytes, or empty.                 */
+/* A span of an immutable block. The struct holds ONE reference to the block, if block is not NULL;
+   an assignment of the struct does not add a reference.                                       */
 typedef struct vkp_bytes {
-    const uint8_t *data;
-    size_t len;
-    vkp_block *block;
+    const uint8_t *data; /* the first byte */
+    size_t len;          /* bytes */
+    vkp_block *block;    /* the block that data lies in; NULL: static bytes, a view, or empty */
 } vkp_bytes;
 
-/* Copy len bytes into a new block.
+/* Copy len bytes into a new block. NULL env: all defaults. NULL data is allowed with len 0.
    Owns:   borrows data; gives *out       Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, INVALID (out NULL, or data NULL with len > 0, or len above 4 GiB - 1)        */
+   Errors: NOMEM, INVALID (out NULL, data NULL with len > 0, len above 4 GiB - 1)              */
 VKP_API VKP_NODISCARD vkp_status vkp_bytes_copy(const vkp_env *env, const void *data, size_t len,
                                                 vkp_bytes *out);
 
-/* Bytes that outlive everything (string literals): no block, no count. Any thread. */
+/* A view of bytes that are never freed, such as a string literal: no block, no reference. Any
+   thread.                                                                                     */
 VKP_API vkp_bytes vkp_bytes_static(const void *data, size_t len);
 
-/* One more reference to the same bytes (gives). Any thread. */
+/* One more reference to the bytes (gives). Static bytes have no count. Any thread. */
 VKP_API vkp_bytes vkp_bytes_ref(const vkp_bytes *bytes);
 
-/* A part of the bytes, with its own reference (gives); clamped to what is there. Any thread. */
+/* A part of the bytes with a reference of its own (gives). offset and len are clamped to the length
+   of the bytes. Any thread.                                                                   */
 VKP_API vkp_bytes vkp_bytes_slice(const vkp_bytes *bytes, size_t offset, size_t len);
 
-/* Give the reference back and empty the value; the last one frees the block. NULL and an empty
-   value are ignored. Any thread.                                                              */
+/* Give the reference back and empty the struct; the last reference frees the block. NULL and an
+   empty struct are ignored. Any thread.                                                       */
 VKP_API void vkp_bytes_unref(vkp_bytes *bytes);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
    >>api-value   Values of RESP2 and RESP3
-   Facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md).            */
+   Source of the facts: the RESP3 specification (redis/redis-specifications, protocol/RESP3.md). */
 
+/* The type of a value. Each comment starts with the type bytes on the wire. */
 typedef enum vkp_resp_type {
-    VKP_RESP_NULL = 0, /* _  and $-1, *-1 of RESP2: see VKP_VALUE_NULL_BULK */
-    VKP_RESP_STRING,  /* $ + =  str, len; VKP_VALUE_SIMPLE and VKP_VALUE_VERBATIM tell them apart */
-    VKP_RESP_ERROR,   /* - !  str, len */
-    VKP_RESP_INTEGER, /* :  integer */
-    VKP_RESP_DOUBLE,  /* ,  str, len: the digits; vkp_value_get_double converts */
-    VKP_RESP_BOOL,    /* #  integer: 0 or 1 */
-    VKP_RESP_BIGNUM,  /* (  str, len: the digits with their sign */
+    /* _  and RESP2's $-1 (VKP_VALUE_NULL_BULK) and *-1 (VKP_VALUE_NULL_ARRAY). */
+    VKP_RESP_NULL = 0,
+    /* $  + (VKP_VALUE_SIMPLE)  = (VKP_VALUE_VERBATIM)  the text is str, len. */
+    VKP_RESP_STRING,
+    VKP_RESP_ERROR,   /* - (VKP_VALUE_SIMPLE)  !  the text is str, len */
+    VKP_RESP_INTEGER, /* :  the number is integer */
+    VKP_RESP_DOUBLE,  /* ,  the digits are str, len; vkp_value_get_double converts them */
+    VKP_RESP_BOOL,    /* #  integer is 0 or 1 */
+    VKP_RESP_BIGNUM,  /* (  the digits with their sign are str, len */
     VKP_RESP_ARRAY,   /* *  len elements */
     VKP_RESP_SET,     /* ~  len elements */
     VKP_RESP_PUSH,    /* >  len elements; the first is a string, the kind of the push */
     VKP_RESP_MAP,     /* %  len elements: key, value, key, value ... (twice the wire's count) */
-    VKP_RESP_ATTRIBUTE /* |  as VKP_RESP_MAP; stands before the value that it annotates */
+    /* |  len elements: key, value, key, value ... (twice the wire's count). An attribute precedes
+       the value that it annotates.                                                            */
+    VKP_RESP_ATTRIBUTE
 } vkp_resp_type;
 
 #ifndef __cplusplus
-/* In C an enumerator is an int, which compilers compare with any enum in silence. With these casts
-   they warn when a type of RESP, a bit of readiness or a status is taken for another.         */
+/* In C an enumerator is an int, and compilers compare an int with any enum without a warning. With
+   these casts a comparison of a RESP type with a status or with a bit of readiness is a warning. */
 #define VKP_RESP_NULL ((vkp_resp_type)VKP_RESP_NULL)
 #define VKP_RESP_STRING ((vkp_resp_type)VKP_RESP_STRING)
 #define VKP_RESP_ERROR ((vkp_resp_type)VKP_RESP_ERROR)
@@ -418,58 +569,65 @@ typedef enum vkp_resp_type {
 #define VKP_RESP_ATTRIBUTE ((vkp_resp_type)VKP_RESP_ATTRIBUTE)
 #endif
 
-/* vkp_value.flags: bits. */
+/* The bits of vkp_value.flags. */
 typedef enum vkp_value_flags {
-    VKP_VALUE_SIMPLE = 1,     /* + or -: a line */
-    VKP_VALUE_VERBATIM = 2,   /* =: str is past the four bytes "txt:" */
-    VKP_VALUE_NULL_BULK = 4,  /* null came as $-1 */
-    VKP_VALUE_NULL_ARRAY = 8, /* null came as *-1 */
-    /* A message push inside another aggregate: servers before 7.2 put one into the array of an EXEC
-       that publishes to its own connection. Not an element: counted by nobody, passed over by the
-       walk.                                                                                    */
+    VKP_VALUE_SIMPLE = 1,     /* the string or error was sent as one line (+ or -) */
+    VKP_VALUE_VERBATIM = 2,   /* the string was sent as =; str starts after the 4 bytes "txt:" */
+    VKP_VALUE_NULL_BULK = 4,  /* the null was sent as $-1 */
+    VKP_VALUE_NULL_ARRAY = 8, /* the null was sent as *-1 (with lenient also as >-1) */
+    /* A message push inside another aggregate: servers before 7.2 put such a push into the array of
+       an EXEC that publishes to its own connection. The push is no element of the aggregate:
+       vkp_value.len does not count it, vkp_value_get_first and vkp_value_get_next skip it.    */
     VKP_VALUE_OUT_OF_BAND = 16
 } vkp_value_flags;
 
-/* One value of a tree. A tree is one array in reading order: the elements of an aggregate follow
-   it, each with its own. Walk with vkp_value_get_first and vkp_value_get_next, never by index. */
+/* One value of a tree. A tree is one array in the order of the wire: the elements of an aggregate
+   follow the aggregate, each element with its own elements behind it. Walk the tree with
+   vkp_value_get_first and vkp_value_get_next, never by index.                                 */
 typedef struct vkp_value {
-    uint8_t type;  /* vkp_resp_type */
-    uint8_t flags; /* VKP_F_* */
-    uint16_t i_depth;
-    uint32_t span;         /* places in the array that it takes, its elements included */
-    uint32_t attributes;   /* places back to the VKP_RESP_ATTRIBUTE that annotates it; 0 = none */
-    uint32_t i_has_nested; /* of an aggregate: it holds a VKP_VALUE_OUT_OF_BAND */
-    size_t len;            /* bytes of str, or number of elements */
+    uint8_t type;          /* a vkp_resp_type */
+    uint8_t flags;         /* VKP_VALUE_* bits */
+    uint16_t i_depth;      /* private */
+    uint32_t span;         /* entries of the array that this value takes, with all its elements */
+    uint32_t attributes;   /* entries back to this value's VKP_RESP_ATTRIBUTE; 0: none */
+    uint32_t i_has_nested; /* private: the array contains a VKP_VALUE_OUT_OF_BAND */
+    size_t len;            /* bytes of str; of an aggregate, the number of elements */
     union {
-        const char *str; /* not terminated */
-        int64_t integer;
-        size_t i_offset;
+        const char *str; /* text of a STRING, ERROR, DOUBLE or BIGNUM; not terminated */
+        int64_t integer; /* number of an INTEGER; 0 or 1 of a BOOL */
+        size_t i_offset; /* private */
     } u;
 } vkp_value;
 
-/* The first element of an aggregate, or NULL; then its next sibling, or NULL after the last.
-   `parent` is the aggregate. Attributes are passed over. Any thread; views.                   */
+/* The first element of the aggregate `parent`; NULL when there is none, or parent is no aggregate.
+   Attributes and VKP_VALUE_OUT_OF_BAND pushes are skipped. Views parent. Any thread.          */
 VKP_API const vkp_value *vkp_value_get_first(const vkp_value *parent);
+
+/* The element after `value` in the aggregate `parent`; NULL after the last one, or when value is
+   NULL. Attributes and VKP_VALUE_OUT_OF_BAND pushes are skipped. Views parent. Any thread.    */
 VKP_API const vkp_value *vkp_value_get_next(const vkp_value *parent, const vkp_value *value);
 
-/* str and len of a STRING, ERROR, BIGNUM or DOUBLE; empty for everything else, NULL included.
-   Views. Any thread.                                                                          */
+/* The text of a STRING, ERROR, BIGNUM or DOUBLE; empty for other types and for NULL. Views value.
+   Any thread.                                                                                 */
 VKP_API vkp_str vkp_value_get_str(const vkp_value *value);
 
-/* The number of a DOUBLE or an INTEGER in any locale; 0 for the rest. Any thread. */
+/* The number of a DOUBLE or INTEGER, in any locale; 0 for other types. Any thread. */
 VKP_API double vkp_value_get_double(const vkp_value *value);
 
-/* True for a STRING or ERROR that equals the terminated text, ASCII case ignored. Any thread. */
+/* Whether the value is a STRING or ERROR that equals the text, ASCII case ignored. False for a text
+   whose ptr is NULL. Any thread.                                                              */
 VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text);
 
+/* The limits of a reader. */
 typedef struct vkp_resp_config {
-    uint32_t max_depth;     /* nested aggregates; default 128, at most 65,000 */
-    uint32_t max_elements;  /* elements of one aggregate on the wire; default 4,294,967,295 / 2 */
-    size_t max_bulk_bytes;  /* one bulk string; default 512 MiB */
-    size_t max_line_bytes;  /* one line, CRLF not counted; default 64 KiB */
-    size_t max_frame_bytes; /* one whole frame; default 1 GiB, at most 4 GiB - 1 */
-    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
-    const vkp_env *env;
+    uint32_t max_depth; /* most levels of nested aggregates; 0: 128; at most 65,000 */
+    /* Most elements of one aggregate, as counted on the wire (pairs of a map); 0: 2,147,483,647. */
+    uint32_t max_elements;
+    size_t max_bulk_bytes;  /* most bytes of one bulk string; 0: 512 MiB */
+    size_t max_line_bytes;  /* most bytes of one line without its CRLF; 0: 64 KiB */
+    size_t max_frame_bytes; /* most bytes of one frame; 0: 1 GiB; at most 4 GiB - 1 */
+    bool lenient;       /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
+    const vkp_env *env; /* memory; NULL: all defaults */
 } vkp_resp_config;
 
 #endif /* VKP_NO_IO */
@@ -478,55 +636,71 @@ typedef struct vkp_resp_config {
 /* --------------------------------------------------------------------------------------
    >>api-push   What a server pushes                                                       */
 
+/* The three kinds of subscription. */
 typedef enum vkp_sub_kind {
-    VKP_SUB_CHANNEL = 0, /* SUBSCRIBE, exact name */
-    VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
-    VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
+    VKP_SUB_CHANNEL = 0, /* a pub/sub channel by its exact name: SUBSCRIBE */
+    VKP_SUB_PATTERN,     /* all pub/sub channels that match a glob pattern: PSUBSCRIBE */
+    VKP_SUB_SHARD        /* a shard channel by its exact name: SSUBSCRIBE */
 } vkp_sub_kind;
+
+/* The number of values of vkp_sub_kind. */
 #define VKP_SUB_KINDS 3
 
+/* What a push says. CONNECTED and all kinds below it are events of the client, not of the server:
+   their frame is empty.                                                                       */
 typedef enum vkp_push_kind {
-    VKP_PUSH_MESSAGE = 0,  /* channel, payload */
-    VKP_PUSH_PMESSAGE,     /* pattern, channel, payload */
-    VKP_PUSH_SMESSAGE,     /* channel, payload */
-    VKP_PUSH_SUBSCRIBED,   /* channel: confirmed for the first time, or again after an outage */
-    VKP_PUSH_UNSUBSCRIBED, /* channel; also when the server took a shard channel away */
-    VKP_PUSH_INVALIDATE,   /* frame: the keys; a null instead means all of them */
-    VKP_PUSH_OTHER,        /* any other push: frame, kind's name in channel */
-    VKP_PUSH_CONNECTED,    /* the first connection stands */
-    VKP_PUSH_DISCONNECTED, /* once per outage; payload tells why */
-    VKP_PUSH_RECONNECTED,  /* the outage is over; subscriptions are on their way back */
-    VKP_PUSH_GAP,          /* all are back: messages between from_ns and to_ns may be lost */
-    VKP_PUSH_LAGGED        /* the channel of pushes was full: `missed` were dropped before this */
+    VKP_PUSH_MESSAGE = 0, /* a message of a subscribed name: channel, payload */
+    VKP_PUSH_PMESSAGE,    /* a message that matches a pattern: pattern, channel, payload */
+    VKP_PUSH_SMESSAGE,    /* a message of a subscribed shard channel: channel, payload */
+    /* The server confirmed a subscription, for the first time or again after an outage: sub, and
+       the name in channel.                                                                    */
+    VKP_PUSH_SUBSCRIBED,
+    /* A subscription ended, by an unsubscribe or because the server no longer serves the shard
+       channel: sub, and the name in channel.                                                  */
+    VKP_PUSH_UNSUBSCRIBED,
+    VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
+    VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
+    VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    VKP_PUSH_DISCONNECTED, /* once per outage: a ready connection was lost; payload is the reason */
+    VKP_PUSH_RECONNECTED,  /* once per outage: a connection is ready, the client subscribes again */
+    /* The server answered all SUBSCRIBEs after an outage: messages between from_ns and to_ns may be
+       lost. Follows RECONNECTED if anything was subscribed; several outages may share one.    */
+    VKP_PUSH_GAP,
+    /* The channel of pushes was full: `missed` pushes were dropped before this one. */
+    VKP_PUSH_LAGGED
 } vkp_push_kind;
 
-/* The kind in lower case; static, never NULL. Any thread. */
+/* The kind as a text in lower case: static, never NULL. Any thread. */
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
 
-/* One push. A value: in a callback it is borrowed; out of a channel it is yours to unref. */
+/* One push, a plain struct. A callback borrows the push; a receiver that took a push from a channel
+   owns it, and gives it back with vkp_push_unref. Texts view frame, or are static.            */
 typedef struct vkp_push {
-    vkp_push_kind kind;
-    vkp_sub_kind sub; /* of SUBSCRIBED, UNSUBSCRIBED and the messages */
-    vkp_bytes frame;  /* the RESP bytes as received; empty for events of the client */
-    vkp_str channel;  /* these view frame */
-    vkp_str pattern;
-    vkp_str payload;
-    uint64_t from_ns; /* GAP: monotonic times */
-    uint64_t to_ns;
-    uint64_t missed; /* LAGGED */
+    vkp_push_kind kind; /* says which of the other fields are set */
+    vkp_sub_kind sub;   /* the kind of subscription: SUBSCRIBED, UNSUBSCRIBED and messages */
+    vkp_bytes frame;    /* the RESP bytes as received; empty for events of the client */
+    vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
+    vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
+    vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
+    uint64_t from_ns;   /* GAP: when the connection was lost, in monotonic ns */
+    uint64_t to_ns;     /* GAP: when all subscriptions were answered, in monotonic ns */
+    uint64_t missed;    /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
-/* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
+/* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */
 VKP_API size_t vkp_push_get_cost(const void *push);
 
-/* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
+/* vkp_push_unref of a push that no receiver took: for vkp_mpsc_config.drop. Any thread. */
 VKP_API void vkp_push_drop(void *user, void *push);
 
-/* Give the push's reference back and empty it. Any thread. */
+/* Give the reference to the frame back and zero the struct. NULL is ignored. Any thread. */
 VKP_API void vkp_push_unref(vkp_push *push);
 
-/* Read a frame as a push. Messages need no allocation and no reader.
-   Owns:   *push views value and gets no reference (frame is empty)   Errors: INVALID (no push) */
+/* Read a value as a push; allocates nothing. A value of a known kind but another number of elements
+   is VKP_PUSH_OTHER. The value may be a PUSH, or an ARRAY as RESP2 sends pushes.
+   Owns:   *push views value and holds no reference (frame is empty)
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (a null argument, no PUSH or ARRAY, the first element is no string)         */
 VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
 
 #endif /* VKP_NO_IO */
@@ -535,105 +709,165 @@ VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp
 /* --------------------------------------------------------------------------------------
    >>api-client   A connection to a server, shared by many threads                         */
 
-/* A reply: one whole value and the bytes it came in. Immutable, ref-counted. */
-VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply); /* views the reply */
-VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);        /* views, no reference */
-VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
-VKP_API void vkp_reply_unref(vkp_reply *reply); /* NULL is ignored; any thread */
+/* The value of the reply; an attribute before it is only in the frame. Views the reply. Any
+   thread.                                                                                     */
+VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply);
 
+/* The bytes of the reply as received. Views the reply, holds no reference. Any thread. */
+VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);
+
+/* One more reference to the reply (gives). Any thread. */
+VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
+
+/* Give a reference back; the last one frees the reply. NULL is ignored. Any thread. */
+VKP_API void vkp_reply_unref(vkp_reply *reply);
+
+/* What a client does now. */
 typedef enum vkp_client_state {
-    VKP_CLIENT_CONNECTING = 0,
-    VKP_CLIENT_READY,
-    VKP_CLIENT_WAITING, /* for the next try */
-    VKP_CLIENT_CLOSED
+    VKP_CLIENT_CONNECTING = 0, /* connects and does the handshake; commands wait for its end */
+    VKP_CLIENT_READY,          /* connected; commands are sent */
+    VKP_CLIENT_WAITING,        /* waits for the next try to connect; commands get DISCONNECTED */
+    VKP_CLIENT_CLOSED          /* closed; commands and subscriptions get CLOSED */
 } vkp_client_state;
 
+/* How a client connects, reconnects and delivers pushes. Only address is required. */
 typedef struct vkp_client_config {
-    vkp_str address;             /* required */
-    vkp_str username;            /* default: the default user */
-    vkp_str password;            /* default: none, no AUTH */
-    vkp_str name;                /* CLIENT SETNAME; default: none */
-    int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
-    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too; VKP_OFF: none */
-    uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
-    uint64_t retry_max_ms; /* default 5,000 */
-    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000; VKP_OFF: never */
-    uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
-    size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
-    vkp_resp_config resp;          /* limits of the reader; lenient is set */
-    /* Pushes, on the loop's thread; the push is borrowed. Either this, or the channel. */
+    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str username; /* sent with the password; ptr NULL: the user "default" */
+    vkp_str password; /* ptr NULL: no authentication */
+    vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
+    int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+
+    /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
+       VKP_OFF: no limit.                                                                      */
+    uint64_t connect_timeout_ms;
+
+    /* The client waits a random time before each new try: from 0 to a bound that starts here and
+       doubles with each failed try. Milliseconds; 0: 50.                                      */
+    uint64_t retry_min_ms;
+    uint64_t retry_max_ms; /* the largest bound of the random wait before a try, in ms; 0: 5,000 */
+
+    /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
+       VKP_OFF: never.                                                                         */
+    uint64_t heartbeat_ms;
+
+    /* After a PING, this many milliseconds without a received byte mean that the connection is
+       lost. 0: 5,000.                                                                         */
+    uint64_t heartbeat_timeout_ms;
+
+    /* Most bytes of commands that wait or whose reply is missing; one command always fits.
+       0: 64 MiB.                                                                              */
+    size_t queue_bytes;
+    vkp_resp_config resp; /* limits of the client's reader; lenient and env are ignored */
+
+    /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
+       both be set; with neither, pushes are dropped.                                          */
     void (*on_push)(void *user, const vkp_push *push);
-    void *user;
-    vkp_mpsc_tx *pushes; /* of vkp_push; shared. A full channel drops, and LAGGED tells. */
-    const vkp_env *env;  /* default: the loop's */
+    void *user; /* the first argument of on_push */
+
+    /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
+       is full the push is dropped; when there is room, a LAGGED with the number follows.      */
+    vkp_mpsc_tx *pushes;
+    const vkp_env *env; /* memory and log; NULL: the loop's */
 } vkp_client_config;
 
-/* Open a client and begin to connect; it reconnects until it is closed. With a password the
-   connection is refused rather than used unauthenticated.
-   Owns:   borrows config (copies texts), shares loop and pushes; gives *client
-   Blocks: on DNS for host names only    Threads: loop's    In callbacks: ok
-   Errors: INVALID, NOMEM, CLOSED (loop)                                                       */
+/* Open a client and start to connect. The client reconnects until it is closed: a server that
+   does not answer is no error here. If the server refuses the password, the client closes the
+   connection and tries again; it never uses a connection without authentication.
+   Owns:   borrows config (copies texts); shares loop and pushes; gives *client
+   Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
+   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
+   protocol, both on_push and pushes), LIMIT (a socket path too long for the system), NOMEM
+   (also for a limit in resp above its maximum), CLOSED (loop)                                 */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
-VKP_API vkp_client *vkp_client_ref(vkp_client *client); /* any thread */
-VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; any thread */
+/* One more reference to the client (gives). Any thread. */
+VKP_API vkp_client *vkp_client_ref(vkp_client *client);
 
-/* Close: commands not answered get CLOSED, then nothing is called any more. Idempotent. Any
-   thread; from others than the loop's it is posted.                                           */
+/* Give a reference back; the last one closes the client. NULL is ignored. Any thread. */
+VKP_API void vkp_client_unref(vkp_client *client);
+
+/* Close the connection. Commands without a reply get CLOSED; no callback runs after that. On the
+   loop's thread all this is done when the call returns; other threads queue it as a task for the
+   loop. Idempotent; NULL is ignored. Any thread.                                              */
 VKP_API void vkp_client_close(vkp_client *client);
 
-VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
-VKP_API int vkp_client_get_protocol(const vkp_client *client);           /* 0 until one was tried */
+/* The state of the client. Any thread. */
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client);
 
-/* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
+/* The protocol of the last handshake, 2 or 3; 0 before the first handshake. Any thread. */
+VKP_API int vkp_client_get_protocol(const vkp_client *client);
+
+/* Copy an English text that says what ended the last connection or try; "" if nothing did. At most
+   size bytes with the NUL. Any thread.                                                        */
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
 
-/* Subscribe, once upstream however often it is asked; each call wants one unsubscribe. Survives
-   outages. SUBSCRIBED follows in the push stream.
+/* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
+   needs one vkp_client_unsubscribe. The client subscribes again after an outage. A push SUBSCRIBED
+   follows when the server confirms.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID                                                              */
+   Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
                                                       vkp_str name);
 
-/* As vkp_client_subscribe, and done(user, status) on the loop's thread, once: OK when the server
-   confirmed (at once if it had), DISCONNECTED when there is no connection (the subscription
-   stands and comes with it), REFUSED (the server said no: the subscription is gone), CLOSED.  */
+/* vkp_client_subscribe with a notice: after OK, the loop's thread calls done(user, status) once,
+   never inside this call. The status is OK (the server confirmed, now or earlier), DISCONNECTED
+   (no connection: the subscription is kept, and made when the client connects), REFUSED (by the
+   server: the name is no longer subscribed, for all callers), or CLOSED (the client).
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID (client or done NULL, an unknown kind, name.ptr NULL with
+   len > 0)                                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
                                                            vkp_str name,
                                                            void (*done)(void *user, vkp_status),
                                                            void *user);
 
-/* Give up one interest; the last one unsubscribes. Errors: NOMEM, CLOSED. Any thread. A name that
-   was not subscribed is ignored.                                                              */
+/* Take one subscribe call back; the last one of a name sends UNSUBSCRIBE. A name that is not
+   subscribed is ignored.
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
                                                         vkp_str name);
 
-/* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
-   of the server is a reply of type VKP_RESP_ERROR. The slot is initialised here. The arguments are
-   terminated strings, the last one NULL.
-   Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
+/* Send a command. The slot `reply`, which this call initialises, receives a vkp_reply* to unref. An
+   error of the server is a reply of type VKP_RESP_ERROR. The arguments are terminated strings,
+   then NULL. A command sent while the client connects waits for the end of the handshake. After
+   OK, vkp_oneshot_recv returns CLOSED when no reply follows: the connection was lost or the client
+   was closed (the command may or may not have run), the reply found no memory, or the command was
+   not sent (RESP2, and something is subscribed).
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
-   Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
-   command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
-   CLIENT REPLY, MULTI, ...), LIMIT (more than 64 arguments: vkp_client_command_argv takes them),
-   CLOSED, NOMEM, INVALID. After OK, recv gives CLOSED when the connection was lost before the
-   reply: the command may or may not have run.                                                 */
+   Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
+   REFUSED (a command that changes the shared connection: SUBSCRIBE and UNSUBSCRIBE in all forms,
+   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, SELECT, SYNC, PSYNC, CLIENT
+   REPLY), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB), CLOSED,
+   NOMEM, INVALID (a null argument, no command)                                                */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
     __attribute__((sentinel));
 
-/* The same with counted arguments. */
+/* vkp_client_command with an array of argc arguments, which may hold any bytes. The slot `reply`
+   receives a vkp_reply* to unref, or CLOSED.
+   Owns:   borrows argv, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (a null argument, argc 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
 
-/* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
-   value of the LAST reply, on the loop's thread, exactly once: status OK, or with NULL
-   DISCONNECTED, CLOSED, or REFUSED (RESP2 and something is subscribed). The bytes are not
-   inspected.
-   Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
-   Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
+/* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
+   are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
+   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), or REFUSED
+   (not sent: RESP2, and something is subscribed).                                             */
 typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
                              const vkp_bytes *frame);
+
+/* Send bytes that hold `replies` whole commands, which stay together on the wire. The bytes are not
+   checked. After OK, the loop's thread calls on_reply once, with the LAST reply; after an error
+   on_reply is not called.
+   Owns:   borrows commands (shares the block)
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: DISCONNECTED (the client waits for its next try), FULL (queue_bytes), CLOSED, NOMEM,
+   INVALID (client, commands or on_reply NULL; no bytes; replies 0)                            */
 VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
                                                  uint32_t replies, vkp_reply_fn on_reply,
                                                  void *user);
@@ -642,75 +876,99 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_b
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-loop   One thread's event loop                                                    */
+   >>api-loop   One thread's event loop                                                        */
 
+/* The configuration of a loop. Every zero is a default; only the backend is required. */
 typedef struct vkp_loop_config {
-    const vkp_backend *backend; /* required */
-    const vkp_env *env;
-    void *foreign;          /* for guest backends: the program's own loop */
-    size_t read_bytes;      /* bytes of one read; default 64 KiB, at least 1 KiB */
-    size_t events_per_wait; /* default 256 */
+    const vkp_backend *backend; /* how the loop waits, for example &vkp_backend_poll; required */
+    const vkp_env *env;         /* memory, log, system calls; NULL: the defaults */
+    void *foreign;          /* the program's own loop: required by guest backends, else ignored */
+    size_t read_bytes;      /* bytes of one read; 0: 64 KiB; values below 1 KiB mean 1 KiB */
+    size_t events_per_wait; /* the most events of one wait; 0: 256 */
 } vkp_loop_config;
 
-/* Open a loop. It belongs to whichever thread runs it; one thread at a time.
-   Owns:   borrows config (keeps env and backend pointers); gives *loop
+/* Open a loop. One thread at a time runs a loop: until a thread runs it, the loop's thread is the
+   thread that called vkp_loop_open. A NULL config returns INVALID: a backend is required.
+   Owns:   borrows config (keeps the env and backend pointers); gives *loop
    Blocks: never     Threads: any     In callbacks: ok
-   Errors: INVALID (no backend, or a wrong ABI: logged with the files to link), NOMEM, SYS     */
+   Errors: INVALID (a null argument, no backend, a backend of another ABI: the log names the files
+   to link; a guest backend without config.foreign), NOMEM, SYS (the backend cannot open)      */
 VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **loop);
 
-/* One more reference (gives). Any thread. Connections, clients and listeners hold one each. */
+/* One more reference to the loop (gives, the same pointer). Connections, clients, listeners and
+   handlers hold one each. Any thread.                                                         */
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
 
-/* One reference less; the last one frees the loop. NULL is ignored. Any thread; over a guest
-   the last one comes on the foreign loop's, before that is freed.                             */
+/* Give a reference to the loop back; the last one closes and frees the loop. NULL is ignored. Any
+   thread. With a guest backend, give the last reference back on the foreign loop's thread, before
+   the foreign loop is freed.                                                                  */
 VKP_API void vkp_loop_unref(vkp_loop *loop);
 
-/* Close everything on the loop (connections, listeners, clients: their on_close run now), run
-   what was posted, stop timers, refuse new posts. Idempotent. Loop's thread, not inside
-   vkp_loop_run.                                                                                */
+/* Close the loop: close its connections, listeners, clients and handlers (on_close callbacks run
+   before vkp_loop_close returns), call each started vkp_io with ready 0, run the calls posted so
+   far, stop the timers. Later posts return CLOSED. Idempotent; NULL is ignored; a call inside a
+   callback of the loop does nothing. Loop's thread, not inside vkp_loop_run.                  */
 VKP_API void vkp_loop_close(vkp_loop *loop);
 
-/* Run rounds until vkp_loop_stop. OK, INVALID (two threads, a guest backend), or SYS.
-   Calling thread becomes the loop's.                                                          */
+/* Run rounds until vkp_loop_stop; OK after a stop. The calling thread becomes the loop's thread;
+   after the return the loop may be used by any one thread.
+   Blocks: until vkp_loop_stop     Threads: any, one at a time     In callbacks: INVALID
+   Errors: INVALID (another thread runs the loop, the loop is closed, a guest backend, a call
+   inside a callback of the loop), SYS (the backend's wait failed)                             */
 VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
 
-/* One round: wait until the deadline at most (0: do not wait), dispatch, write. Loop's thread.
-   Errors: INVALID (inside a callback), SYS.                                                   */
+/* Run one round: wait for events until the deadline at most (0: do not wait), dispatch, write. The
+   calling thread becomes the loop's thread, and stays the loop's thread after the return.
+   Blocks: until deadline_ns     Threads: loop's     In callbacks: INVALID
+   Errors: INVALID (inside a callback of the loop, another thread runs the loop, the loop is
+   closed), SYS (the backend's wait failed)                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_loop_run_once(vkp_loop *loop, uint64_t deadline_ns);
 
-/* Make vkp_loop_run return after the round under way. Sticky until it did. Any thread, and
-   signal handlers.                                                                            */
+/* Make vkp_loop_run return after the current round. The stop is kept until vkp_loop_run returned: a
+   stop before vkp_loop_run ends that run after one round. Any thread, and signal handlers.    */
 VKP_API void vkp_loop_stop(vkp_loop *loop);
 
-/* Call fn(user) on the loop's thread, in the order posted by each thread.
+/* Call fn(user) once on the loop's thread, during a round of the loop. Calls posted by one thread
+   run in the order posted; calls posted before vkp_loop_close run.
    Owns:   user stays the caller's     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED (the loop was closed), INVALID                                        */
+   Errors: NOMEM, CLOSED (the loop is closed), INVALID (loop or fn is NULL)                    */
 VKP_API VKP_NODISCARD vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *user);
 
-/* The descriptor to poll in a foreign loop (-1: none), and the deadline of the next timer
-   (VKP_FOREVER: none; 0: work is waiting). Loop's thread.                                     */
+/* The descriptor to poll in a foreign loop: readable when the loop has events. -1: the backend has
+   no such descriptor. Loop's thread.                                                          */
 VKP_API int vkp_loop_get_fd(const vkp_loop *loop);
+
+/* The deadline of the loop's next timer, for a foreign loop that polls vkp_loop_get_fd:
+   VKP_FOREVER without timers, 0 while queued work needs a round now. Loop's thread.           */
 VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop);
 
-/* The loop's clock: nanoseconds, monotonic. The same all through a round. Loop's thread. */
+/* The loop's clock: monotonic nanoseconds. During a round the clock stays at the end of the round's
+   wait; between rounds it is the time now. Loop's thread.                                     */
 VKP_API uint64_t vkp_loop_get_now_ns(const vkp_loop *loop);
 
 /* The deadline that many milliseconds after vkp_loop_get_now_ns: for timers and calls of this loop,
-   also where its backend keeps a virtual clock. Saturates at VKP_FOREVER. Loop's thread.      */
+   also with a backend that keeps a virtual clock. Saturates at VKP_FOREVER. Loop's thread.    */
 VKP_API uint64_t vkp_loop_after_ms(const vkp_loop *loop, uint64_t ms);
 
-/* What to wait for at a descriptor, and what it is ready for: bits of a uint32_t. HUP and ERROR are
-   reported without being asked for and imply both directions: read until the end of file before
-   you treat the connection as closed.                                                         */
+/* What to wait for at a descriptor, and what a descriptor is ready for: bits of a uint32_t. */
 typedef enum vkp_io_bits {
+    /* No bit: an interest in nothing, or the call that a vkp_io gets when the loop closes. */
     VKP_IO_NONE = 0,
+    /* A read does not wait. */
     VKP_IO_READ = 1,
+    /* A write does not wait. */
     VKP_IO_WRITE = 2,
+    /* The peer hung up; reported without being asked for. Implies both directions: read until the
+       end of file before you treat the connection as closed. */
     VKP_IO_HUP = 4,
+    /* The descriptor has an error; reported without being asked for. Implies both directions: read
+       until the end of file before you treat the connection as closed. */
     VKP_IO_ERROR = 8
 } vkp_io_bits;
 
-#ifndef __cplusplus /* as for vkp_resp_type */
+#ifndef __cplusplus
+/* In C an enumerator is an int; with these casts compilers warn when a bit of vkp_io_bits is taken
+   for a value of another enum.                                                                */
 #define VKP_IO_NONE ((vkp_io_bits)VKP_IO_NONE)
 #define VKP_IO_READ ((vkp_io_bits)VKP_IO_READ)
 #define VKP_IO_WRITE ((vkp_io_bits)VKP_IO_WRITE)
@@ -718,232 +976,296 @@ typedef enum vkp_io_bits {
 #define VKP_IO_ERROR ((vkp_io_bits)VKP_IO_ERROR)
 #endif
 
-/* A descriptor under watch, in the caller's memory; fields are private. */
+/* A descriptor that is registered with a loop, in the caller's memory; the fields are private. Zero
+   the struct before the first use: vkp_io_stop is then legal at any time.                     */
 typedef struct vkp_io vkp_io;
 struct vkp_io {
-    vkp_loop *i_loop;
-    void (*i_fn)(vkp_io *io, uint32_t ready);
-    int i_fd;
-    uint32_t i_slot;
-    uint32_t i_interest;
+    vkp_loop *i_loop;                         /* NULL: not registered */
+    void (*i_fn)(vkp_io *io, uint32_t ready); /* called when the descriptor is ready */
+    int i_fd;                                 /* the descriptor, the caller's */
+    uint32_t i_slot;                          /* index in the loop's table */
+    uint32_t i_interest;                      /* VKP_IO_READ and VKP_IO_WRITE, or 0 */
 };
 
-/* Watch fd for `interest`. fn gets VKP_IO_READ etc., and ready 0 once if the loop closes first (the
-   watch is stopped then). The fd stays the caller's and must stay open until the stop.
-   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, SYS, INVALID      */
+/* Register fd with the loop. In each round in which fd is ready for `interest` (level-triggered),
+   the loop calls fn with VKP_IO_* bits. If the loop closes first, the loop stops the vkp_io and
+   calls fn once with ready 0.
+   Owns:   io and fd stay the caller's; fd must stay open until vkp_io_stop
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, SYS, INVALID (a null argument, fd below 0, a closed loop, another thread)    */
 VKP_API VKP_NODISCARD vkp_status vkp_io_start(vkp_io *io, vkp_loop *loop, int fd, uint32_t interest,
                                               void (*fn)(vkp_io *io, uint32_t ready));
 
-/* Replace the interest (0 keeps the watch, silent but for HUP and ERR where the kernel tells).
-   Loop's thread. Errors: SYS, NOMEM, INVALID.                                                 */
+/* Replace the interest of a registered descriptor. 0 keeps the place in the loop, but reports
+   nothing, not even HUP and ERROR.
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: SYS, NOMEM, INVALID (io is NULL or not started)                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_io_set(vkp_io *io, uint32_t interest);
 
-/* End the watch: fn is not called again, not even for events already fetched. Idempotent on a
-   started or zeroed watch. Loop's thread.                                                     */
+/* End the registration: fn is no longer called, not even for events already fetched. Idempotent on
+   a started or zeroed vkp_io. Loop's thread.                                                  */
 VKP_API void vkp_io_stop(vkp_io *io);
 
-/* A timer in the caller's memory; fields are private. Zero it before the first start. */
+/* A timer in the caller's memory; the fields are private. Zero the struct before its first use. */
 typedef struct vkp_timer vkp_timer;
 struct vkp_timer {
-    vkp_loop *i_loop;
-    void (*i_fn)(vkp_timer *timer);
-    uint64_t i_deadline_ns;
-    uint64_t i_period_ns;
-    size_t i_index; /* place in the heap + 1; 0 = not running */
+    vkp_loop *i_loop;               /* the loop of the last start */
+    void (*i_fn)(vkp_timer *timer); /* called at the deadline */
+    uint64_t i_deadline_ns;         /* the next deadline */
+    uint64_t i_period_ns;           /* 0: once */
+    size_t i_index;                 /* place in the heap + 1; 0 = not running */
 };
 
 /* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
-   timer that fell behind fires once and goes on from now.
-   Blocks: never     Threads: loop's     In callbacks: ok     Errors: NOMEM, INVALID           */
+   timer that is late by a period or more fires once; the next period counts from now.
+   Owns:   timer stays the caller's, and must stay valid while the timer runs
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, INVALID (a null argument, another thread), SYS (a guest's foreign timer)     */
 VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop,
                                                  void (*fn)(vkp_timer *timer), uint64_t period_ns,
                                                  uint64_t deadline_ns);
 
-/* Stop the timer: fn is not called again. Idempotent on a zeroed timer. Loop's thread. */
+/* Stop the timer: fn is no longer called. Idempotent; a zeroed timer is legal. Loop's thread. */
 VKP_API void vkp_timer_stop(vkp_timer *timer);
 
 #endif /* VKP_NO_IO */
 
 /* --------------------------------------------------------------------------------------
-   >>api-mpsc   Many senders, one receiver                                                 */
+   >>api-mpsc   Many senders, one receiver                                                     */
 
+/* The configuration of an mpsc channel. Every zero is a default; only elem_bytes is required. */
 typedef struct vkp_mpsc_config {
-    size_t elem_bytes;     /* bytes of one value; required */
-    size_t capacity_items; /* most values queued; 0 = unbounded */
-    size_t capacity_bytes; /* most cost queued, by cost(); 0 = unbounded; one value always fits */
-    /* Bytes that a value stands for; default elem_bytes. Used with capacity_bytes. Called at send
-       and at receive, under the channel's lock: the same answer each time, no library call.   */
+    /* Bytes of one value, 1 to 64 KiB; required. */
+    size_t elem_bytes;
+    /* The most values queued; 0 = unbounded. With lanes: counted per sender. */
+    size_t capacity_items;
+    /* The most bytes queued, as cost() counts bytes; 0 = unbounded. An empty channel takes a value
+       of any cost. */
+    size_t capacity_bytes;
+    /* The bytes that a value counts for in capacity_bytes; NULL: elem_bytes. Called when a value is
+       sent, received or dropped, on that thread, maybe under the channel's lock: return the same
+       number each time, and call no function of this library. */
     size_t (*cost)(const void *item);
-    void (*drop)(void *user, void *item); /* called once on each value nobody received */
-    void *user;                           /* handed to drop */
+    /* Called once on each value that nobody received, never under a lock, on the thread that gives
+       the receiver back, or on a sender's thread after that. NULL: values need no drop. */
+    void (*drop)(void *user, void *item);
+    /* The first argument of drop. */
+    void *user;
+    /* Memory and system calls; NULL: the defaults. */
     const vkp_env *env;
-    /* Senders of vkp_mpsc_tx_clone have a lane each, so that threads that send do not meet: the
-       order of values is kept per sender only, and capacity_items counts per sender.           */
+    /* True: each sender of vkp_mpsc_tx_clone has a lane, so that sending threads do not contend.
+       The order of values is then kept per sender only, and capacity_items counts per sender. */
     bool lanes;
 } vkp_mpsc_config;
 
-/* Open a channel: its one receiver and the first sender. Memory for values comes with the first
-   ones and grows with need; what a burst took is given back when the receiver finds nothing.
-   Values lie at addresses aligned to 8, to 16 where elem_bytes is a multiple of 16, to 64 where
-   it is a multiple of 64.
+/* Open a channel: its one receiver and the first sender. Memory for values is allocated with the
+   first values and grows as needed; more than 64 KiB that a burst took is freed when the receiver
+   waits on the empty channel. Values lie at addresses aligned to 8; to 16 where elem_bytes is a
+   multiple of 16; to 64 where elem_bytes is a multiple of 64. A NULL config returns INVALID.
    Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above 64 KiB; lanes with capacity_bytes), NOMEM            */
+   Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB; lanes with capacity_bytes),
+   NOMEM                                                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx,
                                                vkp_mpsc_rx **rx);
 
-/* One more reference to the same sender (gives, the same pointer). Any thread. */
+/* One more reference to the sender (gives, the same pointer). Any thread. */
 VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
 
-/* Another sender for the same receiver. Without config.lanes that is vkp_mpsc_tx_ref, with it the
-   sender has a lane of its own, for which the receiver waits at most 64 values of each other.
-   Owns:   gives *clone     Blocks: never     Threads: any     Errors: NOMEM, INVALID          */
+/* Another sender for the same receiver. Without config.lanes this is vkp_mpsc_tx_ref. With
+   config.lanes the new sender has its own lane, and the receiver takes at most 64 values in a row
+   from one lane while another lane has values.
+   Owns:   gives *clone     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone);
 
-/* One reference less. After the last one of all senders the receiver drains, then gets CLOSED.
-   NULL is ignored. Any thread.                                                                */
+/* Give a reference to the sender back. After the last reference of all senders, the receiver
+   receives the values still queued, then CLOSED. NULL is ignored. Any thread.                 */
 VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx);
 
-/* A weak sender (gives): it does not keep the channel open for the receiver. Any thread. Upgrading
-   gives *tx, a sender. Errors: CLOSED (the last sender has gone), NOMEM (a lane), INVALID.    */
+/* A weak sender (gives): a reference that does not keep the channel open for the receiver, and
+   cannot send; vkp_mpsc_upgrade makes a sender of it. Any thread.                             */
 VKP_API vkp_mpsc_weak *vkp_mpsc_downgrade(vkp_mpsc_tx *tx);
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx);
-VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak); /* NULL is ignored */
 
-/* Enqueue one value, waiting for room until the deadline. Waiting senders go in order of arrival.
+/* A sender from a weak sender; with config.lanes a sender with its own lane.
+   Owns:   gives *tx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: CLOSED (no sender is left), NOMEM (a lane), INVALID                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx);
+
+/* Give a weak sender back. NULL is ignored. Any thread. */
+VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak);
+
+/* Enqueue one value; wait for room until the deadline. Waiting senders get room in order of
+   arrival.
    Owns:   takes what *item owns (on failure it stays the caller's)
-   Blocks: until deadline_ns      Threads: any      In callbacks: would stall the loop
-   Errors: CLOSED (receiver closed), TIMEOUT, NOMEM, INVALID                                   */
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: CLOSED (the receiver closed), TIMEOUT (no room until the deadline), NOMEM, INVALID  */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item,
                                                uint64_t deadline_ns);
 
 /* Enqueue one value without waiting; never overtakes a waiting sender.
    Owns:   takes what *item owns (on failure it stays the caller's)
-   Blocks: never          Threads: any          In callbacks: ok
-   Errors: FULL (at capacity), CLOSED (receiver closed), NOMEM, INVALID                        */
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: FULL (at capacity, or other senders wait for room), CLOSED (the receiver closed), NOMEM,
+   INVALID                                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item);
 
-/* Enqueue the `count` values of an array, in order, waiting for room until the deadline (0: as many
-   as fit now). *sent is written on OK, at least 1: fewer than count means that the deadline
-   passed, the receiver closed, or memory ran out, and the values behind stay the caller's.
-   Threads, Errors: as vkp_mpsc_send, when none was sent                                       */
+/* Enqueue the `count` values of an array in order; wait for room until the deadline (0: as many
+   values as fit now). OK: *sent is at least 1. *sent below count means that the deadline passed,
+   the receiver closed, or memory ran out; the values not sent stay the caller's.
+   Owns:   takes what the first *sent values own
+   Blocks: until deadline_ns     Threads: any     In callbacks: ok with deadline 0
+   Errors, when no value was sent: CLOSED (the receiver closed), TIMEOUT (no room until the
+   deadline), NOMEM, INVALID (a null argument, count 0)                                        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items,
                                                     size_t count, uint64_t deadline_ns,
                                                     size_t *sent);
 
-/* A place in the queue, in the caller's memory: build the value at `item`, then commit or abort,
-   once, on any thread. The receiver waits behind the place until then.                        */
+/* A permit: a reserved place of a channel, in the caller's memory. Build the value at `item`, then
+   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread. Until then the receiver gets no
+   value sent behind the permit.                                                               */
 typedef struct vkp_mpsc_permit {
-    void *item; /* elem_bytes, uninitialised; yours until commit or abort */
-    void *i_lane;
-    void *i_ring;
-    uint64_t i_ticket;
+    void *item;        /* elem_bytes, uninitialised; the caller's until commit or abort */
+    void *i_lane;      /* private: the queue of the permit's place */
+    void *i_ring;      /* private: the memory of the permit's place */
+    uint64_t i_ticket; /* private: the number of the permit's place */
 } vkp_mpsc_permit;
 
-/* Take a place, waiting for room until the deadline; or without waiting.
-   Owns:   *permit views the channel: commit or abort it before the sender's unref
-   Blocks: until deadline_ns / never      Threads: any
-   Errors: as vkp_mpsc_send / as vkp_mpsc_try_send; INVALID with capacity_bytes, as a value that is
-   not there yet costs nothing known                                                           */
+/* Reserve a place; wait for room until the deadline.
+   Owns:   *permit views the channel: commit or abort before you give the sender back
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: CLOSED (the receiver closed), TIMEOUT (no room until the deadline), NOMEM, INVALID (a
+   null argument; a channel with capacity_bytes: the cost of the value is not known yet)       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns,
                                                   vkp_mpsc_permit *permit);
+
+/* Reserve a place without waiting; never overtakes a waiting sender.
+   Owns:   *permit views the channel: commit or abort before you give the sender back
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: FULL (at capacity, or other senders wait for room), CLOSED (the receiver closed), NOMEM,
+   INVALID (a null argument; a channel with capacity_bytes: the cost of the value is not known
+   yet)                                                                                        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
-/* The value is built: it is received even if the receiver closed meanwhile, and goes to `drop` if
-   the receiver is gone. Takes what the value owns. Never blocks.                              */
+/* Send the value built at permit->item. The value is received even if the receiver closed after the
+   reserve, and is dropped through `drop` if the receiver was given back.
+   Owns:   takes what the value owns     Blocks: never     Threads: any     In callbacks: ok   */
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit);
 
-/* No value: the place is skipped, and free again when the receiver comes to it. Never blocks. */
+/* Give a permit back without a value. The receiver skips the place; there is room for another value
+   when the receiver has reached the place. Never blocks. Any thread.                          */
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
 
-/* Wait until the receiver closes or goes: OK, TIMEOUT, INVALID. Any thread; would stall a loop. */
+/* Wait until the receiver closes or is given back.
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns);
 
-/* Plain reads, out of date at once while others send or receive. Any thread.
-   is_closed: the receiver closed, sending cannot succeed any more. room: values that fit now by
-   their number, SIZE_MAX when that is unbounded. capacity: capacity_items. senders, weak_senders:
-   references.                                                                                  */
+/* True once the receiver closed or was given back: no later send succeeds. Any thread. */
 VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx);
+
+/* The number of values that fit now, by capacity_items alone; SIZE_MAX when that is unbounded. With
+   lanes: of this sender. Other threads may change the number immediately. Any thread.         */
 VKP_API size_t vkp_mpsc_get_room(const vkp_mpsc_tx *tx);
+
+/* The channel's capacity_items; 0 = unbounded. Any thread. */
 VKP_API size_t vkp_mpsc_get_capacity(const vkp_mpsc_tx *tx);
+
+/* The number of references to the sender; with config.lanes, the number of senders. Other threads
+   may change the number immediately. Any thread.                                              */
 VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx);
+
+/* The number of weak senders. Other threads may change the number immediately. Any thread. */
 VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 
-/* Take the oldest value, waiting until the deadline.
-   Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
+/* Take the oldest value; wait for a value until the deadline.
+   Owns:   gives what *out owns
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out);
 
-/* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting: also while the
-   oldest place is another sender's who is about to fill it, or holds a permit.                */
+/* Take the oldest value without waiting.
+   Owns:   gives what *out owns     Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY (no value; or a sender is about to fill the oldest place, or the oldest place is a
+   permit), CLOSED (drained, and no sender is left or vkp_mpsc_close was called), INVALID      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
-/* Take up to `capacity` values at once into the array `out`; waits only for the first, with
-   deadline 0 not at all. *count is written on OK, at least 1. Errors as vkp_mpsc_recv.        */
+/* Take up to `capacity` values in one call, into the array `out`. Waits for the first value only,
+   until the deadline (0: does not wait). OK: *count is at least 1.
+   Owns:   gives what the values own
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: ok with deadline 0
+   Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID (a
+   null argument, capacity 0)                                                                  */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns,
                                                     void *out, size_t capacity, size_t *count);
 
-/* Look at the oldest value where it lies.
-   Owns:   *item views the channel: valid until the next call that receives   Blocks: never
-   Threads: the receiver's     Errors: EMPTY, CLOSED, INVALID                                  */
+/* Give a pointer to the oldest value, and leave the value in the channel.
+   Owns:   *item views the channel: valid until the next call that receives
+   Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY, CLOSED (drained, and no sender is left or vkp_mpsc_close was called), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item);
 
-/* Values queued now, places reserved included; out of date at once while others send. is_closed:
-   the receiver closed or the last sender went: nothing new comes, what is queued is still received.
+/* The number of values queued now, permits included. Senders may change the number immediately.
    Receiver's thread.                                                                          */
 VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx);
+
+/* True once vkp_mpsc_close was called or no sender is left: no new value arrives, except in permits
+   reserved before; queued values are still received. Receiver's thread.                       */
 VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx);
 
-/* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received,
-   and those of places reserved before. Idempotent. Any thread.                                */
+/* Refuse new values: senders get CLOSED, waiting senders immediately. Queued values, and the values
+   of permits reserved before, are still received. Idempotent; NULL is ignored. Any thread.    */
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
 
-/* Close, drop what is queued, give the receiver back. NULL is ignored. Its handlers are given back
-   before. Receiver's thread.                                                                  */
+/* Close the channel, drop the queued values through `drop`, give the receiver back. Before this
+   call, give back the handlers of the receiver. NULL is ignored. Receiver's thread.           */
 VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);
 
 /* --------------------------------------------------------------------------------------
-   >>api-oneshot   One value, once, in the caller's memory                                 */
+   >>api-oneshot   One value, once, in the caller's memory                                     */
 
-#define VKP_ONESHOT_BYTES 48
+#define VKP_ONESHOT_BYTES 48 /* the largest value of a one-shot */
 
-/* Lives in the receiver's memory (a stack is fine): no allocation, no handle. The fields are
-   private. The sender may use it until it sent or abandoned; the receiver until recv returned or
-   it closed. A library-side sender (vkp_client_command) detaches itself on close; with a sender
-   of your own the memory must outlive it, or come from vkp_oneshot_open.                      */
+/* A slot: the memory of a one-shot, on the receiver's side (a stack is fine): no allocation, no
+   handle. The fields are private. The sender may use the slot until send or abandon; the receiver
+   until recv returned or the receiver closed. The library's own senders (vkp_client_command)
+   detach themselves when the receiver closes. With a sender of the program the slot must outlive
+   the sender, or be made by vkp_oneshot_open.                                                 */
 struct vkp_oneshot {
-    uint32_t i_state;
-    uint32_t i_elem_bytes;
-    void *i_receiver; /* waiters */
-    void *i_sender;
-    void *i_owner;                              /* the sender's record, for i_detach */
+    uint32_t i_state;      /* which side finished first, and which side waits */
+    uint32_t i_elem_bytes; /* bytes of the value */
+    void *i_receiver;      /* the receiver's waiter */
+    void *i_sender;        /* the sender's waiter */
+    void *i_owner;         /* the sender's record, for i_detach */
     void (*i_detach)(struct vkp_oneshot *slot); /* makes the sender forget this slot */
-    void (*i_drop)(void *user, void *item);
-    void *i_user;
-    const vkp_env *i_env;
+    void (*i_drop)(void *user, void *item);     /* called on a value never received; or NULL */
+    void *i_user;                               /* the first argument of i_drop */
+    const vkp_env *i_env;                       /* the env of init or open */
     union {
-        void *align_pointer;
-        uint64_t align_u64;
-        unsigned char bytes[VKP_ONESHOT_BYTES];
-    } i_value;
+        void *align_pointer;                    /* aligns bytes */
+        uint64_t align_u64;                     /* aligns bytes */
+        unsigned char bytes[VKP_ONESHOT_BYTES]; /* the first i_elem_bytes are the value */
+    } i_value;                                  /* the value, aligned to 8 */
 };
 
-/* Prepare the slot for one value.
-   Owns:   the caller's memory; drop (may be NULL) is called with user on a value never received
-   Blocks: never     Threads: any, before the sender sees it     In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above VKP_ONESHOT_BYTES)                                   */
+/* Prepare a slot for one value. A NULL env means the defaults. `drop` (may be NULL) is called once,
+   with user, on a value that is sent and never received.
+   Owns:   slot stays the caller's     Blocks: never     In callbacks: ok
+   Threads: any, before the sender gets the slot
+   Errors: INVALID (slot is NULL; elem_bytes 0 or above VKP_ONESHOT_BYTES)                     */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env,
                                                   size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user);
 
-/* The same on the heap, for sides that end in any order: *slot holds one reference for each side,
-   given back with vkp_oneshot_tx_unref and vkp_oneshot_rx_unref.
+/* Allocate a slot and prepare it as vkp_oneshot_init does, for sides that end in any order. *slot
+   has two references, one for each side: the sender gives its own back with vkp_oneshot_tx_unref,
+   the receiver with vkp_oneshot_rx_unref. NULL env and NULL drop are allowed.
    Owns:   gives *slot, twice     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, INVALID (as vkp_oneshot_init)                                                */
+   Errors: NOMEM, INVALID (slot is NULL; elem_bytes 0 or above VKP_ONESHOT_BYTES)              */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
                                                   void (*drop)(void *user, void *item), void *user,
                                                   vkp_oneshot **slot);
 
-/* Sender: abandon a slot that was not sent, and give the sender's reference back. For slots of
+/* Sender: abandon the slot if no value was sent, and give the sender's reference back. For slots of
    vkp_oneshot_open. NULL is ignored. Sender's thread.                                         */
 VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot);
 
@@ -952,282 +1274,443 @@ VKP_API void vkp_oneshot_tx_unref(vkp_oneshot *slot);
 VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot);
 
 /* Sender: deliver the value and wake the receiver. The slot is not touched afterwards.
-   Owns:   takes what *item owns (on CLOSED it stays the caller's)
+   Owns:   takes what *item owns (on failure it stays the caller's)
    Blocks: never     Threads: the sender's, once     In callbacks: ok
-   Errors: CLOSED (the receiver closed first), INVALID (sent before)                           */
+   Errors: CLOSED (the receiver closed first), INVALID (null argument; sent or abandoned before) */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item);
 
-/* Sender: give up without a value; the receiver gets CLOSED. The slot is not touched afterwards.
-   Ignored after a send; NULL is ignored. Sender's thread.                                     */
+/* Sender: finish without a value; the receiver gets CLOSED. The slot is not touched afterwards. A
+   call after a send does nothing; NULL is ignored. Sender's thread.                           */
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
 
-/* Receiver: wait for the value until the deadline. Whatever it returns, the slot is closed then:
-   its memory may go (after TIMEOUT the sender gets CLOSED).
-   Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
-   Errors: CLOSED (abandoned, or closed before), TIMEOUT, INVALID                              */
+/* Receiver: wait for the value until the deadline. After OK, CLOSED and TIMEOUT the slot is closed:
+   its memory may be reused (after TIMEOUT the sender gets CLOSED).
+   Owns:   gives what *out owns
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
+   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID   */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
                                                   void *out);
 
-/* Receiver: as vkp_oneshot_recv, but EMPTY instead of waiting, and EMPTY leaves the slot open. */
+/* Receiver: take the value if it is there. After OK and CLOSED the slot is closed: its memory may
+   be reused. EMPTY leaves the slot open.
+   Owns:   gives what *out owns     Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY (nothing was sent yet), CLOSED (the sender abandoned the slot, or the slot was
+   closed before), INVALID                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: refuse the value; one that was sent already is dropped through drop. Idempotent; NULL
-   is ignored. Afterwards the memory of a slot of vkp_oneshot_init may be reused. Receiver's
+/* Receiver: refuse the value; a value that was sent already is dropped through `drop`. Afterwards
+   the memory of a slot of vkp_oneshot_init may be reused. Idempotent; NULL is ignored. Receiver's
    thread.                                                                                     */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
-/* Sender: true once the receiver closed; and to wait for that: OK, TIMEOUT, INVALID.
-   Sender's thread, before it sent.                                                            */
+/* Sender: true once the receiver closed the slot. Sender's thread, before send or abandon. */
 VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot);
+
+/* Sender: wait until the receiver closes the slot.
+   Blocks: until deadline_ns     In callbacks: would stall the loop
+   Threads: the sender's, before send or abandon
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
-   >>api-broadcast   Every receiver sees every value                                       */
+   >>api-broadcast   Every receiver sees every value                                           */
 
+/* The configuration of a broadcast. elem_bytes and capacity_items are required. */
 typedef struct vkp_broadcast_config {
-    size_t elem_bytes; /* bytes of one value; required */
-    size_t
-        capacity_items; /* values kept for slow receivers; rounded up to a power of two; required */
-    /* For values that own something, of at most 256 bytes: retain makes the copy *item own it too,
-       drop gives that up. Both or neither. retain is called for each copy handed out, under a latch
-       of the value's place: count a reference there (vkp_bytes_ref), and do no more. The ring keeps
-       a value until another one takes its place, or the channel ends.                         */
+    /* Bytes of one value, 1 to 64 KiB, at most 256 with retain; required. */
+    size_t elem_bytes;
+    /* The values kept for slow receivers; rounded up to a power of two; required. */
+    size_t capacity_items;
+    /* For values that own something, of at most 256 bytes; set together with drop. retain makes the
+       copy *item an owner, too. Called for each copy that a receiver gets, on the receiver's
+       thread, under a lock of the value's place: count a reference (vkp_bytes_ref) only.  */
     void (*retain)(void *user, void *item);
+    /* For values that own something; set together with retain. drop gives up what the channel's
+       own copy owns: when another value takes its place (on the sender's thread), or when the
+       channel is freed. Never called under a lock. */
     void (*drop)(void *user, void *item);
+    /* The first argument of retain and drop. */
     void *user;
+    /* Memory and system calls; NULL: the defaults. */
     const vkp_env *env;
 } vkp_broadcast_config;
 
-/* Open a channel without receivers. All memory is taken here.
+/* Open a channel with one sender and no receivers. Allocates the memory of all values. A NULL
+   config returns INVALID.
    Owns:   borrows config; gives *tx     Blocks: never     Threads: any     In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above 64 KiB, 256 bytes with retain; no capacity; only one of
-   retain and drop), NOMEM                                                                     */
+   Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB, above 256 bytes with retain;
+   capacity_items 0; only one of retain and drop), NOMEM                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_open(const vkp_broadcast_config *config,
                                                     vkp_broadcast_tx **tx);
-VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx); /* any thread */
 
-/* One sender less. After the last one receivers drain, then get CLOSED. NULL is ignored. */
+/* One more reference to the sender (gives, the same pointer). Any thread. */
+VKP_API vkp_broadcast_tx *vkp_broadcast_tx_ref(vkp_broadcast_tx *tx);
+
+/* Give a reference to the sender back. After the last one, receivers receive the values still kept,
+   then CLOSED. NULL is ignored. Any thread.                                                   */
 VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx);
 
-/* A receiver of what is sent from now on; beside a sender, or beside another receiver.
-   Owns:   gives *rx     Blocks: never     Threads: any / the receiver's     Errors: NOMEM,
-   INVALID                                                                                      */
+/* A new receiver, which gets each value sent from now on.
+   Owns:   gives *rx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_subscribe(vkp_broadcast_tx *tx,
                                                          vkp_broadcast_rx **rx);
+
+/* A new receiver, which gets each value sent from now on, not what rx has not received yet.
+   Owns:   gives *fresh     Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_resubscribe(vkp_broadcast_rx *rx,
                                                            vkp_broadcast_rx **fresh);
-VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx); /* NULL is ignored */
 
-/* Send one value to every receiver, over the oldest one if the ring is full. Never waits for
-   receivers. With several senders the order is the same for all receivers.
+/* Give the receiver back. NULL is ignored. Receiver's thread. */
+VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx);
+
+/* Send one value to every receiver; the value replaces the oldest one when the channel is full.
+   Never waits for receivers. All receivers see the values of several senders in one order.
    Owns:   takes what *item owns (on failure it stays the caller's)
-   Blocks: never     Threads: any     In callbacks: ok     Errors: CLOSED (no receiver), INVALID */
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: CLOSED (no receiver), INVALID                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item);
 
-/* Take the oldest value not seen yet, waiting until the deadline.
-   Owns:   gives a copy: what it owns is yours     Blocks: until deadline_ns     Threads: rx's
-   Errors: LAGGED (values were lost, vkp_broadcast_get_missed tells how many; the next receive gives
-   the oldest one still there; *out may have been written), CLOSED (drained, and no sender is left),
-   TIMEOUT, INVALID                                                                            */
+/* Take the oldest value that rx has not received yet; wait for a value until the deadline.
+   Owns:   gives a copy, and what the copy owns
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
+   Errors: LAGGED (values were lost: vkp_broadcast_get_missed is their number; the next receive
+   gives the oldest value still kept; *out may have been written), CLOSED (drained, and no sender is
+   left), TIMEOUT, INVALID                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv(vkp_broadcast_rx *rx, uint64_t deadline_ns,
                                                     void *out);
 
-/* As vkp_broadcast_recv, EMPTY instead of waiting. */
+/* Take the oldest value that rx has not received yet, without waiting.
+   Owns:   gives a copy, and what the copy owns
+   Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY (no new value), LAGGED (values were lost: vkp_broadcast_get_missed is their number;
+   the next receive gives the oldest value still kept; *out may have been written), CLOSED
+   (drained, and no sender is left), INVALID                                                   */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_try_recv(vkp_broadcast_rx *rx, void *out);
 
-/* Take up to `capacity` values at once; waits only for the first, with deadline 0 not at all.
-   *count is written on OK, at least 1. Errors as vkp_broadcast_recv.                          */
+/* Take up to `capacity` values in one call, into the array `out`. Waits for the first value only,
+   until the deadline (0: does not wait). OK: *count is at least 1.
+   Owns:   gives copies, and what the copies own
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: ok with deadline 0
+   Errors: LAGGED (values were lost: vkp_broadcast_get_missed is their number; the next receive
+   gives the oldest value still kept; *out may have been written), CLOSED (drained, and no sender is
+   left), TIMEOUT, INVALID (a null argument, capacity 0)                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_recv_many(vkp_broadcast_rx *rx, uint64_t deadline_ns,
                                                          void *out, size_t capacity, size_t *count);
 
-/* Values lost: at the last LAGGED, exactly. Values waiting, those already lost included.
-   Receiver's thread.                                                                          */
+/* The exact number of values lost at the last LAGGED; 0 before the first. Receiver's thread. */
 VKP_API uint64_t vkp_broadcast_get_missed(const vkp_broadcast_rx *rx);
+
+/* The number of values sent and not received yet, values already lost included. Receiver's
+   thread.                                                                                     */
 VKP_API uint64_t vkp_broadcast_get_len(const vkp_broadcast_rx *rx);
 
-/* Receivers now; and wait until there is none: OK, TIMEOUT, INVALID. Any thread. */
+/* The number of receivers now. Any thread. */
 VKP_API size_t vkp_broadcast_get_receivers(const vkp_broadcast_tx *tx);
+
+/* Wait until no receiver is left.
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx,
                                                            uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
-   >>api-watch   Only the newest value                                                     */
+   >>api-watch   Only the newest value                                                         */
 
+/* The configuration of a watch. Every zero is a default; only elem_bytes is required. */
 typedef struct vkp_watch_config {
-    size_t elem_bytes;   /* bytes of the value; required */
-    const void *initial; /* the first value, elem_bytes; NULL: zeroes. Taken on success. */
-    /* For values that own something: drop is called once on each that was replaced and is borrowed
-       no more. Such values are borrowed, not copied out (vkp_watch_get is INVALID).           */
+    /* Bytes of the value, 1 to 64 KiB; required. */
+    size_t elem_bytes;
+    /* The first value, elem_bytes; NULL: zeroes, which are never dropped. vkp_watch_open takes what
+       the value owns. */
+    const void *initial;
+    /* For values that own something; NULL for other values. Called once on each value that was
+       replaced and is no longer borrowed, and on the last values when the channel is freed; on the
+       thread of that call, never under a lock. Values with a drop are borrowed, not copied out
+       (vkp_watch_get returns INVALID). */
     void (*drop)(void *user, void *item);
-    void *user; /* handed to drop */
+    /* The first argument of drop. */
+    void *user;
+    /* Memory and system calls; NULL: the defaults. */
     const vkp_env *env;
 } vkp_watch_config;
 
-/* Open a channel that holds the initial value, with one sender and no receivers.
-   Owns:   borrows config; gives *tx     Blocks: never     Threads: any     In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above 64 KiB), NOMEM                                       */
+/* Open a channel that holds the initial value, with one sender and no receivers. A NULL config
+   returns INVALID.
+   Owns:   borrows config, takes what *config->initial owns (on failure it stays the caller's);
+   gives *tx
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB), NOMEM                      */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx **tx);
-VKP_API vkp_watch_tx *vkp_watch_tx_ref(vkp_watch_tx *tx); /* any thread */
-VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx);        /* NULL is ignored */
 
-/* A receiver that has seen the value of now; a copy of one, which has seen what that one has.
-   Owns:   gives *rx     Blocks: never     Threads: any / the receiver's     Errors: NOMEM,
-   INVALID                                                                                      */
+/* One more reference to the sender (gives, the same pointer). Any thread. */
+VKP_API vkp_watch_tx *vkp_watch_tx_ref(vkp_watch_tx *tx);
+
+/* Give a reference to the sender back. After the last one, vkp_watch_changed returns CLOSED once
+   the newest value is seen. NULL is ignored. Any thread.                                      */
+VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx);
+
+/* A new receiver, which has seen the current value.
+   Owns:   gives *rx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_subscribe(vkp_watch_tx *tx, vkp_watch_rx **rx);
-VKP_API VKP_NODISCARD vkp_status vkp_watch_rx_clone(vkp_watch_rx *rx, vkp_watch_rx **copy);
-VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx); /* ends a borrow; NULL is ignored */
 
-/* Replace the value and wake who waits for a change. Never waits for borrowers: they keep the value
-   they look at. send is CLOSED without receivers, replace stores the value nevertheless.
+/* A new receiver, which has seen the version that rx has seen last.
+   Owns:   gives *copy     Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
+VKP_API VKP_NODISCARD vkp_status vkp_watch_rx_clone(vkp_watch_rx *rx, vkp_watch_rx **copy);
+
+/* Give the receiver back, and end its borrow. NULL is ignored. Receiver's thread. */
+VKP_API void vkp_watch_rx_unref(vkp_watch_rx *rx);
+
+/* Replace the value and wake the receivers that wait for a change. Never waits for borrowers: a
+   borrowed value stays as it is. Without receivers the value is not stored: CLOSED.
    Owns:   takes what *item owns (on failure it stays the caller's)
    Blocks: for other senders only     Threads: any     In callbacks: ok
-   Errors: CLOSED (send), NOMEM (every old value is borrowed), INVALID                         */
+   Errors: CLOSED (no receiver), NOMEM (every old value is borrowed, and no memory for one more),
+   INVALID                                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item);
+
+/* Replace the value, also without receivers, and wake the receivers that wait for a change. Never
+   waits for borrowers: a borrowed value stays as it is.
+   Owns:   takes what *item owns (on failure it stays the caller's)
+   Blocks: for other senders only     Threads: any     In callbacks: ok
+   Errors: NOMEM (every old value is borrowed, and no memory for one more), INVALID            */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_replace(vkp_watch_tx *tx, const void *item);
 
-/* Change the value in place of a copy: modify gets the bytes of the current value and returns
-   whether it changed them; only then is a new version there. Not for values with a drop.
-   modify runs under the senders' lock: no call of this channel in it.
-   *changed, when not NULL, is written on OK. Threads, Errors: as vkp_watch_replace            */
+/* Call modify(user, item) with a copy of the current value. True: the copy, as modify changed it,
+   becomes the new value, and waiting receivers wake. False: the value stays. Works without
+   receivers. modify runs under the channel's lock, for which senders and borrowers wait: keep
+   modify short, and call no function of this channel in it. *changed (may be NULL) is what modify
+   returned.
+   Blocks: for other senders only     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (tx or modify is NULL; values with a drop)                           */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
                                                             bool (*modify)(void *user, void *item),
                                                             void *user, bool *changed);
 
-/* Copy the newest value out; get_and_update also marks it as seen. Never waits.
-   Threads: the receiver's     Errors: INVALID (values with a drop)                            */
+/* Copy the newest value into *out; do not mark the value as seen.
+   Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: INVALID (a null argument, values with a drop)                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_get(vkp_watch_rx *rx, void *out);
+
+/* Copy the newest value into *out, and mark the value as seen.
+   Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: INVALID (a null argument, values with a drop)                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_get_and_update(vkp_watch_rx *rx, void *out);
 
-/* Look at the newest value where it lies; borrow_and_update also marks it as seen. One borrow per
-   receiver at a time; it keeps nobody waiting.
-   Owns:   the pointer views the value until vkp_watch_release (or the receiver's unref)
-   Blocks: never     Threads: the receiver's     NULL: a borrow is out                         */
+/* A pointer to the newest value, without a copy; do not mark the value as seen. One borrow per
+   receiver at a time. Senders do not wait for the end of a borrow. Returns NULL when rx is NULL or
+   has a borrow already.
+   Owns:   the pointer views the value until vkp_watch_release, or until vkp_watch_rx_unref
+   Blocks: for modify of vkp_watch_send_if_modified only     Threads: the receiver's
+   In callbacks: ok                                                                            */
 VKP_API const void *vkp_watch_borrow(vkp_watch_rx *rx);
-VKP_API const void *vkp_watch_borrow_and_update(vkp_watch_rx *rx);
-VKP_API void vkp_watch_release(vkp_watch_rx *rx); /* ignored without a borrow */
 
-/* Wait for a version not seen yet, and mark it as seen. No version is missed: one sent before the
-   call counts.
-   Blocks: until deadline_ns     Threads: the receiver's
-   Errors: CLOSED (all seen, and no sender is left), TIMEOUT, INVALID                          */
+/* A pointer to the newest value, without a copy; mark the value as seen. One borrow per receiver at
+   a time. Senders do not wait for the end of a borrow. Returns NULL when rx is NULL or has a borrow
+   already.
+   Owns:   the pointer views the value until vkp_watch_release, or until vkp_watch_rx_unref
+   Blocks: for modify of vkp_watch_send_if_modified only     Threads: the receiver's
+   In callbacks: ok                                                                            */
+VKP_API const void *vkp_watch_borrow_and_update(vkp_watch_rx *rx);
+
+/* End the receiver's borrow. NULL, and a receiver without a borrow, are ignored. Receiver's
+   thread.                                                                                     */
+VKP_API void vkp_watch_release(vkp_watch_rx *rx);
+
+/* Wait for a version that rx has not seen, and mark the newest version as seen. No change is
+   missed: a version sent before the call counts.
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
+   Errors: CLOSED (the newest version is seen, and no sender is left), TIMEOUT, INVALID        */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_changed(vkp_watch_rx *rx, uint64_t deadline_ns);
 
-/* Whether a version is there that was not seen (still so after the senders went); forget or pretend
-   to have seen it. Receiver's thread.                                                         */
+/* True while there is a version that rx has not seen, also after the last sender was given back.
+   Receiver's thread.                                                                          */
 VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx);
+
+/* Mark the newest version as not seen: vkp_watch_changed then returns OK immediately. Receiver's
+   thread.                                                                                     */
 VKP_API void vkp_watch_mark_changed(vkp_watch_rx *rx);
+
+/* Mark the newest version as seen: vkp_watch_changed waits for a later one. Receiver's thread. */
 VKP_API void vkp_watch_mark_unchanged(vkp_watch_rx *rx);
 
-/* Whether no sender is left; receivers now; wait until there is none: OK, TIMEOUT, INVALID. */
+/* True once no sender is left. Receiver's thread. */
 VKP_API bool vkp_watch_is_closed(const vkp_watch_rx *rx);
-VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx); /* any thread */
+
+/* The number of receivers now. Any thread. */
+VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx);
+
+/* Wait until no receiver is left.
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
-   >>api-cancel   Cancellation tokens                                                      */
+   >>api-cancel   Cancellation tokens                                                          */
 
-/* Open a token; a child is cancelled with its parent (at once, if that was cancelled before), and
-   uses its parent's env.
-   Owns:   shares parent (may be NULL); gives *token   Blocks: never   Threads: any
-   Errors: NOMEM, INVALID                                                                      */
+/* Open a token. With a parent, the token is cancelled with its parent (immediately, if the parent
+   is cancelled already) and uses the parent's env. NULL parent: a token of its own; NULL env: the
+   defaults.
+   Owns:   shares parent; gives *token     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (token is NULL)                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent,
                                                  vkp_cancel **token);
 
-/* One more reference (gives, the same pointer). Any thread. */
+/* One more reference to the token (gives, the same pointer). Any thread. */
 VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token);
 
-/* One reference less; does not cancel. NULL is ignored. Any thread. */
+/* Give a reference to the token back; does not cancel. NULL is ignored. Any thread. */
 VKP_API void vkp_cancel_unref(vkp_cancel *token);
 
-/* Cancel the token and all its descendants: waits end, watches fire. Idempotent. Any thread. */
+/* Cancel the token and all its descendants: waits on them end, handlers of their cases are called.
+   Idempotent. Any thread.                                                                     */
 VKP_API void vkp_cancel_trigger(vkp_cancel *token);
 
-/* True once cancelled; never becomes false again. Any thread. */
+/* True once the token is cancelled; never becomes false again. Any thread. */
 VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token);
 
-/* Wait until cancelled: OK, or TIMEOUT. Any thread; would stall a loop. */
+/* Wait until the token is cancelled.
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
-   >>api-select   Wait for whichever comes first
+   >>api-select   Wait for the first ready case
 
-   A case is one thing that a thread can wait for: made by the functions below, in the caller's
-   memory, valid while what it names is. It waits in one of two ways: vkp_select (this thread,
-   until one case won and was carried out), or vkp_handler (a loop's callback).             */
+   A case is one thing to wait for: made by the functions below, a struct in the caller's memory,
+   valid while the object that the case names is valid. A case is used in one of two ways:
+   vkp_select (this thread waits until one case won and was carried out), or vkp_handler_open (a
+   loop calls a handler while the case is ready).                                              */
 
-#define VKP_SELECT_MAX 64 /* cases of one select */
+#define VKP_SELECT_MAX 64 /* the most cases of one select */
 
 typedef struct vkp_i_case_kind vkp_i_case_kind;
 
+/* A case. Read `status` and `ready` of the case that won; the other fields are private. */
 typedef struct vkp_case {
-    vkp_status status; /* the winner's: what the try form of its call returned */
-    uint32_t ready;    /* of the winner, for vkp_case_fd: bits of vkp_io_bits */
-    const vkp_i_case_kind *i_kind;
-    void *i_object;
-    void *i_out;
-    uint64_t i_number;
+    /* Of the case that won: what the try form of its call returned. */
+    vkp_status status;
+    /* Of a vkp_case_fd that won: what the descriptor is ready for, bits of vkp_io_bits. */
+    uint32_t ready;
+    const vkp_i_case_kind *i_kind; /* private: the functions of the case */
+    void *i_object;                /* private: the object that the case names */
+    void *i_out;                   /* private: the value, or where to put it */
+    uint64_t i_number;             /* private: a deadline, or a descriptor and its interest */
 } vkp_case;
 
-/* Receive. `out` as in the call of that name; status OK, CLOSED, or LAGGED. A one-shot that does
-   not win stays open. NULL objects make a case that never wins, as vkp_case_never.             */
+/* A case that receives as vkp_mpsc_try_recv does: ready when there is a value or the end of the
+   channel; status OK or CLOSED. NULL rx: as vkp_case_never. NULL out: for vkp_handler_open only.
+   Receiver's thread.                                                                          */
 VKP_API vkp_case vkp_case_mpsc_recv(vkp_mpsc_rx *rx, void *out);
+
+/* A case that receives as vkp_oneshot_try_recv does: ready when the sender sent or abandoned;
+   status OK or CLOSED. The slot stays open while the case does not win; a case that won never wins
+   again. NULL slot: as vkp_case_never. NULL out: for vkp_handler_open only. Receiver's thread. */
 VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out);
+
+/* A case that receives as vkp_broadcast_try_recv does: ready when there is a new value, values were
+   lost, or no sender is left; status OK, LAGGED or CLOSED. NULL rx: as vkp_case_never. NULL out:
+   for vkp_handler_open only. Receiver's thread.                                               */
 VKP_API vkp_case vkp_case_broadcast_recv(vkp_broadcast_rx *rx, void *out);
+
+/* A case that waits as vkp_watch_changed does: ready when there is a version not seen, which the
+   case marks as seen (status OK), or no sender is left (CLOSED). NULL rx: as vkp_case_never.
+   Receiver's thread.                                                                          */
 VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx);
 
-/* Send: status OK, CLOSED, NOMEM. While it waits it stands in the senders' queue; when another case
-   wins it leaves, and the next sender has the room. A value not sent stays the caller's.      */
+/* A case that sends *item: status OK, CLOSED or NOMEM. While the case waits, it has a place in the
+   queue of waiting senders; when another case wins, the case gives the place up, and the next
+   sender gets the room. A value not sent stays the caller's. NULL tx or item: as vkp_case_never.
+   Any thread.                                                                                 */
 VKP_API vkp_case vkp_case_mpsc_send(vkp_mpsc_tx *tx, const void *item);
+
+/* A case that reserves a place, not for channels with capacity_bytes: status OK, CLOSED or NOMEM.
+   While the case waits, it has a place in the queue of waiting senders; when another case wins, the
+   case gives the place up, and the next sender gets the room. NULL tx or permit: as vkp_case_never.
+   Any thread.                                                                                 */
 VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
-/* The other side is gone: status OK. */
+/* A case that is ready once the receiver closed or was given back: status OK. NULL tx: as
+   vkp_case_never. Any thread.                                                                 */
 VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx);
+
+/* A case that is ready once the receiver closed the slot: status OK. NULL slot: as vkp_case_never.
+   Sender's thread, before send or abandon.                                                    */
 VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot);
+
+/* A case that is ready while no receiver is left: status OK. NULL tx: as vkp_case_never. Any
+   thread.                                                                                     */
 VKP_API vkp_case vkp_case_broadcast_closed(vkp_broadcast_tx *tx);
+
+/* A case that is ready while no receiver is left: status OK. NULL tx: as vkp_case_never. Any
+   thread.                                                                                     */
 VKP_API vkp_case vkp_case_watch_closed(vkp_watch_tx *tx);
 
-/* Cancelled; the deadline passed; the descriptor is ready: status OK. A descriptor is for a select
-   (a loop has vkp_io) and makes it sleep in poll(2), with a wake pipe opened for the sleep. Where
-   poll fails the case wins with status SYS, where the pipe does vkp_select returns SYS. */
+/* A case that is ready once the token is cancelled: status OK. NULL token: as vkp_case_never. Any
+   thread.                                                                                     */
 VKP_API vkp_case vkp_case_cancel(vkp_cancel *token);
+
+/* A case that is ready once the deadline passed: status OK. For vkp_select only; a loop has
+   vkp_timer. Any thread.                                                                      */
 VKP_API vkp_case vkp_case_deadline(uint64_t deadline_ns);
+
 #ifndef VKP_NO_IO
+/* A case that is ready when the descriptor is ready for interest (VKP_IO_READ, VKP_IO_WRITE), hung
+   up or has an error: status OK, and `ready` set. For vkp_select only; a loop has vkp_io. The
+   select then sleeps in poll(2), with a wake pipe opened for the sleep: a poll that fails makes the
+   case win with status SYS, a pipe that fails makes vkp_select return SYS. fd below 0: as
+   vkp_case_never. Any thread.                                                                 */
 VKP_API vkp_case vkp_case_fd(int fd, uint32_t interest);
 #endif
-VKP_API vkp_case vkp_case_never(void); /* to leave out a case by a condition */
 
-/* Wait until a case can be carried out, and carry out that one and no other. Biased: of several
-   that are ready the first in the array wins.
-   Owns:   borrows cases; *won is the index, written on OK
-   Blocks: until deadline_ns (0: looks once)     Threads: those of every case's object
-   Errors: TIMEOUT (no case was ready: nothing was sent or taken), SYS, INVALID (count 0 or above
-   VKP_SELECT_MAX)                                                                             */
+/* A case that is never ready, to leave a case of an array out by a condition. Any thread. */
+VKP_API vkp_case vkp_case_never(void);
+
+/* Wait until a case is ready, and carry out that case and no other. The first ready case in the
+   array wins. *won is its index; cases[*won].status is the result of its call.
+   Owns:   borrows cases
+   Blocks: until deadline_ns (0: checks each case once)     In callbacks: ok with deadline 0
+   Threads: a thread that is allowed to use the object of every case
+   Errors: TIMEOUT (no case was ready: nothing was sent or received), SYS (no wake pipe for a
+   vkp_case_fd), INVALID (a null argument; count 0 or above VKP_SELECT_MAX)                    */
 VKP_API VKP_NODISCARD vkp_status vkp_select(vkp_case *cases, size_t count, uint64_t deadline_ns,
                                             size_t *won);
 
-/* The same, fair: the search begins behind the case that won last, kept in *turn (0 at first). A
-   case that stays ready waits for at most count - 1 others.                                   */
+/* Wait until a case is ready, and carry out that case and no other, in turns: the search begins
+   behind the case that won last, which *turn keeps (0 at first). A case that stays ready waits for
+   at most count - 1 others. *won is the index of the case; cases[*won].status is the result of its
+   call.
+   Owns:   borrows cases
+   Blocks: until deadline_ns (0: checks each case once)     In callbacks: ok with deadline 0
+   Threads: a thread that is allowed to use the object of every case
+   Errors: TIMEOUT (no case was ready: nothing was sent or received), SYS (no wake pipe for a
+   vkp_case_fd), INVALID (a null argument; count 0 or above VKP_SELECT_MAX)                    */
 VKP_API VKP_NODISCARD vkp_status vkp_select_fair(vkp_case *cases, size_t count, uint32_t *turn,
                                                  uint64_t deadline_ns, size_t *won);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-handler   Callbacks of a loop for channels                                        */
+   >>api-handler   Callbacks of a loop for channels                                            */
 
-/* Call fn(user) on the loop's thread in every round in which the case is ready. In fn, call the try
-   form of what the case names, or close the handler: while the case stays ready, fn is called
-   again. A sending case reserves nothing: its try form may still return FULL. what is copied;
-   what it names must outlive the handler. Make vkp_case_mpsc_recv and the like with `out` NULL. A
-   handler of a one-shot ends before the same side finishes it (send, abandon, recv, close).
-   Owns:   borrows what; shares loop; gives *handler     Blocks: never
-   Threads: loop's     In callbacks: ok
-   Errors: NOMEM, INVALID (a null argument, vkp_case_fd, vkp_case_deadline, a closed loop)     */
+/* Open a handler: the loop calls fn(user) in every round in which the case `what` is ready. In fn,
+   call the try form of the case's call, or close the handler: while the case stays ready, the loop
+   calls fn again. A handler of vkp_case_mpsc_send or vkp_case_mpsc_reserve reserves nothing: the
+   try form may still return FULL. `what` is copied; the object that the case names must outlive
+   the handler. Make receiving cases with `out` NULL. Close a handler of a one-shot before the same
+   side finishes the slot (send, abandon, recv, close).
+   Owns:   borrows what; shares loop; gives *handler; user (may be NULL) stays the caller's
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, INVALID (a null argument, a case of vkp_case_fd or vkp_case_deadline, a closed
+   loop, another thread)                                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_handler_open(vkp_loop *loop, const vkp_case *what,
                                                   void (*fn)(void *user), void *user,
                                                   vkp_handler **handler);
 
-/* End the handler: fn is not called again. Idempotent; NULL is ignored. A loop that closes closes
-   its handlers. Loop's thread, also inside fn.                                                */
+/* End the handler: fn is no longer called. vkp_loop_close closes the handlers of the loop.
+   Idempotent; NULL is ignored. Loop's thread, also inside fn.                                 */
 VKP_API void vkp_handler_close(vkp_handler *handler);
 
 /* Close the handler and give its reference back. NULL is ignored. Loop's thread, also inside fn. */
@@ -1239,81 +1722,116 @@ VKP_API void vkp_handler_unref(vkp_handler *handler);
 /* --------------------------------------------------------------------------------------
    >>api-resp   RESP reader and writer                                                     */
 
-/* Open an incremental reader. It allocates as bytes arrive, never for what a header announces.
-   Owns:   borrows config; gives *reader   Blocks: never   Threads: any, one at a time
-   Errors: NOMEM, INVALID                                                                      */
+/* Open an incremental reader. The reader allocates for bytes that arrived, never for a length or
+   count that a header announces. NULL config: all defaults.
+   Owns:   borrows config; gives *reader     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (reader NULL, max_depth or max_frame_bytes above its maximum)        */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_open(const vkp_resp_config *config,
                                                       vkp_resp_reader **reader);
 
-/* Free the reader and the values it gave. NULL is ignored. */
+/* Free the reader and the values that it returned. NULL is ignored. Any thread, one at a time. */
 VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader);
 
-/* Append bytes to the reader's own buffer.
-   Owns:   borrows data (copies)     Blocks: never     Threads: the reader's
-   Errors: NOMEM (nothing was taken), or the reader's earlier error                            */
+/* Append bytes to the reader's own buffer. NULL data is allowed with len 0.
+   Owns:   borrows data (copies)     Blocks: never     Threads: any, one at a time
+   Errors: NOMEM (nothing was appended), PROTOCOL or LIMIT (the reader's earlier error), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_feed(vkp_resp_reader *reader, const void *data,
                                                       size_t len);
 
-/* The next whole value of what was fed.
-   Owns:   *value views the reader: valid until the next call on it     Blocks: never
-   Errors: EMPTY (feed more), PROTOCOL, LIMIT (both sticky: see vkp_resp_reader_get_error), NOMEM
-   (try again)                                                                                 */
+/* Read the next whole value of the bytes that vkp_resp_reader_feed appended.
+   Owns:   *value views the reader until the next call on the reader
+   Blocks: never     Threads: any, one at a time     In callbacks: ok
+   Errors: EMPTY (feed more bytes), PROTOCOL and LIMIT (each later call returns the error until
+   reset: see vkp_resp_reader_get_error), NOMEM (call again), INVALID                          */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_next(vkp_resp_reader *reader,
                                                       const vkp_value **value);
 
-/* The same without a copy: read one value from a window of the caller's. On EMPTY call again
-   with the SAME bytes, possibly moved, and more behind them: the reader goes on where it was.
-   On OK *consumed is the length of the frame; the next window starts behind it.
-   Owns:   borrows window; *value views the window and the reader     Blocks: never
-   Errors: as vkp_resp_reader_next; not to be mixed with feed between two frames               */
+/* Read one value from the caller's bytes, without a copy. On OK *consumed is the length of the
+   frame; the next window starts behind the frame. On EMPTY and NOMEM call again with the SAME
+   bytes, possibly moved, and after EMPTY with more bytes behind them: the reader continues at its
+   position. While a frame is incomplete do not change between scan and feed with next.
+   Owns:   borrows window; *value views window, and the reader until the next call on the reader
+   Blocks: never     Threads: any, one at a time     In callbacks: ok
+   Errors: EMPTY (more bytes are needed), PROTOCOL and LIMIT (each later call returns the error
+   until reset), NOMEM, INVALID                                                                */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *window,
                                                       size_t len, const vkp_value **value,
                                                       size_t *consumed);
 
-/* What was wrong and where: the byte's position since open or reset, and the reason with the
-   limit or byte named. "" while there is no error. Views: until the next call on the reader.   */
+/* The reason of the reader's error, with the limit or the byte; "" when there is no error.
+   *position is the byte of the error, counted from open or reset; position may be NULL. Views the
+   reader until the next call on it. Any thread, one at a time.                                */
 VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uint64_t *position);
 
-/* Forget the error, the buffer and the frame under way. */
+/* Drop the error, the fed bytes and the incomplete frame. Positions count from 0 again. Any
+   thread, one at a time.                                                                      */
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader);
 
-/* Length of the first whole frame in the bytes, 0 when it is incomplete or broken. For bytes that
-   a strict reader accepted before. Any thread.                                                */
+/* The length of the first frame in the bytes; 0 when the frame is incomplete or malformed. Only for
+   bytes that a reader without lenient accepted before. Any thread.                            */
 VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len);
 
-/* Builds RESP into one growing block. In the caller's memory; fields are private. Errors are
-   kept: write everything, then look at what take returns.                                     */
+/* Builds RESP in one growing block. The struct is the caller's memory; its fields are private. The
+   writer keeps the first error: call all put functions, then check the result of
+   vkp_resp_writer_take.                                                                       */
 typedef struct vkp_resp_writer {
-    const vkp_env *i_env;
-    vkp_block *i_block;
-    size_t i_len;
-    vkp_status i_status;
+    const vkp_env *i_env; /* private */
+    vkp_block *i_block;   /* private */
+    size_t i_len;         /* private */
+    vkp_status i_status;  /* private */
 } vkp_resp_writer;
 
-/* Begin; then put values. Counts are the wire's: pairs for a MAP or ATTRIBUTE. Texts of simple
-   strings and errors are one line; raw bytes go out as they are. Writer's thread.             */
+/* Prepare an empty writer. NULL env: all defaults. Call this first, then the put functions. Any
+   thread, one at a time.                                                                      */
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env);
+
+/* Put the header of an ARRAY, SET, PUSH, MAP or ATTRIBUTE; the elements follow. count is that of
+   the wire: pairs for a MAP or ATTRIBUTE. Any thread, one at a time.                          */
 VKP_API void vkp_resp_put_aggregate(vkp_resp_writer *writer, vkp_resp_type type, size_t count);
+
+/* Put a bulk string ($) of any bytes. NULL data is allowed with len 0. Any thread, one at a
+   time.                                                                                       */
 VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t len);
+
+/* Put a simple string (+). The text is one line: a CR or LF is an error, INVALID. Any thread, one
+   at a time.                                                                                  */
 VKP_API void vkp_resp_put_simple(vkp_resp_writer *writer, vkp_str text);
+
+/* Put an error (-). The text is one line: a CR or LF is an error, INVALID. Any thread, one at a
+   time.                                                                                       */
 VKP_API void vkp_resp_put_error(vkp_resp_writer *writer, vkp_str text);
+
+/* Put an integer (:). Any thread, one at a time. */
 VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value);
+
+/* Put a double (,) so that reading it gives the same number, in any locale; nan, inf and -inf
+   too. Any thread, one at a time.                                                             */
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value);
+
+/* Put a boolean (#). Any thread, one at a time. */
 VKP_API void vkp_resp_put_bool(vkp_resp_writer *writer, bool value);
+
+/* Put the null of RESP3 (_). Any thread, one at a time. */
 VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
+
+/* Put bytes unchanged, without a header; they are not checked. NULL data is allowed with len 0.
+   Any thread, one at a time.                                                                  */
 VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
 
-/* A whole value, in RESP3, or as a server writes it to a RESP2 client (maps and sets as arrays,
-   doubles as bulk strings, booleans as 0 and 1, null as $-1 unless it came as *-1, attributes not
-   at all).                                                                                    */
+/* Put a whole value. protocol 3: as RESP3. Otherwise as a server writes to a RESP2 client: maps,
+   sets and pushes as arrays, doubles and big numbers as bulk strings, booleans as 0 and 1, null
+   as $-1 unless it was received as *-1, errors as one line, no attributes. VKP_VALUE_OUT_OF_BAND
+   pushes inside the value are left out. Any thread, one at a time.                            */
 VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value, int protocol);
 
-/* End the building: the bytes, or the first error met.
-   Owns:   gives *bytes; the writer is empty again, its error forgotten
-   Errors: NOMEM, LIMIT (4 GiB), INVALID (a CR or LF in put_simple or put_error)               */
+/* Take the bytes, or the first error of the put functions. The writer is then empty and without an
+   error, after a failure too.
+   Owns:   gives *bytes     Blocks: never     Threads: any, one at a time
+   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error)     */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
 
-/* Drop what was built. */
+/* Free the bytes that were not taken. The writer is then empty and may be used again. NULL is
+   ignored. Any thread, one at a time.                                                         */
 VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
 
 #endif /* VKP_NO_IO */
@@ -1322,802 +1840,1186 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
 /* --------------------------------------------------------------------------------------
    >>api-socket   Ref-counted listening Unix sockets
 
-   A socket lives as long as somebody refers to it: handles of the program, listeners, clients.
-   Whoever gives the last reference back stops it and removes its file. A registry knows the
-   sockets of a program by their paths, and keeps none of them alive.
-   A path NULL means a name of the registry's own, unique on this machine. A name that begins with
-   '@' is abstract (Linux: no file, gone with the last descriptor) where the registry says so, and
-   in addresses ("unix:@NAME"); a file of such a name is "./@NAME".                            */
+   A socket is alive as long as it has references: handles of the program, listeners, clients. When
+   the last reference is given back, the socket stops listening and its file is removed. A registry
+   finds the sockets of a program by their paths, and keeps none of them alive.
+   A path NULL means a unique path in the registry's folder. A path that begins with '@' is an
+   abstract name (Linux: no file, gone with the last descriptor) if the registry has abstract_names,
+   and in addresses ("unix:@NAME"). A file whose name begins with '@' is written "./@NAME". */
 
-/* What happened to a socket's file behind our back, see vkp_registry_config.check_ms. */
+/* What a check found at a socket's file, which another program removed or replaced: see
+   vkp_registry_config.check_ms. */
 typedef enum vkp_socket_event {
-    VKP_SOCKET_LOST = 1, /* the file is gone, or another one is there in its place */
-    VKP_SOCKET_REBOUND,  /* bound again: new clients come in */
-    VKP_SOCKET_BLOCKED   /* not bound again: status tells why; tried again at every check */
+    /* The socket's file is gone, or another file is in its place. */
+    VKP_SOCKET_LOST = 1,
+    /* The lost socket is bound to its path again: new clients can connect. */
+    VKP_SOCKET_REBOUND,
+    /* The lost socket could not be bound again, for the reason in `status`. Every check tries
+       again; the event is repeated when the reason changes. */
+    VKP_SOCKET_BLOCKED
 } vkp_socket_event;
 
+/* The config of vkp_registry_open. Zeroed: all defaults. */
 typedef struct vkp_registry_config {
-    int backlog;         /* of listen(2); default 4096, cut by the system */
-    uint32_t mode;       /* permissions of the files; default 0600. More than that needs gates that
-                              check who comes (vkp_gate), which they do by default             */
-    bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
-    size_t max_sockets;  /* alive at once; default: no limit */
-    size_t max_references; /* of one socket; default and most: 2^29 */
-    vkp_str folder;        /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
-    vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
-    uint64_t linger_ms; /* a socket ends that long after its last reference; default: at once */
-    uint64_t check_ms;  /* look that often whether the files are still ours; default: never */
-    bool rebind;        /* then bind again what was lost */
-    /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
+    /* Clients that may wait for accept, as for listen(2). Default: 4096. The system may cut it. */
+    int backlog;
+    /* Permissions of the sockets' files. Default: 0600. With more than 0600 every listener needs a
+       gate that checks uids (vkp_gate); gates do so by default. */
+    uint32_t mode;
+    /* A path "@NAME" is an abstract name; opening one is UNSUPPORTED outside Linux. Default: false,
+       a path "@NAME" is a file. */
+    bool abstract_names;
+    /* Most sockets alive at one time. Default: no limit. */
+    size_t max_sockets;
+    /* Most references of one socket. Default and maximum: 2^29. */
+    size_t max_references;
+    /* Folder of unique paths; copied. Default: $XDG_RUNTIME_DIR if this user owns it, else $TMPDIR,
+       else /tmp. */
+    vkp_str folder;
+    /* Runs the timers of linger_ms and check_ms, which need a loop; shared. NULL: no timers. */
+    vkp_loop *loop;
+    /* Milliseconds from a socket's last reference to its end; opened again in that time, the socket
+       lives on. Default: 0, it ends immediately. Needs loop. */
+    uint64_t linger_ms;
+    /* Milliseconds between two checks whether each socket's file is still its own. Default: 0, no
+       checks. Needs loop. */
+    uint64_t check_ms;
+    /* A check binds a lost socket again. Default: false, a check only reports. */
+    bool rebind;
+    /* A check found an event; status is the reason of BLOCKED, else OK. Called once per event, on
+       the loop's thread, not for sockets that linger. sock is borrowed; it may have ended since
+       the check. NULL: not called. */
     void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
+    /* Handed to on_event. */
     void *user;
+    /* Memory, log and system; must outlive the registry. NULL: the defaults. */
     const vkp_env *env;
 } vkp_registry_config;
 
-/* Open a registry: path -> weak reference. An object; there is no process-wide one.
-   Owns:   borrows config, shares loop; gives *registry
-   Blocks: never     Threads: any     Errors: NOMEM, INVALID (a timer without a loop)          */
+/* Open a registry: a map from paths to live sockets. A program may open several; none is global.
+   NULL config: all defaults.
+   Owns:   borrows config (copies folder), shares config.loop; gives *registry
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (registry NULL; linger_ms or check_ms without a loop) */
 VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
                                                    vkp_registry **registry);
+
+/* One more reference (gives, the same pointer). Any thread. */
 VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
 
-/* Sockets that live keep their registry. NULL is ignored. Any thread. */
+/* One reference less. A registry is freed when neither a reference nor a live socket is left. NULL
+   is ignored. Any thread. */
 VKP_API void vkp_registry_unref(vkp_registry *registry);
 
-/* Sockets that are alive in this registry. Any thread; out of date at once. */
+/* The number of sockets alive in this registry, sockets that linger included. Any thread; other
+   threads may change the number immediately. */
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
+
+/* Whether a socket of the path is alive in this registry, also one that lingers. Any thread; other
+   threads may change this immediately. */
 VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path);
 
-/* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
-   stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
+/* End every socket of the registry now, also sockets that linger, and remove their files; their
+   listeners end too, each on its loop. Handles stay valid, but inactive. Returns how many sockets
+   ended. May be called in an atexit function.
+   Blocks: on the file system, and on threads that use the registry
+   Threads: any     In callbacks: ok */
 VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
 
-/* For handlers of crashes: remove the files of the sockets that this process opened, and nothing
-   else. Takes no lock and no memory; async-signal-safe. The program's end must follow.        */
+/* Remove the files of the sockets that this process opened, and do nothing else: for handlers of
+   crashes. The program must end right after it. Takes no lock, allocates nothing, is
+   async-signal-safe. Any thread, also in signal handlers. */
 VKP_API void vkp_registry_unlink_all(vkp_registry *registry);
 
-/* Counts since open, but for the first two. */
+/* What vkp_registry_get_stats writes. Counters count since the registry was opened. */
 typedef struct vkp_registry_stats {
-    size_t live;              /* sockets, those that linger included */
-    size_t references;        /* of them */
-    uint64_t created;         /* sockets */
-    uint64_t taken_over;      /* of those: where a dead process's file stood */
-    uint64_t revived;         /* asked for again while they lingered */
-    uint64_t ended;           /* sockets */
-    uint64_t handed_over;     /* of those: cleaned up by another thread that was in the registry */
-    uint64_t unlink_failures; /* files that could not be removed */
-    int unlink_errno;         /* of the last of those */
-    uint64_t lost;            /* files found gone or replaced, by checks */
-    uint64_t rebound;         /* of those: bound again */
-    uint64_t cleanup_last_ns; /* from the last reference (or the linger's end) to the file gone */
+    /* Sockets alive now, sockets that linger included. */
+    size_t live;
+    /* References of all live sockets now. */
+    size_t references;
+    /* Sockets opened or adopted. */
+    uint64_t created;
+    /* Opened sockets that replaced a file left by a dead process. */
+    uint64_t taken_over;
+    /* Sockets that lingered and were opened again. */
+    uint64_t revived;
+    /* Sockets that ended. */
+    uint64_t ended;
+    /* Sockets that ended on another thread than that of their last unref: the other thread was in
+       the registry, so it cleaned up. */
+    uint64_t handed_over;
+    /* Files that could not be removed. */
+    uint64_t unlink_failures;
+    /* The errno of the last file that could not be removed; 0: none. */
+    int unlink_errno;
+    /* Files that checks found gone or replaced. */
+    uint64_t lost;
+    /* Lost sockets that checks bound again. */
+    uint64_t rebound;
+    /* Nanoseconds that the last cleanup took: from the last unref (or the end of linger_ms, or the
+       call of vkp_registry_cleanup_all) until the file was gone. */
+    uint64_t cleanup_last_ns;
+    /* Nanoseconds of the longest cleanup. */
     uint64_t cleanup_most_ns;
+    /* Nanoseconds of all cleanups together. */
     uint64_t cleanup_total_ns;
 } vkp_registry_stats;
-VKP_API void vkp_registry_get_stats(vkp_registry *registry,
-                                    vkp_registry_stats *stats); /* any thread */
 
-/* The live socket of the path, or a new one: bound, with the registry's mode, listening. Atomic.
-   Beside the file stands PATH.lock, held by flock while the socket lives: a file left by a dead
-   process is taken over, one of a live process is not. A path is used as it is written.
-   Owns:   borrows path (NULL: a unique one); gives *sock
-   Blocks: on the file system, and on threads that create   Threads: any     In callbacks: ok
-   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit on
-   Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
-   serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
-   SYS, NOMEM                                                                                  */
+/* Write the registry's counters to *stats. Any thread; waits for threads that use the registry. */
+VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *stats);
+
+/* Give the live socket of the path, also one that lingers, or open a new one: bound, with the
+   registry's mode, listening. Atomic. While the socket lives, its process holds a flock on the file
+   PATH.lock: so a file left by a dead process is replaced, a file of a live process is not.
+   A path is used as it is written: two spellings of one file are two paths.
+   Owns:   borrows path (NULL: a unique path); gives *sock
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: INVALID (a null argument; an empty path, a `..` component, a zero byte), LIMIT (a path
+   longer than the 107 bytes that fit on Linux, 103 elsewhere: logged; max_sockets;
+   max_references), IN_USE (another process serves the path), EXISTS (something else than a socket
+   of this user is at the path; it is left there), UNSUPPORTED (an abstract name outside Linux), SYS
+   (a call on the file system failed), NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
-/* The live socket of the path, never a new one. Gives *sock. Any thread.
-   Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
+/* Give the live socket of the path, also one that lingers; never open a new one.
+   Owns:   borrows path; gives *sock
+   Blocks: on threads that open sockets     Threads: any     In callbacks: ok
+   Errors: NOT_FOUND (no live socket of that path), LIMIT (max_references; a path that is too long),
+   INVALID (a null argument or path; an empty path, a `..` component), UNSUPPORTED (an abstract name
+   outside Linux) */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
-/* Hand over a socket that the caller bound to the path and set listening.
-   Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
-   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
-   INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
+/* Make a socket of a descriptor that the caller bound to the path and set listening. The registry
+   makes the descriptor non-blocking, takes PATH.lock, and removes the file at the socket's end.
+   Owns:   borrows path, takes fd (on failure fd stays the caller's); gives *sock
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: EXISTS (a socket of that path is alive in the registry), IN_USE (another process holds
+   PATH.lock), LIMIT (a path that is too long; max_sockets), INVALID (a null argument or path;
+   fd < 0; no file at the path, or not a socket), UNSUPPORTED (an abstract name), SYS, NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd,
                                                   vkp_socket **sock);
 
-/* One more reference: sock, or NULL when it has max_references. Any thread. */
+/* One more reference: gives sock, or returns NULL when sock has max_references. Any thread. */
 VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
 
-/* One reference less. The last one stops listening, removes the file if it is still the one this
-   handle bound, and the lock file; with linger_ms that comes later. In a forked child it removes
-   nothing. NULL is ignored.
-   Blocks: on the file system only: when another thread is in the registry, that one cleans up
-   before it leaves     Threads: any     In callbacks: ok                                      */
+/* One reference less. The last one ends the socket: it stops listening, and its file, if that is
+   still the one that this socket bound, and its lock file are removed; with linger_ms the end comes
+   that much later. In a forked child no file is removed. NULL is ignored.
+   Blocks: on the file system only: if another thread uses the registry, that thread cleans up
+   Threads: any     In callbacks: ok */
 VKP_API void vkp_socket_unref(vkp_socket *sock);
 
-/* A handle that does not keep the socket alive: a value, copied at will, nothing to give back. To
-   be used only while the registry is referred to. Zeroed it is the handle of no socket.       */
+/* A weak handle, which does not keep its socket alive: a value that may be copied and needs no
+   unref. Use it only while the registry has a reference. Zeroed, it is the handle of no socket. */
 typedef struct vkp_weak_socket {
-    vkp_socket *i_socket;
-    uint32_t i_generation;
+    vkp_socket *i_socket;  /* private */
+    uint32_t i_generation; /* private */
 } vkp_weak_socket;
 
-/* sock is borrowed. Any thread. */
+/* A weak handle of the socket, which is borrowed. Any thread. */
 VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock);
 
-/* A reference to the socket while it lives. Gives *sock. Takes no lock. Any thread.
-   Errors: NOT_FOUND (it ended), LIMIT (max_references)                                        */
+/* Give a reference to the weak handle's socket while that lives, also while it lingers. Takes a
+   lock only if no reference is left and the registry has linger_ms.
+   Owns:   borrows weak; gives *sock     Blocks: on threads that use the registry, with the lock
+   Threads: any     In callbacks: ok
+   Errors: NOT_FOUND (the socket ended, or the handle is zeroed), LIMIT (max_references), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **sock);
 
-/* The path (views); whether it still accepts; the references. Any thread. */
+/* The socket's path, zero-terminated. Views: valid until the caller's unref. Any thread. */
 VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
+
+/* Whether the socket still accepts clients; false after vkp_registry_cleanup_all. Any thread. */
 VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
-VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
 
-/* Several sockets, over which clients are spread. A pool refers to its sockets. */
+/* The number of the socket's references. Advisory: other threads may change it immediately. Any
+   thread. */
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock);
 
+/* How vkp_socket_pool_pick chooses a socket. */
 typedef enum vkp_balance {
-    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equals, the next in turn */
-    VKP_BALANCE_TURN       /* one after the other */
+    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equal ones the next */
+    VKP_BALANCE_TURN       /* one socket after the other */
 } vkp_balance;
 
+/* The config of vkp_socket_pool_open. */
 typedef struct vkp_socket_pool_config {
-    vkp_registry *registry; /* required; shared */
-    const vkp_str *paths;   /* as many as count; NULL: unique ones */
-    size_t count;           /* of sockets; at least 1 */
-    vkp_balance balance;
+    vkp_registry *registry; /* the registry that opens the pool's sockets; required; shared */
+    /* The paths of the sockets, an array of `count`; a NULL path is a unique one. NULL: all paths
+       are unique. */
+    const vkp_str *paths;
+    size_t count;        /* number of sockets; required, at least 1 */
+    vkp_balance balance; /* how vkp_socket_pool_pick chooses; default: VKP_BALANCE_LEAST */
 } vkp_socket_pool_config;
 
-/* Open the pool and its sockets: all or none.
-   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_open */
+/* Open a pool: several sockets, over which clients are spread. Opens all its sockets or, on
+   failure, none, and holds a reference of each until its last unref. config is required.
+   Owns:   borrows config, shares config.registry; gives *pool
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: those of vkp_socket_open; INVALID (a null argument, no registry, count 0), NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
                                                       vkp_socket_pool **pool);
-VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
-VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);           /* any; NULL is ignored */
 
-/* The socket for the next client, which is to hold it as long as it is there. Sockets that were
-   cleaned up are passed over. Gives *sock. Any thread.
-   Errors: CLOSED (none is active), LIMIT (max_references, of all)                             */
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool);
+
+/* One reference less; the last one gives back the pool's sockets. NULL is ignored. Any thread. */
+VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);
+
+/* Choose the socket for the next client; keep *sock as long as that client is connected. Skips
+   sockets that are no longer active.
+   Owns:   gives *sock     Blocks: never     Threads: any     In callbacks: ok
+   Errors: CLOSED (no socket is active), LIMIT (every active socket has max_references), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **sock);
 
-/* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
+/* The number of sockets in the pool, as it was opened. Any thread. */
 VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
+
+/* The pool's socket at the index, which must be below vkp_socket_pool_get_count. Views: valid as
+   long as the pool. Any thread. */
 VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-conn   Connections and listeners
-   Addresses: "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT".                                  */
+   >>api-conn   Connections
+   Addresses: "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT". */
 
+/* Why a connection closed: an argument of vkp_conn_ops.on_close. */
 typedef enum vkp_close_reason {
-    VKP_CLOSE_LOCAL = 0, /* vkp_conn_close, or drained after vkp_conn_drain */
-    VKP_CLOSE_PEER,      /* end of file */
-    VKP_CLOSE_ERROR,     /* a system call failed: sys_error tells */
-    VKP_CLOSE_SLOW,      /* VKP_ON_FULL_DISCONNECT */
-    VKP_CLOSE_LOOP,      /* the loop was closed */
-    VKP_CLOSE_NOMEM      /* no memory for what was received or for the response stream */
+    /* This program closed the connection: vkp_conn_close, or vkp_conn_drain after the last
+       write. */
+    VKP_CLOSE_LOCAL = 0,
+    /* The peer closed the connection: end of file, a reset, or a hang-up. */
+    VKP_CLOSE_PEER,
+    /* A system call failed: sys_error is its errno. EMSGSIZE: more than input_bytes were kept. */
+    VKP_CLOSE_ERROR,
+    /* The peer read too slowly: a queue was full with VKP_ON_FULL_DISCONNECT, or a relay's
+       max_reply_bytes were exceeded. */
+    VKP_CLOSE_SLOW,
+    /* The loop was closed. */
+    VKP_CLOSE_LOOP,
+    /* No memory for received bytes, for the response stream, or for a push that was queued. */
+    VKP_CLOSE_NOMEM
 } vkp_close_reason;
 
 /* The reason as a short text; static, never NULL. Any thread. */
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
 
-/* What a push does when the queue is full. Frames of vkp_conn_send are never dropped. */
+/* The policy: what vkp_conn_push does when the queue is full. Frames of vkp_conn_send are never
+   dropped. */
 typedef enum vkp_on_full {
-    VKP_ON_FULL_DEFAULT = 0, /* WAIT; of a relay DISCONNECT */
-    VKP_ON_FULL_WAIT,        /* vkp_conn_push waits; on the loop's thread it gets FULL */
-    VKP_ON_FULL_ERROR,       /* FULL; the frame stays the caller's */
-    VKP_ON_FULL_DROP_NEWEST, /* DROPPED; the frame stays the caller's */
-    VKP_ON_FULL_DROP_OLDEST, /* OK; the oldest pushes not yet begun are dropped and counted */
-    VKP_ON_FULL_DISCONNECT   /* CLOSED; the connection closes with VKP_CLOSE_SLOW */
+    /* As VKP_ON_FULL_WAIT; in a relay's config as VKP_ON_FULL_DISCONNECT. */
+    VKP_ON_FULL_DEFAULT = 0,
+    /* vkp_conn_push waits for room until its deadline; on the loop's thread it returns FULL. */
+    VKP_ON_FULL_WAIT,
+    /* vkp_conn_push returns FULL; the frame is not queued. */
+    VKP_ON_FULL_ERROR,
+    /* vkp_conn_push returns DROPPED; the frame is not queued, and counted. */
+    VKP_ON_FULL_DROP_NEWEST,
+    /* vkp_conn_push returns OK; the oldest pushes of which no byte was written are dropped and
+       counted. */
+    VKP_ON_FULL_DROP_OLDEST,
+    /* vkp_conn_push returns CLOSED; the connection closes with VKP_CLOSE_SLOW. */
+    VKP_ON_FULL_DISCONNECT
 } vkp_on_full;
 
-/* Callbacks of a connection, all on its loop's thread, none under a lock, none after on_close.
-   Any may be NULL. The table is kept by pointer.                                              */
+/* Callbacks of a connection, all on its loop's thread, none under a lock, none after on_close. Any
+   may be NULL. The connection keeps the pointer: the table must outlive it. */
 typedef struct vkp_conn_ops {
-    void (*on_open)(vkp_conn *conn, void *user); /* once, connected: may be before open returned */
-    /* Bytes arrived. Returns how many were used; the rest comes again, with more behind it.
-       `in` views the read block: keep parts with vkp_bytes_slice.                            */
+    /* The connection is established. Called once; by vkp_conn_open before it returns. */
+    void (*on_open)(vkp_conn *conn, void *user);
+    /* Bytes arrived. Returns how many it used; the next call gets the others again, with more
+       behind them. `in` views the read block: keep parts with vkp_bytes_slice. NULL: all bytes are
+       dropped. */
     size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
-    void (*on_drain)(vkp_conn *conn, void *user); /* the queue is empty after it had to wait */
-    /* The peer will send no more. True: keep the connection to write (end it with vkp_conn_drain or
-       vkp_conn_close); false, or no on_end: it closes with VKP_CLOSE_PEER.                   */
+    /* The outbox is empty, after it had to wait for the peer. */
+    void (*on_drain)(vkp_conn *conn, void *user);
+    /* The peer sends nothing further. Returns true to keep the connection for writing (end it with
+       vkp_conn_drain or vkp_conn_close), false to close it with VKP_CLOSE_PEER. NULL: false. */
     bool (*on_end)(vkp_conn *conn, void *user);
-    void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error); /* once */
-    /* Length of the frame at data (a frame that was pushed). When given, neighbouring frames of
-       one block are kept and written as one range; vkp_resp_get_frame_len is one.                */
+    /* The connection closed, or vkp_conn_connect failed after it returned OK. Called once, as the
+       last callback. sys_error is the errno behind the reason, 0: none. */
+    void (*on_close)(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error);
+    /* Returns the length of the pushed frame that begins at data. With it, neighbouring frames of
+       one block are queued and written as one range; vkp_resp_get_frame_len does this for RESP.
+       NULL: each frame is queued by itself. */
     size_t (*frame_len)(const uint8_t *data, size_t len);
 } vkp_conn_ops;
 
+/* The config of a connection. The two queue limits hold for each of two queues: the inbox (pushes
+   of other threads, which wait for the loop) and the outbox (frames that wait for the peer). */
 typedef struct vkp_conn_config {
-    const vkp_conn_ops *ops; /* required */
+    /* The callbacks; required. Kept by pointer, not copied. */
+    const vkp_conn_ops *ops;
+    /* Handed to the callbacks; see vkp_conn_set_user. */
     void *user;
-    size_t queue_frames; /* most frames queued; default 65,536 */
-    size_t queue_bytes;  /* most bytes queued; default 8 MiB. One frame always fits. */
-    size_t input_bytes;  /* most bytes kept for on_data; default 512 MiB. Beyond: closed. */
+    /* Most pushes in the inbox, and in the outbox. Default: 65,536. */
+    size_t queue_frames;
+    /* Most bytes of pushes in the inbox, and in the outbox. Default: 8 MiB. One frame always
+       fits. */
+    size_t queue_bytes;
+    /* Most received bytes that are kept because on_data did not use them; beyond, the connection
+       closes with VKP_CLOSE_ERROR, EMSGSIZE. Default: 512 MiB. */
+    size_t input_bytes;
+    /* The policy of a full queue. Default: VKP_ON_FULL_WAIT. */
     vkp_on_full on_full;
-    bool loop_only; /* pushes come from the loop's thread alone: saves the inbox, 200 bytes */
+    /* Only the loop's thread pushes: saves the inbox, about 200 bytes. Default: false. */
+    bool loop_only;
 } vkp_conn_config;
 
-/* The queues above have the limit each: what waits for the loop (inbox: pushed by other threads)
-   and what waits for the peer (outbox).                                                       */
-
-/* Serve a connected stream socket on the loop.
-   Owns:   takes fd (on failure it stays the caller's), shares loop; gives *conn (the loop keeps a
-   reference of its own until the close)   Blocks: never   Threads: loop's   In callbacks: ok
-   Errors: NOMEM, SYS, INVALID, CLOSED (loop)                                                  */
+/* Serve a connected stream socket on the loop. Calls on_open before it returns. config and its ops
+   are required.
+   Owns:   borrows config, takes fd (on failure fd stays the caller's), shares loop; gives *conn
+   (the loop keeps a reference of its own until the close)
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, SYS, CLOSED (the loop was closed), INVALID (a null argument, no ops, fd < 0,
+   another thread) */
 VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
                                                const vkp_conn_config *config, vkp_conn **conn);
 
-/* Connect to an address and serve it. on_open follows on success, on_close on failure. A host
-   NAME is resolved with getaddrinfo, which may block on DNS; numbers and localhost do not.
-   Owns, Threads: as vkp_conn_open     Errors: the same, and REFUSED (name not resolved)       */
+/* Connect to an address and serve the connection on the loop. After OK, on_open follows on success,
+   on_close on failure. config and its ops are required.
+   Owns:   borrows address and config, shares loop; gives *conn (the loop keeps a reference of its
+   own until the close)
+   Blocks: on DNS, in getaddrinfo, for a host name; for numbers and localhost never
+   Threads: loop's     In callbacks: ok
+   Errors: NOMEM, SYS (also a connect that fails immediately), CLOSED (the loop was closed), REFUSED
+   (the host name was not resolved), LIMIT (a Unix path that is too long), UNSUPPORTED (an abstract
+   name outside Linux), INVALID (a null argument, no ops, a malformed address, another thread) */
 VKP_API VKP_NODISCARD vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address,
                                                   const vkp_conn_config *config, vkp_conn **conn);
 
-VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn); /* any thread */
-VKP_API void vkp_conn_unref(vkp_conn *conn);    /* any thread; does not close; NULL is ignored */
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_conn *vkp_conn_ref(vkp_conn *conn);
 
-/* Push one frame, by the policy when the queue is full. On the loop's thread, and when loop_only
-   is set, it goes straight to the outbox; from other threads through the inbox.
+/* One reference less; does not close the connection. NULL is ignored. Any thread. */
+VKP_API void vkp_conn_unref(vkp_conn *conn);
+
+/* Push one frame; when the queue is full, the policy decides. On the loop's thread the frame is put
+   in the outbox, on other threads in the inbox.
    Owns:   borrows frame (takes a reference of its own)
    Blocks: until deadline_ns with VKP_ON_FULL_WAIT on other threads; else never
-   Threads: any (the loop's alone with loop_only)     In callbacks: ok
-   Errors: FULL, DROPPED, CLOSED, TIMEOUT, NOMEM, INVALID                                      */
+   Threads: any; with loop_only the loop's     In callbacks: ok
+   Errors: FULL (VKP_ON_FULL_ERROR; or VKP_ON_FULL_WAIT on the loop's thread), DROPPED
+   (VKP_ON_FULL_DROP_NEWEST), TIMEOUT (VKP_ON_FULL_WAIT, no room until the deadline), CLOSED (closed
+   or draining; VKP_ON_FULL_DISCONNECT), NOMEM, INVALID (a null argument; loop_only, on another
+   thread) */
 VKP_API VKP_NODISCARD vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame,
                                                uint64_t deadline_ns);
 
-/* Append to the response stream: in order with pushes, never dropped, not bounded by the queue's
-   limits (stop reading instead: vkp_conn_pause).
-   Owns:   borrows frame     Blocks: never     Threads: loop's     Errors: CLOSED, NOMEM       */
+/* Append one frame to the response stream. It keeps its order with pushes, is never dropped, and no
+   limit of the queue holds for it: to bound the stream, stop reading (vkp_conn_pause).
+   Owns:   borrows frame (takes a reference of its own)
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: CLOSED (closed or draining), NOMEM (also a frame of 2 GiB or more), INVALID (a null
+   argument, another thread) */
 VKP_API VKP_NODISCARD vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame);
 
-/* Stop and go on reading; on_data sees what was kept at the next round. Loop's thread. */
+/* Stop reading: on_data is not called until vkp_conn_resume. Loop's thread. */
 VKP_API void vkp_conn_pause(vkp_conn *conn);
+
+/* Read again after vkp_conn_pause. on_data gets the kept bytes at the end of the round, not inside
+   this call. Loop's thread. */
 VKP_API void vkp_conn_resume(vkp_conn *conn);
 
-/* Read no more, write what is queued, then close with VKP_CLOSE_LOCAL. Loop's thread. */
+/* Stop reading, write everything that is queued, then close with VKP_CLOSE_LOCAL. Idempotent.
+   Loop's thread. */
 VKP_API void vkp_conn_drain(vkp_conn *conn);
 
-/* Close. On the loop's thread on_close runs before it returns; from others it is posted.
-   Idempotent. Any thread.                                                                     */
+/* Close the connection; frames that are still queued are dropped. On the loop's thread on_close
+   runs before this returns; from other threads the close is posted to the loop. Idempotent; NULL is
+   ignored. Any thread. */
 VKP_API void vkp_conn_close(vkp_conn *conn);
 
-/* Plain reads and the user pointer. Loop's thread where nothing else is said. */
+/* The connection's user pointer, which its callbacks get. Loop's thread. */
 VKP_API void *vkp_conn_get_user(const vkp_conn *conn);
-VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user); /* loop's thread */
-VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn);  /* views */
-VKP_API int vkp_conn_get_fd(const vkp_conn *conn);          /* -1 when closed; loop's thread */
-VKP_API bool vkp_conn_is_open(const vkp_conn *conn);        /* any thread */
 
+/* Replace the user pointer that the connection's callbacks get. Loop's thread. */
+VKP_API void vkp_conn_set_user(vkp_conn *conn, void *user);
+
+/* The connection's loop. Views: valid as long as the connection. Loop's thread. */
+VKP_API vkp_loop *vkp_conn_get_loop(const vkp_conn *conn);
+
+/* The connection's descriptor, -1 after the close; it stays the connection's. Loop's thread. */
+VKP_API int vkp_conn_get_fd(const vkp_conn *conn);
+
+/* Whether the connection is not closed; also true while it connects or drains. Any thread. */
+VKP_API bool vkp_conn_is_open(const vkp_conn *conn);
+
+/* What vkp_conn_get_stats writes. */
 typedef struct vkp_conn_stats {
-    size_t queued_frames; /* in the outbox */
-    size_t queued_bytes;
-    uint64_t dropped_frames; /* by the policy, since open */
+    size_t queued_frames;    /* pushes in the outbox now */
+    size_t queued_bytes;     /* bytes in the outbox now, of pushes and of the response stream */
+    uint64_t dropped_frames; /* pushes that the policy dropped since open */
 } vkp_conn_stats;
-VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats); /* loop's thread */
+
+/* Write the connection's counters to *stats. Loop's thread. */
+VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-gate   Who may come in, and how many at once                                      */
+   >>api-gate   Admission control: which clients a listener accepts, and how many */
 
-/* Why a client was closed right after accept. */
+/* Why a client was refused: its connection was closed right after accept. */
 typedef enum vkp_refusal {
-    VKP_REFUSAL_USER = 0,  /* its uid is not allowed, or `allow` said no */
-    VKP_REFUSAL_FULL,      /* max_clients, of the gate or of the listener; max_references */
-    VKP_REFUSAL_USER_FULL, /* max_clients_per_uid */
-    VKP_REFUSAL_OVERLOAD,  /* no descriptors for a second and more, or no memory */
-    VKP_REFUSAL_ENDED      /* the socket's last reference was just given back */
+    /* The client's uid is not allowed, or could not be read, or vkp_gate_config.allow returned
+       false. */
+    VKP_REFUSAL_USER = 0,
+    /* max_clients of the gate or of the listener, or max_references of the socket, was reached. */
+    VKP_REFUSAL_FULL,
+    /* max_clients_per_uid was reached. */
+    VKP_REFUSAL_USER_FULL,
+    /* No memory, or no descriptors for a second or longer. */
+    VKP_REFUSAL_OVERLOAD,
+    /* The socket's last reference was just given back, or the listener was just closed. */
+    VKP_REFUSAL_ENDED
 } vkp_refusal;
+
+/* The number of values of vkp_refusal. */
 #define VKP_REFUSAL_COUNT 5
 
+/* The config of vkp_gate_open. Uids are those of clients over Unix sockets; TCP clients have none,
+   and are only counted. */
 typedef struct vkp_gate_config {
-    size_t max_clients; /* at once, over all listeners of the gate; default: no limit */
+    /* Most clients at one time, over all listeners of the gate. Default: no limit. */
+    size_t max_clients;
+    /* Most clients of one uid at one time, over all listeners of the gate. Default: no limit. */
     size_t max_clients_per_uid;
-    /* Unix sockets: the process's own (effective) uid, these (copied), or all. */
+    /* Uids that are allowed besides the process's own (effective) uid; copied. NULL: none. */
     const uint32_t *allow_uids;
+    /* Number of allow_uids. */
     size_t allow_uid_count;
+    /* Every uid is allowed. Default: false. */
     bool allow_any_uid;
-    /* Decides instead. On the accepting loop's thread. */
+    /* Returns whether a client over a Unix socket is allowed; called instead of the checks of uids.
+       Called once per client, on the accepting loop's thread. NULL: uids decide. */
     bool (*allow)(void *user, const vkp_peer *peer);
+    /* Handed to allow. */
     void *user;
+    /* Memory, log and system; must outlive the gate. NULL: the defaults. */
     const vkp_env *env;
 } vkp_gate_config;
 
-/* Open a gate; any number of listeners, on any loops, may share it.
-   Owns:   borrows config; gives *gate     Threads: any     Errors: NOMEM                      */
+/* Open a gate; any number of listeners, on any loops, may share it. NULL config: all defaults.
+   Owns:   borrows config (copies allow_uids); gives *gate
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (gate NULL; allow_uid_count without allow_uids) */
 VKP_API VKP_NODISCARD vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **gate);
-VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate); /* any thread */
-VKP_API void vkp_gate_unref(vkp_gate *gate);    /* any thread; NULL is ignored */
 
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate);
+
+/* One reference less; listeners and seats hold one each. NULL is ignored. Any thread. */
+VKP_API void vkp_gate_unref(vkp_gate *gate);
+
+/* What vkp_gate_get_stats writes. */
 typedef struct vkp_gate_stats {
-    size_t clients; /* now */
-    uint64_t admitted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    size_t clients;                      /* clients that have a seat now */
+    uint64_t admitted;                   /* clients that got a seat since open */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* clients refused since open, indexed by vkp_refusal */
 } vkp_gate_stats;
-VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any thread */
 
-/* The place of one admitted client: it counts at the gate, and holds the socket that it came
-   through, if the listener follows that. Connections give theirs back before their on_close.  */
-VKP_API void vkp_seat_unref(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+/* Write the gate's counters to *stats. Any thread. */
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats);
 
-/* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
+/* Give back the seat of one admitted client: the client no longer counts at the gate, and if the
+   listener follows its socket, the client's reference of that socket is given back too. A
+   connection gives back its seat before its on_close. NULL is ignored. Any thread. */
+VKP_API void vkp_seat_unref(vkp_seat *seat);
+
+/* Let the connection keep the seat until its close. The connection is open and has no seat. Takes
+   seat. Loop's thread. */
 VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-listener   Accept connections                                                     */
+   >>api-listener   Accept connections */
 
-/* What vkp_listener_config.on_start gets. */
+/* What vkp_listener_config.on_start gets; valid until on_start returns. */
 typedef struct vkp_listening {
-    vkp_status status;      /* OK, or why it did not start: then all else is NULL */
-    int sys_error;          /* errno, with status SYS */
-    const char *address;    /* as vkp_listener_get_address. Views. */
-    vkp_listener *listener; /* the loop's: valid until it ended. Close it, do not unref it. */
-    vkp_socket *socket;     /* with address and follow: gives its only reference. Else NULL. */
+    /* OK, or why the listener did not start. */
+    vkp_status status;
+    /* The errno of status SYS; 0 with any other status. */
+    int sys_error;
+    /* The listener's address, as vkp_listener_get_address returns it. Views: valid until the
+       listener ended. NULL when status is not OK. */
+    const char *address;
+    /* The listener, which belongs to its loop: valid until it ended. Close it, do not unref it.
+       NULL when status is not OK. */
+    vkp_listener *listener;
+    /* The only reference of the socket: gives it to on_start, if the listener was opened with an
+       address and `follow`. NULL when config.socket was set, when `follow` was false, and when
+       status is not OK. */
+    vkp_socket *socket;
 } vkp_listening;
 
+/* The config of vkp_listener_open. Every callback is called on the loop's thread with conn.user as
+   its `user`. */
 typedef struct vkp_listener_config {
-    /* Where to listen, one of the two: "unix:PATH", "unix:" (a unique path), "tcp:HOST:PORT" ... */
+    /* Where to listen: "unix:PATH", "unix:" (a unique path), "tcp:HOST:PORT" (port 0: a free port).
+       Borrowed until open returns. Set either address or socket, not both. */
     vkp_str address;
-    vkp_socket *socket;     /* ... or a socket that is open; shared until the listener ended */
-    vkp_registry *registry; /* of a unix: address; NULL opens one of its own */
-    /* Hold no reference of the socket: each client holds one, the program may, and when the last
-       one is given back (and linger_ms passed) the listener ends too. With an address only
-       together with on_start, which gets the first reference.                                 */
+    /* An open socket to listen on, shared until the listener ended (with `follow` until it has
+       started). NULL: address is used. */
+    vkp_socket *socket;
+    /* The registry that opens the socket of a "unix:" address; shared. NULL: a registry of the
+       listener's own, which allows abstract names. */
+    vkp_registry *registry;
+    /* The listener holds no reference of its socket: each client holds one, the program may hold
+       some, and when the last one is given back (and linger_ms passed) the listener ends too. With
+       an address this needs on_start, which gets the first reference. Default: false. */
     bool follow;
-    vkp_gate *gate;       /* shared; NULL: the process's own uid alone, as many as come */
-    size_t max_clients;   /* of this listener at once; default: no limit */
-    vkp_conn_config conn; /* of every connection accepted; its user is on_accept's first */
-    /* A connection was accepted, before its on_open: set its user, refuse by vkp_conn_close. */
+    /* Decides which clients are accepted; shared. NULL: over Unix sockets the process's own uid
+       alone; no limit on clients. */
+    vkp_gate *gate;
+    /* Most clients of this listener at one time. Default: no limit. */
+    size_t max_clients;
+    /* The config of each accepted connection; conn.ops is required without on_fd. conn.user is the
+       first user pointer of each connection. */
+    vkp_conn_config conn;
+    /* A connection was accepted: called once for each, before its on_open. Set its user pointer
+       here, or refuse the client by vkp_conn_close. NULL: not called. */
     void (*on_accept)(void *user, vkp_conn *conn);
-    /* Instead of a connection: take the descriptor and its seat (to hand them to another loop). */
+    /* A client was accepted: called once for each, instead of making a connection, for example to
+       pass the client to another loop. Gives fd and seat: close fd, and unref seat when the client
+       is gone. NULL: connections are made. */
     void (*on_fd)(void *user, int fd, vkp_seat *seat);
-    /* A client is refused: fd may be written to, and is closed after this. */
+    /* A client is refused: called once for each. fd may be written to; the listener closes fd when
+       this returns. NULL: not called. */
     void (*on_refuse)(void *user, int fd, vkp_refusal why);
-    /* It ended by itself: its socket did, or its loop. Once, not after vkp_listener_close. */
+    /* The listener ended by itself, because its socket ended or its loop was closed. Called at most
+       once, never after vkp_listener_close. NULL: not called. */
     void (*on_end)(void *user);
-    /* Start from any thread: called once on the loop's thread, unless vkp_listener_open failed. */
+    /* The listener started or failed. Set it to open the listener from any thread; called exactly
+       once unless vkp_listener_open itself failed. NULL: vkp_listener_open starts the listener. */
     void (*on_start)(void *user, const vkp_listening *result);
-    int backlog; /* default 4096 */
+    /* Clients that may wait for accept, as for listen(2). Default: 4096. Ignored with `socket` or
+       `registry`: the registry's backlog is used. */
+    int backlog;
 } vkp_listener_config;
 
-/* Listen and accept on the loop. Without on_start at once, on the loop's thread; with it from any
-   thread: the loop starts the listener, owns it, and frees it when it ended or the loop closes.
-   When descriptors or memory run out the listener pauses, 10 ms at first, 1 s at last, and clients
-   wait in the backlog; when descriptors are short for a second, a spare one serves to refuse them
-   (VKP_REFUSAL_OVERLOAD).
-   Owns:   borrows config, shares socket, registry, gate, loop; gives *listener (NULL with on_start)
-   Blocks: on the file system; with on_start never
+/* Listen and accept on the loop. Without on_start the listener starts before this returns. With
+   on_start this returns first, and the loop starts the listener, owns it, and frees it when it
+   ended or the loop closes. config is required.
+   When descriptors or memory run out, the listener pauses, 10 ms at first, 1 s at most, and clients
+   wait in the backlog; when descriptors are short for a second, the listener uses a spare one to
+   refuse them (VKP_REFUSAL_OVERLOAD).
+   Owns:   borrows config; shares config's socket, registry and gate, and loop; gives *listener
+   (listener is NULL with on_start)
+   Blocks: on the file system, and on DNS for a host name; with on_start never
    Threads: loop's; with on_start any     In callbacks: ok
-   Errors: as vkp_socket_open, IN_USE for a port taken (with on_start these go there); CLOSED
-   (loop, or socket), NOMEM, LIMIT (max_references of socket), INVALID (address and socket both, or
-   neither; follow with an address but without on_start, or with tcp:; neither conn.ops nor on_fd;
-   listener NULL without on_start, or not NULL with it)                                        */
+   Errors: CLOSED (the loop was closed, or the socket ended), NOMEM, LIMIT (max_references of the
+   socket), INVALID (both address and socket, or neither; follow with an address and without
+   on_start, or with tcp:; neither conn.ops nor on_fd; listener NULL without on_start, or not NULL
+   with it; another thread, without on_start). On failures of starting, which with on_start are its
+   result's status: those of vkp_socket_open, IN_USE (also a port that is taken), REFUSED (the host
+   name was not resolved), INVALID (a malformed address; "unix:@NAME" with a registry without
+   abstract_names) */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_open(vkp_loop *loop,
                                                    const vkp_listener_config *config,
                                                    vkp_listener **listener);
 
-/* The address with the port that the system chose, as "tcp:HOST:PORT" or "unix:PATH". Views. */
+/* The listener's address, "tcp:HOST:PORT" with the port that the system chose, or "unix:PATH".
+   Views: valid as long as the listener. Loop's thread. */
 VKP_API const char *vkp_listener_get_address(const vkp_listener *listener);
 
-/* Stop accepting; connections stay, and a drain goes on. Idempotent. Loop's thread. */
+/* Stop accepting. Accepted connections stay open, and a drain continues. Idempotent; NULL is
+   ignored. Loop's thread. */
 VKP_API void vkp_listener_close(vkp_listener *listener);
-VKP_API void vkp_listener_unref(vkp_listener *listener); /* closes; loop's thread; NULL ignored */
 
-/* Shut down in good order: stop accepting, send `notice` (NULL: nothing) to every connection that
-   came through, write what is queued, close each; at the deadline close what is left. Then
-   on_end(user), once. For listeners without on_fd.
+/* Close the listener and give its reference back; the on_end of a drain under way is not called.
+   Not for listeners with on_start. NULL is ignored. Loop's thread. */
+VKP_API void vkp_listener_unref(vkp_listener *listener);
+
+/* Shut down in order: stop accepting, send `notice` to every connection that this listener
+   accepted, write what is queued, close each connection; at the deadline close the others. Then
+   on_end(user) is called once, not inside this call. NULL notice: nothing is sent. NULL on_end: not
+   called.
    Owns:   borrows notice     Blocks: never     Threads: loop's     In callbacks: ok
-   Errors: INVALID (on_fd, or drained already), NOMEM: nothing happened                        */
+   Errors: INVALID (listener NULL, a listener with on_fd, already drained), NOMEM; on failure
+   nothing was changed */
 VKP_API VKP_NODISCARD vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *notice,
                                                     void (*on_end)(void *user), void *user,
                                                     uint64_t deadline_ns);
 
+/* What vkp_listener_get_stats writes. Counters count since open. */
 typedef struct vkp_listener_stats {
-    size_t clients; /* now */
-    uint64_t accepted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-    uint64_t aborted;                    /* left before accept: probes, resets */
+    size_t clients;                      /* clients that have a seat now */
+    uint64_t accepted;                   /* clients accepted: a connection, or a call of on_fd */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* clients refused, indexed by vkp_refusal */
+    uint64_t aborted;                    /* clients that closed before accept: probes, resets */
     uint64_t no_descriptors;             /* accept failed with EMFILE or ENFILE */
-    uint64_t no_memory;                  /* with ENOMEM or ENOBUFS */
-    uint64_t failed;                     /* with anything else */
-    uint64_t pauses;                     /* after the last three */
+    uint64_t no_memory;                  /* accept failed with ENOMEM or ENOBUFS */
+    uint64_t failed;                     /* accept failed with another errno */
+    uint64_t pauses;                     /* pauses after no_descriptors, no_memory and failed */
 } vkp_listener_stats;
-VKP_API void vkp_listener_get_stats(const vkp_listener *listener,
-                                    vkp_listener_stats *stats); /* loop's thread */
+
+/* Write the listener's counters to *stats. Loop's thread. */
+VKP_API void vkp_listener_get_stats(const vkp_listener *listener, vkp_listener_stats *stats);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-health   Is a server well?                                                        */
+   >>api-health   Check whether a server answers */
 
-/* What one check found. */
+/* The result of one check. */
 typedef struct vkp_health {
-    vkp_status status; /* OK; REFUSED (no connection), PROTOCOL (another answer), DISCONNECTED (it
-                          closed), TIMEOUT, SYS (with sys_error), NOMEM                        */
+    /* OK, or REFUSED (no connection), PROTOCOL (another answer), DISCONNECTED (the server closed
+       the connection before the answer), TIMEOUT, SYS (with sys_error), NOMEM. */
+    vkp_status status;
+    /* The errno of status SYS; 0 with any other status. */
     int sys_error;
-    uint64_t elapsed_ns; /* from the connect to the answer */
-    uint64_t failures;   /* in a row, this one included; 0 when OK */
+    /* Nanoseconds from the connect to the answer or the failure. */
+    uint64_t elapsed_ns;
+    /* Failed checks in a row, this one included; 0 when status is OK. */
+    uint64_t failures;
 } vkp_health;
 
+/* The config of vkp_health_check_open. Texts are copied. */
 typedef struct vkp_health_config {
-    vkp_str address;     /* required */
-    vkp_str request;     /* default "PING\r\n" */
-    vkp_str answer;      /* with what the answer must begin; default "+PONG\r\n" */
-    uint64_t timeout_ms; /* of one check; default 1000; VKP_OFF: none */
-    uint64_t period_ms;  /* from one check to the next; default: one check only */
-    void (*on_result)(void *user, const vkp_health *health); /* loop's thread; required */
+    vkp_str address;     /* the server: "unix:PATH" or "tcp:HOST:PORT"; required */
+    vkp_str request;     /* what a check sends; default: "PING\r\n" */
+    vkp_str answer;      /* how the answer must begin; default: "+PONG\r\n" */
+    uint64_t timeout_ms; /* milliseconds of one check; default: 1000; VKP_OFF: no limit */
+    /* Milliseconds from the start of one check to the start of the next. Default: 0, one check
+       only. */
+    uint64_t period_ms;
+    /* A check ended: called once for each, on the loop's thread. Required. */
+    void (*on_result)(void *user, const vkp_health *health);
+    /* Handed to on_result. */
     void *user;
 } vkp_health_config;
 
-/* Connect, ask, look at the answer, disconnect; now, and then every period.
-   Owns:   borrows config (texts are copied); shares loop; gives *check
-   Blocks: as vkp_conn_connect     Threads: loop's     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID, and of Unix addresses LIMIT,
-   UNSUPPORTED                                                                                  */
+/* Check a server: connect, send the request, compare the answer, disconnect. The first check starts
+   after this call returned, further ones every period_ms. config is required.
+   Owns:   borrows config (copies its texts), shares loop; gives *check
+   Blocks: never; each check blocks on DNS for a host name, as vkp_conn_connect
+   Threads: loop's     In callbacks: ok
+   Errors: NOMEM, CLOSED (the loop was closed), LIMIT (a Unix path that is too long), UNSUPPORTED
+   (an abstract name outside Linux), INVALID (a null argument, no address, no on_result, a malformed
+   address, another thread) */
 VKP_API VKP_NODISCARD vkp_status vkp_health_check_open(vkp_loop *loop,
                                                        const vkp_health_config *config,
                                                        vkp_health_check **check);
 
-/* End the check: no result follows. Idempotent; NULL is ignored. Loop's thread, also inside
-   on_result.                                                                                  */
+/* End the check: on_result is not called again. Idempotent; NULL is ignored. Loop's thread, also
+   inside on_result. */
 VKP_API void vkp_health_check_close(vkp_health_check *check);
 
 /* Close the check and give its reference back. NULL is ignored. Loop's thread, also inside
-   on_result.                                                                                  */
+   on_result. */
 VKP_API void vkp_health_check_unref(vkp_health_check *check);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-hub   Who is subscribed to what                                                   */
+   >>api-hub   Which connections subscribed to which names */
 
-/* Whether the glob matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers do, but
-   in time linear in text x pattern at worst. Any thread.                                      */
+/* Whether the glob pattern matches the whole text: * ? [abc] [^a-z] \x, byte by byte, as servers
+   match. The time is at worst proportional to the text's length times the pattern's. Any thread. */
 VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text);
 
+/* One subscription of a member. Private. */
 typedef struct vkp_hub_sub vkp_hub_sub;
 
-/* One subscriber: a connection and its protocol. In the caller's memory; zero it first. */
+/* A subscriber: a connection and its protocol. In the caller's memory; zero it first. Call
+   vkp_hub_leave before the memory is used for something else. */
 typedef struct vkp_hub_member {
-    vkp_conn *conn; /* views: gone from the hub (vkp_hub_leave) before it is unref'd */
-    int protocol;   /* 2 or 3: how messages are written to it */
-    uint32_t counts[VKP_SUB_KINDS]; /* subscriptions by vkp_sub_kind; read only */
+    /* The connection that messages are pushed to. Views: call vkp_hub_leave before the connection's
+       unref. */
+    vkp_conn *conn;
+    /* The RESP version of messages to this member: 3, or 2 (any other value). */
+    int protocol;
+    /* The number of the member's subscriptions, indexed by vkp_sub_kind; read only. */
+    uint32_t counts[VKP_SUB_KINDS];
+    /* Private. */
     vkp_hub_sub *i_subs[VKP_SUB_KINDS];
 } vkp_hub_member;
 
+/* The config of vkp_hub_open. Zeroed: all defaults. */
 typedef struct vkp_hub_config {
-    /* A name got its first member (added) or lost its last. Not inside vkp_hub_publish. */
+    /* A name got its first member (added true) or lost its last (added false). Called on the hub's
+       thread inside the call that changed this, never inside vkp_hub_publish. NULL: not called. */
     void (*on_interest)(void *user, vkp_sub_kind kind, vkp_str name, bool added);
+    /* Handed to on_interest. */
     void *user;
+    /* Memory, log and system; must outlive the hub. NULL: the defaults. */
     const vkp_env *env;
 } vkp_hub_config;
 
-/* Open a hub. It belongs to one loop's thread.
-   Owns:   borrows config; gives *hub     Blocks: never     Errors: NOMEM                      */
+/* Open a hub, which then belongs to one loop's thread. NULL config: all defaults.
+   Owns:   borrows config; gives *hub
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (hub NULL) */
 VKP_API VKP_NODISCARD vkp_status vkp_hub_open(const vkp_hub_config *config, vkp_hub **hub);
-VKP_API void vkp_hub_unref(vkp_hub *hub); /* every member has left; NULL is ignored */
 
-/* Add the member to a name. OK also when it was there (then *added is false; may be NULL).
-   Errors: NOMEM, LIMIT (a name above 4 GiB). Loop's thread.                                   */
+/* Free the hub, which has only one reference; every member must have left. NULL is ignored. Loop's
+   thread. */
+VKP_API void vkp_hub_unref(vkp_hub *hub);
+
+/* Add the member to a name. *added (NULL is allowed) is false when the member had the name already,
+   which is OK too.
+   Owns:   borrows name, views member until it has left
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, LIMIT (a name of 4 GiB or more), INVALID (hub or member NULL, no such kind) */
 VKP_API VKP_NODISCARD vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member,
                                                    vkp_sub_kind kind, vkp_str name, bool *added);
 
-/* Take the member off a name. False when it was not there. Loop's thread. */
+/* Remove the member from a name. Returns false when the member did not have the name. Loop's
+   thread. */
 VKP_API bool vkp_hub_unsubscribe(vkp_hub *hub, vkp_hub_member *member, vkp_sub_kind kind,
                                  vkp_str name);
 
-/* Take the member off everything. Loop's thread. */
+/* Remove the member from all its names. Loop's thread. */
 VKP_API void vkp_hub_leave(vkp_hub *hub, vkp_hub_member *member);
 
-/* One of the member's names of that kind, empty ({NULL,0}) when it has none. Views: until the
-   member's next change. Loop's thread.                                                        */
+/* One of the member's names of that kind, {NULL, 0} when the member has none. Views: valid until
+   the member's next change. Loop's thread. */
 VKP_API vkp_str vkp_hub_get_member_name(const vkp_hub_member *member, vkp_sub_kind kind);
 
 /* Whether the member has the name. Loop's thread. */
 VKP_API bool vkp_hub_is_subscribed(const vkp_hub *hub, const vkp_hub_member *member,
                                    vkp_sub_kind kind, vkp_str name);
 
-/* Deliver a message to every member of the channel and, for VKP_SUB_CHANNEL, of every pattern that
-   matches. It is encoded at most once per protocol; members share it. Returns deliveries tried,
-   as PUBLISH counts. Per member, messages keep their order. Loop's thread.                    */
+/* Push a message to every member of the pub/sub channel and, with VKP_SUB_CHANNEL, to every member
+   of each pattern that matches. The frame for a name is encoded at most once per protocol, and the
+   name's members share it. Each member gets its messages in order; the policy of its connection
+   holds. Returns how many deliveries were tried, as PUBLISH counts. Loop's thread. */
 VKP_API size_t vkp_hub_publish(vkp_hub *hub, vkp_sub_kind kind, vkp_str channel, vkp_str payload);
 
-/* Deliver a push of a server, as it came: a message to the members of its channel, a pmessage to
-   those of its pattern (the server sends one push for each). Members of protocol 3 share the
-   received bytes. Returns deliveries tried; 0 for pushes that are no messages. Loop's thread. */
+/* Deliver a server's push as it was received: a message to the members of its pub/sub channel, a
+   pmessage to the members of its pattern (the server sends one push for each). Members of protocol
+   3 share the received bytes. Returns how many deliveries were tried; 0 for a push that is not a
+   message. Loop's thread. */
 VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push);
 
-/* Members of a name; number of names; the names one by one (walk from NULL; views until the next
-   change). Loop's thread.                                                                     */
+/* The number of members of a name. Loop's thread. */
 VKP_API size_t vkp_hub_get_members(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name);
+
+/* The number of names of that kind that have a member. Loop's thread. */
 VKP_API size_t vkp_hub_get_names(const vkp_hub *hub, vkp_sub_kind kind);
+
+/* Step through the names of that kind, in no order: set *cursor to NULL before the first call. Each
+   call returns true with the next name in *name, or false after the last. Views: *name and *cursor
+   are valid until the hub's next change. Loop's thread. */
 VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cursor, vkp_str *name);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-pushloop   From a channel of pushes to where they are wanted                      */
+   >>api-pushloop   From a channel of pushes to a hub, a connection or a callback */
 
-/* Where a push loop writes; exactly one. */
+/* Where a push loop delivers pushes: set exactly one of hub, conn and callback. */
 typedef struct vkp_sink {
-    vkp_hub *hub;   /* messages are published; only on the hub's loop */
-    vkp_conn *conn; /* frames are pushed as received; events of the client are not written */
-    void (*callback)(void *user, const vkp_push *push); /* borrows */
+    /* Messages are delivered to this hub. Only for vkp_push_loop_open, on the hub's loop. */
+    vkp_hub *hub;
+    /* Frames are pushed to this connection as they were received; events of the client, which have
+       no frame, are not. */
+    vkp_conn *conn;
+    /* Called with each push, on the thread of the push loop. Borrows push. */
+    void (*callback)(void *user, const vkp_push *push);
+    /* Handed to callback. */
     void *user;
 } vkp_sink;
 
-/* Receive pushes until the channel closes, in this thread. A sink that fails (a full queue, a
-   closed connection) loses that push; the loop goes on.
-   Owns:   borrows rx, sink     Blocks: until the channel is closed and drained, or cancelled
-   Threads: any, not a hub's     Errors: CANCELLED (cancel may be NULL), INVALID
-   OK means the channel closed.                                                                */
+/* Receive pushes in this thread and deliver each to the sink, until the channel closes: then
+   returns OK. A push that the sink cannot take (a full queue, a closed connection) is lost; the
+   push loop continues. NULL cancel: only the channel ends the call.
+   Owns:   borrows rx, sink, cancel
+   Blocks: until the channel is closed and drained, or the token is cancelled
+   Threads: any     In callbacks: would stall the loop
+   Errors: CANCELLED (cancel was triggered), INVALID (rx or sink NULL, none or several of hub, conn
+   and callback, a hub, a channel of other values than vkp_push) */
 VKP_API VKP_NODISCARD vkp_status vkp_push_loop_run(vkp_mpsc_rx *rx, const vkp_sink *sink,
                                                    vkp_cancel *cancel);
 
-/* The same on an event loop, batch by batch. on_end(user) once, when the channel closed; the
-   push loop is stopped then and waits for its unref.
-   Owns:   takes rx (on failure it stays the caller's), shares loop and sink.conn, views sink.hub;
-   gives *push_loop     Threads: loop's     Errors: INVALID, NOMEM                             */
+/* Receive pushes on an event loop, in batches, and deliver each to the sink. A push that the sink
+   cannot take is lost. When the channel is closed and drained the push loop stops and calls
+   on_end(user) once, on the loop's thread; unref it then. NULL on_end: not called.
+   Owns:   takes rx (on failure rx stays the caller's), borrows sink, shares loop and sink->conn,
+   views sink->hub until the unref; gives *push_loop
+   Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: NOMEM, INVALID (a null argument, none or several of hub, conn and callback, a channel of
+   other values than vkp_push, a closed loop) */
 VKP_API VKP_NODISCARD vkp_status vkp_push_loop_open(vkp_loop *loop, vkp_mpsc_rx *rx,
                                                     const vkp_sink *sink,
                                                     void (*on_end)(void *user), void *user,
                                                     vkp_push_loop **push_loop);
-VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop); /* stops it; loop's thread */
+
+/* Stop the push loop and free it with its receiver; on_end is not called after this. NULL is
+   ignored. Loop's thread, also inside the sink's callback and on_end. */
+VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop);
 
 #endif /* VKP_NO_IO */
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
+   >>api-relay   Serve local Valkey clients over one upstream connection, or none */
 
+/* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
-    vkp_str server;         /* address of the server; default: none, a stand-alone pub/sub broker */
-    vkp_str username;       /* of the connection to the server; default: the default user */
-    vkp_str password;       /* of the connection to the server; default: none */
-    vkp_loop *const *loops; /* connections are spread over these; at least one */
-    size_t loop_count;      /* default 1 */
-    size_t queue_frames;    /* per client, as vkp_conn_config */
+    vkp_str server;   /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str username; /* user name for the upstream connection; default: the default user */
+    vkp_str password; /* password for the upstream connection; default: none */
+    /* The loops that serve local clients, an array of loop_count: each client is given to the next
+       loop in turn. Required; each loop is shared. */
+    vkp_loop *const *loops;
+    /* The number of loops. Default: 1. */
+    size_t loop_count;
+    /* Most messages that wait for one client. Default: 65,536. */
+    size_t queue_frames;
+    /* Most bytes of messages that wait for one client; one message always fits. Default: 8 MiB. */
     size_t queue_bytes;
-    vkp_on_full on_full;        /* default DISCONNECT; or DROP_OLDEST, DROP_NEWEST */
-    size_t max_clients;         /* at once; default 16,384 */
-    size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
-    /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
+    /* The policy when a client's queue is full: VKP_ON_FULL_DISCONNECT (default), DROP_OLDEST or
+       DROP_NEWEST. */
+    vkp_on_full on_full;
+    /* Most clients at one time, over all addresses. Default: 16,384. */
+    size_t max_clients;
+    /* Most clients of one uid at one time, over Unix sockets. Default: no limit. */
+    size_t max_clients_per_uid;
+    /* Uids that are allowed over Unix sockets besides the process's own uid; copied. With any, the
+       sockets' files have mode 0666 instead of 0600. NULL: none. */
     const uint32_t *allow_uids;
+    /* The number of allow_uids. */
     size_t allow_uid_count;
-    /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
+    /* The last client left, and for linger_ms none came. Called each time this happens, on
+       loops[0], not before the first client and not during a drain. NULL: not called. */
     void (*on_idle)(void *user);
+    /* Handed to on_idle. */
     void *user;
-    uint64_t linger_ms;       /* default: at once */
-    uint64_t check_ms;        /* look that often at the sockets' files, bind again what is lost */
-    vkp_str shutdown_notice;  /* copied; see vkp_relay_drain; default: none */
-    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
-    size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
-    size_t max_subscriptions; /* names of one client; default 100,000 */
+    /* Milliseconds without a client before on_idle is called. Default: 0, it is called
+       immediately. */
+    uint64_t linger_ms;
+    /* Milliseconds between two checks of the Unix sockets' files; a lost file is bound again.
+       Default: 0, no checks. */
+    uint64_t check_ms;
+    /* The text that vkp_relay_drain sends to each client; copied. Default: nothing is sent. */
+    vkp_str shutdown_notice;
+    /* Most bytes of one command, or of one MULTI block. Default: 64 MiB; must be below 2 GiB. */
+    size_t max_request_bytes;
+    /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
+       Default: 256 MiB. */
+    size_t max_reply_bytes;
+    /* Most names that one client subscribes to. Default: 100,000. */
+    size_t max_subscriptions;
+    /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;
 
-/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the
-   upstream connection and the listeners.
-   Owns:   borrows config, shares loops; gives *relay     Threads: before the loops run
-   Errors: INVALID, NOMEM, and those of vkp_client_open                                        */
+/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
+   connection and the listeners. config and its loops are required.
+   Owns:   borrows config (copies its texts), shares the loops; gives *relay
+   Blocks: on DNS, if server has a host name     Threads: that of every loop, before the loops run
+   Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of
+   2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
 
-/* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
-   loops[0]'s. *bound (may be NULL) views the address with the port chosen.
-   Errors: those of vkp_listener_open                                                          */
+/* Accept local clients at one more address; may be called for several. *bound (NULL is allowed)
+   gets the address with the port that the system chose.
+   Owns:   borrows address; *bound views the address until the relay's unref
+   Blocks: on the file system, and on DNS for a host name     Threads: that of loops[0]
+   Errors: INVALID (a null argument or address), NOMEM, those of vkp_listener_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
-/* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
-   then close; on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.
-   The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
-   with subscriptions; to others an error, the answer to whatever they would ask next.         */
+/* The pub/sub channel of the message that carries vkp_relay_config.shutdown_notice. */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
+
+/* Shut down in order: stop accepting, answer the commands that were received, send each client the
+   shutdown_notice, write what is queued, close each connection; at the deadline close the others.
+   Then on_end(user) is called once, on loops[0]. NULL on_end: not called. Later calls are ignored.
+   Clients of RESP3 and clients with subscriptions get the notice as a message of the pub/sub
+   channel VKP_RELAY_NOTICE_CHANNEL; other clients get it as an error, in place of their next reply.
+   Blocks: never     Threads: that of loops[0]     In callbacks: ok */
 VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
                              uint64_t deadline_ns);
 
+/* What vkp_relay_get_stats writes. Counters count since open. */
 typedef struct vkp_relay_stats {
-    size_t clients;
-    uint64_t accepted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-    uint64_t messages_in;                /* from upstream or by PUBLISH */
-    uint64_t deliveries;
-    uint64_t dropped_frames;  /* by the policy */
-    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
-    uint64_t lagged;          /* messages lost to a loop that was 64 MiB behind */
-    uint64_t protocol_errors; /* clients closed for them */
+    size_t clients;                      /* clients of the relay now */
+    uint64_t accepted;                   /* clients accepted */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* clients refused, indexed by vkp_refusal */
+    uint64_t messages_in;                /* messages from the server, or from clients by PUBLISH */
+    uint64_t deliveries;                 /* deliveries of messages to clients that were tried */
+    uint64_t dropped_frames;             /* messages to clients that on_full dropped */
+    uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
+    uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
+    uint64_t protocol_errors; /* clients closed because they broke the protocol */
 } vkp_relay_stats;
-VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
 
-/* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
+/* Write the relay's counters to *stats. Any thread. */
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats);
+
+/* The registry of the relay's Unix sockets, for vkp_registry_get_stats and for handlers of crashes.
+   Views: valid until the relay's unref. Any thread. */
 VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
 
-/* Close at once, and free; a drain's on_end that was not called is not called any more. The loops
-   do not run any more (or never ran). NULL is ignored.                                         */
+/* Close the relay immediately and free it. The on_end of a drain under way is not called. The loops
+   no longer run, or never ran. NULL is ignored. Threads: any one that alone uses the loops. */
 VKP_API void vkp_relay_unref(vkp_relay *relay);
 
 #endif /* VKP_NO_IO */
 
 /* --------------------------------------------------------------------------------------
-   >>api-sys   The operating system behind one table                                       */
+   >>api-sys   The operating system as one table of functions */
 
+/* What a thread sleeps on: vkp_sys.park and vkp_sys.unpark. */
 typedef struct vkp_parker vkp_parker;
 
 /* One range of a gathered write. Laid out as POSIX's struct iovec. */
 typedef struct vkp_range {
-    const void *base;
-    size_t len; /* bytes */
+    const void *base; /* the first byte */
+    size_t len;       /* number of bytes */
 } vkp_range;
 
 /* A socket address, as bind and connect take it. */
 typedef struct vkp_address {
-    uint32_t bytes; /* of storage in use */
-    uint16_t family;
+    uint32_t bytes;  /* bytes of storage in use */
+    uint16_t family; /* AF_UNIX, AF_INET or AF_INET6 */
     union {
-        uint64_t align;
-        unsigned char bytes[128];
-    } storage;
+        uint64_t align;           /* aligns the bytes; not used */
+        unsigned char bytes[128]; /* the system's struct sockaddr */
+    } storage;                    /* the address itself */
 } vkp_address;
 
-/* A client as the kernel knows it. */
+/* A client over a Unix socket, as the kernel identifies it. */
 struct vkp_peer {
-    uint32_t uid;
-    uint32_t gid;
-    int pid; /* 0 where the system does not tell */
+    uint32_t uid; /* effective user id of the client's process */
+    uint32_t gid; /* effective group id of the client's process */
+    int pid;      /* process id of the client; 0 where the system does not report it */
 };
 
-/* What lstat says of a path. */
+/* What lstat reports about a path. */
 typedef struct vkp_file_id {
-    uint64_t device;
-    uint64_t inode;
-    uint32_t uid;
-    uint32_t mode; /* permissions */
-    bool is_socket;
+    uint64_t device; /* the file's device */
+    uint64_t inode;  /* the file's inode on its device */
+    uint32_t uid;    /* the file's owner */
+    uint32_t mode;   /* the file's permissions, without its type */
+    bool is_socket;  /* the file is a socket */
 } vkp_file_id;
 
-/* What stands behind a descriptor, as far as it matters to who waits for it (vkp_sys.fd_kind). */
+/* Result of vkp_sys.fd_kind: a descriptor that is neither a regular file nor a socket. */
 #define VKP_FD_OTHER 0
-#define VKP_FD_FILE 1 /* a regular one */
+/* Result of vkp_sys.fd_kind: a regular file. */
+#define VKP_FD_FILE 1
+/* Result of vkp_sys.fd_kind: a socket. */
 #define VKP_FD_SOCKET 2
 
-/* Every contact with the operating system. Copy the table of vkp_sys_get_default, and replace
-   members to inject faults or a clock. Calls return >= 0 or a negated errno; errno itself is not
-   set. write and kevent may be called in a signal handler and leave errno alone.
-   Descriptors are non-blocking and close-on-exec from birth. Members may be called from any
-   thread.                                                                                     */
+/* Every contact with the operating system. To inject faults or a clock, copy the table of
+   vkp_sys_get_default and replace members. Members that return a signed integer return >= 0 or a
+   negated errno; the library does not read errno after them. write and kevent may be called in a
+   signal handler and leave errno unchanged. New descriptors are non-blocking and close-on-exec from
+   birth. Members may be called from any thread. With VKP_NO_IO the members from `socket` on are
+   NULL. */
 struct vkp_sys {
-    uint64_t (*clock_ns)(void);   /* monotonic */
-    uint64_t (*random_u64)(void); /* for jitter and names, not for secrets */
+    /* Now: nanoseconds of the monotonic clock. */
+    uint64_t (*clock_ns)(void);
+    /* 64 random bits for jitter and names, not for secrets. */
+    uint64_t (*random_u64)(void);
+    /* The id of this process. */
     int (*process_id)(void);
-    uint32_t (*user_id)(void);                              /* effective */
-    void (*park)(vkp_parker *parker, uint64_t deadline_ns); /* until unpark or deadline */
-    void (*unpark)(vkp_parker *parker);                     /* the only way to end a park early */
-    void (*yield)(void);                                    /* let another thread run */
-    uint32_t (*processors)(void);                           /* online */
-    /* A full barrier on every running thread of the process; `prepare` once before the first one.
-       Negative where there is none: senders then pay for a barrier of their own. What was prepared
-       must work until the end: a sandbox that refuses it comes before the first channel.      */
+    /* The effective user id of this process. */
+    uint32_t (*user_id)(void);
+    /* Sleep until unpark or until the deadline; never returns earlier. */
+    void (*park)(vkp_parker *parker, uint64_t deadline_ns);
+    /* End the park of that parker, or its next one: the only way to end a park before its
+       deadline. */
+    void (*unpark)(vkp_parker *parker);
+    /* Let another thread run. */
+    void (*yield)(void);
+    /* The number of processors that are online. */
+    uint32_t (*processors)(void);
+    /* A full memory barrier on every running thread of the process. `prepare` is true once, before
+       the first barrier. Negative where the system has none: each sender then pays for a barrier of
+       its own. What was prepared must work until the end: a sandbox that refuses the call must be
+       entered before the first channel is opened. */
     int (*membarrier)(bool prepare);
+    /* socket(2): a new descriptor. */
     int (*socket)(int family, int type);
-    /* mode: of a Unix socket's file at its birth, less the umask, where the system can. */
+    /* bind(2). mode: the permissions of a Unix socket's file at its creation, less the umask, where
+       the system can set them. */
     int (*bind)(int fd, const void *address, uint32_t bytes, uint32_t mode);
+    /* listen(2). */
     int (*listen)(int fd, int backlog);
+    /* accept(2): the new connection's descriptor. */
     int (*accept)(int fd);
-    int (*connect)(int fd, const void *address, uint32_t bytes); /* -EINPROGRESS is progress */
-    int (*socket_error)(int fd); /* takes SO_ERROR: 0 or a negated errno */
-    int (*prepare)(int fd);      /* non-blocking, close-on-exec, no SIGPIPE: for adopted sockets */
+    /* connect(2). -EINPROGRESS: the connect continues, and the descriptor gets writable. */
+    int (*connect)(int fd, const void *address, uint32_t bytes);
+    /* Read and clear SO_ERROR: 0, or the error as a negated errno. */
+    int (*socket_error)(int fd);
+    /* Make an adopted descriptor non-blocking and close-on-exec, and let it raise no SIGPIPE. */
+    int (*prepare)(int fd);
+    /* Set TCP_NODELAY. */
     int (*set_nodelay)(int fd);
-    int (*peer)(int fd, vkp_peer *peer); /* of a connected Unix socket */
-    int (*local_port)(int fd);           /* of a bound TCP socket */
-    /* Addresses of a TCP host and port, at most capacity: how many. May block on DNS for names. */
+    /* Write the peer of a connected Unix socket to *peer. */
+    int (*peer)(int fd, vkp_peer *peer);
+    /* The local port of a bound TCP socket. */
+    int (*local_port)(int fd);
+    /* Write at most `capacity` addresses of a TCP host and port to out; returns how many. May block
+       on DNS for host names, not for addresses in digits. */
     int (*resolve)(const char *host, const char *port, vkp_address *out, size_t capacity);
+    /* read(2): the number of bytes read, 0 at the end of file. */
     int64_t (*read)(int fd, void *buffer, size_t bytes);
-    int64_t (*send)(int fd, const vkp_range *ranges, size_t count); /* never SIGPIPE */
-    int64_t (*write)(int fd, const void *buffer, size_t bytes);     /* wake pipes */
+    /* sendmsg(2): the number of bytes written, perhaps not all. Never raises SIGPIPE. */
+    int64_t (*send)(int fd, const vkp_range *ranges, size_t count);
+    /* write(2), for the pipes of wakes: the number of bytes written. */
+    int64_t (*write)(int fd, const void *buffer, size_t bytes);
+    /* close(2). */
     int (*close)(int fd);
-    /* Opens (mode 0600) and flocks; -EWOULDBLOCK when another holds it. id: of what is locked. */
+    /* Open the file, created with mode 0600, and flock it: a descriptor that holds the lock.
+       -EWOULDBLOCK: another process holds the lock. *id is the locked file. */
     int (*lock_file)(const char *path, vkp_file_id *id);
-    int (*identify)(const char *path, vkp_file_id *id); /* lstat */
+    /* lstat(2): writes *id. */
+    int (*identify)(const char *path, vkp_file_id *id);
+    /* chmod(2). */
     int (*chmod)(const char *path, uint32_t mode);
+    /* unlink(2). */
     int (*unlink)(const char *path);
-    int (*wake_pair)(int fds[2]); /* [0] polls readable after a write to [1]; may be one fd */
+    /* Open a pair of descriptors for wakes: fds[0] polls readable after a write to fds[1]. Both may
+       be one descriptor. */
+    int (*wake_pair)(int fds[2]);
+    /* poll(2) with a deadline, on an array of `count` struct pollfd. */
     int (*poll)(void *pollfds, size_t count, uint64_t deadline_ns);
-    int (*epoll_create)(void); /* -ENOSYS where there is none, as the next two */
+    /* epoll_create1(2): a new descriptor. -ENOSYS where there is no epoll. */
+    int (*epoll_create)(void);
+    /* epoll_ctl(2), with a struct epoll_event. -ENOSYS where there is no epoll. */
     int (*epoll_ctl)(int epoll_fd, int operation, int fd, void *event);
+    /* epoll_wait(2) with a deadline, on an array of struct epoll_event. -ENOSYS where there is no
+       epoll. */
     int (*epoll_wait)(int epoll_fd, void *events, int capacity, uint64_t deadline_ns);
-    int (*kqueue_create)(void); /* -ENOSYS where there is none, as the next */
-    /* Applies the changes, then waits for events; for none (event_count 0) it does not wait. */
+    /* kqueue(2): a new descriptor. -ENOSYS where there is no kqueue. */
+    int (*kqueue_create)(void);
+    /* kevent(2) with a deadline, on arrays of struct kevent: apply the changes, then wait for
+       events. With event_count 0 it does not wait. -ENOSYS where there is no kqueue. */
     int (*kevent)(int kq, const void *changes, int change_count, void *events, int event_count,
                   uint64_t deadline_ns);
-    int (*fd_kind)(int fd); /* VKP_FD_* */
+    /* The kind of a descriptor: VKP_FD_OTHER, VKP_FD_FILE or VKP_FD_SOCKET. */
+    int (*fd_kind)(int fd);
 };
 
-/* The table over libc. Static. Any thread. */
+/* The table of functions over libc. Static. Any thread. */
 VKP_API const vkp_sys *vkp_sys_get_default(void);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-backend   The contract of backends                                                */
+   >>api-backend   The contract of backends */
 
+/* The version of struct vkp_backend: vkp_backend.abi. */
 #define VKP_BACKEND_ABI 1u
 
-/* vkp_backend.flags */
-#define VKP_BACKEND_GUEST 1u /* a loop of the program's own waits; wait() is not called to block */
-#define VKP_BACKEND_VIRTUAL_TIME 2u /* the backend keeps the clock (see clock_ns)               */
+/* A bit of vkp_backend.flags: a loop of the program's own waits; `wait` never blocks. */
+#define VKP_BACKEND_GUEST 1u
 
+/* A bit of vkp_backend.flags: the backend keeps the clock, see vkp_backend.clock_ns. */
+#define VKP_BACKEND_VIRTUAL_TIME 2u
+
+/* One ready descriptor, which a backend's `wait` reports. */
 typedef struct vkp_event {
-    uint64_t token; /* as given to watch */
-    uint32_t ready; /* VKP_IO_READ | VKP_IO_WRITE | VKP_IO_HUP | VKP_IO_ERROR */
+    uint64_t token; /* the token that set_interest gave last for the descriptor */
+    uint32_t ready; /* bits: VKP_IO_READ, VKP_IO_WRITE, VKP_IO_HUP, VKP_IO_ERROR */
 } vkp_event;
 
-/* What a backend gets at open; valid until its close. */
+/* What a backend gets at open; valid until the backend's close. */
 typedef struct vkp_backend_host {
-    const vkp_env *env;        /* members filled in, sys never NULL */
+    const vkp_env *env;        /* the loop's env; its members are set, sys is never NULL */
     void *foreign;             /* vkp_loop_config.foreign: the program's own loop, for guests */
-    void *loop;                /* handed back in `round` */
-    void (*round)(void *loop); /* guests: run one round without waiting (loop thread only) */
+    void *loop;                /* the argument of `round` */
+    void (*round)(void *loop); /* guests: run one round without waiting; loop's thread only */
 } vkp_backend_host;
 
-/* A backend is one constant struct. docs/porting-a-backend.md is its manual, tests/
-   backend_conformance.cpp its proof. All calls come from the loop's thread, except wake.      */
+/* A backend is one constant struct. docs/porting-a-backend.md is its manual,
+   tests/backend_conformance.cpp its proof. All members are called on the loop's thread, except
+   wake. */
 struct vkp_backend {
-    uint32_t abi;   /* VKP_BACKEND_ABI */
-    uint32_t flags; /* VKP_BACKEND_* */
+    /* VKP_BACKEND_ABI. */
+    uint32_t abi;
+    /* Bits: VKP_BACKEND_GUEST, VKP_BACKEND_VIRTUAL_TIME. */
+    uint32_t flags;
+    /* The backend's name, for messages. */
     const char *name;
+    /* Open a backend for one loop and write *state on OK. Errors: NOMEM, SYS (with errno), INVALID
+       (a guest without a foreign loop). */
     vkp_status (*open)(const vkp_backend_host *host, void **state);
+    /* Free what the backend opened. Registered descriptors stay open. */
     void (*close)(void *state);
-    /* Interest in fd is exactly this, replacing what was; 0 removes it. Idempotent.
-       Level-triggered. The token comes back with each event. Errors: NOMEM, SYS (with errno),
-       INVALID (fd < 0).                                                                       */
+    /* Set the interest in fd to exactly this, in place of what it was; 0 removes fd. Idempotent.
+       Level-triggered. Each event of fd carries the token. Errors: NOMEM, SYS (with errno), INVALID
+       (fd < 0). */
     vkp_status (*set_interest)(void *state, int fd, uint32_t interest, uint64_t token);
-    /* Up to capacity events. Waits until one is there, wake was called, or the deadline passed
-       (0 never waits; time-outs round up). EINTR is zero events. Errors: SYS (with errno).   */
+    /* Write at most `capacity` events to out and their number to *count. Waits until an event is
+       there, wake was called, or the deadline passed (0 never waits; time-outs round up). EINTR is
+       zero events. Errors: SYS (with errno). */
     vkp_status (*wait)(void *state, uint64_t deadline_ns, vkp_event *out, size_t capacity,
                        size_t *count);
-    /* Any thread or signal handler. Coalesces; a wake before a wait ends that wait at once. */
+    /* End the wait under way, or the next one immediately. Several wakes may end one wait. Any
+       thread, and signal handlers. */
     void (*wake)(void *state);
-    /* Guests: run a round at that deadline. NULL for backends that own the wait. */
+    /* Guests: have host->round called at that deadline, in place of the one before. NULL for
+       backends that wait themselves. Errors: NOMEM, SYS (with errno). */
     vkp_status (*timer)(void *state, uint64_t deadline_ns);
-    /* In a forked child, before anything else: stop sharing kernel state with the parent. */
+    /* Stop sharing kernel state with the parent: called in a forked child, before any other member.
+       Errors: NOMEM, SYS (with errno). */
     vkp_status (*after_fork)(void *state);
-    /* A descriptor that polls readable when wait would give events, or -1. */
+    /* A descriptor that polls readable when wait would report events or was woken, or -1. */
     int (*pollable_fd)(void *state);
-    /* VKP_BACKEND_VIRTUAL_TIME: the clock. Otherwise NULL. */
+    /* With VKP_BACKEND_VIRTUAL_TIME: the clock, in nanoseconds. Otherwise NULL. */
     uint64_t (*clock_ns)(void *state);
 };
 
-/* The backends of this tree; link the file of the one you use. */
-extern const vkp_backend vkp_backend_poll;   /* backends/vkp_backend_poll.c: any POSIX          */
-extern const vkp_backend vkp_backend_epoll;  /* backends/vkp_backend_epoll.c: Linux             */
-extern const vkp_backend vkp_backend_kqueue; /* backends/vkp_backend_kqueue.c: macOS, the BSDs  */
-extern const vkp_backend vkp_backend_null;   /* backends/vkp_backend_null.c: tests;
-                                                virtual time, events in fd order               */
+/* poll(2), for any POSIX system. Link backends/vkp_backend_poll.c. */
+VKP_API_DATA const vkp_backend vkp_backend_poll;
 
-/* Guests: vkp_loop_config.foreign is the program's own loop. docs/embedding.md has the rules. */
-extern const vkp_backend vkp_backend_libev;    /* backends/vkp_backend_libev.c: struct ev_loop *  */
-extern const vkp_backend vkp_backend_libuv;    /* backends/vkp_backend_libuv.c: uv_loop_t *       */
-extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_base *             */
+/* epoll(7), for Linux. Link backends/vkp_backend_epoll.c. */
+VKP_API_DATA const vkp_backend vkp_backend_epoll;
+
+/* kqueue(2), for macOS and the BSDs. Link backends/vkp_backend_kqueue.c. */
+VKP_API_DATA const vkp_backend vkp_backend_kqueue;
+
+/* For tests: virtual time, events in the order of descriptors. Link backends/vkp_backend_null.c. */
+VKP_API_DATA const vkp_backend vkp_backend_null;
+
+/* A guest of libev: vkp_loop_config.foreign is a struct ev_loop *. docs/embedding.md has the rules.
+   Link backends/vkp_backend_libev.c. */
+VKP_API_DATA const vkp_backend vkp_backend_libev;
+
+/* A guest of libuv: vkp_loop_config.foreign is a uv_loop_t *. docs/embedding.md has the rules. Link
+   backends/vkp_backend_libuv.c. */
+VKP_API_DATA const vkp_backend vkp_backend_libuv;
+
+/* A guest of libevent: vkp_loop_config.foreign is a struct event_base *. docs/embedding.md has the
+   rules. Link backends/vkp_backend_libevent.c. */
+VKP_API_DATA const vkp_backend vkp_backend_libevent;
 
 #endif /* VKP_NO_IO */
 
 /* --------------------------------------------------------------------------------------
    >>api-typed   Channels of a type
 
-   VKP_MPSC_TYPED(jobs, struct job) at file scope gives jobs_tx and jobs_rx, which the compiler
-   tells from every other channel, and calls that take and give struct job: jobs_open, jobs_send ...
-   They are the calls of the channel's section with the type in place of void, inline, no code of
-   their own; contracts and errors are those. A config's elem_bytes is set by them. jobs_raw_tx and
-   jobs_raw_rx give the handles for the calls that look at no value: select, watches, len, weak
-   senders. Values of 8, 24 and 64 bytes are moved without a call of memcpy.                   */
+   VKP_MPSC_TYPED(jobs, struct job) at file scope declares jobs_tx and jobs_rx, types that the
+   compiler does not confuse with another channel's, and functions that take and give struct job:
+   jobs_open, jobs_send ... Each one is an inline call of the function of that name in the channel's
+   section, with the type in place of void: contract, errors and threads are those of that function.
+   Values of 8, 24 and 64 bytes are moved without a call of memcpy.                            */
 
+/* Makes a function of a typed channel inline, without a warning where the function is not used. */
 #define VKP_TYPED_CALL static inline __attribute__((unused))
 
-/* The two ends of a typed channel, for the macros below. */
+/* For the macros below: the types name_value, name_tx and name_rx, and the functions name_raw_tx,
+   raw_rx, tx_ref, tx_unref, rx_unref.                                                         */
 #define VKP_TYPED_ENDS(name, T, raw_tx_type, raw_rx_type, raw_tx_ref, raw_tx_unref, raw_rx_unref) \
     typedef T name##_value;                                                                       \
     typedef struct name##_tx name##_tx;                                                           \
@@ -2143,7 +3045,7 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
         raw_rx_unref(name##_raw_rx(rx));                                                          \
     }
 
-/* A call that gives one end (`to` is tx or rx) beside another. */
+/* For the macros below: the function name_verb, which gives an end (`to`: tx or rx) from `from`. */
 #define VKP_TYPED_GIVE(name, verb, from, to, raw_type, raw_call)                                  \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_##verb(name##_##from *self, name##_##to **end) \
     {                                                                                             \
@@ -2156,6 +3058,12 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
         return status;                                                                            \
     }
 
+/* An mpsc channel of T: name_open, close, send, try_send, send_many, reserve, try_reserve, recv,
+   try_recv, recv_many, peek, tx_clone, tx_ref, tx_unref, rx_unref, case_recv and case_send, as the
+   vkp_mpsc_* and vkp_case_mpsc_* functions. name_open sets config.elem_bytes; a NULL config means
+   all defaults. name_reserve and name_try_reserve also give the place of the value as *value.
+   name_raw_tx and name_raw_rx give the handles for functions without a value: other cases,
+   handlers, lengths, weak senders. Threads: as the function called.                           */
 #define VKP_MPSC_TYPED(name, T)                                                                    \
     VKP_TYPED_ENDS(name, T, vkp_mpsc_tx, vkp_mpsc_rx, vkp_mpsc_tx_ref, vkp_mpsc_tx_unref,          \
                    vkp_mpsc_rx_unref)                                                              \
@@ -2253,9 +3161,13 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     {                                                                                              \
         return vkp_case_mpsc_send(name##_raw_tx(tx), value);                                       \
     }                                                                                              \
-    struct name##_tx /* so that a semicolon may follow */
+    struct name##_tx /* lets a semicolon follow the macro */
 
-/* A one-shot of at most VKP_ONESHOT_BYTES: the slot is `name`, in the caller's memory. */
+/* A one-shot of T, at most VKP_ONESHOT_BYTES: the slot is the type `name`, in the caller's memory
+   or from name_open. The functions are name_init, open, send, abandon, recv, try_recv, close,
+   is_closed, wait_closed, tx_unref, rx_unref, case_recv and case_closed, as the vkp_oneshot_* and
+   vkp_case_oneshot_* functions; name_init and name_open set elem_bytes. Threads: as the function
+   called.                                                                                     */
 #define VKP_ONESHOT_TYPED(name, T)                                                               \
     typedef T name##_value;                                                                      \
     typedef struct name {                                                                        \
@@ -2325,6 +3237,11 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     }                                                                                            \
     struct name
 
+/* A broadcast of T: name_open, send, recv, try_recv, recv_many, subscribe, resubscribe, tx_ref,
+   tx_unref, rx_unref and case_recv, as the vkp_broadcast_* functions. name_open sets
+   config.elem_bytes; a NULL config returns INVALID: capacity_items is required. name_raw_tx and
+   name_raw_rx give the handles for functions without a value: other cases, handlers, lengths.
+   Threads: as the function called.                                                            */
 #define VKP_BROADCAST_TYPED(name, T)                                                            \
     VKP_TYPED_ENDS(name, T, vkp_broadcast_tx, vkp_broadcast_rx, vkp_broadcast_tx_ref,           \
                    vkp_broadcast_tx_unref, vkp_broadcast_rx_unref)                              \
@@ -2371,6 +3288,12 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
     }                                                                                           \
     struct name##_tx
 
+/* A watch of T: name_open, send, replace, get, get_and_update, borrow, borrow_and_update, release,
+   changed, subscribe, rx_clone, tx_ref, tx_unref and rx_unref, as the vkp_watch_* functions.
+   name_open sets config.elem_bytes, and takes the first value as an argument in place of
+   config.initial (NULL: zeroes); a NULL config means all defaults. name_raw_tx and name_raw_rx give
+   the handles for functions without a value: cases, handlers, marks, vkp_watch_send_if_modified.
+   Threads: as the function called.                                                            */
 #define VKP_WATCH_TYPED(name, T)                                                                \
     VKP_TYPED_ENDS(name, T, vkp_watch_tx, vkp_watch_rx, vkp_watch_tx_ref, vkp_watch_tx_unref,   \
                    vkp_watch_rx_unref)                                                          \
@@ -2443,6 +3366,9 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
 #if defined(VKP_IMPLEMENTATION) && !defined(VKP_I_IMPLEMENTED)
 #define VKP_I_IMPLEMENTED
 
+/* Platform facts and the system headers of the implementation. VKP_I_LINUX, VKP_I_APPLE and
+   VKP_I_IO are always defined, as 0 or 1: test them with #if. Feature macros (_GNU_SOURCE ...) are
+   set at the top of the header, before the first system header. */
 #if !defined(__linux__) && !defined(__APPLE__) && !defined(__FreeBSD__) && \
     !defined(__OpenBSD__) && !defined(__NetBSD__) && !defined(__DragonFly__)
 #error "valkey_push.h supports Linux, macOS and the BSDs"
@@ -2478,7 +3404,7 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
 #if VKP_I_LINUX
 #include <sys/random.h>
 #include <sys/syscall.h>
-#if defined(__STRICT_ANSI__) && !defined(__USE_GNU) && defined(__GLIBC__)
+#if !defined(__USE_GNU) && defined(__GLIBC__)
 #error \
     "define VKP_IMPLEMENTATION before the FIRST include of this file, or build with -D_GNU_SOURCE"
 #endif
@@ -2500,7 +3426,7 @@ extern const vkp_backend vkp_backend_libevent; /* ..._libevent.c: struct event_b
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #else
-#pragma push_macro("EV_ERROR") /* an enumerator in <ev.h>, which the program may use as well */
+#pragma push_macro("EV_ERROR") /* an enumerator of libev's <ev.h>, which programs may include */
 #include <sys/event.h>
 #pragma pop_macro("EV_ERROR")
 #endif
@@ -2513,9 +3439,13 @@ extern "C" {
 /* ======================================================================================
    >>impl-base   Atomics by intent, locks, memory, log
    ======================================================================================
-   All atomics of the file go through these macros, so that a model checker can take them over
-   (VKP_I_ATOMICS_FILE). No fences: ThreadSanitizer does not see them. Where a store must be seen
-   before a later load of another variable, both sides use the SEQ forms, or a gate (park).    */
+   All atomics of the file use the macros below, so that a model checker can replace them
+   (VKP_I_ATOMICS_FILE). A name without a suffix is relaxed for a load, a store, ADD and SUB, and
+   acquire and release for XCHG, CAS, OR and AND. No macro is a fence: ThreadSanitizer does not see
+   fences. Where a store must be visible before a later load of another variable, both sides use
+   the SEQ forms, or a flag (vkp_i_flag_*, section park).
+   Reference counts grow relaxed and shrink with acquire and release, so that the thread that frees
+   an object sees all writes to it. The functions of this section take no lock.                 */
 #ifdef VKP_I_ATOMICS_FILE
 #include VKP_I_ATOMICS_FILE
 #else
@@ -2533,19 +3463,21 @@ extern "C" {
     __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 #define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
-#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* gives the count before */
 #define VKP_I_SUB_ACQ_REL(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
-/* Who runs; never 0 or 1. */
+/* The calling thread as a number; never 0 or 1. The builtin exists for x86-64 from clang 14 and
+   gcc 11 on.                                                                                   */
 #if VKP_I_LINUX && defined(__x86_64__) && \
     (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
 #define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer())
 #else
 #define VKP_I_SELF() ((uintptr_t)pthread_self())
 #endif
-#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST) /* for the compiler alone */
+/* Orders memory accesses for the compiler only: no instruction. */
+#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 #if defined(__x86_64__) || defined(__i386__)
 #define VKP_I_PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__) || defined(__arm__)
@@ -2553,8 +3485,10 @@ extern "C" {
 #else
 #define VKP_I_PAUSE() VKP_I_ORDER()
 #endif
-#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes)) /* values, which */
-#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))    /* threads hand over */
+/* A value that one thread hands to another is copied in and out: a model checker sees the
+   copies.                                                                                      */
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes))
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))
 #define VKP_I_MUTEX pthread_mutex_t
 #define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
 #define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
@@ -2566,7 +3500,7 @@ extern "C" {
 #define VKP_ASSERT(condition) ((void)0)
 #endif
 
-/* A programmer's error: asserts where the program wants that, and is INVALID otherwise. */
+/* A programmer's error: assert where the program defines VKP_ASSERT, and return INVALID. */
 #define VKP_I_REQUIRE(condition)    \
     do {                            \
         if (!(condition)) {         \
@@ -2575,22 +3509,27 @@ extern "C" {
         }                           \
     } while (0)
 
-/* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
+/* Fields that are this many bytes apart lie in different cache lines and different pairs of
+   lines.                                                                                       */
 #define VKP_I_APART 128
+
+/* Most bytes of one value of a channel (mpsc, broadcast, watch). */
+#define VKP_I_ELEM_MAX 65536u
+
+#define VKP_I_NS_PER_MS 1000000u
 
 #define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* Values of usual sizes move without a call. Inlined where the size is known, the other branches
-   are dead, and GCC warns of what they would do.                                               */
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Warray-bounds"
-#pragma GCC diagnostic ignored "-Wstringop-overflow"
-#pragma GCC diagnostic ignored "-Wstringop-overread"
-#endif
+/* The compiler no longer knows what the pointer points to. Where it does, GCC warns of overflows in
+   branches that are dead code for the size at hand, at link time (-flto) too.                 */
+#define VKP_I_HIDE(pointer) __asm__("" : "+r"(pointer))
+
+/* Copy a value. Values of usual sizes (8, 24, 64 bytes) move without a call of memcpy. */
 static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
 {
+    VKP_I_HIDE(to);
+    VKP_I_HIDE(from);
     if (bytes == 8) {
         memcpy(to, from, 8);
     } else if (bytes == 24) {
@@ -2601,10 +3540,6 @@ static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
         memcpy(to, from, bytes);
     }
 }
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 VKP_API const char *vkp_status_str(vkp_status status)
 {
@@ -2622,8 +3557,8 @@ VKP_API const char *vkp_version_str(void)
     return VKP_VERSION_STR;
 }
 
-/* Not inlined: gcc would see frees of embedded slots and lanes, which a flag keeps from happening,
-   and warn of them (-Wfree-nonheap-object).                                                   */
+/* The default allocator. Not inlined: gcc would warn (-Wfree-nonheap-object) of frees of
+   embedded slots and lanes, which a check at run time prevents.                                */
 static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes,
                                                         size_t new_bytes)
 {
@@ -2638,11 +3573,13 @@ static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, s
 
 static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL, 0};
 
+/* The given env, or the default one for NULL. */
 static const vkp_env *vkp_i_env(const vkp_env *env)
 {
     return env != NULL ? env : &vkp_i_env_default;
 }
 
+/* Allocate, resize or free with the allocator of the env, as vkp_env.alloc describes. */
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
 {
     return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
@@ -2663,6 +3600,7 @@ static void *vkp_i_alloc_zero(const vkp_env *env, size_t bytes)
     return ptr;
 }
 
+/* Free memory of `bytes` bytes; NULL is ignored. */
 static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
 {
     if (ptr != NULL) {
@@ -2671,11 +3609,14 @@ static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
 }
 
 #if VKP_I_IO
-/* Room for `need` elements in a doubling array. */
+#define VKP_I_GROW_FIRST 8u /* elements of an array that grows for the first time */
+
+/* Make room for `need` elements in an array that doubles; false when memory runs out or the size
+   overflows, and the array is unchanged then.                                                  */
 static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_t need,
                        size_t elem_bytes)
 {
-    size_t wanted = *capacity < 8 ? 8 : *capacity;
+    size_t wanted = *capacity < VKP_I_GROW_FIRST ? VKP_I_GROW_FIRST : *capacity;
     void *grown;
     if (need <= *capacity) {
         return true;
@@ -2698,10 +3639,14 @@ static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_
     return true;
 }
 
+#define VKP_I_LOG_BYTES 512 /* of one log line with its NUL; a longer line is cut */
+
+/* Format one line and give it to the log of the env, if the env logs this level. Call it without
+   a lock.                                                                                      */
 __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
                                                             const char *format, ...)
 {
-    char text[512];
+    char text[VKP_I_LOG_BYTES];
     va_list arguments;
     int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
     if (env->log == NULL || (int)level > most) {
@@ -2714,10 +3659,11 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 }
 #endif
 
-/* That many milliseconds later; saturates at VKP_FOREVER. */
+/* The deadline `ms` milliseconds after now_ns; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
-    return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
+    return ms > (VKP_FOREVER - now_ns) / VKP_I_NS_PER_MS ? VKP_FOREVER
+                                                         : now_ns + ms * VKP_I_NS_PER_MS;
 }
 
 VKP_API vkp_str vkp_str_of(const char *text)
@@ -2729,6 +3675,7 @@ VKP_API vkp_str vkp_str_of(const char *text)
 }
 
 #if VKP_I_IO
+/* A view of `len` characters; borrows them. */
 static vkp_str vkp_i_str(const void *ptr, size_t len)
 {
     vkp_str view;
@@ -2742,12 +3689,13 @@ static bool vkp_i_str_equal(vkp_str a, vkp_str b)
     return a.len == b.len && (a.len == 0 || memcmp(a.ptr, b.ptr, a.len) == 0);
 }
 
+/* The lower-case letter of an ASCII capital; other characters are unchanged. */
 static char vkp_i_lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
 }
 
-/* Whether two views are equal, ASCII case ignored. */
+/* Whether two views are equal without regard to ASCII case. */
 static bool vkp_i_str_alike(vkp_str a, vkp_str b)
 {
     size_t i;
@@ -2759,7 +3707,7 @@ static bool vkp_i_str_alike(vkp_str a, vkp_str b)
     return a.len == b.len;
 }
 
-/* Whether the view equals the terminated text, ASCII case ignored. */
+/* Whether the view equals the terminated text without regard to ASCII case. */
 static bool vkp_i_str_is(vkp_str view, const char *text)
 {
     size_t i;
@@ -2771,8 +3719,8 @@ static bool vkp_i_str_is(vkp_str view, const char *text)
     return text[i] == '\0';
 }
 
-/* A copy with a NUL behind it, in place of the view; nothing is copied of a text that is not there.
-   Freed with vkp_i_free_str.                                                                  */
+/* Replace the view by a copy that has a NUL behind its end; false without memory. A view whose
+   ptr is NULL stays. vkp_i_free_str frees the copy.                                            */
 static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
 {
     char *copy;
@@ -2788,14 +3736,15 @@ static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
     return copy != NULL;
 }
 
+/* Free a copy that vkp_i_copy_str made; a view whose ptr is NULL is ignored. */
 static void vkp_i_free_str(const vkp_env *env, vkp_str text)
 {
     void *copy;
-    memcpy(&copy, &text.ptr, sizeof copy); /* which was made here, not const */
+    memcpy(&copy, &text.ptr, sizeof copy); /* a cast would warn: the copy itself is not const */
     vkp_i_free(env, copy, text.len + 1);
 }
 
-/* A text that ends with its only NUL. */
+/* Free a text whose allocation ends with its only NUL; NULL is ignored. */
 static void vkp_i_free_text(const vkp_env *env, char *text)
 {
     if (text != NULL) {
@@ -2809,6 +3758,7 @@ static bool vkp_i_starts_with(vkp_str text, const char *start)
     return text.len >= len && memcmp(text.ptr, start, len) == 0;
 }
 
+/* Load 8 bytes in the byte order of the machine, from an address of any alignment. */
 static uint64_t vkp_i_load64(const void *from)
 {
     uint64_t value;
@@ -2816,6 +3766,7 @@ static uint64_t vkp_i_load64(const void *from)
     return value;
 }
 
+/* The status of a failed system call, whose result is a negated errno; sets errno. */
 static vkp_status vkp_i_sys_failure(int result)
 {
     errno = -result;
@@ -2826,11 +3777,16 @@ static vkp_status vkp_i_sys_failure(int result)
 /* ======================================================================================
    >>impl-sys   The operating system behind one table
    ======================================================================================
-   Results are >= 0 or a negated errno. This section is the only one that calls the system, and
-   knows that Linux has accept4 and eventfd, that macOS refuses MSG_NOSIGNAL, and that a futex
-   takes absolute monotonic deadlines while a condition variable may not.                      */
+   Only this section makes system calls (the mutexes of the base section aside). Results are >= 0
+   or a negated errno. Differences between systems end here: Linux has accept4 and eventfd; macOS
+   refuses MSG_NOSIGNAL, so SO_NOSIGPIPE is set instead; a futex takes absolute monotonic deadlines,
+   a condition variable takes them on some systems only (not on macOS).
+   Threads: a parker belongs to the one thread that parks in it; any thread may unpark it. The
+   functions here hold no lock when they return and keep no state but the number of processors. */
 
 #define VKP_I_NS_PER_S 1000000000u
+#define VKP_I_NS_PER_US 1000u
+#define VKP_I_US_PER_S 1000000u
 
 static uint64_t vkp_i_os_clock_ns(void)
 {
@@ -2850,7 +3806,8 @@ static uint64_t vkp_i_os_random_u64(void)
     arc4random_buf(&value, sizeof value);
     return value;
 #endif
-    /* Too early in the boot for getrandom: good enough for jitter (splitmix64 of the clock). */
+    /* Early in the boot getrandom has no entropy yet and fails. The fallback is one step of
+       splitmix64 from the clock: good enough for jitter and names, not for secrets. */
     value = vkp_i_os_clock_ns() + 0x9e3779b97f4a7c15u;
     value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
     value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
@@ -2867,13 +3824,13 @@ static uint32_t vkp_i_os_user_id(void)
     return (uint32_t)geteuid();
 }
 
-/* Parker states. */
-#define VKP_I_PARK_EMPTY 0u
-#define VKP_I_PARK_NOTIFIED 1u
-#define VKP_I_PARK_ASLEEP 2u
+/* The states of a parker. */
+#define VKP_I_PARK_EMPTY 0u    /* no thread sleeps, no notification arrived */
+#define VKP_I_PARK_NOTIFIED 1u /* unpark was called: park returns */
+#define VKP_I_PARK_ASLEEP 2u   /* Linux: a thread sleeps in the futex, unpark must wake it */
 
 struct vkp_parker {
-    uint32_t state; /* read and written by both sides, see park and unpark */
+    uint32_t state; /* atomic: VKP_I_PARK_*, written by park and unpark */
 #if !VKP_I_LINUX
     pthread_mutex_t mutex;
     pthread_cond_t condition;
@@ -2881,8 +3838,8 @@ struct vkp_parker {
 };
 
 #if VKP_I_LINUX
-/* A 32-bit system's first futex call takes two words, whatever the size of its time_t, which libc
-   may have made 64 bits wide. Systems younger than that change have the second call alone.     */
+/* On a 32-bit system SYS_futex takes a time of two 32-bit words, even where libc made time_t 64
+   bits wide. Newer 32-bit systems have SYS_futex_time64 alone, with two 64-bit words. */
 #ifdef SYS_futex
 #define VKP_I_FUTEX SYS_futex
 typedef long vkp_i_futex_number;
@@ -2891,11 +3848,11 @@ typedef long vkp_i_futex_number;
 typedef long long vkp_i_futex_number;
 #endif
 
-/* From the kernel's interface: its own headers are no part of every libc's (musl). */
-#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)
-#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128)
-#define VKP_I_FUTEX_ANY 0xffffffffu
-#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* who wakes after 68 years looks, and sleeps again */
+/* Values of the kernel's <linux/futex.h>, which is not installed with every libc (musl). */
+#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)        /* FUTEX_WAKE | FUTEX_PRIVATE_FLAG */
+#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128) /* FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG */
+#define VKP_I_FUTEX_ANY 0xffffffffu               /* FUTEX_BITSET_MATCH_ANY */
+#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* 68 years fit in 32 bits; park then waits again */
 
 static void vkp_i_parker_init(vkp_parker *parker)
 {
@@ -2907,8 +3864,9 @@ static void vkp_i_parker_deinit(vkp_parker *parker)
     (void)parker;
 }
 
-/* Returns once notified, at the deadline, or never early. ASLEEP tells unpark that a system call
-   is due; its exchange pairs with the loads here.                                             */
+/* Sleep until unpark or the deadline; never returns early. The state ASLEEP makes unpark call the
+   kernel. The exchange in unpark pairs with the acquire load here: what the waking thread wrote
+   before is visible after park returned. */
 static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
 {
     struct {
@@ -2930,7 +3888,8 @@ static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
     }
 }
 
-/* The parker may be gone after the exchange: waking a stale address is harmless to a futex. */
+/* After the exchange the parked thread may return and free the parker. FUTEX_WAKE on a freed
+   address is harmless: at most another futex there wakes early, and its owner checks again. */
 static void vkp_i_os_unpark(vkp_parker *parker)
 {
     if (VKP_I_XCHG(&parker->state, VKP_I_PARK_NOTIFIED) == VKP_I_PARK_ASLEEP) {
@@ -3001,7 +3960,7 @@ static void vkp_i_os_yield(void)
     (void)sched_yield();
 }
 
-/* Asked for with every channel that opens: a fact of the machine, read once. */
+/* Processors online, at least 1. Read once and kept: every channel that opens needs the number. */
 static uint32_t vkp_i_os_processors(void)
 {
     static uint32_t known;
@@ -3014,11 +3973,16 @@ static uint32_t vkp_i_os_processors(void)
     return count;
 }
 
-/* Linux 4.14; a sandbox may refuse it. */
+/* Commands of membarrier(2): values of the kernel's <linux/membarrier.h>. */
+#define VKP_I_MEMBARRIER_PREPARE (1 << 4) /* MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED */
+#define VKP_I_MEMBARRIER_NOW (1 << 3)     /* MEMBARRIER_CMD_PRIVATE_EXPEDITED */
+
+/* Needs Linux 4.14; a sandbox may refuse the call. Other systems: -ENOSYS. */
 static int vkp_i_os_membarrier(bool prepare)
 {
 #if VKP_I_LINUX && defined(SYS_membarrier)
-    return syscall(SYS_membarrier, prepare ? 1 << 4 : 1 << 3, 0, 0) == 0 ? 0 : -errno;
+    const int command = prepare ? VKP_I_MEMBARRIER_PREPARE : VKP_I_MEMBARRIER_NOW;
+    return syscall(SYS_membarrier, command, 0, 0) == 0 ? 0 : -errno;
 #else
     (void)prepare;
     return -ENOSYS;
@@ -3026,11 +3990,13 @@ static int vkp_i_os_membarrier(bool prepare)
 }
 
 #if VKP_I_IO
+/* The result of a libc call: -1 becomes the negated errno. */
 static int vkp_i_os_result(int result)
 {
     return result < 0 ? -errno : result;
 }
 
+/* Make a descriptor non-blocking and close-on-exec, and keep it from raising SIGPIPE. */
 static int vkp_i_os_prepare(int fd)
 {
     int status = fcntl(fd, F_GETFL);
@@ -3041,13 +4007,14 @@ static int vkp_i_os_prepare(int fd)
 #ifdef SO_NOSIGPIPE
     {
         int on = 1;
-        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* not for every kind */
+        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* fails without a socket */
     }
 #endif
     return 0;
 }
 
 #if !VKP_I_LINUX
+/* Prepare a new descriptor, or close it when that fails. -1 gives the negated errno. */
 static int vkp_i_os_prepared(int fd)
 {
     int status;
@@ -3081,7 +4048,7 @@ static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes, uint32_t m
     }
     memcpy(&copy, address, bytes);
     if (copy.ss_family == AF_UNIX) {
-        (void)fchmod(fd, (mode_t)mode); /* Linux gives the file this; elsewhere chmod follows */
+        (void)fchmod(fd, (mode_t)mode); /* Linux: the file's mode; elsewhere chmod follows */
     } else {
         (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     }
@@ -3176,7 +4143,7 @@ static int vkp_i_os_local_port(int fd)
                                            : (int)ntohs(local.v4.sin_port);
 }
 
-/* Literals are tried first: they never ask a name server. */
+/* Numeric addresses are tried first: getaddrinfo then sends no query to a name server. */
 static int vkp_i_os_resolve(const char *host, const char *port, vkp_address *out, size_t capacity)
 {
     struct addrinfo hints;
@@ -3211,7 +4178,7 @@ static int64_t vkp_i_os_read(int fd, void *buffer, size_t bytes)
     return got < 0 ? -(int64_t)errno : (int64_t)got;
 }
 
-/* Wakes come from signal handlers: what they interrupted must find its errno again. */
+/* A wake may be called in a signal handler, so errno is restored for the interrupted code. */
 static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
 {
     int before = errno;
@@ -3221,22 +4188,24 @@ static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
     return result;
 }
 
+#define VKP_I_SEND_RANGES 64 /* ranges of one sendmsg; further ranges go with the next call */
+
 static int64_t vkp_i_os_send(int fd, const vkp_range *ranges, size_t count)
 {
     struct msghdr message;
-    struct iovec vectors[64];
+    struct iovec vectors[VKP_I_SEND_RANGES];
     ssize_t put;
     size_t i;
     int flags = 0;
 #ifdef MSG_NOSIGNAL
     flags = MSG_NOSIGNAL;
 #endif
-    if (count == 1) { /* as in a fan-out, where sendmsg's own head would be a seventh of the cost */
+    if (count == 1) { /* the case of a fan-out; sendmsg's header would be a seventh of the cost */
         put = send(fd, ranges->base, ranges->len, flags);
         return put < 0 ? -(int64_t)errno : (int64_t)put;
     }
-    if (count > sizeof vectors / sizeof vectors[0]) {
-        count = sizeof vectors / sizeof vectors[0];
+    if (count > VKP_I_SEND_RANGES) {
+        count = VKP_I_SEND_RANGES;
     }
     for (i = 0; i < count; i++) {
         memcpy(&vectors[i].iov_base, &ranges[i].base, sizeof ranges[i].base); /* drops const */
@@ -3258,23 +4227,27 @@ static int vkp_i_os_close(int fd)
     return vkp_i_os_result(close(fd));
 }
 
+#define VKP_I_PERMISSION_BITS 07777u /* of st_mode: permissions, set-id bits and the sticky bit */
+#define VKP_I_LOCK_FILE_MODE 0600    /* of PATH.lock: read and written by its owner only */
+
+/* Copy from stat what identifies a file. */
 static void vkp_i_os_file_id(const struct stat *found, vkp_file_id *id)
 {
     id->device = (uint64_t)found->st_dev;
     id->inode = (uint64_t)found->st_ino;
     id->uid = (uint32_t)found->st_uid;
-    id->mode = (uint32_t)found->st_mode & 07777u;
+    id->mode = (uint32_t)found->st_mode & VKP_I_PERMISSION_BITS;
     id->is_socket = S_ISSOCK(found->st_mode);
 }
 
-/* The lock counts only if the locked file is still the one at the path: its last holder removes
-   it while holding the lock, so a file opened just before may be a corpse.                    */
+/* The lock is valid only if the locked file is still the file at the path. The last holder unlinks
+   the file while it holds the lock, so a file opened just before that has no name any longer. */
 static int vkp_i_os_lock_file(const char *path, vkp_file_id *id)
 {
     for (;;) {
         struct stat opened;
         struct stat named;
-        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, VKP_I_LOCK_FILE_MODE);
         int error;
         if (fd < 0) {
             return -errno;
@@ -3356,7 +4329,7 @@ static int vkp_i_os_timeout_ms(uint64_t deadline_ns)
     if (deadline_ns <= now) {
         return 0;
     }
-    ms = (deadline_ns - now + 999999u) / 1000000u;
+    ms = (deadline_ns - now + VKP_I_NS_PER_MS - 1) / VKP_I_NS_PER_MS;
     return ms > (uint64_t)INT_MAX ? INT_MAX : (int)ms;
 }
 
@@ -3416,9 +4389,11 @@ static int vkp_i_os_kqueue_create(void)
 #endif
 }
 
-/* In whole microseconds, since some kernels cut off the rest. They also limit the time (to a day,
-   to three years) or refuse a longer one, and may measure it by another clock: so the deadline
-   decides whether it was enough.                                                              */
+#define VKP_I_KEVENT_MOST_S 86400u /* one day: the lowest limit among the kernels */
+
+/* The time-out is rounded up to whole microseconds, because some kernels cut off smaller parts.
+   Kernels limit the time-out (to one day, to three years) or refuse a longer one, and may measure
+   it with another clock: so the code compares our clock with the deadline, and waits again. */
 static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *events,
                            int event_count, uint64_t deadline_ns)
 {
@@ -3436,11 +4411,11 @@ static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *
     bool too_early;
     do {
         const uint64_t now = deadline_ns == 0 ? 0 : vkp_i_os_clock_ns();
-        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / 1000u + 1u : 0;
+        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / VKP_I_NS_PER_US + 1u : 0;
         struct timespec wait;
-        us = VKP_I_MIN(us, (uint64_t)86400u * 1000000u);
-        wait.tv_sec = (time_t)(us / 1000000u);
-        wait.tv_nsec = (long)(us % 1000000u * 1000u);
+        us = VKP_I_MIN(us, (uint64_t)VKP_I_KEVENT_MOST_S * VKP_I_US_PER_S);
+        wait.tv_sec = (time_t)(us / VKP_I_US_PER_S);
+        wait.tv_nsec = (long)(us % VKP_I_US_PER_S * VKP_I_NS_PER_US);
         result = vkp_i_os_result(kevent(kq, (const struct kevent *)changes, change_count,
                                         (struct kevent *)events, event_count,
                                         deadline_ns == VKP_FOREVER ? NULL : &wait));
@@ -3452,6 +4427,7 @@ static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *
 #endif
 }
 
+/* VKP_FD_FILE for a regular file, VKP_FD_SOCKET, or VKP_FD_OTHER. */
 static int vkp_i_os_fd_kind(int fd)
 {
     struct stat found;
@@ -3462,6 +4438,7 @@ static int vkp_i_os_fd_kind(int fd)
            : S_ISSOCK(found.st_mode) ? VKP_FD_SOCKET
                                      : VKP_FD_OTHER;
 }
+/* A member of the table that exists only with VKP_I_IO. */
 #define VKP_I_OS(name) vkp_i_os_##name
 #else
 #define VKP_I_OS(name) NULL
@@ -3482,6 +4459,7 @@ VKP_API const vkp_sys *vkp_sys_get_default(void)
     return &table;
 }
 
+/* The table of an env, or the default one. */
 static const vkp_sys *vkp_i_sys(const vkp_env *env)
 {
     return env->sys != NULL ? env->sys : vkp_sys_get_default();
@@ -3500,21 +4478,23 @@ VKP_API uint64_t vkp_after_ms(uint64_t ms)
 /* ======================================================================================
    >>impl-park   The waiter: the one way to be woken
    ======================================================================================
-   A waiter is a node that whoever waits links into the list of what it waits for. Whoever makes
-   the condition true unlinks it and calls wake, both under the list's lock; so a waiter that is
-   no longer linked when its owner takes the lock has been woken completely, and its memory may
-   go. wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
-   Lock order: a channel's or token's lock, then what wake takes: a parker's, where there are no
-   futexes (the loop's queue takes none). Latches: the senders', then a place's.               */
+   A waiter is a node that a waiting side links into a list of the object it waits for. The side
+   that makes the condition true unlinks the waiter and calls its wake, both under the lock of the
+   list. A waiter that is no longer linked when its owner takes the lock has therefore been woken
+   completely, and its memory may be freed. (A one-shot has no list and no lock, see its section.)
+   wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
+   Lock order: the lock of a channel or token, then the lock that wake takes: the mutex of a parker
+   where there are no futexes (the queue of a loop takes no lock). Latches: the latch of the
+   senders, then the latch of a place.                                                          */
 
 typedef struct vkp_i_waiter {
     struct vkp_i_waiter *prev; /* NULL when not linked */
     struct vkp_i_waiter *next;
-    void (*wake)(struct vkp_i_waiter *waiter);
+    void (*wake)(struct vkp_i_waiter *waiter); /* unparks a thread, or queues a task */
 } vkp_i_waiter;
 
-typedef struct vkp_i_waiters { /* a ring with this as its sentinel */
-    vkp_i_waiter head;
+typedef struct vkp_i_waiters {
+    vkp_i_waiter head; /* the sentinel of a ring: next is the oldest waiter, prev the newest */
 } vkp_i_waiters;
 
 static void vkp_i_waiters_init(vkp_i_waiters *list)
@@ -3529,6 +4509,7 @@ static bool vkp_i_waiters_empty(const vkp_i_waiters *list)
     return list->head.next == &list->head;
 }
 
+/* Link the waiter as the newest of the list. */
 static void vkp_i_waiter_link(vkp_i_waiters *list, vkp_i_waiter *waiter)
 {
     waiter->prev = list->head.prev;
@@ -3537,6 +4518,7 @@ static void vkp_i_waiter_link(vkp_i_waiters *list, vkp_i_waiter *waiter)
     list->head.prev = waiter;
 }
 
+/* Unlink the waiter; false when it was not linked. */
 static bool vkp_i_waiter_unlink(vkp_i_waiter *waiter)
 {
     if (waiter->prev == NULL) {
@@ -3549,6 +4531,7 @@ static bool vkp_i_waiter_unlink(vkp_i_waiter *waiter)
     return true;
 }
 
+/* Locked: unlink and wake every waiter, the oldest first. */
 static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
 {
     while (!vkp_i_waiters_empty(list)) {
@@ -3558,24 +4541,27 @@ static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
     }
 }
 
-/* A wait for one thing: a thread has one per thing, all with its parker; a loop's watch has one. */
+/* One wait for one object. A thread that waits for several objects has one vkp_i_wait for each,
+   all with its parker; a handler has one.                                                      */
 typedef struct vkp_i_wait {
     vkp_i_waiter node;
-    const vkp_sys *sys; /* a thread's */
-    vkp_parker *parker;
-    const void *item; /* a sender's that waits for room, see vkp_i_lane_admit */
-    size_t cost;
-    vkp_status status;
-    int wake_fd;   /* of a thread that sleeps in poll */
-    uint32_t done; /* atomic: a one-shot woke it, and does not touch it any more */
+    const vkp_sys *sys; /* of a thread that waits; NULL in a handler */
+    vkp_parker *parker; /* of a thread that waits; NULL in a handler */
+    const void *item;   /* value of a sender that waits for room, or NULL, see vkp_i_lane_admit */
+    size_t cost; /* of a sender that waits for room: bytes of its value, by vkp_mpsc_config.cost */
+    vkp_status status; /* of a sender that waits for room: FULL until it is woken */
+    int wake_fd;       /* where a wake-up of a thread that sleeps in poll is written */
+    uint32_t done;     /* atomic: 1 when a one-shot has woken this wait and no longer uses it */
 } vkp_i_wait;
 
+/* The wake of a parked thread. */
 static void vkp_i_thread_wake(vkp_i_waiter *waiter)
 {
     vkp_i_wait *self = VKP_CONTAINER(waiter, vkp_i_wait, node);
     self->sys->unpark(self->parker);
 }
 
+/* Prepare the wait of a thread that will park. */
 static void vkp_i_wait_init(vkp_i_wait *self, const vkp_sys *sys, vkp_parker *parker)
 {
     memset(self, 0, sizeof *self);
@@ -3584,33 +4570,37 @@ static void vkp_i_wait_init(vkp_i_wait *self, const vkp_sys *sys, vkp_parker *pa
     self->parker = parker;
 }
 
+/* Whether unpark was called for the parker. */
 static bool vkp_i_parker_notified(vkp_parker *parker)
 {
     return VKP_I_LOAD_ACQ(&parker->state) == VKP_I_PARK_NOTIFIED;
 }
 
-/* Gates. One side stores what the other waits for and then looks whether anybody waits; the other
-   says that it waits and then looks for the store. One of them must see the other, and each does
-   a store before a load, which processors swap. The side that is about to sleep pays for both
-   with a barrier in every thread (membarrier); where there is none, each side changes the gate
-   itself, which puts the two in an order.                                                     */
+/* Flags. The storing side stores a value and then checks the flag; the waiting side raises its
+   bit of the flag and then checks for the value. One of the two must see the other's store, but
+   each side does a store before a load, and processors reorder those. The waiting side, which is
+   about to sleep, pays for both with a memory barrier in every thread (membarrier). Where there
+   is no membarrier (`fenced`), both sides change the flag with a read-modify-write: the flag
+   orders the two sides.                                                                        */
 
-/* The storing side, after its store: the bits of those who wait. */
-static inline uint32_t vkp_i_flag_check(uint32_t *gate, bool fenced)
+/* Storing side, after its store: the raised bits; 0 means that no side waits. */
+static inline uint32_t vkp_i_flag_check(uint32_t *flag, bool fenced)
 {
     if (fenced) {
-        return VKP_I_ADD_ACQ_REL(gate, 0u);
+        return VKP_I_ADD_ACQ_REL(flag, 0u);
     }
     VKP_I_ORDER();
-    return VKP_I_LOAD(gate);
+    return VKP_I_LOAD(flag);
 }
 
-/* The waiting side: open, settle, and then look. */
-static void vkp_i_flag_raise(uint32_t *gate, uint32_t bit)
+/* Waiting side: raise the bit; then call vkp_i_flag_fence; then check for the value. */
+static void vkp_i_flag_raise(uint32_t *flag, uint32_t bit)
 {
-    (void)VKP_I_OR(gate, bit);
+    (void)VKP_I_OR(flag, bit);
 }
 
+/* Waiting side, after vkp_i_flag_raise: from here on it sees the store, or the storing side sees
+   the bit.                                                                                     */
 static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
 {
     if (!fenced) {
@@ -3618,27 +4608,29 @@ static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
     }
 }
 
-static void vkp_i_flag_lower(uint32_t *gate, uint32_t bit)
+/* Lower the bit: no side waits for it. Both sides call this, under the lock of the list. */
+static void vkp_i_flag_lower(uint32_t *flag, uint32_t bit)
 {
-    (void)VKP_I_AND(gate, ~bit);
+    (void)VKP_I_AND(flag, ~bit);
 }
 
-/* Whether gates have to do without membarrier. */
+/* Register the process for membarrier; true (`fenced`) when flags must work without it. */
 static bool vkp_i_flag_prepare(const vkp_env *env)
 {
     return vkp_i_sys(env)->membarrier(true) < 0;
 }
 
-/* Waiting awake: a wake-up costs microseconds, and a value is often closer than that. */
+/* A thread stays awake for a while before it sleeps: a wake-up costs microseconds, and a value
+   often arrives sooner.                                                                        */
 typedef struct vkp_i_spin {
-    uint32_t pauses;
-    uint32_t yields;
+    uint32_t pauses; /* processor pauses done */
+    uint32_t yields; /* yields done after the pauses */
 } vkp_i_spin;
 
-#define VKP_I_SPINS 200u
-#define VKP_I_YIELDS 8u
+#define VKP_I_SPINS 200u /* default of vkp_env.spins: pauses before a thread yields */
+#define VKP_I_YIELDS 8u  /* yields after the pauses, before a thread sleeps */
 
-/* How long threads of this env stay awake, in pauses. */
+/* Pauses of a thread of this env before it yields and sleeps; 0: it sleeps immediately. */
 static uint32_t vkp_i_spins(const vkp_env *env)
 {
     if (env->spins == 0) {
@@ -3647,7 +4639,7 @@ static uint32_t vkp_i_spins(const vkp_env *env)
     return env->spins == VKP_SPINS_NONE ? 0 : env->spins;
 }
 
-/* Pause, later yield to threads that have no processor; false when it is time to sleep. */
+/* Pause, or after `spins` pauses yield to a thread without a processor; false: time to sleep. */
 static inline bool vkp_i_spin_again(vkp_i_spin *spin, const vkp_sys *sys, uint32_t spins)
 {
     if (spin->pauses < spins) {
@@ -3663,24 +4655,29 @@ static inline bool vkp_i_spin_again(vkp_i_spin *spin, const vkp_sys *sys, uint32
     return false;
 }
 
-/* What a thread or a loop can wait for: a vkp_case of one of these kinds. All waiting of the
-   library but that of plain senders goes through them: look (attempt), say that one waits (join),
-   sleep, look again, and leave.                                                                */
+/* The functions of one kind of case. All waits of the library, except plain sends and reserves
+   of mpsc channels, use them in this order: attempt, join, sleep, attempt again, leave.        */
 struct vkp_i_case_kind {
-    /* Carry it out: EMPTY when that is not possible now. `wait` is the joined one, or NULL. */
+    /* Carry the case out; EMPTY when it is not ready. `wait` is the joined wait, or NULL. */
     vkp_status (*attempt)(vkp_case *each, vkp_i_wait *wait);
+    /* Whether an attempt is worthwhile; takes and sends nothing. */
     bool (*is_ready)(const vkp_case *each);
-    bool (*join)(const vkp_case *each, vkp_i_wait *wait); /* false, not joined: it is ready */
+    /* Link the wait to the object of the case; false, and not joined, when the case is ready. */
+    bool (*join)(const vkp_case *each, vkp_i_wait *wait);
+    /* End a wait that join began; its memory may be reused afterwards. */
     void (*leave)(const vkp_case *each, vkp_i_wait *wait);
+    /* The env of the object; NULL for a kind of case without an object. */
     const vkp_env *(*env)(const vkp_case *each);
 };
 
-typedef struct vkp_i_batch { /* where a receive of several values puts them */
-    void *out;
-    size_t capacity;
-    size_t count;
+/* Where a case that receives several values puts them (its i_out). */
+typedef struct vkp_i_batch {
+    void *out;       /* array of `capacity` values */
+    size_t capacity; /* most values to receive */
+    size_t count;    /* values received; written with status OK */
 } vkp_i_batch;
 
+/* Make a case of that kind, with status EMPTY. */
 static vkp_case vkp_i_case(const vkp_i_case_kind *kind, void *object, void *out)
 {
     vkp_case each;
@@ -3733,7 +4730,8 @@ VKP_API vkp_case vkp_case_never(void)
     return vkp_i_case(&vkp_i_case_kind_never, NULL, NULL);
 }
 
-/* Carry out the first case that can be, from `start` on; the first `joined` ones wait. */
+/* Carry out the first ready case, searching from index `start` on and then from 0; false when
+   none is ready. The cases below index `joined` are joined, and get their waits.               */
 static bool vkp_i_cases_attempt(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
                                 size_t joined, size_t *won)
 {
@@ -3750,7 +4748,8 @@ static bool vkp_i_cases_attempt(vkp_case *cases, size_t count, size_t start, vkp
     return false;
 }
 
-/* A deadline among the cases, and a descriptor; i_object is the sys, set when the wait begins. */
+/* A deadline as a case; i_object is the vkp_sys, set when the wait begins. It never joins: the
+   sleeper ends with the earliest deadline.                                                     */
 static bool vkp_i_case_deadline_is_ready(const vkp_case *each)
 {
     return ((const vkp_sys *)each->i_object)->clock_ns() >= each->i_number;
@@ -3767,6 +4766,9 @@ static const vkp_i_case_kind vkp_i_case_kind_deadline = {
     vkp_i_case_never_leave, vkp_i_case_never_env};
 
 #if VKP_I_IO
+/* A descriptor as a case; i_object is the vkp_sys, set when the wait begins. It never joins: the
+   sleeper polls. i_number holds the interest in its upper 32 bits, the descriptor in its lower
+   32.                                                                                          */
 static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
 {
     uint32_t interest = (uint32_t)(each->i_number >> 32);
@@ -3776,6 +4778,7 @@ static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
                            ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
 }
 
+/* Poll the descriptor without waiting. A failed poll carries the case out, with status SYS. */
 static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     const vkp_sys *sys = (const vkp_sys *)each->i_object;
@@ -3809,25 +4812,28 @@ static const vkp_i_case_kind vkp_i_case_kind_fd = {vkp_i_case_fd_attempt, vkp_i_
                                                    vkp_i_case_never_env};
 #endif
 
-/* How a thread sleeps in a select: parked, or with descriptors among its cases in poll(2), where a
-   wake-up is a byte in a pipe.                                                                */
+/* How a thread sleeps in a select: parked, or in poll(2) when descriptors are among its cases; a
+   wake-up is then a write to an eventfd (Linux) or a pipe.                                     */
 typedef struct vkp_i_sleeper {
     const vkp_sys *sys;
-    uint64_t deadline_ns; /* of the select, or of the first deadline among its cases */
-    bool polls;
-    int wake[2];
-    vkp_parker parker;
+    uint64_t deadline_ns; /* the earliest of the deadline of the select and those of its cases */
+    bool polls;           /* sleeps in poll, not parked */
+    int wake[2];          /* with `polls`: read end, write end; the same for an eventfd */
+    vkp_parker parker;    /* without `polls` */
 } vkp_i_sleeper;
 
 #if VKP_I_IO
+/* The wake of a thread that sleeps in poll. */
 static void vkp_i_pipe_wake(vkp_i_waiter *waiter)
 {
     const vkp_i_wait *wait = VKP_CONTAINER(waiter, vkp_i_wait, node);
     uint64_t one = 1;
-    (void)wait->sys->write(wait->wake_fd, &one, sizeof one); /* full: it is readable already */
+    /* A write to a full pipe fails, and need not succeed: the read end is readable already. */
+    (void)wait->sys->write(wait->wake_fd, &one, sizeof one);
 }
 #endif
 
+/* Decide how to sleep, and until when; gives deadlines and descriptors their vkp_sys. */
 static void vkp_i_sleeper_init(vkp_i_sleeper *sleeper, vkp_case *cases, size_t count,
                                const vkp_sys *sys, uint64_t deadline_ns)
 {
@@ -3849,6 +4855,7 @@ static void vkp_i_sleeper_init(vkp_i_sleeper *sleeper, vkp_case *cases, size_t c
     }
 }
 
+/* After each sleep: release what vkp_i_sleeper_begin opened. */
 static void vkp_i_sleeper_end(vkp_i_sleeper *sleeper)
 {
 #if VKP_I_IO
@@ -3863,6 +4870,7 @@ static void vkp_i_sleeper_end(vkp_i_sleeper *sleeper)
     vkp_i_parker_deinit(&sleeper->parker);
 }
 
+/* Before each sleep: prepare the parker or the pipe, and a wait for each case. OK or SYS. */
 static vkp_status vkp_i_sleeper_begin(vkp_i_sleeper *sleeper, vkp_i_wait *waits, size_t count)
 {
     size_t i;
@@ -3890,7 +4898,7 @@ static vkp_status vkp_i_sleeper_begin(vkp_i_sleeper *sleeper, vkp_i_wait *waits,
     return VKP_OK;
 }
 
-/* Until woken or a descriptor is ready: true; false at the deadline. */
+/* Sleep until a wake-up arrives or a descriptor is ready: true; false at the deadline. */
 static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, size_t count)
 {
 #if VKP_I_IO
@@ -3907,8 +4915,8 @@ static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, s
                 used++;
             }
         }
-        /* The cases tell more. A poll that ends early, its time-out being too long, is no
-           deadline.                                                                            */
+        /* The attempt that follows finds the ready descriptor. poll returns 0 before the
+           deadline when the deadline is beyond its longest time-out: that counts as a wake-up. */
         return sleeper->sys->poll(polls, used, sleeper->deadline_ns) != 0 ||
                sleeper->sys->clock_ns() < sleeper->deadline_ns;
     }
@@ -3919,7 +4927,9 @@ static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, s
     return vkp_i_parker_notified(&sleeper->parker);
 }
 
-/* Wait for one of the cases, each with its wait, and carry it out. OK, TIMEOUT or SYS. */
+/* Wait for one of the cases and carry it out. `waits` has an element for each case; `spins` is
+   the number of pauses before the first sleep. OK (*won is the index, the status of that case
+   its result), TIMEOUT or SYS.                                                                 */
 static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
                                const vkp_sys *sys, uint32_t spins, uint64_t deadline_ns,
                                size_t *won)
@@ -3947,7 +4957,7 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
         }
         if (joined == count) {
             bool woken = vkp_i_sleeper_sleep(&sleeper, cases, count);
-            late = !woken && sleeper.deadline_ns == deadline_ns; /* one last look follows */
+            late = !woken && sleeper.deadline_ns == deadline_ns; /* one last attempt follows */
         }
         found = vkp_i_cases_attempt(cases, count, start, waits, joined, won);
         for (i = 0; i < joined; i++) {
@@ -3958,7 +4968,7 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
     return found ? VKP_OK : VKP_ERR_TIMEOUT;
 }
 
-/* The same for the library's own waits, of at most two cases: the status of the one that won. */
+/* vkp_i_select for at most two cases: gives the status of the case that won, TIMEOUT or SYS. */
 static vkp_status vkp_i_select_few(vkp_case *cases, size_t count, const vkp_env *env,
                                    uint32_t spins, uint64_t deadline_ns)
 {
@@ -3969,20 +4979,23 @@ static vkp_status vkp_i_select_few(vkp_case *cases, size_t count, const vkp_env 
     return status == VKP_OK ? cases[won].status : status;
 }
 
-/* Waiting for a thread that is between two instructions, and may have lost its processor there.
-   It sleeps in the end: a thread of a higher priority would otherwise never let that one run. */
+/* Waiting for a thread that is between two instructions, and may have lost its processor there:
+   pause, later yield, in the end sleep. Without the sleep, a waiting thread of a higher priority
+   could keep the other thread from running.                                                    */
 typedef struct vkp_i_backoff {
-    uint32_t rounds;
+    uint32_t rounds; /* calls of vkp_i_back_off */
 } vkp_i_backoff;
 
-#define VKP_I_BACKOFF_NS 50000u
+#define VKP_I_BACKOFF_PAUSES 64u /* rounds that pause */
+#define VKP_I_BACKOFF_YIELDS 64u /* rounds after those that yield */
+#define VKP_I_BACKOFF_NS 50000u  /* sleep of each later round */
 
 static void vkp_i_back_off(vkp_i_backoff *backoff, const vkp_sys *sys)
 {
     backoff->rounds++;
-    if (backoff->rounds < 64) {
+    if (backoff->rounds < VKP_I_BACKOFF_PAUSES) {
         VKP_I_PAUSE();
-    } else if (backoff->rounds < 128) {
+    } else if (backoff->rounds < VKP_I_BACKOFF_PAUSES + VKP_I_BACKOFF_YIELDS) {
         sys->yield();
     } else {
         vkp_parker parker;
@@ -3992,7 +5005,8 @@ static void vkp_i_back_off(vkp_i_backoff *backoff, const vkp_sys *sys)
     }
 }
 
-/* A lock for some instructions, of which no thread waits asleep. */
+/* A latch is a lock held for a few instructions: 0 free, 1 held. A thread that waits for it
+   backs off; unlock wakes no thread. The exchange acquires what the store of unlock releases.  */
 static inline void vkp_i_latch_lock(uint32_t *latch, const vkp_sys *sys)
 {
     vkp_i_backoff backoff = {0};
@@ -4008,19 +5022,21 @@ static inline void vkp_i_latch_unlock(uint32_t *latch)
     VKP_I_STORE_REL(latch, 0u);
 }
 
-/* Bias: what nearly always ONE thread does belongs to that thread, and it does it with plain
-   stores. Another one that comes revokes that for good (vkp_i_biased_lock, vkp_i_lane_own),
-   which costs a membarrier once; where there is none nobody owns anything.                     */
+/* Bias: work that nearly always ONE thread does belongs to that thread, its owner, which does it
+   with plain stores. The first other thread revokes the bias permanently (vkp_i_biased_lock,
+   vkp_i_lane_own), which costs one membarrier; where there is no membarrier, no thread is ever
+   the owner. vkp_i_bias_enter stores `busy`, then loads `held`; vkp_i_bias_hold stores `held`,
+   then, after a membarrier, loads `busy`: one of the two sees the other.                       */
 typedef struct vkp_i_bias {
-    uintptr_t owner; /* atomic: a thread, VKP_I_NOBODY yet, or VKP_I_SHARED for good */
-    uint32_t busy;   /* atomic: the owner is inside */
-    uint32_t held;   /* atomic: and must stay outside */
+    uintptr_t owner; /* atomic: VKP_I_SELF of a thread, VKP_I_NOBODY or VKP_I_SHARED */
+    uint32_t busy;   /* atomic: 1 while the owner is inside */
+    uint32_t held;   /* atomic: 1 while the owner must stay outside */
 } vkp_i_bias;
 
-#define VKP_I_NOBODY ((uintptr_t)0)
-#define VKP_I_SHARED ((uintptr_t)1)
+#define VKP_I_NOBODY ((uintptr_t)0) /* no thread has worked yet: the first one becomes the owner */
+#define VKP_I_SHARED ((uintptr_t)1) /* no owner, permanently */
 
-/* The owner goes inside, unless somebody holds it off, or has taken the bias. */
+/* Enter as the owner; false while another thread holds the owner off, or after it was revoked. */
 static inline bool vkp_i_bias_enter(vkp_i_bias *bias)
 {
     VKP_I_STORE(&bias->busy, 1u);
@@ -4037,7 +5053,8 @@ static inline void vkp_i_bias_exit(vkp_i_bias *bias)
     VKP_I_STORE_REL(&bias->busy, 0u);
 }
 
-/* Another thread: the owner is outside when this returns, until vkp_i_bias_release. */
+/* Another thread, under the lock that guards the revocation: when this returns the owner is
+   outside, and stays there until vkp_i_bias_release.                                           */
 static void vkp_i_bias_hold(vkp_i_bias *bias, const vkp_env *env)
 {
     vkp_i_backoff backoff = {0};
@@ -4053,13 +5070,13 @@ static void vkp_i_bias_release(vkp_i_bias *bias)
     VKP_I_STORE_REL(&bias->held, 0u);
 }
 
-/* A latch that costs its owner no exchange. */
+/* A latch that its owner takes without a read-modify-write. */
 typedef struct vkp_i_biased_latch {
-    vkp_i_bias bias;
-    uint32_t latch;
+    vkp_i_bias bias; /* changed under `latch` */
+    uint32_t latch;  /* atomic: 0 free, 1 held; taken by a thread that did not enter by its bias */
 } vkp_i_biased_latch;
 
-/* Gives what vkp_i_biased_unlock wants to know: whether the owner got in by its bias. */
+/* Lock. Gives whether the caller entered as the owner, which vkp_i_biased_unlock must be given. */
 static inline bool vkp_i_biased_lock(vkp_i_biased_latch *self, const vkp_env *env)
 {
     uintptr_t owner = VKP_I_LOAD_ACQ(&self->bias.owner);
@@ -4069,7 +5086,7 @@ static inline bool vkp_i_biased_lock(vkp_i_biased_latch *self, const vkp_env *en
     vkp_i_latch_lock(&self->latch, vkp_i_sys(env));
     owner = VKP_I_LOAD(&self->bias.owner);
     if (owner == VKP_I_NOBODY) {
-        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SELF()); /* it takes effect at the unlock */
+        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SELF()); /* the bias begins with the unlock */
     } else if (owner != VKP_I_SHARED && owner != VKP_I_SELF()) {
         vkp_i_bias_hold(&self->bias, env);
         VKP_I_STORE_REL(&self->bias.owner, VKP_I_SHARED);
@@ -4087,6 +5104,7 @@ static inline void vkp_i_biased_unlock(vkp_i_biased_latch *self, bool biased)
     }
 }
 
+/* Prepare a zeroed latch; `fenced`: there is no membarrier, so the latch never has an owner. */
 static void vkp_i_biased_init(vkp_i_biased_latch *self, bool fenced)
 {
     self->bias.owner = fenced ? VKP_I_SHARED : VKP_I_NOBODY;
@@ -4095,24 +5113,28 @@ static void vkp_i_biased_init(vkp_i_biased_latch *self, bool fenced)
 /* ======================================================================================
    >>impl-bytes   Immutable ref-counted blocks
    ======================================================================================
-   A block is one allocation: header, then bytes. Bytes below `len` never change; whoever holds
-   the ONLY right to append (a loop's read block, a hub's encoder, a writer) writes above `len`
-   and publishes slices. Slices cross threads through queues, which order those writes.        */
+   A block is one allocation: header, then bytes. Bytes below `len` never change. The ONE holder of
+   the right to append (the read block of a loop, the encoder of a hub, a writer) writes above
+   `len` and hands out ranges of the written bytes (vkp_bytes). Ranges reach other threads through
+   queues, which order those writes before the reads. No locks: the last unref frees the block. */
 
 struct vkp_block {
-    const vkp_env *env;
-    size_t refs; /* atomic; 64 bits do not overflow */
-    size_t capacity;
-    size_t len; /* appender's: bytes in use */
+    const vkp_env *env; /* its allocator frees the block */
+    size_t refs;        /* atomic; 64 bits do not overflow */
+    size_t capacity;    /* bytes behind the header */
+    size_t len;         /* bytes in use; only the holder of the right to append changes it */
 };
 
-#define VKP_I_BLOCK_MAX 0xffffffffu /* offsets inside a block are 32 bits */
+#define VKP_I_BLOCK_MAX 0xffffffffu /* most bytes of a block: offsets inside have 32 bits */
+#define VKP_I_BLOCK_MIN 64u         /* fewest bytes of a block that vkp_i_block_reserve opens */
 
+/* The bytes of the block, behind its header. */
 static uint8_t *vkp_i_block_data(vkp_block *block)
 {
     return (uint8_t *)(block + 1);
 }
 
+/* An empty block with one reference; NULL without memory, or above VKP_I_BLOCK_MAX. */
 static vkp_block *vkp_i_block_open(const vkp_env *env, size_t capacity)
 {
     vkp_block *block;
@@ -4129,6 +5151,7 @@ static vkp_block *vkp_i_block_open(const vkp_env *env, size_t capacity)
     return block;
 }
 
+/* One more reference; NULL is ignored. */
 static vkp_block *vkp_i_block_ref(vkp_block *block)
 {
     if (block != NULL) {
@@ -4137,6 +5160,7 @@ static vkp_block *vkp_i_block_ref(vkp_block *block)
     return block;
 }
 
+/* One reference less; the last one frees the block. NULL is ignored. */
 static void vkp_i_block_unref(vkp_block *block)
 {
     if (block != NULL && VKP_I_UNREF(&block->refs) == 1) {
@@ -4145,14 +5169,15 @@ static void vkp_i_block_unref(vkp_block *block)
 }
 
 #if VKP_I_IO
-/* Whether the caller's reference is the only one, so that the bytes may be written again. The
-   acquire pairs with the release of the other holders' unref.                                 */
+/* Whether the reference of the caller is the only one, so that the bytes may be written again.
+   The acquire pairs with the release in the unref of the other holders.                        */
 static bool vkp_i_block_is_mine(const vkp_block *block)
 {
     return VKP_I_LOAD_ACQ(&block->refs) == 1;
 }
 
-/* Make room for `more` bytes in the caller's own unshared block (*block may be NULL). */
+/* Make room for `more` bytes in an unshared block of the caller, by a move to a larger block
+   (*block may be NULL). OK, NOMEM, or LIMIT above VKP_I_BLOCK_MAX.                             */
 static vkp_status vkp_i_block_reserve(const vkp_env *env, vkp_block **block, size_t more)
 {
     size_t used = *block != NULL ? (*block)->len : 0;
@@ -4166,7 +5191,7 @@ static vkp_status vkp_i_block_reserve(const vkp_env *env, vkp_block **block, siz
         return VKP_ERR_LIMIT;
     }
     wanted = VKP_I_MAX(used + more, VKP_I_MIN(capacity * 2, (size_t)VKP_I_BLOCK_MAX));
-    wanted = VKP_I_MAX(wanted, (size_t)64);
+    wanted = VKP_I_MAX(wanted, (size_t)VKP_I_BLOCK_MIN);
     grown = vkp_i_block_open(env, wanted);
     if (grown == NULL) {
         return VKP_ERR_NOMEM;
@@ -4235,30 +5260,34 @@ VKP_API void vkp_bytes_unref(vkp_bytes *bytes)
 /* ======================================================================================
    >>impl-map   Names to objects, for sockets, hubs and clients
    ======================================================================================
-   Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
-   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.
-   A shared map may be walked by threads that do not hold its lock, if its nodes' memory stays:
-   links are stored whole, old tables kept. Such a walk may miss a node or stray into another
-   chain; what it finds is to be checked, what it does not find to be looked for under the lock. */
+   A hash table with chains, which doubles; its nodes are members of the objects of the owner.
+   Names may come from hostile clients: the hash is keyed (SipHash-1-3 of Aumasson and Bernstein),
+   with a random key for each map. The owner of a map has its lock.
+   Threads without that lock may walk a shared map, if the memory of its nodes is never freed
+   meanwhile: links are stored in one piece (their release pairs with the acquire of the walk), and
+   old tables are kept. Such a walk may miss a node or stray into another chain: check a node that
+   it finds, and search again under the lock when it finds none.                                */
 
 typedef struct vkp_i_map_node {
-    struct vkp_i_map_node *next; /* atomic, as hash, where the map is shared */
-    uint64_t hash;
-    vkp_str key; /* the owner's memory */
+    struct vkp_i_map_node *next; /* of the chain; atomic in a shared map */
+    uint64_t hash;               /* of the key; atomic in a shared map */
+    vkp_str key;                 /* borrowed from the owner of the node */
 } vkp_i_map_node;
 
 typedef struct vkp_i_buckets {
-    struct vkp_i_buckets *older; /* of a shared map: kept */
-    size_t count;                /* a power of two; their links stand behind this struct */
+    struct vkp_i_buckets *older; /* in a shared map: the table before this one, kept */
+    size_t count;                /* buckets, a power of two; they follow this struct */
 } vkp_i_buckets;
 
 typedef struct vkp_i_map {
     const vkp_env *env;
-    vkp_i_buckets *buckets; /* atomic; NULL at first */
-    size_t count;
-    bool shared;
-    uint64_t key[2];
+    vkp_i_buckets *buckets; /* atomic: the table; NULL before the first insert */
+    size_t count;           /* nodes */
+    bool shared;            /* threads without the lock of the owner walk the map */
+    uint64_t key[2];        /* of the hash, random */
 } vkp_i_map;
+
+#define VKP_I_MAP_FIRST 16u /* buckets of the first table, a power of two */
 
 #define VKP_I_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
 #define VKP_I_SIP_ROUND(v)               \
@@ -4279,6 +5308,8 @@ typedef struct vkp_i_map {
         (v)[2] = VKP_I_ROTL((v)[2], 32); \
     } while (0)
 
+/* SipHash-1-3 of the text: one round for each 8 bytes, three at the end. The four initial words
+   are those of SipHash: "somepseudorandomlygeneratedbytes".                                    */
 static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
 {
     uint64_t v[4];
@@ -4296,7 +5327,7 @@ static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
         v[0] ^= word;
     }
     word = (uint64_t)text.len << 56;
-    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: a call would cost more */
+    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: memcpy costs more */
         word |= (uint64_t)(unsigned char)text.ptr[i] << shift;
     }
     v[3] ^= word;
@@ -4318,6 +5349,7 @@ static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
     map->key[1] = sys->random_u64();
 }
 
+/* The head of the chain for the hash. */
 static vkp_i_map_node **vkp_i_map_bucket(vkp_i_buckets *buckets, uint64_t hash)
 {
     return (vkp_i_map_node **)(void *)(buckets + 1) + (hash & (buckets->count - 1));
@@ -4328,6 +5360,7 @@ static void vkp_i_buckets_free(const vkp_env *env, vkp_i_buckets *buckets)
     vkp_i_free(env, buckets, sizeof *buckets + buckets->count * sizeof(vkp_i_map_node *));
 }
 
+/* Free all tables; the nodes stay the property of their owners. */
 static void vkp_i_map_deinit(vkp_i_map *map)
 {
     while (map->buckets != NULL) {
@@ -4346,6 +5379,7 @@ static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_s
     return node;
 }
 
+/* Make the node the first of its chain; a walk sees it only after its own link is stored. */
 static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
 {
     vkp_i_map_node **bucket = vkp_i_map_bucket(buckets, node->hash);
@@ -4353,6 +5387,8 @@ static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
     VKP_I_STORE_REL(bucket, node);
 }
 
+/* Move all nodes to a new table. The old table is kept in a shared map, else freed. False
+   without memory: the map is unchanged.                                                        */
 static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
 {
     vkp_i_buckets *older = map->buckets;
@@ -4380,11 +5416,13 @@ static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
     return true;
 }
 
-/* A map that cannot grow gets slower, not wrong; only the first table must be had. */
+/* Insert a node whose hash and key are set. False when there is no memory for the first table; a
+   map that cannot double becomes slower, not wrong.                                            */
 static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
 {
     size_t room = map->buckets != NULL ? map->buckets->count : 0;
-    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? 16 : room * 2) && room == 0) {
+    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? VKP_I_MAP_FIRST : room * 2) &&
+        room == 0) {
         return false;
     }
     vkp_i_map_link(map->buckets, node);
@@ -4392,6 +5430,7 @@ static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
     return true;
 }
 
+/* Remove a node that is in the map. */
 static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
 {
     vkp_i_map_node **link = vkp_i_map_bucket(map->buckets, node->hash);
@@ -4402,7 +5441,8 @@ static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
     map->count--;
 }
 
-/* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
+/* The next node of a walk; NULL begins the walk, and ends it. Of all nodes, only the node
+   returned last may be removed during the walk.                                                */
 static vkp_i_map_node *vkp_i_map_get_next(const vkp_i_map *map, const vkp_i_map_node *node)
 {
     size_t count = map->buckets != NULL ? map->buckets->count : 0;
@@ -4425,32 +5465,36 @@ static vkp_i_map_node *vkp_i_map_get_next(const vkp_i_map *map, const vkp_i_map_
 /* ======================================================================================
    >>impl-cancel   Cancellation tokens
    ======================================================================================
-   A tree shares one lock, owned by its root: walking it needs no lock order. A child holds a
-   reference to its parent; the parent's list of children is weak. `triggered` is written under
-   the lock and read without.                                                                  */
+   The tokens of a tree share one lock, so that a walk through the tree needs no lock order. The
+   lock is opened with the root and freed with the last token of the tree. A child holds a
+   reference to its parent; the list of children in the parent is weak. `triggered` is written
+   under the lock (release) and read without it (acquire). vkp_cancel_trigger wakes the waiters of
+   the token and of its descendants under the lock. Lock order: the lock of the tree, then the lock
+   that wake takes (section park).                                                              */
 
+/* What all tokens of a tree share. */
 typedef struct vkp_i_cancel_tree {
-    VKP_I_MUTEX mutex;
-    size_t refs; /* atomic: one per token */
+    VKP_I_MUTEX mutex; /* guards the links and the waiters of all tokens of the tree */
+    size_t refs;       /* atomic: one for each token */
 } vkp_i_cancel_tree;
 
 struct vkp_cancel {
-    const vkp_env *env;
+    const vkp_env *env; /* the same in the whole tree */
     vkp_i_cancel_tree *tree;
-    vkp_cancel *parent;
-    vkp_cancel *first_child;
-    vkp_cancel *prev_sibling;
-    vkp_cancel *next_sibling;
-    size_t refs;        /* atomic */
-    uint32_t triggered; /* atomic, release / acquire */
-    vkp_i_waiters waiters;
+    vkp_cancel *parent;       /* a reference; NULL in the root */
+    vkp_cancel *first_child;  /* weak; under tree->mutex */
+    vkp_cancel *prev_sibling; /* weak; under tree->mutex */
+    vkp_cancel *next_sibling; /* weak; under tree->mutex */
+    size_t refs;              /* atomic */
+    uint32_t triggered;       /* atomic: 1 once cancelled; stored under tree->mutex */
+    vkp_i_waiters waiters;    /* under tree->mutex */
 };
 
 VKP_API vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent, vkp_cancel **token)
 {
     vkp_cancel *self;
     VKP_I_REQUIRE(token != NULL);
-    /* One env for the tree: whichever token is the last one frees the lock. */
+    /* All tokens of a tree have one env: the last token, any of them, frees the lock. */
     env = parent != NULL ? parent->env : vkp_i_env(env);
     self = (vkp_cancel *)vkp_i_alloc_zero(env, sizeof *self);
     if (self == NULL) {
@@ -4491,6 +5535,7 @@ VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token)
     return token;
 }
 
+/* Remove a token without references from the list of its parent. */
 static void vkp_i_cancel_unlink(vkp_cancel *token)
 {
     VKP_I_LOCK(&token->tree->mutex);
@@ -4520,7 +5565,7 @@ VKP_API void vkp_cancel_unref(vkp_cancel *token)
     }
 }
 
-/* Locked: the next token of the subtree under `top`, parents before children. */
+/* Locked: the next token of the subtree under `top`, parents before children; NULL at the end. */
 static vkp_cancel *vkp_i_cancel_next(vkp_cancel *token, vkp_cancel *top)
 {
     if (token->first_child != NULL) {
@@ -4549,7 +5594,7 @@ VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token)
     return VKP_I_LOAD_ACQ(&token->triggered) != 0;
 }
 
-/* Link the waiter unless the token is cancelled already. */
+/* Link the waiter; false, and not linked, when the token is cancelled already. */
 static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
 {
     bool triggered;
@@ -4562,6 +5607,7 @@ static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
     return !triggered;
 }
 
+/* Unlink the waiter if it is linked; no wake of it runs when this returns. */
 static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&token->tree->mutex);
@@ -4615,77 +5661,93 @@ VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
 /* ======================================================================================
    >>impl-mpsc   Many senders, one receiver
    ======================================================================================
-   A queue is a lane: tickets count the places since the beginning, `tail` the next one to give,
-   `head` the next one to receive. A ticket's place is a slot of a ring: a stamp that says for which
-   ticket its value is ready, and the value. So a sender takes a ticket with one exchange, fills the
-   slot, stamps it, and the receiver needs no exchange at all.
-
+   A queue is a lane. Tickets count its places since the beginning: `tail` is the next ticket to
+   give, `head` the next ticket to receive. The place of a ticket, in a ring, has a stamp, which
+   says for which ticket its value is ready, and the value. A sender takes a ticket with one
+   exchange, writes the value and stores the stamp (release); the receiver loads the stamp
+   (acquire), reads the value and stores `head` (release), all without an exchange.
    The lowest bit of `tail`, SLOW, sends every sender through the mutex: while a ring is replaced,
-   while senders wait, when bytes are counted, after close. It is set first (freeze), and what the
-   fast path reads is changed after that; a fast sender that read the old state then fails its
-   exchange. Under the mutex everything can be done, the fast path is a short cut.
+   while senders wait, when bytes are counted, after close. SLOW is set first (vkp_i_lane_freeze),
+   the fields that the fast path reads change afterwards; a fast sender that read the old state
+   then fails its exchange. Under the mutex everything can be done: the fast path is a short cut.
    A ring that is too small gets a successor, which begins at the ticket of the sender that needed
-   it: the old ring ends there, and the receiver frees it when it comes to that end.
-   A waiting sender stands in `senders`; whoever makes room moves its value in, in order of arrival.
-   Receiver and senders look for each other by the gates `flags` (asleep, or gone) and
-   `tx_waiting`, see the section park. Lock order: the mutex, then
-   nothing.                                                                                     */
+   it. The old ring ends at that ticket, and the receiver frees it when `head` arrives there.
+   A waiting sender is linked in `senders`; the side that makes room moves its value in, in order
+   of arrival. Senders find a receiver that sleeps or is gone by the flag `flags`; the receiver
+   finds waiting senders by the flag `tx_waiting` (flags: section park).
+   Lock order: the mutex, and under it only the lock that wake takes.                           */
 
-#define VKP_I_TAIL_SLOW 1u
-#define VKP_I_RX_WAITING 1u /* vkp_i_channel.flags */
-#define VKP_I_RX_GONE 2u
-#define VKP_I_ENDED_CLOSED 1u /* vkp_i_channel.ended */
-#define VKP_I_ENDED_SENDERS 2u
-#define VKP_I_STAMP_ABORTED 1u
-#define VKP_I_BUNCH 16u     /* values between two looks of senders at head, see vkp_i_lane_take */
-#define VKP_I_LANE_TURN 64u /* values that the receiver takes from one lane before it looks on */
-#define VKP_I_HYSTERESIS 4u /* a full lane is roomy again when this part of it is free */
-#define VKP_I_LINGER_BURST 64u
-#define VKP_I_LINGER_PAUSES 32u
-#define VKP_I_LINGER_SHARE 4u  /* never longer than it takes to fill this part of a lane */
-#define VKP_I_RING_KEEP 65536u /* bytes of a ring that an empty channel keeps */
+#define VKP_I_TAIL_SLOW 1u     /* in vkp_i_lane.tail: senders take the mutex */
+#define VKP_I_TAIL_TICKET 2u   /* in vkp_i_lane.tail: one ticket */
+#define VKP_I_RX_WAITING 1u    /* in vkp_i_channel.flags: the receiver waits */
+#define VKP_I_RX_GONE 2u       /* in vkp_i_channel.flags: the receiver gave its handle back */
+#define VKP_I_ENDED_CLOSED 1u  /* in vkp_i_channel.ended: the receiver closed */
+#define VKP_I_ENDED_SENDERS 2u /* in vkp_i_channel.ended: no sender is left */
+#define VKP_I_STAMP_ABORTED 1u /* in a stamp: the place has no value */
+#define VKP_I_STAMP_BYTES 8u   /* room of a stamp in front of its value, which is aligned to 8 */
+#define VKP_I_LINE_BYTES 64u   /* a cache line */
+#define VKP_I_PLACE_MIN 16u    /* fewest bytes of a place with stamp and value */
+#define VKP_I_RING_FIRST 16u   /* most places of the first ring */
+#define VKP_I_RING_FIRST_MOST 4096u /* most bytes of values in the first ring */
+#define VKP_I_RING_KEEP 65536u      /* bytes of a ring that an empty lane keeps */
+
+/* Most bytes of a value that lies beside its stamp. */
+#define VKP_I_BESIDE_MAX (VKP_I_LINE_BYTES - VKP_I_STAMP_BYTES)
+
+/* Most places of a ring: a stamp has 31 bits of its ticket. */
+#define VKP_I_RING_PLACES_MAX (UINT32_MAX / 4)
+
+#define VKP_I_BUNCH 16u     /* values that the receiver takes between two stores of head */
+#define VKP_I_LANE_TURN 64u /* values that the receiver takes from one lane before the next lane */
+#define VKP_I_HYSTERESIS 4u /* a spinning sender tries again when 1 / this of a lane is free */
+#define VKP_I_LINGER_BURST 64u  /* values of a burst that needs no linger */
+#define VKP_I_LINGER_PAUSES 32u /* most pauses of a linger */
+#define VKP_I_LINGER_SHARE 4u   /* most pauses of a linger: room / this, so that no lane fills */
 
 typedef struct vkp_i_channel vkp_i_channel;
 
 typedef struct vkp_i_ring {
-    struct vkp_i_ring *next; /* valid once the receiver is at `end` */
-    uint64_t end;            /* atomic: the successor's first ticket; UINT64_MAX: none */
+    struct vkp_i_ring *next; /* the successor, once `end` is set; the next ring of `retired` */
+    uint64_t end;            /* atomic: first ticket of the successor; UINT64_MAX without one */
     size_t bytes;            /* of this allocation */
-    uint64_t mask;           /* slots - 1 */
-    size_t elem_bytes;
-    size_t stride;       /* from item to item, */
-    size_t stamp_stride; /* and from stamp to stamp: small values lie beside theirs */
-    uint8_t *stamps;
-    uint8_t *items;
+    uint64_t mask;           /* number of places - 1; the number is a power of two */
+    size_t elem_bytes;       /* of one value */
+    size_t stride;           /* bytes from one value to the next */
+    size_t stamp_stride;     /* bytes from one stamp to the next; `stride` for small values */
+    uint8_t *stamps;         /* the stamp of place 0 */
+    uint8_t *items;          /* the value of place 0; small values lie beside their stamps */
 } vkp_i_ring;
 
+/* One queue: of all senders of a channel, or of one sender of a channel with lanes. */
 typedef struct vkp_i_lane {
     vkp_i_channel *channel;
-    struct vkp_i_lane *next; /* atomic: of the channel's lanes, written under the mutex */
-    uint32_t dead;           /* atomic: its sender has gone; the receiver frees it */
-    unsigned char pad_senders[VKP_I_APART];
-    uint64_t tail;      /* atomic: ticket << 1 | SLOW */
-    uint64_t head_seen; /* atomic: what senders saw of head last */
-    uint64_t room;      /* atomic: tickets above head to give without growing */
-    vkp_i_ring *ring;   /* atomic: where tickets go now; NULL: none yet */
-    vkp_i_bias bias;    /* of the one thread that sends, as long as it is one */
-    unsigned char pad_receiver[VKP_I_APART];
-    uint64_t head;       /* atomic */
-    vkp_i_ring *rx_ring; /* atomic: where head is */
-    uint64_t taken_cost; /* atomic */
-    uint64_t lingered;   /* head when there was nothing the last time */
-    uint32_t tx_waiting; /* gate: senders is not empty */
-    bool plain;          /* no bytes to count, no eviction, no fences: values may go the fast way */
-    unsigned char pad_slow[VKP_I_APART];
-    uint64_t sent_cost; /* the rest is guarded by the mutex */
-    vkp_i_waiters senders;
+    struct vkp_i_lane *next; /* atomic: the next lane of the channel; written under the mutex */
+    uint32_t dead;           /* atomic: 1 when its sender is gone; the receiver frees the lane */
+    unsigned char pad_senders[VKP_I_APART]; /* senders write the fields below */
+    uint64_t tail;                          /* atomic: next ticket << 1, and VKP_I_TAIL_SLOW */
+    uint64_t head_seen;                     /* atomic: `head` as a sender loaded it last */
+    uint64_t room;    /* atomic: tickets above `head` that senders may take in this ring */
+    vkp_i_ring *ring; /* atomic: the ring of `tail`; NULL: none yet, or freed when empty */
+    vkp_i_bias bias;  /* of the one thread that sends, while only one does */
+    unsigned char pad_receiver[VKP_I_APART]; /* the receiver writes the fields below */
+    uint64_t head;                           /* atomic: next ticket to receive */
+    vkp_i_ring *rx_ring;                     /* atomic: the ring of `head` */
+    uint64_t taken_cost;                     /* atomic: cost of all values received, in bytes */
+    uint64_t lingered;   /* `head` when the receiver found nothing the last time */
+    uint32_t tx_waiting; /* flag: 1 while `senders` is not empty */
+    bool plain; /* no counted bytes, no eviction, not fenced: vkp_i_lane_recv_fast may run */
+    unsigned char pad_slow[VKP_I_APART]; /* the mutex guards the fields below */
+    uint64_t sent_cost;                  /* under the mutex: cost of all values sent, in bytes */
+    vkp_i_waiters senders;               /* under the mutex: waiting senders, oldest first */
 } vkp_i_lane;
 
 struct vkp_mpsc_tx {
     vkp_i_lane *lane;
     size_t refs; /* atomic */
 };
-typedef struct vkp_i_extra_lane { /* of a clone, see vkp_mpsc_config.lanes */
+
+/* A sender with a lane of its own: a clone, see vkp_mpsc_config.lanes. */
+typedef struct vkp_i_extra_lane {
     vkp_mpsc_tx tx;
     vkp_i_lane lane;
 } vkp_i_extra_lane;
@@ -4693,31 +5755,32 @@ typedef struct vkp_i_extra_lane { /* of a clone, see vkp_mpsc_config.lanes */
 struct vkp_mpsc_rx {
     vkp_i_channel *channel;
 };
+
 struct vkp_mpsc_weak {
     vkp_i_channel *channel;
-    size_t refs; /* atomic; each holds one of the channel's */
+    size_t refs; /* atomic; each weak sender also holds one of vkp_i_channel.refs */
 };
 
 struct vkp_i_channel {
-    vkp_mpsc_config config;
-    uint64_t capacity; /* items, UINT64_MAX when unbounded */
-    vkp_mpsc_tx tx;
-    vkp_mpsc_rx rx;
-    vkp_mpsc_weak weak;
-    size_t refs;    /* atomic: all senders together, the receiver, weak senders */
-    size_t handles; /* atomic: senders; the references of one count once */
-    uint32_t flags; /* gate: VKP_I_RX_* */
-    uint32_t ended; /* atomic: VKP_I_ENDED_* */
-    uint32_t spins; /* before a thread sleeps */
-    bool fenced;    /* no membarrier here */
-    bool evicts;    /* senders may take the oldest value: receiving needs the mutex too */
-    VKP_I_MUTEX mutex;
-    vkp_i_waiters receiver;
-    vkp_i_waiters closers; /* wait until closed */
-    vkp_i_ring *retired;   /* rings left behind after the receiver went */
-    size_t dead_lanes;     /* atomic: that the receiver has to free */
-    vkp_i_lane *rx_lane;   /* the receiver's: where it took the last value */
-    vkp_i_lane lane;       /* the first one */
+    vkp_mpsc_config config; /* a copy; config.env is not NULL */
+    uint64_t capacity;      /* most values of one lane; UINT64_MAX when unbounded */
+    vkp_mpsc_tx tx;         /* the sender of the first lane */
+    vkp_mpsc_rx rx;         /* the receiver */
+    vkp_mpsc_weak weak;     /* all weak senders */
+    size_t refs;            /* atomic: one of all senders together, the receiver, weak senders */
+    size_t handles;         /* atomic: senders; all references to one sender count once */
+    uint32_t flags;         /* flag: VKP_I_RX_WAITING, VKP_I_RX_GONE */
+    uint32_t ended;         /* atomic: VKP_I_ENDED_CLOSED, VKP_I_ENDED_SENDERS; never cleared */
+    uint32_t spins;         /* pauses before a thread sleeps */
+    bool fenced;            /* there is no membarrier: flags and biases do without */
+    bool evicts;            /* senders may take the oldest value: receiving takes the mutex, too */
+    VKP_I_MUTEX mutex;      /* guards the lists of waiters and the slow path of all lanes */
+    vkp_i_waiters receiver; /* under the mutex: the waiting receiver */
+    vkp_i_waiters closers;  /* under the mutex: waits for the close of the receiver */
+    vkp_i_ring *retired;    /* under the mutex: rings that ended after the receiver was gone */
+    size_t dead_lanes;      /* atomic: lanes that the receiver has to free */
+    vkp_i_lane *rx_lane;    /* the receiver's: the lane of its last value */
+    vkp_i_lane lane;        /* the first lane */
 };
 
 /* ---- rings ---- */
@@ -4732,14 +5795,16 @@ static uint8_t *vkp_i_ring_item(const vkp_i_ring *ring, uint64_t ticket)
     return ring->items + (size_t)(ticket & ring->mask) * ring->stride;
 }
 
+/* The stamp of a place whose value is ready for the ticket; its lowest bit is for
+   VKP_I_STAMP_ABORTED.                                                                         */
 static uint32_t vkp_i_stamp(uint64_t ticket)
 {
     return (uint32_t)((ticket + 1) << 1);
 }
 
-/* Room for `slots` values from ticket `start` on. Values up to 56 bytes lie behind their stamp, in
-   one cache line with it; larger ones in an array of their own, so that a line's worth of value is
-   one line.                                                                                    */
+/* A ring with `slots` places, a power of two, from ticket `start` on; NULL without memory. A
+   value up to VKP_I_BESIDE_MAX lies behind its stamp, in the same cache line; larger values have
+   an array of their own, so that a value of one line does not touch two.                       */
 static vkp_i_ring *vkp_i_ring_open(const vkp_env *env, size_t elem_bytes, size_t slots,
                                    uint64_t start)
 {
@@ -4748,17 +5813,18 @@ static vkp_i_ring *vkp_i_ring_open(const vkp_env *env, size_t elem_bytes, size_t
     size_t bytes;
     vkp_i_ring *ring;
     uint64_t i;
-    if (elem_bytes <= 56) {
-        for (stride = 16; stride < elem_bytes + 8; stride *= 2) {
+    if (elem_bytes <= VKP_I_BESIDE_MAX) {
+        for (stride = VKP_I_PLACE_MIN; stride < elem_bytes + VKP_I_STAMP_BYTES; stride *= 2) {
         }
         stamp_stride = stride;
     } else {
         stride = (elem_bytes + 7u) & ~(size_t)7u;
     }
-    if (slots > (SIZE_MAX - sizeof *ring - 128) / (stride + stamp_stride)) {
+    if (slots > (SIZE_MAX - sizeof *ring - 2 * VKP_I_LINE_BYTES) / (stride + stamp_stride)) {
         return NULL;
     }
-    bytes = sizeof *ring + 128 + slots * (stride + (stamp_stride == stride ? 0 : stamp_stride));
+    bytes = sizeof *ring + 2 * VKP_I_LINE_BYTES +
+            slots * (stride + (stamp_stride == stride ? 0 : stamp_stride));
     ring = (vkp_i_ring *)vkp_i_alloc(env, bytes);
     if (ring == NULL) {
         return NULL;
@@ -4770,14 +5836,16 @@ static vkp_i_ring *vkp_i_ring_open(const vkp_env *env, size_t elem_bytes, size_t
     ring->elem_bytes = elem_bytes;
     ring->stride = stride;
     ring->stamp_stride = stamp_stride;
-    ring->stamps = (uint8_t *)(((uintptr_t)(ring + 1) + 63u) & ~(uintptr_t)63u);
-    if (elem_bytes <= 56) {
+    ring->stamps = (uint8_t *)(((uintptr_t)(ring + 1) + VKP_I_LINE_BYTES - 1u) &
+                               ~(uintptr_t)(VKP_I_LINE_BYTES - 1u));
+    if (elem_bytes <= VKP_I_BESIDE_MAX) {
         ring->items = ring->stamps + (stride - ((elem_bytes + 7u) & ~(size_t)7u));
     } else {
         uintptr_t behind = (uintptr_t)(ring->stamps + slots * stamp_stride);
-        ring->items = (uint8_t *)((behind + 63u) & ~(uintptr_t)63u);
+        ring->items =
+            (uint8_t *)((behind + VKP_I_LINE_BYTES - 1u) & ~(uintptr_t)(VKP_I_LINE_BYTES - 1u));
     }
-    for (i = 0; i < slots; i++) { /* no ticket from start on has this stamp in this lap */
+    for (i = 0; i < slots; i++) { /* the stamp of ticket start - 1 */
         *vkp_i_ring_stamp(ring, i) = (uint32_t)(start << 1);
     }
     return ring;
@@ -4790,20 +5858,22 @@ static void vkp_i_ring_close(const vkp_env *env, vkp_i_ring *ring)
     }
 }
 
-/* ---- what both sides do ---- */
+/* ---- both sides ---- */
 
+/* The cost of a value, in bytes. */
 static size_t vkp_i_channel_cost(const vkp_i_channel *channel, const void *item)
 {
     return channel->config.cost != NULL ? channel->config.cost(item) : channel->config.elem_bytes;
 }
 
-/* Tickets below `ticket` that are not free; 0 for a ticket that is out of date. */
+/* Tickets from `head` up to `ticket`; 0 when `ticket` is out of date, and so below `head`. */
 static uint64_t vkp_i_used(uint64_t ticket, uint64_t head)
 {
     return (int64_t)(ticket - head) > 0 ? ticket - head : 0;
 }
 
-/* The oldest value where it lies, or NULL. Skips what was aborted, and follows to the next ring. */
+/* The oldest value where it lies, or NULL. Passes aborted places, and rings that have ended,
+   which it frees. Receiver's thread; under the mutex when `evicts` or when the receiver is gone. */
 static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 {
     for (;;) {
@@ -4823,7 +5893,7 @@ static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
             vkp_i_channel *channel = lane->channel;
             VKP_I_STORE(&lane->rx_ring, ring->next);
             if ((VKP_I_LOAD(&channel->flags) & VKP_I_RX_GONE) != 0) {
-                ring->next = channel->retired; /* a drop may still be looking at a value in it */
+                ring->next = channel->retired; /* a drop may still use a value of the ring */
                 channel->retired = ring;
             } else {
                 vkp_i_ring_close(channel->config.env, ring);
@@ -4834,7 +5904,8 @@ static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
     }
 }
 
-/* The oldest value is out: its place is free. Senders are let in by vkp_i_lane_freed. */
+/* The oldest value was taken: its place is free. The caller lets waiting senders in
+   (vkp_i_lane_freed).                                                                          */
 static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
 {
     if (lane->channel->config.capacity_bytes != 0) {
@@ -4844,13 +5915,15 @@ static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
     VKP_I_STORE_REL(&lane->head, VKP_I_LOAD(&lane->head) + 1);
 }
 
+/* The next lane; after the last lane the first one. */
 static vkp_i_lane *vkp_i_lane_after(const vkp_i_lane *lane)
 {
     vkp_i_lane *next = VKP_I_LOAD_ACQ(&lane->next);
     return next != NULL ? next : &lane->channel->lane;
 }
 
-/* The lane of the receiver's next value, or NULL: where it is, as long as there is something. */
+/* The lane of the next value of the receiver, or NULL: its last lane while that has values, else
+   the next lane with a value.                                                                  */
 static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
 {
     vkp_i_lane *first = channel->rx_lane;
@@ -4865,7 +5938,7 @@ static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
     return NULL;
 }
 
-/* Locked: wake the receiver if it sleeps. */
+/* Locked: wake the receiver if it waits. */
 static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
 {
     if (!vkp_i_waiters_empty(&channel->receiver)) {
@@ -4874,7 +5947,7 @@ static void vkp_i_channel_wake_receiver(vkp_i_channel *channel)
     }
 }
 
-/* Drop what is queued. Values come out one by one, so that drop runs without the mutex. */
+/* Drop all queued values. Each is taken under the mutex, and dropped without it. */
 static void vkp_i_channel_purge(vkp_i_channel *channel)
 {
     for (;;) {
@@ -4896,7 +5969,8 @@ static void vkp_i_channel_purge(vkp_i_channel *channel)
     }
 }
 
-/* A sender saw that the receiver sleeps, or that it has gone and nobody will take the value. */
+/* A sender found `flags` raised: wake the waiting receiver, or, when the receiver is gone, drop
+   the values that no receiver will take.                                                       */
 static void vkp_i_channel_signal(vkp_i_channel *channel)
 {
     VKP_I_LOCK(&channel->mutex);
@@ -4909,15 +5983,26 @@ static void vkp_i_channel_signal(vkp_i_channel *channel)
 
 /* ======================================================================================
    >>impl-mpsc-send   mpsc: the senders' side
-   ====================================================================================== */
+   ======================================================================================
+   A sender takes the first of these ways that is open: the fast path (vkp_i_lane_send_fast,
+   vkp_i_lane_claim) without the mutex; the slow path (vkp_i_lane_send_locked) under the mutex,
+   with SLOW set; a wait in `senders` (vkp_i_lane_join), which vkp_i_lane_admit ends.
+   While a lane is frozen only the holder of the mutex changes `tail`, `ring`, `room` and
+   `sent_cost`; vkp_i_lane_thaw ends that and publishes these changes with the release of `tail`.
+   A lane belongs to the one thread that sends (bias): that thread stores `tail` plainly, between
+   vkp_i_lane_enter and vkp_i_bias_exit, and vkp_i_lane_freeze keeps it out before SLOW is set.
+   A sender wakes the receiver after it stored a stamp: fast path by the flag `flags`, slow path
+   under the mutex. The release of `head` pairs with the acquire loads of `head` and `head_seen`
+   here: a place is written again only after its value was read.                                */
 
-/* The owner begins on the fast path, unless the lane changed since it read `word`. */
+/* Enter the fast path as the owner of the lane; false while the owner is held off, or when the
+   lane has changed since `tail` was loaded as `word`.                                          */
 static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
 {
     if (!vkp_i_bias_enter(&lane->bias)) {
         return false;
     }
-    /* The owner last: tail may be what it was, and the lane be shared since then. */
+    /* The owner is checked last: `tail` may be unchanged although the lane became shared. */
     if (VKP_I_LOAD_ACQ(&lane->tail) == word && VKP_I_LOAD(&lane->bias.owner) == VKP_I_SELF()) {
         return true;
     }
@@ -4925,7 +6010,8 @@ static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
     return false;
 }
 
-/* Take up to `count` tickets without the mutex. FULL is certain; EMPTY: go by the mutex. */
+/* Take up to `count` tickets without the mutex: OK with the first ticket, its ring and their
+   number. FULL is certain; EMPTY: the caller must take the mutex.                              */
 static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *ticket,
                                    vkp_i_ring **ring, uint64_t *taken)
 {
@@ -4952,17 +6038,18 @@ static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *t
             if (!vkp_i_lane_enter(lane, word)) {
                 return VKP_ERR_EMPTY;
             }
-            VKP_I_STORE(&lane->tail, word + 2 * *taken);
+            VKP_I_STORE(&lane->tail, word + VKP_I_TAIL_TICKET * *taken);
             vkp_i_bias_exit(&lane->bias);
             return VKP_OK;
         }
-        if (VKP_I_CAS(&lane->tail, &word, word + 2 * *taken)) {
+        if (VKP_I_CAS(&lane->tail, &word, word + VKP_I_TAIL_TICKET * *taken)) {
             return VKP_OK;
         }
     }
 }
 
-/* The value of the ticket is in its slot: show it, and wake the receiver if it sleeps. */
+/* The place of the ticket is written: store its stamp (`outcome` is 0 or VKP_I_STAMP_ABORTED),
+   and wake the receiver if it waits.                                                           */
 static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64_t ticket,
                                       uint32_t outcome)
 {
@@ -4973,11 +6060,12 @@ static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64
     }
 }
 
-/* The way of nearly every value: there is room, and nobody comes between. */
+/* The path of nearly every value. False, and nothing is sent, without room, when SLOW is set, or
+   when another sender was faster.                                                              */
 static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&lane->tail);
-    uint64_t used = (word >> 1) - VKP_I_LOAD_ACQ(&lane->head_seen); /* out of date: huge */
+    uint64_t used = (word >> 1) - VKP_I_LOAD_ACQ(&lane->head_seen); /* huge if `word` is old */
     uint64_t room = VKP_I_LOAD_ACQ(&lane->room);
     vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->ring);
     uintptr_t owner = VKP_I_LOAD_ACQ(&lane->bias.owner);
@@ -4988,9 +6076,9 @@ static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
         if (!vkp_i_lane_enter(lane, word)) {
             return false;
         }
-        VKP_I_STORE(&lane->tail, word + 2);
+        VKP_I_STORE(&lane->tail, word + VKP_I_TAIL_TICKET);
         vkp_i_bias_exit(&lane->bias);
-    } else if (owner != VKP_I_SHARED || !VKP_I_CAS(&lane->tail, &word, word + 2)) {
+    } else if (owner != VKP_I_SHARED || !VKP_I_CAS(&lane->tail, &word, word + VKP_I_TAIL_TICKET)) {
         return false;
     }
     VKP_I_COPY_IN(vkp_i_ring_item(ring, word >> 1), item, ring->elem_bytes);
@@ -4998,7 +6086,7 @@ static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
     return true;
 }
 
-/* Locked: keep the fast path out. Gives the next ticket. */
+/* Locked: set SLOW, which keeps senders off the fast path. Gives the next ticket. */
 static uint64_t vkp_i_lane_freeze(vkp_i_lane *lane)
 {
     uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
@@ -5009,15 +6097,15 @@ static uint64_t vkp_i_lane_freeze(vkp_i_lane *lane)
     if (owner == VKP_I_SHARED || owner == VKP_I_SELF()) {
         return VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW) >> 1;
     }
-    /* The owner writes tail without an exchange: it must be out of the way first. */
+    /* The owner stores `tail` plainly, and would clear SLOW: it must be outside first. */
     vkp_i_bias_hold(&lane->bias, lane->channel->config.env);
     word = VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW);
     vkp_i_bias_release(&lane->bias);
     return word >> 1;
 }
 
-/* Locked and frozen: a lane belongs to the first thread that sends, as long as it is the only
-   one.                                                                                         */
+/* Locked and frozen: the first thread that sends owns the lane; a second one makes it shared,
+   permanently.                                                                                 */
 static void vkp_i_lane_own(vkp_i_lane *lane)
 {
     uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
@@ -5028,7 +6116,7 @@ static void vkp_i_lane_own(vkp_i_lane *lane)
     }
 }
 
-/* Locked: the next ticket is this one, and the fast path may go on if nothing speaks against it. */
+/* Locked: set the next ticket, and clear SLOW unless the slow path is still needed. */
 static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
 {
     const vkp_i_channel *channel = lane->channel;
@@ -5037,6 +6125,8 @@ static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
     VKP_I_STORE_REL(&lane->tail, ticket << 1 | (slow ? VKP_I_TAIL_SLOW : 0u));
 }
 
+/* Locked: whether a value of this cost fits under the ticket. Into an empty lane any one value
+   fits.                                                                                        */
 static bool vkp_i_lane_has_room(const vkp_i_lane *lane, uint64_t ticket, size_t cost)
 {
     const vkp_i_channel *channel = lane->channel;
@@ -5053,7 +6143,8 @@ static bool vkp_i_lane_has_room(const vkp_i_lane *lane, uint64_t ticket, size_t 
     return cost_used <= most && cost <= most - cost_used;
 }
 
-/* Locked and frozen: see to it that the ring has a slot for the ticket, which has room. */
+/* Locked and frozen: make sure that the ring has a place for the ticket, which has room; false
+   without memory. The first ring is small, each successor has twice the places.                */
 static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
 {
     vkp_i_channel *channel = lane->channel;
@@ -5066,14 +6157,16 @@ static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
     if (old != NULL) {
         slots = (old->mask + 1) * 2;
     } else {
-        for (slots = 16; slots > 1 && (slots / 2 >= channel->capacity ||
-                                       slots * channel->config.elem_bytes > 4096);
+        for (slots = VKP_I_RING_FIRST;
+             slots > 1 && (slots / 2 >= channel->capacity ||
+                           slots * channel->config.elem_bytes > VKP_I_RING_FIRST_MOST);
              slots /= 2) {
         }
     }
-    ring = slots > UINT32_MAX / 4 ? NULL
-                                  : vkp_i_ring_open(channel->config.env, channel->config.elem_bytes,
-                                                    (size_t)slots, ticket);
+    ring = slots > VKP_I_RING_PLACES_MAX
+               ? NULL
+               : vkp_i_ring_open(channel->config.env, channel->config.elem_bytes, (size_t)slots,
+                                 ticket);
     if (ring == NULL) {
         return false;
     }
@@ -5088,7 +6181,7 @@ static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
     return true;
 }
 
-/* Locked and frozen: the value into the queue, under the ticket, which has room. */
+/* Locked and frozen: put the value into the queue under the ticket, which has room. OK or NOMEM. */
 static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void *item, size_t cost)
 {
     vkp_i_ring *ring;
@@ -5102,7 +6195,7 @@ static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void
     return VKP_OK;
 }
 
-/* Locked: take the sender out of the queue with its outcome, and wake it. */
+/* Locked: end the wait of a sender with this status: unlink it and wake it. */
 static void vkp_i_sender_finish(vkp_i_wait *sender, vkp_status status)
 {
     sender->status = status;
@@ -5110,9 +6203,9 @@ static void vkp_i_sender_finish(vkp_i_wait *sender, vkp_status status)
     sender->node.wake(&sender->node);
 }
 
-/* Locked: let waiting senders in, oldest first, as far as there is room. The value of one that left
-   it here (`item`) is moved in, and its wait is over; one that did not is told, and keeps the
-   first place until it came for the room.                                                     */
+/* Locked: let waiting senders in, oldest first, while there is room. A sender that left its
+   value here (`item`) has the value moved in, and its wait ends. A sender without `item` is
+   notified once, and keeps its place as the first of `senders` until it takes the room itself. */
 static void vkp_i_lane_admit(vkp_i_lane *lane)
 {
     uint64_t ticket;
@@ -5125,7 +6218,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
         }
         if (sender->item == NULL) {
             if (sender->status == VKP_ERR_FULL) {
-                sender->status = VKP_OK; /* told once */
+                sender->status = VKP_OK; /* so that it is notified once */
                 sender->node.wake(&sender->node);
             }
             break;
@@ -5146,6 +6239,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
     }
 }
 
+/* Make the permit for the place of the ticket. */
 static void vkp_i_permit_set(vkp_mpsc_permit *permit, vkp_i_lane *lane, vkp_i_ring *ring,
                              uint64_t ticket)
 {
@@ -5155,8 +6249,8 @@ static void vkp_i_permit_set(vkp_mpsc_permit *permit, vkp_i_lane *lane, vkp_i_ri
     permit->i_ticket = ticket;
 }
 
-/* Locked: send what fits; `self` is the sender's own place in the queue, or NULL. FULL means that
-   waiting would help.                                                                          */
+/* Locked: send, or reserve when `permit` is given, unless another sender waits. `self` is the
+   caller's own wait in `senders`, or NULL. OK, CLOSED, NOMEM; FULL means that waiting helps.   */
 static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, size_t cost,
                                          vkp_mpsc_permit *permit, const vkp_i_wait *self)
 {
@@ -5184,7 +6278,7 @@ static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, siz
     return status;
 }
 
-/* Send, reserve when `permit` is given, or say why not, without waiting. */
+/* Send, or reserve when `permit` is given, without waiting: OK, FULL, CLOSED or NOMEM. */
 __attribute__((noinline)) static vkp_status vkp_i_lane_try(vkp_i_lane *lane, const void *item,
                                                            vkp_mpsc_permit *permit)
 {
@@ -5209,7 +6303,7 @@ __attribute__((noinline)) static vkp_status vkp_i_lane_try(vkp_i_lane *lane, con
     return status;
 }
 
-/* Stand in line; the wake-up may have come when this returns. */
+/* Link a sender into `senders`; it may be woken before this returns. */
 static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
 {
     vkp_i_channel *channel = lane->channel;
@@ -5224,12 +6318,12 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     VKP_I_UNLOCK(&channel->mutex);
     vkp_i_flag_fence(channel->config.env, channel->fenced);
     VKP_I_LOCK(&channel->mutex);
-    vkp_i_lane_admit(lane); /* the room that the receiver made before it could see us */
+    vkp_i_lane_admit(lane); /* room that the receiver made before it could see the flag */
     VKP_I_UNLOCK(&channel->mutex);
 }
 
-/* Come for the room with the place in the line that `wait` has: FULL when it is not this one's
-   turn, or when there is none.                                                                 */
+/* Take the room with the wait that is linked in `senders`. FULL: this wait is not the first one,
+   or there is no room; CLOSED when the channel was closed.                                     */
 static vkp_status vkp_i_lane_claim_place(vkp_i_lane *lane, vkp_i_wait *wait, const void *item,
                                          vkp_mpsc_permit *permit)
 {
@@ -5242,7 +6336,8 @@ static vkp_status vkp_i_lane_claim_place(vkp_i_lane *lane, vkp_i_wait *wait, con
     return status;
 }
 
-/* Leave the line, if still in it; whoever stands behind may have room now. */
+/* End a wait in `senders`, and let the next one in, which may have room now. Gives how the wait
+   ended; FULL when it was still linked.                                                        */
 static vkp_status vkp_i_lane_leave(vkp_i_lane *lane, vkp_i_wait *wait)
 {
     vkp_i_channel *channel = lane->channel;
@@ -5255,7 +6350,7 @@ static vkp_status vkp_i_lane_leave(vkp_i_lane *lane, vkp_i_wait *wait)
     return wait->status;
 }
 
-/* Whether it is worth to try again without the mutex. */
+/* Whether another try without the mutex is worthwhile. */
 static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
 {
     uint64_t word = VKP_I_LOAD(&lane->tail);
@@ -5264,8 +6359,8 @@ static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
                VKP_I_LOAD(&lane->room) - VKP_I_LOAD(&lane->room) / VKP_I_HYSTERESIS;
 }
 
-/* The cancel section's; a thread waits for a token beside its channel. */
-/* Send or reserve, waiting for room, for the token (may be NULL; TIMEOUT then), or the deadline. */
+/* Send, or reserve when `permit` is given, and wait for room. The wait ends without it at the
+   deadline or when the token (may be NULL) is cancelled: TIMEOUT in both cases.                */
 static vkp_status vkp_i_lane_send(vkp_i_lane *lane, const void *item, vkp_mpsc_permit *permit,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -5361,7 +6456,7 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
         uint64_t taken;
         uint64_t i;
         vkp_status status = vkp_i_lane_claim(lane, count - done, &ticket, &ring, &taken);
-        if (status != VKP_OK) { /* one by the slow path, then try for more */
+        if (status != VKP_OK) { /* send one value by the slow path, then claim again */
             status = vkp_i_lane_send(lane, next, NULL, NULL, deadline_ns);
             if (status != VKP_OK && done == 0) {
                 return status;
@@ -5386,9 +6481,18 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
 
 /* ======================================================================================
    >>impl-mpsc-receive   mpsc: the receiver's side
-   ====================================================================================== */
+   ======================================================================================
+   The receiver's thread runs this section; where senders may evict (`evicts`), under the mutex
+   too. The acquire of a stamp pairs with its release by the sender: the value is complete. After
+   it stored `head` the receiver checks the flag `tx_waiting`, and lets waiting senders in under
+   the mutex.
+   Before it sleeps the receiver links its waiter, raises VKP_I_RX_WAITING, and checks once more; a
+   sender that publishes, a close and the end of the last sender wake it.
+   With several lanes the receiver takes at most VKP_I_LANE_TURN values from one lane while others
+   have values. Only the receiver frees rings and lanes that are no longer used, until it is gone
+   itself.                                                                                      */
 
-/* Senders wait who could not know of the places just freed. */
+/* Let in senders that wait, and cannot see the places just freed. */
 static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
 {
     VKP_I_LOCK(&lane->channel->mutex);
@@ -5396,7 +6500,8 @@ static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
     VKP_I_UNLOCK(&lane->channel->mutex);
 }
 
-/* Nothing was there: EMPTY, CLOSED, or OK when something just came. */
+/* After no value was found: EMPTY; CLOSED when the channel has ended and all lanes are empty; OK
+   when a value arrived since.                                                                  */
 static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
 {
     const vkp_i_lane *lane = &channel->lane;
@@ -5411,7 +6516,8 @@ static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
     return VKP_ERR_CLOSED;
 }
 
-/* The way of nearly every value: it is there, and nobody waits for its place. */
+/* The path of nearly every value. False, and nothing is taken, when the value is not ready, the
+   lane is not `plain`, or the turn of the lane ends with this value.                           */
 static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
 {
     vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
@@ -5428,8 +6534,8 @@ static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
     return true;
 }
 
-/* Up to `capacity` values from the ring where the head is. Senders hear of their places in bunches,
-   so that the line they look at does not change hands for each.                                */
+/* Take up to `capacity` values from the ring of `head`. Senders see freed places in bunches
+   (VKP_I_BUNCH): the cache line of `head` would otherwise change hands for each value.         */
 static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
 {
     vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
@@ -5454,7 +6560,8 @@ static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
     return taken;
 }
 
-/* Values are out: let senders in who could not know. The lock is taken where it is not held. */
+/* After values were taken: let waiting senders in. Takes the mutex, which with `evicts` is held
+   already.                                                                                     */
 static void vkp_i_lane_freed(vkp_i_lane *lane)
 {
     vkp_i_channel *channel = lane->channel;
@@ -5465,6 +6572,7 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     }
 }
 
+/* vkp_i_lane_freed for all lanes. */
 static void vkp_i_channel_freed(vkp_i_channel *channel)
 {
     vkp_i_lane *lane = &channel->lane;
@@ -5473,7 +6581,7 @@ static void vkp_i_channel_freed(vkp_i_channel *channel)
     }
 }
 
-/* Where senders may take the oldest value, receiving needs the mutex, too. */
+/* Take the mutex where senders may take the oldest value: the receiver needs it there, too. */
 static void vkp_i_channel_hold(vkp_i_channel *channel)
 {
     if (channel->evicts) {
@@ -5481,6 +6589,7 @@ static void vkp_i_channel_hold(vkp_i_channel *channel)
     }
 }
 
+/* Give back the mutex that vkp_i_channel_hold took. */
 static void vkp_i_channel_release(vkp_i_channel *channel)
 {
     if (channel->evicts) {
@@ -5488,8 +6597,8 @@ static void vkp_i_channel_release(vkp_i_channel *channel)
     }
 }
 
-/* Locked: an empty lane gives back what a burst made it take. Its last ticket is frozen, received,
-   and so no sender holds the ring.                                                             */
+/* Locked: an empty lane frees the large ring that a burst needed. The lane is frozen and its
+   last ticket received, so no sender uses the ring.                                            */
 static void vkp_i_lane_trim(vkp_i_lane *lane)
 {
     vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
@@ -5508,17 +6617,18 @@ static void vkp_i_lane_trim(vkp_i_lane *lane)
     vkp_i_lane_thaw(lane, ticket);
 }
 
+/* Free a lane that no thread uses any longer, with its rings. */
 static void vkp_i_lane_free(vkp_i_lane *lane)
 {
     const vkp_env *env = lane->channel->config.env;
-    (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
+    (void)vkp_i_lane_oldest(lane); /* frees the rings that have ended */
     vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
     if (lane != &lane->channel->lane) {
         vkp_i_free(env, VKP_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
     }
 }
 
-/* Locked: before the receiver waits, what bursts and senders left behind goes. */
+/* Locked: free large rings of empty lanes, and empty lanes whose sender is gone. */
 static void vkp_i_channel_tidy(vkp_i_channel *channel)
 {
     vkp_i_lane *before = &channel->lane;
@@ -5538,7 +6648,7 @@ static void vkp_i_channel_tidy(vkp_i_channel *channel)
     }
 }
 
-/* EMPTY, CLOSED, or OK with up to `capacity` values. */
+/* Take up to `capacity` values without waiting: OK with their number, EMPTY or CLOSED. */
 static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
                                          size_t *count)
 {
@@ -5551,7 +6661,7 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
         status = vkp_i_channel_end(channel);
         lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
         if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
-            VKP_I_LOCK(&channel->mutex); /* for a receiver that only looks, and never waits */
+            VKP_I_LOCK(&channel->mutex); /* for a receiver that never waits: join would do this */
             vkp_i_channel_tidy(channel);
             VKP_I_UNLOCK(&channel->mutex);
         }
@@ -5573,17 +6683,18 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
     return status;
 }
 
-/* Whether a receive would give a value, or CLOSED. */
+/* Whether a receive would give a value or CLOSED. */
 static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
 {
     bool ready;
     vkp_i_channel_hold(channel);
     ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
-    vkp_i_channel_freed(channel); /* places that were given back were passed */
+    vkp_i_channel_freed(channel); /* the search passed aborted places: they are free */
     vkp_i_channel_release(channel);
     return ready;
 }
 
+/* Unlink the waiter of the receiver if it is linked. */
 static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
@@ -5593,7 +6704,7 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
     VKP_I_UNLOCK(&channel->mutex);
 }
 
-/* Link the receiver's waiter; false, and not linked, when a receive would not be EMPTY. */
+/* Link the waiter of the receiver; false, and not linked, when a receive would not be EMPTY. */
 static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
@@ -5609,9 +6720,9 @@ static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
     return false;
 }
 
-/* A receiver that follows a stream too closely takes each cache line from its sender while that one
-   writes it. After a short burst, but not after a single value, which may be one of a dialogue,
-   it lets some gather.                                                                         */
+/* After a short burst the receiver pauses, so that some values gather: a receiver close behind a
+   stream takes each cache line from its sender while the sender writes it. After a single value,
+   which may be part of a dialogue, it does not pause.                                          */
 static void vkp_i_lane_linger(vkp_i_lane *lane, uint32_t spins)
 {
     uint64_t head = VKP_I_LOAD(&lane->head);
@@ -5669,7 +6780,7 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
-/* Worth to try again: what a receiver that waits awake looks at. */
+/* Whether a receiver that spins should try again. */
 static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
 {
     return channel->evicts
@@ -5677,7 +6788,8 @@ static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
                : vkp_i_channel_find(channel) != NULL || VKP_I_LOAD(&channel->ended) != 0;
 }
 
-/* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
+/* Take up to `capacity` values, and wait for the first one until the deadline, or until the
+   token (may be NULL) is cancelled: CANCELLED.                                                 */
 static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -5751,7 +6863,7 @@ VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
         status = vkp_i_channel_end(rx->channel);
         lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
     }
-    vkp_i_channel_freed(rx->channel); /* places that were given back were passed */
+    vkp_i_channel_freed(rx->channel); /* the search passed aborted places: they are free */
     if (lane != NULL) {
         *item = vkp_i_lane_oldest(lane);
     }
@@ -5763,7 +6875,7 @@ VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx)
     const vkp_i_lane *lane = &rx->channel->lane;
     uint64_t count = 0;
     for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
-        /* A value may be received before the slow path moved tail. */
+        /* vkp_i_used: a value may be received before vkp_i_lane_thaw has moved `tail`. */
         count += vkp_i_used(VKP_I_LOAD_ACQ(&lane->tail) >> 1, VKP_I_LOAD(&lane->head));
     }
     return (size_t)count;
@@ -5776,8 +6888,17 @@ VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx)
 
 /* ======================================================================================
    >>impl-mpsc-ends   mpsc: opening, closing, cases
-   ====================================================================================== */
+   ======================================================================================
+   `handles` counts the senders: when it reaches 0 the channel has ended (VKP_I_ENDED_SENDERS), and
+   the receiver is woken. `refs` counts all senders as one, the receiver, and each weak sender:
+   when it reaches 0 the memory is freed.
+   vkp_mpsc_close freezes all lanes permanently, sets VKP_I_ENDED_CLOSED, and wakes waiting
+   senders, waits for the close, and the receiver, all under the mutex. Places that were reserved
+   before are still received. After vkp_mpsc_rx_unref raised VKP_I_RX_GONE, a sender that publishes
+   drops the value itself.
+   A case that sends has its wait in `senders`, without `item`: it takes the room in its attempt. */
 
+/* Give one of `refs` back; the last one frees the channel. */
 static void vkp_i_channel_unref(vkp_i_channel *channel)
 {
     const vkp_env *env = channel->config.env;
@@ -5799,15 +6920,17 @@ static void vkp_i_channel_unref(vkp_i_channel *channel)
     vkp_i_free(env, channel, sizeof *channel);
 }
 
+/* Prepare a zeroed lane, which has no ring. */
 static void vkp_i_lane_init(vkp_i_lane *lane, vkp_i_channel *channel)
 {
     lane->channel = channel;
-    lane->tail = VKP_I_TAIL_SLOW; /* there is no ring yet */
+    lane->tail = VKP_I_TAIL_SLOW; /* the slow path opens the ring */
     lane->bias.owner = channel->fenced ? VKP_I_SHARED : VKP_I_NOBODY;
     lane->plain = !channel->evicts && !channel->fenced && channel->config.capacity_bytes == 0;
     vkp_i_waiters_init(&lane->senders);
 }
 
+/* Open a channel; `evicts` allows vkp_i_mpsc_send_evict. OK or NOMEM. */
 static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vkp_mpsc_tx **tx,
                                   vkp_mpsc_rx **rx)
 {
@@ -5841,7 +6964,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
 VKP_API vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx, vkp_mpsc_rx **rx)
 {
     VKP_I_REQUIRE(config != NULL && tx != NULL && rx != NULL);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     VKP_I_REQUIRE(!config->lanes || config->capacity_bytes == 0);
     return vkp_i_mpsc_open(config, false, tx, rx);
 }
@@ -5852,7 +6975,7 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
     return tx;
 }
 
-/* A sender less; the last one ends the channel. */
+/* Give one of `handles` back; the last one ends the channel. */
 static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
 {
     if (VKP_I_UNREF(&channel->handles) == 1) {
@@ -5864,7 +6987,7 @@ static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
     }
 }
 
-/* A sender with a lane of its own, for which `handles` was counted already. */
+/* Make a sender with a lane of its own; the caller has counted it in `handles`. */
 static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **tx)
 {
     vkp_i_extra_lane *extra =
@@ -5907,7 +7030,7 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
     if (VKP_I_UNREF(&tx->refs) == 1) {
         if (tx != &channel->tx) {
             (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
-            VKP_I_STORE_REL(&tx->lane->dead, 1u); /* it may be gone from here on */
+            VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the receiver may free tx now */
         }
         vkp_i_channel_remove_sender(channel);
     }
@@ -5991,7 +7114,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
     lane = &channel->lane;
     VKP_I_LOCK(&channel->mutex);
     for (; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
-        (void)vkp_i_lane_freeze(lane); /* for good: no ticket is given after this */
+        (void)vkp_i_lane_freeze(lane); /* permanently: no ticket is given after this */
     }
     (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_CLOSED);
     for (lane = &channel->lane; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
@@ -6067,7 +7190,8 @@ VKP_API vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns)
     return vkp_i_select_few(&closed, 1, channel->config.env, 0, deadline_ns);
 }
 
-/* Cases of a sender; i_out is the item or the permit. While it waits it stands in the line. */
+/* The cases of a sender; their i_object is the lane, i_out the item or the permit. While such a
+   case waits, its wait is linked in `senders`. FULL means not ready, which is EMPTY in a case. */
 static vkp_status vkp_i_case_send_outcome(vkp_status status)
 {
     return status == VKP_ERR_FULL ? VKP_ERR_EMPTY : status;
@@ -6156,8 +7280,9 @@ VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx)
 }
 
 #if VKP_I_IO
-/* For queues that prefer the newest: when full, take the oldest value out into *evicted and try
-   once more. FULL with an eviction: the value is large, call again.                           */
+/* For queues that prefer the newest value: send, or when full, take the oldest value out into
+   *evicted (*was_evicted is true then) and try once more. FULL with an eviction: the value is
+   larger than the place of the oldest one, so call again.                                      */
 static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void *evicted,
                                         bool *was_evicted)
 {
@@ -6181,7 +7306,7 @@ static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void 
     return status;
 }
 
-/* What the next value costs; false when there is none. Receiver's thread. */
+/* The cost of the next value of the first lane; false when there is none. Receiver's thread. */
 static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
 {
     vkp_i_channel *channel = rx->channel;
@@ -6199,27 +7324,30 @@ static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
 /* ======================================================================================
    >>impl-oneshot   One value, once, in the caller's memory
    ======================================================================================
-   One state word decides who was first. Sender: value, then SENT (or ABANDONED) by an exchange;
-   receiver: CLOSED by an exchange, or nothing at all once it saw SENT. RX_WAITING and TX_WAITING
-   say that i_receiver or i_sender points to a waiter. Whoever finishes reads that pointer BEFORE
-   its exchange, as the slot may be gone after it, and marks the waiter when it is done with it; a
-   side that leaves its wait too late waits for that mark (the other one is between two
-   instructions). A side may wait more than once (a select that another case won): each wait is a
-   turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
-   one. A slot of the heap has two references, one for each side.                               */
+   One state word decides which side ends the slot first; there is no lock. The sender writes the
+   value, then sets SENT (or ABANDONED) with an exchange; the receiver sets CLOSED with an
+   exchange, or with a plain store after it saw the end of the sender. The release of the exchange
+   pairs with the acquire loads of the state: a receiver that sees SENT sees the value.
+   RX_WAITING and TX_WAITING say that i_receiver or i_sender points to a wait. The side that ends
+   the slot reads this pointer BEFORE its exchange, because the slot may be freed after the
+   exchange; it wakes the wait, and then sets `done` of the wait. A side that leaves its wait after
+   the slot ended waits for `done`: the other side is between two instructions.
+   A side may wait several times (in a select that another case won). Each wait is a turn, counted
+   in the state, so that an exchange fails that belongs to the pointer of an earlier wait. A slot
+   on the heap has two references, one for each side.                                           */
 
-#define VKP_I_SLOT_SENT 1u
-#define VKP_I_SLOT_ABANDONED 2u
-#define VKP_I_SLOT_CLOSED 4u
+#define VKP_I_SLOT_SENT 1u      /* the sender sent: the value is in the slot */
+#define VKP_I_SLOT_ABANDONED 2u /* the sender ended without a value */
+#define VKP_I_SLOT_CLOSED 4u    /* the receiver closed, or has taken the value */
 #define VKP_I_SLOT_ENDED (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED | VKP_I_SLOT_CLOSED)
-#define VKP_I_SLOT_RX_WAITING 8u
-#define VKP_I_SLOT_TX_WAITING 16u
-#define VKP_I_SLOT_HEAP 32u
-#define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
+#define VKP_I_SLOT_RX_WAITING 8u  /* i_receiver points to a wait */
+#define VKP_I_SLOT_TX_WAITING 16u /* i_sender points to a wait */
+#define VKP_I_SLOT_HEAP 32u       /* the slot is that of a vkp_i_heap_slot */
+#define VKP_I_SLOT_TURN 64u       /* one wait: this bit and those above count the waits */
 
 typedef struct vkp_i_heap_slot {
     vkp_oneshot slot;
-    size_t refs; /* atomic */
+    size_t refs; /* atomic: one for each side */
 } vkp_i_heap_slot;
 
 VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
@@ -6258,7 +7386,8 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
     return VKP_OK;
 }
 
-/* Of a slot of the heap. The side that finds itself alone needs no exchange. */
+/* Give a reference to a slot on the heap back. The side that finds a count of 1 is alone, and
+   needs no exchange.                                                                           */
 static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
     vkp_i_heap_slot *self = VKP_CONTAINER(slot, vkp_i_heap_slot, slot);
@@ -6267,14 +7396,15 @@ static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
     }
 }
 
+/* Wake a wait; its memory may be freed once `done` is set. */
 static void vkp_i_slot_wake(vkp_i_wait *wait)
 {
     wait->node.wake(&wait->node);
     VKP_I_STORE_REL(&wait->done, 1u);
 }
 
-/* End the sender's side, seen in `state`, with SENT or ABANDONED; false when the receiver closed
-   first.                                                                                      */
+/* End the sender's side with SENT or ABANDONED; `state` is the state as loaded before. False
+   when the receiver closed first.                                                              */
 static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
 {
     while ((state & VKP_I_SLOT_ENDED) == 0) {
@@ -6312,7 +7442,8 @@ VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
     return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_CLOSED) != 0;
 }
 
-/* What the receiver's side has come to: EMPTY, or its end. */
+/* Take the value if it is there, and close: OK. EMPTY leaves the slot open; CLOSED when it ended
+   without a value.                                                                             */
 static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -6328,7 +7459,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
     return status;
 }
 
-/* Close before the sender finished; false when it was first. */
+/* Close unless the sender has finished; false when the sender was first. */
 static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -6384,7 +7515,8 @@ VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
     }
 }
 
-/* Wait on one side for an end of the slot; false, and not waiting, when it has one. */
+/* Wait for the end of the slot; `side` is RX_WAITING or TX_WAITING. False, and not waiting, when
+   the slot has ended.                                                                          */
 static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -6402,7 +7534,7 @@ static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t s
     return false;
 }
 
-/* The end of a wait that join began: the waiter may go when this returns. */
+/* End a wait that vkp_i_oneshot_join began; its memory may be freed when this returns. */
 static void vkp_i_oneshot_leave(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state;
@@ -6432,6 +7564,7 @@ static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
     return ((vkp_oneshot *)each->i_object)->i_env;
 }
 
+/* Receive; the case never wins again afterwards. */
 static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
@@ -6443,7 +7576,7 @@ static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
         vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
     }
     status = vkp_i_oneshot_take(slot, each->i_out);
-    each->i_kind = &vkp_i_case_kind_never; /* the slot may be gone */
+    each->i_kind = &vkp_i_case_kind_never; /* the slot may be freed now */
     return status;
 }
 
@@ -6461,6 +7594,7 @@ static const vkp_i_case_kind vkp_i_case_oneshot = {
     vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
     vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
 
+/* The sender's case: ready when the receiver has closed. */
 static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     (void)wait;
@@ -6502,7 +7636,7 @@ VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, voi
             return status;
         }
     }
-    /* A value that comes with the deadline is received: whoever ends the slot first has it. */
+    /* A value that arrives at the deadline is received: the side that ends the slot first wins. */
     return vkp_i_oneshot_close_first(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
 }
 
@@ -6532,22 +7666,26 @@ VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot)
 
 /* ======================================================================================
    >>impl-receivers   What broadcast and watch share
-   ====================================================================================== */
-
-/* ---- what broadcast and watch share: receivers, those who wait for news, and their leaving
-   ----                                                                                         */
+   ======================================================================================
+   A channel with many receivers: their count, the waiting ones, and the sender that waits until no
+   receiver is left. A sender stores its value (or `ended`), then checks the flag `waiting`; when
+   it is raised, it lowers the flag and wakes all of `news` under the mutex. A receiver that waits
+   links its waiter, raises the flag, and then checks once more (flags: section park). The last
+   receiver wakes `closers` under the mutex, after its count.
+   Lock order: the mutex, and under it only the lock that wake takes; no sender or receiver holds a
+   latch when it takes the mutex.                                                               */
 
 typedef struct vkp_i_receivers {
     const vkp_env *env;
-    uint32_t spins;
-    bool fenced;
-    uint32_t ended;   /* atomic: no sender is left */
-    uint32_t waiting; /* gate: receivers wait for news */
-    size_t receivers; /* atomic */
+    uint32_t spins;   /* pauses before a receiver sleeps */
+    bool fenced;      /* there is no membarrier: flags and biases do without */
+    uint32_t ended;   /* atomic: 1 when no sender is left */
+    uint32_t waiting; /* flag: 1 while `news` is not empty */
+    size_t receivers; /* atomic: their number */
     unsigned char pad_lists[VKP_I_APART];
-    VKP_I_MUTEX mutex; /* guards both lists */
-    vkp_i_waiters news;
-    vkp_i_waiters closers; /* wait until no receiver is left */
+    VKP_I_MUTEX mutex;     /* guards both lists */
+    vkp_i_waiters news;    /* under the mutex: receivers that wait for a value or the end */
+    vkp_i_waiters closers; /* under the mutex: waits until no receiver is left */
 } vkp_i_receivers;
 
 static void vkp_i_receivers_init(vkp_i_receivers *receivers, const vkp_env *env)
@@ -6565,7 +7703,7 @@ static void vkp_i_receivers_deinit(vkp_i_receivers *receivers)
     VKP_I_MUTEX_DEINIT(&receivers->mutex);
 }
 
-/* After a store that receivers may wait for. */
+/* After the store of a value or of the end: wake the receivers that wait. */
 static inline void vkp_i_receivers_signal(vkp_i_receivers *receivers)
 {
     if (vkp_i_flag_check(&receivers->waiting, receivers->fenced) != 0) {
@@ -6576,7 +7714,7 @@ static inline void vkp_i_receivers_signal(vkp_i_receivers *receivers)
     }
 }
 
-/* The last sender has gone. */
+/* The last sender gave its reference back: the channel has ended. */
 static void vkp_i_receivers_end(vkp_i_receivers *receivers)
 {
     VKP_I_STORE_REL(&receivers->ended, 1u);
@@ -6588,12 +7726,13 @@ static bool vkp_i_receivers_is_ended(const vkp_i_receivers *receivers)
     return VKP_I_LOAD_ACQ(&receivers->ended) != 0;
 }
 
+/* The number of receivers. */
 static size_t vkp_i_receivers_size(const vkp_i_receivers *receivers)
 {
     return VKP_I_LOAD_ACQ(&receivers->receivers);
 }
 
-/* Link a receiver's waiter; it looks once more afterwards. */
+/* Link the waiter of a receiver, which must check once more afterwards. */
 static void vkp_i_receivers_join(vkp_i_receivers *receivers, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&receivers->mutex);
@@ -6603,6 +7742,7 @@ static void vkp_i_receivers_join(vkp_i_receivers *receivers, vkp_i_waiter *waite
     vkp_i_flag_fence(receivers->env, receivers->fenced);
 }
 
+/* Unlink the waiter of a receiver if it is linked; the last one lowers the flag. */
 static void vkp_i_receivers_leave(vkp_i_receivers *receivers, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&receivers->mutex);
@@ -6612,7 +7752,7 @@ static void vkp_i_receivers_leave(vkp_i_receivers *receivers, vkp_i_waiter *wait
     VKP_I_UNLOCK(&receivers->mutex);
 }
 
-/* A receiver goes. */
+/* Count one receiver less; when none is left, wake the waits for that. */
 static void vkp_i_receivers_remove(vkp_i_receivers *receivers)
 {
     if (VKP_I_UNREF(&receivers->receivers) == 1) {
@@ -6637,7 +7777,7 @@ static bool vkp_i_case_no_receivers_join(const vkp_case *each, vkp_i_wait *wait)
 {
     vkp_i_receivers *receivers = (vkp_i_receivers *)each->i_object;
     bool ready;
-    VKP_I_LOCK(&receivers->mutex); /* the last receiver wakes under it, after its count */
+    VKP_I_LOCK(&receivers->mutex); /* the last receiver counts, then wakes under the mutex */
     ready = vkp_i_case_no_receivers_is_ready(each);
     if (!ready) {
         vkp_i_waiter_link(&receivers->closers, &wait->node);
@@ -6659,18 +7799,21 @@ static const vkp_env *vkp_i_case_no_receivers_env(const vkp_case *each)
     return ((vkp_i_receivers *)each->i_object)->env;
 }
 
-/* No receiver is left; i_object is the audience. */
+/* The case that no receiver is left; i_object is the vkp_i_receivers. */
 static const vkp_i_case_kind vkp_i_case_no_receivers = {
     vkp_i_case_no_receivers_attempt, vkp_i_case_no_receivers_is_ready, vkp_i_case_no_receivers_join,
     vkp_i_case_no_receivers_leave, vkp_i_case_no_receivers_env};
 
+/* Wait until no receiver is left: OK, TIMEOUT or SYS. */
 static vkp_status vkp_i_receivers_wait_gone(vkp_i_receivers *receivers, uint64_t deadline_ns)
 {
     vkp_case gone = vkp_i_case(&vkp_i_case_no_receivers, receivers, NULL);
     return vkp_i_select_few(&gone, 1, receivers->env, 0, deadline_ns);
 }
 
-/* Values that are copied while they may be overwritten, word by word. */
+/* Copy a value into words that other threads may load meanwhile. The release of each word pairs
+   with the acquire in vkp_i_words_load: a reader that sees a new word sees the seq stored before
+   it.                                                                                          */
 static inline void vkp_i_words_store(uint64_t *words, const void *item, size_t bytes)
 {
     const uint8_t *from = (const uint8_t *)item;
@@ -6686,6 +7829,7 @@ static inline void vkp_i_words_store(uint64_t *words, const void *item, size_t b
     }
 }
 
+/* Copy a value out of words that another thread may store meanwhile; the caller checks the seq. */
 static inline void vkp_i_words_load(void *out, const uint64_t *words, size_t bytes)
 {
     uint8_t *to = (uint8_t *)out;
@@ -6699,30 +7843,34 @@ static inline void vkp_i_words_load(void *out, const uint64_t *words, size_t byt
     }
 }
 
-#define VKP_I_OWNED_BYTES 256u /* most of a value with a drop: it is a handle */
+#define VKP_I_OWNED_BYTES 256u /* most bytes of a broadcast value with a drop: a handle */
 
 /* ======================================================================================
    >>impl-broadcast   Every receiver sees every value
    ======================================================================================
-   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
-   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
-   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
-   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
-   acquire: a word of a later value shows the later seq, too.
-   Values that own something are copied and retained under a latch of their place instead.
-   Who waits for a value does so in the audience.                                              */
+   A ring of places. Tickets count the values since the beginning; each receiver has the ticket
+   that it reads next. One sender at a time writes, under the latch of the channel, and never
+   checks where receivers are. The `seq` of a place says which ticket it holds, and is odd while
+   the place is written. A receiver loads `seq` before and after it copies the value, and so
+   notices a sender that overtook it. Words are stored with release and loaded with acquire: a
+   receiver that loads a word of a later value also sees the later `seq`.
+   Values that own something (with retain and drop) are instead copied and retained under a latch
+   of their place. Latch order: that of the channel, then that of a place. drop runs without a
+   latch.
+   A receiver that waits is linked in `receivers` (section receivers); each send wakes all waiting
+   receivers after it stored `tail`.                                                            */
 
 typedef struct vkp_i_broadcast {
-    vkp_broadcast_config config;
-    size_t words;   /* of one value */
-    size_t stride;  /* words of one place: seq, value, latch */
-    uint64_t mask;  /* capacity - 1 */
-    size_t refs;    /* atomic: the senders together, each receiver */
-    size_t tx_refs; /* atomic */
-    uint64_t *places;
+    vkp_broadcast_config config; /* a copy; config.env is not NULL */
+    size_t words;                /* of one value */
+    size_t stride;               /* words of one place: seq, value, and with retain a latch */
+    uint64_t mask;               /* number of places - 1; the number is a power of two */
+    size_t refs;                 /* atomic: one of all senders together, one of each receiver */
+    size_t tx_refs;              /* atomic: references of senders */
+    uint64_t *places; /* the ring; word 0 of a place is its seq, 0 before the first value */
     unsigned char pad_sender[VKP_I_APART];
     uint64_t tail;            /* atomic: the next ticket */
-    vkp_i_biased_latch latch; /* of senders */
+    vkp_i_biased_latch latch; /* held by the sender that writes */
     vkp_i_receivers receivers;
 } vkp_i_broadcast;
 
@@ -6732,25 +7880,29 @@ struct vkp_broadcast_tx {
 
 struct vkp_broadcast_rx {
     vkp_i_broadcast *channel;
-    uint64_t next; /* ticket */
-    uint64_t missed;
+    uint64_t next;   /* ticket of the next value to receive */
+    uint64_t missed; /* values lost at the last LAGGED */
 };
 
+/* The place of the ticket; its first word is the seq. */
 static uint64_t *vkp_i_place(const vkp_i_broadcast *channel, uint64_t ticket)
 {
     return channel->places + (size_t)(ticket & channel->mask) * channel->stride;
 }
 
+/* The latch of a place, behind its value; only in channels with retain. */
 static uint32_t *vkp_i_place_latch(const vkp_i_broadcast *channel, uint64_t *place)
 {
     return (uint32_t *)(void *)(place + 1 + channel->words);
 }
 
+/* The seq of a place that holds the value of the ticket: even, and not 0. */
 static uint64_t vkp_i_place_seq(uint64_t ticket)
 {
     return (ticket + 1) << 1;
 }
 
+/* Give one of `refs` back; the last one drops the values in the ring and frees the channel. */
 static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
 {
     const vkp_env *env = channel->config.env;
@@ -6776,7 +7928,7 @@ VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_br
     vkp_i_broadcast *channel;
     size_t capacity = 1;
     VKP_I_REQUIRE(config != NULL && tx != NULL && config->capacity_items > 0);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     VKP_I_REQUIRE((config->retain == NULL) == (config->drop == NULL));
     VKP_I_REQUIRE(config->retain == NULL || config->elem_bytes <= VKP_I_OWNED_BYTES);
     env = vkp_i_env(config->env);
@@ -6823,6 +7975,7 @@ VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
     }
 }
 
+/* A receiver of the values sent from now on. OK or NOMEM. */
 static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadcast_rx **rx)
 {
     vkp_broadcast_rx *self =
@@ -6862,8 +8015,8 @@ VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
     vkp_i_broadcast_unref(channel);
 }
 
-/* Latched: the value into its place; the one that it replaces, if that owns something, into
-   *old.                                                                                        */
+/* Latched: write the value into its place. True when it replaced a value that owns something:
+   that value is in *old then, and the caller drops it.                                         */
 static bool vkp_i_place_write(vkp_i_broadcast *channel, uint64_t ticket, const void *item,
                               void *old)
 {
@@ -6911,7 +8064,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     return VKP_OK;
 }
 
-/* Copy the value of the ticket out; false when its place holds a later one. */
+/* Copy the value of the ticket out; false when its place holds a later one, or is being written. */
 static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
 {
     uint64_t *place = vkp_i_place(channel, ticket);
@@ -6934,7 +8087,7 @@ static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t tic
     return held;
 }
 
-/* The way of nearly every value. */
+/* The path of nearly every value; false, and nothing is taken, when it is not there or lost. */
 static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
 {
     const vkp_i_broadcast *channel = rx->channel;
@@ -6945,12 +8098,15 @@ static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
     return true;
 }
 
+/* Take up to `capacity` values without waiting: OK with their number, EMPTY, CLOSED, or LAGGED,
+   which moves the receiver to the oldest value that is left.                                   */
 static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_t capacity,
                                        size_t *count)
 {
     vkp_i_broadcast *channel = rx->channel;
     bool ended = vkp_i_receivers_is_ended(&channel->receivers);
-    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
+    /* `tail` is loaded after `ended`: no value follows the end. */
+    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail);
     size_t taken = 0;
     if (rx->next == tail) {
         return ended ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
@@ -6964,7 +8120,7 @@ static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_
         uint64_t oldest;
         tail = VKP_I_LOAD_ACQ(&channel->tail);
         oldest = tail > channel->mask ? tail - (channel->mask + 1) : 0;
-        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender is about to replace this one */
+        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender replaces that of `next` */
         rx->missed = oldest - rx->next;
         rx->next = oldest;
         return VKP_ERR_LAGGED;
@@ -6981,6 +8137,7 @@ static vkp_status vkp_i_case_value_attempt(vkp_case *each, vkp_i_wait *wait)
                                 &count);
 }
 
+/* As vkp_i_case_value_attempt, for several values: i_out is a vkp_i_batch. */
 static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_i_batch *batch = (vkp_i_batch *)each->i_out;
@@ -7093,32 +8250,36 @@ VKP_API vkp_status vkp_broadcast_wait_closed(vkp_broadcast_tx *tx, uint64_t dead
 /* ======================================================================================
    >>impl-watch   Only the newest value
    ======================================================================================
-   Values live in cells. A sender fills a cell that is not current and that nobody borrows, and
-   makes it current; a borrower pins the current one. Both do so under the latch, for some
-   instructions. Copying out takes no latch: it reads the cell's words between two looks at its
-   `seq`, which changes whenever the cell does; words are stored with release and loaded with
-   acquire, so that a word of a later value shows the later seq, too.
-   Who waits for a change does so in the audience.                                             */
+   Values lie in cells. A sender fills a cell that is not current, not pinned by a borrow, and owns
+   no value, and makes it current; a borrower pins the current cell. Both do so under the latch,
+   for a few instructions (vkp_watch_send_if_modified: while modify runs). drop runs without the
+   latch.
+   Copying a value out takes no latch: a receiver loads the `seq` of the cell before and after it
+   copies the words, and `seq` changes whenever the cell is filled. Words are stored with release
+   and loaded with acquire: a receiver that loads a word of a later value also sees the later
+   `seq`.
+   A receiver that waits for a change is linked in `receivers` (section receivers); each new
+   version wakes all waiting receivers after `version` is stored.                               */
 
 typedef struct vkp_i_cell {
-    struct vkp_i_cell *next; /* of all cells; the rest but seq and words is guarded by the latch */
-    uint64_t seq;            /* atomic: version << 1, odd while it is written */
-    size_t pins;
-    bool owns; /* a value that is not dropped yet; for channels with a drop */
-    uint64_t words[1];
+    struct vkp_i_cell *next; /* under the latch: the next of all cells */
+    uint64_t seq;            /* atomic: version << 1; odd while the cell is filled */
+    size_t pins;             /* under the latch: borrows of this cell */
+    bool owns;               /* under the latch: holds a value that still has to be dropped */
+    uint64_t words[1];       /* atomic: the value; longer than declared, see vkp_i_cell_bytes */
 } vkp_i_cell;
 
 typedef struct vkp_i_watch {
-    vkp_watch_config config;
-    size_t words;
-    size_t refs;    /* atomic: the senders together, each receiver */
-    size_t tx_refs; /* atomic */
+    vkp_watch_config config; /* a copy; config.env is not NULL */
+    size_t words;            /* of one value */
+    size_t refs;             /* atomic: one of all senders together, one of each receiver */
+    size_t tx_refs;          /* atomic: references of senders */
     unsigned char pad_sender[VKP_I_APART];
-    vkp_i_biased_latch latch;
-    uint64_t version;    /* atomic: of the newest value */
-    vkp_i_cell *current; /* atomic */
-    vkp_i_cell *cells;   /* latch */
-    uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
+    vkp_i_biased_latch latch; /* held for the changes of cells and versions */
+    uint64_t version;         /* atomic: of the newest value */
+    vkp_i_cell *current;      /* atomic: the cell of the newest value */
+    vkp_i_cell *cells;        /* under the latch: all cells */
+    uint64_t *scratch;        /* under the latch: for vkp_watch_send_if_modified, or NULL */
     vkp_i_receivers receivers;
 } vkp_i_watch;
 
@@ -7128,16 +8289,17 @@ struct vkp_watch_tx {
 
 struct vkp_watch_rx {
     vkp_i_watch *watch;
-    uint64_t seen;
-    vkp_i_cell *borrowed;
+    uint64_t seen;        /* newest version that counts as seen */
+    vkp_i_cell *borrowed; /* cell of the current borrow, or NULL */
 };
 
+/* The size of a cell with its value. */
 static size_t vkp_i_cell_bytes(const vkp_i_watch *watch)
 {
     return sizeof(vkp_i_cell) + (watch->words - 1) * sizeof(uint64_t);
 }
 
-/* Latched: a cell to fill, or NULL without memory. Odd from here on. */
+/* Latched: a cell to fill, whose seq is odd until vkp_i_watch_publish; NULL without memory. */
 static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
 {
     vkp_i_cell *cell = watch->cells;
@@ -7156,8 +8318,8 @@ static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
     return cell;
 }
 
-/* Latched: the cell is full, and the newest. Gives the one whose value is to be dropped, or
-   NULL.                                                                                        */
+/* Latched: the cell is filled, and becomes the newest version. Gives the replaced cell if its
+   value is to be dropped now, else NULL.                                                       */
 static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
 {
     vkp_i_cell *old = VKP_I_LOAD(&watch->current);
@@ -7169,8 +8331,8 @@ static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
     return old != NULL && old->owns && old->pins == 0 ? old : NULL;
 }
 
-/* The cell's value was replaced, and nobody looks at it any more. It stays taken until it is
-   dropped.                                                                                     */
+/* Drop the value of a replaced cell that no receiver borrows; NULL is ignored. `owns` keeps
+   senders from filling the cell until the drop has returned.                                   */
 static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
 {
     if (cell != NULL) {
@@ -7182,6 +8344,7 @@ static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
     }
 }
 
+/* Give one of `refs` back; the last one drops the values and frees the channel. */
 static void vkp_i_watch_unref(vkp_i_watch *watch)
 {
     const vkp_env *env = watch->config.env;
@@ -7209,7 +8372,7 @@ VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx *
     vkp_i_watch *watch;
     vkp_i_cell *cell;
     VKP_I_REQUIRE(config != NULL && tx != NULL);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     env = vkp_i_env(config->env);
     watch = (vkp_i_watch *)vkp_i_alloc_zero(env, sizeof *watch);
     if (watch == NULL) {
@@ -7255,6 +8418,7 @@ VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
     }
 }
 
+/* A receiver for which the version `seen` counts as seen. OK or NOMEM. */
 static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_watch_rx **rx)
 {
     vkp_watch_rx *self = (vkp_watch_rx *)vkp_i_alloc_zero(watch->config.env, sizeof *self);
@@ -7323,7 +8487,7 @@ VKP_API vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item)
     return vkp_watch_get_receivers(tx) == 0 ? VKP_ERR_CLOSED : vkp_watch_replace(tx, item);
 }
 
-/* Latched: where `modify` may write, apart from the cells that others read; NULL without memory. */
+/* Latched: memory in which modify may write, apart from the cells; NULL without memory. */
 static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
 {
     if (watch->scratch == NULL) {
@@ -7333,7 +8497,8 @@ static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
     return watch->scratch;
 }
 
-/* Latched: a new version made by `modify`; OK with *modified false when it changed nothing. */
+/* Latched: publish a new version made by modify. OK, with *modified false when modify changed
+   nothing, or NOMEM.                                                                           */
 static vkp_status vkp_i_watch_modify(vkp_i_watch *watch, bool (*modify)(void *user, void *item),
                                      void *user, bool *modified)
 {
@@ -7379,7 +8544,7 @@ VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
     return status;
 }
 
-/* Copy the newest value out: its version. */
+/* Copy the newest value out; gives its version. Repeats while a sender interferes. */
 static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
 {
     vkp_i_backoff backoff = {0};
@@ -7388,7 +8553,7 @@ static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
         uint64_t seq = VKP_I_LOAD_ACQ(&cell->seq);
         if ((seq & 1u) == 0) {
             vkp_i_words_load(out, cell->words, watch->config.elem_bytes);
-            /* Still current, too: a cell that is filled again is not the newest one yet. */
+            /* `current` too: a cell filled again gets its seq before it becomes the newest. */
             if (VKP_I_LOAD(&cell->seq) == seq && VKP_I_LOAD(&watch->current) == cell) {
                 return seq >> 1;
             }
@@ -7454,8 +8619,8 @@ VKP_API void vkp_watch_release(vkp_watch_rx *rx)
     vkp_i_watch_drop(watch, last ? cell : NULL);
 }
 
-/* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
-   announced yet.                                                                               */
+/* Signed, because `seen` may be ahead: vkp_watch_get_and_update can read a version before
+   `version` is stored.                                                                         */
 VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx)
 {
     return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
@@ -7481,12 +8646,13 @@ VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
     return vkp_i_receivers_size(&tx->watch.receivers);
 }
 
+/* OK marks the newest version as seen. */
 static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
     bool closed = vkp_watch_is_closed(rx);
     (void)wait;
-    if (!vkp_watch_is_changed(rx)) { /* after the look at the end: nothing follows that */
+    if (!vkp_watch_is_changed(rx)) { /* checked after `closed`: no version follows the end */
         return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
     }
     vkp_watch_mark_unchanged(rx);
@@ -7552,9 +8718,12 @@ VKP_API vkp_status vkp_watch_wait_closed(vkp_watch_tx *tx, uint64_t deadline_ns)
 /* ======================================================================================
    >>impl-select   Wait for whichever comes first
    ======================================================================================
-   The engine is in the section park: every wait of the library is a select. Here are its public
-   calls.                                                                                       */
+   The engine of select is vkp_i_select in the section park: every wait of the library, except
+   plain sends and reserves of mpsc channels, is a select. This section has the public calls. It
+   has no state and no lock: a select joins the objects of its cases one after the other and holds
+   no lock of one object while it takes that of another.                                        */
 
+/* i_object is set when the wait begins (vkp_i_sleeper_init). */
 VKP_API vkp_case vkp_case_deadline(uint64_t deadline_ns)
 {
     vkp_case each = vkp_i_case(&vkp_i_case_kind_deadline, NULL, NULL);
@@ -7575,6 +8744,10 @@ VKP_API vkp_case vkp_case_fd(int fd, uint32_t interest)
 }
 #endif
 
+/* A select pauses vkp_env.spins / this times before it sleeps: each time it tries all cases. */
+#define VKP_I_SELECT_SPINS 8u
+
+/* Select with the env of the first case that has an env, or with the default env. */
 static vkp_status vkp_i_select_all(vkp_case *cases, size_t count, size_t start,
                                    uint64_t deadline_ns, size_t *won)
 {
@@ -7585,8 +8758,8 @@ static vkp_status vkp_i_select_all(vkp_case *cases, size_t count, size_t start,
         env = cases[i].i_kind->env(&cases[i]);
     }
     env = vkp_i_env(env);
-    return vkp_i_select(cases, count, start, waits, vkp_i_sys(env), vkp_i_spins(env) / 8,
-                        deadline_ns, won);
+    return vkp_i_select(cases, count, start, waits, vkp_i_sys(env),
+                        vkp_i_spins(env) / VKP_I_SELECT_SPINS, deadline_ns, won);
 }
 
 VKP_API vkp_status vkp_select(vkp_case *cases, size_t count, uint64_t deadline_ns, size_t *won)
@@ -7612,98 +8785,108 @@ VKP_API vkp_status vkp_select_fair(vkp_case *cases, size_t count, uint32_t *turn
 /* ======================================================================================
    >>impl-loop   One thread's event loop
    ======================================================================================
-   A round: wait on the backend, dispatch descriptors, run what other threads queued, run timers,
-   then the deferred work of the round (writes, closes), until there is none.
-   Other threads reach the loop through ONE lock-free queue of tasks. Whoever pushes looks at
-   `asleep` afterwards, the loop sets `asleep` and looks at the queue afterwards, all seq_cst: one
-   of the two sees the other, so no task waits for an unrelated event. Only the first pusher
-   finds `asleep` set and pays for the backend's wake.
-   A watch is a slot with a generation; the token of an event carries both, so that an event
-   fetched before a stop, or before the descriptor's number was used again, finds no one.      */
+   A round: wait on the backend, dispatch descriptors, run the tasks that other threads queued, run
+   timers, then run the deferred work of the round (writes, closes) until none is left, then check
+   the unarmed handlers.
+   Other threads reach the loop through ONE lock-free queue of tasks. A thread pushes a task and
+   then loads `asleep`; the loop stores `asleep` and then loads the queue. All four are seq_cst, so
+   at least one side sees the other: no task waits for an unrelated event. Only the first thread
+   that pushes finds `asleep` set, clears it and calls the backend's wake.
+   A registered descriptor has a slot with a generation. The token of an event carries index and
+   generation, so an event that was fetched before a stop, or before the descriptor's number was
+   used again, matches no slot and is dropped.
+   This section takes no lock. Fields that change after open and are not atomic belong to the
+   loop's thread. */
 
+/* One call of a function on the loop's thread; queued or deferred, not both. */
 typedef struct vkp_i_task {
-    struct vkp_i_task *next;
+    struct vkp_i_task *next;             /* the next task of the queue, or of the deferred list */
     void (*fn)(struct vkp_i_task *task); /* may free the task */
 } vkp_i_task;
 
-/* Objects that must hear of vkp_loop_close and have no watch to hear it through. */
+/* The link of an object that needs a callback at vkp_loop_close and has no registered descriptor,
+   which would receive ready 0. */
 typedef struct vkp_i_attached {
-    struct vkp_i_attached *prev;
+    struct vkp_i_attached *prev; /* NULL: not attached */
     struct vkp_i_attached *next;
     vkp_loop *loop;
-    void (*on_loop_close)(struct vkp_i_attached *self);
+    void (*on_loop_close)(struct vkp_i_attached *self); /* called once, after the detach */
 } vkp_i_attached;
 
+/* The place of a registered descriptor. */
 typedef struct vkp_i_slot {
-    vkp_io *io; /* NULL: free */
-    uint32_t generation;
-    uint32_t next_free; /* index + 1 */
+    vkp_io *io;          /* NULL: the slot is free */
+    uint32_t generation; /* counts the stops of this slot; part of the token of an event */
+    uint32_t next_free;  /* index + 1 of the next free slot, 0: none */
 } vkp_i_slot;
 
+/* The entry of a running timer in the heap. */
 typedef struct vkp_i_timer_entry {
-    uint64_t deadline_ns;
-    uint64_t order; /* of starts: equal deadlines fire in that order */
+    uint64_t deadline_ns; /* at least the loop's time when the timer was started */
+    uint64_t order;       /* number of the start: equal deadlines fire in this order */
     vkp_timer *timer;
 } vkp_i_timer_entry;
 
 struct vkp_loop {
     const vkp_env *env;
-    vkp_env host_env; /* what the backend sees: nothing NULL */
+    vkp_env host_env; /* the env that the backend receives: alloc and sys are never NULL */
     const vkp_sys *sys;
     const vkp_backend *backend;
-    void *backend_state;
-    vkp_backend_host host;
-    size_t refs; /* atomic */
-    int opener_pid;
+    void *backend_state;   /* returned by the backend's open */
+    vkp_backend_host host; /* given to the backend's open, valid until its close */
+    size_t refs;           /* atomic */
+    int opener_pid;        /* the process that opened the loop; another one is a forked child */
 
-    vkp_i_task *queue; /* atomic: newest first, vkp_i_queue_closed after the end */
-    uint32_t asleep;   /* atomic, seq_cst with queue */
-    uint32_t stopping; /* atomic */
-    uintptr_t thread;  /* atomic: whose it is, 0 nobody's */
-    uint32_t running;  /* atomic: inside vkp_loop_run or vkp_loop_run_once */
+    vkp_i_task
+        *queue;      /* atomic: tasks, newest first; &vkp_i_queue_closed once the loop is closed */
+    uint32_t asleep; /* atomic, seq_cst with queue: 1 while a push must call the backend's wake */
+    uint32_t stopping; /* atomic: vkp_loop_stop was called */
+    uintptr_t thread;  /* atomic: the loop's thread (vkp_i_this_thread); 0: any thread */
+    uint32_t running;  /* atomic: a thread is inside vkp_loop_run or vkp_loop_run_once */
 
-    bool in_round;
-    bool closed;
-    uint32_t unpolled;     /* rounds since the backend was asked */
-    uint64_t reminder_ns;  /* when a guest calls for a round by itself */
-    bool reminded;         /* it still does */
-    vkp_i_waiters unarmed; /* case watches that look by themselves until the loop would sleep */
-    uint64_t now_ns;
-    vkp_event *events;
+    bool in_round;         /* inside a round or inside vkp_loop_close */
+    bool closed;           /* vkp_loop_close was called */
+    uint32_t unpolled;     /* rounds in a row that did not call the backend's wait */
+    uint64_t reminder_ns;  /* guests: the deadline last given to the backend's timer */
+    bool reminded;         /* guests: the timer for reminder_ns is set and has not fired */
+    vkp_i_waiters unarmed; /* handlers that did not join their case: each round checks them */
+    uint64_t now_ns;       /* the clock, read once in each round */
+    vkp_event *events;     /* the events of one wait */
     size_t event_capacity;
     vkp_i_slot *slots;
-    size_t slot_count;
+    size_t slot_count; /* slots ever used, the free ones included */
     size_t slot_capacity;
-    uint32_t free_slot; /* index + 1 */
-    vkp_i_timer_entry *timers;
+    uint32_t free_slot;        /* index + 1 of the first free slot, 0: none */
+    vkp_i_timer_entry *timers; /* a binary heap, the earliest deadline first */
     size_t timer_count;
     size_t timer_capacity;
-    uint64_t timer_order;
-    vkp_i_task *deferred; /* oldest first */
-    vkp_i_task **deferred_end;
-    vkp_i_attached attached; /* ring */
-    vkp_block *read_block;   /* the connections' */
-    size_t read_bytes;
+    uint64_t timer_order;      /* number of the next start, see vkp_i_timer_entry */
+    vkp_i_task *deferred;      /* tasks for the end of the round, oldest first */
+    vkp_i_task **deferred_end; /* where the next deferred task is linked */
+    vkp_i_attached attached;   /* sentinel of the ring of attached objects */
+    vkp_block *read_block;     /* the read buffer that the loop's connections share */
+    size_t read_bytes;         /* bytes of one read */
 };
 
-static vkp_i_task vkp_i_queue_closed; /* a mark, never run */
+static vkp_i_task vkp_i_queue_closed; /* marks the queue of a closed loop; never run */
 
-/* The address of a thread-local is a cheap name for a thread. */
+/* Identifies the calling thread: the address of a thread-local variable is cheap and unique. */
 static uintptr_t vkp_i_this_thread(void)
 {
     static __thread char name;
     return (uintptr_t)&name;
 }
 
-/* True on the loop's thread: at first the one that opened it, then the one that runs it, also
-   between rounds of vkp_loop_run_once. After vkp_loop_run returned it is nobody's: anybody's. */
+/* True on the loop's thread: first the thread that opened the loop, then the thread that runs it,
+   also between rounds of vkp_loop_run_once. After vkp_loop_run or vkp_loop_close returned, true on
+   any thread. */
 static bool vkp_i_on_loop(const vkp_loop *loop)
 {
     uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
     return thread == 0 || thread == vkp_i_this_thread();
 }
 
-/* Queue a task from any thread. False: the loop was closed, the task stays the caller's. */
+/* Queue a task. Any thread. False: the loop is closed and the task stays the caller's. */
 static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
 {
     vkp_i_task *newest = VKP_I_LOAD(&loop->queue);
@@ -7719,11 +8902,13 @@ static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
     return true;
 }
 
+/* A deadline that never comes, but keeps a guest's timer set. */
 #define VKP_I_SOME_DAY (VKP_FOREVER - 1)
 
-/* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
-   with this; so does whatever makes work outside of rounds. Objects that have no deadline still
-   have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
+/* Give a guest backend the next deadline: the foreign loop waits and knows only the timer set here.
+   Called at the end of each round, and by every function that makes work outside of rounds. While
+   objects are attached but nothing has a deadline, the timer is set to VKP_I_SOME_DAY: a foreign
+   loop without timers would end although, for example, a handler waits for a channel. */
 static vkp_status vkp_i_loop_set_guest_timer(vkp_loop *loop)
 {
     uint64_t deadline_ns;
@@ -7752,6 +8937,7 @@ static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
     (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
+/* Add an object to the ring whose on_loop_close is called by vkp_loop_close. Loop's thread. */
 static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
 {
     object->prev = loop->attached.prev;
@@ -7762,6 +8948,7 @@ static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
     (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
+/* Idempotent. Loop's thread. */
 static void vkp_i_loop_detach(vkp_i_attached *object)
 {
     if (object->prev != NULL) {
@@ -7773,6 +8960,7 @@ static void vkp_i_loop_detach(vkp_i_attached *object)
     }
 }
 
+/* Run a list of tasks, oldest first: the list arrives newest first. */
 static void vkp_i_run_tasks(vkp_i_task *newest)
 {
     vkp_i_task *oldest = NULL;
@@ -7796,7 +8984,7 @@ static void vkp_i_loop_run_queued(vkp_loop *loop)
     }
 }
 
-/* Work deferred by deferred work runs in the same round. */
+/* Run deferred tasks until none is left: a task deferred by a task runs in this round, too. */
 static void vkp_i_loop_run_deferred(vkp_loop *loop)
 {
     while (loop->deferred != NULL) {
@@ -7809,13 +8997,15 @@ static void vkp_i_loop_run_deferred(vkp_loop *loop)
     }
 }
 
+/* Read the backend's virtual clock, or the system's clock. */
 static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
 {
     return loop->backend->clock_ns != NULL ? loop->backend->clock_ns(loop->backend_state)
                                            : loop->sys->clock_ns();
 }
 
-/* Between rounds the last round's time may be long ago: another loop may do the waiting. */
+/* The time of the round. Between rounds now_ns may be old (a foreign loop waits), so the clock is
+   read. */
 static uint64_t vkp_i_loop_now(const vkp_loop *loop)
 {
     return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
@@ -7841,12 +9031,13 @@ VKP_API void vkp_loop_unref(vkp_loop *loop)
     vkp_i_free(loop->env, loop, sizeof *loop);
 }
 
-/* In a forked child the parent's connections are left alone: only memory is given back. */
+/* True in a forked child: it shares kernel objects with its parent, so it only frees memory. */
 static bool vkp_i_loop_is_forked(const vkp_loop *loop)
 {
     return loop->sys->process_id() != loop->opener_pid;
 }
 
+/* Notify attached objects, then every registered descriptor (with ready 0), of the close. */
 static void vkp_i_loop_close_objects(vkp_loop *loop)
 {
     size_t i;
@@ -7869,18 +9060,19 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     if (loop == NULL || loop->closed || loop->in_round) {
         return;
     }
-    (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
-    /* Ours now, should another thread have run rounds: what is called here is on the loop. */
+    (void)vkp_loop_ref(loop); /* an object that closes here may give the last reference back */
+    /* Another thread may have run the rounds: callbacks need this one to be the loop's thread. */
     VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
     loop->in_round = true;
     vkp_i_loop_run_queued(loop);
-    loop->closed = true; /* nothing new opens: it would never hear of the close */
+    loop->closed = true; /* from here on nothing opens: it would miss the close */
     vkp_i_loop_close_objects(loop);
     vkp_i_loop_run_deferred(loop);
-    /* What was posted so far runs; what it posts is refused. */
+    /* Tasks that are queued by now run; tasks that they queue are refused. */
     vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
     vkp_i_loop_run_deferred(loop);
-    while (loop->timer_count > 0) { /* stopped: their owners may say so after the loop is gone */
+    while (loop->timer_count >
+           0) { /* marked as stopped: vkp_timer_stop may come after the loop is freed */
         loop->timers[--loop->timer_count].timer->i_index = 0;
     }
     loop->in_round = false;
@@ -7891,7 +9083,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
         vkp_loop_unref(loop);
     } else {
-        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which goes on */
+        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which frees the loop */
     }
 }
 
@@ -7920,8 +9112,9 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
     return loop->timer_count > 0 ? loop->timers[0].deadline_ns : VKP_FOREVER;
 }
 
-/* ---- watches ---- */
+/* ---- registered descriptors ---- */
 
+/* The token of a slot: generation in the upper 32 bits, index in the lower. */
 static uint64_t vkp_i_io_token(const vkp_loop *loop, uint32_t slot)
 {
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
@@ -8001,6 +9194,7 @@ VKP_API void vkp_io_stop(vkp_io *io)
     io->i_loop = NULL;
 }
 
+/* Call the descriptor's callback, unless the slot was stopped or used again since the wait. */
 static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 {
     uint32_t index = (uint32_t)(event->token & 0xffffffffu);
@@ -8013,17 +9207,20 @@ static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 
 /* ---- timers: a binary heap, earliest first ---- */
 
+/* Whether timer a fires before timer b. */
 static bool vkp_i_timer_before(const vkp_i_timer_entry *a, const vkp_i_timer_entry *b)
 {
     return a->deadline_ns != b->deadline_ns ? a->deadline_ns < b->deadline_ns : a->order < b->order;
 }
 
+/* Store an entry in the heap and record its index in the timer. */
 static void vkp_i_timer_place(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     loop->timers[index] = entry;
     entry.timer->i_index = index + 1;
 }
 
+/* Place an entry at the index or nearer to the root, where the heap's order holds. */
 static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     while (index > 0) {
@@ -8037,6 +9234,7 @@ static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry 
     vkp_i_timer_place(loop, index, entry);
 }
 
+/* Place an entry at the index or farther from the root, where the heap's order holds. */
 static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     for (;;) {
@@ -8057,6 +9255,7 @@ static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entr
     vkp_i_timer_place(loop, index, entry);
 }
 
+/* Take a timer out of the heap; the last entry fills the hole. Idempotent. */
 static void vkp_i_timer_remove(vkp_timer *timer)
 {
     vkp_loop *loop = timer->i_loop;
@@ -8082,7 +9281,7 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
 {
     if (timer->i_index != 0) {
         vkp_i_timer_remove(timer);
-        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* if it fails: a round too many */
+        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* on failure: one idle round */
     }
 }
 
@@ -8104,7 +9303,7 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     timer->i_fn = fn;
     timer->i_deadline_ns = deadline_ns;
     timer->i_period_ns = period_ns;
-    /* All that is overdue is equally due: one that restarts itself in the past comes last. */
+    /* Overdue timers are equally due: a timer that restarts itself in the past fires last. */
     entry.deadline_ns = VKP_I_MAX(deadline_ns, loop->now_ns);
     entry.order = loop->timer_order++;
     entry.timer = timer;
@@ -8116,13 +9315,14 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     return status;
 }
 
+/* a + b, or VKP_FOREVER on overflow. */
 static uint64_t vkp_i_add_ns(uint64_t a, uint64_t b)
 {
     return b > VKP_FOREVER - a ? VKP_FOREVER : a + b;
 }
 
-/* Only timers that were due when the round looked: one that restarts itself in the past does not
-   keep the round from ending.                                                                 */
+/* Run the timers that were started before this call and are due. A timer that restarts itself in
+   the past fires again in the next round, so the round ends. */
 static void vkp_i_loop_run_timers(vkp_loop *loop)
 {
     uint64_t newest = loop->timer_order;
@@ -8135,7 +9335,7 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
             if (next <= loop->now_ns) {
                 next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
             }
-            /* There is room: the entry just left. */
+            /* Cannot fail for memory: the removed entry left room in the heap. */
             (void)!vkp_timer_start(timer, loop, timer->i_fn, timer->i_period_ns, next);
         }
         timer->i_fn(timer);
@@ -8147,45 +9347,49 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-handler   Callbacks of a loop for channels
-   ====================================================================================== */
-
-/* A handler's task calls back when its case is ready, and links the handler to the loop's unarmed
-   ones. At the end of the round, handlers whose cases are ready queue their tasks again, behind the
-   others: a busy channel does not starve the loop. The rest join their cases once nothing else is
-   left to do; a wake-up queues the task. The struct is freed when its task is not queued and its
-   last reference is given back.                                                               */
+   ======================================================================================
+   Between two calls of fn a handler is queued (its task is in the loop's queue), unarmed (linked
+   to loop->unarmed, checked at the end of each round) or joined (linked to its case; a wake-up from
+   any thread queues the task).
+   The task calls fn if the case is ready, and makes the handler unarmed. At the end of the round
+   the loop queues the tasks of unarmed handlers with a ready case, behind all other tasks: a busy
+   channel does not starve the loop. The others join their cases once no task is queued.
+   The struct is freed when its task is not queued, fn does not run and the handle was given back.
+   No user code runs under a lock: wake runs under the case's lock and only queues the task. */
 
 struct vkp_handler {
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_i_wait wait;
-    vkp_loop *loop;
-    vkp_case what;
+    vkp_i_task task;         /* runs vkp_i_handler_run on the loop's thread */
+    vkp_i_attached attached; /* ends the handler when the loop closes */
+    vkp_i_wait wait;         /* its node is linked to the case (joined) or to loop->unarmed */
+    vkp_loop *loop;          /* a reference */
+    vkp_case what;           /* the case to wait for, copied */
     void (*fn)(void *user);
     void *user;
-    bool busy;     /* the task is queued; set by whoever wakes, read after leave */
-    bool joined;   /* the rest is the loop's thread's */
-    bool running;  /* inside fn */
-    bool ended;    /* fn is not called again */
-    bool released; /* the handle was given back */
+    bool busy;     /* the task is queued; written by the waking thread, read after leave */
+    bool joined;   /* the wait is linked to the case; loop's thread only */
+    bool running;  /* inside fn; loop's thread only */
+    bool ended;    /* fn is not called again; loop's thread only */
+    bool released; /* the handle was given back; loop's thread only */
 };
 
+/* Queue the task. Any thread under the case's lock, or the loop's thread. */
 static void vkp_i_handler_wake(vkp_i_waiter *waiter)
 {
     vkp_handler *handler = VKP_CONTAINER(waiter, vkp_handler, wait.node);
     handler->busy = true;
     if (!vkp_i_loop_queue(handler->loop, &handler->task)) {
-        handler->busy = false; /* the loop is closed: nobody runs the task */
+        handler->busy = false; /* the loop is closed: the task never runs */
     }
 }
 
+/* Unlink from the case or from the loop's unarmed handlers. Afterwards no thread calls wake. */
 static void vkp_i_handler_leave(vkp_handler *handler)
 {
     if (handler->joined) {
         handler->joined = false;
         handler->what.i_kind->leave(&handler->what, &handler->wait);
     } else {
-        (void)vkp_i_waiter_unlink(&handler->wait.node); /* unarmed */
+        (void)vkp_i_waiter_unlink(&handler->wait.node); /* from loop->unarmed */
     }
 }
 
@@ -8198,6 +9402,7 @@ static void vkp_i_handler_end(vkp_handler *handler)
     }
 }
 
+/* Free the handler if nothing uses it any longer. */
 static void vkp_i_handler_free(vkp_handler *handler)
 {
     vkp_loop *loop = handler->loop;
@@ -8207,20 +9412,20 @@ static void vkp_i_handler_free(vkp_handler *handler)
     }
 }
 
-/* Wait for the case, or queue the task at once when it is ready. */
+/* Join the case, or queue the task immediately when the case is ready. */
 static void vkp_i_handler_arm(vkp_handler *handler)
 {
     const vkp_i_case_kind *kind = handler->what.i_kind;
     handler->wait.status = VKP_OK;
     if (!kind->is_ready(&handler->what) && kind->join(&handler->what, &handler->wait)) {
         handler->joined = true;
-    } else if (!handler->busy) { /* or it was woken while it joined */
+    } else if (!handler->busy) { /* busy: the case woke the handler during join */
         vkp_i_handler_wake(&handler->wait.node);
     }
 }
 
-/* At the end of a round. As long as the loop has work, watches look by themselves: to wait, they
-   would have to make themselves known to other threads, which costs both sides.               */
+/* Called at the end of a round. While the loop has work, it checks unarmed handlers itself: joining
+   a case costs this thread (other threads must see it) and the thread that then wakes it. */
 static void vkp_i_loop_arm(vkp_loop *loop)
 {
     vkp_i_waiter *node = loop->unarmed.head.next;
@@ -8239,6 +9444,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
     }
 }
 
+/* The handler's task: call fn if the case is still ready, then make the handler unarmed. */
 static void vkp_i_handler_run(vkp_i_task *task)
 {
     vkp_handler *handler = VKP_CONTAINER(task, vkp_handler, task);
@@ -8305,12 +9511,23 @@ VKP_API void vkp_handler_unref(vkp_handler *handler)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-loop-run   The rounds of a loop, and its opening
-   ====================================================================================== */
+   ======================================================================================
+   The order of a round: wait, clear `asleep`, descriptors, queued tasks, timers, deferred tasks,
+   handlers, set `asleep`. Between the two stores of `asleep` a push costs no wake: the round itself
+   runs the queue, or the next round sees the task before it waits.
+   `running` lets one thread at a time into the rounds; `in_round` refuses a round inside a
+   callback. `thread` is stored when a thread enters, and 0 after vkp_loop_run or vkp_loop_close.
+   A guest backend never blocks: the foreign loop calls vkp_i_backend_round, and each round ends by
+   giving the guest the next deadline. */
 
-/* Rounds that posts and channels may go on before descriptors are asked. */
-#define VKP_I_UNPOLLED 8u
+#define VKP_I_UNPOLLED 8u /* most rounds in a row in which vkp_loop_run skips the backend's wait */
 
-/* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
+#define VKP_I_EVENTS_PER_WAIT 256u            /* default of events_per_wait */
+#define VKP_I_READ_BYTES 65536u               /* default of read_bytes */
+#define VKP_I_LEAST_READ_BYTES ((size_t)1024) /* lowest read_bytes */
+
+/* One round. While tasks are queued, up to `unpolled` rounds in a row skip the backend's wait, and
+   descriptors are not checked in them. */
 static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
 {
     size_t count = 0;
@@ -8331,7 +9548,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     VKP_I_STORE_SEQ(&loop->asleep, 0u);
     loop->now_ns = vkp_i_loop_clock(loop);
     if (loop->reminder_ns <= loop->now_ns) {
-        loop->reminded = false; /* a guest's timer has gone off, or is about to for nothing */
+        loop->reminded = false; /* the guest's timer fired, or fires in vain: set it again */
     }
     if (status != VKP_OK) {
         count = 0;
@@ -8345,7 +9562,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     vkp_i_loop_run_deferred(loop);
     vkp_i_loop_arm(loop);
     loop->in_round = false;
-    /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
+    /* From here on a push calls wake. The next round loads the queue again before it waits. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
     if (vkp_i_loop_set_guest_timer(loop) != VKP_OK && status == VKP_OK) {
         status = VKP_ERR_SYS;
@@ -8353,7 +9570,8 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     return status;
 }
 
-/* Become the loop's thread. False while another runs it, inside a callback, or when closed. */
+/* Become the loop's thread. False: another thread runs the loop, this is inside a callback, or the
+   loop is closed. */
 static bool vkp_i_loop_enter(vkp_loop *loop)
 {
     uint32_t idle = 0;
@@ -8397,13 +9615,15 @@ VKP_API void vkp_loop_stop(vkp_loop *loop)
     loop->backend->wake(loop->backend_state);
 }
 
+/* One call of vkp_loop_post. */
 typedef struct vkp_i_post {
     vkp_i_task task;
-    const vkp_env *env;
+    const vkp_env *env; /* allocated the post, and frees it */
     void (*fn)(void *user);
     void *user;
 } vkp_i_post;
 
+/* Free the post, then call the program's function. */
 static void vkp_i_run_post(vkp_i_task *task)
 {
     vkp_i_post *post = VKP_CONTAINER(task, vkp_i_post, task);
@@ -8434,24 +9654,27 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
 
 /* ---- opening ---- */
 
-/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
-   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
+/* A guest's timer fired: run a round without waiting. A program may run its foreign loop inside one
+   of our callbacks, or after it closed our loop: then no round runs. Inside a callback the guest's
+   timer is used up, so the round under way sets it again at its end. */
 static void vkp_i_backend_round(void *user)
 {
     vkp_loop *loop = (vkp_loop *)user;
     if (loop->in_round) {
         loop->reminded = false;
     } else if (!loop->closed) {
-        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has no caller for the status */
     }
 }
 
+/* Apply defaults, allocate the events and open the backend. On failure the caller frees events. */
 static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
 {
     vkp_status status;
-    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
-    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
-    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->event_capacity =
+        config->events_per_wait != 0 ? config->events_per_wait : VKP_I_EVENTS_PER_WAIT;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : VKP_I_READ_BYTES;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, VKP_I_LEAST_READ_BYTES);
     loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
     if (loop->events == NULL) {
         return VKP_ERR_NOMEM;
@@ -8466,7 +9689,8 @@ static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config
     loop->host.loop = loop;
     loop->host.round = vkp_i_backend_round;
     status = loop->backend->open(&loop->host, &loop->backend_state);
-    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    /* The deadline 0 makes a guest run a round first: tasks may be posted before the foreign loop
+       runs. */
     if (status == VKP_OK && loop->backend->timer != NULL) {
         status = loop->backend->timer(loop->backend_state, 0);
         loop->reminded = true;
@@ -8521,19 +9745,29 @@ VKP_API vkp_status vkp_loop_open(const vkp_loop_config *config, vkp_loop **out)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-value   Values of RESP2 and RESP3
-   ====================================================================================== */
+   ======================================================================================
+   Read-only functions over trees that the reader made: any thread, no locks, no allocation.
+   `span` of a value is the number of array places that the value and all its elements take, so
+   value + value->span is its next sibling. Walks skip attributes and VKP_VALUE_OUT_OF_BAND pushes.
+   The text of a double is validated when it is read (vkp_i_double_valid); later conversions rely on
+   that and cannot fail. */
 
+#define VKP_I_VERBATIM_PREFIX 4u /* bytes before the text of a verbatim string: "txt:" */
+
+/* Whether the value counts as an element of the aggregate around it. */
 static bool vkp_i_value_is_element(const vkp_value *value)
 {
     return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
+/* Whether the kind of a push is "message", "pmessage" or "smessage". */
 static bool vkp_i_is_message_kind(const char *text, size_t len)
 {
     size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
     return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
 }
 
+/* The first element of parent at `value` or behind it, or NULL. */
 static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_value *value)
 {
     const vkp_value *end = parent + parent->span;
@@ -8568,6 +9802,7 @@ VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text)
 
 /* ---- doubles ---- */
 
+/* How many decimal digits follow at `at`. */
 static size_t vkp_i_digits(const char *text, size_t len, size_t at)
 {
     size_t start = at;
@@ -8577,9 +9812,11 @@ static size_t vkp_i_digits(const char *text, size_t len, size_t at)
     return at - start;
 }
 
-#define VKP_I_EXPONENT_MAX 100000000L
+#define VKP_I_EXPONENT_MAX 100000000L /* exponents saturate here; a double has -324 to 308 */
+#define VKP_I_DOUBLE_DIGITS 780u /* digits that the conversion keeps; 768 decide any rounding */
+#define VKP_I_DOUBLE_TEXT 840u   /* bytes: sign, kept digits, sticky digit, exponent, NUL */
 
-/* The digits of an exponent, saturated a little above the maximum. */
+/* The exponent at `at`, with its sign, saturated a little above VKP_I_EXPONENT_MAX. */
 static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
 {
     bool negative = at < len && text[at] == '-';
@@ -8591,12 +9828,12 @@ static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
     return negative ? -value : value;
 }
 
-/* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
-   an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
-   digit tells whether they were zero.                                                         */
+/* strtod of validated text in any locale: the copy has no decimal point, it is an integer with an
+   exponent. No tie between two doubles needs more than 768 digits; one sticky digit stands for the
+   digits that were cut: 1 if one of them was not zero. */
 static double vkp_i_to_double(const char *text, size_t len)
 {
-    char copy[840];
+    char copy[VKP_I_DOUBLE_TEXT];
     size_t used = 0;
     size_t kept = 0;
     size_t i = 0;
@@ -8612,7 +9849,7 @@ static double vkp_i_to_double(const char *text, size_t len)
             continue;
         }
         shift -= fraction ? 1 : 0;
-        if (kept < 780) {
+        if (kept < VKP_I_DOUBLE_DIGITS) {
             copy[used] = text[i];
             used += kept > 0 || text[i] != '0' ? 1u : 0u;
             kept += kept > 0 || text[i] != '0' ? 1u : 0u;
@@ -8635,10 +9872,12 @@ static double vkp_i_to_double(const char *text, size_t len)
     return strtod(copy, NULL);
 }
 
-/* Not as a literal: where doubles are computed with more bits (x87) that one is a bit less. */
+/* DBL_MAX and not a literal: a decimal literal is slightly less where doubles are computed with
+   more bits (x87). */
 #define VKP_I_DOUBLE_MAX DBL_MAX
 
-/* Whether the text is a double of the grammar and finite, or one of the named ones. */
+/* Whether the text is a finite double of the RESP3 grammar, or "inf", "-inf" or "nan". Lenient:
+   also "nan(x)", "-nan", "5." and ".5" of old servers. */
 static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
 {
     vkp_str all = vkp_i_str(text, len);
@@ -8708,53 +9947,66 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
 /* ======================================================================================
    >>impl-resp   RESP2 and RESP3
    ======================================================================================
-   The reader walks a window that starts at the frame under way. `position` is how far whole values
-   reach; what lies behind it is read again with more bytes, which costs a header of at most 22
-   bytes, or, for lines, resumes at `line_seen`. Values under construction hold offsets; they
-   become pointers when the frame is whole. Open aggregates are a stack of counters: no recursion,
-   and nothing is allocated for an announced count. One growth may fail at a time, before
-   anything was changed, so NOMEM can be retried.                                              */
+   The reader scans a window that starts at the current frame. `position` is the end of the values
+   that are complete. Bytes behind it are scanned again when more bytes arrive; that costs at most
+   one header of 22 bytes, and a line continues at `line_seen`.
+   Values of an incomplete frame hold offsets into the window; they become pointers when the frame
+   is complete, so the window may move between two scans. Open aggregates are a stack of counters:
+   no recursion, and nothing is allocated for an announced count.
+   Each step grows its arrays before it changes anything else, so NOMEM can be retried. */
 
+#define VKP_I_READER_MOST_DEPTH 65000u  /* highest max_depth: vkp_value.i_depth has 16 bits */
+#define VKP_I_READER_REASON_BYTES 160   /* bytes of an error text, its NUL included */
+#define VKP_I_READER_KEPT_VALUES 32768u /* larger value arrays are freed after their frame */
+#define VKP_I_QUICK_VALUES 4u           /* values of a message: push, kind, channel, payload */
+#define VKP_I_QUICK_DIGITS 8u           /* longest length that the quick path reads */
+#define VKP_I_KIND_LEN 7u               /* bytes of "message" */
+#define VKP_I_TLS_ALERT 0x15            /* first byte of a TLS record: an alert */
+#define VKP_I_TLS_HANDSHAKE 0x16        /* first byte of a TLS record: a handshake */
+
+/* An aggregate that is not complete yet. */
 typedef struct vkp_i_level {
-    size_t index;       /* of the aggregate among the values */
-    uint64_t remaining; /* elements still to come */
-    size_t attribute;   /* index + 1 of the attribute before the next element */
+    size_t index;       /* index of the aggregate in reader->values */
+    uint64_t remaining; /* elements of the aggregate that are not complete yet */
+    size_t attribute;   /* index + 1 of the attribute before the next element; 0: none */
 } vkp_i_level;
 
 struct vkp_resp_reader {
     const vkp_env *env;
-    vkp_resp_config config;
-    vkp_status status; /* OK, or the sticky error */
-    uint64_t error_position;
-    char reason[160];
-    uint64_t consumed; /* bytes of whole frames since open or reset */
-    size_t position;
-    size_t line_seen;
-    bool whole;        /* the last scan gave a frame: the next one starts anew */
+    vkp_resp_config config;                 /* defaults filled in */
+    vkp_status status;                      /* OK, or the sticky error */
+    uint64_t error_position;                /* of the wrong byte, counted since open or reset */
+    char reason[VKP_I_READER_REASON_BYTES]; /* text of the sticky error, or "" */
+    uint64_t consumed;                      /* bytes of whole frames since open or reset */
+    size_t position;                        /* end of the complete values in the window */
+    size_t line_seen;  /* where the search for the end of a line continues; 0: at its start */
+    bool whole;        /* the last scan returned a frame: the next scan starts a new one */
     bool quick;        /* the limits allow vkp_i_reader_quick */
-    bool quick_values; /* the first four values are those of a message */
-    size_t attribute;  /* as in vkp_i_level, for the root */
-    vkp_value *values;
+    bool quick_values; /* values[0] to values[3] have the constant fields of a message */
+    size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
+    vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
     size_t capacity;
-    vkp_i_level *levels;
-    size_t depth;
+    vkp_i_level *levels; /* stack of the open aggregates */
+    size_t depth;        /* number of open aggregates */
     size_t level_capacity;
-    uint8_t *buffer; /* feed's */
-    size_t begin;
-    size_t end;
+    uint8_t *buffer; /* bytes that feed copied */
+    size_t begin;    /* offset of the first unread byte in buffer */
+    size_t end;      /* offset behind the last byte in buffer */
     size_t buffer_capacity;
-    size_t given; /* bytes of the frame that next gave out */
+    size_t given; /* bytes of the frame that next returned; dropped at the next call */
 };
 
+/* The start of the frame that a subscriber receives most; the channel's length follows. */
 static const char vkp_i_message_prefix[] = ">3\r\n$7\r\nmessage\r\n$";
-#define VKP_I_MESSAGE_PREFIX 18u
+#define VKP_I_MESSAGE_PREFIX 18u /* bytes of vkp_i_message_prefix */
 
 static bool vkp_i_is_crlf(const uint8_t *at, const uint8_t *end)
 {
     return end - at >= 2 && memcmp(at, "\r\n", 2) == 0;
 }
 
+/* Whether the frame starts with vkp_i_message_prefix. */
 static bool vkp_i_is_message(const uint8_t *frame, size_t len)
 {
     return len >= VKP_I_MESSAGE_PREFIX &&
@@ -8772,7 +10024,8 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     if (config == NULL) {
         config = &defaults;
     }
-    VKP_I_REQUIRE(config->max_depth <= 65000 && config->max_frame_bytes <= VKP_I_BLOCK_MAX);
+    VKP_I_REQUIRE(config->max_depth <= VKP_I_READER_MOST_DEPTH &&
+                  config->max_frame_bytes <= VKP_I_BLOCK_MAX);
     env = vkp_i_env(config->env);
     reader = (vkp_resp_reader *)vkp_i_alloc_zero(env, sizeof *reader);
     if (reader == NULL) {
@@ -8781,6 +10034,7 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     reader->env = env;
     reader->config = *config;
     config = NULL;
+/* The defaults that vkp_resp_config documents. */
 #define VKP_I_DEFAULT(field, value)     \
     if (reader->config.field == 0) {    \
         reader->config.field = (value); \
@@ -8792,11 +10046,12 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     VKP_I_DEFAULT(max_frame_bytes, (size_t)1 << 30)
 #undef VKP_I_DEFAULT
     reader->quick = reader->config.max_depth > 0 && reader->config.max_elements >= 3 &&
-                    reader->config.max_bulk_bytes >= 7;
+                    reader->config.max_bulk_bytes >= VKP_I_KIND_LEN;
     *out = reader;
     return VKP_OK;
 }
 
+/* Free the arrays of values and levels. */
 static void vkp_i_reader_trim(vkp_resp_reader *reader)
 {
     vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
@@ -8816,6 +10071,7 @@ VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
     }
 }
 
+/* Prepare for a new frame. */
 static void vkp_i_reader_start(vkp_resp_reader *reader)
 {
     reader->whole = false;
@@ -8824,7 +10080,7 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->attribute = 0;
     reader->count = 0;
     reader->depth = 0;
-    if (reader->capacity > 32768) { /* one huge frame does not keep a megabyte for ever */
+    if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte or more */
         vkp_i_reader_trim(reader);
     }
 }
@@ -8849,6 +10105,7 @@ VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uin
     return reader->reason;
 }
 
+/* Set the sticky error and its text. `at`: offset of the wrong byte in the window. */
 __attribute__((format(printf, 4, 5))) static vkp_status
 vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const char *format, ...)
 {
@@ -8861,12 +10118,12 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
     return status;
 }
 
-/* The number of a header: what it may look like depends on the type before it. */
-#define VKP_I_NUM_PLUS 1u      /* +5 */
-#define VKP_I_NUM_NEGATIVE 2u  /* any -n */
-#define VKP_I_NUM_MINUS_ONE 4u /* -1 alone */
+/* Signs that the number of a header may have; they depend on the type byte before it. */
+#define VKP_I_NUM_PLUS 1u      /* "+5" is allowed */
+#define VKP_I_NUM_NEGATIVE 2u  /* every "-n" is allowed */
+#define VKP_I_NUM_MINUS_ONE 4u /* "-1" is the only allowed negative number */
 
-/* Read digits and CRLF at `at`. *after is behind the LF. EMPTY: more bytes are needed. */
+/* Read digits and CRLF at `at`; *after is the offset behind the LF. EMPTY: bytes are missing. */
 static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                       size_t at, uint32_t allowed, int64_t *number, size_t *after)
 {
@@ -8922,7 +10179,8 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
     return VKP_OK;
 }
 
-/* Find the line behind the type byte at `position`: its text is [position + 1, *end). */
+/* Find the line behind the type byte at `position`: its text is [position + 1, *end). EMPTY: more
+   bytes are needed; line_seen is where the next search starts. */
 static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     size_t *end)
 {
@@ -8952,7 +10210,7 @@ static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *wind
     return VKP_OK;
 }
 
-/* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
+/* Append a value; an attribute before it is linked to it. NULL: no memory, nothing was changed. */
 static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
 {
     void *values = reader->values;
@@ -8978,6 +10236,7 @@ static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
     return value;
 }
 
+/* Append a value with text, and move `position` to `after`. */
 static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                     size_t offset, size_t len, size_t after)
 {
@@ -8992,6 +10251,7 @@ static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type,
     return VKP_OK;
 }
 
+/* Append a value without text, and move `position` to `after`. */
 static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                       int64_t integer, size_t after)
 {
@@ -9005,6 +10265,7 @@ static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type typ
     return VKP_OK;
 }
 
+/* A value whose header announces its length: $ (string or null), ! (error), = (verbatim). */
 static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     uint8_t mark)
 {
@@ -9013,7 +10274,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     int64_t number = 0;
     size_t after = 0;
     size_t size;
-    size_t prefix = mark == '=' ? 4 : 0;
+    size_t prefix = mark == '=' ? VKP_I_VERBATIM_PREFIX : 0;
     vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
                                             mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
     if (status != VKP_OK) {
@@ -9042,8 +10303,8 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
                                  "bulk of %zu bytes is not followed by CRLF", size);
     }
-    if (prefix != 0 && window[after + 3] != ':') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
+    if (prefix != 0 && window[after + prefix - 1] != ':') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + prefix - 1,
                                  "verbatim string without its colon");
     }
     return vkp_i_reader_text(reader, mark == '!' ? VKP_RESP_ERROR : VKP_RESP_STRING,
@@ -9051,6 +10312,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
                              after + size + 2);
 }
 
+/* A value that is one line: + (string), - (error), comma (double), ( (big number). */
 static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                      uint8_t mark)
 {
@@ -9082,6 +10344,7 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
     return vkp_i_reader_text(reader, VKP_RESP_BIGNUM, 0, start, end - start, end + 2);
 }
 
+/* A value of fixed length: #t, #f (boolean), _ (null). */
 static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                         uint8_t mark)
 {
@@ -9107,6 +10370,7 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
 }
 
+/* Append an aggregate, and push its level. */
 static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
                                           uint64_t elements, size_t after)
 {
@@ -9136,6 +10400,7 @@ static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type
     return VKP_OK;
 }
 
+/* The header of an aggregate: * ~ > % |, or a null as *-1 (lenient: also >-1). */
 static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                          uint8_t mark)
 {
@@ -9170,6 +10435,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     return vkp_i_reader_open_level(reader, type, elements, after);
 }
 
+/* The error for an unknown type byte, with a guess at what the peer speaks. */
 static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     size_t at = reader->position;
@@ -9183,12 +10449,12 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
         size_t most = VKP_I_MIN(left, (size_t)4);
         if (memcmp(from, http[i], most) == 0) {
             if (left < 4) {
-                return VKP_ERR_EMPTY; /* the same verdict however the input is split */
+                return VKP_ERR_EMPTY; /* the result must not depend on how the input is split */
             }
             guess = ": this looks like HTTP";
         }
     }
-    if (byte == 0x16 || byte == 0x15) {
+    if (byte == VKP_I_TLS_HANDSHAKE || byte == VKP_I_TLS_ALERT) {
         guess = ": this looks like a TLS record";
     } else if (byte == ';' || byte == '.') {
         guess = ": streamed types are not supported";
@@ -9200,7 +10466,7 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
                                    guess);
 }
 
-/* Whether the next element is the first of a push. */
+/* Whether the next value is the first element of a push, its kind, which must be a string. */
 static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
 {
     const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
@@ -9208,7 +10474,7 @@ static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
            top->remaining == reader->values[top->index].len;
 }
 
-/* One value, or the header of one aggregate, at `position`. */
+/* Read one value, or the header of one aggregate, at `position`. EMPTY: more bytes are needed. */
 static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -9265,21 +10531,22 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     }
 }
 
+/* Whether a complete push is a message of a pub/sub channel (its text is an offset still). */
 static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
     return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
 }
 
-/* A value is whole: count it where it belongs, and close the aggregates that it completes.
-   True when the frame is whole.                                                               */
+/* The last value is complete: count it in its aggregate, and close each aggregate that it
+   completes. True: the frame is complete. */
 static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
     for (;;) {
         vkp_value *value = &reader->values[index];
         vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-        if (top != NULL && top->index == index) { /* an aggregate just opened */
+        if (top != NULL && top->index == index) { /* the header of an aggregate */
             if (top->remaining > 0) {
                 return false;
             }
@@ -9307,6 +10574,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
     }
 }
 
+/* Turn the offsets of a complete frame into pointers. */
 static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t i;
@@ -9319,8 +10587,9 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     }
 }
 
-/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps.
-   Inlined twice, so that each place's branches are predicted for themselves.                  */
+/* Read a length of at most VKP_I_QUICK_DIGITS digits without a leading zero, and its CRLF. NULL:
+   use the general path. Always inlined, so that the branches of each of its two places have a
+   prediction of their own. */
 __attribute__((always_inline)) static inline const uint8_t *
 vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
 {
@@ -9330,7 +10599,7 @@ vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
         value = value * 10 + (uint8_t)(*at - '0');
         at++;
     }
-    if ((size_t)(at - start) - 1 >= 8 || (*start == '0' && at - start > 1) ||
+    if ((size_t)(at - start) - 1 >= VKP_I_QUICK_DIGITS || (*start == '0' && at - start > 1) ||
         !vkp_i_is_crlf(at, end)) {
         return NULL;
     }
@@ -9338,24 +10607,25 @@ vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
     return at + 2;
 }
 
-/* What is the same in every message is written once and stays until the general way overwrites it:
-   a subscriber's frame costs five stores.                                                     */
+/* Write the fields that are equal in all messages. They stay until the general path overwrites
+   them, so that each further message costs five stores. */
 static void vkp_i_quick_prepare(vkp_resp_reader *reader)
 {
     size_t i;
-    memset(reader->values, 0, 4 * sizeof *reader->values);
-    for (i = 0; i < 4; i++) {
+    memset(reader->values, 0, VKP_I_QUICK_VALUES * sizeof *reader->values);
+    for (i = 0; i < VKP_I_QUICK_VALUES; i++) {
         reader->values[i].type = i == 0 ? VKP_RESP_PUSH : VKP_RESP_STRING;
         reader->values[i].i_depth = i == 0 ? 0 : 1;
-        reader->values[i].span = i == 0 ? 4 : 1;
-        reader->values[i].len = i == 0 ? 3 : 7;
+        reader->values[i].span = i == 0 ? VKP_I_QUICK_VALUES : 1;
+        reader->values[i].len = i == 0 ? VKP_I_QUICK_VALUES - 1 : VKP_I_KIND_LEN;
     }
     reader->quick_values = true;
 }
 
-/* The frame that a subscriber sees a million times: >3 message channel payload. Its first 18 bytes
-   are compared at once, its texts are passed over by length. The reader's state is that before a
-   frame, and stays so. EMPTY: the payload is still coming. UNSUPPORTED: take the general way. */
+/* The quick path for the most frequent frame of a subscriber: >3, "message", channel, payload. Its
+   first 18 bytes are compared in three steps, its texts are skipped by their lengths. The reader's
+   state is that between two frames, before and after. EMPTY: the payload is incomplete.
+   UNSUPPORTED: use the general path. */
 static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                      size_t *consumed)
 {
@@ -9367,7 +10637,7 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     size_t most = reader->config.max_bulk_bytes;
     size_t whole;
     vkp_value *values = reader->values;
-    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < 4) {
+    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < VKP_I_QUICK_VALUES) {
         return VKP_ERR_UNSUPPORTED;
     }
     channel = vkp_i_quick_length(window + VKP_I_MESSAGE_PREFIX, end, &channel_len);
@@ -9401,7 +10671,8 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     return VKP_OK;
 }
 
-/* Out of line: inlined, it would make the quick way save every register. */
+/* The path for every frame. Not inlined: vkp_resp_reader_scan would save every register, even on
+   the quick path. */
 __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
                                                                  const uint8_t *window, size_t len,
                                                                  const vkp_value **value,
@@ -9496,15 +10767,17 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
 }
 
 /* ---- for the layers above ----
-   The relay gives a reader of its own to a client whose command is long.                      */
+   The relay gives a client with a long command a reader of its own. */
 
-/* The frame under way has so many values that reading it again from its start would cost. */
-#define VKP_I_READER_DEEP 64
+#define VKP_I_READER_DEEP 64 /* values that are cheap to read again from the start of the frame */
+
+/* Whether the incomplete frame has so many values that reading it again from its start is slow. */
 static bool vkp_i_reader_is_deep_in(const vkp_resp_reader *reader)
 {
     return reader->count > VKP_I_READER_DEEP;
 }
 
+/* Open another reader with the config of this one. */
 static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_resp_reader **out)
 {
     return vkp_resp_reader_open(&reader->config, out);
@@ -9515,15 +10788,20 @@ static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_res
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-frame   The length of a frame
-   ====================================================================================== */
+   ======================================================================================
+   Finds the end of a frame without building values: no allocation, no recursion, any thread. The
+   input passed a strict reader before, so only bounds are checked here, not the grammar. Skip
+   functions return the offset behind the skipped bytes, or 0 when the input ends before. */
 
+/* Skip to behind the next LF. 0: there is none. */
 static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
 {
     const void *lf = at < len ? memchr(data + at, '\n', len - at) : NULL;
     return lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
 }
 
-/* Behind a header line [at, body): the value's own bytes, and the elements to come. 0: torn. */
+/* Skip the header at `at` and the bytes that belong to the value itself. *elements is the number of
+   elements that follow. 0: incomplete. */
 static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64_t *elements)
 {
     size_t body = at < len ? vkp_i_skip_line(data, len, at + 1) : 0;
@@ -9558,7 +10836,8 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64
     }
 }
 
-/* Whether the push whose elements begin at `at` is one that its parent does not count. */
+/* Whether the push whose elements start at `at` is a message. The aggregate around such a push does
+   not count it as an element. */
 static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t elements;
@@ -9568,11 +10847,12 @@ static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
         return false;
     }
     text = data[at] == '+' ? at + 1 : vkp_i_skip_line(data, len, at + 1);
-    text += data[at] == '=' ? 4 : 0;
+    text += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
     return text < end - 2 && vkp_i_is_message_kind((const char *)data + text, end - 2 - text);
 }
 
-/* Behind the value at `at`, its attributes not counted; 0: torn. */
+/* Skip the value at `at` with all its elements; attributes before elements are not counted as
+   elements. 0: incomplete. */
 static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t remaining = 1;
@@ -9611,7 +10891,15 @@ VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-resp-writer   RESP writer
-   ====================================================================================== */
+   ======================================================================================
+   A writer appends to one block that only it refers to, until vkp_resp_writer_take gives the block
+   away. No locks: one thread at a time.
+   The first error stays in i_status and each later put does nothing, so that only take needs a
+   check. The program's locale does not change the output. */
+
+#define VKP_I_DIGITS 24u       /* bytes for the digits of a uint64_t: 20 at most */
+#define VKP_I_HEADER_BYTES 32u /* bytes for a header: mark, sign, digits and CRLF */
+#define VKP_I_DOUBLE_BYTES 64u /* bytes for a double in "%.17g" and a NUL */
 
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env)
 {
@@ -9636,10 +10924,10 @@ VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t 
     }
 }
 
-/* Decimal digits at the end of a buffer of 24 bytes; returns where they start. */
-static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
+/* Write decimal digits to the end of the buffer; returns the index of the first one. */
+static size_t vkp_i_format_u64(char buffer[VKP_I_DIGITS], uint64_t value)
 {
-    size_t at = 24;
+    size_t at = VKP_I_DIGITS;
     do {
         buffer[--at] = (char)('0' + (char)(value % 10));
         value /= 10;
@@ -9647,18 +10935,19 @@ static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
     return at;
 }
 
+/* Append a type byte, a number and CRLF. */
 static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, uint64_t number)
 {
-    char line[32];
-    char digits[24];
+    char line[VKP_I_HEADER_BYTES];
+    char digits[VKP_I_DIGITS];
     size_t from = vkp_i_format_u64(digits, number);
     size_t used = 0;
     line[used++] = mark;
     if (negative) {
         line[used++] = '-';
     }
-    memcpy(line + used, digits + from, 24 - from);
-    used += 24 - from;
+    memcpy(line + used, digits + from, VKP_I_DIGITS - from);
+    used += VKP_I_DIGITS - from;
     line[used++] = '\r';
     line[used++] = '\n';
     vkp_resp_put_raw(writer, line, used);
@@ -9681,6 +10970,7 @@ VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
+/* Append a type byte, the text and CRLF. INVALID: the text has a CR or an LF. */
 static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
 {
     if (text.len > 0 &&
@@ -9711,7 +11001,7 @@ VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
 
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
 {
-    char text[64];
+    char text[VKP_I_DOUBLE_BYTES];
     size_t from;
     size_t to = 0;
     if (value != value) {
@@ -9720,7 +11010,7 @@ VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
         (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
     } else {
         (void)snprintf(text, sizeof text, "%.17g", value);
-        for (from = 0; text[from] != '\0'; from++) { /* the locale's point may be several bytes */
+        for (from = 0; text[from] != '\0'; from++) { /* a locale's point may have several bytes */
             if (strchr("0123456789+-e", text[from]) != NULL) {
                 text[to++] = text[from];
             } else if (to > 0 && text[to - 1] != '.') {
@@ -9742,7 +11032,7 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
     vkp_resp_put_raw(writer, "_\r\n", 3);
 }
 
-/* An error with line breaks cannot be a line: RESP2 gets blanks in their place. */
+/* Append an error. RESP2 has errors of one line only: each CR and LF becomes a blank. */
 static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     size_t start;
@@ -9764,6 +11054,7 @@ static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *valu
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
+/* Append a string, a double or a big number; RESP2 has bulk strings in place of both numbers. */
 static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     vkp_str text = vkp_value_get_str(value);
@@ -9771,8 +11062,9 @@ static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value
         vkp_i_put_line(writer, '+', text);
     } else if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_VERBATIM) != 0 &&
                protocol == 3) {
-        vkp_i_put_header(writer, '=', false, text.len + 4);
-        vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
+        vkp_i_put_header(writer, '=', false, text.len + VKP_I_VERBATIM_PREFIX);
+        vkp_resp_put_raw(writer, text.ptr - VKP_I_VERBATIM_PREFIX,
+                         text.len + VKP_I_VERBATIM_PREFIX);
         vkp_resp_put_raw(writer, "\r\n", 2);
     } else if (value->type == VKP_RESP_STRING || protocol != 3) {
         vkp_resp_put_bulk(writer, text.ptr, text.len);
@@ -9781,6 +11073,7 @@ static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value
     }
 }
 
+/* Append the header of an aggregate. RESP2 writes every aggregate as an array. */
 static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     bool paired = value->type == VKP_RESP_MAP || value->type == VKP_RESP_ATTRIBUTE;
@@ -9792,7 +11085,7 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
     }
 }
 
-/* One place of the tree: a scalar, or an aggregate's header. */
+/* Append one place of the tree: a scalar, or the header of an aggregate. */
 static void vkp_i_put_node(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {
@@ -9869,14 +11162,25 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-address   Addresses
-   ====================================================================================== */
+   ======================================================================================
+   Text to socket addresses: "unix:PATH", "unix:@NAME" (abstract, Linux only) or "tcp:HOST:PORT" (an
+   IPv6 host may stand in brackets). Any thread, no locks. Only resolving a host that is not numeric
+   may block, on DNS.
+   A vkp_i_name views the text it was made from; it is checked once, in vkp_i_name_of, and then used
+   as it is written. Errors are logged with the text, where the caller could not see their cause. */
 
+#define VKP_I_HOST_BYTES 256u /* a DNS name has at most 253 bytes */
+#define VKP_I_PORT_MAX 65535u
+#define VKP_I_PORT_DIGITS 6u /* longest text of a port, leading zeros included */
+
+/* The checked name of a Unix socket. */
 typedef struct vkp_i_name {
-    const char *text;
-    size_t len;
-    bool abstract; /* text begins with '@' */
+    const char *text; /* views; not terminated */
+    size_t len;       /* bytes of text, the '@' included */
+    bool abstract;    /* text begins with '@' and names no file */
 } vkp_i_name;
 
+/* Whether the path has a ".." component. */
 static bool vkp_i_path_climbs(vkp_str path)
 {
     size_t begin = 0;
@@ -9892,11 +11196,12 @@ static bool vkp_i_path_climbs(vkp_str path)
     return false;
 }
 
-/* INVALID for what can be no name, LIMIT for what sun_path cannot hold. */
+/* Check the name of a Unix socket. INVALID: empty, a NUL byte or a ".." component. LIMIT: too long
+   for sun_path. UNSUPPORTED: an abstract name outside Linux. */
 static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_names,
                                 vkp_i_name *out)
 {
-    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* and a NUL, at either end */
+    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* a NUL needs 1 byte */
     size_t len = text.len;
     VKP_I_REQUIRE(text.ptr != NULL && len > 0 && memchr(text.ptr, '\0', len) == NULL);
     out->text = text.ptr;
@@ -9919,6 +11224,8 @@ static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_
     return VKP_OK;
 }
 
+/* The socket address of a checked name. An abstract name has a NUL in place of its '@', and its
+   length ends the address: NULs behind it would be part of the name. */
 static vkp_address vkp_i_unix_address(vkp_i_name name)
 {
     union {
@@ -9940,24 +11247,27 @@ static vkp_address vkp_i_unix_address(vkp_i_name name)
     return address;
 }
 
-/* Decimal, 0 to 65535: resolvers take more and cut it. */
+/* Whether the text is a port, 0 to 65535, in decimal. Resolvers accept larger ones and cut them. */
 static bool vkp_i_is_port(vkp_str text)
 {
     unsigned port = 0;
     size_t i;
-    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < 6; i++) {
+    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < VKP_I_PORT_DIGITS;
+         i++) {
         port = port * 10 + (unsigned)(text.ptr[i] - '0');
     }
-    return i > 0 && i == text.len && port <= 65535;
+    return i > 0 && i == text.len && port <= VKP_I_PORT_MAX;
 }
 
-/* What an address says. */
+/* The parts of an address text. */
 typedef struct vkp_i_parts {
-    vkp_i_name name; /* of a Unix socket; text NULL: none */
-    char host[256];
-    char port[8];
+    vkp_i_name name;             /* name of a Unix socket; text is NULL for a TCP address */
+    char host[VKP_I_HOST_BYTES]; /* TCP host, terminated, without brackets */
+    char port[8];                /* TCP port, terminated */
 } vkp_i_parts;
 
+/* Split an address text. INVALID, LIMIT and UNSUPPORTED: see vkp_i_name_of; INVALID also for a text
+   of neither form. */
 static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_parts *parts)
 {
     vkp_str host;
@@ -9990,7 +11300,8 @@ static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_pa
     return VKP_OK;
 }
 
-/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
+/* The socket addresses of "tcp:HOST:PORT" or "unix:PATH". REFUSED: the host cannot be resolved. May
+   block on DNS. */
 static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_address *out,
                                       size_t capacity, size_t *count)
 {
@@ -10019,107 +11330,126 @@ static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_addr
 /* ======================================================================================
    >>impl-socket   Ref-counted Unix sockets
    ======================================================================================
-   A socket is a slot of its registry: its memory is used again for other sockets, and freed with
-   the registry only. So weak handles, and look-ups by name, may look at any slot at any time: one
-   atomic word says which life of the slot this is, and how many refer to it, and whoever got a
-   reference from it knows that the rest of the slot stays.
+   A socket is a slot of its registry. The memory of a slot is used again for later sockets and is
+   freed only with the registry, so weak handles and searches by path may read any slot at any time.
+   One atomic word holds the slot's generation (which socket it is now), the count of references and
+   two bits. After a thread took a reference through the word, the other fields stay valid.
 
-   The last unref must clean up and may not wait. It takes the count to 0 and the DUTY of the burial
-   in one step, so that nobody else does both. The registry's lock is the word `held`; whoever may
-   wait stands in line at the mutex before it. The burial only tries the word. Where it is taken
-   the slot goes on the list of corpses, which the holder looks at after it let go: either he finds
-   the corpse, or the burial's second try finds the word free.
-   Who looks for a path and finds a slot whose count is 0 buries it himself and makes a new one in
-   another slot; whose duty it was finds it DEAD, and only gives the slot back. A path's next
-   socket is thus never touched by the end of the one before.
+   States of a slot (count = VKP_I_REFS of the word), and what ends them:
+     spare      count 0, on registry->spare        create -> live
+     live       count > 0, in the map, listening   last unref -> ending
+     ending     count 0, CLEANUP set, in the map   dispose -> spare, or -> lingering (linger_ms);
+                                                   a search by path -> live (linger_ms), or -> DEAD
+     lingering  count 0, LINGERS set, in the map   a search by path -> live; upkeep -> spare
+     DEAD       not in the map, files removed, handles inactive; the thread that sets CLEANUP in the
+                last unref, or that set it before -> spare
+   vkp_registry_cleanup_all makes live and ending slots DEAD, lingering ones spare.
 
-   Under the lock there are map, files and counters; descriptors are closed, messages logged and
-   callbacks called after it. A descriptor is an endpoint with a count of its own: a loop that
-   watches it keeps it open, whoever ended the socket.
+   The last unref cleans up without waiting for a lock. One compare-and-swap sets the count to 0 and
+   CLEANUP, so exactly one thread disposes of the slot. The registry's lock is the word `held`. Lock
+   order: `mutex`, then `held`. Threads that may wait lock `mutex` first; unref only tries `held`.
+   If `held` is taken, the unref pushes the slot to the list `ended_slots` and tries `held` once
+   more. The holder loads `ended_slots` after it released `held`: so either the holder finds the
+   slot, or the second try succeeds.
+   A thread that searches a path and finds a slot with count 0 retires it (DEAD) and creates the new
+   socket in another slot; the thread that set CLEANUP finds DEAD and only recycles the slot. So the
+   end of a path's old socket never touches the path's new one.
 
-   On disk: PATH.lock is created and flocked first, removed last, so that between processes the
-   lock tells who lives; PATH is bound, given its mode, and only then set listening, so that
-   nobody connects before. A file is unlinked only while device and inode are those recorded.  */
+   The lock guards the map, the files, the statistics and the fields marked below. Descriptors are
+   closed, messages logged and callbacks called after the lock was released (the descriptor of an
+   abstract name excepted). A descriptor is in an endpoint with its own count: a loop where it is
+   registered keeps it open after the socket ended. Followers (listeners) are notified by a task on
+   their loop, queued under the lock.
 
-#define VKP_I_REFS ((uint64_t)0x3fffffff) /* of the word: how many refer to it */
-#define VKP_I_MOST_REFS ((size_t)1 << 29) /* far from the next bit: ref adds before it looks */
-#define VKP_I_DEAD ((uint64_t)1 << 30)    /* retired: inactive for good */
-#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* somebody is about to bury it */
-#define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32))
+   On disk: PATH.lock is created and flocked first and removed last, so the flock shows other
+   processes whether the path is in use. PATH is bound, gets its mode, and only then listens, so no
+   client connects before. A file is unlinked only if its device and inode are the recorded ones. */
 
-#define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1) /* with an end */
+#define VKP_I_REFS ((uint64_t)0x3fffffff) /* bits of the word: the count of references */
+#define VKP_I_MOST_REFS ((size_t)1 << 29) /* far below VKP_I_DEAD: ref adds before it checks */
+#define VKP_I_DEAD ((uint64_t)1 << 30)    /* bit of the word: retired, inactive from then on */
+#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* bit of the word: one thread disposes of the slot */
+#define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32)) /* counts the sockets of the slot */
 
+/* Bytes of a name with its NUL: an abstract name, its '@' included, may fill sun_path. */
+#define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1)
+#define VKP_I_LOCK_SUFFIX_BYTES 8u /* room for ".lock" and its NUL */
+#define VKP_I_NOTE_BYTES 256       /* longest message of the registry, its NUL included */
+
+/* A listening descriptor, shared by a socket and the listeners that accept from it. */
 typedef struct vkp_i_endpoint {
-    struct vkp_i_endpoint *next; /* of those that wait for their close */
+    struct vkp_i_endpoint *next; /* next in registry->to_close */
     const vkp_env *env;
-    size_t refs; /* atomic: the socket's, and one per listener that watches it */
-    int fd;
+    size_t refs; /* atomic: one of the socket, one of each listener that accepts from it */
+    int fd;      /* closed with the last reference */
 } vkp_i_endpoint;
 
-/* A listener's place with its socket; guarded by the registry. */
+/* A listener in the list of its socket. Guarded by the registry's lock. */
 typedef struct vkp_i_follower {
-    struct vkp_i_follower *next;
-    vkp_socket *sock; /* NULL: not, or no longer, with it */
-    vkp_loop *loop;
-    vkp_i_task task; /* tells the listener that its socket ended, or has another descriptor */
-    bool queued;
+    struct vkp_i_follower *next; /* next in sock->followers */
+    vkp_socket *sock;            /* NULL: not in a list, or the socket ended */
+    vkp_loop *loop;              /* the listener's loop, where the task runs */
+    vkp_i_task task; /* notifies the listener that its socket ended or has a new descriptor */
+    bool queued;     /* the task is in the loop's queue */
 } vkp_i_follower;
 
-#define VKP_I_SOCKET_ABSTRACT 1u /* flags */
-#define VKP_I_SOCKET_LINGERS 2u
-#define VKP_I_SOCKET_LOST 4u
-#define VKP_I_SOCKET_EVENT(event) (8u << (event)) /* to be told */
+/* vkp_socket.flags: bits. */
+#define VKP_I_SOCKET_ABSTRACT 1u                  /* the name is abstract: no files */
+#define VKP_I_SOCKET_LINGERS 2u                   /* the count is 0; upkeep ends the socket later */
+#define VKP_I_SOCKET_LOST 4u                      /* the last check did not find our file */
+#define VKP_I_SOCKET_EVENT(event) (8u << (event)) /* on_event is due for this vkp_socket_event */
 
 struct vkp_socket {
-    vkp_i_map_node node; /* key: path */
-    uint64_t word;       /* atomic */
-    vkp_registry *registry;
-    vkp_socket *all;   /* the registry's slots, linked for good */
-    vkp_socket *link;  /* of corpses, or of free slots */
-    uint64_t ended_ns; /* of him who has the duty */
-    /* Guarded: */
-    vkp_i_endpoint *endpoint; /* NULL once retired */
-    vkp_i_follower *followers;
-    uint64_t linger_until_ns; /* on the loop's clock; 0: not yet known */
-    uint32_t flags;
-    vkp_status blocked; /* why it was not bound again */
-    int lock_fd;
-    /* Read by vkp_registry_unlink_all, too: */
-    uint32_t on_disk; /* atomic: path and ids hold */
-    int opener_pid;
-    vkp_file_id id;
-    vkp_file_id lock_id;
-    char path[VKP_I_PATH_BYTES];
+    vkp_i_map_node node;    /* in registry->sockets; key: path */
+    uint64_t word;          /* atomic: generation, CLEANUP, DEAD and count, see the states above */
+    vkp_registry *registry; /* constant; a reference from create until the slot is spare */
+    vkp_socket *all;        /* next in registry->all; constant */
+    vkp_socket *link;       /* next in registry->ended_slots or registry->spare */
+    uint64_t ended_ns;      /* when the count became 0; written by the thread that set CLEANUP */
+    /* Guarded by the registry's lock: */
+    vkp_i_endpoint *endpoint;  /* the listening descriptor; NULL once retired */
+    vkp_i_follower *followers; /* listeners that are notified of the socket's end */
+    uint64_t linger_until_ns;  /* when lingering ends, on the loop's clock; 0: upkeep sets it */
+    uint32_t flags;            /* VKP_I_SOCKET_* */
+    vkp_status blocked;        /* why the last bind of a lost socket failed; OK: it did not */
+    int lock_fd;               /* holds the flock of PATH.lock; -1: none */
+    /* Written under the lock; vkp_registry_unlink_all reads them without it while on_disk is 1: */
+    uint32_t on_disk;            /* atomic: 1 while path, id and lock_id are those of our files */
+    int opener_pid;              /* the process that owns the files; a forked child removes none */
+    vkp_file_id id;              /* the socket's file */
+    vkp_file_id lock_id;         /* the file PATH.lock */
+    char path[VKP_I_PATH_BYTES]; /* terminated; of an abstract name with its '@' */
 };
 
 struct vkp_registry {
     const vkp_env *env;
     const vkp_sys *sys;
-    size_t refs; /* atomic: the program's, the live sockets', those of work under way */
-    vkp_registry_config config; /* its folder is a copy */
-    VKP_I_MUTEX mutex;          /* the line before `held` */
-    uint32_t held;              /* atomic */
-    vkp_socket *corpses;        /* atomic */
-    vkp_socket *all;            /* atomic, newest first */
+    size_t refs; /* atomic: the program's, one of each socket, and those of calls and tasks */
+    vkp_registry_config config; /* defaults filled in, folder copied; constant after open */
+    VKP_I_MUTEX mutex;          /* threads that wait for `held` wait here first */
+    uint32_t held;              /* atomic: 1 while a thread holds the registry's lock */
+    vkp_socket *ended_slots;  /* atomic: slots to dispose of, pushed while `held` was taken */
+    vkp_socket *all;            /* atomic: every slot, newest first; slots are never unlinked */
     /* Guarded by `held`: */
-    vkp_i_map sockets;
-    vkp_socket *spare;
-    vkp_i_endpoint *to_close; /* when the lock is off */
-    size_t released;          /* references to drop then */
-    bool noted;               /* there is a note to log then */
-    vkp_log_level note_level;
-    char note[256];
+    vkp_i_map sockets;        /* path to socket: live, ending and lingering ones */
+    vkp_socket *spare;        /* slots without a socket */
+    vkp_i_endpoint *to_close; /* endpoints to give back after the unlock */
+    size_t released;          /* references of the registry to give back after the unlock */
+    bool noted;               /* `note` is to be logged after the unlock */
+    vkp_log_level note_level; /* level of `note` */
+    char note[VKP_I_NOTE_BYTES];
     vkp_registry_stats stats;
-    /* Of the loop's timer, guarded too; timer and place belong to its thread. */
-    bool upkeep_queued;
-    bool upkeep_attached;
-    bool loop_gone;
-    uint64_t next_check_ns;
-    vkp_i_task upkeep_task;
-    vkp_timer upkeep_timer;
-    vkp_i_attached upkeep_place;
+    bool upkeep_queued;     /* upkeep_task is in the loop's queue, with a reference */
+    bool upkeep_attached;   /* upkeep_place is attached and the timer runs, with a reference */
+    bool loop_gone;         /* the loop is closed: no upkeep any longer */
+    uint64_t next_check_ns; /* when the files are checked next, on the loop's clock */
+    /* Run upkeep on the loop's thread: */
+    vkp_i_task upkeep_task;      /* queued by any thread, see upkeep_queued */
+    vkp_timer upkeep_timer;      /* loop's thread only */
+    vkp_i_attached upkeep_place; /* loop's thread only; runs upkeep when the loop closes */
 };
 
+/* The name of the socket; views its path. */
 static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
 {
     vkp_i_name name;
@@ -10129,8 +11459,9 @@ static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
     return name;
 }
 
+/* "PATH.lock". */
 typedef struct vkp_i_lock_name {
-    char path[VKP_I_PATH_BYTES + 8];
+    char path[VKP_I_PATH_BYTES + VKP_I_LOCK_SUFFIX_BYTES];
 } vkp_i_lock_name;
 
 static vkp_i_lock_name vkp_i_socket_lock_name(const vkp_socket *sock)
@@ -10138,13 +11469,14 @@ static vkp_i_lock_name vkp_i_socket_lock_name(const vkp_socket *sock)
     static const char suffix[] = ".lock";
     vkp_i_lock_name name;
     size_t len = strlen(sock->path);
-    memcpy(name.path, sock->path, len); /* no snprintf: a signal handler comes here, too */
+    memcpy(name.path, sock->path, len); /* not snprintf: called in signal handlers */
     memcpy(name.path + len, suffix, sizeof suffix);
     return name;
 }
 
-/* ---- the registry's lock, and what follows when it is off ---- */
+/* ---- the registry's lock, and the work after it was released ---- */
 
+/* An endpoint for the descriptor, with one reference. NULL: no memory, and fd stays open. */
 static vkp_i_endpoint *vkp_i_endpoint_open(const vkp_env *env, int fd)
 {
     vkp_i_endpoint *endpoint = (vkp_i_endpoint *)vkp_i_alloc_zero(env, sizeof *endpoint);
@@ -10170,6 +11502,7 @@ static void vkp_i_endpoint_unref(vkp_i_endpoint *endpoint)
     }
 }
 
+/* Free the registry and all its slots. Called with the last reference: no lock is needed. */
 static void vkp_i_registry_free(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
@@ -10185,6 +11518,7 @@ static void vkp_i_registry_free(vkp_registry *registry)
     vkp_loop_unref(loop);
 }
 
+/* Give back `count` references of the registry. Not under its lock. */
 static void vkp_i_registry_drop(vkp_registry *registry, size_t count)
 {
     if (count > 0 && VKP_I_SUB_ACQ_REL(&registry->refs, count) == count) {
@@ -10192,6 +11526,7 @@ static void vkp_i_registry_drop(vkp_registry *registry, size_t count)
     }
 }
 
+/* Keep a message that is logged after the unlock; it replaces an earlier one. Under the lock. */
 __attribute__((format(printf, 3, 4))) static void
 vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *format, ...)
 {
@@ -10205,6 +11540,7 @@ vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *for
 
 static void vkp_i_registry_dispose_all(vkp_registry *registry);
 
+/* Take the registry's lock, waiting for it, and dispose of the slots in `ended_slots`. */
 static void vkp_i_registry_enter(vkp_registry *registry)
 {
     VKP_I_LOCK(&registry->mutex);
@@ -10212,20 +11548,23 @@ static void vkp_i_registry_enter(vkp_registry *registry)
     vkp_i_registry_dispose_all(registry);
 }
 
+/* Take the registry's lock if it is free. Never waits. */
 static bool vkp_i_registry_try_enter(vkp_registry *registry)
 {
     return VKP_I_XCHG(&registry->held, 1u) == 0;
 }
 
-/* The caller has a reference of the registry. `in_line`: came through vkp_i_registry_enter.
-   Keeps errno.                                                                                */
+/* Release the registry's lock, then close, log and give back what was left for after it. `in_line`:
+   the lock was taken by vkp_i_registry_enter, not by try_enter. The caller has a reference of the
+   registry. Keeps errno. The release exchange of `held` and the load of `ended_slots` pair with the
+   push to `ended_slots` and the second vkp_i_registry_try_enter in vkp_socket_unref. */
 static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
 {
     int error = errno;
     size_t released = 0;
     vkp_i_endpoint *to_close = NULL;
     vkp_log_level level = VKP_LOG_DEFAULT;
-    char note[sizeof registry->note];
+    char note[VKP_I_NOTE_BYTES];
     note[0] = '\0';
     do {
         vkp_i_registry_dispose_all(registry);
@@ -10243,7 +11582,7 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
             registry->noted = false;
         }
         (void)VKP_I_XCHG(&registry->held, 0u);
-    } while (VKP_I_LOAD_ACQ(&registry->corpses) != NULL && vkp_i_registry_try_enter(registry));
+    } while (VKP_I_LOAD_ACQ(&registry->ended_slots) != NULL && vkp_i_registry_try_enter(registry));
     if (in_line) {
         VKP_I_UNLOCK(&registry->mutex);
     }
@@ -10261,8 +11600,9 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
 
 /* ---- references ---- */
 
-/* One more of this life of the slot. `locked` callers bring back those that linger.
-   NOT_FOUND: it ended; LIMIT.                                                                 */
+/* Take a reference if the slot still has this generation. `locked`: the caller holds the registry's
+   lock and may revive a socket with count 0, if the registry lingers. NOT_FOUND: the socket ended.
+   LIMIT: max_references. */
 static vkp_status vkp_i_socket_take(vkp_socket *sock, uint32_t generation, bool locked)
 {
     vkp_registry *registry = sock->registry;
@@ -10283,8 +11623,8 @@ static vkp_status vkp_i_socket_take(vkp_socket *sock, uint32_t generation, bool 
     return VKP_OK;
 }
 
-/* It was not there at once: does it linger? By itself, so that who finds it at once saves no
-   registers for this.                                                                         */
+/* Take a reference under the lock, where a lingering socket is revived. Not inlined, so that the
+   caller's path without the lock saves no registers. */
 static __attribute__((noinline)) vkp_status
 vkp_i_socket_take_lingering(vkp_socket *sock, uint32_t generation, vkp_socket **out)
 {
@@ -10301,7 +11641,8 @@ vkp_i_socket_take_lingering(vkp_socket *sock, uint32_t generation, vkp_socket **
     return status;
 }
 
-/* The same for those who hold no lock. */
+/* Take a reference if the slot still has this generation. The caller does not hold the lock; it is
+   taken only if the socket may linger. */
 static vkp_status vkp_i_socket_take_weak(vkp_socket *sock, uint32_t generation, vkp_socket **out)
 {
     vkp_status status = vkp_i_socket_take(sock, generation, false);
@@ -10339,17 +11680,18 @@ VKP_API void vkp_socket_unref(vkp_socket *sock)
         less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_CLEANUP;
     } while (!VKP_I_CAS(&sock->word, &word, less));
     if ((less & VKP_I_REFS) > 0 || (word & VKP_I_CLEANUP) != 0) {
-        return; /* others refer to it, or its burial is under way, which will see this */
+        return; /* other references exist, or the thread that set CLEANUP will see the count 0 */
     }
     registry = sock->registry;
     sock->ended_ns = registry->sys->clock_ns();
-    (void)VKP_I_ADD(&registry->refs, 1); /* whoever buries a corpse drops the socket's own */
+    /* The disposing thread gives the socket's reference of the registry back: keep one for here. */
+    (void)VKP_I_ADD(&registry->refs, 1);
     if (vkp_i_registry_try_enter(registry)) {
         vkp_i_socket_dispose(registry, sock);
         vkp_i_registry_leave(registry, false);
     } else {
-        sock->link = VKP_I_LOAD(&registry->corpses);
-        while (!VKP_I_CAS(&registry->corpses, &sock->link, sock)) {
+        sock->link = VKP_I_LOAD(&registry->ended_slots);
+        while (!VKP_I_CAS(&registry->ended_slots, &sock->link, sock)) {
         }
         if (vkp_i_registry_try_enter(registry)) {
             vkp_i_registry_leave(registry, false);
@@ -10388,14 +11730,15 @@ VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
     return (size_t)(VKP_I_LOAD(&sock->word) & VKP_I_REFS);
 }
 
-/* ---- the end of a socket; all of it under the lock ---- */
+/* ---- the end of a socket; all functions under the registry's lock ---- */
 
 static bool vkp_i_same_file(const vkp_file_id *a, const vkp_file_id *b)
 {
     return a->device == b->device && a->inode == b->inode;
 }
 
-/* Remove the file while it is the one recorded: 0, or a negated errno. */
+/* Unlink the path if it still names the recorded file. 0 also when the file is gone or another one;
+   otherwise a negated errno. */
 static int vkp_i_unlink_same(const vkp_sys *sys, const char *path, const vkp_file_id *id)
 {
     vkp_file_id found;
@@ -10403,9 +11746,10 @@ static int vkp_i_unlink_same(const vkp_sys *sys, const char *path, const vkp_fil
     if (result == 0 && vkp_i_same_file(&found, id)) {
         result = sys->unlink(path);
     }
-    return result == -ENOENT ? 0 : result; /* gone, or not ours */
+    return result == -ENOENT ? 0 : result; /* the file is gone already */
 }
 
+/* Unlink the recorded file; count and log a failure. */
 static void vkp_i_registry_remove(vkp_registry *registry, const char *path, const vkp_file_id *id)
 {
     int result = vkp_i_unlink_same(registry->sys, path, id);
@@ -10416,6 +11760,7 @@ static void vkp_i_registry_remove(vkp_registry *registry, const char *path, cons
     }
 }
 
+/* Give up PATH.lock, removing the file first if `unlink`. */
 static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
 {
     const vkp_sys *sys = sock->registry->sys;
@@ -10426,11 +11771,12 @@ static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
         }
         (void)sys->close(sock->lock_fd);
         sock->lock_fd = -1;
-        memset(&sock->lock_id, 0, sizeof sock->lock_id); /* its inode may be another file's next */
+        memset(&sock->lock_id, 0, sizeof sock->lock_id); /* a new file may get its inode */
     }
 }
 
-/* An abstract name is free when its descriptor is closed, so that must not wait. */
+/* Give the socket's endpoint back, after the unlock. The endpoint of an abstract name is given back
+   immediately: the name is free only when the descriptor is closed. */
 static void vkp_i_socket_detach(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -10444,6 +11790,7 @@ static void vkp_i_socket_detach(vkp_socket *sock)
     }
 }
 
+/* Queue the follower's task, once until it ran. */
 static void vkp_i_follower_notify(vkp_i_follower *follower)
 {
     if (!follower->queued) {
@@ -10451,13 +11798,14 @@ static void vkp_i_follower_notify(vkp_i_follower *follower)
     }
 }
 
-/* Make it inactive, take it off the map, remove the file if it is still ours, then the lock file.
-   `since`: when that was called for. False: it was done before.                               */
+/* End a socket: set DEAD, remove it from the map, notify its followers, remove its file if it is
+   still ours, then PATH.lock. `since_ns`: when its end was due, for the statistics. False: the
+   socket was DEAD before. */
 static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
 {
     vkp_registry *registry = sock->registry;
     const vkp_sys *sys = registry->sys;
-    bool ours = sys->process_id() == sock->opener_pid; /* else forked: the files are the parent's */
+    bool ours = sys->process_id() == sock->opener_pid; /* else a forked child: the parent's files */
     uint64_t now;
     if ((VKP_I_OR(&sock->word, VKP_I_DEAD) & VKP_I_DEAD) != 0) {
         return false;
@@ -10486,8 +11834,8 @@ static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
     return true;
 }
 
-/* Nobody refers to it: the slot's next life may begin. A slot whose generations are used up has
-   none: old weak handles would take it for theirs.                                            */
+/* Make a slot without references spare, with a new generation. A slot whose generations are used up
+   (the next one is 0) is never used again: an old weak handle could match it. */
 static void vkp_i_socket_recycle(vkp_registry *registry, vkp_socket *sock)
 {
     uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word)) + 1;
@@ -10499,13 +11847,14 @@ static void vkp_i_socket_recycle(vkp_registry *registry, vkp_socket *sock)
     registry->released++;
 }
 
+/* Retire a socket without references, and make its slot spare. */
 static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t since_ns)
 {
     (void)vkp_i_socket_retire(sock, since_ns);
     vkp_i_socket_recycle(registry, sock);
 }
 
-/* Have it look soon. False: there is no loop any more. */
+/* Queue upkeep on the loop. False: the loop is closed. */
 static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
 {
     if (!registry->upkeep_queued && !registry->loop_gone) {
@@ -10518,7 +11867,7 @@ static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
     return !registry->loop_gone;
 }
 
-/* With the first socket, and again if there was no memory for the timer then. */
+/* Start the checks of files with the first socket, or later if the timer had no memory then. */
 static void vkp_i_registry_ensure_checks(vkp_registry *registry)
 {
     if (registry->config.check_ms > 0 && !registry->upkeep_attached) {
@@ -10526,7 +11875,8 @@ static void vkp_i_registry_ensure_checks(vkp_registry *registry)
     }
 }
 
-/* The duty is the caller's. */
+/* End a socket or let it linger, if its count is still 0; otherwise only clear CLEANUP. Called by
+   the thread that set CLEANUP, or by the thread that found the slot in `ended_slots`. */
 static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
@@ -10549,24 +11899,26 @@ static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
     }
 }
 
+/* Dispose of all slots in `ended_slots`. */
 static void vkp_i_registry_dispose_all(vkp_registry *registry)
 {
-    vkp_socket *corpse = NULL;
-    if (VKP_I_LOAD_ACQ(&registry->corpses) != NULL) {
-        corpse = VKP_I_XCHG(&registry->corpses, (vkp_socket *)NULL);
+    vkp_socket *sock = NULL;
+    if (VKP_I_LOAD_ACQ(&registry->ended_slots) != NULL) {
+        sock = VKP_I_XCHG(&registry->ended_slots, (vkp_socket *)NULL);
     }
-    while (corpse != NULL) {
-        vkp_socket *next = corpse->link;
+    while (sock != NULL) {
+        vkp_socket *next = sock->link;
         uint64_t ended = registry->stats.ended;
-        vkp_i_socket_dispose(registry, corpse);
-        registry->stats.handed_over += registry->stats.ended - ended; /* it may linger instead */
-        corpse = next;
+        vkp_i_socket_dispose(registry, sock);
+        registry->stats.handed_over +=
+            registry->stats.ended - ended; /* 0 more if the socket lingers */
+        sock = next;
     }
 }
 
-/* ---- the beginning of a socket; all of it under the lock ---- */
+/* ---- the beginning of a socket; all functions under the registry's lock ---- */
 
-/* Whether somebody answers at the path: 1 yes, 0 no, or a negated errno. */
+/* Whether a process listens at the path: 0 no, 1 yes or not excluded, or a negated errno. */
 static int vkp_i_socket_probe(const vkp_sys *sys, vkp_i_name name)
 {
     vkp_address address = vkp_i_unix_address(name);
@@ -10580,7 +11932,8 @@ static int vkp_i_socket_probe(const vkp_sys *sys, vkp_i_name name)
     return result == -ECONNREFUSED || result == -ENOENT ? 0 : 1;
 }
 
-/* PATH.lock is ours: make way for a bind, or say what stands there. */
+/* Remove a dead process's socket file from the path; *cleared is then true. Our process holds
+   PATH.lock. EXISTS: not a socket, or of another user. IN_USE: a process listens there. */
 static vkp_status vkp_i_socket_clear(vkp_socket *sock, bool *cleared)
 {
     vkp_registry *registry = sock->registry;
@@ -10612,7 +11965,7 @@ static vkp_status vkp_i_socket_clear(vkp_socket *sock, bool *cleared)
     return VKP_OK;
 }
 
-/* Give the file its mode, then listen: the order that lets nobody in before. */
+/* Set the mode of the file, then listen: in this order no client connects before the mode holds. */
 static int vkp_i_socket_start(vkp_socket *sock, int fd, vkp_file_id *id)
 {
     const vkp_registry *registry = sock->registry;
@@ -10627,7 +11980,7 @@ static int vkp_i_socket_start(vkp_socket *sock, int fd, vkp_file_id *id)
     return result == 0 ? sys->listen(fd, registry->config.backlog) : result;
 }
 
-/* Bind, and listen: another endpoint in place of the one there was. */
+/* Bind and listen. On success the new endpoint replaces the old one, if there was one. */
 static vkp_status vkp_i_socket_bind(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -10665,7 +12018,7 @@ static vkp_status vkp_i_socket_bind(vkp_socket *sock)
     return VKP_OK;
 }
 
-/* Get PATH.lock. */
+/* Create and flock PATH.lock. IN_USE: another process holds it. EXISTS: it is a symbolic link. */
 static vkp_status vkp_i_socket_lock(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -10683,13 +12036,13 @@ static vkp_status vkp_i_socket_lock(vkp_socket *sock)
     return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
 }
 
-/* Take over what the caller bound. */
+/* Use the descriptor that the caller bound. On failure it stays the caller's. */
 static vkp_status vkp_i_socket_adopt(vkp_socket *sock, int fd)
 {
     vkp_registry *registry = sock->registry;
     int result = registry->sys->identify(sock->path, &sock->id);
     VKP_I_REQUIRE(result == 0 && sock->id.is_socket);
-    result = registry->sys->prepare(fd); /* a blocking one would stop a listener's loop in accept */
+    result = registry->sys->prepare(fd); /* else accept would block a listener's loop */
     if (result < 0) {
         return vkp_i_sys_failure(result);
     }
@@ -10697,7 +12050,7 @@ static vkp_status vkp_i_socket_adopt(vkp_socket *sock, int fd)
     return sock->endpoint != NULL ? VKP_OK : VKP_ERR_NOMEM;
 }
 
-/* A slot for the name, with a count of 0. */
+/* A slot for the name, spare or new, with a count of 0. NULL: no memory. */
 static vkp_socket *vkp_i_socket_new(vkp_registry *registry, vkp_i_name name)
 {
     vkp_socket *sock = registry->spare;
@@ -10725,7 +12078,7 @@ static vkp_socket *vkp_i_socket_new(vkp_registry *registry, vkp_i_name name)
     return sock;
 }
 
-/* Make the socket of a name that has none; fd: one that the caller bound, or -1. */
+/* Create the socket of a name that is not in the map. fd: bound by the caller, or -1: bind here. */
 static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, int fd,
                                       vkp_socket **out)
 {
@@ -10779,6 +12132,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
     return status;
 }
 
+/* The socket of the name in the map, without a reference, or NULL. */
 static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
 {
     vkp_str key = vkp_i_str(name.text, name.len);
@@ -10787,7 +12141,7 @@ static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
     return node != NULL ? VKP_CONTAINER(node, vkp_socket, node) : NULL;
 }
 
-/* The live socket of the name; one that has just died is buried. */
+/* A reference to the socket of the name. NOT_FOUND: there is none; an ending one was retired. */
 static vkp_status vkp_i_registry_take(vkp_registry *registry, vkp_i_name name, vkp_socket **out)
 {
     vkp_socket *sock = vkp_i_registry_find(registry, name);
@@ -10803,8 +12157,10 @@ static vkp_status vkp_i_registry_take(vkp_registry *registry, vkp_i_name name, v
     return status;
 }
 
-/* A walk without the lock that takes before it trusts: NULL says nothing. */
-#define VKP_I_PEEK_STEPS 32
+#define VKP_I_PEEK_STEPS 32 /* nodes that a search without the lock visits at most */
+
+/* Search without the lock: take a reference first, then compare the path. NULL proves nothing: the
+   caller searches again under the lock. */
 static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
 {
     uint64_t hash = vkp_i_map_hash(&registry->sockets, name);
@@ -10834,10 +12190,29 @@ static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-registry   The registry of sockets
-   ====================================================================================== */
+   ======================================================================================
+   A registry maps paths to sockets and keeps none of them alive; each socket keeps the registry.
+   The lock (vkp_i_registry_enter, leave) guards the members of vkp_registry from `sockets` to
+   `next_check_ns`, and the guarded fields of its sockets. The socket section has lock order and
+   states.
+   Upkeep is the timed work, on the thread of config.loop. One pass, under the lock:
+     1. ends sockets that lingered for linger_ms (all lingering ones, once the loop is closed);
+     2. every check_ms compares the file at each path with the recorded one: another file or none is
+        LOST; with config.rebind a new bind gives REBOUND or BLOCKED;
+     3. starts the timer for the next pass, or stops it when nothing is due.
+   After the unlock it calls on_event, one event at a time.
+   A pass is started by upkeep_task (queued by a thread that made work for upkeep), by upkeep_timer,
+   or by the close of the loop. The queued task and the attached place each hold a reference of the
+   registry; the timer and the close take one more for their pass. */
 
-/* ---- the keeper: what happens with time, on the loop ---- */
+#define VKP_I_REGISTRY_BACKLOG 4096 /* default of config.backlog; the system cuts it */
+#define VKP_I_REGISTRY_MODE 0600    /* default of config.mode: the user only */
+#define VKP_I_UNIQUE_TRIES 8        /* random names to try for a unique path */
+#define VKP_I_UNIQUE_PATH_BYTES 512 /* bytes in which a unique path is built */
 
+/* ---- upkeep ---- */
+
+/* Mark the event: on_event is called for it after the unlock. */
 static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
 {
     if (sock->registry->config.on_event != NULL) {
@@ -10845,7 +12220,8 @@ static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
     }
 }
 
-/* The lock file may be gone as well, and somebody else may hold the new one. */
+/* Bind a lost socket again and notify its followers of the new descriptor. PATH.lock may be gone,
+   too: then it is created again, which fails if another process holds a new one. */
 static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
 {
     vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
@@ -10869,6 +12245,7 @@ static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
     return status;
 }
 
+/* Compare the file at the path with the recorded one, and bind again if it is lost. */
 static void vkp_i_socket_check(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -10876,12 +12253,12 @@ static void vkp_i_socket_check(vkp_socket *sock)
     vkp_status status;
     int result = registry->sys->identify(sock->path, &found);
     if (result == 0 && vkp_i_same_file(&found, &sock->id)) {
-        sock->flags &= ~VKP_I_SOCKET_LOST; /* it may have come back */
+        sock->flags &= ~VKP_I_SOCKET_LOST; /* the file may be back */
         sock->blocked = VKP_OK;
         return;
     }
     if (result < 0 && result != -ENOENT && result != -ENOTDIR) {
-        return; /* who cannot look knows nothing */
+        return; /* lstat failed (for example: no permission): the file may be there */
     }
     if ((sock->flags & VKP_I_SOCKET_LOST) == 0) {
         sock->flags |= VKP_I_SOCKET_LOST;
@@ -10902,7 +12279,8 @@ static void vkp_i_socket_check(vkp_socket *sock)
     sock->blocked = status;
 }
 
-/* Tell what was noted, one at a time: the program may do anything in between. */
+/* Call on_event for each marked event, without the lock. The search starts again after each call:
+   the program may change the map in the callback. LOST is reported first, then BLOCKED, REBOUND. */
 static void vkp_i_registry_notify_events(vkp_registry *registry)
 {
     for (;;) {
@@ -10926,7 +12304,7 @@ static void vkp_i_registry_notify_events(vkp_registry *registry)
                 status = event == VKP_SOCKET_BLOCKED ? sock->blocked : VKP_OK;
                 if (vkp_i_socket_take(sock, VKP_I_GENERATION(VKP_I_LOAD(&sock->word)), false) !=
                     VKP_OK) {
-                    event = 0; /* it is about to end */
+                    event = 0; /* the socket is ending: its event is dropped */
                 }
             }
         }
@@ -10941,7 +12319,8 @@ static void vkp_i_registry_notify_events(vkp_registry *registry)
 
 static void vkp_i_registry_on_timer(vkp_timer *timer);
 
-/* End those that lingered long enough, look at the files: when is there more to do? */
+/* One pass of upkeep, under the lock. `over`: the loop is closed, every lingering socket ends now.
+   Returns when the next pass is due, or VKP_FOREVER. */
 static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
     uint64_t next_ns = VKP_FOREVER;
@@ -10973,7 +12352,8 @@ static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns
     return next_ns;
 }
 
-/* Loop's thread, with a reference. A placed keeper has one of its own. */
+/* Run a pass and start or stop the timer. Loop's thread; the caller holds a reference of the
+   registry. While upkeep_place is attached, it holds another one. */
 static void vkp_i_registry_run_upkeep(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
@@ -10983,8 +12363,8 @@ static void vkp_i_registry_run_upkeep(vkp_registry *registry)
     next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, registry->loop_gone);
     if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->upkeep_timer, loop,
                                                   vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
-        next_ns =
-            vkp_i_registry_do_upkeep(registry, loop->now_ns, true); /* nothing lingers without */
+        /* Without a timer no socket can linger: end them now. */
+        next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, true);
     }
     if (next_ns != VKP_FOREVER && !registry->upkeep_attached) {
         registry->upkeep_attached = true;
@@ -11010,6 +12390,7 @@ static void vkp_i_registry_on_timer(vkp_timer *timer)
     vkp_i_registry_drop(registry, 1);
 }
 
+/* upkeep_task: upkeep was requested by vkp_i_registry_request_upkeep. */
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
     vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, upkeep_task);
@@ -11017,20 +12398,20 @@ static void vkp_i_registry_on_call(vkp_i_task *task)
     registry->upkeep_queued = false;
     vkp_i_registry_leave(registry, true);
     vkp_i_registry_run_upkeep(registry);
-    vkp_i_registry_drop(registry, 1); /* the call's */
+    vkp_i_registry_drop(registry, 1); /* the task's */
 }
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
     vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, upkeep_place);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_upkeep(registry); /* finds the loop closed */
+    vkp_i_registry_run_upkeep(registry); /* loop->closed is true */
     vkp_i_registry_drop(registry, 1);
 }
 
-/* ---- the registry's calls ---- */
+/* ---- the functions of the API ---- */
 
-/* Where unique names go: the user's own folder if there is one. */
+/* The folder of unique paths: $XDG_RUNTIME_DIR if it belongs to the user, $TMPDIR, or /tmp. */
 static const char *vkp_i_default_folder(const vkp_sys *sys)
 {
     const char *folder = getenv("XDG_RUNTIME_DIR");
@@ -11068,10 +12449,10 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
         return VKP_ERR_NOMEM;
     }
     if (registry->config.backlog <= 0) {
-        registry->config.backlog = 4096;
+        registry->config.backlog = VKP_I_REGISTRY_BACKLOG;
     }
     if (registry->config.mode == 0) {
-        registry->config.mode = 0600;
+        registry->config.mode = VKP_I_REGISTRY_MODE;
     }
     if (registry->config.max_sockets == 0) {
         registry->config.max_sockets = SIZE_MAX;
@@ -11132,7 +12513,7 @@ VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path)
     vkp_socket *sock;
     name.text = path.ptr;
     name.len = path.len;
-    name.abstract = false; /* no matter here */
+    name.abstract = false; /* not used by the search */
     vkp_i_registry_enter(registry);
     sock = vkp_i_registry_find(registry, name);
     vkp_i_registry_leave(registry, true);
@@ -11174,6 +12555,7 @@ VKP_API void vkp_registry_unlink_all(vkp_registry *registry)
     errno = error;
 }
 
+/* A reference to the socket of the path; `create`: make one if there is none. */
 static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool create,
                                      vkp_socket **out)
 {
@@ -11181,7 +12563,7 @@ static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool 
     vkp_socket *sock = NULL;
     vkp_status status = VKP_OK;
     if (text.len > 0) {
-        sock = vkp_i_registry_peek(registry, text); /* what is there has a name that can be */
+        sock = vkp_i_registry_peek(registry, text); /* a path in the map is valid */
     }
     if (sock == NULL) {
         status = vkp_i_name_of(registry->env, text, registry->config.abstract_names, &name);
@@ -11201,15 +12583,14 @@ static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool 
     return status;
 }
 
-/* A name that nobody has, in the registry's folder. */
-#define VKP_I_UNIQUE_TRIES 8
+/* Create a socket with a random name in the registry's folder; if it is in use, try another. */
 static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket **out)
 {
     vkp_status status = VKP_ERR_IN_USE;
     int i;
     for (i = 0; i < VKP_I_UNIQUE_TRIES && (status == VKP_ERR_IN_USE || status == VKP_ERR_EXISTS);
          i++) {
-        char text[512];
+        char text[VKP_I_UNIQUE_PATH_BYTES];
         vkp_i_name name;
         int len = snprintf(text, sizeof text, "%.*s/vkp-%d-%08lx.sock",
                            VKP_FMT(registry->config.folder), registry->sys->process_id(),
@@ -11270,12 +12651,12 @@ VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd
 
 struct vkp_socket_pool {
     vkp_registry *registry;
-    size_t refs; /* atomic */
-    size_t turn; /* atomic */
-    vkp_balance balance;
-    size_t capacity;
-    size_t count;
-    vkp_socket **sockets; /* behind this struct */
+    size_t refs;          /* atomic */
+    size_t turn;          /* atomic: counts the picks; each search starts at the next socket */
+    vkp_balance balance;  /* constant, as are the members below */
+    size_t capacity;      /* sockets that the memory was allocated for */
+    size_t count;         /* sockets that are open */
+    vkp_socket **sockets; /* in the same allocation, behind this struct */
 };
 
 VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool)
@@ -11375,30 +12756,37 @@ VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-gate   Who may come in
-   ====================================================================================== */
+   ======================================================================================
+   A gate counts admitted clients. One vkp_seat counts all clients of one uid at one listener; it is
+   freed with its last client. Admission walks the list of seats, which has at most uids times
+   listeners entries.
+   The gate's mutex guards `seats`, `stats` and the links and counts of the seats. No other lock is
+   taken under it: `allow` is called and sockets are given back without it. Members that are neither
+   guarded nor atomic are constant after open.
+   Each client of a seat holds one reference of seat->sock; the seat holds one of the gate. */
 
-/* All clients of one uid that came through one listener. */
+/* All clients of one uid that one listener accepted. */
 struct vkp_seat {
-    vkp_seat *prev;
-    vkp_seat *next;
-    vkp_gate *gate;       /* shared */
-    vkp_socket *sock;     /* NULL, or each client has a reference of it */
-    uint64_t listener_id; /* the listener's number */
-    uint32_t uid;
-    bool has_uid;
-    size_t clients;
+    vkp_seat *prev;   /* in gate->seats; NULL: the first */
+    vkp_seat *next;   /* in gate->seats; NULL: the last */
+    vkp_gate *gate;   /* a reference */
+    vkp_socket *sock; /* one reference per client; NULL: the listener does not follow a socket */
+    uint64_t listener_id; /* number of the listener, unique at this gate */
+    uint32_t uid;         /* of the clients; valid if has_uid */
+    bool has_uid;         /* false for TCP clients */
+    size_t clients;       /* admitted and not yet given back */
 };
 
 struct vkp_gate {
     const vkp_env *env;
     const vkp_sys *sys;
-    size_t refs; /* atomic */
-    vkp_gate_config config;
-    uint32_t *allow_uids;
-    uint64_t listener_ids; /* atomic: numbers given */
+    size_t refs;            /* atomic */
+    vkp_gate_config config; /* 0 limits are SIZE_MAX here; its allow_uids is the caller's memory */
+    uint32_t *allow_uids;   /* copy of config.allow_uids */
+    uint64_t listener_ids;  /* atomic: the number of the next listener */
     VKP_I_MUTEX mutex;
-    vkp_seat *seats; /* guarded, as all that follows */
-    vkp_gate_stats stats;
+    vkp_seat *seats;      /* guarded by mutex */
+    vkp_gate_stats stats; /* guarded by mutex */
 };
 
 VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
@@ -11460,6 +12848,7 @@ VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats)
     VKP_I_UNLOCK(&gate->mutex);
 }
 
+/* Whether a client of this uid may connect: `allow` decides if it is set. Not under the mutex. */
 static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
 {
     size_t i;
@@ -11477,25 +12866,25 @@ static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
     return false;
 }
 
-/* What came to a door: `seat` as it would be, `most` clients of the listener at once. OK with a
-   seat, or LIMIT or NOMEM with the refusal.                                                   */
+/* Admit a client, under the mutex. `wanted` has the fields of its seat; `most` is the listener's
+   limit of clients. OK gives *out; LIMIT or NOMEM give *why. */
 static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t most,
                                   vkp_seat **out, vkp_refusal *why)
 {
     vkp_seat *found = NULL;
     vkp_seat *each;
-    size_t of_door = 0;
+    size_t of_listener = 0;
     size_t of_uid = 0;
     for (each = gate->seats; each != NULL; each = each->next) {
         bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
-        of_door += each->listener_id == wanted->listener_id ? each->clients : 0;
+        of_listener += each->listener_id == wanted->listener_id ? each->clients : 0;
         of_uid += same_uid ? each->clients : 0;
         if (same_uid && each->listener_id == wanted->listener_id) {
             found = each;
         }
     }
     *why = VKP_REFUSAL_FULL;
-    if (gate->stats.clients >= gate->config.max_clients || of_door >= most) {
+    if (gate->stats.clients >= gate->config.max_clients || of_listener >= most) {
         return VKP_ERR_LIMIT;
     }
     *why = VKP_REFUSAL_USER_FULL;
@@ -11523,6 +12912,7 @@ static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t
     return VKP_OK;
 }
 
+/* Count a refused client in the statistics. */
 static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
 {
     VKP_I_LOCK(&gate->mutex);
@@ -11567,96 +12957,108 @@ VKP_API void vkp_seat_unref(vkp_seat *seat)
 /* ======================================================================================
    >>impl-conn-queue   Connections: the struct, and its queue
    ======================================================================================
-   Everything of a connection belongs to its loop's thread, but for its count, `state` and the
-   inbox. The outbox is a queue of spans: neighbouring frames of one block are ONE span, which
-   holds one reference and is written as one range; frame_len finds the frames again when the
-   policy must drop some. Nothing is written inside a push: the connection defers its task, and
-   the round ends with one gathered write per connection.
-   Closing from inside a push would pull the ground from under whoever pushes to many, so a push
-   only marks (`doomed`); the deferred task closes.
-   Idle, a connection has no buffers: input goes to the loop's block, and what is left of a frame
-   is kept in a block of its own size.                                                         */
+   Every field of a connection belongs to its loop's thread, except the atomic fields, `remote`
+   and the inbox.
+   The outbox is a queue of spans: neighbouring frames of one block are ONE span, which holds one
+   reference and is written as one range. frame_len finds the borders of the frames again when
+   the policy must drop one. A push writes only when the outbox is full: otherwise it defers the
+   connection's task, and the round ends with one gathered write per connection.
+   A push never closes the connection, because its caller may be iterating over many connections:
+   vkp_i_conn_close_later sets VKP_I_CONN_CLOSES, and the deferred task closes.
+   An idle connection has no buffers: input is read into the loop's block, and the start of an
+   incomplete frame is kept in a block of its own size.                                        */
 
+/* Values of vkp_conn.state. */
 #define VKP_I_CONN_OPEN 0u
 #define VKP_I_CONN_CLOSED 1u
 
-#define VKP_I_CONN_CONNECTING 1u /* flags */
-#define VKP_I_CONN_PAUSED 2u
-#define VKP_I_CONN_ENDED 4u /* the peer sends no more */
-#define VKP_I_CONN_DRAINING 8u
-#define VKP_I_CONN_BLOCKED 16u /* the kernel's buffer is full: waits for VKP_IO_WRITE */
-#define VKP_I_CONN_QUEUED 32u  /* its task is deferred */
-#define VKP_I_CONN_CLOSES 64u
-#define VKP_I_CONN_REREAD 128u     /* resumed: look at what was kept */
-#define VKP_I_CONN_INBOX_HELD 256u /* no room for the inbox: no handler until there is */
+/* Bits of vkp_conn.flags. */
+#define VKP_I_CONN_CONNECTING 1u /* connect() has not finished */
+#define VKP_I_CONN_PAUSED 2u     /* vkp_conn_pause was called: nothing is read */
+#define VKP_I_CONN_ENDED 4u      /* the peer closed its sending side: nothing is read */
+#define VKP_I_CONN_DRAINING 8u   /* vkp_conn_drain was called: closes when all queues are written */
+#define VKP_I_CONN_BLOCKED 16u   /* the kernel's buffer is full: waits for VKP_IO_WRITE */
+#define VKP_I_CONN_QUEUED 32u    /* vkp_conn.task is deferred */
+#define VKP_I_CONN_CLOSES 64u    /* vkp_conn.task closes the connection with closes_reason */
+#define VKP_I_CONN_REREAD 128u   /* resumed: the kept input is delivered to on_data again */
+#define VKP_I_CONN_INBOX_HELD 256u /* frames wait in the inbox for room in the outbox: no handler */
 
-/* Shared by all connections of a listener. */
+/* Defaults of vkp_conn_config. */
+#define VKP_I_CONN_QUEUE_FRAMES 65536u
+#define VKP_I_CONN_QUEUE_BYTES ((size_t)8 << 20)
+#define VKP_I_CONN_INPUT_BYTES ((size_t)512 << 20)
+
+/* The config and the counters that the connections of a listener, or of a relay's shard, share. */
 typedef struct vkp_i_profile {
     const vkp_env *env;
-    size_t refs;      /* atomic */
-    uint64_t dropped; /* atomic: pushes, by the policy, over all connections */
-    size_t live;      /* accepted connections that are open; loop's thread, as when_empty */
-    vkp_i_task *when_empty;
+    size_t refs;            /* atomic */
+    uint64_t dropped;       /* atomic: pushes that the policy dropped, over all connections */
+    size_t live;            /* open connections of vkp_i_conn_adopt; loop's thread */
+    vkp_i_task *when_empty; /* deferred once when `live` becomes 0, or NULL; loop's thread */
     vkp_conn_config config;
 } vkp_i_profile;
 
+/* A range of the outbox: neighbouring frames of one block. */
 typedef struct vkp_i_span {
-    const uint8_t *data;
-    vkp_block *block; /* one reference, or NULL: static bytes */
-    uint32_t len;
-    uint32_t frames; /* 0: of the response stream, never dropped; else how many */
+    const uint8_t *data; /* the first byte that is not written */
+    vkp_block *block;    /* holds one reference, or NULL: static bytes */
+    uint32_t len;        /* bytes that are not written */
+    uint32_t frames;     /* pushes in the span; 0: response stream, never dropped */
 } vkp_i_span;
 
+/* Frames that other threads pushed. */
 typedef struct vkp_i_inbox {
-    vkp_mpsc_tx *tx; /* of vkp_bytes */
-    vkp_mpsc_rx *rx;
-    vkp_handler *handler; /* pulls; NULL while the inbox is held */
+    vkp_mpsc_tx *tx;      /* sender of vkp_bytes, used by every pushing thread */
+    vkp_mpsc_rx *rx;      /* receiver of vkp_bytes, loop's thread */
+    vkp_handler *handler; /* moves frames to the outbox; NULL while the inbox is held */
 } vkp_i_inbox;
 
-/* Nothing is pulled until a handler is opened again. Loop's thread. */
+/* Close the inbox's handler: frames stay in the inbox until a handler is opened again. Loop's
+   thread.                                                                                     */
 static void vkp_i_inbox_hold(vkp_i_inbox *inbox)
 {
     vkp_handler_unref(inbox->handler);
     inbox->handler = NULL;
 }
 
-#define VKP_I_CONNECT_TRIES 8
+#define VKP_I_CONNECT_TRIES 8 /* most addresses that one connect tries */
+
 typedef struct vkp_i_connecting {
-    vkp_address addresses[VKP_I_CONNECT_TRIES];
-    size_t count;
-    size_t next;
+    vkp_address addresses[VKP_I_CONNECT_TRIES]; /* the peer's resolved addresses */
+    size_t count;                               /* used elements of `addresses` */
+    size_t next;                                /* index of the address to try next */
 } vkp_i_connecting;
 
-/* What a push to many touches comes first, together: two lines of the cache, not five. */
+/* The fields that a push uses are first: they fill two cache lines instead of five. */
 struct vkp_conn {
-    vkp_i_profile *profile;
-    uint32_t state; /* atomic */
-    uint32_t flags;
-    vkp_i_span first; /* the queue's head; the others follow in a ring */
-    uint32_t spans;
-    uint32_t head_sent;   /* bytes written of `first`, whose data was moved on by as many */
-    size_t queued_frames; /* pushes; those of a span partly written count until looked at */
-    size_t queued_bytes;  /* of everything */
-    size_t pushed_bytes;  /* of pushes */
-    vkp_i_task task;      /* deferred */
-    vkp_loop *loop;
-    size_t refs; /* atomic; the loop holds one until the close, each queued task one */
-    vkp_i_span *more;
-    uint32_t more_capacity;
-    uint32_t more_head;
-    void *user;
-    vkp_io io;
-    vkp_i_task remote;      /* queued by other threads */
-    uint32_t remote_queued; /* atomic */
-    int fd;
-    int closes_error;
-    vkp_close_reason closes_reason;
-    vkp_block *input; /* what on_data left; its bytes from input_begin */
-    size_t input_begin;
-    uint64_t dropped; /* atomic */
-    vkp_i_inbox *inbox;
-    vkp_i_connecting *connecting;
-    vkp_seat *seat; /* given back at the close */
+    vkp_i_profile *profile; /* shared */
+    uint32_t state;         /* atomic: VKP_I_CONN_OPEN or VKP_I_CONN_CLOSED */
+    uint32_t flags;         /* VKP_I_CONN_CONNECTING and the other bits */
+    vkp_i_span first;       /* the queue's head; the other spans are in the ring `more` */
+    uint32_t spans;         /* spans in the queue, `first` included */
+    uint32_t head_sent;     /* written bytes of `first`: first.data is that far behind its start */
+    size_t queued_frames; /* pushes in the queue; written ones of `first` count until normalized */
+    size_t queued_bytes;  /* bytes in the queue: pushes and response stream */
+    size_t pushed_bytes;  /* bytes of pushes in the queue */
+    vkp_i_task task;      /* deferred to the end of the round */
+    vkp_loop *loop;       /* shared */
+    size_t refs;          /* atomic; the loop holds one until the close, each queued task one */
+    vkp_i_span *more;     /* ring of the spans behind `first`, or NULL */
+    uint32_t more_capacity;         /* places in `more`: a power of two, or 0 */
+    uint32_t more_head;             /* index in `more` of the span behind `first` */
+    void *user;                     /* the program's pointer, an argument of every callback */
+    vkp_io io;                      /* registration of fd */
+    vkp_i_task remote;              /* closes the connection; queued by another thread */
+    uint32_t remote_queued;         /* atomic: 1 once `remote` was queued */
+    int fd;                         /* -1: none */
+    int closes_error;               /* errno for on_close, set with VKP_I_CONN_CLOSES */
+    vkp_close_reason closes_reason; /* reason for on_close, set with VKP_I_CONN_CLOSES */
+    vkp_block *input;               /* bytes that on_data left, from input_begin on; or NULL */
+    size_t input_begin;             /* offset in `input` of the first kept byte */
+    uint64_t dropped;               /* atomic: pushes that the policy dropped */
+    vkp_i_inbox *inbox;             /* NULL with loop_only */
+    vkp_i_connecting *connecting;   /* NULL once connected */
+    vkp_seat *seat;                 /* given back at the close; or NULL */
 };
 
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
@@ -11666,6 +13068,8 @@ VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
     return (size_t)reason < sizeof texts / sizeof texts[0] ? texts[reason] : "unknown reason";
 }
 
+/* A profile with a copy of the config and its defaults; one reference, the caller's. NULL: no
+   memory.                                                                                     */
 static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_config *config)
 {
     vkp_i_profile *profile = (vkp_i_profile *)vkp_i_alloc_zero(env, sizeof *profile);
@@ -11677,13 +13081,13 @@ static vkp_i_profile *vkp_i_profile_open(const vkp_env *env, const vkp_conn_conf
             profile->config.on_full = VKP_ON_FULL_WAIT;
         }
         if (profile->config.queue_frames == 0) {
-            profile->config.queue_frames = 65536;
+            profile->config.queue_frames = VKP_I_CONN_QUEUE_FRAMES;
         }
         if (profile->config.queue_bytes == 0) {
-            profile->config.queue_bytes = (size_t)8 << 20;
+            profile->config.queue_bytes = VKP_I_CONN_QUEUE_BYTES;
         }
         if (profile->config.input_bytes == 0) {
-            profile->config.input_bytes = (size_t)512 << 20;
+            profile->config.input_bytes = VKP_I_CONN_INPUT_BYTES;
         }
     }
     return profile;
@@ -11704,6 +13108,7 @@ static void vkp_i_profile_unref(vkp_i_profile *profile)
 
 /* ---- the queue of spans ---- */
 
+/* The queue's span at index 0 (the head) to spans - 1. */
 static vkp_i_span *vkp_i_span_at(vkp_conn *conn, uint32_t index)
 {
     return index == 0 ? &conn->first
@@ -11718,9 +13123,12 @@ static void vkp_i_spans_free_ring(vkp_conn *conn)
     conn->more_head = 0;
 }
 
+#define VKP_I_SPANS_FIRST 4u /* the ring's first capacity, a power of two */
+
+/* Make room in the ring for one more span. False: no memory, nothing changed. */
 static bool vkp_i_spans_reserve(vkp_conn *conn)
 {
-    uint32_t capacity = conn->more_capacity == 0 ? 4 : conn->more_capacity * 2;
+    uint32_t capacity = conn->more_capacity == 0 ? VKP_I_SPANS_FIRST : conn->more_capacity * 2;
     vkp_i_span *ring;
     uint32_t i;
     if (conn->spans == 0 || conn->spans - 1 < conn->more_capacity) {
@@ -11739,17 +13147,18 @@ static bool vkp_i_spans_reserve(vkp_conn *conn)
     return true;
 }
 
-/* Add after reserve. */
+/* Append a span to the queue, after vkp_i_spans_reserve. */
 static void vkp_i_spans_append(vkp_conn *conn, vkp_i_span span)
 {
     conn->spans++;
     *vkp_i_span_at(conn, conn->spans - 1) = span;
 }
 
+/* Remove the span at the index and give its block back. */
 static void vkp_i_spans_remove(vkp_conn *conn, uint32_t index)
 {
     vkp_i_block_unref(vkp_i_span_at(conn, index)->block);
-    for (; index > 0; index--) { /* few stand before a frame that may be dropped */
+    for (; index > 0; index--) { /* few spans precede the first push that may be dropped */
         *vkp_i_span_at(conn, index) = *vkp_i_span_at(conn, index - 1);
     }
     conn->spans--;
@@ -11761,6 +13170,8 @@ static void vkp_i_spans_remove(vkp_conn *conn, uint32_t index)
     }
 }
 
+/* Length of the first of `frames` frames in the len bytes at data; len when frame_len finds
+   none.                                                                                       */
 static size_t vkp_i_span_frame(const vkp_conn *conn, const uint8_t *data, size_t len,
                                uint32_t frames)
 {
@@ -11771,8 +13182,9 @@ static size_t vkp_i_span_frame(const vkp_conn *conn, const uint8_t *data, size_t
     return frame == 0 || frame > len ? len : frame;
 }
 
-/* Look which frames of a partly written head are gone, and set the one that is torn apart from
-   the rest: it must be finished. False: no memory, nothing changed.                           */
+/* Account for a partly written head: count its written frames off, and split the frame that is
+   written in part from the frames behind it, because the connection must finish that frame.
+   False: no memory, nothing changed.                                                          */
 static bool vkp_i_spans_normalize(vkp_conn *conn)
 {
     vkp_i_span *head = &conn->first;
@@ -11802,7 +13214,7 @@ static bool vkp_i_spans_normalize(vkp_conn *conn)
         conn->more[conn->more_head] = rest;
         (void)vkp_i_block_ref(rest.block);
         head->len -= rest.len;
-        head->frames = 0; /* begun: belongs to the stream now */
+        head->frames = 0; /* partly written: it can no longer be dropped */
         conn->pushed_bytes -= head->len;
     } else if (at > conn->head_sent) {
         head->frames = 0;
@@ -11815,13 +13227,15 @@ static bool vkp_i_spans_normalize(vkp_conn *conn)
     return true;
 }
 
+/* Count one push that the policy dropped. */
 static void vkp_i_conn_count_drop(vkp_conn *conn)
 {
     (void)VKP_I_ADD(&conn->dropped, (uint64_t)1);
     (void)VKP_I_ADD(&conn->profile->dropped, (uint64_t)1);
 }
 
-/* Drop the oldest push that was not begun. False: there is none. */
+/* Drop the oldest push of which no byte is written. The head is normalized. False: there is
+   none.                                                                                       */
 static bool vkp_i_spans_drop_oldest(vkp_conn *conn)
 {
     uint32_t index = 0;
@@ -11860,33 +13274,39 @@ static void vkp_i_spans_clear(vkp_conn *conn)
     conn->head_sent = 0;
 }
 
+#define VKP_I_SPAN_MAX 0x7fffffffu /* most bytes of one span */
+
+/* Whether the frame extends the last span: the next bytes of its block, of the same kind (push
+   or response stream), and frame_len can find the border between pushes.                      */
 static bool vkp_i_span_adjoins(const vkp_conn *conn, const vkp_i_span *tail, const vkp_bytes *frame,
                                bool push)
 {
     return tail->block != NULL && tail->block == frame->block &&
            tail->data + tail->len == frame->data && (tail->frames > 0) == push &&
            (!push || conn->profile->config.ops->frame_len != NULL) &&
-           frame->len < 0x7fffffffu - tail->len;
+           frame->len < VKP_I_SPAN_MAX - tail->len;
 }
 
-#define VKP_I_COMPACT_BYTES 4096u
+#define VKP_I_COMPACT_BYTES 4096u /* capacity of a private block that gathers small spans */
+#define VKP_I_COMPACT_PART 4u     /* a span below 1 / 4 of its block is copied out of it */
 
-/* A slow client must not pin whole blocks for a frame each: when its queue's last span is a small
-   part of its block and did not grow, copy it behind its neighbour in a private block.        */
+/* A slow client must not pin a whole block for each queued frame. When the last span cannot grow
+   and is a small part of its block, copy it behind the span before it, or else into a private
+   block.                                                                                      */
 static void vkp_i_spans_compact_tail(vkp_conn *conn)
 {
     vkp_i_span *tail;
     vkp_i_span *before;
     vkp_block *block;
-    bool joins; /* others may follow in the same block */
+    bool joins; /* later frames may be copied behind it */
     if (conn->spans < 2) {
         return; /* the head may be partly written */
     }
     tail = vkp_i_span_at(conn, conn->spans - 1);
-    if (tail->block == NULL ? tail->len >= VKP_I_COMPACT_BYTES / 4
-                            : tail->len >= tail->block->capacity / 4 ||
+    if (tail->block == NULL ? tail->len >= VKP_I_COMPACT_BYTES / VKP_I_COMPACT_PART
+                            : tail->len >= tail->block->capacity / VKP_I_COMPACT_PART ||
                                   tail->block->capacity <= VKP_I_COMPACT_BYTES) {
-        return; /* static bytes pin nothing, but a span each is long to search for a push to drop */
+        return; /* static bytes pin no block, but many short spans make a drop's search slow */
     }
     before = conn->spans > 2 ? vkp_i_span_at(conn, conn->spans - 2) : NULL;
     if (before != NULL && before->block != NULL && vkp_i_block_is_mine(before->block) &&
@@ -11907,7 +13327,7 @@ static void vkp_i_spans_compact_tail(vkp_conn *conn)
     block = vkp_i_block_open(conn->loop->env,
                              VKP_I_MAX(joins ? (size_t)VKP_I_COMPACT_BYTES : 0, (size_t)tail->len));
     if (block == NULL) {
-        return; /* pinned a while longer */
+        return; /* no memory: the span keeps its large block */
     }
     memcpy(vkp_i_block_data(block), tail->data, tail->len);
     block->len = tail->len;
@@ -11916,6 +13336,8 @@ static void vkp_i_spans_compact_tail(vkp_conn *conn)
     tail->data = vkp_i_block_data(block);
 }
 
+/* Queue a frame; push: false for the response stream. NOMEM (or a frame above VKP_I_SPAN_MAX):
+   the frame is not queued.                                                                    */
 static vkp_status vkp_i_spans_push(vkp_conn *conn, const vkp_bytes *frame, bool push)
 {
     vkp_i_span *tail = conn->spans > 0 ? vkp_i_span_at(conn, conn->spans - 1) : NULL;
@@ -11927,7 +13349,7 @@ static vkp_status vkp_i_spans_push(vkp_conn *conn, const vkp_bytes *frame, bool 
         if ((conn->flags & VKP_I_CONN_BLOCKED) != 0) {
             vkp_i_spans_compact_tail(conn);
         }
-        if (frame->len > 0x7fffffffu || !vkp_i_spans_reserve(conn)) {
+        if (frame->len > VKP_I_SPAN_MAX || !vkp_i_spans_reserve(conn)) {
             return VKP_ERR_NOMEM;
         }
         span.data = frame->data;
@@ -11949,7 +13371,16 @@ static vkp_status vkp_i_spans_push(vkp_conn *conn, const vkp_bytes *frame, bool 
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-conn   Connections
-   ====================================================================================== */
+   ======================================================================================
+   The life of a connection: connect or adopt, read, push, write, close. Everything runs on the
+   loop's thread, except that other threads push into the inbox and queue `remote` to close.
+   vkp_i_conn_finish is the only function that ends a connection; it takes effect once. Code that
+   may run inside a push calls vkp_i_conn_close_later instead, and the deferred task ends the
+   connection.
+   The inbox's handler moves frames to the outbox; the round ends with vkp_i_conn_task, which
+   writes. When the kernel's buffer is full, VKP_IO_WRITE calls vkp_i_conn_writable.
+   No lock is held here. Every callback may close the connection: code behind a callback checks
+   vkp_i_conn_closed.                                                                          */
 
 /* ---- life ---- */
 
@@ -11967,7 +13398,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     }
     loop = conn->loop;
     if (conn->inbox != NULL) {
-        vkp_i_inbox_hold(conn->inbox); /* of an open that failed: else the close did that */
+        vkp_i_inbox_hold(conn->inbox); /* only after a failed open; otherwise the close did this */
         vkp_mpsc_tx_unref(conn->inbox->tx);
         vkp_mpsc_rx_unref(conn->inbox->rx);
         vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
@@ -11977,6 +13408,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     vkp_loop_unref(loop);
 }
 
+/* Defer the connection's task to the end of the round, once. The task holds a reference. */
 static void vkp_i_conn_defer(vkp_conn *conn)
 {
     if ((conn->flags & VKP_I_CONN_QUEUED) == 0) {
@@ -11986,12 +13418,14 @@ static void vkp_i_conn_defer(vkp_conn *conn)
     }
 }
 
+/* Whether vkp_i_conn_finish ran. Any thread. */
 static bool vkp_i_conn_closed(const vkp_conn *conn)
 {
     return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
 }
 
-/* The one way a connection ends. Loop's thread. */
+/* The only way a connection ends: release everything, call on_close. A second call does nothing.
+   Loop's thread.                                                                              */
 static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
 {
     vkp_i_profile *profile = conn->profile;
@@ -12022,9 +13456,11 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
         vkp_i_loop_defer(conn->loop, profile->when_empty);
         profile->when_empty = NULL;
     }
-    vkp_conn_unref(conn); /* the loop's */
+    vkp_conn_unref(conn); /* the reference that the loop held */
 }
 
+/* The deferred task closes the connection with this reason; the first reason is kept. Allowed
+   inside a push. Loop's thread.                                                               */
 static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int error)
 {
     if ((conn->flags & VKP_I_CONN_CLOSES) == 0) {
@@ -12035,7 +13471,7 @@ static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int 
     }
 }
 
-/* Make the watch match the flags. */
+/* Register the descriptor for the readiness that the flags need. */
 static void vkp_i_conn_update_interest(vkp_conn *conn)
 {
     uint32_t interest = 0;
@@ -12056,7 +13492,7 @@ static void vkp_i_conn_update_interest(vkp_conn *conn)
 
 /* ---- writing ---- */
 
-/* `put` bytes went out: take them off the queue's head. */
+/* Remove `put` written bytes from the queue's head. */
 static void vkp_i_conn_written(vkp_conn *conn, size_t put)
 {
     conn->queued_bytes -= put;
@@ -12079,9 +13515,10 @@ static void vkp_i_conn_written(vkp_conn *conn, size_t put)
     }
 }
 
-#define VKP_I_RANGES 64
+#define VKP_I_RANGES 64 /* most spans of one gathered write */
 
-/* Write until the queue is empty or the kernel's buffer is full. Does not close. */
+/* Write until the outbox is empty or the kernel's buffer is full. An error closes later, never
+   here.                                                                                       */
 static void vkp_i_conn_flush(vkp_conn *conn)
 {
     while (conn->spans > 0 &&
@@ -12117,14 +13554,16 @@ static void vkp_i_conn_flush(vkp_conn *conn)
 
 static void vkp_i_conn_pull_inbox(vkp_conn *conn);
 
-/* Draining, and all is written: a draining connection holds its inbox until that is empty. */
+/* Whether a draining connection has written everything. VKP_I_CONN_INBOX_HELD stays set until
+   its inbox is empty.                                                                         */
 static bool vkp_i_conn_is_drained(const vkp_conn *conn)
 {
     return conn->spans == 0 &&
            (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_INBOX_HELD)) == VKP_I_CONN_DRAINING;
 }
 
-/* The kernel takes bytes again. */
+/* The kernel's buffer has room again: write, call on_drain when the outbox is empty, pull a held
+   inbox.                                                                                      */
 static void vkp_i_conn_writable(vkp_conn *conn)
 {
     conn->flags &= ~VKP_I_CONN_BLOCKED;
@@ -12145,6 +13584,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
 
 /* ---- pushing ---- */
 
+/* Whether the outbox has room for a push of len bytes. One push always fits. */
 static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
 {
     const vkp_conn_config *config = &conn->profile->config;
@@ -12153,7 +13593,8 @@ static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
                                          len <= config->queue_bytes - conn->pushed_bytes));
 }
 
-/* Room for one more push: looked for where it is cheap first. */
+/* Whether the outbox has room for a push of len bytes, if need be after a write and after
+   counting written frames off. The cheapest check is first.                                   */
 static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
 {
     if (vkp_i_conn_has_room(conn, len)) {
@@ -12164,7 +13605,7 @@ static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
            (vkp_i_spans_normalize(conn) && vkp_i_conn_has_room(conn, len));
 }
 
-/* On the loop's thread: into the outbox, by the policy. */
+/* Queue a push in the outbox, by the policy when the outbox is full. Loop's thread. */
 static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
@@ -12184,7 +13625,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
             return VKP_ERR_DROPPED;
         case VKP_ON_FULL_DROP_OLDEST:
             if (!vkp_i_spans_normalize(conn)) {
-                return VKP_ERR_NOMEM; /* where the torn frame ends is not known */
+                return VKP_ERR_NOMEM; /* no memory to split the partly written frame off */
             }
             while (!vkp_i_conn_has_room(conn, frame->len) && vkp_i_spans_drop_oldest(conn)) {
             }
@@ -12201,6 +13642,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
     return status;
 }
 
+/* A push from the loop's thread: CLOSED while the connection drains. */
 static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
 {
     return (conn->flags & VKP_I_CONN_DRAINING) != 0 ? VKP_ERR_CLOSED
@@ -12222,11 +13664,13 @@ VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
     return status;
 }
 
+/* The inbox's handler: frames from other threads have arrived. */
 static void vkp_i_conn_inbox_ready(void *user)
 {
     vkp_i_conn_pull_inbox((vkp_conn *)user);
 }
 
+/* Open the inbox's handler: the loop moves frames to the outbox again. */
 static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
 {
     vkp_case receive = vkp_case_mpsc_recv(conn->inbox->rx, NULL);
@@ -12234,7 +13678,8 @@ static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
                             &conn->inbox->handler);
 }
 
-/* A push that its thread was told is queued cannot be: count it where drops are counted. */
+/* No memory to queue a push for which its sender received OK: count it as dropped, or close
+   later when the policy drops nothing.                                                        */
 static void vkp_i_conn_count_lost(vkp_conn *conn)
 {
     vkp_on_full policy = conn->profile->config.on_full;
@@ -12245,23 +13690,25 @@ static void vkp_i_conn_count_lost(vkp_conn *conn)
     }
 }
 
-#define VKP_I_INBOX_BATCH 1024
+#define VKP_I_INBOX_BATCH 1024 /* most frames that one call of the handler moves */
 
-/* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
-   the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
-   must not keep the round from ending: the handler calls again for what a batch leaves.       */
+/* Move frames from the inbox to the outbox. With a policy that waits (WAIT, ERROR) frames stay
+   in the inbox while the outbox is full, and the inbox has no handler until there is room. The
+   batch limit lets the round end when threads push as fast as the peer reads: the handler calls
+   again for the frames left.                                                                  */
 static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 {
     vkp_mpsc_rx *rx = conn->inbox->rx;
     bool waits = conn->profile->config.on_full == VKP_ON_FULL_WAIT ||
                  conn->profile->config.on_full == VKP_ON_FULL_ERROR;
-    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0; /* bounded: nobody pushes any more */
+    /* no batch limit: the inbox is closed, no frame is added */
+    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0;
     vkp_bytes frame;
     size_t next = 0;
     int i;
     for (i = 0; i < VKP_I_INBOX_BATCH || draining; i++) {
         if (waits && !vkp_i_mpsc_next_cost(rx, &next)) {
-            break; /* a value that comes now was not measured */
+            break; /* empty: the cost of a frame that arrives now is not known */
         }
         if (waits && !vkp_i_conn_find_room(conn, next)) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
@@ -12286,6 +13733,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
     }
 }
 
+/* Task of vkp_conn_close from another thread. */
 static void vkp_i_conn_remote(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
@@ -12293,6 +13741,7 @@ static void vkp_i_conn_remote(vkp_i_task *task)
     vkp_conn_unref(conn);
 }
 
+/* Task of a push from another thread that found the inbox full, with VKP_ON_FULL_DISCONNECT. */
 static void vkp_i_conn_remote_slow(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
@@ -12300,7 +13749,8 @@ static void vkp_i_conn_remote_slow(vkp_i_task *task)
     vkp_conn_unref(conn);
 }
 
-/* From another thread: have the loop close it. The first request's reason stands. */
+/* Queue fn, which closes, on the loop. Only the first call queues: its reason is the one
+   reported. Other threads.                                                                    */
 static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *task))
 {
     if (VKP_I_XCHG(&conn->remote_queued, 1u) != 0) {
@@ -12309,10 +13759,11 @@ static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *tas
     (void)vkp_conn_ref(conn);
     conn->remote.fn = fn;
     if (!vkp_i_loop_queue(conn->loop, &conn->remote)) {
-        vkp_conn_unref(conn); /* the loop is closed, and the connection with it */
+        vkp_conn_unref(conn); /* the loop is closed: its close also closed the connection */
     }
 }
 
+/* Push into the inbox, by the policy when the inbox is full. Other threads. */
 static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *frame,
                                            vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -12350,7 +13801,8 @@ static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *fram
     return status;
 }
 
-/* The wait for room ends with the token too (may be NULL). */
+/* Push from any thread. A wait for room ends at the deadline, or when the token (may be NULL) is
+   triggered.                                                                                  */
 static vkp_status vkp_i_conn_push(vkp_conn *conn, const vkp_bytes *frame, vkp_cancel *cancel,
                                   uint64_t deadline_ns)
 {
@@ -12369,7 +13821,8 @@ VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_
 
 /* ---- reading ---- */
 
-/* A block with room to read into, behind a copy of what was kept; a large rest grows in place. */
+/* A block with room to read into. The kept input is copied to offset *begin of the loop's block;
+   large kept input stays in its own block, which grows. NULL: no memory.                      */
 static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
 {
     vkp_loop *loop = conn->loop;
@@ -12401,7 +13854,8 @@ static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
     return block;
 }
 
-/* Keep bytes [begin, len) of the block for the next time. */
+/* Keep bytes [begin, len) of the block for the next on_data. False: over input_bytes, or no
+   memory; the connection closes later.                                                        */
 static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
 {
     size_t left = block->len - begin;
@@ -12414,7 +13868,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
         return true;
     }
     if (left > 0) {
-        /* A large rest will grow: leave room at once. */
+        /* A large incomplete frame grows: reserve room now. */
         size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
         kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
         if (kept == NULL) {
@@ -12430,7 +13884,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
     return true;
 }
 
-/* Show [begin, len) of the block to on_data and keep what it leaves. */
+/* Call on_data with bytes [begin, len) of the block, and keep the bytes that on_data leaves. */
 static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
 {
     const vkp_conn_ops *ops = conn->profile->config.ops;
@@ -12446,7 +13900,7 @@ static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
     vkp_i_block_unref(block);
 }
 
-/* Resumed: show what was kept, without waiting for more. */
+/* After vkp_conn_resume: deliver the kept input, without waiting for more bytes. */
 static void vkp_i_conn_reread(vkp_conn *conn)
 {
     if ((conn->flags & VKP_I_CONN_REREAD) != 0) {
@@ -12458,6 +13912,7 @@ static void vkp_i_conn_reread(vkp_conn *conn)
     }
 }
 
+/* The peer closed its sending side: on_end decides whether the connection stays open to write. */
 static void vkp_i_conn_end(vkp_conn *conn)
 {
     const vkp_conn_ops *ops = conn->profile->config.ops;
@@ -12469,6 +13924,7 @@ static void vkp_i_conn_end(vkp_conn *conn)
     }
 }
 
+/* One read, delivered to on_data. */
 static void vkp_i_conn_readable(vkp_conn *conn)
 {
     size_t begin = 0;
@@ -12485,7 +13941,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
         block->len += (size_t)got;
         vkp_i_conn_deliver(conn, block, begin);
     } else if (block != conn->input) {
-        block->len = begin; /* the copy of the rest is not needed */
+        block->len = begin; /* nothing was read: discard the copy of the kept input */
     }
     if (got == 0) {
         vkp_i_conn_end(conn);
@@ -12498,7 +13954,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
 
-/* Begin with the next address. VKP_OK: an event will tell. */
+/* Begin to connect to the next address. VKP_OK: an event reports the outcome. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
 {
     const vkp_sys *sys = conn->loop->sys;
@@ -12528,6 +13984,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
     return vkp_i_sys_failure(result);
 }
 
+/* An attempt to connect has ended: open the connection, or try the next address. */
 static void vkp_i_conn_connected(vkp_conn *conn)
 {
     int error = -conn->loop->sys->socket_error(conn->fd);
@@ -12549,10 +14006,11 @@ static void vkp_i_conn_connected(vkp_conn *conn)
         ops->on_open(conn, conn->user);
     }
     if (!vkp_i_conn_closed(conn)) {
-        vkp_i_conn_defer(conn); /* what was pushed meanwhile */
+        vkp_i_conn_defer(conn); /* write the frames that were pushed while connecting */
     }
 }
 
+/* The descriptor is ready; ready 0: the loop closes. */
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
 {
     vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
@@ -12567,14 +14025,15 @@ static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
             vkp_i_conn_writable(conn);
         }
         if (vkp_i_conn_closed(conn)) {
-            /* nothing more */
+            /* a callback closed the connection */
         } else if ((conn->flags & (VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING)) != 0) {
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
         } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 &&
                    ((ready & VKP_IO_READ) != 0 || hung_up)) {
-            vkp_i_conn_reread(conn); /* first: the end may be next */
+            /* Kept input precedes the bytes, or the end, that a read finds. */
+            vkp_i_conn_reread(conn);
             if (!vkp_i_conn_closed(conn) &&
                 (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
                     0) {
@@ -12585,17 +14044,22 @@ static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
     vkp_conn_unref(conn);
 }
 
-/* Before a close of ours: a kernel that finds input unread resets a TCP connection, and the peer
-   loses the last words. What is there is dropped, within reason.                              */
+#define VKP_I_DISCARD_BYTES 4096 /* most bytes of one discarding read */
+#define VKP_I_DISCARD_READS 16   /* most discarding reads before a close */
+
+/* Read and discard waiting input before this side closes, within limits: a kernel that closes a
+   TCP socket with unread input sends a reset, and the peer loses the last bytes written to it. */
 static void vkp_i_conn_discard_input(vkp_conn *conn)
 {
-    char bin[4096];
+    char bin[VKP_I_DISCARD_BYTES];
     int i;
-    for (i = 0; i < 16 && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0; i++) {
+    for (i = 0; i < VKP_I_DISCARD_READS && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0;
+         i++) {
     }
 }
 
-/* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
+/* The deferred task, at the end of a round: deliver kept input after a resume, write once, pull
+   a held inbox, then close if the connection is drained or marked.                            */
 static void vkp_i_conn_task(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, task);
@@ -12657,7 +14121,7 @@ static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
     return vkp_i_conn_handle_inbox(conn);
 }
 
-/* A connection without a descriptor: one reference, the caller's. Shares the profile. */
+/* A connection without a descriptor, with one reference, the caller's. Shares profile. */
 static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_conn **out)
 {
     vkp_conn *conn = (vkp_conn *)vkp_i_alloc_zero(loop->env, sizeof *conn);
@@ -12682,7 +14146,8 @@ static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_con
     return VKP_OK;
 }
 
-/* Serve an fd with a shared profile. `prepared`: accepted by us. on_open is the caller's. */
+/* Serve fd with a shared profile. Takes fd; gives *out beside the loop's own reference.
+   prepared: fd was accepted by this library, its flags are set. The caller calls on_open.     */
 static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profile, bool prepared,
                                    vkp_conn **out)
 {
@@ -12770,7 +14235,7 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
     return VKP_OK;
 }
 
-/* ---- the rest of the handle ---- */
+/* ---- the other calls of the handle ---- */
 
 VKP_API void vkp_conn_pause(vkp_conn *conn)
 {
@@ -12795,7 +14260,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
         return;
     }
     conn->flags |= VKP_I_CONN_DRAINING;
-    if (conn->inbox != NULL) { /* what it holds is queued too */
+    if (conn->inbox != NULL) { /* frames in the inbox are written before the close */
         vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
         conn->flags |= VKP_I_CONN_INBOX_HELD;
@@ -12855,29 +14320,33 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
 }
 
 /* ---- for the layers above ----
-   What listener, hub and relay use besides the calls of the header: vkp_i_profile_open, _ref and
-   _unref, the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
-   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and these.     */
+   Listener, hub, push loop and relay use the public calls and: vkp_i_profile_open, _ref and _unref,
+   the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
+   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and the functions
+   below.                                                                                      */
 
-/* No more input is wanted: the connection ends when what is queued is written. */
+/* Whether vkp_conn_drain was called: the connection reads nothing, and closes when its queues
+   are written.                                                                                */
 static bool vkp_i_conn_is_draining(const vkp_conn *conn)
 {
     return (conn->flags & VKP_I_CONN_DRAINING) != 0;
 }
 
-/* Whether commands of the peer are still served. */
+/* Whether the peer's commands are still answered: the connection neither drains nor closes
+   later.                                                                                      */
 static bool vkp_i_conn_is_serving(const vkp_conn *conn)
 {
     return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
 }
 
-/* Bytes of pushes and of the response stream that the kernel has not taken. */
+/* Bytes in the outbox, pushes and response stream, that the kernel has not accepted. */
 static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
 {
     return conn->queued_bytes;
 }
 
-/* The next connection of that profile from the loop's slot *index on, or NULL. */
+/* The next connection of the profile in the loop's slots from *index on, or NULL. *index moves
+   past it.                                                                                    */
 static vkp_conn *vkp_i_conn_of_profile(vkp_loop *loop, const vkp_i_profile *profile, size_t *index)
 {
     while (*index < loop->slot_count) {
@@ -12897,42 +14366,58 @@ static vkp_conn *vkp_i_conn_of_profile(vkp_loop *loop, const vkp_i_profile *prof
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-listener   Accept connections
-   ====================================================================================== */
+   ======================================================================================
+   A listener accepts on its loop's thread, at most VKP_I_ACCEPT_BATCH connections per event. The
+   gate admits or refuses each one (vkp_i_listener_admit); an admitted descriptor becomes a
+   connection, or on_fd takes it with its seat.
+   A Unix listener is a follower of its socket: when the socket ends or has another descriptor,
+   the registry queues follower.task on the loop, from any thread. vkp_listener_open with
+   on_start queues the open itself as a task, from any thread.
+   The registry's lock and the gate's mutex are taken one after the other, never one inside the
+   other; callbacks of the listener run without locks. A callback may close the listener: code
+   behind a callback checks `endpoint` or VKP_I_LISTENER_CLOSED.                               */
 
-#define VKP_I_LISTENER_CLOSED 1u       /* flags */
-#define VKP_I_LISTENER_LOOPS 2u        /* the loop's: goes when it is closed */
-#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while its follower's task was queued */
-#define VKP_I_LISTENER_DRAINS 8u
+/* Bits of vkp_listener.flags. */
+#define VKP_I_LISTENER_CLOSED 1u       /* vkp_listener_close was called */
+#define VKP_I_LISTENER_LOOPS 2u        /* the loop owns the listener and frees it after the close */
+#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while follower.task was queued */
+#define VKP_I_LISTENER_DRAINS 8u       /* a drain is under way */
 
-/* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
-   queued task of the follower, of a drain under way, of the loop's own release.               */
+#define VKP_I_UNIX_PREFIX (sizeof "unix:" - 1)
+#define VKP_I_ADDRESS_TEXT 320    /* bytes of a TCP address as text */
+#define VKP_I_LISTEN_BACKLOG 4096 /* default of vkp_listener_config.backlog */
+
+/* References, all used on the loop's thread: one of the owner (the program, or the loop with
+   VKP_I_LISTENER_LOOPS), and one each of a running event, of a follower's task queued at the
+   close, and of a drain under way.                                                            */
 struct vkp_listener {
-    vkp_loop *loop;
-    size_t refs;
-    uint32_t flags;
-    vkp_i_profile *profile;
-    vkp_listener_config config; /* its address is not ours */
-    vkp_gate *gate;
-    uint64_t listener_id;
-    vkp_registry *registry; /* Unix; else NULL */
-    vkp_socket *socket;     /* Unix: with a reference, unless it follows */
-    uint32_t generation;    /* of the socket */
-    vkp_i_follower follower;
-    vkp_i_endpoint *endpoint; /* what it accepts from */
-    vkp_io io;
-    vkp_timer pause;      /* after EMFILE and its like */
-    uint64_t pause_ns;    /* 0: the last accept was fine */
-    uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
-    int spare;            /* descriptor, to have one when there is none */
-    vkp_i_task release_task;
-    vkp_timer drain_timer;
-    vkp_i_task drain_task;
-    void (*on_drained)(void *user);
-    void *drain_user;
-    vkp_str address;          /* a copy */
-    vkp_listener_stats stats; /* but for clients */
+    vkp_loop *loop;             /* shared */
+    size_t refs;                /* loop's thread */
+    uint32_t flags;             /* VKP_I_LISTENER_CLOSED and the other bits */
+    vkp_i_profile *profile;     /* config of the accepted connections, shared with them */
+    vkp_listener_config config; /* its address is cleared after the open: the caller's memory */
+    vkp_gate *gate;             /* shared; opened by the listener when the config has none */
+    uint64_t listener_id;       /* the listener's number in its gate */
+    vkp_registry *registry;     /* of a Unix socket, shared; NULL for TCP */
+    vkp_socket *socket;         /* of a Unix address, shared unless config.follow; NULL for TCP */
+    uint32_t generation;        /* the socket's generation, for vkp_i_socket_take_weak */
+    vkp_i_follower follower;    /* entry in the socket's list of followers */
+    vkp_i_endpoint *endpoint;   /* shares the listening descriptor; NULL when closed */
+    vkp_io io;                  /* registration of the listening descriptor */
+    vkp_timer pause;            /* runs while accepting pauses, for example after EMFILE */
+    uint64_t pause_ns;          /* length of the last pause; 0: the last accept succeeded */
+    uint64_t shortage_ns; /* time of the first accept that failed with EMFILE or ENFILE; 0: none */
+    int spare;            /* a descriptor kept to be closed when no other is free; -1: none */
+    vkp_i_task release_task;        /* gives the loop's reference back after the close */
+    vkp_timer drain_timer;          /* deadline of the drain */
+    vkp_i_task drain_task;          /* calls on_drained; its fn is NULL until a drain begins */
+    void (*on_drained)(void *user); /* of vkp_listener_drain; called once */
+    void *drain_user;               /* argument of on_drained */
+    vkp_str address;                /* a copy, with the port that the system chose */
+    vkp_listener_stats stats;       /* all but `clients`, which the gate's seats count */
 };
 
+/* Give one reference back; the last one frees the listener. */
 static void vkp_i_listener_release(vkp_listener *listener)
 {
     if (--listener->refs == 0) {
@@ -12951,7 +14436,7 @@ static void vkp_i_listener_release_later(vkp_i_task *task)
     vkp_i_listener_release(VKP_CONTAINER(task, vkp_listener, release_task));
 }
 
-/* It ended by itself. */
+/* The socket or the loop ended: close the listener and call on_end. */
 static void vkp_i_listener_end(vkp_listener *listener)
 {
     void (*on_end)(void *user) = listener->config.on_end;
@@ -12964,6 +14449,7 @@ static void vkp_i_listener_end(vkp_listener *listener)
 
 /* ---- accepting ---- */
 
+/* Count a refused client, call on_refuse, close fd. */
 static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal why)
 {
     listener->stats.refused[why]++;
@@ -12974,7 +14460,8 @@ static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal wh
     (void)listener->loop->sys->close(fd);
 }
 
-/* A seat for who came. NOT_FOUND: he left again; LIMIT, NOMEM: refused. */
+/* Take a seat for the client of fd. NOT_FOUND: the client has disconnected already; LIMIT,
+   NOMEM: the client is refused, *why says why.                                                */
 static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat **seat,
                                        vkp_refusal *why)
 {
@@ -13012,6 +14499,8 @@ static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat 
     return status;
 }
 
+/* Admit the client of fd: make a connection, or give fd and its seat to on_fd. Otherwise refuse
+   it.                                                                                         */
 static void vkp_i_listener_give(vkp_listener *listener, int fd)
 {
     const vkp_conn_ops *ops = listener->profile->config.ops;
@@ -13024,7 +14513,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         (void)listener->loop->sys->close(fd);
         return;
     }
-    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* the gate closed it */
         vkp_seat_unref(seat);
         listener->config.on_refuse = NULL;
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
@@ -13055,21 +14544,23 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
     vkp_conn_unref(conn);
 }
 
-#define VKP_I_ACCEPT_BATCH 64
-#define VKP_I_PAUSE_LEAST_NS 10000000u
-#define VKP_I_PAUSE_MOST_NS 1000000000u
+#define VKP_I_ACCEPT_BATCH 64           /* most connections accepted per event */
+#define VKP_I_PAUSE_LEAST_NS 10000000u  /* first pause: 10 ms */
+#define VKP_I_PAUSE_MOST_NS 1000000000u /* longest pause: 1 s */
 
+/* The pause is over: accept again. */
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
     if (vkp_io_set(&listener->io, VKP_IO_READ) != VKP_OK) {
-        /* There is room: its own entry just left. */
+        /* Cannot fail: the entry of this timer was just removed, so there is room. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
                                listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
     }
 }
 
-/* The connection waits in the backlog, and the loop does not spin. */
+/* Pause accepting. Clients wait in the backlog, and the loop does not spin on a descriptor that
+   stays ready.                                                                                */
 static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 {
     listener->pause_ns = listener->pause_ns == 0
@@ -13081,10 +14572,12 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
-              listener->address.ptr, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+              listener->address.ptr, strerror(error),
+              (unsigned)(listener->pause_ns / VKP_I_NS_PER_MS));
 }
 
-/* Descriptors are short for long: those who wait shall know. */
+/* Descriptors are short for a second: close the spare one, so that waiting clients can be
+   accepted and refused instead of waiting without an answer.                                  */
 static void vkp_i_listener_reject_waiting(vkp_listener *listener)
 {
     const vkp_sys *sys = listener->loop->sys;
@@ -13105,7 +14598,7 @@ static void vkp_i_listener_reject_waiting(vkp_listener *listener)
     }
 }
 
-/* After a failed accept: whether to try the next at once. */
+/* accept failed. True: accept the next connection immediately. */
 static bool vkp_i_listener_failed(vkp_listener *listener, int error)
 {
     if (error == EINTR) {
@@ -13115,7 +14608,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
         return false;
     }
     if (error == ECONNABORTED || error == EPROTO || error == ENETDOWN || error == EHOSTUNREACH ||
-        error == ENETUNREACH) { /* of the connection that was at the head */
+        error == ENETUNREACH) { /* errors of the accepted connection, not of the listener */
         listener->stats.aborted++;
         return true;
     }
@@ -13138,6 +14631,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
     return false;
 }
 
+/* The listening descriptor is ready; ready 0: the loop closes. */
 static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 {
     vkp_listener *listener = VKP_CONTAINER(io, vkp_listener, io);
@@ -13155,7 +14649,7 @@ static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
         }
         listener->pause_ns = 0;
         listener->shortage_ns = 0;
-        if (i == 0 && listener->spare < 0) { /* there was none for it before */
+        if (i == 0 && listener->spare < 0) { /* no descriptor was free for it earlier */
             listener->spare = listener->loop->sys->socket(AF_UNIX, SOCK_STREAM);
         }
         if (listener->socket == NULL) {
@@ -13168,7 +14662,7 @@ static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 
 /* ---- with a socket ---- */
 
-/* The socket ended, or has another descriptor. */
+/* Task of the follower: the socket has ended, or has another descriptor. */
 static void vkp_i_listener_socket_ended(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
@@ -13186,7 +14680,7 @@ static void vkp_i_listener_socket_ended(vkp_i_task *task)
     } else if (endpoint != listener->endpoint) {
         vkp_i_endpoint *before = listener->endpoint;
         listener->endpoint = endpoint;
-        endpoint = before; /* to be given back */
+        endpoint = before; /* its reference is given back below */
         vkp_io_stop(&listener->io);
         vkp_timer_stop(&listener->pause);
         if (vkp_io_start(&listener->io, listener->loop, listener->endpoint->fd, VKP_IO_READ,
@@ -13197,6 +14691,7 @@ static void vkp_i_listener_socket_ended(vkp_i_task *task)
     vkp_i_endpoint_unref(endpoint);
 }
 
+/* Share the socket's descriptor and join its followers. CLOSED: the socket has ended. */
 static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
 {
     vkp_socket *sock = listener->socket;
@@ -13213,6 +14708,8 @@ static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
     return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
 }
 
+/* Leave the socket's followers. A follower's task that is queued keeps a reference until it
+   runs.                                                                                       */
 static void vkp_i_listener_detach_socket(vkp_listener *listener)
 {
     vkp_i_follower *follower = &listener->follower;
@@ -13234,10 +14731,11 @@ static void vkp_i_listener_detach_socket(vkp_listener *listener)
 
 /* ---- opening ---- */
 
+/* Bind and listen on a TCP address; listener->address gets the port that the system chose. */
 static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address, vkp_str text)
 {
     const vkp_sys *sys = listener->loop->sys;
-    char full[320];
+    char full[VKP_I_ADDRESS_TEXT];
     int fd = sys->socket(address->family, SOCK_STREAM);
     int result = fd;
     if (fd >= 0) {
@@ -13249,7 +14747,8 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
         result = sys->bind(fd, address->storage.bytes, address->bytes, 0);
     }
     if (result == 0) {
-        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog : 4096);
+        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog
+                                                              : VKP_I_LISTEN_BACKLOG);
     }
     if (result == 0) {
         result = sys->local_port(fd);
@@ -13257,14 +14756,14 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
     if (result < 0) {
         return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
     }
-    while (text.ptr[--text.len] != ':') { /* the port that was asked for */
+    while (text.ptr[--text.len] != ':') { /* cut the requested port off: it may be 0 */
     }
     (void)snprintf(full, sizeof full, "%.*s:%d", VKP_FMT(text), result);
     listener->address = vkp_str_of(full);
     return vkp_i_copy_str(listener->loop->env, &listener->address) ? VKP_OK : VKP_ERR_NOMEM;
 }
 
-/* listener->socket is set, with a reference. */
+/* Listen on listener->socket, of which the listener holds a reference. */
 static vkp_status vkp_i_listen_unix(vkp_listener *listener)
 {
     char full[sizeof "unix:" + VKP_I_PATH_BYTES];
@@ -13276,11 +14775,12 @@ static vkp_status vkp_i_listen_unix(vkp_listener *listener)
     return copied ? vkp_i_listener_attach_socket(listener) : VKP_ERR_NOMEM;
 }
 
-/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
+/* Open the socket of "unix:PATH" or, for a unique path, of "unix:". Opens a registry when
+   *registry is NULL.                                                                          */
 static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, vkp_str address,
                                     vkp_registry **registry, vkp_socket **sock)
 {
-    vkp_str path = vkp_i_str(address.ptr + 5, address.len - 5);
+    vkp_str path = vkp_i_str(address.ptr + VKP_I_UNIX_PREFIX, address.len - VKP_I_UNIX_PREFIX);
     bool abstract = path.len > 0 && path.ptr[0] == '@';
     vkp_status status = VKP_OK;
     if (abstract && !VKP_I_LINUX) {
@@ -13342,7 +14842,7 @@ static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
     return status;
 }
 
-/* On the loop's thread, with a config that was checked. */
+/* Open a listener whose config was checked. Loop's thread. */
 static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config *config,
                                        vkp_listener **out)
 {
@@ -13372,17 +14872,18 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
                               vkp_i_listener_event);
     }
     error = errno;
-    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's */
+    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's memory */
     if (status != VKP_OK) {
-        listener->config.follow = false; /* it has the reference of its opening still */
+        /* unref must give the open's reference of the socket back */
+        listener->config.follow = false;
         vkp_listener_unref(listener);
         errno = error;
         return status;
     }
-    listener->spare =
-        loop->sys->socket(AF_UNIX, SOCK_STREAM); /* missing, it is made up for later */
+    /* On failure vkp_i_listener_event opens the spare descriptor later. */
+    listener->spare = loop->sys->socket(AF_UNIX, SOCK_STREAM);
     if (config->follow) {
-        vkp_socket_unref(listener->socket); /* the caller has another */
+        vkp_socket_unref(listener->socket); /* not the last reference: the caller holds one */
     }
     *out = listener;
     return VKP_OK;
@@ -13440,7 +14941,7 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
         listener->flags &= ~VKP_I_LISTENER_DRAINS;
         vkp_timer_stop(&listener->drain_timer);
         listener->on_drained = NULL;
-        if (listener->profile->when_empty != NULL) { /* else its task is on its way */
+        if (listener->profile->when_empty != NULL) { /* otherwise drain_task is deferred */
             listener->profile->when_empty = NULL;
             vkp_i_listener_release(listener);
         }
@@ -13450,6 +14951,7 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
 
 /* ---- draining ---- */
 
+/* Task: every connection of a drained listener is closed. */
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
@@ -13462,6 +14964,7 @@ static void vkp_i_listener_drained(vkp_i_task *task)
     vkp_i_listener_release(listener);
 }
 
+/* The drain's deadline has passed: close the connections that are left. */
 static void vkp_i_listener_drain_over(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, drain_timer);
@@ -13510,9 +15013,10 @@ VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *n
 
 /* ---- listeners started from any thread ---- */
 
+/* A listener that vkp_listener_open with on_start queued for its loop's thread. */
 typedef struct vkp_i_start {
-    vkp_i_task task;
-    vkp_loop *loop;
+    vkp_i_task task;            /* runs vkp_i_start_run on the loop's thread */
+    vkp_loop *loop;             /* shared */
     vkp_listener_config config; /* shares its socket, registry and gate; its address is a copy */
 } vkp_i_start;
 
@@ -13527,6 +15031,7 @@ static void vkp_i_start_free(vkp_i_start *start)
     vkp_loop_unref(loop);
 }
 
+/* Task on the loop's thread: open the listener, call on_start. */
 static void vkp_i_start_run(vkp_i_task *task)
 {
     vkp_i_start *start = VKP_CONTAINER(task, vkp_i_start, task);
@@ -13535,7 +15040,7 @@ static void vkp_i_start_run(vkp_i_task *task)
     vkp_listening result;
     memset(&result, 0, sizeof result);
     result.status = start->loop->closed ? VKP_ERR_CLOSED : VKP_OK;
-    if (result.status == VKP_OK && gives) { /* the socket first, to have the reference */
+    if (result.status == VKP_OK && gives) { /* on_start gets its first reference */
         result.status =
             vkp_i_make_socket(start->loop->env, start->config.backlog, start->config.address,
                               &start->config.registry, &start->config.socket);
@@ -13554,11 +15059,12 @@ static void vkp_i_start_run(vkp_i_task *task)
     }
     start->config.on_start(start->config.conn.user, &result);
     if (result.socket != NULL) {
-        start->config.socket = NULL; /* given */
+        start->config.socket = NULL; /* on_start took the reference */
     }
     vkp_i_start_free(start);
 }
 
+/* Queue vkp_i_start_run on the loop. Any thread. */
 static vkp_status vkp_i_listener_start(vkp_loop *loop, const vkp_listener_config *config)
 {
     vkp_i_start *start = (vkp_i_start *)vkp_i_alloc_zero(loop->env, sizeof *start);
@@ -13607,21 +15113,29 @@ VKP_API vkp_status vkp_listener_open(vkp_loop *loop, const vkp_listener_config *
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-health   Is a server well?
-   ====================================================================================== */
+   ======================================================================================
+   A health check runs on its loop's thread alone, without locks. Each check connects, sends the
+   request, compares the first bytes received with the answer, calls on_result once, and starts
+   the timer of the next check.
+   vkp_i_health_end is the only end of a check. It disconnects before it calls on_result: the
+   user of a connection without a check is NULL, and its events are ignored. on_result may close
+   and unref the handle; `calling` defers the free until on_result returned.                   */
+
+#define VKP_I_HEALTH_TIMEOUT_MS 1000u /* default of vkp_health_config.timeout_ms */
 
 struct vkp_health_check {
-    vkp_loop *loop;
-    vkp_health_config config;
-    char *texts; /* address, request and answer, of the copies that config has */
-    size_t text_bytes;
-    vkp_conn *conn;  /* of the check under way */
-    vkp_timer timer; /* its deadline, or the next check */
-    vkp_i_attached place;
-    uint64_t began_ns;
-    uint64_t failures;
-    bool calling;
-    bool closed;
-    bool released; /* the handle was given back */
+    vkp_loop *loop;           /* shared */
+    vkp_health_config config; /* its address, request and answer point into `texts` */
+    char *texts;              /* terminated copies of address, request and answer */
+    size_t text_bytes;        /* allocated bytes of `texts` */
+    vkp_conn *conn;           /* connection of the running check, or NULL */
+    vkp_timer timer;          /* deadline of the running check, or start of the next one */
+    vkp_i_attached place;     /* calls vkp_i_health_on_loop_close */
+    uint64_t began_ns;        /* start of the running or last check */
+    uint64_t failures;        /* failed checks since the last success */
+    bool calling;             /* on_result is running: unref must not free */
+    bool closed;              /* vkp_health_check_close was called */
+    bool released;            /* the handle was given back: the end of on_result frees */
 };
 
 static void vkp_i_health_begin(vkp_timer *timer);
@@ -13634,7 +15148,8 @@ static void vkp_i_health_free(vkp_health_check *check)
     vkp_loop_unref(loop);
 }
 
-/* Part with the connection first: its on_close must find no check under way. */
+/* Close the connection. Its user is cleared first: the on_close that follows must not end a
+   check.                                                                                      */
 static void vkp_i_health_disconnect(vkp_health_check *check)
 {
     vkp_conn *conn = check->conn;
@@ -13646,6 +15161,7 @@ static void vkp_i_health_disconnect(vkp_health_check *check)
     }
 }
 
+/* End the running check: call on_result, then start the timer of the next check, or free. */
 static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int error)
 {
     vkp_loop *loop = check->loop;
@@ -13665,7 +15181,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
         vkp_i_health_free(check);
     } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
         uint64_t next_ns = vkp_i_after_ms(check->began_ns, check->config.period_ms);
-        /* There is room: its own entry just left. */
+        /* Cannot fail: the entry of this timer was just removed, so there is room. */
         (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
                                VKP_I_MAX(next_ns, loop->now_ns));
     }
@@ -13706,7 +15222,7 @@ static size_t vkp_i_health_on_data(vkp_conn *conn, void *user, const vkp_bytes *
     } else if (len == answer.len) {
         vkp_i_health_end(check, VKP_OK, 0);
     } else {
-        return 0; /* the rest comes with this again */
+        return 0; /* incomplete: on_data gets these bytes again, with more behind them */
     }
     return in->len;
 }
@@ -13735,6 +15251,7 @@ static void vkp_i_health_timed_out(vkp_timer *timer)
     vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
 
+/* Timer's callback: start a check. */
 static void vkp_i_health_begin(vkp_timer *timer)
 {
     vkp_health_check *check = VKP_CONTAINER(timer, vkp_health_check, timer);
@@ -13760,6 +15277,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     }
 }
 
+/* The loop closes: stop checking. The handle stays valid until its unref. */
 static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
     vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
@@ -13767,7 +15285,7 @@ static void vkp_i_health_on_loop_close(vkp_i_attached *place)
     vkp_i_health_disconnect(check);
 }
 
-/* Copy a text behind the ones before. */
+/* Copy a text, terminated, to offset *at of check->texts; *at moves behind it. */
 static vkp_str vkp_i_health_copy(vkp_health_check *check, size_t *at, vkp_str text)
 {
     char *copy = check->texts + *at;
@@ -13805,7 +15323,7 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.answer = vkp_str_of("+PONG\r\n");
     }
     if (check->config.timeout_ms == 0) {
-        check->config.timeout_ms = 1000;
+        check->config.timeout_ms = VKP_I_HEALTH_TIMEOUT_MS;
     }
     check->loop = vkp_loop_ref(loop);
     check->text_bytes =
@@ -13855,35 +15373,41 @@ VKP_API void vkp_health_check_unref(vkp_health_check *check)
 /* ======================================================================================
    >>impl-hub   Who is subscribed to what
    ======================================================================================
-   A topic is a name of one kind with its members, in no order; a subscription is a record that
-   knows its place among the topic's members and among the member's subscriptions, so that both
-   ends leave in constant time. Messages are encoded into append-only blocks, one per protocol:
-   consecutive ones are neighbours, which connections write as one range.                      */
+   A topic is a name of one kind with its members, in no order. A subscription records its index
+   among the topic's members and its neighbours among the member's subscriptions, so that
+   removing it takes constant time at both ends.
+   Messages are encoded into append-only blocks, one block per protocol: consecutive messages are
+   neighbours, which a connection writes as one range.
+   A hub runs on one loop's thread, without locks. Subscribe, unsubscribe and leave call
+   on_interest for a topic's first and last member; delivery never does. Delivery never closes a
+   connection (vkp_i_conn_close_later), so that the list of members does not change under it.  */
 
+/* A name of one kind with its members. The name is behind the struct. */
 typedef struct vkp_i_topic {
-    vkp_i_map_node node;
-    vkp_hub_sub **subs;
-    size_t count;
-    size_t capacity;
-    vkp_sub_kind kind;
-} vkp_i_topic; /* its name is behind the struct */
+    vkp_i_map_node node; /* in vkp_hub.topics; its key is the name */
+    vkp_hub_sub **subs;  /* one subscription for each member, in no order */
+    size_t count;        /* used places of `subs` */
+    size_t capacity;     /* allocated places of `subs` */
+    vkp_sub_kind kind;   /* which of vkp_hub.topics holds this topic */
+} vkp_i_topic;
 
 struct vkp_hub_sub {
-    vkp_i_topic *topic;
-    vkp_hub_member *member;
-    size_t index;      /* in the topic */
-    vkp_hub_sub *prev; /* of the member */
-    vkp_hub_sub *next;
+    vkp_i_topic *topic;     /* holds this subscription at `index` */
+    vkp_hub_member *member; /* the subscriber; in the caller's memory */
+    size_t index;           /* place of this subscription in topic->subs */
+    vkp_hub_sub *prev;      /* the member's newer subscription of this kind, or NULL */
+    vkp_hub_sub *next;      /* the member's older subscription of this kind, or NULL */
 };
 
 struct vkp_hub {
     const vkp_env *env;
-    vkp_hub_config config;
-    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind */
-    vkp_block *blocks[2];            /* where RESP2 and RESP3 are encoded */
+    vkp_hub_config config;           /* a copy */
+    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
+    vkp_block *blocks[2];            /* where messages are encoded: [0] RESP2, [1] RESP3; or NULL */
 };
 
-/* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
+/* Match a byte against the element of a [set] at *at: a byte, an escaped byte or a range. *at
+   moves behind the element.                                                                   */
 static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte)
 {
     unsigned char low = (unsigned char)pattern.ptr[*at];
@@ -13902,7 +15426,7 @@ static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte
     return low == byte;
 }
 
-/* Match one byte against the pattern's element at `at`; `at` moves behind it. */
+/* Match one byte against the pattern's element at *at; *at moves behind it. */
 static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
 {
     unsigned char mark = (unsigned char)pattern.ptr[*at];
@@ -13928,7 +15452,8 @@ static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
     return hit != negated;
 }
 
-/* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
+/* A mismatch returns to the last star only: an earlier star that matches more text cannot do
+   better.                                                                                     */
 VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text)
 {
     size_t p = 0;
@@ -14003,6 +15528,7 @@ VKP_API void vkp_hub_unref(vkp_hub *hub)
     vkp_i_free(hub->env, hub, sizeof *hub);
 }
 
+/* The topic of a name, or NULL. */
 static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
 {
     const vkp_i_map *map = &hub->topics[kind];
@@ -14030,11 +15556,12 @@ static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str nam
     return topic;
 }
 
+/* The member's subscription to the topic, or NULL. */
 static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_topic *topic)
 {
     vkp_hub_sub *sub = member->i_subs[topic->kind];
     size_t i;
-    /* Among the topic's members and among the member's topics in step: the shorter list decides. */
+    /* Both lists are searched in step: the shorter one bounds the time. */
     for (i = 0; i < topic->count && sub != NULL && sub->topic != topic; i++) {
         if (topic->subs[i]->member == member) {
             return topic->subs[i];
@@ -14044,6 +15571,7 @@ static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_
     return i < topic->count ? sub : NULL;
 }
 
+/* Free a topic without members; if the last parameter is set, call on_interest before. */
 static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
 {
     if (topic->count == 0) {
@@ -14107,6 +15635,8 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     return VKP_OK;
 }
 
+/* Remove a subscription from its topic and its member, and free it. The last one frees the
+   topic.                                                                                      */
 static void vkp_i_hub_drop(vkp_hub *hub, vkp_hub_sub *sub)
 {
     vkp_i_topic *topic = sub->topic;
@@ -14183,21 +15713,25 @@ VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cur
 
 /* ---- delivery ---- */
 
-/* A message and its encodings so far. */
+/* A message under delivery and its encodings. */
 typedef struct vkp_i_message {
-    vkp_str parts[4]; /* kind, pattern (or nothing), channel, payload */
-    bool has_pattern;
-    vkp_bytes frames[2]; /* RESP2, RESP3; len 0: not encoded yet. No reference of their own. */
+    vkp_str parts[4];    /* kind, pattern (may be empty), channel, payload; views */
+    bool has_pattern;    /* parts[1] is part of the message */
+    vkp_bytes frames[2]; /* [0] RESP2, [1] RESP3; views; len 0: not encoded yet */
 } vkp_i_message;
 
-#define VKP_I_HUB_BLOCK 65536u
+#define VKP_I_HUB_BLOCK 65536u /* least capacity of an encoding block */
+#define VKP_I_BULK_HEAD 28u    /* at least the bytes that a bulk string adds to its text */
+#define VKP_I_ARRAY_HEAD 8u    /* at least the bytes of a message's first line */
+#define VKP_I_DIGITS 24u       /* bytes of the buffer of vkp_i_format_u64 */
 
-/* Room at the end of an encoding block. The hub's own reference keeps it while it is filled. */
+/* Room for `bytes` at the end of an encoding block, or NULL: no memory. The hub's own reference
+   keeps the block while it is filled.                                                         */
 static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
 {
     vkp_block *block = hub->blocks[which];
     if (block != NULL && vkp_i_block_is_mine(block)) {
-        block->len = 0; /* all was written: stay in the same cache lines */
+        block->len = 0; /* no connection holds it any longer: reuse the same cache lines */
     }
     if (block != NULL && block->capacity - block->len < bytes) {
         vkp_i_block_unref(block);
@@ -14210,14 +15744,16 @@ static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
     return block != NULL ? vkp_i_block_data(block) + block->len : NULL;
 }
 
+/* Write the text as a bulk string; returns the bytes written, at most text.len +
+   VKP_I_BULK_HEAD.                                                                            */
 static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
 {
-    char digits[24];
+    char digits[VKP_I_DIGITS];
     size_t from = vkp_i_format_u64(digits, text.len);
     size_t at = 0;
     out[at++] = '$';
-    memcpy(out + at, digits + from, 24 - from);
-    at += 24 - from;
+    memcpy(out + at, digits + from, VKP_I_DIGITS - from);
+    at += VKP_I_DIGITS - from;
     out[at++] = '\r';
     out[at++] = '\n';
     if (text.len > 0) {
@@ -14229,12 +15765,13 @@ static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
     return at;
 }
 
-/* The message in one of the protocols; NULL: no memory. */
+/* The message in the protocol, encoded at the first call. NULL: no memory, or above
+   VKP_I_BLOCK_MAX.                                                                            */
 static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message, int protocol)
 {
     int which = protocol == 3 ? 1 : 0;
     vkp_bytes *frame = &message->frames[which];
-    size_t most = 8;
+    size_t most = VKP_I_ARRAY_HEAD;
     size_t at = 0;
     uint8_t *out;
     int i;
@@ -14242,7 +15779,7 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
         return frame;
     }
     for (i = 0; i < 4; i++) {
-        most += message->parts[i].len + 28;
+        most += message->parts[i].len + VKP_I_BULK_HEAD;
     }
     out = most <= VKP_I_BLOCK_MAX ? vkp_i_hub_reserve(hub, which, most) : NULL;
     if (out == NULL) {
@@ -14264,6 +15801,7 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
     return frame;
 }
 
+/* Push the message to every member of the topic; returns the number of members. */
 static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
 {
     size_t i;
@@ -14274,7 +15812,7 @@ static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_messag
             frame = vkp_i_message_frame(hub, message, member->protocol);
         }
         if (frame != NULL) {
-            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts what it drops */
+            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts drops */
         }
     }
     return topic->count;
@@ -14344,7 +15882,12 @@ VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-push   What a server pushes
-   ====================================================================================== */
+   ======================================================================================
+   Recognise a push in a value. vkp_push_from_value takes no lock and allocates nothing; the
+   texts of its result view the value's frame, so it runs on any thread.
+   vkp_i_push_forms is the only list of kinds that a server sends. A push of a listed name with
+   another number of elements is VKP_PUSH_OTHER. The kinds from VKP_PUSH_CONNECTED on are events
+   of the client and never come from a server.                                                 */
 
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
 {
@@ -14373,17 +15916,19 @@ VKP_API void vkp_push_drop(void *user, void *push)
     vkp_push_unref((vkp_push *)push);
 }
 
-/* A message of a pub/sub channel, whichever way its subscriber asked for it. */
+/* Whether the push is a message of a pub/sub channel, received by its name, by a pattern or as a
+   shard channel.                                                                              */
 static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
 {
     return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
 }
 
+/* One kind of push as a server writes it. */
 typedef struct vkp_i_push_form {
-    const char *name;
-    vkp_push_kind kind;
-    vkp_sub_kind sub;
-    uint8_t elements; /* with the kind; 0: any */
+    const char *name;   /* the push's first element */
+    vkp_push_kind kind; /* value of vkp_push.kind */
+    vkp_sub_kind sub;   /* value of vkp_push.sub; without meaning for INVALIDATE */
+    uint8_t elements;   /* number of elements, the name included */
 } vkp_i_push_form;
 
 static const vkp_i_push_form vkp_i_push_forms[] = {
@@ -14398,7 +15943,7 @@ static const vkp_i_push_form vkp_i_push_forms[] = {
     {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_SHARD, 3},
     {"invalidate", VKP_PUSH_INVALIDATE, VKP_SUB_CHANNEL, 2}};
 
-/* The parts of a push whose kind is known. A push of a known kind and another shape is OTHER. */
+/* Fill the fields of a push from a value of the given form. */
 static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form, vkp_push *push)
 {
     const vkp_value *element = vkp_value_get_first(value);
@@ -14427,7 +15972,8 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
         return VKP_ERR_INVALID;
     }
     memset(push, 0, sizeof *push);
-    /* A plain message, without the walk: no attributes, no aggregates, kind MESSAGE is 0. */
+    /* A fast path for plain messages. Span 4 with length 3: no attributes and no aggregates inside.
+       The memset above set kind to VKP_PUSH_MESSAGE and sub to VKP_SUB_CHANNEL, which are 0.  */
     if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
         memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
         value[3].type == VKP_RESP_STRING) {
@@ -14454,106 +16000,116 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 /* ======================================================================================
    >>impl-client   A connection to a server, shared by many threads
    ======================================================================================
-   Other threads append requests to `submitted` under the mutex and queue one task; the loop takes
-   the list, writes each request's bytes and moves it to `flight`, the requests whose replies are
-   still to come, in order. Each reply settles the oldest one. A SUBSCRIBE has no reply but one
-   push, in its place among the replies: it settles the same way, by name.
-   `submitted`, `queued_bytes`, `accepting`, the one-shots' links and `error` are guarded by the
-   mutex; everything else is the loop's. Callbacks run without the lock, and any of them may
-   close the client: whoever calls one looks at `closed` afterwards.                           */
+   Any thread appends requests to `submitted` under the mutex and queues the client's task. The
+   task runs on the loop's thread: it takes the list, writes each request's bytes and moves the
+   request to `flight`, the requests that wait for their replies, oldest first. A reply completes
+   the oldest request. The server answers SUBSCRIBE and UNSUBSCRIBE not with a reply but with one
+   push, in its place among the replies: that push completes the oldest request too, when kind
+   and name match.
+   The mutex guards `submitted`, `queued_bytes`, `accepting`, `ended`, `task_queued`,
+   `close_wanted`, `error`, and the links between requests and one-shots; every other field
+   belongs to the loop's thread. Under the mutex only the loop's lock-free queue and a one-shot
+   are used.
+   Callbacks run on the loop's thread without the mutex, and any callback may close the client:
+   code behind a callback checks `closed`.                                                     */
 
 typedef enum vkp_i_request_kind {
-    VKP_I_REQUEST_COMMAND,
-    VKP_I_REQUEST_HELLO,
-    VKP_I_REQUEST_LOGIN, /* RESP2: AUTH */
-    VKP_I_REQUEST_NAME,  /* RESP2: CLIENT SETNAME, whose answer does not matter */
-    VKP_I_REQUEST_PING,
-    VKP_I_REQUEST_SUBSCRIBE,
-    VKP_I_REQUEST_UNSUBSCRIBE,
-    VKP_I_REQUEST_WANT, /* submitted only: one interest more */
-    VKP_I_REQUEST_LEAVE /* submitted only: one less */
+    VKP_I_REQUEST_COMMAND,     /* commands of the program */
+    VKP_I_REQUEST_HELLO,       /* ends the handshake: HELLO, or for RESP2 the PING behind AUTH */
+    VKP_I_REQUEST_LOGIN,       /* RESP2: AUTH */
+    VKP_I_REQUEST_NAME,        /* RESP2: CLIENT SETNAME, whose reply is ignored */
+    VKP_I_REQUEST_PING,        /* the heartbeat */
+    VKP_I_REQUEST_SUBSCRIBE,   /* sent for one interest */
+    VKP_I_REQUEST_UNSUBSCRIBE, /* sent for one interest */
+    VKP_I_REQUEST_WANT, /* vkp_client_subscribe: never written, adds to an interest's `wanted` */
+    VKP_I_REQUEST_LEAVE /* vkp_client_unsubscribe: never written, takes from `wanted` */
 } vkp_i_request_kind;
 
+/* One entry of `submitted`, `taken`, `flight`, `failed` or an interest's `waiters`. */
 typedef struct vkp_i_request {
-    struct vkp_i_request *next;
-    vkp_client *client;
+    struct vkp_i_request *next; /* younger request of the list that holds this one */
+    vkp_client *client;         /* no reference */
     vkp_i_request_kind kind;
-    uint32_t replies; /* still to come */
-    size_t cost;
-    vkp_bytes bytes;   /* what to write; of WANT and LEAVE the name */
-    vkp_oneshot *slot; /* guarded by the mutex */
-    vkp_reply_fn on_reply;
-    void (*done)(void *user, vkp_status status);
-    void *user;
-    vkp_sub_kind sub;
-    struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
+    uint32_t replies;      /* replies still to come; for a WANT that waits: confirmations */
+    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
+    vkp_bytes bytes;       /* the commands to write; for WANT and LEAVE the name */
+    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
+    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
+    void (*done)(void *user, vkp_status status); /* called with the outcome of a WANT, or NULL */
+    void *user;                                  /* argument of on_reply and of done */
+    vkp_sub_kind sub;                            /* kind of the name, for requests with a name */
+    struct vkp_i_interest *interest;             /* for SUBSCRIBE and UNSUBSCRIBE */
 } vkp_i_request;
 
+/* A list of requests, oldest first. */
 typedef struct vkp_i_requests {
-    vkp_i_request *first;
-    vkp_i_request **end;
+    vkp_i_request *first; /* NULL: empty */
+    vkp_i_request **end;  /* the NULL link where the next request is appended */
 } vkp_i_requests;
 
-/* A name that somebody wants, or that is still on its way out. */
+/* A name that the program wants, or that still waits for a confirmation. The name is behind the
+   struct.                                                                                     */
 typedef struct vkp_i_interest {
-    vkp_i_map_node node;
+    vkp_i_map_node node; /* in client->interests; its key is the name */
     vkp_sub_kind kind;
-    size_t wanted;          /* calls of subscribe not taken back */
-    size_t in_flight;       /* SUBSCRIBE and UNSUBSCRIBE not settled */
-    bool subscribed;        /* what the last command sent asks for */
-    bool confirmed;         /* the server said so */
-    bool resuming;          /* after an outage: GAP waits for it */
-    vkp_i_requests waiters; /* WANTs to be told */
-} vkp_i_interest;           /* its name is behind the struct */
+    size_t wanted;    /* calls of vkp_client_subscribe minus those of vkp_client_unsubscribe */
+    size_t in_flight; /* SUBSCRIBE and UNSUBSCRIBE commands without an answer */
+    bool subscribed;  /* the last command sent is SUBSCRIBE, not UNSUBSCRIBE */
+    bool confirmed;   /* the server confirmed the subscription */
+    bool resuming;    /* subscribed again after an outage: the GAP event waits for the answer */
+    vkp_i_requests waiters; /* WANT requests that wait for an answer of the server */
+} vkp_i_interest;
 
 struct vkp_reply {
     const vkp_env *env;
-    size_t refs;  /* atomic */
-    size_t bytes; /* of this allocation */
-    vkp_bytes frame;
-    vkp_value *values;
+    size_t refs;       /* atomic */
+    size_t bytes;      /* size of this allocation */
+    vkp_bytes frame;   /* the raw bytes: a copy in this allocation, or shares the read block */
+    vkp_value *values; /* the tree, behind the struct */
 };
+
+#define VKP_I_CLIENT_ERROR_BYTES 128 /* text of vkp_client_get_error, terminated */
 
 struct vkp_client {
     const vkp_env *env;
-    vkp_loop *loop;
-    vkp_client_config config; /* texts are copies */
-    size_t refs;              /* atomic: users, the loop while open, the queued task */
-    size_t users;             /* atomic: the last one closes */
-    uint32_t state;           /* atomic: vkp_client_state */
-    uint32_t protocol;        /* atomic */
-    VKP_I_MUTEX mutex;
-    vkp_i_requests submitted;
-    size_t queued_bytes;
-    bool accepting; /* commands */
-    bool ended;     /* nothing at all */
-    bool task_queued;
-    bool close_wanted;
-    char error[128];
+    vkp_loop *loop;           /* shared */
+    vkp_client_config config; /* its texts are copies */
+    size_t refs;    /* atomic: one per handle, per one-shot, of the open loop, of the queued task */
+    size_t users;   /* atomic: handles of the program; giving the last one back closes */
+    uint32_t state; /* atomic: vkp_client_state */
+    uint32_t protocol;        /* atomic: 2 or 3 */
+    VKP_I_MUTEX mutex;        /* guards the fields from `submitted` to `error`, and request->slot */
+    vkp_i_requests submitted; /* requests that the loop has not taken; guarded by the mutex */
+    size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
+    bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
+    bool ended;               /* closed: every request gets CLOSED; guarded by the mutex */
+    bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
+    bool close_wanted;        /* `task` closes the client; guarded by the mutex */
+    char error[VKP_I_CLIENT_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
-    bool closed;
-    bool ready;
-    bool outage;   /* DISCONNECTED was told, RECONNECTED was not */
-    bool gap_open; /* since lost_ns, until GAP is told */
-    bool was_ready;
-    bool falling_back;
-    bool ping_sent;
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_conn *conn;
-    vkp_resp_reader *reader;
-    vkp_block *out; /* small commands are gathered here: one range to write */
-    vkp_i_requests flight;
-    vkp_i_requests taken;  /* from submitted, next in turn */
-    vkp_i_requests failed; /* their end is not told yet */
-    vkp_i_map interests[VKP_SUB_KINDS];
-    size_t confirmed; /* interests that are */
-    size_t resuming;
-    uint64_t lost_ns;
-    uint64_t heard_ns;
-    uint64_t missed;
-    uint32_t tries;
-    vkp_timer timer; /* connecting: the limit; waiting: the next try; ready: the heartbeat */
+    bool closed;             /* vkp_i_client_close_now ran */
+    bool ready;              /* the handshake succeeded: requests are written */
+    bool outage;             /* from DISCONNECTED until the next connection has subscribed again */
+    bool gap_open;           /* messages may be missing since lost_ns; a GAP event ends it */
+    bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
+    bool falling_back;       /* the handshake is that of RESP2 */
+    bool ping_sent;          /* a heartbeat's PING waits for its reply */
+    vkp_i_task task;         /* works on `submitted`; queued by any thread */
+    vkp_i_attached attached; /* calls vkp_i_client_loop_closed */
+    vkp_conn *conn;          /* NULL: not connected */
+    vkp_resp_reader *reader; /* reads replies and pushes */
+    vkp_block *out;          /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;   /* written requests that wait for replies, oldest first */
+    vkp_i_requests taken;    /* requests taken from `submitted`, not started */
+    vkp_i_requests failed;   /* failed requests whose callbacks were not called */
+    vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
+    size_t confirmed;                   /* number of interests that are `confirmed` */
+    size_t resuming;                    /* number of interests that are `resuming` */
+    uint64_t lost_ns;  /* start of the gap: the time of the first lost connection */
+    uint64_t heard_ns; /* time of the last bytes received */
+    uint64_t missed;   /* pushes without room in config.pushes since the last LAGGED */
+    uint32_t tries;    /* attempts to connect since the last READY */
+    vkp_timer timer;   /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
 };
 
 static void vkp_i_client_free(vkp_client *client)
@@ -14576,6 +16132,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_loop_unref(loop);
 }
 
+/* Give one of `refs` back; the last one frees the client. */
 static void vkp_i_client_release(vkp_client *client)
 {
     if (VKP_I_UNREF(&client->refs) == 1) {
@@ -14585,8 +16142,9 @@ static void vkp_i_client_release(vkp_client *client)
 
 /* ---- replies ---- */
 
-#define VKP_I_REPLY_COPY 4096u /* a smaller frame is copied: it must not pin its read block */
+#define VKP_I_REPLY_COPY 4096u /* a frame up to this size is copied: it must not pin its block */
 
+/* A reply with its own copy of the tree; a large frame shares its block. NULL: no memory. */
 static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
                                   const vkp_bytes *frame)
 {
@@ -14602,7 +16160,7 @@ static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
     reply->bytes = bytes;
     reply->values = (vkp_value *)(void *)(reply + 1);
     memcpy(reply->values, value, value->span * sizeof *value);
-    reply->values[0].attributes = 0; /* stands before the root: not copied */
+    reply->values[0].attributes = 0; /* the attribute precedes the root: not copied */
     if (!copy) {
         reply->frame = vkp_bytes_ref(frame);
         return reply;
@@ -14677,6 +16235,7 @@ static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
     return first;
 }
 
+/* Append all requests of `from` to `to`. */
 static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 {
     vkp_i_request *request;
@@ -14702,13 +16261,14 @@ static void vkp_i_request_free(vkp_i_request *request)
     vkp_i_free(request->client->env, request, sizeof *request);
 }
 
-/* Tell the outcome of a command, then free it. value NULL unless status is OK. */
+/* Report the outcome to the request's callback or one-shot, then free the request. value and
+   frame are NULL unless status is OK.                                                         */
 static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
                                    const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_client *client = request->client;
     vkp_oneshot *slot;
-    if (request->cost > 0) { /* before anybody is told: who is may ask again */
+    if (request->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= request->cost;
         VKP_I_UNLOCK(&client->mutex);
@@ -14726,7 +16286,7 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
         slot = request->slot;
         request->slot = NULL;
         if (slot != NULL) {
-            slot->i_owner = NULL; /* before the send: the slot may be gone after it */
+            slot->i_owner = NULL; /* before the send: its receiver may free the slot */
             if (reply == NULL) {
                 ended = vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state),
                                              VKP_I_SLOT_ABANDONED);
@@ -14738,13 +16298,14 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
         VKP_I_UNLOCK(&client->mutex);
         vkp_reply_unref(reply);
         if (ended) {
-            vkp_i_client_release(client); /* the slot's; the caller has one of its own */
+            vkp_i_client_release(client); /* the one-shot's reference; the caller holds another */
         }
     }
     vkp_i_request_free(request);
 }
 
-/* A receiver gave up: forget its slot. The slot keeps the client until this, or its value, came. */
+/* The receiver closed its one-shot: unlink it from the request. A one-shot holds a reference of
+   the client until it is detached or has its value.                                           */
 static void vkp_i_request_detach(vkp_oneshot *slot)
 {
     vkp_client *client = (vkp_client *)slot->i_user;
@@ -14759,7 +16320,7 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
 
 /* ---- submitting, from any thread ---- */
 
-/* Locked: make sure that the loop will look. */
+/* Queue the client's task, unless it is queued. The mutex is held. */
 static void vkp_i_client_schedule(vkp_client *client)
 {
     if (!client->task_queued) {
@@ -14767,11 +16328,13 @@ static void vkp_i_client_schedule(vkp_client *client)
         (void)VKP_I_ADD(&client->refs, 1);
         if (!vkp_i_loop_queue(client->loop, &client->task)) {
             client->task_queued = false;
-            (void)VKP_I_SUB(&client->refs, 1); /* the caller has one */
+            (void)VKP_I_SUB(&client->refs, 1); /* not the last: the caller holds one */
         }
     }
 }
 
+/* Append a request to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
+   caller's.                                                                                   */
 static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request)
 {
     bool interest = request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
@@ -14794,6 +16357,7 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request
     return status;
 }
 
+/* Submit a request, or free it on failure. */
 static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_request *request)
 {
     vkp_status status = vkp_i_client_submit(client, request);
@@ -14822,7 +16386,7 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, request);
 }
 
-/* Commands that would change the connection under everybody's feet. */
+/* Whether the command would change the connection that all users of the client share. */
 static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
 {
     static const char *const names[] = {
@@ -14847,6 +16411,7 @@ static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_st
     }
 }
 
+/* Submit one command whose reply the one-shot receives. */
 static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                    const vkp_str *argv)
 {
@@ -14871,7 +16436,8 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     request->slot = slot;
     slot->i_owner = request;
     slot->i_detach = vkp_i_request_detach;
-    (void)VKP_I_ADD(&client->refs, 1); /* given back by whoever ends the pairing */
+    /* Given back when the one-shot is detached or the request completes. */
+    (void)VKP_I_ADD(&client->refs, 1);
     status = vkp_i_client_submit_or_free(client, request);
     if (status != VKP_OK) {
         slot->i_owner = NULL;
@@ -14891,12 +16457,12 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
         status = vkp_i_client_ask(client, slot, argc, argv);
     }
     if (status != VKP_OK) {
-        vkp_oneshot_abandon(slot); /* who waits on it all the same gets CLOSED */
+        vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
     }
     return status;
 }
 
-#define VKP_I_COMMAND_ARGS 64
+#define VKP_I_COMMAND_ARGS 64 /* most arguments of vkp_client_command */
 
 VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...)
 {
@@ -14912,13 +16478,15 @@ VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...
     return text != NULL ? VKP_ERR_LIMIT : vkp_client_command_argv(client, slot, argc, argv);
 }
 
+/* Submit a WANT or a LEAVE of a name. */
 static vkp_status vkp_i_client_interest(vkp_client *client, vkp_i_request_kind kind,
                                         vkp_sub_kind sub, vkp_str name,
                                         void (*done)(void *user, vkp_status), void *user)
 {
     vkp_i_request *request;
     vkp_status status;
-    VKP_I_REQUIRE(client != NULL && (unsigned)sub < 3 && (name.ptr != NULL || name.len == 0));
+    VKP_I_REQUIRE(client != NULL && (unsigned)sub < VKP_SUB_KINDS &&
+                  (name.ptr != NULL || name.len == 0));
     request = vkp_i_request_new(client, kind);
     if (request == NULL) {
         return VKP_ERR_NOMEM;
@@ -14956,10 +16524,23 @@ VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-client-connection   The connection of a client
-   ====================================================================================== */
+   ======================================================================================
+   Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
+   getters. The states of vkp_client_state:
+     CONNECTING  connected: send HELLO (RESP2: AUTH, SETNAME, PING); answered: READY;
+                 lost, refused or over connect_timeout_ms: WAITING
+     WAITING     the timer of vkp_i_client_backoff: CONNECTING
+     READY       requests are written; lost, bad protocol or no answer to a heartbeat: WAITING
+     CLOSED      from every state: vkp_client_close, or the loop's close; final
+   vkp_i_client_lost is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
+   Both collect all requests that fail before they call the first callback, because any callback
+   may close the client; code behind a callback checks `closed`, `ready` or `conn`.
+   The mutex is held only around `submitted` and its flags, never around a callback.           */
 
 /* ---- events ---- */
 
+/* Give a push or an event to on_push or to the channel config.pushes. A push without room counts
+   in `missed`; a LAGGED event precedes the next push that has room.                           */
 static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
@@ -14986,7 +16567,7 @@ static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
     }
 }
 
-/* An event of our own; `text` is static: it outlives a channel. */
+/* Emit an event of the client itself. text is static, because the event may wait in a channel. */
 static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const char *text)
 {
     vkp_push push;
@@ -15002,9 +16583,11 @@ static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const cha
 
 /* ---- writing ---- */
 
-#define VKP_I_GATHER 2048u /* commands up to this size are copied together */
-#define VKP_I_GATHER_BLOCK 16384u
+#define VKP_I_GATHER 2048u        /* commands up to this size are copied together */
+#define VKP_I_GATHER_BLOCK 16384u /* capacity of the block that gathers small commands */
 
+/* Queue commands on the connection; small ones are copied behind each other, which makes one
+   range to write.                                                                             */
 static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
 {
     vkp_bytes part = *bytes;
@@ -15030,7 +16613,8 @@ static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
 
 static void vkp_i_client_lost(vkp_client *client, const char *why);
 
-/* Write a request and expect its replies. False: the connection could not take it. */
+/* Write a request and append it to `flight`. False: not connected or no memory; it stays the
+   caller's.                                                                                   */
 static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
 {
     if (client->conn == NULL || vkp_i_client_write(client, &request->bytes) != VKP_OK) {
@@ -15041,7 +16625,7 @@ static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
     return true;
 }
 
-/* Build and write one of our own commands. */
+/* Build and start one command of the client itself. NULL: not connected or no memory. */
 static vkp_i_request *vkp_i_client_issue(vkp_client *client, vkp_i_request_kind kind, size_t argc,
                                          const vkp_str *argv)
 {
@@ -15093,6 +16677,7 @@ static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind,
     return interest;
 }
 
+/* Set interest->confirmed and keep the number client->confirmed in step. */
 static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *interest,
                                          bool confirmed)
 {
@@ -15102,6 +16687,7 @@ static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *int
     }
 }
 
+/* Free an interest that is not wanted and has no command in flight. */
 static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->wanted == 0 && interest->in_flight == 0) {
@@ -15111,8 +16697,8 @@ static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *inter
     }
 }
 
-/* One command of the name was settled: tell those whose last one it was, or all if it was
-   refused. Any of them may close the client, which frees the interest.                        */
+/* The server answered one command of the name: complete the waiters that waited for this answer,
+   or all waiters after a refusal. A callback may close the client, which frees the interest.  */
 static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, bool refused)
 {
     vkp_i_request *waiter;
@@ -15126,7 +16712,8 @@ static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, 
     }
 }
 
-/* Make the server's view follow ours. False: the connection could not take it. */
+/* Send SUBSCRIBE or UNSUBSCRIBE when the last command sent differs from `wanted`. False: not
+   connected or no memory.                                                                     */
 static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
 {
     static const char *const verbs[2][VKP_SUB_KINDS] = {
@@ -15151,8 +16738,9 @@ static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
     return true;
 }
 
-/* No memory for a new name: it waits, and what came after it too, for the next connection. Whoever
-   asked is told so now: the next connection may be far.                                       */
+/* No memory for a new name: put the request, and all requests behind it, back to `submitted` for
+   the next connection, and drop this connection. The request's callback is called now with
+   DISCONNECTED, because the next connection may be far away.                                  */
 static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
 {
     vkp_i_requests all;
@@ -15172,6 +16760,8 @@ static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* Carry out a WANT: add one to the interest's `wanted`, and complete the request now or when the
+   server has answered.                                                                        */
 static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
 {
     vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
@@ -15197,6 +16787,7 @@ static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* Carry out a LEAVE: take one from the interest's `wanted`. */
 static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
 {
     vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
@@ -15213,6 +16804,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* One interest is subscribed again after an outage; the last one emits GAP. */
 static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->resuming) {
@@ -15224,7 +16816,8 @@ static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
     }
 }
 
-/* The oldest request in flight is a SUBSCRIBE or UNSUBSCRIBE, and the server answered it. */
+/* The server answered the oldest request in flight, a SUBSCRIBE or UNSUBSCRIBE: by its push, or
+   by an error (refused).                                                                      */
 static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool refused)
 {
     vkp_i_request *request = vkp_i_requests_pop(&client->flight);
@@ -15233,7 +16826,7 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
     interest->in_flight--;
     vkp_i_request_free(request);
     vkp_i_interest_set_confirmed(client, interest, subscribe && !refused);
-    interest->in_flight++; /* held while callbacks run */
+    interest->in_flight++; /* keeps the interest while callbacks run */
     if (push != NULL) {
         vkp_i_client_emit(client, push);
     }
@@ -15255,6 +16848,7 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
     }
 }
 
+/* Subscribe to every wanted name on a new connection. */
 static void vkp_i_client_resubscribe(vkp_client *client)
 {
     int kind;
@@ -15278,6 +16872,7 @@ static void vkp_i_client_resubscribe(vkp_client *client)
 
 static void vkp_i_client_on_timer(vkp_timer *timer);
 
+/* Set the state, and whether commands are accepted. */
 static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
 {
     VKP_I_STORE_REL(&client->state, (uint32_t)state);
@@ -15300,12 +16895,13 @@ VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
     VKP_I_UNLOCK(&client->mutex);
 }
 
+/* Start the one timer of the client, in ms from now; the state decides what it means. */
 static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 {
     uint64_t deadline = vkp_i_after_ms(vkp_i_loop_now(client->loop), ms);
     if (vkp_timer_start(&client->timer, client->loop, vkp_i_client_on_timer, 0, deadline) !=
         VKP_OK) {
-        vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
     }
 }
 
@@ -15314,7 +16910,8 @@ static bool vkp_i_request_is_interest(const vkp_i_request *request)
     return request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
 }
 
-/* A callback may close the client, which then tells the rest before its close returns. */
+/* Complete every request of `failed`. A callback may close the client: that close completes the
+   other requests before it returns.                                                           */
 static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
 {
     vkp_i_request *request;
@@ -15323,7 +16920,8 @@ static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
     }
 }
 
-/* Take from `submitted` what may be worked on: everything, or interests only, or commands only. */
+/* Move requests from `submitted` to out: interests (WANT, LEAVE), commands, or both. The others
+   stay.                                                                                       */
 static void vkp_i_client_collect(vkp_client *client, bool interests, bool commands,
                                  vkp_i_requests *out)
 {
@@ -15339,8 +16937,9 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
     VKP_I_UNLOCK(&client->mutex);
 }
 
-/* Take every command not answered, in flight or not even written, and everybody who waits for a
-   name; what they ask for stays. All are taken before any is told: a callback may close.      */
+/* Move to `failed` every command without a reply, written or not, and every WANT that waits;
+   wanted names stay. All are moved before the first callback, because a callback may close the
+   client.                                                                                     */
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     vkp_i_requests *failed = &client->failed;
@@ -15363,6 +16962,7 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     client->resuming = 0;
 }
 
+/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. */
 static void vkp_i_client_drop_connection(vkp_client *client)
 {
     vkp_conn *conn = client->conn;
@@ -15376,7 +16976,8 @@ static void vkp_i_client_drop_connection(vkp_client *client)
     vkp_resp_reader_reset(client->reader);
 }
 
-/* A uniform wait below a bound that doubles: many clients do not come back as one. */
+/* Milliseconds to wait: random, uniform, up to a bound that doubles with each try, so that many
+   clients do not reconnect at the same time.                                                  */
 static uint64_t vkp_i_client_backoff(vkp_client *client)
 {
     uint64_t most = VKP_I_MIN(client->config.retry_max_ms, (uint64_t)INT64_MAX);
@@ -15390,8 +16991,8 @@ static uint64_t vkp_i_client_backoff(vkp_client *client)
     return vkp_i_sys(client->env)->random_u64() % (bound + 1);
 }
 
-/* The connection, or the try for one, is over: tell, fail what was asked, try again later.
-   `why` is static.                                                                            */
+/* The connection, or the attempt to connect, has ended: start the timer of the next try, emit
+   DISCONNECTED if the client was ready, fail the requests without replies. why is static.     */
 static void vkp_i_client_lost(vkp_client *client, const char *why)
 {
     bool was_ready = client->ready;
@@ -15417,6 +17018,8 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
 
 static void vkp_i_client_take(vkp_client *client);
 
+/* The handshake succeeded: emit CONNECTED or RECONNECTED, subscribe again, write the commands
+   that waited.                                                                                */
 static void vkp_i_client_ready(vkp_client *client)
 {
     client->ready = true;
@@ -15436,7 +17039,8 @@ static void vkp_i_client_ready(vkp_client *client)
     }
 }
 
-/* AUTH and SETNAME one by one, for servers without HELLO. */
+/* The RESP2 handshake: AUTH, CLIENT SETNAME, and PING, whose reply ends it. False: not connected
+   or no memory.                                                                               */
 static bool vkp_i_client_login2(vkp_client *client)
 {
     vkp_str argv[3];
@@ -15464,6 +17068,7 @@ static bool vkp_i_client_login2(vkp_client *client)
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, 1, argv) != NULL;
 }
 
+/* Begin the handshake. False: not connected or no memory. */
 static bool vkp_i_client_hello(vkp_client *client)
 {
     vkp_str argv[8];
@@ -15488,7 +17093,8 @@ static bool vkp_i_client_hello(vkp_client *client)
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
 }
 
-/* The end of a try, with the server's own words (which go with the connection). */
+/* The server refused the handshake: log its error text, keep it for vkp_client_get_error, try
+   again later. text is copied first: its memory ends with the connection.                     */
 static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str text)
 {
     char words[sizeof client->error];
@@ -15499,7 +17105,7 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
     vkp_i_client_set_error(client, words);
 }
 
-/* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
+/* The reply to HELLO, or on a RESP2 server to the PING that ends the handshake. */
 static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 {
     vkp_str text = vkp_value_get_str(value);
@@ -15520,7 +17126,7 @@ static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 
 /* ---- reading ---- */
 
-/* A reply that belongs to the oldest request in flight. */
+/* A reply arrived: it belongs to the oldest request in flight. */
 static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *request = client->flight.first;
@@ -15556,12 +17162,13 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     }
 }
 
+/* A push arrived: it answers the oldest request in flight, or is emitted. */
 static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_push push;
     vkp_i_request *oldest = client->flight.first;
     if (vkp_push_from_value(value, &push) != VKP_OK) {
-        return; /* the reader allows no such push */
+        return; /* the reader rejects such a push */
     }
     push.frame = *frame;
     if (push.kind == VKP_PUSH_SUBSCRIBED || push.kind == VKP_PUSH_UNSUBSCRIBED) {
@@ -15573,7 +17180,7 @@ static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const 
             vkp_i_client_settle(client, &push, false);
             return;
         }
-        /* Unsolicited: a shard channel left the node. The next change asks for it again. */
+        /* Not requested: the shard channel moved to another node. The next change subscribes. */
         interest = vkp_i_interest_find(client, push.sub, push.channel);
         if (interest != NULL && push.kind == VKP_PUSH_UNSUBSCRIBED) {
             vkp_i_interest_set_confirmed(client, interest, false);
@@ -15583,7 +17190,8 @@ static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const 
     vkp_i_client_emit(client, &push);
 }
 
-/* RESP2 has no pushes: arrays that look like one are, while something is subscribed. */
+/* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
+   one while something is subscribed.                                                          */
 static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *value)
 {
     vkp_push push;
@@ -15595,8 +17203,8 @@ static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *val
            push.kind != VKP_PUSH_OTHER;
 }
 
-/* Messages that an old server put inside the array of an EXEC. Their parts view the whole reply,
-   which is therefore their frame.                                                             */
+/* Emit the messages that a server before 7.2 put inside the array of an EXEC. Their texts view
+   the whole reply, so the reply's frame is their frame.                                       */
 static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
                                      const vkp_bytes *frame)
 {
@@ -15611,6 +17219,7 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
     }
 }
 
+/* One whole value arrived: a push or a reply. */
 static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     if (value->type == VKP_RESP_PUSH || vkp_i_client_is_push2(client, value)) {
@@ -15626,11 +17235,12 @@ static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const
     vkp_i_client_reply(client, value, frame);
 }
 
+/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
 static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_client *client = (vkp_client *)user;
     size_t used = 0;
-    (void)VKP_I_ADD(&client->refs, 1); /* a callback may drop the last reference */
+    (void)VKP_I_ADD(&client->refs, 1); /* a callback may give the last other reference back */
     client->heard_ns = client->loop->now_ns;
     while (client->conn == conn && used < in->len) {
         const vkp_value *value;
@@ -15670,6 +17280,7 @@ static void vkp_i_client_on_open(vkp_conn *conn, void *user)
     vkp_i_client_release(client);
 }
 
+/* Static text for a connection that failed or was lost. */
 static const char *vkp_i_client_why(int error)
 {
     return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
@@ -15679,9 +17290,9 @@ static const char *vkp_i_client_why(int error)
 static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
     vkp_client *client = (vkp_client *)user;
-    if (conn == client->conn) { /* else it was we who let go of it */
+    if (conn == client->conn) { /* otherwise vkp_i_client_drop_connection closed it */
         if (reason == VKP_CLOSE_LOOP) {
-            return; /* the loop's close reaches the client itself */
+            return; /* vkp_i_client_loop_closed closes the client */
         }
         vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address.ptr,
                   vkp_close_reason_str(reason), error != 0 ? ": " : "",
@@ -15695,6 +17306,8 @@ static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason r
 static const vkp_conn_ops vkp_i_client_ops = {
     vkp_i_client_on_open, vkp_i_client_on_data, NULL, NULL, vkp_i_client_on_close, NULL};
 
+/* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
+   begun.                                                                                      */
 static vkp_status vkp_i_client_connect(vkp_client *client)
 {
     vkp_conn_config config;
@@ -15715,12 +17328,14 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     return status;
 }
 
+/* The timer fired while READY: send PING after heartbeat_ms without bytes, drop the connection
+   after heartbeat_timeout_ms more without bytes, otherwise wait on.                           */
 static void vkp_i_client_heartbeat(vkp_client *client)
 {
-    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / 1000000u;
+    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / VKP_I_NS_PER_MS;
     vkp_str argv = vkp_str_of("PING");
     if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
-        /* Bytes still come: the answer stands behind a long reply. */
+        /* Bytes still arrive: the answer to PING is behind a long reply. */
         vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
     } else if (client->ping_sent) {
         vkp_i_client_lost(client, "no answer to a heartbeat");
@@ -15734,6 +17349,7 @@ static void vkp_i_client_heartbeat(vkp_client *client)
     }
 }
 
+/* The timer's callback; what the timer means depends on the state. */
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
     vkp_client *client = VKP_CONTAINER(timer, vkp_client, timer);
@@ -15743,7 +17359,7 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
         vkp_i_client_lost(client, "no connection within the time limit");
         break;
     case VKP_CLIENT_WAITING:
-        (void)!vkp_i_client_connect(client); /* it starts the next wait itself */
+        (void)!vkp_i_client_connect(client); /* on failure the next wait has begun */
         break;
     case VKP_CLIENT_READY:
         vkp_i_client_heartbeat(client);
@@ -15756,13 +17372,15 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
 
 /* ---- the queued task, opening, closing ---- */
 
-/* What RESP2 cannot do: a command while something is subscribed on the same connection. */
+/* Whether a command must be refused: a RESP2 connection carries no commands while a name is
+   subscribed.                                                                                 */
 static bool vkp_i_client_must_refuse(const vkp_client *client)
 {
     return VKP_I_LOAD(&client->protocol) == 2 &&
            client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
 }
 
+/* Start one request that was taken from `submitted`. */
 static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
 {
     if (request->kind == VKP_I_REQUEST_WANT) {
@@ -15771,14 +17389,14 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
         vkp_i_client_leave(client, request);
     } else if (vkp_i_client_must_refuse(client)) {
         vkp_i_log(client->env, VKP_LOG_WARN,
-                  "a RESP2 server takes no commands on a subscribed connection");
+                  "command refused: a RESP2 connection with subscriptions carries no commands");
         vkp_i_request_complete(request, VKP_ERR_REFUSED, NULL, NULL);
     } else if (!vkp_i_client_start(client, request)) {
         vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
     }
 }
 
-/* Work on what was submitted. Commands wait while the connection is being made. */
+/* Start the submitted requests. Commands stay in `submitted` until the client is ready. */
 static void vkp_i_client_take(vkp_client *client)
 {
     vkp_i_request *request;
@@ -15792,7 +17410,8 @@ static void vkp_i_client_take(vkp_client *client)
     }
 }
 
-/* The end, once. Gives up the loop's reference: the caller must hold another. */
+/* Close the client, once. Gives the loop's reference back: the caller must hold another. Loop's
+   thread.                                                                                     */
 static void vkp_i_client_close_now(vkp_client *client)
 {
     int kind;
@@ -15825,7 +17444,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_release(client);
 }
 
-/* What other threads queued. The task holds a reference. */
+/* The client's task: start what any thread submitted. The task holds a reference. */
 static void vkp_i_client_run(vkp_i_task *task)
 {
     vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
@@ -15892,6 +17511,7 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
     return (int)VKP_I_LOAD(&client->protocol);
 }
 
+/* Copy the config, set its defaults, open the reader. False: no memory. */
 static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
@@ -15907,7 +17527,7 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
     for (i = 0; i < 4; i++) {
         copied = copied && vkp_i_copy_str(client->env, texts[i]);
         if (!copied) {
-            texts[i]->ptr = NULL; /* the caller's, or not copied */
+            texts[i]->ptr = NULL; /* not copied: vkp_i_client_free must not free it */
         }
     }
 #define VKP_I_DEFAULT(field, value) \
@@ -15966,11 +17586,11 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     vkp_i_loop_attach(loop, &client->attached);
     status = vkp_i_client_connect(client);
-    if (client->timer.i_index == 0) { /* without its timer it would never try again */
+    if (client->timer.i_index == 0) { /* without a timer the client would never try again */
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
-        vkp_i_client_close_now(client); /* no later try could succeed */
+        vkp_i_client_close_now(client); /* no later try can succeed */
         vkp_client_unref(client);
         return status;
     }
@@ -15983,29 +17603,37 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-pushloop   From a channel of pushes to where they are wanted
-   ====================================================================================== */
+   ======================================================================================
+   Receive pushes from a channel and write each one to a sink: a hub, a connection or a callback.
+   vkp_push_loop_run blocks the receiver's thread. vkp_push_loop_open receives on a loop's
+   thread, by a handler that takes at most VKP_I_PUSH_BATCH pushes per call and is called again
+   for more; the hub or callback runs there too.
+   on_end runs once, when the channel is closed and empty. The callback and on_end may unref the
+   push loop: `running` defers the free. No lock is held.                                      */
 
 struct vkp_push_loop {
-    vkp_loop *loop;
-    vkp_mpsc_rx *rx;
-    vkp_handler *handler;
-    vkp_sink sink;
-    void (*on_end)(void *user);
-    void *user;
-    bool ended;
-    bool running; /* inside its callback */
-    bool unreferenced;
+    vkp_loop *loop;             /* shared */
+    vkp_mpsc_rx *rx;            /* taken from the caller of open */
+    vkp_handler *handler;       /* calls vkp_i_push_loop_ready while rx is ready */
+    vkp_sink sink;              /* shares its conn; borrows its hub */
+    void (*on_end)(void *user); /* called once when the channel is closed and empty; or NULL */
+    void *user;                 /* argument of on_end */
+    bool ended;                 /* the channel was found closed and empty */
+    bool running;               /* vkp_i_push_loop_ready is running: unref must not free */
+    bool unreferenced; /* the handle was given back: the end of vkp_i_push_loop_ready frees */
 };
 
-#define VKP_I_PUSH_BATCH 64
+#define VKP_I_PUSH_BATCH 64 /* most pushes per receive, and per call of the handler */
 
+/* Write one push to the sink. The token (may be NULL) ends a wait for room in a connection's
+   inbox.                                                                                      */
 static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push, vkp_cancel *cancel)
 {
     if (sink->hub != NULL) {
         (void)vkp_hub_deliver(sink->hub, push);
     } else if (sink->conn != NULL) {
         if (push->frame.len > 0) {
-            /* its policy counts */
+            /* the connection's policy counts what it drops */
             (void)!vkp_i_conn_push(sink->conn, &push->frame, cancel, VKP_FOREVER);
         }
     } else {
@@ -16013,6 +17641,7 @@ static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push, vkp_can
     }
 }
 
+/* Whether exactly one of hub, conn and callback is set. */
 static bool vkp_i_sink_is_one(const vkp_sink *sink)
 {
     return sink != NULL &&
@@ -16052,6 +17681,7 @@ static void vkp_i_push_loop_free(vkp_push_loop *self)
     vkp_loop_unref(loop);
 }
 
+/* Handler: the channel holds pushes, or is closed. */
 static void vkp_i_push_loop_ready(void *user)
 {
     vkp_push_loop *self = (vkp_push_loop *)user;
@@ -16127,139 +17757,155 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
 /* ======================================================================================
    >>impl-relay   Serve local Valkey clients over one upstream connection, or none
    ======================================================================================
-   One shard per loop: a hub, a request reader, the local clients accepted there. Shard 0's loop
-   carries the listeners and the upstream client.
-   A local client's replies leave in the order of its commands: each command that must wait takes
-   a place in `answers`; what is ready at the head is sent. Commands that depend on that order
-   (the subscribe family, HELLO, RESET, QUIT) are not even parsed past while answers are out: the
-   connection pauses and the bytes come again. So there is no queue of commands, ever.
-   A place waits for the upstream client, whose callback runs on loop 0; it converts the reply
-   there and sends the place home to the client's loop as a task.
-   A topic of a shard's hub holds one interest of the upstream client; a SUBSCRIBE is confirmed
-   locally when the server confirmed it, or at once when the server is away.
-   Stand-alone, `census` counts subscribers over all shards, so that any shard answers PUBLISH.
-   References: the relay is kept by its owner, each local client and each task between threads;
-   a local client (loop's thread) by its connection, each answer and subscription under way.   */
+   One shard per loop: a hub, a request reader and the local clients given to that loop. Loop 0
+   (shard 0's) also carries the listeners and the upstream client.
+   How a command travels: the local client's loop parses it (vkp_i_local_on_data) and appends an
+   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it
+   upstream. The reply arrives on loop 0 (vkp_i_answer_on_reply), which converts it to the local
+   client's protocol and returns the answer to the client's loop as a task (vkp_i_answer_return).
+   There every finished answer at the head of local->answers is sent, so replies leave in the
+   order of their commands.
+   SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
+   pending they are not executed, the connection pauses, and on_data gets their bytes again
+   later. So there is never a queue of commands.
+   A topic of a shard's hub holds one interest of the upstream client. SUBSCRIBE is confirmed to
+   the local client when the server confirmed it, or immediately when the server is disconnected.
+   Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
+   PUBLISH.
+   References: one of the relay for its owner, for each local client and for each task between
+   threads; one of a local client (loop's thread) for its connection, each answer and each
+   subscription under way.
+   The relay's mutex guards `subscribers` and the shards' `handovers`; no callback runs under it.
+   Lock order: the relay's mutex, then the gate's and the registry's.                          */
 
 typedef struct vkp_i_shard vkp_i_shard;
 typedef struct vkp_i_local vkp_i_local;
 
-/* How a RESP3 reply differs from RESP2's beyond its types. */
-#define VKP_I_SHAPE_NULL_ARRAY 1u    /* null is *-1 */
-#define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays */
-#define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs */
-#define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 */
-#define VKP_I_SHAPE_NULL_LAST 16u    /* the last element, when null, is *-1 */
+/* Bits of a shape: how a command's RESP2 reply differs from its RESP3 reply, beyond the types. */
+#define VKP_I_SHAPE_NULL_ARRAY 1u    /* a null reply is *-1 in RESP2 */
+#define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays, RESP2 has one flat array */
+#define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs in RESP2 */
+#define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 in RESP2 */
+#define VKP_I_SHAPE_NULL_LAST 16u    /* a last element that is null is *-1 in RESP2 */
 
+/* The place of one reply in the order of a local client's commands. */
 typedef struct vkp_i_answer {
-    struct vkp_i_answer *next;
-    vkp_i_task task; /* home, to the client's loop */
-    vkp_i_local *local;
-    size_t bytes_allocated;
-    size_t asked_bytes; /* of the command */
-    vkp_bytes bytes;    /* when done */
-    bool done;
-    uint8_t protocol;     /* the client's when it asked */
-    uint32_t shape_count; /* of an EXEC: the shapes of its commands stand behind the struct */
-    uint8_t shape;
+    struct vkp_i_answer *next; /* the younger answer of the local client */
+    vkp_i_task task;           /* returns the answer to the local client's loop */
+    vkp_i_local *local;        /* holds one reference */
+    size_t bytes_allocated;    /* size of this allocation, shapes included */
+    size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
+    vkp_bytes bytes;           /* the reply to send, valid once `done` */
+    bool done;                 /* the reply is complete; loop's thread of the local client */
+    uint8_t protocol;          /* the local client's protocol when it sent the command */
+    uint32_t shape_count;      /* for EXEC: number of shapes behind the struct, one per command */
+    uint8_t shape;             /* VKP_I_SHAPE_* of a single command */
 } vkp_i_answer;
 
-/* A MULTI under way: its commands, as they will be sent. */
+/* A MULTI under way: the commands that wait for EXEC. */
 typedef struct vkp_i_multi {
-    vkp_resp_writer block;
-    uint8_t *shapes;
-    size_t count;
-    size_t capacity;
-    bool failed;
+    vkp_resp_writer block; /* MULTI and the commands, encoded as they will be sent */
+    uint8_t *shapes;       /* VKP_I_SHAPE_* of each command */
+    size_t count;          /* commands in `block`, without MULTI */
+    size_t capacity;       /* allocated bytes of `shapes` */
+    bool failed;           /* a command was refused: EXEC answers EXECABORT */
 } vkp_i_multi;
 
-#define VKP_I_LOCAL_BUSY 1u    /* a subscription is under way: paused */
-#define VKP_I_LOCAL_ORDER 2u   /* paused until all answers are out */
-#define VKP_I_LOCAL_FULL 4u    /* paused: too many answers, or too many bytes, are out */
-#define VKP_I_LOCAL_LEAVING 8u /* drain when nothing is under way */
-#define VKP_I_LOCAL_CLOSED 16u
-#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: read no more, drain when answers are out */
+/* Bits of vkp_i_local.flags. */
+#define VKP_I_LOCAL_BUSY 1u    /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u   /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u    /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: drains when no answer is pending */
 
+/* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
+   too.                                                                                        */
 struct vkp_i_local {
-    vkp_hub_member member;
-    vkp_i_shard *shard;
-    vkp_i_local *prev; /* of the shard */
-    vkp_i_local *next;
-    uint64_t id;
-    uint32_t refs; /* loop's thread */
-    uint32_t flags;
-    vkp_i_answer *answers; /* oldest first */
-    vkp_i_answer **answers_end;
-    uint32_t answer_count;
-    size_t asked_bytes; /* of commands whose answers are out */
-    size_t held_bytes;  /* of replies that wait for an older one */
-    vkp_i_multi *multi;
-    vkp_resp_reader *reader; /* of a large command under way; else the shard's is used */
-    char *name;
+    vkp_hub_member member; /* the client as a member of the shard's hub; holds the connection */
+    vkp_i_shard *shard;    /* constant */
+    vkp_i_local *prev;     /* newer local client of the shard, or NULL */
+    vkp_i_local *next;     /* older local client of the shard, or NULL */
+    uint64_t id;           /* number for CLIENT ID and the log */
+    uint32_t refs;         /* loop's thread */
+    uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
+    vkp_i_answer *answers; /* pending answers, oldest first */
+    vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
+    uint32_t answer_count;      /* number of pending answers */
+    size_t asked_bytes;         /* bytes of the commands whose answers are pending */
+    size_t held_bytes;          /* bytes of finished replies that wait for an older one */
+    vkp_i_multi *multi;         /* NULL: no MULTI under way */
+    vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
+    char *name;                 /* by SETNAME, terminated; or NULL */
 };
 
+/* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
+   every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
-    vkp_relay *relay;
-    vkp_loop *loop;
-    vkp_hub *hub;
-    vkp_i_profile *profile;
-    vkp_resp_reader *reader;
-    vkp_str *argv; /* of the command in hand */
-    size_t argv_capacity;
-    char *inline_text; /* of an inline command, unquoted */
-    size_t inline_capacity;
-    vkp_i_local *locals;
-    size_t local_count;
-    struct vkp_i_handover *handovers; /* guarded by the relay's mutex */
-    bool draining;
-    bool gone;           /* drained, and told */
-    vkp_mpsc_tx *pushes; /* to this shard from other loops; NULL where none sends */
-    vkp_push_loop *push_loop;
-    vkp_i_task drain_task;
-    vkp_i_task kill_task;
+    vkp_relay *relay;        /* no reference */
+    vkp_loop *loop;          /* shared */
+    vkp_hub *hub;            /* subscriptions of this shard's local clients */
+    vkp_i_profile *profile;  /* config of the local clients' connections */
+    vkp_resp_reader *reader; /* reads the requests of all local clients in turn */
+    vkp_str *argv;           /* arguments of the command that is executed now */
+    size_t argv_capacity;    /* allocated elements of `argv` */
+    char *inline_text;       /* unquoted words of an inline command */
+    size_t inline_capacity;  /* allocated bytes of `inline_text` */
+    vkp_i_local *locals;     /* local clients, newest first */
+    size_t local_count;      /* number of `locals` */
+    /* descriptors queued for this loop; guarded by the relay's mutex */
+    struct vkp_i_handover *handovers;
+    bool draining;            /* drains, or ends: accepts no further local clients */
+    bool gone;                /* drained, and taken off relay->live_shards */
+    vkp_mpsc_tx *pushes;      /* sender of other loops to this shard; NULL where none sends */
+    vkp_push_loop *push_loop; /* receives `pushes`; or NULL */
+    vkp_i_task drain_task;    /* runs vkp_i_shard_drain on this loop */
+    vkp_i_task kill_task;     /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
 };
 
+/* Subscribers of one name over all shards. The name is behind the struct. */
 typedef struct vkp_i_subscriber_count {
-    vkp_i_map_node node;
-    size_t count;
-} vkp_i_subscriber_count; /* its name is behind the struct */
+    vkp_i_map_node node; /* in relay->subscribers; its key is the name */
+    size_t count;        /* above 0 */
+} vkp_i_subscriber_count;
 
 struct vkp_relay {
     const vkp_env *env;
-    size_t refs; /* atomic */
-    vkp_i_shard *shards;
-    size_t shard_count;
-    size_t next_shard; /* loop 0's */
-    vkp_registry *registry;
-    vkp_gate *gate;
-    size_t max_request_bytes;
-    size_t max_reply_bytes;
-    size_t max_subscriptions;
-    vkp_client *client; /* NULL: stand-alone */
-    vkp_listener **listeners;
-    size_t listener_count;
-    size_t listener_capacity;
-    uint64_t next_id; /* atomic */
-    VKP_I_MUTEX mutex;
-    vkp_i_map subscribers[VKP_SUB_KINDS]; /* guarded by the mutex */
-    bool draining;
-    size_t live_shards; /* atomic, while draining */
-    vkp_timer drain_timer;
-    vkp_i_task end_task;
-    void (*on_end)(void *user);
-    void *end_user;
-    vkp_str notice; /* for the shutdown: a copy, or NULL */
-    void (*on_idle)(void *user);
-    void *user;
-    uint64_t linger_ms;
-    uint32_t idle_queued; /* atomic */
-    vkp_i_task idle_task;
-    vkp_timer idle_timer; /* loop 0's */
-    uint64_t messages_in; /* atomic, as all counters that follow */
-    uint64_t deliveries;
-    uint64_t lagged;
-    uint64_t slow_closed;
-    uint64_t protocol_errors;
+    size_t refs;         /* atomic */
+    vkp_i_shard *shards; /* one per loop */
+    size_t shard_count;  /* number of `shards` */
+    size_t next_shard;   /* which shard gets the next client, modulo shard_count; loop 0's thread */
+    vkp_registry *registry;   /* of the Unix sockets that the relay listens on */
+    vkp_gate *gate;           /* admits the clients of all listeners */
+    size_t max_request_bytes; /* limit of one command, and of one MULTI block */
+    size_t max_reply_bytes;   /* limit of the replies that a client has not read */
+    size_t max_subscriptions; /* limit of the names of one client */
+    vkp_client *client;       /* the upstream client; NULL: stand-alone */
+    vkp_listener **listeners; /* loop 0's thread */
+    size_t listener_count;    /* used places of `listeners` */
+    size_t listener_capacity; /* allocated places of `listeners` */
+    uint64_t next_id;         /* atomic: the last number given to a local client */
+    VKP_I_MUTEX mutex;        /* guards `subscribers` and the shards' `handovers` */
+    /* stand-alone: counts by kind and name; guarded by the mutex */
+    vkp_i_map subscribers[VKP_SUB_KINDS];
+    bool draining;               /* vkp_relay_drain was called; loop 0's thread */
+    size_t live_shards;          /* atomic: shards that have not drained yet */
+    vkp_timer drain_timer;       /* deadline of the drain; loop 0's */
+    vkp_i_task end_task;         /* runs vkp_i_relay_end on loop 0 */
+    void (*on_end)(void *user);  /* called on loop 0 at the end of a drain, or NULL */
+    void *end_user;              /* argument of on_end */
+    vkp_str notice;              /* text for clients at a drain: a copy, or NULL */
+    void (*on_idle)(void *user); /* called on loop 0 after linger_ms without clients, or NULL */
+    void *user;                  /* argument of on_idle */
+    uint64_t linger_ms;          /* time without clients before on_idle */
+    uint32_t idle_queued;        /* atomic: 1 while idle_task is queued */
+    vkp_i_task idle_task;        /* starts idle_timer on loop 0; queued by any shard's thread */
+    vkp_timer idle_timer;        /* runs for linger_ms; loop 0's */
+    uint64_t messages_in;        /* atomic: messages from upstream, or by PUBLISH */
+    uint64_t deliveries;         /* atomic: messages delivered to local clients */
+    uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
+    uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
+    uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -16290,6 +17936,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_i_free(env, relay, sizeof *relay);
 }
 
+/* Give one of `refs` back; the last one frees the relay. */
 static void vkp_i_relay_release(vkp_relay *relay)
 {
     if (VKP_I_UNREF(&relay->refs) == 1) {
@@ -16306,6 +17953,7 @@ static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
 
 /* ---- answers ---- */
 
+/* Give one reference back, on the loop's thread; the last one frees the local client. */
 static void vkp_i_local_release(vkp_i_local *local)
 {
     vkp_relay *relay = local->shard->relay;
@@ -16317,6 +17965,7 @@ static void vkp_i_local_release(vkp_i_local *local)
     }
 }
 
+/* Write reply bytes now, or close later when there is no memory. */
 static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
 {
     if (vkp_conn_send(local->member.conn, bytes) == VKP_ERR_NOMEM) {
@@ -16324,6 +17973,7 @@ static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
     }
 }
 
+/* No memory for this local client: close it later. */
 static void vkp_i_local_fail(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
@@ -16331,15 +17981,19 @@ static void vkp_i_local_fail(vkp_i_local *local)
     }
 }
 
-/* A client that runs ahead is not read until it is down to half of these. */
-#define VKP_I_MOST_ANSWERS 1024u
-#define VKP_I_MOST_ASKED ((size_t)4 << 20)
-#define VKP_I_MOST_UNREAD ((size_t)1 << 20)
+/* Above one of these limits a local client's commands are not read until all are down to half. */
+#define VKP_I_MOST_ANSWERS 1024u            /* pending answers */
+#define VKP_I_MOST_ASKED ((size_t)4 << 20)  /* bytes of commands whose answers are pending */
+#define VKP_I_MOST_UNREAD ((size_t)1 << 20) /* bytes in the outbox that the kernel has not taken */
 
+#define VKP_I_ERROR_TEXT 512 /* bytes of an error reply's text, terminated; a longer one is cut */
+
+/* Answer the current command with an error. */
 __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
                                                                     const char *format, ...);
 
-/* Tell it why no more is answered, see vkp_relay_drain. */
+/* Send the shutdown notice: a message to a client of RESP3 or with subscriptions, else an error
+   reply (see vkp_relay_drain).                                                                */
 static void vkp_i_local_notify(vkp_i_local *local)
 {
     vkp_i_shard *shard = local->shard;
@@ -16359,6 +18013,7 @@ static void vkp_i_local_notify(vkp_i_local *local)
     }
 }
 
+/* Drain the local client's connection, after the shutdown notice if the shard drains. */
 static void vkp_i_local_leave(vkp_i_local *local)
 {
     if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
@@ -16368,7 +18023,8 @@ static void vkp_i_local_leave(vkp_i_local *local)
     vkp_conn_drain(local->member.conn);
 }
 
-/* Go on reading, or leave, as far as nothing stands against it. */
+/* Clear the reasons to pause that no longer hold. When none is left, read again, or drain a
+   client that leaves.                                                                         */
 static void vkp_i_local_maybe_resume(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
@@ -16379,7 +18035,8 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
         vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD / 2) {
-        vkp_i_conn_flush(local->member.conn); /* what it cannot take, on_drain tells of */
+        /* on_drain is called when the bytes left are written */
+        vkp_i_conn_flush(local->member.conn);
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
         local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
@@ -16390,7 +18047,7 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
         return;
     }
     if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
-        if (local->answers == NULL) { /* input that is left is no whole command */
+        if (local->answers == NULL) { /* unread input is no whole command */
             vkp_i_local_leave(local);
         }
         return;
@@ -16398,14 +18055,15 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     vkp_conn_resume(local->member.conn);
 }
 
+/* Stop reading; why is the VKP_I_LOCAL_* bit that vkp_i_local_maybe_resume clears. */
 static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
 {
     local->flags |= why;
     vkp_conn_pause(local->member.conn);
 }
 
-/* Replies pile up: write what the kernel takes, and read no more commands before the rest went
-   (on_drain tells).                                                                           */
+/* Above VKP_I_MOST_UNREAD: write as much as the kernel accepts, and pause if the outbox is still
+   above it. on_drain resumes.                                                                 */
 static void vkp_i_local_throttle(vkp_i_local *local)
 {
     vkp_conn *conn = local->member.conn;
@@ -16417,6 +18075,7 @@ static void vkp_i_local_throttle(vkp_i_local *local)
     }
 }
 
+/* Free an answer and give its reference of the local client back. */
 static void vkp_i_answer_free(vkp_i_answer *answer)
 {
     vkp_i_local *local = answer->local;
@@ -16425,6 +18084,7 @@ static void vkp_i_answer_free(vkp_i_answer *answer)
     vkp_i_local_release(local);
 }
 
+/* Send the finished answers at the head of the list, then resume or drain if possible. */
 static void vkp_i_local_flush_answers(vkp_i_local *local)
 {
     local->refs++;
@@ -16446,7 +18106,7 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
     vkp_i_local_release(local);
 }
 
-/* A new place at the end of the stream, or NULL: the connection is doomed then. */
+/* Append a pending answer. NULL: no memory; the connection closes later. */
 static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
 {
     size_t bytes = sizeof(vkp_i_answer) + shape_count;
@@ -16469,7 +18129,7 @@ static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
     return answer;
 }
 
-/* Answer now, behind what is still out. Takes the reference. */
+/* Answer the current command now, behind the pending answers. Takes the reference of bytes. */
 static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
 {
     vkp_i_answer *answer;
@@ -16489,11 +18149,13 @@ static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
     local->held_bytes += bytes.len;
 }
 
+/* Answer with a static text of RESP. */
 static void vkp_i_local_answer_static(vkp_i_local *local, const char *text)
 {
     vkp_i_local_answer(local, vkp_bytes_static(text, strlen(text)));
 }
 
+/* Answer with the writer's bytes. No memory: the connection closes later. */
 static void vkp_i_local_answer_writer(vkp_i_local *local, vkp_resp_writer *writer)
 {
     vkp_bytes bytes;
@@ -16504,7 +18166,8 @@ static void vkp_i_local_answer_writer(vkp_i_local *local, vkp_resp_writer *write
     vkp_i_local_answer(local, bytes);
 }
 
-/* "-<text>": control bytes of what a client sent are not sent back. */
+/* The error reply "-<text>". Control bytes become blanks, because text may repeat bytes that the
+   client sent.                                                                                */
 static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
 {
     vkp_resp_writer writer;
@@ -16525,7 +18188,7 @@ static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
 __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
                                                                     const char *format, ...)
 {
-    char text[512];
+    char text[VKP_I_ERROR_TEXT];
     va_list arguments;
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
@@ -16533,13 +18196,15 @@ __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local 
     vkp_i_local_answer(local, vkp_i_error_bytes(local->shard->relay->env, text));
 }
 
-#define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)64), (s).ptr
+#define VKP_I_SHORT_BYTES 64 /* most bytes of a client's text in an error reply */
+#define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)VKP_I_SHORT_BYTES), (s).ptr /* for %.*s */
 
-/* A command's name as servers spell it in their errors. */
+/* A command's name in lower case and shortened, as servers write it in their errors. */
 typedef struct vkp_i_verb {
-    char text[65];
+    char text[VKP_I_SHORT_BYTES + 1];
 } vkp_i_verb;
 
+/* The command's name for an error reply. */
 static vkp_i_verb vkp_i_verb_of(vkp_str name)
 {
     vkp_i_verb verb;
@@ -16557,11 +18222,19 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-resp2   Relay: replies for clients of RESP2
-   ====================================================================================== */
+   ======================================================================================
+   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
+   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
+   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
+   describes where a server's RESP2 reply differs from a plain conversion of the types.
+   vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
+   the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
+   vkp_i_answer_return runs on the local client's loop again. In between only loop
+   0 touches the reply; of the local client loop 0 reads `shard` alone.                        */
 
 /* ---- conversion of replies ---- */
 
-/* Whether the bytes as received say the same in RESP2. */
+/* Whether the received bytes mean the same in RESP2. */
 static bool vkp_i_value_is_resp2(const vkp_value *value)
 {
     uint32_t i;
@@ -16577,6 +18250,7 @@ static bool vkp_i_value_is_resp2(const vkp_value *value)
     return true;
 }
 
+/* Write an array of pairs as one flat array. */
 static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *each;
@@ -16600,7 +18274,8 @@ static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
 
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
 
-/* Streams and their entries; an entry that was deleted has a null array for its fields. */
+/* Write the map of XREAD as an array of pairs: a stream's name and its entries. A deleted entry
+   has a null array for its fields.                                                            */
 static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *entry;
@@ -16622,7 +18297,7 @@ static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
     }
 }
 
-/* A RESP3 reply as the server would have given it to a RESP2 client. */
+/* Write a RESP3 reply as the server would have written it to a RESP2 client. */
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
 {
     const vkp_value *each;
@@ -16650,6 +18325,7 @@ static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uin
     }
 }
 
+/* Write the reply of an EXEC: each element by the shape of its command. */
 static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
                             size_t count)
 {
@@ -16662,7 +18338,8 @@ static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, con
     }
 }
 
-/* The reply in the client's protocol: the bytes as received where they say the same. */
+/* The reply in the local client's protocol: shares the received bytes where they mean the same,
+   otherwise converts.                                                                         */
 static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
                                        const vkp_value *value, const vkp_bytes *frame,
                                        vkp_bytes *out)
@@ -16686,6 +18363,8 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     return vkp_resp_writer_take(&writer, out);
 }
 
+/* The answer is back on its local client's loop, with its reply: send it if no older answer is
+   pending. Above max_reply_bytes the client closes later.                                     */
 static void vkp_i_answer_return(vkp_i_task *task)
 {
     vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
@@ -16700,14 +18379,17 @@ static void vkp_i_answer_return(vkp_i_task *task)
     vkp_i_local_flush_answers(local);
 }
 
-/* On loop 0. The answer's client lives on its own loop: only its shard may be read here. */
+#define VKP_I_UPSTREAM_TEXT 160 /* bytes of the error texts below, terminated */
+
+/* Loop 0: the upstream client has the reply, or failed. The local client belongs to its own
+   loop: only its `shard` may be read here.                                                    */
 static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
                                   const vkp_bytes *frame)
 {
     vkp_i_answer *answer = (vkp_i_answer *)user;
     vkp_i_shard *shard = answer->local->shard;
     const vkp_env *env = shard->relay->env;
-    char text[160];
+    char text[VKP_I_UPSTREAM_TEXT];
     if (status == VKP_OK) {
         status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
     }
@@ -16726,16 +18408,18 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
     }
     answer->task.fn = vkp_i_answer_return;
     if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
-        vkp_i_answer_return(&answer->task); /* that loop is closed: nobody else is there */
+        /* that loop is closed: no other thread uses its clients */
+        vkp_i_answer_return(&answer->task);
     }
 }
 
-/* Send commands upstream and expect the last one's reply in the answer's place. */
+/* Send commands upstream; the last of their `replies` becomes the answer's reply. Local client's
+   loop.                                                                                       */
 static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
                                 uint32_t replies)
 {
     vkp_relay *relay = local->shard->relay;
-    char text[160];
+    char text[VKP_I_UPSTREAM_TEXT];
     vkp_status status;
     answer->asked_bytes = commands->len;
     local->asked_bytes += commands->len;
@@ -16760,11 +18444,22 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-subscribe   Relay: subscriptions
-   ====================================================================================== */
+   ======================================================================================
+   How a SUBSCRIBE travels: on its local client's loop the client pauses (VKP_I_LOCAL_BUSY), and
+   every name takes one interest of the upstream client. For each name the upstream client calls
+   vkp_i_sub_item_done on loop 0, which returns the item to the local client's loop as a task
+   (vkp_i_sub_item_return). The last item finishes the subscription: the names join the shard's
+   hub, the confirmations are sent in the order of the names, and the client is read again. When
+   every name has members in the shard already, and stand-alone, no item is sent to loop 0.
+   Invariant: a topic of a shard's hub holds one interest of the upstream client. An
+   interest beyond that is given back when its item returns, the topic's own by on_interest when
+   its last member leaves.
+   Stand-alone, relay->subscribers counts subscribers by name over all shards, guarded by the
+   relay's mutex; a count changes together with the hub. With a server the counts are unused.  */
 
-/* ---- the census ---- */
+/* ---- subscriber counts ---- */
 
-/* Count a subscriber more or less. False: no memory (only when adding). */
+/* Count one subscriber of the name more (added) or less. False: no memory, only when added. */
 static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
 {
     vkp_i_map *map = &relay->subscribers[kind];
@@ -16802,7 +18497,7 @@ static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str n
     return ok;
 }
 
-/* Locked: subscribers of a name. */
+/* Subscribers of a name over all shards. The relay's mutex is held. */
 static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
     vkp_i_map *map = &relay->subscribers[kind];
@@ -16810,7 +18505,8 @@ static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_s
     return node != NULL ? VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count : 0;
 }
 
-/* Who gets a message published now, over all shards. */
+/* Number of subscriptions, over all shards, that receive a message published now: by name and by
+   pattern.                                                                                    */
 static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
 {
     vkp_i_map_node *node = NULL;
@@ -16831,28 +18527,29 @@ static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, v
 
 typedef struct vkp_i_subscription vkp_i_subscription;
 
-/* One name of a SUBSCRIBE that waits for the server. */
+/* One name of a SUBSCRIBE. */
 typedef struct vkp_i_sub_item {
-    vkp_i_task task; /* home */
-    vkp_i_subscription *subscription;
-    vkp_str name;
-    bool upstream; /* an interest of the client was taken for it */
-    vkp_status status;
+    vkp_i_task task;                  /* returns the item to the local client's loop */
+    vkp_i_subscription *subscription; /* holds this item */
+    vkp_str name;                     /* behind the subscription's items */
+    bool upstream;     /* one interest of the upstream client was taken for this name */
+    vkp_status status; /* outcome from the upstream client */
 } vkp_i_sub_item;
 
+/* One SUBSCRIBE under way, with its items and their names in one allocation. */
 struct vkp_i_subscription {
-    vkp_i_local *local;
-    vkp_sub_kind kind;
-    size_t bytes_allocated;
-    size_t count;
-    size_t waiting;          /* loop's thread */
-    vkp_i_sub_item items[1]; /* count of them; then the names */
+    vkp_i_local *local;      /* holds one reference */
+    vkp_sub_kind kind;       /* of all names */
+    size_t bytes_allocated;  /* size of this allocation */
+    size_t count;            /* number of `items` */
+    size_t waiting;          /* items that have not returned; loop's thread */
+    vkp_i_sub_item items[1]; /* `count` items, then the bytes of the names */
 };
 
 static const char *const vkp_i_sub_verbs[2][VKP_SUB_KINDS] = {
     {"unsubscribe", "punsubscribe", "sunsubscribe"}, {"subscribe", "psubscribe", "ssubscribe"}};
 
-/* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
+/* The number in a confirmation: channels and patterns together, shard channels alone. */
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
 {
     const uint32_t *counts = local->member.counts;
@@ -16860,6 +18557,7 @@ static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
                                  : counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN];
 }
 
+/* Write the confirmation of one name; name.ptr NULL: an UNSUBSCRIBE without any name. */
 static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
                                    vkp_sub_kind kind, vkp_str name)
 {
@@ -16875,15 +18573,17 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
     vkp_resp_put_integer(writer, (int64_t)vkp_i_local_sub_count(local, kind));
 }
 
+/* Give one interest of the upstream client back. */
 static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
     if (relay->client != NULL &&
         vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
-        vkp_i_log(relay->env, VKP_LOG_ERROR, "no memory to unsubscribe upstream: a name stays");
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a name stays subscribed upstream");
     }
 }
 
-/* A shard's topic came or went. Its one upstream interest goes with it. */
+/* The hub's callback: a topic that lost its last member gives its upstream interest back. A new
+   topic keeps the interest that its item took.                                                */
 static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name, bool added)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
@@ -16892,7 +18592,7 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
     }
 }
 
-/* Join the hub and count, or neither. */
+/* Subscribe in the hub and, stand-alone, count. False: no memory, nothing changed. */
 static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
@@ -16907,17 +18607,19 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     return true;
 }
 
+/* Unsubscribe in the hub and, stand-alone, count. */
 static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (relay->client == NULL) { /* first: the name may be the hub's memory */
+        if (relay->client == NULL) { /* before the unsubscribe: name may be memory of the topic */
             (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }
 
+/* Unsubscribe the local client from every name. */
 static void vkp_i_local_leave_all(vkp_i_local *local)
 {
     int kind;
@@ -16936,7 +18638,8 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
     vkp_i_local_release(local);
 }
 
-/* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
+/* Join the hub with a name whose item has returned, and write its confirmation or error. False:
+   the local client is closed or closes later.                                                 */
 static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
                                         vkp_resp_writer *writer)
 {
@@ -16950,7 +18653,7 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
         closed = true;
         vkp_i_local_fail(local);
     }
-    /* The interest goes to a fresh topic; nobody needs a second one. */
+    /* A new topic keeps the item's interest; otherwise the interest is given back. */
     if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
         item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
@@ -16967,6 +18670,7 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
     return true;
 }
 
+/* Every item has returned: join the hub, send the confirmations, read the client again. */
 static void vkp_i_subscription_finish(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
@@ -16987,6 +18691,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
     vkp_i_subscription_free(self);
 }
 
+/* The item is back on its local client's loop. */
 static void vkp_i_sub_item_return(vkp_i_task *task)
 {
     vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
@@ -16995,7 +18700,7 @@ static void vkp_i_sub_item_return(vkp_i_task *task)
     }
 }
 
-/* On loop 0. */
+/* Loop 0: the upstream client has the outcome of one name; return the item to its loop. */
 static void vkp_i_sub_item_done(void *user, vkp_status status)
 {
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
@@ -17007,6 +18712,7 @@ static void vkp_i_sub_item_done(void *user, vkp_status status)
     }
 }
 
+/* A subscription with copies of the names, or NULL: no memory. */
 static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_kind kind,
                                                   size_t count, const vkp_str *names)
 {
@@ -17038,6 +18744,7 @@ static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_ki
     return self;
 }
 
+/* SUBSCRIBE, PSUBSCRIBE or SSUBSCRIBE with count names. */
 static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
                                   const vkp_str *names)
 {
@@ -17050,13 +18757,13 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         vkp_i_local_fail(local);
         return;
     }
-    /* Whoever waits for one name needs an interest in each: the members that a name has now may
-       have left by then, and theirs with them.                                                */
+    /* If one name must wait for the server, every name takes an interest: the members that a name
+       has now may leave before the items return, and the topic's interest would end with them. */
     for (i = 0; i < count && relay->client != NULL; i++) {
         ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
     }
     vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
-    self->waiting = 1; /* ours, until all are asked for */
+    self->waiting = 1; /* 1 until every name is submitted: no item finishes before that */
     for (i = 0; i < count; i++) {
         vkp_i_sub_item *item = &self->items[i];
         if (!ask) {
@@ -17067,7 +18774,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         self->waiting++;
         status =
             vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
-        if (status != VKP_OK) { /* else loop 0 owns the item now, perhaps already */
+        if (status != VKP_OK) { /* on OK loop 0 owns the item: it may have returned already */
             item->status = status;
             item->upstream = false;
             self->waiting--;
@@ -17078,6 +18785,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
     }
 }
 
+/* UNSUBSCRIBE, PUNSUBSCRIBE or SUNSUBSCRIBE with count names; 0: all names of the kind. */
 static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
                                     const vkp_str *names)
 {
@@ -17110,27 +18818,40 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-commands   Relay: commands
-   ====================================================================================== */
+   ======================================================================================
+   Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
+   the table vkp_i_commands: wait until no answer is pending, refuse (the command would block or
+   change the one upstream connection), hold for EXEC, answer here, or forward upstream. Commands
+   outside the table are forwarded, and stand-alone refused.
+   Each command is answered once, in its order: at once by its vkp_i_run_* function, or later by
+   an answer or a subscription under way.
+   Stand-alone, PUBLISH delivers to its own shard's hub and sends the message to every other
+   shard's channel; push loops deliver it there. The relay's mutex is taken for subscriber counts
+   only.                                                                                       */
 
 /* ---- commands ---- */
 
-#define VKP_I_CMD_ORDER 0x0100u  /* waits until all answers are out */
-#define VKP_I_CMD_LOCAL 0x0200u  /* answered here, server or not */
-#define VKP_I_CMD_ALONE 0x0400u  /* answered here stand-alone, else forwarded */
-#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a subscribed RESP2 client */
-#define VKP_I_CMD_BLOCKS 0x1000u /* refused: it would block everybody */
-#define VKP_I_CMD_STATE 0x2000u  /* refused: it would change the shared connection */
-#define VKP_I_CMD_MULTI 0x4000u  /* runs inside MULTI instead of being held */
-#define VKP_I_CMD_MAYBE 0x8000u  /* refused with a BLOCK argument */
+/* Bits of vkp_i_command.flags, besides the VKP_I_SHAPE_* bits. */
+#define VKP_I_CMD_SHAPES 0x00ffu /* mask of the VKP_I_SHAPE_* bits */
+#define VKP_I_CMD_ORDER 0x0100u  /* executed when no answer is pending */
+#define VKP_I_CMD_LOCAL 0x0200u  /* answered by the relay, with or without a server */
+#define VKP_I_CMD_ALONE 0x0400u  /* answered by a stand-alone relay, otherwise forwarded */
+#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a RESP2 client with subscriptions */
+#define VKP_I_CMD_BLOCKS 0x1000u /* refused: blocks the upstream connection for all clients */
+#define VKP_I_CMD_STATE 0x2000u  /* refused: changes the state of the upstream connection */
+#define VKP_I_CMD_MULTI 0x4000u  /* executed inside MULTI, not held until EXEC */
+#define VKP_I_CMD_MAYBE 0x8000u  /* refused only with a BLOCK argument */
 
 typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
 typedef struct vkp_i_command {
-    const char *name; /* lower case; the table is sorted */
-    vkp_i_command_fn run;
-    uint32_t flags; /* and the shape in the low byte */
+    const char *name;     /* lower case; the table is sorted by name */
+    vkp_i_command_fn run; /* answers the command; NULL: forwarded or refused */
+    uint32_t flags;       /* VKP_I_CMD_* and VKP_I_SHAPE_* bits */
 } vkp_i_command;
 
+/* Whether argc is between least and most, the command's name included; otherwise an error is
+   answered.                                                                                   */
 static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
                               const vkp_str *argv)
 {
@@ -17174,7 +18895,8 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
     }
 }
 
-/* A name of printable bytes without blanks, as servers want it. NULL and an error otherwise. */
+/* Set the client's name: printable bytes without blanks, as servers require; empty removes it.
+   False: an error was answered, or no memory.                                                 */
 static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 {
     const vkp_env *env = local->shard->relay->env;
@@ -17201,6 +18923,7 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
     return true;
 }
 
+/* Begin a map; in RESP2 an array of twice the elements. */
 static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
 {
     if (protocol == 3) {
@@ -17215,6 +18938,7 @@ static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
     vkp_resp_put_bulk(writer, text, strlen(text));
 }
 
+/* Answer HELLO. */
 static void vkp_i_local_greet(vkp_i_local *local)
 {
     vkp_resp_writer writer;
@@ -17237,9 +18961,12 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_local_answer_writer(local, &writer);
 }
 
+#define VKP_I_PROTOCOL_DIGITS 19 /* HELLO's version is an integer only with fewer digits */
+
 static const char vkp_i_no_auth[] =
     "ERR the relay takes no passwords: its socket's permissions decide who may connect";
 
+/* HELLO [protocol [AUTH user password] [SETNAME name]]: answered here, never forwarded. */
 static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     int protocol = local->member.protocol;
@@ -17247,7 +18974,7 @@ static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv
     size_t i = 2;
     if (argc > 1) {
         if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
-            bool number = argv[1].len > 0 && argv[1].len < 19;
+            bool number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
             for (i = 0; i < argv[1].len; i++) {
                 number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
             }
@@ -17297,6 +19024,7 @@ static void vkp_i_multi_free(vkp_i_local *local)
     }
 }
 
+/* RESET: forget MULTI, subscriptions, name and protocol of this client. */
 static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     (void)argc;
@@ -17316,9 +19044,12 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_conn_drain(local->member.conn);
 }
 
+#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
+
+/* Answer CLIENT INFO. */
 static void vkp_i_local_client_info(vkp_i_local *local)
 {
-    char text[320];
+    char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     const uint32_t *counts = local->member.counts;
     (void)snprintf(text, sizeof text,
@@ -17335,6 +19066,8 @@ static void vkp_i_local_client_info(vkp_i_local *local)
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
+/* CLIENT: subcommands about this connection are answered here, those that would change the
+   upstream connection refused, others forwarded.                                              */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
@@ -17370,7 +19103,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         }
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
-        vkp_i_local_answer_static(local, "+OK\r\n"); /* told to nobody */
+        vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO")) {
         vkp_i_local_client_info(local);
     } else if (local->shard->relay->client != NULL) {
@@ -17408,21 +19141,23 @@ static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str
     vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
 }
 
-#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* bytes of pushes on their way to a shard */
+#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* capacity in bytes of a shard's channel of pushes */
 
-/* Send a push to another shard's loop. Takes its reference. */
+/* Send a push to another shard's loop; without room it is lost and counted. Takes the push's
+   reference.                                                                                  */
 static void vkp_i_shard_forward(vkp_i_shard *shard, vkp_push *push)
 {
     if (vkp_mpsc_try_send(shard->pushes, push) != VKP_OK) {
         (void)VKP_I_ADD(&shard->relay->lagged, (uint64_t)1);
         vkp_i_log(shard->relay->env, VKP_LOG_ERROR,
-                  "a loop lags by %zu MiB: a message is lost to its clients",
+                  "a loop is %zu MiB behind: a message is lost for its clients",
                   VKP_I_SHARD_LAG >> 20);
         vkp_push_unref(push);
     }
 }
 
-/* Stand-alone: to the members here, and to the other shards as a push. */
+/* PUBLISH and SPUBLISH, stand-alone: deliver to this shard's members, and send a push to each other
+   shard.                                                                                      */
 static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_i_shard *shard = local->shard;
@@ -17460,6 +19195,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
     vkp_i_local_answer_writer(local, &writer);
 }
 
+/* Write the subscribed names that match the pattern (NULL: all). The relay's mutex is held. */
 static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
                                const vkp_str *pattern)
 {
@@ -17476,6 +19212,9 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
     }
 }
 
+#define VKP_I_SHARD_PREFIX (sizeof "SHARD" - 1) /* of PUBSUB SHARDCHANNELS and SHARDNUMSUB */
+
+/* PUBSUB, stand-alone: answered from the subscriber counts. */
 static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_relay *relay = local->shard->relay;
@@ -17487,9 +19226,13 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SUB_SHARD
-                                                                               : VKP_SUB_CHANNEL;
-    what = kind == VKP_SUB_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    kind = argv[1].len > VKP_I_SHARD_PREFIX &&
+                   vkp_i_str_is(vkp_i_str(argv[1].ptr, VKP_I_SHARD_PREFIX), "SHARD")
+               ? VKP_SUB_SHARD
+               : VKP_SUB_CHANNEL;
+    what = kind == VKP_SUB_SHARD
+               ? vkp_i_str(argv[1].ptr + VKP_I_SHARD_PREFIX, argv[1].len - VKP_I_SHARD_PREFIX)
+               : argv[1];
     vkp_resp_writer_init(&writer, relay->env);
     VKP_I_LOCK(&relay->mutex);
     if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
@@ -17514,7 +19257,7 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
 }
 
-/* What client libraries ask on connect, stand-alone: no commands are described here. */
+/* COMMAND and CONFIG, stand-alone: client libraries send them on connect. The answers are empty. */
 static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
@@ -17532,7 +19275,7 @@ static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *ar
 static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_relay *relay = local->shard->relay;
-    char text[320];
+    char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     (void)argc;
     (void)argv;
@@ -17547,6 +19290,7 @@ static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
 
 /* ---- MULTI ---- */
 
+/* MULTI: hold the commands that follow until EXEC. */
 static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     const vkp_env *env = local->shard->relay->env;
@@ -17584,6 +19328,8 @@ static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *ar
     vkp_i_local_answer_static(local, "+OK\r\n");
 }
 
+/* EXEC: send MULTI, the held commands and EXEC upstream in one piece; only the last reply is the
+   answer.                                                                                     */
 static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_i_multi *multi = local->multi;
@@ -17608,7 +19354,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
     if (answer == NULL || vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
         vkp_i_local_fail(local);
         vkp_i_multi_free(local);
-        if (answer != NULL) { /* goes with the connection */
+        if (answer != NULL) { /* return the answer, which frees it: the connection closes later */
             vkp_i_answer_return(&answer->task);
         }
         return;
@@ -17651,9 +19397,12 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 
 /* ---- dispatch ---- */
 
+/* Flags of the subscribe family. */
 #define VKP_I_SUBS (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_SUB2)
+/* Flags of DISCARD, QUIT and RESET, which end a MULTI. */
 #define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
 
+/* Sorted by name for vkp_i_command_find; every other command is forwarded. */
 static const vkp_i_command vkp_i_commands[] = {
     {"asking", NULL, VKP_I_CMD_STATE},
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
@@ -17719,9 +19468,12 @@ static const vkp_i_command vkp_i_commands[] = {
     {"zrevrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"zunion", NULL, VKP_I_SHAPE_FLAT}};
 
+#define VKP_I_COMMAND_NAME 20 /* bytes of a buffer for any name in vkp_i_commands */
+
+/* The command's entry in the table, case ignored, or NULL. */
 static const vkp_i_command *vkp_i_command_find(vkp_str name)
 {
-    char key[20];
+    char key[VKP_I_COMMAND_NAME];
     size_t low = 0;
     size_t high = sizeof vkp_i_commands / sizeof vkp_i_commands[0];
     size_t i;
@@ -17747,16 +19499,18 @@ static const vkp_i_command *vkp_i_command_find(vkp_str name)
     return NULL;
 }
 
-/* The shape of this call: for some commands only a form with one argument more has it. */
+/* The shape of this call: LPOP and RPOP have one only with a count, ZRANK and ZREVRANK only with
+   WITHSCORE.                                                                                  */
 static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, const vkp_str *argv)
 {
-    uint32_t shape = command != NULL ? command->flags & 0xffu : 0;
+    uint32_t shape = command != NULL ? command->flags & VKP_I_CMD_SHAPES : 0;
     bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
     bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
-/* Refuse what cannot be shared; the reason is the answer. */
+/* Refuse a command that clients cannot share or that is not allowed now. True: the error with
+   the reason is answered.                                                                     */
 static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
                                const vkp_str *argv)
 {
@@ -17793,7 +19547,7 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
                           "context",
                           vkp_i_verb_of(argv[0]).text);
-        return true; /* as servers: this alone does not fail a transaction */
+        return true; /* as servers do: this error alone does not fail a MULTI */
     } else {
         return false;
     }
@@ -17803,6 +19557,7 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
     return true;
 }
 
+/* Forward the bytes of one command upstream. */
 static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *request, uint32_t shape)
 {
     vkp_i_answer *answer = vkp_i_answer_new(local, 0);
@@ -17812,6 +19567,7 @@ static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *reque
     }
 }
 
+/* Encode one command and forward it upstream. */
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape)
 {
@@ -17827,8 +19583,8 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
-/* Run one command. `request`: its bytes, when they are a whole RESP array. False: not now, the
-   bytes must come again.                                                                      */
+/* Execute one command. request: its bytes if it arrived as a RESP array, otherwise NULL. False:
+   not now; the client is paused, and on_data must get the bytes again.                        */
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {
@@ -17867,14 +19623,28 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-serve   Relay: clients, and the relay itself
-   ====================================================================================== */
+   ======================================================================================
+   Requests, local clients, accepting, pushes, idle time, drain, open and close of a relay.
+   Loop 0 accepts and distributes descriptors over the shards in turn; a descriptor for another
+   loop is a vkp_i_handover task, listed under the relay's mutex so that vkp_relay_unref finds
+   it. A local client belongs to its shard's loop from vkp_i_shard_adopt to vkp_i_local_on_close.
+   Pushes arrive on loop 0 (vkp_i_relay_on_push): delivered to its own hub, and sent to each
+   other shard's channel, whose push loop delivers there.
+   Idle: the shard that closes the relay's last client queues idle_task on loop 0, which starts
+   idle_timer. Drain: loop 0 queues drain_task on each shard; the last shard without clients
+   queues end_task on loop 0, which calls on_end; at the deadline kill_task closes the clients
+   that are left.
+   vkp_relay_unref runs while no loop runs: it may touch every shard.                          */
 
 /* ---- requests ---- */
 
+#define VKP_I_PROTOCOL_TEXT 256 /* bytes of a protocol error's text, terminated */
+
+/* Log, count and answer a protocol error; the client is drained behind its pending answers. */
 __attribute__((format(printf, 2, 3))) static void
 vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
 {
-    char text[256];
+    char text[VKP_I_PROTOCOL_TEXT];
     va_list arguments;
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
@@ -17887,10 +19657,15 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
     vkp_i_local_maybe_resume(local);
 }
 
+/* a larger argv is freed by a command with fewer than VKP_I_ARGV_SMALL */
+#define VKP_I_ARGV_LARGE 65536u
+#define VKP_I_ARGV_SMALL 1024u /* commands with fewer arguments are small for VKP_I_ARGV_LARGE */
+
+/* Make room for argc arguments in shard->argv. False: no memory. */
 static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
 {
     void *argv = shard->argv;
-    if (shard->argv_capacity > 65536 && argc < 1024) { /* a huge command was here */
+    if (shard->argv_capacity > VKP_I_ARGV_LARGE && argc < VKP_I_ARGV_SMALL) {
         vkp_i_free(shard->relay->env, argv, shard->argv_capacity * sizeof *shard->argv);
         argv = NULL;
         shard->argv_capacity = 0;
@@ -17903,7 +19678,8 @@ static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
     return true;
 }
 
-/* A command as an array of bulk strings. Returns bytes used, 0: none (wait, or leaving). */
+/* Execute a command that is an array of bulk strings. Returns the bytes used; 0: incomplete, not
+   now, or the client closes.                                                                  */
 static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, size_t from)
 {
     vkp_i_shard *shard = local->shard;
@@ -17917,7 +19693,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
     vkp_status status =
         vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
     if (status == VKP_ERR_EMPTY) {
-        /* Keep the reader of a long command: it must not be read from its start again. */
+        /* The client keeps the reader of a long command: a fresh reader would start again. */
         if (reader == shard->reader && vkp_i_reader_is_deep_in(reader)) {
             vkp_resp_reader *fresh;
             if (vkp_i_reader_open_alike(reader, &fresh) == VKP_OK) {
@@ -17964,6 +19740,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
     return done ? used : 0;
 }
 
+/* The value of a hexadecimal digit, or -1. */
 static int vkp_i_hex(char c)
 {
     return c >= '0' && c <= '9'   ? c - '0'
@@ -17972,7 +19749,7 @@ static int vkp_i_hex(char c)
                                   : -1;
 }
 
-/* One escape of a double-quoted text, at the backslash. Returns its length. */
+/* Decode one escape of a double-quoted text, from its backslash on. Returns its length. */
 static size_t vkp_i_unescape(const char *at, const char *end, char *out)
 {
     static const char from[] = "nrtba";
@@ -17991,8 +19768,9 @@ static size_t vkp_i_unescape(const char *at, const char *end, char *out)
     return 2;
 }
 
-/* One word of an inline command from `at`, unquoted to `out`. A quote may begin within it, and ends
-   it. NULL: quotes are not balanced.                                                          */
+/* Copy one word of an inline command, without its quotes, to *out, which moves behind it. A
+   quote may begin inside the word; the closing quote ends the word. Returns the end of the word;
+   NULL: unbalanced quotes.                                                                    */
 static const char *vkp_i_inline_word(const char *at, const char *end, char **out)
 {
     char quote = '\0';
@@ -18021,7 +19799,7 @@ static const char *vkp_i_inline_word(const char *at, const char *end, char **out
     return quote == '\0' ? at : NULL;
 }
 
-/* Split a line into shard->argv. False: unbalanced quotes, or no memory (argc SIZE_MAX). */
+/* Split a line into shard->argv. False: unbalanced quotes, or no memory (*argc is SIZE_MAX). */
 static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *end, size_t *argc)
 {
     void *text = shard->inline_text;
@@ -18048,9 +19826,10 @@ static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *en
     return at != NULL;
 }
 
-#define VKP_I_INLINE_MAX 65536u
+#define VKP_I_INLINE_MAX 65536u /* most bytes of an inline command, its line end included */
 
-/* A command as a line of words. Returns as vkp_i_local_take_array. */
+/* Execute a command that is a line of words. Returns the bytes used; 0: incomplete, not now, or
+   the client closes.                                                                          */
 static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, size_t from)
 {
     vkp_i_shard *shard = local->shard;
@@ -18078,7 +19857,7 @@ static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, s
     if (argc > 0 &&
         (vkp_i_str_is(shard->argv[0], "POST") || vkp_i_str_is(shard->argv[0], "HOST:") ||
          (argc == 3 && vkp_i_starts_with(shard->argv[2], "HTTP/")))) {
-        vkp_i_local_protocol_error(local, "this looks like HTTP");
+        vkp_i_local_protocol_error(local, "the request is HTTP");
         return 0;
     }
     if (argc > 0 && !vkp_i_local_execute(local, argc, shard->argv, NULL)) {
@@ -18087,6 +19866,8 @@ static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, s
     return (size_t)(lf - line) + 1;
 }
 
+/* Execute commands until one is incomplete or the client is paused; on_data gets the unused
+   bytes again.                                                                                */
 static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -18108,6 +19889,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 
 /* ---- local clients ---- */
 
+/* The local client sends nothing more: answer its commands, then drain. */
 static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -18118,6 +19900,7 @@ static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
     return true;
 }
 
+/* The outbox is empty: a client that was paused for it is read again. */
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
     (void)conn;
@@ -18127,6 +19910,7 @@ static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 static void vkp_i_shard_drained(vkp_i_shard *shard);
 static void vkp_i_relay_client_left(vkp_relay *relay);
 
+/* The connection of a local client is closed: leave the hub and the shard's list. */
 static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -18164,7 +19948,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_i_local_on_close,
                                              vkp_resp_get_frame_len};
 
-/* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
+/* Serve an accepted descriptor on this shard's loop. Takes fd and seat, also on failure. */
 static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = shard->relay;
@@ -18199,16 +19983,17 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
 
 /* ---- accepting, on loop 0 ---- */
 
-/* A descriptor on its way to another shard's loop. */
+/* An accepted descriptor on its way from loop 0 to another shard's loop. */
 typedef struct vkp_i_handover {
-    vkp_i_task task;
-    vkp_i_shard *shard;
-    struct vkp_i_handover *prev; /* of the shard; guarded by the relay's mutex */
-    struct vkp_i_handover *next;
-    vkp_seat *seat;
-    int fd; /* -1: the relay was let go meanwhile */
+    vkp_i_task task;             /* runs vkp_i_handover_receive on the shard's loop */
+    vkp_i_shard *shard;          /* receives the descriptor */
+    struct vkp_i_handover *prev; /* newer one of shard->handovers; guarded by the relay's mutex */
+    struct vkp_i_handover *next; /* older one of shard->handovers; guarded by the relay's mutex */
+    vkp_seat *seat;              /* the client's; taken together with fd */
+    int fd;                      /* -1: vkp_relay_unref closed the descriptor */
 } vkp_i_handover;
 
+/* Enter shard->handovers. */
 static void vkp_i_handover_link(vkp_i_handover *handover)
 {
     vkp_i_shard *shard = handover->shard;
@@ -18237,6 +20022,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
     VKP_I_UNLOCK(&shard->relay->mutex);
 }
 
+/* Task on the shard's loop: serve the descriptor. */
 static void vkp_i_handover_receive(vkp_i_task *task)
 {
     vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
@@ -18249,6 +20035,7 @@ static void vkp_i_handover_receive(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
+/* Queue an accepted descriptor on another shard's loop. Takes fd and seat, also on failure. */
 static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
@@ -18271,6 +20058,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
     vkp_i_relay_client_left(relay);
 }
 
+/* A listener admitted a client: the shards take clients in turn. Loop 0. */
 static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = (vkp_relay *)user;
@@ -18282,6 +20070,7 @@ static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
     }
 }
 
+/* A listener refuses a client: write the reason. Loop 0. */
 static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
 {
     static const char *const texts[VKP_REFUSAL_COUNT] = {
@@ -18292,11 +20081,12 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
     vkp_range range;
     range.base = texts[why];
     range.len = strlen(texts[why]);
-    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
+    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* may fail: the reason is best effort */
 }
 
-/* ---- nobody there ---- */
+/* ---- idle: no clients ---- */
 
+/* linger_ms have passed: call on_idle if there is still no client. */
 static void vkp_i_relay_idle_over(vkp_timer *timer)
 {
     vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, idle_timer);
@@ -18305,6 +20095,7 @@ static void vkp_i_relay_idle_over(vkp_timer *timer)
     }
 }
 
+/* Task on loop 0: no client is connected, so start to linger. */
 static void vkp_i_relay_idle_begins(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, idle_task);
@@ -18314,12 +20105,12 @@ static void vkp_i_relay_idle_begins(vkp_i_task *task)
         vkp_i_relay_count_clients(relay) == 0 &&
         vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
                         vkp_i_after_ms(loop->now_ns, relay->linger_ms)) != VKP_OK) {
-        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
+        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for the timer: do not linger */
     }
     vkp_i_relay_release(relay);
 }
 
-/* Any shard's loop. The last one's leaving starts the time to linger. */
+/* A client disconnected: if none is left, queue idle_task on loop 0. Any shard's loop. */
 static void vkp_i_relay_client_left(vkp_relay *relay)
 {
     if (relay->on_idle == NULL || vkp_i_relay_count_clients(relay) > 0 ||
@@ -18364,6 +20155,8 @@ VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const cha
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
 
+/* Deliver a push to this shard's members: from upstream with vkp_hub_deliver, stand-alone from
+   another shard with vkp_hub_publish, because its frame is not a RESP message.                */
 static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
@@ -18374,6 +20167,7 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
 }
 
+/* The upstream client received a push: deliver it in every shard. Loop 0. */
 static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 {
     vkp_relay *relay = (vkp_relay *)user;
@@ -18396,6 +20190,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 
 /* ---- draining ---- */
 
+/* Task on loop 0: every shard is drained. */
 static void vkp_i_relay_end(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
@@ -18409,7 +20204,7 @@ static void vkp_i_relay_end(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
-/* The last client of a draining shard left: the last shard tells loop 0. */
+/* If the shard drains and has no clients left, count it off; the last shard queues end_task. */
 static void vkp_i_shard_drained(vkp_i_shard *shard)
 {
     vkp_relay *relay = shard->relay;
@@ -18426,6 +20221,7 @@ static void vkp_i_shard_drained(vkp_i_shard *shard)
     }
 }
 
+/* Task on the shard's loop: drain every local client. */
 static void vkp_i_shard_drain(vkp_i_task *task)
 {
     vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, drain_task);
@@ -18438,7 +20234,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
         if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
             vkp_i_local_leave(local);
         } else {
-            vkp_conn_pause(local->member.conn); /* no new commands */
+            vkp_conn_pause(local->member.conn); /* execute no new commands */
         }
         local = next;
     }
@@ -18446,6 +20242,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
+/* Task on the shard's loop: the drain's deadline has passed, close every local client. */
 static void vkp_i_shard_kill(vkp_i_task *task)
 {
     vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, kill_task);
@@ -18456,7 +20253,7 @@ static void vkp_i_shard_kill(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
-/* Run a shard's task on its loop. */
+/* Queue one of the shard's tasks on its loop; the task holds a reference of the relay. */
 static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(vkp_i_task *task))
 {
     task->fn = fn;
@@ -18466,6 +20263,7 @@ static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(v
     }
 }
 
+/* The drain's deadline has passed. Loop 0. */
 static void vkp_i_relay_drain_over(vkp_timer *timer)
 {
     vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, drain_timer);
@@ -18492,7 +20290,7 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
     }
     if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
                         deadline_ns) != VKP_OK) {
-        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
+        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for the timer: close now */
     }
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].drain_task, vkp_i_shard_drain);
@@ -18501,7 +20299,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
 
 /* ---- opening, closing ---- */
 
-/* The loops do not run: what was handed to them is closed now, the tasks find nothing later. */
+/* No loop runs: close the descriptors that are queued for the shard. Their tasks find fd -1
+   later.                                                                                      */
 static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
 {
     vkp_i_handover *each;
@@ -18526,13 +20325,13 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
     vkp_timer_stop(&relay->idle_timer);
-    relay->on_idle = NULL; /* tasks that are queued still run, when the loops do or close */
+    relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */
     relay->on_end = NULL;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
         shard->gone = true;
-        while (shard->locals != NULL) { /* whoever calls is alone with the loops */
+        while (shard->locals != NULL) { /* no loop runs: this thread may use all of them */
             vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
         vkp_i_shard_drop_handovers(relay, shard);
@@ -18542,13 +20341,14 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->pushes = NULL;
     }
     if (relay->client != NULL) {
-        vkp_i_client_close_now(relay->client); /* answers under way come home now */
+        vkp_i_client_close_now(relay->client); /* pending answers return now */
         vkp_client_unref(relay->client);
         relay->client = NULL;
     }
     vkp_i_relay_release(relay);
 }
 
+/* Open the channel of pushes from other loops, and the push loop that receives them. */
 static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
 {
     vkp_mpsc_config config;
@@ -18575,6 +20375,10 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
     return status;
 }
 
+/* input kept beyond max_request_bytes: headers, other commands */
+#define VKP_I_REQUEST_SLACK 65536u
+#define VKP_I_REQUEST_ELEMENTS (1024u * 1024) /* most arguments of a request */
+
 static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
                                    const vkp_relay_config *config, size_t index)
 {
@@ -18590,7 +20394,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     conn.queue_bytes = config->queue_bytes;
     conn.on_full =
         config->on_full == VKP_ON_FULL_DEFAULT ? VKP_ON_FULL_DISCONNECT : config->on_full;
-    conn.input_bytes = relay->max_request_bytes + 65536;
+    conn.input_bytes = relay->max_request_bytes + VKP_I_REQUEST_SLACK;
     conn.loop_only = true;
     shard->profile = vkp_i_profile_open(relay->env, &conn);
     memset(&hub, 0, sizeof hub);
@@ -18600,7 +20404,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     status = shard->profile != NULL ? vkp_hub_open(&hub, &shard->hub) : VKP_ERR_NOMEM;
     memset(&resp, 0, sizeof resp);
     resp.max_depth = 1;
-    resp.max_elements = 1024 * 1024;
+    resp.max_elements = VKP_I_REQUEST_ELEMENTS;
     resp.max_bulk_bytes = relay->max_request_bytes;
     resp.max_frame_bytes = relay->max_request_bytes;
     resp.env = relay->env;
@@ -18627,6 +20431,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
 }
 
+/* The registry noticed that a socket's file changed. */
 static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
                                 vkp_status status)
 {
@@ -18637,21 +20442,25 @@ static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event e
               event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
 }
 
-/* Who may come in, and where. */
+#define VKP_I_RELAY_CLIENTS 16384u /* default of vkp_relay_config.max_clients */
+#define VKP_I_RELAY_MODE_OWN 0600u /* mode of a socket's file: the process's own uid */
+#define VKP_I_RELAY_MODE_ALL 0666u /* mode with allow_uids: the gate checks the uid */
+
+/* Open the gate and the registry, and copy the shutdown notice. */
 static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config *config)
 {
     vkp_gate_config gate;
     vkp_registry_config registry;
     vkp_status status;
     memset(&gate, 0, sizeof gate);
-    gate.max_clients = config->max_clients > 0 ? config->max_clients : 16384;
+    gate.max_clients = config->max_clients > 0 ? config->max_clients : VKP_I_RELAY_CLIENTS;
     gate.max_clients_per_uid = config->max_clients_per_uid;
     gate.allow_uids = config->allow_uids;
     gate.allow_uid_count = config->allow_uid_count;
     gate.env = relay->env;
     status = vkp_gate_open(&gate, &relay->gate);
     memset(&registry, 0, sizeof registry);
-    registry.mode = config->allow_uid_count > 0 ? 0666 : 0600;
+    registry.mode = config->allow_uid_count > 0 ? VKP_I_RELAY_MODE_ALL : VKP_I_RELAY_MODE_OWN;
     registry.abstract_names = VKP_I_LINUX;
     registry.loop = relay->shards[0].loop;
     registry.check_ms = config->check_ms;
@@ -18668,6 +20477,11 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
     }
     return status;
 }
+
+/* Defaults of vkp_relay_config. */
+#define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
+#define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
+#define VKP_I_RELAY_SUBSCRIPTIONS 100000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
 {
@@ -18693,10 +20507,11 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->linger_ms = config->linger_ms;
     relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
-        config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
+        config->max_request_bytes > 0 ? config->max_request_bytes : VKP_I_RELAY_REQUEST_BYTES;
     relay->max_reply_bytes =
-        config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
-    relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
+        config->max_reply_bytes > 0 ? config->max_reply_bytes : VKP_I_RELAY_REPLY_BYTES;
+    relay->max_subscriptions =
+        config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
     VKP_I_MUTEX_INIT(&relay->mutex);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&relay->subscribers[kind], env);

@@ -1,16 +1,15 @@
 /* vkp_backend_epoll.c - a loop's backend over epoll(7), for Linux
    SPDX-License-Identifier: MIT
 
-   What is wrong with epoll, and what is done about it here:
-   - It registers not the descriptor but the open file behind it. When a descriptor is closed
-     without a word while a duplicate lives (a dup, a forked child), the registration goes on
-     reporting and no call can remove it. So its data is not the loop's token but the descriptor
-     and a serial number of ours: an event with an old serial is dropped, and a new set built.
-   - It forgets a registration when the last duplicate closes, and the number is used again: MOD
-     says ENOENT where ADD would have done. After a dup2, ADD says EEXIST. Each falls back.
-   - A forked child shares the set: its changes are the parent's. after_fork builds a new one.
-   - Regular files get EPERM, which is reported. EPOLLHUP and EPOLLERR mean both directions too.
-   - Edge-triggered, a busy peer holds up others. Level-triggered, it goes to the queue's end.  */
+   What is wrong with epoll, and what this backend does about it:
+   - epoll registers the open file, not the descriptor. After a close without a removal, while a
+     duplicate is open (dup, fork), the registration still reports, and no call can remove it. So
+     the data of an event is the descriptor and a serial number, not the loop's token: the backend
+     drops an event with an old serial, and builds a new set.
+   - MOD of a closed and reused number fails (ENOENT), ADD after dup2 fails (EEXIST): each falls
+     back to the other. A forked child changes the parent's set: after_fork builds a new one.
+   - A regular file is EPERM: set_interest fails. EPOLLHUP and EPOLLERR mean both directions too.
+   - Level-triggered, not edge-triggered: a busy peer is put at the end of the kernel's queue. */
 #if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
 #else /* installed, or copied into another folder */
@@ -21,11 +20,10 @@
 #include <string.h>
 #include <sys/epoll.h>
 #define VKP_I_EPOLL_BATCH 256 /* most events of one wait */
-
 typedef struct vkp_i_epoll_entry {
     uint64_t token;
-    uint32_t interest; /* 0 = not watched */
-    uint32_t serial;   /* new with every change of the registration */
+    uint32_t interest; /* 0: not registered */
+    uint32_t serial;   /* changes with every change of the registration */
 } vkp_i_epoll_entry;
 
 typedef struct vkp_i_epoll {
@@ -33,7 +31,7 @@ typedef struct vkp_i_epoll {
     vkp_i_epoll_entry *entries; /* by descriptor */
     size_t items;               /* allocated in entries */
     int epoll_fd;
-    int wake_fds[2]; /* twice the same for an eventfd; -1, as epoll_fd, where there is none */
+    int wake_fds[2]; /* equal for an eventfd; -1, as in epoll_fd: not open */
     uint32_t last_serial;
     struct epoll_event events[VKP_I_EPOLL_BATCH];
 } vkp_i_epoll;
@@ -48,7 +46,7 @@ static int vkp_i_epoll_control(vkp_i_epoll *self, int operation, int fd,
     return self->env->sys->epoll_ctl(self->epoll_fd, operation, fd, &event);
 }
 
-/* A new set of the same descriptors in the place of the old, which stays if that fails. */
+/* Replace the set by a new set of the same descriptors. On failure the old set stays. */
 static int vkp_i_epoll_rebuild(vkp_i_epoll *self)
 {
     const vkp_i_epoll_entry wake = {0, VKP_IO_READ, 0};
@@ -64,7 +62,7 @@ static int vkp_i_epoll_rebuild(vkp_i_epoll *self)
         if (self->entries[fd].interest != 0) {
             rc = vkp_i_epoll_control(self, EPOLL_CTL_ADD, (int)fd, &self->entries[fd]);
         }
-        if (rc == -EBADF || rc == -EPERM) { /* closed unseen: forgotten, as by the kernel */
+        if (rc == -EBADF || rc == -EPERM) { /* closed without a removal: the kernel forgot it too */
             self->entries[fd].interest = 0;
             rc = 0;
         }
@@ -157,7 +155,7 @@ static vkp_status vkp_i_epoll_set_interest(void *state, int fd, uint32_t interes
     vkp_i_epoll_entry *entry;
     bool known;
     int rc = 0;
-    if (!vkp_i_epoll_reserve(self, fd)) { /* beyond the table: never watched */
+    if (!vkp_i_epoll_reserve(self, fd)) { /* beyond the table: not registered */
         return fd < 0 ? VKP_ERR_INVALID : interest == 0 ? VKP_OK : VKP_ERR_NOMEM;
     }
     entry = &self->entries[fd];
@@ -167,7 +165,7 @@ static vkp_status vkp_i_epoll_set_interest(void *state, int fd, uint32_t interes
         if (rc == -ENOENT || rc == -EEXIST) {
             rc = vkp_i_epoll_control(self, known ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &wanted);
         }
-    } else if (known) { /* may fail; if anything stays, its first event tells */
+    } else if (known) { /* on failure the first event of the registration is stale */
         (void)vkp_i_epoll_control(self, EPOLL_CTL_DEL, fd, entry);
     }
     if (rc < 0) {
@@ -214,12 +212,12 @@ static vkp_status vkp_i_epoll_wait(void *state, uint64_t deadline_ns, vkp_event 
         }
     }
     if (stale) {
-        (void)vkp_i_epoll_rebuild(self); /* if that fails, the next stale event tries again */
+        (void)vkp_i_epoll_rebuild(self); /* on failure the next stale event tries again */
     }
     return VKP_OK;
 }
 
-/* Full means readable already, and the loop wakes only when it sleeps: no flag is needed. */
+/* EAGAIN: a full pipe is readable. The loop calls wake only while it sleeps: no flag is needed. */
 static void vkp_i_epoll_wake(void *state)
 {
     vkp_i_epoll *self = (vkp_i_epoll *)state;
@@ -228,7 +226,7 @@ static void vkp_i_epoll_wake(void *state)
     }
 }
 
-/* The wake is shared as well. One is left pending: one from before the fork may not be lost. */
+/* The wake is shared too. One wake is left pending: a wake from before the fork is not lost. */
 static vkp_status vkp_i_epoll_after_fork(void *state)
 {
     vkp_i_epoll *self = (vkp_i_epoll *)state;
@@ -244,16 +242,9 @@ static int vkp_i_epoll_pollable_fd(void *state)
     return ((const vkp_i_epoll *)state)->epoll_fd;
 }
 
-const vkp_backend vkp_backend_epoll = {VKP_BACKEND_ABI,
-                                       0,
-                                       "epoll",
-                                       vkp_i_epoll_open,
-                                       vkp_i_epoll_close,
-                                       vkp_i_epoll_set_interest,
-                                       vkp_i_epoll_wait,
-                                       vkp_i_epoll_wake,
-                                       NULL,
-                                       vkp_i_epoll_after_fork,
-                                       vkp_i_epoll_pollable_fd,
-                                       NULL};
+const vkp_backend vkp_backend_epoll = {
+    VKP_BACKEND_ABI,        0 /* no flags */,        "epoll",
+    vkp_i_epoll_open,       vkp_i_epoll_close,       vkp_i_epoll_set_interest,
+    vkp_i_epoll_wait,       vkp_i_epoll_wake,        NULL,
+    vkp_i_epoll_after_fork, vkp_i_epoll_pollable_fd, NULL};
 #endif /* __linux__ */

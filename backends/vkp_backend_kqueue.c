@@ -1,44 +1,42 @@
 /* vkp_backend_kqueue.c - a loop's backend over kqueue(2), for macOS and the BSDs
    SPDX-License-Identifier: MIT
 
-   What is wrong with kqueue, and what is done about it here:
-   - Reading and writing are two registrations and two events, not side by side. A batch has one
-     event of a descriptor. If the second registration fails, the first is taken back.
-   - Closing a descriptor, or dup2 over it, takes its registrations along unseen. So no event is a
-     former owner's, but a watch registers all it wants anew, and nothing to delete is no error.
-   - EV_EOF speaks of one direction. The end of a socket's input is for its reader to find: output
-     may be wanted still. That of a pipe, once it is drained, and the last reader's are hang-ups.
-   - A regular file is silent at its end: EPERM, as from epoll. A pipe without readers: EPIPE.
-   - A forked child has no queue: its number may be something else's, and is not closed.
-   - NetBSD and OpenBSD had no EVFILT_USER, the wake, for long: without it, a pipe under watch.
-   What stays ready goes to the end of the kernel's queue: a batch cut short starves nobody.   */
+   What is wrong with kqueue, and what this backend does about it:
+   - Reading and writing are two registrations and two separate events. The backend reports one
+     event per descriptor and batch. If the second registration fails, it removes the first.
+   - Closing a descriptor, or dup2 over it, removes its registrations. So no event is of a former
+     owner; set_interest registers every direction again, and a failed removal is no error.
+   - EV_EOF is of one direction. The end of a socket's input is no hang-up: output may still be
+     wanted. The end of a pipe, once drained, is a hang-up, and so is the loss of its last reader.
+   - A regular file reports nothing at its end: EPERM, as from epoll. A pipe without readers: EPIPE.
+   - A forked child has no queue: the queue's number may be another file, so it is not closed.
+   - Older NetBSD and OpenBSD have no EVFILT_USER, the wake: there a registered pipe is the wake. */
 #if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
 #else /* installed, or copied into another folder */
 #include "valkey_push.h"
 #endif
-/* Elsewhere this file is empty: one build line serves every platform. Tests emulate a kqueue. */
+/* On Linux this file is empty: one build line serves every platform. Tests emulate a kqueue. */
 #if !defined(__linux__) || defined(VKP_KQUEUE_EMULATED)
 #include <errno.h>
 #include <string.h>
 #include <sys/types.h>
 #include <sys/event.h>
-#define VKP_I_KQUEUE_BATCH 256 /* most events of one wait */
-/* In a table by descriptor: the pointer that an event brings back may be too small for a token. */
+#define VKP_I_KQUEUE_BATCH 256 /* most events of one wait; the kernel queues a ready one last */
 typedef struct vkp_i_kqueue_entry {
-    uint64_t token;
-    uint64_t event;    /* number of the last one: below self->batch, it is of a former batch */
-    uint32_t interest; /* 0 = not watched */
+    uint64_t token;    /* here, not in the event: a pointer (udata) may be too small for a token */
+    uint64_t event;    /* number of the last event; below self->batch: of a former batch */
+    uint32_t interest; /* 0: not registered */
 } vkp_i_kqueue_entry;
 
 typedef struct vkp_i_kqueue {
     const vkp_env *env;
-    vkp_i_kqueue_entry *entries;
-    size_t items;    /* allocated in entries */
-    uint64_t batch;  /* number of its first event, from VKP_I_KQUEUE_BATCH on */
-    int queue;       /* -1 where there is none, as the next */
-    int wake_fds[2]; /* twice the same for an eventfd; never any with EVFILT_USER */
-    int queue_pid;   /* whose the queue is */
+    vkp_i_kqueue_entry *entries; /* by descriptor */
+    size_t items;                /* allocated in entries */
+    uint64_t batch;  /* number of the first event of a batch; from VKP_I_KQUEUE_BATCH on */
+    int queue;       /* -1: not open */
+    int wake_fds[2]; /* equal for an eventfd; -1: not open, always so with EVFILT_USER */
+    int queue_pid;   /* the process that opened the queue */
     struct kevent events[VKP_I_KQUEUE_BATCH];
 } vkp_i_kqueue;
 
@@ -54,7 +52,7 @@ static int vkp_i_kqueue_change(const vkp_i_kqueue *self, int fd, uint32_t direct
     return count > 0 ? self->env->sys->kevent(self->queue, changes, count, NULL, 0, 0) : 0;
 }
 
-/* Begin to wait for wakes, or wake. With EV_CLEAR many wakes are one event, once. */
+/* Register the wake (begin), or wake. With EV_CLEAR many wakes are one event, reported once. */
 static int vkp_i_kqueue_signal(vkp_i_kqueue *self, bool begin)
 {
 #ifdef EVFILT_USER
@@ -95,7 +93,7 @@ static void vkp_i_kqueue_close_fds(vkp_i_kqueue *self)
     self->queue = self->wake_fds[0] = self->wake_fds[1] = -1;
 }
 
-/* A new queue of the same descriptors in the place of the old. */
+/* Replace the queue by a new queue of the same descriptors. */
 static vkp_status vkp_i_kqueue_open_fds(vkp_i_kqueue *self)
 {
     size_t fd;
@@ -106,7 +104,7 @@ static vkp_status vkp_i_kqueue_open_fds(vkp_i_kqueue *self)
     rc = rc < 0 ? rc : vkp_i_kqueue_signal(self, true);
     for (fd = 0; fd < self->items && rc >= 0; fd++) {
         rc = vkp_i_kqueue_change(self, (int)fd, self->entries[fd].interest, true);
-        rc = rc == -EBADF ? 0 : rc; /* closed unseen */
+        rc = rc == -EBADF ? 0 : rc; /* closed without a removal */
     }
     if (rc < 0) {
         vkp_i_kqueue_close_fds(self);
@@ -161,7 +159,7 @@ static vkp_status vkp_i_kqueue_set_interest(void *state, int fd, uint32_t intere
     vkp_i_kqueue *self = (vkp_i_kqueue *)state;
     vkp_i_kqueue_entry *entry = vkp_i_kqueue_entry_of(self, fd);
     int rc = (interest &= VKP_IO_READ | VKP_IO_WRITE) != 0 ? self->env->sys->fd_kind(fd) : 0;
-    if (entry == NULL) { /* beyond the table: never watched */
+    if (entry == NULL) { /* beyond the table: not registered */
         return fd < 0 ? VKP_ERR_INVALID : interest == 0 ? VKP_OK : VKP_ERR_NOMEM;
     }
     if (rc >= 0) {
@@ -178,7 +176,7 @@ static vkp_status vkp_i_kqueue_set_interest(void *state, int fd, uint32_t intere
     return VKP_OK;
 }
 
-/* What an event says of its one direction; HUP and ERR speak of both. */
+/* The bits of an event, which is of one direction; HUP and ERROR set both directions. */
 static uint32_t vkp_i_kqueue_ready(const vkp_i_kqueue *self, const struct kevent *event)
 {
     const bool reads = event->filter == EVFILT_READ;
@@ -197,7 +195,7 @@ static vkp_status vkp_i_kqueue_wait(void *state, uint64_t deadline_ns, vkp_event
     vkp_i_kqueue *self = (vkp_i_kqueue *)state;
     const vkp_sys *sys = self->env->sys;
     const int room = (int)(capacity < VKP_I_KQUEUE_BATCH ? capacity : VKP_I_KQUEUE_BATCH);
-    const int wake = self->wake_fds[0]; /* -1 is the identifier of no descriptor, but a good one */
+    const int wake = self->wake_fds[0]; /* -1 with EVFILT_USER, whose identifier is -1 as well */
     unsigned char sink[64];
     int rc = sys->kevent(self->queue, NULL, 0, self->events, room, deadline_ns);
     int i;
@@ -217,7 +215,7 @@ static vkp_status vkp_i_kqueue_wait(void *state, uint64_t deadline_ns, vkp_event
             continue;
         }
         entry = &self->entries[event->ident];
-        if ((entry->interest & direction) == 0) { /* the kernel would not delete it */
+        if ((entry->interest & direction) == 0) { /* an earlier removal failed */
             (void)vkp_i_kqueue_change(self, (int)event->ident, direction, false);
             continue;
         }
@@ -231,7 +229,7 @@ static vkp_status vkp_i_kqueue_wait(void *state, uint64_t deadline_ns, vkp_event
     return VKP_OK;
 }
 
-/* A wake from before the fork may not be lost: one is left pending. */
+/* One wake is left pending, so that a wake from before the fork is not lost. */
 static vkp_status vkp_i_kqueue_after_fork(void *state)
 {
     vkp_status status = vkp_i_kqueue_open_fds((vkp_i_kqueue *)state);
@@ -244,16 +242,9 @@ static int vkp_i_kqueue_pollable_fd(void *state)
     return ((const vkp_i_kqueue *)state)->queue;
 }
 
-const vkp_backend vkp_backend_kqueue = {VKP_BACKEND_ABI,
-                                        0,
-                                        "kqueue",
-                                        vkp_i_kqueue_open,
-                                        vkp_i_kqueue_close,
-                                        vkp_i_kqueue_set_interest,
-                                        vkp_i_kqueue_wait,
-                                        vkp_i_kqueue_wake,
-                                        NULL,
-                                        vkp_i_kqueue_after_fork,
-                                        vkp_i_kqueue_pollable_fd,
-                                        NULL};
+const vkp_backend vkp_backend_kqueue = {
+    VKP_BACKEND_ABI,         0 /* no flags */,         "kqueue",
+    vkp_i_kqueue_open,       vkp_i_kqueue_close,       vkp_i_kqueue_set_interest,
+    vkp_i_kqueue_wait,       vkp_i_kqueue_wake,        NULL,
+    vkp_i_kqueue_after_fork, vkp_i_kqueue_pollable_fd, NULL};
 #endif /* a kqueue, or its emulation */

@@ -1,20 +1,20 @@
 /* vkp_backend_libev.c - a loop's backend that is a guest in the program's own ev_loop
    SPDX-License-Identifier: MIT
 
-   What is wrong with libev here, besides what every guest meets (vkp_guest.h), and what is done:
-   - An event that a callback feeds runs in the same batch, behind all of a higher priority. That is
-     the end of the batch that a round waits for; but a round that fed itself again would never
-     let the loop look at its descriptors. So a round goes on through the timer, next iteration.
-   - A descriptor that the kernel refuses is stopped, and told of by EV_ERROR only once. It is
-     started again: until its owner stops it, it is asked for in every round.
-   - A descriptor that was closed without a word ends the process, by an assertion, as soon as libev
-     touches it. That is for the program to avoid: stop watches, then close.
-   - It also exports an imitation of libevent's functions: one program links one of the two.
-   - ev_async_send may come from signal handlers, and is free of system calls unless the loop
-     sleeps: better than a pipe of our own. ev_loop_fork puts it in order in a forked child.
+   What is wrong with libev, besides the points of vkp_guest.h, and what this backend does about it:
+   - An event that a callback feeds runs in the same batch, behind the events of higher priority.
+     A round runs there. But a round that feeds itself again would keep libev from polling its
+     descriptors, so a round asks for the next one by the timer, which fires in the next iteration.
+   - libev stops a descriptor that the kernel refuses, and reports EV_ERROR once. The backend
+     starts the watcher again: the descriptor is polled in every round until its owner stops the io.
+   - A descriptor that was closed while registered ends the process, by an assertion, when libev
+     next uses it. The program avoids that: vkp_io_stop first, then close.
+   - libev also exports functions with libevent's names: a program links one of the two.
+   - ev_async_send is legal in signal handlers, and makes a system call only if the loop sleeps: the
+     backend uses it as the wake. ev_loop_fork repairs it in a forked child.
 
    vkp_loop_config.foreign is the struct ev_loop *. The wake does not keep ev_run from returning
-   (ev_unref); descriptors under watch, timers and work that is due do.                        */
+   (ev_unref); registered descriptors, timers and queued work do.                              */
 #include "vkp_guest.h"
 
 #include <ev.h>
@@ -29,7 +29,7 @@ typedef struct vkp_i_libev {
     struct ev_loop *loop;
     ev_async wake;
     ev_timer timer;
-    ev_prepare gather; /* only ever fed, never started */
+    ev_prepare gather; /* fed, never started */
 } vkp_i_libev;
 
 static void vkp_i_libev_on_io(struct ev_loop *loop, ev_io *io, int revents)
@@ -133,7 +133,7 @@ static vkp_status vkp_i_libev_open(const vkp_backend_host *host, void **state)
     return VKP_OK;
 }
 
-/* Stopping changes no kernel state before the next iteration: safe in a forked child, too. */
+/* ev_io_stop changes no kernel state before the next iteration: safe in a forked child too. */
 static void vkp_i_libev_close(void *state)
 {
     vkp_i_libev *self = (vkp_i_libev *)state;
@@ -152,7 +152,7 @@ static void vkp_i_libev_wake(void *state)
     ev_async_send(self->loop, &self->wake);
 }
 
-/* ev_loop_fork, which is the program's to call, parts the rest. */
+/* The program calls ev_loop_fork, which ends the sharing of kernel state with the parent. */
 static vkp_status vkp_i_libev_after_fork(void *state)
 {
     vkp_i_libev_wake(state);

@@ -1,21 +1,20 @@
 /* vkp_backend_libevent.c - a loop's backend that is a guest in the program's own event_base
    SPDX-License-Identifier: MIT
 
-   What is wrong with libevent here, besides what every guest meets (vkp_guest.h), and what is done:
-   - event_active on an event that runs puts it into the same batch, behind the others. That is the
-     end of the batch that a round waits for; but a round that did it again would never let the
-     base look at its descriptors. So a round goes on through the timer, next iteration.
-   - It is safe from other threads only where the program chose so (evthread), from signal handlers
-     never. So there is a wake of our own under an event.
-   - Such an event keeps event_base_dispatch from returning, and there is no call that excuses it.
-     libevent excuses its own by a flag of its public structure, and so do we.
-   - It registers open files, not descriptors. One that was closed without a word while a duplicate
-     lives goes on being reported, by a base that spins on it: stop watches, then close.
-   - Refusals (a regular file, say) come at once, from event_add, and into its log.
+   What is wrong with libevent, besides the points of vkp_guest.h, and what this backend does:
+   - event_active puts an event into the batch that runs, behind the others. A round runs there. But
+     a round that activates itself again would keep libevent from polling its descriptors, so a
+     round asks for the next round by the timer, which fires in the next iteration.
+   - Calls of other threads are safe only if the program enabled that (evthread), calls of signal
+     handlers never. So the backend has its own wake, registered as an event.
+   - Such an event keeps event_base_dispatch from returning, and no call changes that. libevent
+     marks its own events by a flag in a public struct; the backend sets the same flag.
+   - libevent registers open files, not descriptors. After a close without a removal, while a
+     duplicate is open, the base reports the file without end: vkp_io_stop first, then close.
+   - event_add refuses some descriptors (regular files) immediately, and writes to libevent's log.
 
    vkp_loop_config.foreign is the struct event_base *, of libevent 2.1 or later. The wake does not
-   keep event_base_dispatch from returning; descriptors under watch, timers and work that is due
-   do.                                                                                         */
+   keep event_base_dispatch from returning; registered descriptors, timers and queued work do. */
 #include "vkp_guest.h"
 
 #include <event2/event.h>
@@ -30,7 +29,7 @@ typedef struct vkp_i_libevent {
     vkp_i_guest base;
     struct event_base *loop;
     struct event timer;
-    struct event gather; /* only ever made active, never added */
+    struct event gather; /* made active, never added */
 } vkp_i_libevent;
 
 static void vkp_i_libevent_on_event(evutil_socket_t fd, short events, void *entry)
@@ -54,7 +53,7 @@ static void vkp_i_libevent_on_gather(evutil_socket_t fd, short events, void *sel
     vkp_i_guest_round((vkp_i_guest *)self);
 }
 
-/* Where a call fails for want of memory, errno may be silent. */
+/* event_add may leave errno 0 when memory runs out. */
 static int vkp_i_libevent_add(struct event *event, const struct timeval *after)
 {
     errno = 0;
@@ -64,7 +63,7 @@ static int vkp_i_libevent_add(struct event *event, const struct timeval *after)
     return errno != 0 ? -errno : -ENOMEM;
 }
 
-/* Removed and added, not changed: the number may stand for another file than before. */
+/* Remove and add the event, not change it: the number may be another file than before. */
 static int vkp_i_libevent_arm(vkp_i_guest_entry *entry, uint32_t interest)
 {
     vkp_i_libevent *self = (vkp_i_libevent *)(void *)entry->guest;
@@ -145,8 +144,8 @@ static vkp_status vkp_i_libevent_open(const vkp_backend_host *host, void **state
     return VKP_OK;
 }
 
-/* In a forked child the set of the kernel may still be the parent's, and event_del would take our
-   descriptors out of it: the child's copy of the base gets one of its own first.              */
+/* In a forked child the base may still share the kernel's set with the parent, and event_del would
+   remove descriptors from the parent's set: event_reinit first gives the child its own set.   */
 static void vkp_i_libevent_close(void *state)
 {
     vkp_i_libevent *self = (vkp_i_libevent *)state;

@@ -1,26 +1,26 @@
 /* vkp_backend_libuv.c - a loop's backend that is a guest in the program's own uv_loop_t
    SPDX-License-Identifier: MIT
 
-   What is wrong with libuv here, besides what every guest meets (vkp_guest.h), and what is done:
-   - It closes handles at the end of an iteration, not at once. So their memory is given back only
-     then: after the last vkp_loop_unref the program runs its loop once more, and until then its
-     allocator (vkp_env) stays. uv_loop_close says UV_EBUSY before.
-   - Until 1.45, timers that a timer's callback starts run in the same pass if they are due, so work
-     that makes more work would keep the loop from its descriptors. Here a timer never runs a
-     round; it asks for one behind the poll of this iteration (uv_check), as descriptors do, and
-     an idle handle keeps that poll from waiting.
-   - A descriptor with an error (POLLERR) is stopped and told of once, as UV_EBADF. It is started
-     again: until its owner stops it, it is asked for in every round.
-   - uv_poll makes descriptors non-blocking, refuses one that the same loop watches already (EEXIST)
-     and ends the process when one was closed without a word. That is for the program to avoid:
-     stop watches, then close.
-   - A uv_async that was pending at a fork is dead in the child (until 1.45), and its signal may
-     change errno (macOS). A wake of our own under uv_poll is sound everywhere.
+   What is wrong with libuv, besides the points of vkp_guest.h, and what this backend does about it:
+   - libuv closes handles at the end of an iteration, and the backend frees their memory then. After
+     the last vkp_loop_unref the program runs its loop once more, and keeps its allocator (vkp_env)
+     until then. Before that, uv_loop_close returns UV_EBUSY.
+   - Before 1.45, a due timer that a timer's callback starts runs in the same pass, so work that
+     makes more work would keep libuv from polling its descriptors. A timer of this backend never
+     runs a round: it asks for one behind the poll of this iteration (uv_check), as descriptors do.
+     An idle handle keeps that poll from waiting.
+   - libuv stops a descriptor with an error (POLLERR), and reports UV_EBADF once. The backend starts
+     the watcher again: the descriptor is polled in every round until its owner stops the io.
+   - uv_poll makes descriptors non-blocking, refuses one that the same loop has already (EEXIST),
+     and ends the process when one was closed while registered. The program avoids that:
+     vkp_io_stop first, then close.
+   - Before 1.45, a uv_async that was pending at a fork no longer works in the child, and
+     uv_async_send may change errno (macOS). So the backend has its own wake under uv_poll.
 
    vkp_loop_config.foreign is the uv_loop_t *. The wake does not keep uv_run from returning
-   (uv_unref); descriptors under watch, timers and work that is due do.                        */
+   (uv_unref); registered descriptors, timers and queued work do.                              */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1 /* in strict C99, glibc hides what uv.h needs */
+#define _GNU_SOURCE 1 /* in strict C99, glibc hides declarations that uv.h needs */
 #endif
 #include "vkp_guest.h"
 
@@ -36,8 +36,8 @@ typedef struct vkp_i_libuv {
     uv_loop_t *loop;
     uv_timer_t timer;
     uv_check_t gather;
-    uv_idle_t hurry; /* while a round is due */
-    size_t handles;  /* that are not closed; the last one frees this */
+    uv_idle_t hurry; /* active while a round is due */
+    size_t handles;  /* handles not yet closed; the last one frees this struct */
 } vkp_i_libuv;
 
 static void vkp_i_libuv_release(vkp_i_libuv *self)
@@ -96,7 +96,7 @@ static void vkp_i_libuv_on_gather(uv_check_t *gather)
 
 static void vkp_i_libuv_on_hurry(uv_idle_t *hurry)
 {
-    (void)hurry; /* that it is active is enough */
+    (void)hurry; /* an active idle handle is enough: the poll does not wait */
 }
 
 static int vkp_i_libuv_arm(vkp_i_guest_entry *entry, uint32_t interest)
@@ -116,7 +116,7 @@ static int vkp_i_libuv_arm(vkp_i_guest_entry *entry, uint32_t interest)
     if (entry->fd == self->base.wake_fds[0]) {
         uv_unref((uv_handle_t *)poll);
     }
-    return vkp_i_libuv_start(entry, interest); /* what was just initialised can be started */
+    return vkp_i_libuv_start(entry, interest); /* cannot fail after uv_poll_init */
 }
 
 static void vkp_i_libuv_drop(vkp_i_guest_entry *entry)
@@ -145,7 +145,7 @@ static const vkp_i_guest_ops vkp_i_libuv_ops = {sizeof(vkp_i_libuv_entry), vkp_i
                                                 vkp_i_libuv_drop, vkp_i_libuv_gather,
                                                 vkp_i_libuv_set_timer};
 
-/* What can fail comes first: a handle that was initialised takes an iteration to go away. */
+/* Calls that can fail come first: closing an initialised handle takes an iteration. */
 static vkp_status vkp_i_libuv_open(const vkp_backend_host *host, void **state)
 {
     const vkp_env *env = host->env;
@@ -175,8 +175,8 @@ static vkp_status vkp_i_libuv_open(const vkp_backend_host *host, void **state)
     return VKP_OK;
 }
 
-/* In a forked child the set of the kernel may still be the parent's, and closing handles would take
-   them out of it: the child's copy of the loop gets one of its own first.                     */
+/* In a forked child the loop may still share the kernel's set with the parent, and uv_close would
+   remove descriptors from the parent's set: uv_loop_fork first gives the child its own set.   */
 static void vkp_i_libuv_close(void *state)
 {
     vkp_i_libuv *self = (vkp_i_libuv *)state;

@@ -1,16 +1,16 @@
 /* vkp_backend_null.c - a loop's backend that makes runs repeatable, for tests
    SPDX-License-Identifier: MIT
 
-   What is wrong with every real kernel here, and what is done about it:
-   - Time passes by itself, so a test of a timer either sleeps or depends on luck. Here the clock
-     stands still until nothing is ready and a deadline was given: then it jumps to the deadline,
-     at once. An hour of reconnects takes as long as the work in it.
-   - Events come in the order of a ready list, which depends on who was faster. Here they come in
-     ascending order of descriptors; a batch that was cut off goes on above its last one.
-   - What is ready depends on other processes all the same: real descriptors are asked, by poll
-     without waiting. Only a wait without end sleeps, for nothing else could end it: the clock has
-     nowhere to jump to. Order and clock repeat exactly as long as the peers are in this thread.
-   Poll's own faults are dealt with as in vkp_backend_poll.c; the set is sorted, not indexed.    */
+   What is wrong with every real kernel for tests, and what this backend does about it:
+   - Real time passes by itself, so a test of a timer sleeps or depends on luck. This clock changes
+     in one case only: nothing is ready and wait has a deadline. Then the clock is set to the
+     deadline, without sleeping. An hour of reconnects takes as long as its work.
+   - A kernel reports events in the order in which they happened. This backend reports events in
+     ascending order of descriptors; after a full batch the next wait continues above its last one.
+   - Readiness still depends on other processes: the descriptors are real, and checked by poll
+     without waiting. Only a wait with deadline VKP_FOREVER sleeps, because the clock has no time
+     to be set to. Order and clock repeat exactly while the peers are in this thread.
+   The faults of poll are handled as in vkp_backend_poll.c; the set is sorted, not indexed.    */
 #if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
 #else /* installed, or copied into another folder */
@@ -19,16 +19,16 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#define VKP_I_NULL_START_NS 1000000000u /* past 0, which as a deadline has always passed */
+#define VKP_I_NULL_START_NS 1000000000u /* above 0: the deadline 0 has always passed */
 
 typedef struct vkp_i_null {
     const vkp_env *env;
     uint64_t *tokens;   /* one block: tokens first, then fds */
-    struct pollfd *fds; /* [0] is the wake; from [1] on sorted by descriptor */
+    struct pollfd *fds; /* [0] is the wake; [1] and above are sorted by descriptor */
     size_t items;       /* allocated in both */
     size_t count;       /* in use in both, the wake included */
-    int after_fd;       /* a batch was cut off here: the next goes on above; -1: from the start */
-    int wake_fds[2];    /* twice the same for an eventfd; -1 after a failed after_fork */
+    int after_fd;       /* the next batch begins above this descriptor; -1: with the lowest */
+    int wake_fds[2];    /* equal for an eventfd; -1 after a failed after_fork */
     uint64_t now_ns;
 } vkp_i_null;
 
@@ -114,7 +114,7 @@ static vkp_status vkp_i_null_open(const vkp_backend_host *host, void **state)
     return VKP_OK;
 }
 
-/* The first entry whose descriptor is at least fd. */
+/* The index of the first entry whose descriptor is at least fd. */
 static size_t vkp_i_null_find(const vkp_i_null *self, int fd)
 {
     size_t low = 1;
@@ -143,7 +143,7 @@ static vkp_status vkp_i_null_set_interest(void *state, int fd, uint32_t interest
     if (wanted > known && !vkp_i_null_reserve(self, self->count + 1)) {
         return VKP_ERR_NOMEM;
     }
-    if (wanted != known) { /* open a gap, or close one */
+    if (wanted != known) { /* one entry more or one less */
         memmove(self->fds + at + wanted, self->fds + at + known, behind * sizeof *self->fds);
         memmove(self->tokens + at + wanted, self->tokens + at + known,
                 behind * sizeof *self->tokens);
@@ -167,7 +167,7 @@ static uint32_t vkp_i_null_ready(int revents)
     return ready;
 }
 
-/* The ready entries from index `at` on. A full batch is remembered as cut off. */
+/* Report the ready entries from index `at` on. After a full batch, after_fd is the last one. */
 static size_t vkp_i_null_collect(vkp_i_null *self, size_t at, vkp_event *out, size_t capacity)
 {
     size_t found = 0;
@@ -220,7 +220,7 @@ static void vkp_i_null_wake(void *state)
     }
 }
 
-/* The wake is shared with the parent; one from before the fork may not be lost. */
+/* The wake is shared with the parent. One is left pending: none from before the fork is lost. */
 static vkp_status vkp_i_null_after_fork(void *state)
 {
     vkp_i_null *self = (vkp_i_null *)state;
@@ -235,7 +235,7 @@ static vkp_status vkp_i_null_after_fork(void *state)
 static int vkp_i_null_pollable_fd(void *state)
 {
     (void)state;
-    return -1; /* time passes here only inside of wait */
+    return -1; /* the clock changes only inside wait */
 }
 
 static uint64_t vkp_i_null_clock_ns(void *state)

@@ -1,19 +1,21 @@
 /* vkp_backend_poll.c - a loop's backend over poll(2), for any POSIX system
    SPDX-License-Identifier: MIT
 
-   What is wrong with poll, and what is done about it here:
-   - The kernel copies and scans the whole set on each call, so a round costs as much as there are
-     descriptors, not as much as happens. The array is kept dense (the last entry fills a hole), so
-     that at least nothing dead is scanned. With thousands of mostly idle descriptors take epoll.
-   - It has no memory of what was reported: a scan that always starts at the front starves the back
-     when more is ready than the caller has room for. Ours goes on where the last was cut off.
-   - A closed descriptor is not forgotten but reported as POLLNVAL for ever. It becomes VKP_IO_ERROR
-     so that its owner's next read or write fails and the watch ends. macOS says POLLNVAL for some
-     devices too; reading those still works.
-   - POLLHUP comes with or without POLLIN while data is left, depending on the system and on the
-     kind of descriptor. It becomes "readable, writable, hung up": readers drain before they
-     believe it.
-   - Nothing but a descriptor ends the call early: a pipe or an eventfd in the set is the wake. */
+   What is wrong with poll, and what this backend does about it:
+   - The kernel copies and scans the whole set on each call: a round costs as much as there are
+     descriptors, not as much as there are events. The array has no unused entries (the last entry
+     fills a hole), so that the kernel scans registered descriptors only. With thousands of mostly
+     idle descriptors use epoll or kqueue.
+   - poll does not remember what it reported: when more descriptors are ready than the caller has
+     room for, a scan from the front each time would starve the back. This backend continues where
+     the last scan ended.
+   - poll reports a closed descriptor as POLLNVAL without end. The backend reports VKP_IO_ERROR, so
+     that the owner's next read or write fails and the owner stops the io. macOS reports POLLNVAL
+     for some devices too; reading these devices works.
+   - POLLHUP is reported with or without POLLIN while data is left, depending on the system and on
+     the kind of descriptor. The backend reports readable, writable and hung up: readers read all
+     data before they treat the connection as closed.
+   - Only a descriptor ends the call early: a pipe or an eventfd in the set is the wake.        */
 #if __has_include("../valkey_push.h")
 #include "../valkey_push.h"
 #else /* installed, or copied into another folder */
@@ -26,7 +28,7 @@
 
 typedef struct vkp_i_poll_place {
     uint64_t token;
-    size_t index; /* in fds; 0, where the wake stands, means not watched */
+    size_t index; /* in fds; 0, the index of the wake, means not registered */
 } vkp_i_poll_place;
 
 typedef struct vkp_i_poll {
@@ -35,14 +37,14 @@ typedef struct vkp_i_poll {
     struct pollfd *fds;       /* dense; [0] is the reading end of the wake */
     size_t items;             /* allocated in both */
     size_t count;             /* entries of fds in use */
-    size_t cursor;            /* where the next scan begins */
-    int wake_fds[2];          /* twice the same for an eventfd; -1 after a failed after_fork */
+    size_t cursor;            /* index in fds at which the next scan begins */
+    int wake_fds[2];          /* equal for an eventfd; -1 after a failed after_fork */
 } vkp_i_poll;
 
 #define VKP_I_POLL_ITEM_BYTES (sizeof(vkp_i_poll_place) + sizeof(struct pollfd))
 
-/* Room for a descriptor below `need` and for its entry: one block, places first. Nothing changes
-   without memory.                                                                             */
+/* Make room for descriptors below `need` and their entries: one block, places first. Returns false,
+   and changes nothing, when memory runs out.                                                  */
 static bool vkp_i_poll_reserve(vkp_i_poll *self, size_t need)
 {
     const vkp_env *env = self->env;
@@ -134,7 +136,7 @@ static vkp_status vkp_i_poll_set_interest(void *state, int fd, uint32_t interest
         return VKP_ERR_INVALID;
     }
     if (!vkp_i_poll_reserve(self, (size_t)fd + 2)) {
-        return interest == 0 ? VKP_OK : VKP_ERR_NOMEM; /* beyond the table: never watched */
+        return interest == 0 ? VKP_OK : VKP_ERR_NOMEM; /* beyond the table: not registered */
     }
     place = &self->places[fd];
     if (interest != 0) {
@@ -148,7 +150,7 @@ static vkp_status vkp_i_poll_set_interest(void *state, int fd, uint32_t interest
         entry = &self->fds[place->index];
         *entry = self->fds[--self->count];
         self->places[entry->fd].index = place->index;
-        place->index = 0; /* last: the moved entry may be this one */
+        place->index = 0; /* last: the moved entry may be the removed one */
     }
     return VKP_OK;
 }
@@ -197,7 +199,8 @@ static vkp_status vkp_i_poll_wait(void *state, uint64_t deadline_ns, vkp_event *
     return VKP_OK;
 }
 
-/* Full means readable already, and the loop wakes only when it sleeps: no flag is needed. */
+/* EAGAIN needs no handling: a full pipe is readable already. The loop calls wake only while it
+   sleeps, so no flag saves the system call.                                                   */
 static void vkp_i_poll_wake(void *state)
 {
     vkp_i_poll *self = (vkp_i_poll *)state;
@@ -206,8 +209,8 @@ static void vkp_i_poll_wake(void *state)
     }
 }
 
-/* The set is ours, but the wake is shared: a child that read it would take the parent's. One is
-   left pending, since one from before the fork may not be lost.                               */
+/* The set is the child's own, but the wake is shared: a child that reads from the wake takes the
+   parent's wakes. One wake is left pending, so that a wake from before the fork is not lost.   */
 static vkp_status vkp_i_poll_after_fork(void *state)
 {
     vkp_i_poll *self = (vkp_i_poll *)state;
@@ -222,7 +225,7 @@ static vkp_status vkp_i_poll_after_fork(void *state)
 static int vkp_i_poll_pollable_fd(void *state)
 {
     (void)state;
-    return -1; /* nothing stands for the whole set */
+    return -1; /* no descriptor represents the whole set */
 }
 
 const vkp_backend vkp_backend_poll = {VKP_BACKEND_ABI,

@@ -1,18 +1,19 @@
-/* vkp_guest.h - what the guests of foreign loops have in common; for their files alone
+/* vkp_guest.h - the code that the guests of foreign loops share; included by their files only
    SPDX-License-Identifier: MIT
 
-   What is wrong with living in the loop of somebody else, and what is done about it:
-   - It calls back for one descriptor at a time, while our loop gathers what is written over a
-     batch. So a callback only notes its descriptor and asks for ONE round behind the batch.
-   - It tells less than wait() promises: nothing of hang-ups or errors, a direction too many, news
-     of a number that stands for another file by now. The round asks poll for exactly what was
-     noted, without waiting; what is not so any more is dropped.
-   - It reports in an order of its own. What does not fit a round stays noted, in front: nobody
-     starves. What stays ready is reported again, so forgetting a note costs nothing either.
-   - It reads its clock once per iteration, so its timers go off early. Ours looks at the clock and
-     waits for the rest.
-   - It may let go of a watcher late (libuv), so each descriptor has memory of its own, and what
-     gives it back needs nothing of ours but its allocator.                                    */
+   What is wrong with a foreign loop (libev, libuv, libevent), and what the guests do about it:
+   - A foreign loop calls back for one descriptor at a time, but a vkp_loop writes once per round.
+     So a callback only notes its descriptor and asks for ONE round behind the batch.
+   - A foreign loop reports less than wait() promises: no hang-ups or errors, a direction too many,
+     an event of a number that is another file by now. The round polls the noted descriptors,
+     without waiting, and reports what poll returns.
+   - A foreign loop reports in an order of its own. Noted descriptors that do not fit into a round
+     stay noted, in front, so that none starves. A descriptor that stays ready is reported again,
+     so a note may be removed after each report.
+   - A foreign loop reads its clock once per iteration, so its timers fire early. The guest reads
+     the clock itself and starts the timer again for the time that is left.
+   - A foreign loop may free a watcher late (libuv). So each descriptor has memory of its own, and
+     freeing that memory needs the guest's copy of the env only.                               */
 #ifndef VKP_GUEST_H
 #define VKP_GUEST_H
 
@@ -28,42 +29,43 @@
 
 #define VKP_I_GUEST_BATCH 256 /* most descriptors of one poll */
 
-/* Foreign timers run no longer than this at once: some count milliseconds in 32 bits. */
+/* The longest run of a foreign timer: some libraries count milliseconds in 32 bits. */
 #define VKP_I_GUEST_DAY_NS (UINT64_C(86400) * 1000000000u)
 
-/* A descriptor under watch: the first member of each guest's own, beside its watcher. */
+/* A registered descriptor: the first member of the guest's own entry, which adds its watcher. */
 typedef struct vkp_i_guest_entry {
     struct vkp_i_guest *guest;
-    struct vkp_i_guest_entry *prev; /* in the ring of what is noted; NULL: it is not */
+    struct vkp_i_guest_entry *prev; /* in the ring of noted descriptors; NULL: not noted */
     struct vkp_i_guest_entry *next;
     uint64_t token;
     uint32_t interest; /* 0 before the first arm */
     int fd;
 } vkp_i_guest_entry;
 
-/* What each guest does in its own way. */
+/* The functions that each guest implements for its library. */
 typedef struct vkp_i_guest_ops {
     size_t entry_bytes;
-    /* Have the callback note the entry whenever it is ready for one of the interest: 0 or a negated
-       errno, and then an entry that was never armed is unknown to the foreign loop.           */
+    /* Have the foreign loop call back, to note the entry, whenever it is ready for a bit of the
+       interest. Returns 0 or a negated errno. After a first arm that failed, the foreign loop does
+       not know the entry.                                                                     */
     int (*arm)(vkp_i_guest_entry *entry, uint32_t interest);
-    void (*drop)(vkp_i_guest_entry *entry); /* no more callbacks; free it, now or later */
-    void (*gather)(struct vkp_i_guest *self);
-    int (*set_timer)(struct vkp_i_guest *self, uint64_t left_ns); /* VKP_FOREVER stops it */
+    void (*drop)(vkp_i_guest_entry *entry);   /* end the callbacks; free the entry, now or later */
+    void (*gather)(struct vkp_i_guest *self); /* ask for one round behind this batch */
+    int (*set_timer)(struct vkp_i_guest *self, uint64_t left_ns); /* VKP_FOREVER: stop the timer */
 } vkp_i_guest_ops;
 
 /* The first member of each guest's state. */
 typedef struct vkp_i_guest {
-    vkp_env env; /* a copy: the loop's goes with the loop */
+    vkp_env env; /* a copy: the loop's env is freed with the loop */
     const vkp_i_guest_ops *ops;
     const vkp_backend_host *host;
     vkp_i_guest_entry **entries; /* by descriptor */
     size_t items;                /* allocated in entries */
-    vkp_i_guest_entry noted;     /* ring, oldest first */
-    uint64_t deadline_ns;        /* of the next round, whatever happens */
-    int pid;
-    vkp_i_guest_entry *wake; /* of the pair below; NULL for guests that wake by other means */
-    int wake_fds[2];         /* twice the same for an eventfd; -1 where there is none */
+    vkp_i_guest_entry noted;     /* head of the ring of noted descriptors, oldest first */
+    uint64_t deadline_ns;        /* of the next round, if no event asks for an earlier one */
+    int pid;                     /* the process of open or of the last after_fork */
+    vkp_i_guest_entry *wake;     /* of wake_fds; NULL for guests that wake by other means */
+    int wake_fds[2];             /* equal for an eventfd; -1: not open */
     struct pollfd polled[VKP_I_GUEST_BATCH];
 } vkp_i_guest;
 
@@ -168,7 +170,7 @@ static inline vkp_status vkp_i_guest_set_interest(void *state, int fd, uint32_t 
         entry = status == VKP_OK ? self->entries[fd] : NULL;
     } else {
         const int rc = self->ops->arm(entry, interest);
-        if (rc < 0) { /* the former interest had just been given up: there is room for it */
+        if (rc < 0) { /* the former interest was removed just now: there is room for it */
             (void)self->ops->arm(entry, entry->interest);
             return vkp_i_guest_fail(rc);
         }
@@ -182,7 +184,7 @@ static inline vkp_status vkp_i_guest_set_interest(void *state, int fd, uint32_t 
 
 /* ---- rounds ---- */
 
-/* A descriptor may be ready: from the foreign loop's callback. */
+/* Note that the entry's descriptor may be ready. Called from the foreign loop's callback. */
 static inline void vkp_i_guest_note(vkp_i_guest_entry *entry)
 {
     vkp_i_guest *self = entry->guest;
@@ -212,7 +214,7 @@ static inline uint32_t vkp_i_guest_ready(int revents)
     return ready;
 }
 
-/* The foreign loop did the waiting, so the deadline is of no concern here. */
+/* Never waits: the foreign loop has waited already, so deadline_ns is ignored. */
 static inline vkp_status vkp_i_guest_wait(void *state, uint64_t deadline_ns, vkp_event *out,
                                           size_t capacity, size_t *count)
 {
@@ -237,7 +239,7 @@ static inline vkp_status vkp_i_guest_wait(void *state, uint64_t deadline_ns, vkp
             return vkp_i_guest_fail(rc);
         }
         if (rc < 0) {
-            break; /* all are noted still, and reported again */
+            break; /* all of them are still noted: a later wait reports them */
         }
         for (i = 0; i < asked; i++) {
             vkp_i_guest_entry *first = self->noted.next;
@@ -273,8 +275,8 @@ static inline vkp_status vkp_i_guest_timer(void *state, uint64_t deadline_ns)
     return rc < 0 ? vkp_i_guest_fail(rc) : VKP_OK;
 }
 
-/* The foreign timer went off. A new one that cannot be had makes for a round too early: harmless,
-   and it ends with another try.                                                               */
+/* The foreign timer fired. If the guest cannot start it again, a round runs too early: harmless,
+   and at its end the loop sets the timer again.                                               */
 static inline void vkp_i_guest_on_timer(vkp_i_guest *self)
 {
     const uint64_t left_ns = vkp_i_guest_left_ns(self);
@@ -283,7 +285,7 @@ static inline void vkp_i_guest_on_timer(vkp_i_guest *self)
     }
 }
 
-/* ---- a wake of our own, where the library has none for threads and signal handlers alike ---- */
+/* ---- the own wake of guests whose library has none for both threads and signal handlers ---- */
 
 static inline void vkp_i_guest_wake(void *state)
 {
@@ -316,7 +318,7 @@ static inline vkp_status vkp_i_guest_open_wake(vkp_i_guest *self)
     if (rc < 0) {
         return vkp_i_guest_fail(rc);
     }
-    self->wake_fds[0] = fds[0]; /* before arm, which treats this one in its own way */
+    self->wake_fds[0] = fds[0]; /* before arm, which recognises the wake by its number */
     self->wake_fds[1] = fds[1];
     status = vkp_i_guest_add(self, fds[0], VKP_IO_READ, &self->wake);
     if (status != VKP_OK) {
@@ -325,7 +327,8 @@ static inline vkp_status vkp_i_guest_open_wake(vkp_i_guest *self)
     return status;
 }
 
-/* The foreign loop is the program's to fork; the wake is shared, and one may not be lost. */
+/* The program forks the foreign loop. The wake is shared with the parent: a new one is opened, and
+   one wake is left pending, so that a wake from before the fork is not lost.                  */
 static inline vkp_status vkp_i_guest_after_fork(void *state)
 {
     vkp_i_guest *self = (vkp_i_guest *)state;
@@ -339,9 +342,10 @@ static inline vkp_status vkp_i_guest_after_fork(void *state)
     return status;
 }
 
-/* ---- the rest ---- */
+/* ---- close ---- */
 
-/* Whether this is a child that never heard of after_fork, nor, as far as we know, its loop. */
+/* True in a forked child in which after_fork was not called: the foreign loop may not have been
+   notified of the fork either.                                                                */
 static inline bool vkp_i_guest_is_forked(const vkp_i_guest *self)
 {
     return self->pid != self->env.sys->process_id();
@@ -360,7 +364,7 @@ static inline void vkp_i_guest_close(vkp_i_guest *self)
 static inline int vkp_i_guest_pollable_fd(void *state)
 {
     (void)state;
-    return -1; /* the foreign loop's, if it has one, is not ours to give away */
+    return -1; /* a descriptor of the foreign loop belongs to the program */
 }
 
 #endif /* VKP_GUEST_H */

@@ -1,9 +1,10 @@
 /* cc -I. examples/commands.c backends/vkp_backend_poll.c -pthread -o commands
    SPDX-License-Identifier: MIT
 
-   Two threads ask one server over one connection: commands [tcp:HOST:PORT | unix:PATH]
-   A third runs the loop. Each question waits in a slot on its asker's stack, for so long and no
-   longer; after a deadline the slot may go, and its late reply finds nobody.                   */
+   Two threads send commands over one connection: commands [tcp:HOST:PORT | unix:PATH]
+   A third thread runs the loop. The reply to each command arrives in a slot on the stack of the
+   thread that sent the command. After the deadline the slot is closed, its memory may be reused,
+   and a late reply is dropped.                                                                 */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -19,7 +20,7 @@ typedef struct asker {
     vkp_client *client;
     unsigned answered;
     unsigned failed;
-    int64_t last; /* value of the counter that this thread saw */
+    int64_t last; /* the last value of the counter that this thread received */
 } asker;
 
 static void *run_loop(void *loop)
@@ -38,7 +39,7 @@ static bool increment(vkp_client *client, int64_t *now)
         return false; /* not connected, or no reply in time */
     }
     value = vkp_reply_get_value(reply);
-    good = value->type == VKP_RESP_INTEGER; /* the server's errors are replies too */
+    good = value->type == VKP_RESP_INTEGER; /* an error of the server is a reply too */
     if (good) {
         *now = value->u.integer;
     }

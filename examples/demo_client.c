@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/demo_client.c backends/vkp_backend_poll.c -pthread -o build/demo_client
    SPDX-License-Identifier: MIT
 
-   The clients of examples/demo.sh, for machines without redis-cli: one thread, one loop, and the
-   three things that a local client does. Replies and pushes meet in the same loop.            */
+   The clients of examples/demo.sh, for machines without redis-cli: subscribe, send a command, share
+   a listening socket. One thread and one loop receive replies and pushes.                     */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -25,10 +25,10 @@ static const char usage[] =
 
 typedef struct subscriber {
     const char *who;
-    unsigned long missing; /* messages still to come */
+    unsigned long missing; /* messages not received yet */
 } subscriber;
 
-/* Line by line: the reader at the other end of the pipe waits for each. */
+/* Flushes after each push: the reader at the other end of the pipe waits for each line. */
 static void on_push(void *user, const vkp_push *push)
 {
     subscriber *self = (subscriber *)user;
@@ -101,7 +101,7 @@ static void print_value(const vkp_value *value)
     }
 }
 
-/* A command needs no callback: its reply comes into a slot on this stack while the loop runs. */
+/* A command needs no callback: its reply arrives in a slot on this stack while the loop runs. */
 static int ask(vkp_loop *loop, char **words, size_t count)
 {
     vkp_client_config config = VKP_ZERO;

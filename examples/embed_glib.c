@@ -1,9 +1,10 @@
 /* cc -I. examples/embed_glib.c backends/v*_epoll.c $(pkg-config --cflags --libs glib-2.0) -pthread
    SPDX-License-Identifier: MIT
 
-   A loop inside GLib's, as a source of its own. Prints what is published on "news", and every ten
-   seconds how much that was, until "bye" comes: embed_glib [tcp:HOST:PORT | unix:PATH]
-   Elsewhere than on Linux the backend is backends/vkp_backend_kqueue.c.                       */
+   A loop inside GLib's main loop, as a GSource. Prints what is published on "news", and every ten
+   seconds the number of messages; ends with the message "bye":
+   embed_glib [tcp:HOST:PORT | unix:PATH]
+   On systems other than Linux the backend is backends/vkp_backend_kqueue.c.                   */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -24,7 +25,8 @@ typedef struct push_source {
     gpointer descriptor;
 } push_source;
 
-/* GLib asks this before it waits: whether there is work already, and else how long to wait. */
+/* GLib calls prepare before it waits: TRUE when there is work already, otherwise *timeout_ms is the
+   longest wait.                                                                               */
 static gboolean push_source_prepare(GSource *source, gint *timeout_ms)
 {
     const uint64_t deadline_ns = vkp_loop_get_deadline_ns(((push_source *)source)->loop);
@@ -34,7 +36,7 @@ static gboolean push_source_prepare(GSource *source, gint *timeout_ms)
     return *timeout_ms == 0;
 }
 
-/* And this afterwards. */
+/* GLib calls check after it waited: TRUE when the loop needs a round. */
 static gboolean push_source_check(GSource *source)
 {
     push_source *self = (push_source *)source;

@@ -1,10 +1,11 @@
 /* cc -I. examples/embed_poll.c backends/vkp_backend_epoll.c -pthread -o embed_poll
    SPDX-License-Identifier: MIT
 
-   A loop inside the program's own poll: its descriptor is one of those that the program waits for,
-   its deadline the longest that the program waits. What is typed goes to every client of a socket,
-   what they say is printed; it ends with its input: embed_poll [unix:PATH | tcp:HOST:PORT]
-   Elsewhere than on Linux the backend is backends/vkp_backend_kqueue.c.                       */
+   A loop inside the program's own poll: the program polls the loop's descriptor beside its own, and
+   waits until the loop's deadline at most. Standard input is sent to every client of a listener,
+   the input of clients is printed; the program ends with standard input:
+   embed_poll [unix:PATH | tcp:HOST:PORT]
+   On systems other than Linux the backend is backends/vkp_backend_kqueue.c.                   */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -75,7 +76,7 @@ static void on_end(void *user)
     ((program *)user)->ended = true;
 }
 
-/* Every client shares the one copy; a slow one loses its oldest lines. */
+/* All clients share one copy of the text. A slow client loses its oldest lines. */
 static void tell(const program *self, const char *text, size_t len)
 {
     const client *each;
@@ -89,7 +90,7 @@ static void tell(const program *self, const char *text, size_t len)
     vkp_bytes_unref(&frame);
 }
 
-/* Rounded up: poll that ended too early would only have to be called again. */
+/* Rounded up: rounded down, poll would return before the deadline, again and again. */
 static int timeout_ms(uint64_t deadline_ns)
 {
     const uint64_t now_ns = vkp_now_ns();
@@ -125,13 +126,13 @@ int main(int argc, char **argv)
             ssize_t got = read(STDIN_FILENO, text, sizeof text);
             if (got > 0) {
                 tell(&self, text, (size_t)got);
-            } else { /* what was said is written, then all connections are closed */
+            } else { /* write what is queued, then close all connections */
                 fds[0].fd = -1;
                 self.ended =
                     vkp_listener_drain(listener, NULL, on_end, &self, vkp_after_ms(1000)) != VKP_OK;
             }
         }
-        status = vkp_loop_run_once(loop, 0); /* always: what was said just now leaves here */
+        status = vkp_loop_run_once(loop, 0); /* after each poll: writes what was pushed above */
     } while (status == VKP_OK && !self.ended);
 
     vkp_listener_unref(listener);

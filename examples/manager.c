@@ -2,10 +2,10 @@
    SPDX-License-Identifier: MIT
 
    One thread owns a client, the others send it requests: manager [--server tcp:HOST:PORT|unix:PATH]
-   Without --server it asks a relay of its own, a stand-alone broker on the same loop.
-   A client needs no manager to be shared (examples/commands.c). A manager is for what one place
-   shall decide: an order, a cache, who may. This one carries out one request after the other; the
-   rest waits in a bounded channel, and when that is full the askers wait: no queue grows.      */
+   Without --server the manager opens a relay without a server, a pub/sub broker on the same loop.
+   Threads can share a client without a manager (examples/commands.c). A manager is for decisions
+   that one thread makes: an order, a cache, access rights. This manager carries out one request at
+   a time. Other requests wait in a bounded channel; when the channel is full, the senders wait. */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -17,36 +17,38 @@
 #include <unistd.h>
 
 #define ROOM 4
-#define ASKERS 8 /* more than ROOM: some of them always wait for room */
+#define ASKERS 8 /* more than ROOM, so that some askers wait for room */
 #define QUESTIONS 100
 #define PATIENCE_MS 10000
 
-typedef struct answer { /* travels by value inside the one-shot: at most VKP_ONESHOT_BYTES */
+typedef struct answer { /* the value of the one-shot: at most VKP_ONESHOT_BYTES */
     vkp_status status;
-    char text[40]; /* cut to size */
+    char text[40]; /* a longer reply is truncated */
 } answer;
 
-/* On its asker's stack, the channel carries a pointer: nothing is allocated. The asker stays until
-   it is answered, as everyone is, once. Who may leave earlier takes a slot of vkp_oneshot_open. */
+/* A request is on its asker's stack, and the channel carries a pointer: nothing is allocated. The
+   asker waits without a deadline for its answer, which always arrives, once. An asker that may stop
+   waiting needs a slot of vkp_oneshot_open.                                                   */
 typedef struct request {
     vkp_oneshot slot;
     const char *words[3];
 } request;
 
 typedef struct manager {
-    const char *server; /* NULL: a broker of its own */
+    const char *server; /* NULL: the manager opens a broker */
     vkp_mpsc_rx *requests;
-    vkp_handler *handler; /* of requests */
+    vkp_handler *handler; /* of requests; NULL while a request is under way */
     vkp_loop *loop;
     vkp_relay *relay;
     vkp_client *client;
-    request *asked; /* the one under way */
+    request *asked; /* the request under way */
     unsigned answered;
 } manager;
 
 static void on_request(void *user);
 
-/* In the manager's thread, as all to manage. The channel has a handler while no request is out. */
+/* Runs on the manager's thread, as all functions down to manage. The channel has a handler while no
+   request is under way.                                                                       */
 static void take_next(manager *self)
 {
     vkp_case receive = vkp_case_mpsc_recv(self->requests, NULL);
@@ -55,7 +57,7 @@ static void take_next(manager *self)
     }
 }
 
-/* Once for every command, with DISCONNECTED or the like where there is no reply. */
+/* Called once for every command; without a reply the status is DISCONNECTED or another error. */
 static void on_reply(void *user, vkp_status status, const vkp_value *value, const vkp_bytes *frame)
 {
     manager *self = (manager *)user;
@@ -67,9 +69,9 @@ static void on_reply(void *user, vkp_status status, const vkp_value *value, cons
         (void)snprintf(reply.text, sizeof reply.text, "%.*s", VKP_FMT(vkp_value_get_str(value)));
         reply.status = value->type == VKP_RESP_ERROR ? VKP_ERR_REFUSED : VKP_OK;
     }
-    /* The asker goes on while this returns: its request is not touched any more. */
+    /* The asker's wait ends with the send: after the send its request may no longer be used. */
     self->answered += vkp_oneshot_send(&self->asked->slot, &reply) == VKP_OK;
-    if (status != VKP_ERR_CLOSED) { /* else the client is closed, see manage */
+    if (status != VKP_ERR_CLOSED) { /* CLOSED: manage closed the client */
         take_next(self);
     }
 }
@@ -124,8 +126,8 @@ static vkp_status open_client(manager *self)
     return status == VKP_OK ? vkp_client_open(self->loop, &to, &self->client) : status;
 }
 
-/* Requests wait in the channel until the client is connected, but not for ever: then, and in later
-   outages, the client refuses commands (DISCONNECTED), and that is an answer too.              */
+/* Requests wait in the channel until the client is connected, at most PATIENCE_MS. After that, and
+   in later outages, the client refuses commands (DISCONNECTED), which is an answer too.       */
 static void *manage(void *user)
 {
     manager *self = (manager *)user;
@@ -143,16 +145,16 @@ static void *manage(void *user)
         fprintf(stderr, "manager: %s: %s\n", self->server != NULL ? self->server : "broker",
                 status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
     }
-    vkp_client_unref(self->client); /* a request still under way is answered: CLOSED */
+    vkp_client_unref(self->client); /* a request under way gets the answer CLOSED */
     vkp_handler_unref(self->handler);
-    vkp_mpsc_rx_unref(self->requests); /* those still queued go to drop_request */
+    vkp_mpsc_rx_unref(self->requests); /* calls drop_request for each queued request */
     vkp_relay_unref(self->relay);
     vkp_loop_close(self->loop);
     vkp_loop_unref(self->loop);
     return NULL;
 }
 
-/* The channel's `drop`: an asker whose request nobody will take gets CLOSED. */
+/* The channel's `drop`: the asker of a request that is not received gets CLOSED. */
 static void drop_request(void *user, void *item)
 {
     (void)user;
@@ -165,7 +167,7 @@ static vkp_status put(vkp_mpsc_tx *tx, request *asked, uint64_t deadline_ns)
     return status == VKP_OK ? vkp_mpsc_send(tx, &asked, deadline_ns) : status;
 }
 
-/* Without a deadline: the slot is the manager's until it has answered. */
+/* Waits without a deadline: the manager may use the slot until it has answered. */
 static bool is_answered(request *asked, const char *expected)
 {
     answer got;
@@ -182,8 +184,8 @@ static bool ask(vkp_mpsc_tx *tx, const char *verb, const char *name, const char 
 
 typedef struct asker {
     pthread_t thread;
-    vkp_mpsc_tx *tx; /* a reference of its own */
-    const char *key; /* a counter; NULL without a server, for the broker has no keys */
+    vkp_mpsc_tx *tx; /* the asker's own reference */
+    const char *key; /* a counter; NULL without a server: the broker has no keys */
     unsigned number;
     unsigned right;
 } asker;
@@ -220,7 +222,7 @@ int main(int argc, char **argv)
         return 2;
     }
     status = vkp_mpsc_open(&few, &tx, &boss.requests);
-    while (queued <= ROOM && status == VKP_OK) { /* nobody takes them yet */
+    while (queued <= ROOM && status == VKP_OK) { /* the manager does not run yet */
         early[queued] = (request){.words = {"ECHO", "early"}};
         status = put(tx, &early[queued], 0);
         queued += status == VKP_OK;
@@ -251,7 +253,7 @@ int main(int argc, char **argv)
     }
     right = right && (boss.server == NULL || ask(tx, "GET", key, NULL, total));
     right = (boss.server == NULL || ask(tx, "DEL", key, NULL, "1")) && right;
-    vkp_mpsc_tx_unref(tx); /* the last sender: the manager ends when the channel is empty */
+    vkp_mpsc_tx_unref(tx); /* the last reference: the manager ends when the channel is empty */
     (void)pthread_join(thread, NULL);
     printf("the manager has ended: %u answers, %s\n", boss.answered, right ? "right" : "WRONG");
     return right ? 0 : 1;

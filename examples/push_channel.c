@@ -1,9 +1,9 @@
 /* cc -I. examples/push_channel.c backends/vkp_backend_poll.c -pthread -o push_channel
    SPDX-License-Identifier: MIT
 
-   Pushes in a thread of one's own: push_channel [tcp:HOST:PORT | unix:PATH [NAME]]
-   The loop never waits for this thread: what it reads too slowly is dropped, and told. The message
-   "stop" ends the program.                                                                     */
+   A thread receives pushes from a channel: push_channel [tcp:HOST:PORT | unix:PATH [NAME]]
+   The loop never waits for this thread: when the channel is full, pushes are dropped, and a LAGGED
+   with their number follows. The message "stop" ends the program.                              */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -17,7 +17,7 @@ static void *run_loop(void *loop)
     return vkp_loop_run((vkp_loop *)loop) == VKP_OK ? NULL : loop;
 }
 
-/* Prints one push; true when it was the last one wanted. */
+/* Prints one push. Returns true after the message "stop". */
 static bool use(const vkp_push *push)
 {
     bool stop = push->payload.len == 4 && memcmp(push->payload.ptr, "stop", 4) == 0;
@@ -33,7 +33,7 @@ static bool use(const vkp_push *push)
 
 int main(int argc, char **argv)
 {
-    /* Bounded twice, in pushes and in bytes. drop frees those that nobody received. */
+    /* Two bounds, in pushes and in bytes. `drop` frees pushes that are never received. */
     vkp_mpsc_config kept = {.elem_bytes = sizeof(vkp_push),
                             .capacity_items = 1024,
                             .capacity_bytes = 8u << 20,
@@ -58,7 +58,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "no client to %.*s\n", VKP_FMT(to.address));
         return 1;
     }
-    vkp_mpsc_tx_unref(tx); /* the client has its own: when it closes, recv gives CLOSED */
+    vkp_mpsc_tx_unref(tx); /* the client has a reference: when it closes, recv returns CLOSED */
     while (vkp_mpsc_recv(rx, VKP_FOREVER, &push) == VKP_OK) {
         if (use(&push)) {
             vkp_client_close(client);

@@ -2,9 +2,9 @@
    cc -O2 -I. examples/relay.c backends/v*_[ekp]*.c -pthread -o build/valkey-push-relay
    SPDX-License-Identifier: MIT
 
-   valkey-push-relay: one connection to a Valkey server, any number of local clients; without
-   --server a stand-alone pub/sub broker. All of it is vkp_relay; this file reads options, owns the
-   threads and the signals.                                                                    */
+   valkey-push-relay: any number of local clients share one connection to a Valkey server; without
+   --server it is a pub/sub broker. vkp_relay does the work; this file reads the options, starts the
+   threads and handles the signals.                                                            */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -17,7 +17,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-/* The usage text and option_values give these numbers, too. */
+/* The usage text and option_values repeat these numbers. */
 #define MOST_LISTENERS 16
 #define MOST_THREADS 64
 #define MOST_UIDS 64
@@ -96,7 +96,7 @@ static const char usage[] =
 
 static volatile sig_atomic_t ends_asked;
 static volatile sig_atomic_t metrics_asked;
-static vkp_loop *main_loop; /* for the handler */
+static vkp_loop *main_loop; /* global for on_signal */
 
 static void on_signal(int number)
 {
@@ -164,7 +164,7 @@ static bool read_backend(const char *text, options *opts)
 static bool read_uid(const char *text, options *opts)
 {
     size_t uid;
-    /* The largest number is how the system calls say "none". */
+    /* The largest number means "no user" in system calls. */
     if (opts->allow_uid_count == MOST_UIDS || !read_number(text, &uid) || uid >= UINT32_MAX) {
         return false;
     }
@@ -179,7 +179,7 @@ typedef struct number_option {
     size_t most;
 } number_option;
 
-/* *known: there is an option of that name that takes a number. */
+/* Reads an option that takes a number. *known: whether there is such an option of that name. */
 static bool read_number_option(options *opts, const char *name, const char *text, bool *known)
 {
     const number_option all[] = {
@@ -203,7 +203,7 @@ static bool read_number_option(options *opts, const char *name, const char *text
     return false;
 }
 
-/* One option and its value. False: unknown, or not a value for it. */
+/* Reads one option and its value. False: the option is unknown, or the value is wrong. */
 static bool read_option(options *opts, const char *name, const char *value)
 {
     static const char *const policies[] = {"drop-oldest", "drop-newest", "disconnect"};
@@ -249,7 +249,7 @@ static bool read_option(options *opts, const char *name, const char *value)
     return ok;
 }
 
-/* What the value of an option is, for the message about one that is not. */
+/* The values that each option expects, for the message about a wrong value. */
 typedef struct option_value {
     const char *name;
     const char *expected;
@@ -275,7 +275,8 @@ static const option_value option_values[] = {
     {"--check", "tcp:HOST:PORT or unix:PATH"},
 };
 
-/* Name the option, the value (NULL: none was given) and what it should be: the exit code. */
+/* Prints the option, its value (NULL: none was given) and the expected value. Returns the exit
+   code.                                                                                       */
 static int refuse_option(const char *name, const char *value)
 {
     size_t i = 0;
@@ -293,12 +294,12 @@ static int refuse_option(const char *name, const char *value)
     return 2;
 }
 
-/* -1: go on; else the exit code. */
+/* Returns -1 to continue, or the exit code. */
 static int read_options(int argc, char **argv, options *opts)
 {
     int i;
     memset(opts, 0, sizeof *opts);
-    (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the system's own */
+    (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the default */
     opts->threads = 1;
     opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
@@ -318,7 +319,7 @@ static int read_options(int argc, char **argv, options *opts)
     return -1;
 }
 
-/* Ten thousand clients need as many descriptors. */
+/* Each client needs a descriptor: raise the soft limit to the hard limit. */
 static void raise_descriptor_limit(void)
 {
     struct rlimit limit;
@@ -405,7 +406,8 @@ static void print_socket_metrics(vkp_relay *relay)
 
 /* ---- serving ---- */
 
-/* Until somebody stops the loop: a signal, a drain that ended, or the last client's absence. */
+/* Runs until vkp_loop_stop, which is called by a signal, at the end of a drain, and after the time
+   without clients (--linger).                                                                 */
 static vkp_status run_main_loop(vkp_relay *relay)
 {
     vkp_status status = vkp_loop_run(main_loop);
@@ -429,7 +431,8 @@ static void set_and_stop(void *flag)
     vkp_loop_stop(main_loop);
 }
 
-/* Run until a signal, or until nobody is left, then drain; a second signal ends it at once. */
+/* Runs until a signal, or until no client is left (--linger), then drains. A second signal ends the
+   drain immediately.                                                                          */
 static int serve(vkp_relay *relay, const bool *idle)
 {
     bool drained = false;
@@ -505,7 +508,7 @@ static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
     return code;
 }
 
-/* ---- the check of another relay, or of a server ---- */
+/* ---- --check: the check of another relay, or of a server ---- */
 
 typedef struct check_result {
     vkp_health health;
@@ -578,7 +581,7 @@ int main(int argc, char **argv)
         return code;
     }
     raise_descriptor_limit();
-    env.log = opts.check == NULL ? on_log : NULL; /* a check prints one line */
+    env.log = opts.check == NULL ? on_log : NULL; /* --check prints one line, no log */
     env.log_level = opts.log_level;
     config.backend = opts.backend;
     config.env = &env;

@@ -2,9 +2,9 @@
    SPDX-License-Identifier: MIT
 
    The life of a listening socket, step by step: socket_life [PATH]
-   Whoever refers to it keeps it: the program by its handles, a client by its connection. The last
-   one to leave takes the files along. Each step says what must be so after it; what is so is looked
-   up and printed, and the exit code is 1 if the two ever differ.                               */
+   Each reference keeps the socket open: a handle of the program, or a connected client. The last
+   unref removes the files. After each step the program prints the state of the socket and compares
+   it with the expected state; the exit code is 1 if they differ once.                          */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -25,10 +25,10 @@ typedef struct life {
     const char *path;
     vkp_registry *registry;
     vkp_loop *loop;
-    vkp_weak_socket weak; /* to the first socket; until then zeroed, to none */
-    unsigned came, went;  /* clients */
-    unsigned ended;       /* listeners */
-    unsigned wrong;
+    vkp_weak_socket weak; /* to the first socket; zeroed before that: to none */
+    unsigned came, went;  /* clients accepted, clients gone */
+    unsigned ended;       /* listeners that ended */
+    unsigned wrong;       /* differences from the expected state */
 } life;
 
 static void must(life *self, bool is_so, const char *what)
@@ -39,7 +39,7 @@ static void must(life *self, bool is_so, const char *what)
     }
 }
 
-/* As `ls -l` has it: a socket that lets in its owner alone is "srw-------". */
+/* The type and mode of a file as `ls -l` prints them: a socket with mode 0600 is "srw-------". */
 static const char *on_disk(const char *path)
 {
     struct stat found;
@@ -51,7 +51,7 @@ static const char *on_disk(const char *path)
                                                : "other";
 }
 
-/* How it is after a step, and how it must be. */
+/* Prints the state after a step, and compares it with the expected state. */
 static void show(life *self, const char *step, size_t references, bool files, bool upgrades)
 {
     char lock_path[128];
@@ -72,12 +72,12 @@ static void show(life *self, const char *step, size_t references, bool files, bo
     must(self, upgraded == upgrades, "the weak handle");
 }
 
-/* ---- clients: each holds a reference through the seat that its listener gave it ---- */
+/* ---- clients: each holds a reference of the socket through its seat ---- */
 
 static void on_accept(void *user, vkp_conn *conn)
 {
     (void)conn;
-    ((life *)user)->came++; /* it has its seat */
+    ((life *)user)->came++; /* the client has its seat */
 }
 
 static void on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int sys_error)
@@ -85,7 +85,7 @@ static void on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int sy
     (void)conn;
     (void)reason;
     (void)sys_error;
-    ((life *)user)->went++; /* its seat is given back */
+    ((life *)user)->went++; /* the seat was given back */
 }
 
 static void on_end(void *user)
@@ -93,7 +93,7 @@ static void on_end(void *user)
     ((life *)user)->ended++;
 }
 
-/* Where something is wrong already, the rest need not be waited for. */
+/* Runs the loop until the counter is `count`, at most PATIENCE_MS; after a failure, not at all. */
 static void run_until(life *self, const unsigned *counter, unsigned count)
 {
     uint64_t deadline = vkp_after_ms(PATIENCE_MS);
@@ -103,7 +103,7 @@ static void run_until(life *self, const unsigned *counter, unsigned count)
     must(self, *counter == count, "clients that came and went");
 }
 
-/* A client is any program that connects. */
+/* Connects as any program does. */
 static int come(life *self)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -162,11 +162,12 @@ static void first_life(life *self)
     must(self, self->ended == 0, "the listener is there to the last");
     leave(self, clients[2]);
     show(self, "the last client leaves", 0, false, false);
-    run_until(self, &self->ended, 1); /* the listener hears of it in a task of its own */
+    run_until(self, &self->ended, 1); /* on_end is called in a later task of the loop */
     vkp_listener_unref(listener);
 }
 
-/* Another socket, though its path is the same, and even its place in memory. */
+/* A new socket of the same path: the weak handle does not upgrade to it, even if the new socket has
+   the same address in memory.                                                                 */
 static void next_life(life *self, const char *step)
 {
     vkp_socket *sock = NULL;
@@ -179,21 +180,23 @@ static void next_life(life *self, const char *step)
 
 /* ---- other processes: this program, started as `socket_life --child END PATH` ---- */
 
-static vkp_registry *swept; /* these two get no argument */
+static vkp_registry *swept; /* global: at_exit and at_signal get no argument */
 
 static void at_exit(void)
 {
     (void)vkp_registry_cleanup_all(swept);
 }
 
-/* For SIGSEGV and its like, too. No other call of the library may stand here, but vkp_loop_stop. */
+/* Also for SIGSEGV and other crashes. vkp_registry_unlink_all and vkp_loop_stop are the only calls
+   of the library that are legal in a signal handler.                                          */
 static void at_signal(int number)
 {
     vkp_registry_unlink_all(swept);
-    (void)raise(number); /* SA_RESETHAND: it ends the process now */
+    (void)raise(number); /* ends the process: SA_RESETHAND restored the default action */
 }
 
-/* Ends with its handle in its hand. Sweeps are its own choice: the library registers none. */
+/* Ends the process without an unref of the socket. The program itself registers the cleanup, in
+   atexit and as a signal handler: the library registers none.                                 */
 static int be_child(const char *end, const char *path)
 {
     struct sigaction action = {.sa_handler = at_signal, .sa_flags = (int)SA_RESETHAND};
@@ -203,7 +206,7 @@ static int be_child(const char *end, const char *path)
         vkp_socket_open(swept, vkp_str_of(path), &sock) != VKP_OK) {
         return 1;
     }
-    (void)raise(SIGSTOP); /* the parent looks around, and then kills it or lets it go on */
+    (void)raise(SIGSTOP); /* the parent checks the state, then kills or continues this process */
     return strcmp(end, "exit") == 0 ? 0 : raise(SIGTERM);
 }
 

@@ -1,14 +1,25 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-address   Addresses
-   ====================================================================================== */
+   ======================================================================================
+   Text to socket addresses: "unix:PATH", "unix:@NAME" (abstract, Linux only) or "tcp:HOST:PORT" (an
+   IPv6 host may stand in brackets). Any thread, no locks. Only resolving a host that is not numeric
+   may block, on DNS.
+   A vkp_i_name views the text it was made from; it is checked once, in vkp_i_name_of, and then used
+   as it is written. Errors are logged with the text, where the caller could not see their cause. */
 
+#define VKP_I_HOST_BYTES 256u /* a DNS name has at most 253 bytes */
+#define VKP_I_PORT_MAX 65535u
+#define VKP_I_PORT_DIGITS 6u /* longest text of a port, leading zeros included */
+
+/* The checked name of a Unix socket. */
 typedef struct vkp_i_name {
-    const char *text;
-    size_t len;
-    bool abstract; /* text begins with '@' */
+    const char *text; /* views; not terminated */
+    size_t len;       /* bytes of text, the '@' included */
+    bool abstract;    /* text begins with '@' and names no file */
 } vkp_i_name;
 
+/* Whether the path has a ".." component. */
 static bool vkp_i_path_climbs(vkp_str path)
 {
     size_t begin = 0;
@@ -24,11 +35,12 @@ static bool vkp_i_path_climbs(vkp_str path)
     return false;
 }
 
-/* INVALID for what can be no name, LIMIT for what sun_path cannot hold. */
+/* Check the name of a Unix socket. INVALID: empty, a NUL byte or a ".." component. LIMIT: too long
+   for sun_path. UNSUPPORTED: an abstract name outside Linux. */
 static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_names,
                                 vkp_i_name *out)
 {
-    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* and a NUL, at either end */
+    size_t most = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1; /* a NUL needs 1 byte */
     size_t len = text.len;
     VKP_I_REQUIRE(text.ptr != NULL && len > 0 && memchr(text.ptr, '\0', len) == NULL);
     out->text = text.ptr;
@@ -51,6 +63,8 @@ static vkp_status vkp_i_name_of(const vkp_env *env, vkp_str text, bool abstract_
     return VKP_OK;
 }
 
+/* The socket address of a checked name. An abstract name has a NUL in place of its '@', and its
+   length ends the address: NULs behind it would be part of the name. */
 static vkp_address vkp_i_unix_address(vkp_i_name name)
 {
     union {
@@ -72,24 +86,27 @@ static vkp_address vkp_i_unix_address(vkp_i_name name)
     return address;
 }
 
-/* Decimal, 0 to 65535: resolvers take more and cut it. */
+/* Whether the text is a port, 0 to 65535, in decimal. Resolvers accept larger ones and cut them. */
 static bool vkp_i_is_port(vkp_str text)
 {
     unsigned port = 0;
     size_t i;
-    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < 6; i++) {
+    for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9' && i < VKP_I_PORT_DIGITS;
+         i++) {
         port = port * 10 + (unsigned)(text.ptr[i] - '0');
     }
-    return i > 0 && i == text.len && port <= 65535;
+    return i > 0 && i == text.len && port <= VKP_I_PORT_MAX;
 }
 
-/* What an address says. */
+/* The parts of an address text. */
 typedef struct vkp_i_parts {
-    vkp_i_name name; /* of a Unix socket; text NULL: none */
-    char host[256];
-    char port[8];
+    vkp_i_name name;             /* name of a Unix socket; text is NULL for a TCP address */
+    char host[VKP_I_HOST_BYTES]; /* TCP host, terminated, without brackets */
+    char port[8];                /* TCP port, terminated */
 } vkp_i_parts;
 
+/* Split an address text. INVALID, LIMIT and UNSUPPORTED: see vkp_i_name_of; INVALID also for a text
+   of neither form. */
 static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_parts *parts)
 {
     vkp_str host;
@@ -122,7 +139,8 @@ static vkp_status vkp_i_split_address(const vkp_env *env, vkp_str text, vkp_i_pa
     return VKP_OK;
 }
 
-/* "tcp:HOST:PORT" or "unix:PATH": the addresses, or an error. */
+/* The socket addresses of "tcp:HOST:PORT" or "unix:PATH". REFUSED: the host cannot be resolved. May
+   block on DNS. */
 static vkp_status vkp_i_parse_address(const vkp_env *env, vkp_str text, vkp_address *out,
                                       size_t capacity, size_t *count)
 {

@@ -1,9 +1,13 @@
 /* ======================================================================================
    >>impl-base   Atomics by intent, locks, memory, log
    ======================================================================================
-   All atomics of the file go through these macros, so that a model checker can take them over
-   (VKP_I_ATOMICS_FILE). No fences: ThreadSanitizer does not see them. Where a store must be seen
-   before a later load of another variable, both sides use the SEQ forms, or a gate (park).    */
+   All atomics of the file use the macros below, so that a model checker can replace them
+   (VKP_I_ATOMICS_FILE). A name without a suffix is relaxed for a load, a store, ADD and SUB, and
+   acquire and release for XCHG, CAS, OR and AND. No macro is a fence: ThreadSanitizer does not see
+   fences. Where a store must be visible before a later load of another variable, both sides use
+   the SEQ forms, or a flag (vkp_i_flag_*, section park).
+   Reference counts grow relaxed and shrink with acquire and release, so that the thread that frees
+   an object sees all writes to it. The functions of this section take no lock.                 */
 #ifdef VKP_I_ATOMICS_FILE
 #include VKP_I_ATOMICS_FILE
 #else
@@ -21,19 +25,21 @@
     __atomic_compare_exchange_n((p), (expected), (v), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 #define VKP_I_ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
 #define VKP_I_SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_RELAXED)
-#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* returns the count before */
+#define VKP_I_UNREF(p) __atomic_fetch_sub((p), 1, __ATOMIC_ACQ_REL) /* gives the count before */
 #define VKP_I_SUB_ACQ_REL(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_ADD_ACQ_REL(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_OR(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
 #define VKP_I_AND(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
-/* Who runs; never 0 or 1. */
+/* The calling thread as a number; never 0 or 1. The builtin exists for x86-64 from clang 14 and
+   gcc 11 on.                                                                                   */
 #if VKP_I_LINUX && defined(__x86_64__) && \
     (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
 #define VKP_I_SELF() ((uintptr_t)__builtin_thread_pointer())
 #else
 #define VKP_I_SELF() ((uintptr_t)pthread_self())
 #endif
-#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST) /* for the compiler alone */
+/* Orders memory accesses for the compiler only: no instruction. */
+#define VKP_I_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 #if defined(__x86_64__) || defined(__i386__)
 #define VKP_I_PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__) || defined(__arm__)
@@ -41,8 +47,10 @@
 #else
 #define VKP_I_PAUSE() VKP_I_ORDER()
 #endif
-#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes)) /* values, which */
-#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))    /* threads hand over */
+/* A value that one thread hands to another is copied in and out: a model checker sees the
+   copies.                                                                                      */
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes))
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))
 #define VKP_I_MUTEX pthread_mutex_t
 #define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
 #define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
@@ -54,7 +62,7 @@
 #define VKP_ASSERT(condition) ((void)0)
 #endif
 
-/* A programmer's error: asserts where the program wants that, and is INVALID otherwise. */
+/* A programmer's error: assert where the program defines VKP_ASSERT, and return INVALID. */
 #define VKP_I_REQUIRE(condition)    \
     do {                            \
         if (!(condition)) {         \
@@ -63,22 +71,27 @@
         }                           \
     } while (0)
 
-/* Fields this many bytes apart are in different cache lines, and in different pairs of lines. */
+/* Fields that are this many bytes apart lie in different cache lines and different pairs of
+   lines.                                                                                       */
 #define VKP_I_APART 128
+
+/* Most bytes of one value of a channel (mpsc, broadcast, watch). */
+#define VKP_I_ELEM_MAX 65536u
+
+#define VKP_I_NS_PER_MS 1000000u
 
 #define VKP_I_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* Values of usual sizes move without a call. Inlined where the size is known, the other branches
-   are dead, and GCC warns of what they would do.                                               */
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Warray-bounds"
-#pragma GCC diagnostic ignored "-Wstringop-overflow"
-#pragma GCC diagnostic ignored "-Wstringop-overread"
-#endif
+/* The compiler no longer knows what the pointer points to. Where it does, GCC warns of overflows in
+   branches that are dead code for the size at hand, at link time (-flto) too.                 */
+#define VKP_I_HIDE(pointer) __asm__("" : "+r"(pointer))
+
+/* Copy a value. Values of usual sizes (8, 24, 64 bytes) move without a call of memcpy. */
 static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
 {
+    VKP_I_HIDE(to);
+    VKP_I_HIDE(from);
     if (bytes == 8) {
         memcpy(to, from, 8);
     } else if (bytes == 24) {
@@ -89,10 +102,6 @@ static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
         memcpy(to, from, bytes);
     }
 }
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 VKP_API const char *vkp_status_str(vkp_status status)
 {
@@ -110,8 +119,8 @@ VKP_API const char *vkp_version_str(void)
     return VKP_VERSION_STR;
 }
 
-/* Not inlined: gcc would see frees of embedded slots and lanes, which a flag keeps from happening,
-   and warn of them (-Wfree-nonheap-object).                                                   */
+/* The default allocator. Not inlined: gcc would warn (-Wfree-nonheap-object) of frees of
+   embedded slots and lanes, which a check at run time prevents.                                */
 static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, size_t old_bytes,
                                                         size_t new_bytes)
 {
@@ -126,11 +135,13 @@ static __attribute__((noinline)) void *vkp_i_libc_alloc(void *user, void *ptr, s
 
 static const vkp_env vkp_i_env_default = {NULL, NULL, NULL, VKP_LOG_DEFAULT, NULL, 0};
 
+/* The given env, or the default one for NULL. */
 static const vkp_env *vkp_i_env(const vkp_env *env)
 {
     return env != NULL ? env : &vkp_i_env_default;
 }
 
+/* Allocate, resize or free with the allocator of the env, as vkp_env.alloc describes. */
 static void *vkp_i_resize(const vkp_env *env, void *ptr, size_t old_bytes, size_t new_bytes)
 {
     return env->alloc != NULL ? env->alloc(env->user, ptr, old_bytes, new_bytes)
@@ -151,6 +162,7 @@ static void *vkp_i_alloc_zero(const vkp_env *env, size_t bytes)
     return ptr;
 }
 
+/* Free memory of `bytes` bytes; NULL is ignored. */
 static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
 {
     if (ptr != NULL) {
@@ -159,11 +171,14 @@ static void vkp_i_free(const vkp_env *env, void *ptr, size_t bytes)
 }
 
 #if VKP_I_IO
-/* Room for `need` elements in a doubling array. */
+#define VKP_I_GROW_FIRST 8u /* elements of an array that grows for the first time */
+
+/* Make room for `need` elements in an array that doubles; false when memory runs out or the size
+   overflows, and the array is unchanged then.                                                  */
 static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_t need,
                        size_t elem_bytes)
 {
-    size_t wanted = *capacity < 8 ? 8 : *capacity;
+    size_t wanted = *capacity < VKP_I_GROW_FIRST ? VKP_I_GROW_FIRST : *capacity;
     void *grown;
     if (need <= *capacity) {
         return true;
@@ -186,10 +201,14 @@ static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_
     return true;
 }
 
+#define VKP_I_LOG_BYTES 512 /* of one log line with its NUL; a longer line is cut */
+
+/* Format one line and give it to the log of the env, if the env logs this level. Call it without
+   a lock.                                                                                      */
 __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
                                                             const char *format, ...)
 {
-    char text[512];
+    char text[VKP_I_LOG_BYTES];
     va_list arguments;
     int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
     if (env->log == NULL || (int)level > most) {
@@ -202,10 +221,11 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
 }
 #endif
 
-/* That many milliseconds later; saturates at VKP_FOREVER. */
+/* The deadline `ms` milliseconds after now_ns; saturates at VKP_FOREVER. */
 static uint64_t vkp_i_after_ms(uint64_t now_ns, uint64_t ms)
 {
-    return ms > (VKP_FOREVER - now_ns) / 1000000u ? VKP_FOREVER : now_ns + ms * 1000000u;
+    return ms > (VKP_FOREVER - now_ns) / VKP_I_NS_PER_MS ? VKP_FOREVER
+                                                         : now_ns + ms * VKP_I_NS_PER_MS;
 }
 
 VKP_API vkp_str vkp_str_of(const char *text)
@@ -217,6 +237,7 @@ VKP_API vkp_str vkp_str_of(const char *text)
 }
 
 #if VKP_I_IO
+/* A view of `len` characters; borrows them. */
 static vkp_str vkp_i_str(const void *ptr, size_t len)
 {
     vkp_str view;
@@ -230,12 +251,13 @@ static bool vkp_i_str_equal(vkp_str a, vkp_str b)
     return a.len == b.len && (a.len == 0 || memcmp(a.ptr, b.ptr, a.len) == 0);
 }
 
+/* The lower-case letter of an ASCII capital; other characters are unchanged. */
 static char vkp_i_lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c;
 }
 
-/* Whether two views are equal, ASCII case ignored. */
+/* Whether two views are equal without regard to ASCII case. */
 static bool vkp_i_str_alike(vkp_str a, vkp_str b)
 {
     size_t i;
@@ -247,7 +269,7 @@ static bool vkp_i_str_alike(vkp_str a, vkp_str b)
     return a.len == b.len;
 }
 
-/* Whether the view equals the terminated text, ASCII case ignored. */
+/* Whether the view equals the terminated text without regard to ASCII case. */
 static bool vkp_i_str_is(vkp_str view, const char *text)
 {
     size_t i;
@@ -259,8 +281,8 @@ static bool vkp_i_str_is(vkp_str view, const char *text)
     return text[i] == '\0';
 }
 
-/* A copy with a NUL behind it, in place of the view; nothing is copied of a text that is not there.
-   Freed with vkp_i_free_str.                                                                  */
+/* Replace the view by a copy that has a NUL behind its end; false without memory. A view whose
+   ptr is NULL stays. vkp_i_free_str frees the copy.                                            */
 static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
 {
     char *copy;
@@ -276,14 +298,15 @@ static bool vkp_i_copy_str(const vkp_env *env, vkp_str *text)
     return copy != NULL;
 }
 
+/* Free a copy that vkp_i_copy_str made; a view whose ptr is NULL is ignored. */
 static void vkp_i_free_str(const vkp_env *env, vkp_str text)
 {
     void *copy;
-    memcpy(&copy, &text.ptr, sizeof copy); /* which was made here, not const */
+    memcpy(&copy, &text.ptr, sizeof copy); /* a cast would warn: the copy itself is not const */
     vkp_i_free(env, copy, text.len + 1);
 }
 
-/* A text that ends with its only NUL. */
+/* Free a text whose allocation ends with its only NUL; NULL is ignored. */
 static void vkp_i_free_text(const vkp_env *env, char *text)
 {
     if (text != NULL) {
@@ -297,6 +320,7 @@ static bool vkp_i_starts_with(vkp_str text, const char *start)
     return text.len >= len && memcmp(text.ptr, start, len) == 0;
 }
 
+/* Load 8 bytes in the byte order of the machine, from an address of any alignment. */
 static uint64_t vkp_i_load64(const void *from)
 {
     uint64_t value;
@@ -304,6 +328,7 @@ static uint64_t vkp_i_load64(const void *from)
     return value;
 }
 
+/* The status of a failed system call, whose result is a negated errno; sets errno. */
 static vkp_status vkp_i_sys_failure(int result)
 {
     errno = -result;

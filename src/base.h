@@ -1,6 +1,8 @@
 /* --------------------------------------------------------------------------------------
    >>api-base   Status, deadlines, environment                                             */
 
+/* Each status as X(name, value, text). VKP_OK is 0, errors are negative, numbers never change. The
+   text says what the status means; the contract of a call names the cause.                    */
 #define VKP_STATUS_MAP(X)                                                     \
     X(VKP_OK, 0, "ok")                                                        \
     X(VKP_ERR_INVALID, -1, "invalid argument or use")                         \
@@ -22,58 +24,69 @@
     X(VKP_ERR_UNSUPPORTED, -17, "not supported here")                         \
     X(VKP_ERR_LAGGED, -18, "values were lost to a receiver too slow")
 
+/* The result of a call that can fail: VKP_OK, or an error of VKP_STATUS_MAP. */
 typedef enum vkp_status {
 #define VKP_I_STATUS_ENUM(name, value, text) name = value,
     VKP_STATUS_MAP(VKP_I_STATUS_ENUM)
 #undef VKP_I_STATUS_ENUM
 } vkp_status;
 
-/* The status as a short lower-case English text; never NULL, static. Any thread. */
+/* The status as a short lower-case English text: static, never NULL. Any thread. */
 VKP_API const char *vkp_status_str(vkp_status status);
 
-/* The library's version at run time, "MAJOR.MINOR.PATCH"; static. Any thread. */
+/* The version of the compiled library as "MAJOR.MINOR.PATCH": static. Any thread. */
 VKP_API const char *vkp_version_str(void);
 
-/* Deadlines are absolute nanoseconds of the monotonic clock. 0 has always passed. */
+/* A deadline that never passes. Deadlines are absolute nanoseconds of the monotonic clock; the
+   deadline 0 has always passed.                                                               */
 #define VKP_FOREVER UINT64_MAX
 
-/* In a config, where 0 means a default: a size without a limit, a time (_ms) that never comes. */
+/* A size without a limit, for a config in which 0 means a default. */
 #define VKP_UNLIMITED SIZE_MAX
+
+/* A time (_ms) that never comes, for a config in which 0 means a default. */
 #define VKP_OFF UINT64_MAX
 
-/* Now, in nanoseconds of the monotonic clock. Any thread. */
+/* The current time in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
-/* The deadline that many milliseconds from now; saturates at VKP_FOREVER. Any thread. */
+/* The deadline `ms` milliseconds from now; saturates at VKP_FOREVER. Any thread. */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
 
-/* The struct of that type whose member the pointer points to: what a vkp_io or vkp_timer is part
-   of, in its callback.                                                                        */
+/* The struct `type` whose field `member` is at `pointer`. A callback that receives a vkp_io or a
+   vkp_timer finds with it the program's struct that contains the vkp_io or vkp_timer.         */
 #define VKP_CONTAINER(pointer, type, member) \
     ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
+/* How serious a log line is; a larger value is more verbose. */
 typedef enum vkp_log_level {
-    VKP_LOG_DEFAULT = 0, /* as VKP_LOG_WARN */
-    VKP_LOG_ERROR = 1,
-    VKP_LOG_WARN = 2,
-    VKP_LOG_INFO = 3,
-    VKP_LOG_DEBUG = 4
+    VKP_LOG_DEFAULT = 0, /* in vkp_env.log_level: the same as VKP_LOG_WARN */
+    VKP_LOG_ERROR = 1,   /* an operation failed */
+    VKP_LOG_WARN = 2,    /* the library continues, without something that the program asked for */
+    VKP_LOG_INFO = 3,    /* events of operation: connections lost or made, sockets taken over */
+    VKP_LOG_DEBUG = 4    /* details: how the connection of each client of a relay ended */
 } vkp_log_level;
 
-/* What an object takes from the program around it. Objects keep the POINTER: an env outlives
-   every object opened with it. NULL env, and NULL members, mean the defaults.               */
+/* What an object takes from the program: memory, log function, system calls. Objects keep the
+   POINTER: an env must outlive every object opened with it. A NULL env means all defaults, and a
+   zero field means the default of that field.                                                 */
 struct vkp_env {
-    /* realloc with sizes: ptr NULL allocates, new_bytes 0 frees and returns NULL. Must be
-       callable from any thread. Default: the C library's. NULL for a non-zero size = failure. */
+    /* Allocates (ptr NULL), resizes, or frees (new_bytes 0, returns NULL): realloc with sizes. NULL
+       for a non-zero new_bytes means no memory. Called from any thread. NULL: the C library's. */
     void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
-    /* One line, no newline, at most 512 bytes. Any thread, never under a lock. Default: none. */
+
+    /* Receives one log line: no newline, at most 511 bytes and a NUL. Called from any thread, never
+       under a lock. NULL: nothing is logged.                                                  */
     void (*log)(void *user, vkp_log_level level, const char *text);
-    void *user;              /* handed to both */
-    vkp_log_level log_level; /* the most verbose level passed to log */
-    const vkp_sys *sys;      /* operating system; default vkp_sys_get_default() */
-    /* How often a thread looks again before it sleeps, about 20 ns apart; sleeping and waking cost
-       some microseconds. Default: 200, and none where one processor is online.                */
+
+    void *user;              /* the first argument of alloc and of log */
+    vkp_log_level log_level; /* the most verbose level that log receives; 0: VKP_LOG_WARN */
+    const vkp_sys *sys;      /* the table of system calls; NULL: vkp_sys_get_default() */
+
+    /* How many times a waiting thread checks again before it sleeps, about 20 ns apart; to sleep
+       and wake costs some microseconds. 0: 200, or none where one processor is online.        */
     uint32_t spins;
 };
 
-#define VKP_SPINS_NONE UINT32_MAX /* vkp_env.spins: sleep at once */
+/* vkp_env.spins: a waiting thread sleeps immediately. */
+#define VKP_SPINS_NONE UINT32_MAX

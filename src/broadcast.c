@@ -1,25 +1,29 @@
 /* ======================================================================================
    >>impl-broadcast   Every receiver sees every value
    ======================================================================================
-   A ring of places; tickets count values since the beginning, and each receiver has the ticket it
-   reads next. Senders go one at a time, under the latch, and never look at receivers. A place's
-   `seq` tells which ticket it holds, and is odd while it is written: a receiver copies between two
-   looks at it and so knows whether it was overtaken. Words are stored with release and loaded with
-   acquire: a word of a later value shows the later seq, too.
-   Values that own something are copied and retained under a latch of their place instead.
-   Who waits for a value does so in the audience.                                              */
+   A ring of places. Tickets count the values since the beginning; each receiver has the ticket
+   that it reads next. One sender at a time writes, under the latch of the channel, and never
+   checks where receivers are. The `seq` of a place says which ticket it holds, and is odd while
+   the place is written. A receiver loads `seq` before and after it copies the value, and so
+   notices a sender that overtook it. Words are stored with release and loaded with acquire: a
+   receiver that loads a word of a later value also sees the later `seq`.
+   Values that own something (with retain and drop) are instead copied and retained under a latch
+   of their place. Latch order: that of the channel, then that of a place. drop runs without a
+   latch.
+   A receiver that waits is linked in `receivers` (section receivers); each send wakes all waiting
+   receivers after it stored `tail`.                                                            */
 
 typedef struct vkp_i_broadcast {
-    vkp_broadcast_config config;
-    size_t words;   /* of one value */
-    size_t stride;  /* words of one place: seq, value, latch */
-    uint64_t mask;  /* capacity - 1 */
-    size_t refs;    /* atomic: the senders together, each receiver */
-    size_t tx_refs; /* atomic */
-    uint64_t *places;
+    vkp_broadcast_config config; /* a copy; config.env is not NULL */
+    size_t words;                /* of one value */
+    size_t stride;               /* words of one place: seq, value, and with retain a latch */
+    uint64_t mask;               /* number of places - 1; the number is a power of two */
+    size_t refs;                 /* atomic: one of all senders together, one of each receiver */
+    size_t tx_refs;              /* atomic: references of senders */
+    uint64_t *places; /* the ring; word 0 of a place is its seq, 0 before the first value */
     unsigned char pad_sender[VKP_I_APART];
     uint64_t tail;            /* atomic: the next ticket */
-    vkp_i_biased_latch latch; /* of senders */
+    vkp_i_biased_latch latch; /* held by the sender that writes */
     vkp_i_receivers receivers;
 } vkp_i_broadcast;
 
@@ -29,25 +33,29 @@ struct vkp_broadcast_tx {
 
 struct vkp_broadcast_rx {
     vkp_i_broadcast *channel;
-    uint64_t next; /* ticket */
-    uint64_t missed;
+    uint64_t next;   /* ticket of the next value to receive */
+    uint64_t missed; /* values lost at the last LAGGED */
 };
 
+/* The place of the ticket; its first word is the seq. */
 static uint64_t *vkp_i_place(const vkp_i_broadcast *channel, uint64_t ticket)
 {
     return channel->places + (size_t)(ticket & channel->mask) * channel->stride;
 }
 
+/* The latch of a place, behind its value; only in channels with retain. */
 static uint32_t *vkp_i_place_latch(const vkp_i_broadcast *channel, uint64_t *place)
 {
     return (uint32_t *)(void *)(place + 1 + channel->words);
 }
 
+/* The seq of a place that holds the value of the ticket: even, and not 0. */
 static uint64_t vkp_i_place_seq(uint64_t ticket)
 {
     return (ticket + 1) << 1;
 }
 
+/* Give one of `refs` back; the last one drops the values in the ring and frees the channel. */
 static void vkp_i_broadcast_unref(vkp_i_broadcast *channel)
 {
     const vkp_env *env = channel->config.env;
@@ -73,7 +81,7 @@ VKP_API vkp_status vkp_broadcast_open(const vkp_broadcast_config *config, vkp_br
     vkp_i_broadcast *channel;
     size_t capacity = 1;
     VKP_I_REQUIRE(config != NULL && tx != NULL && config->capacity_items > 0);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     VKP_I_REQUIRE((config->retain == NULL) == (config->drop == NULL));
     VKP_I_REQUIRE(config->retain == NULL || config->elem_bytes <= VKP_I_OWNED_BYTES);
     env = vkp_i_env(config->env);
@@ -120,6 +128,7 @@ VKP_API void vkp_broadcast_tx_unref(vkp_broadcast_tx *tx)
     }
 }
 
+/* A receiver of the values sent from now on. OK or NOMEM. */
 static vkp_status vkp_i_broadcast_subscribe(vkp_i_broadcast *channel, vkp_broadcast_rx **rx)
 {
     vkp_broadcast_rx *self =
@@ -159,8 +168,8 @@ VKP_API void vkp_broadcast_rx_unref(vkp_broadcast_rx *rx)
     vkp_i_broadcast_unref(channel);
 }
 
-/* Latched: the value into its place; the one that it replaces, if that owns something, into
-   *old.                                                                                        */
+/* Latched: write the value into its place. True when it replaced a value that owns something:
+   that value is in *old then, and the caller drops it.                                         */
 static bool vkp_i_place_write(vkp_i_broadcast *channel, uint64_t ticket, const void *item,
                               void *old)
 {
@@ -208,7 +217,7 @@ VKP_API vkp_status vkp_broadcast_send(vkp_broadcast_tx *tx, const void *item)
     return VKP_OK;
 }
 
-/* Copy the value of the ticket out; false when its place holds a later one. */
+/* Copy the value of the ticket out; false when its place holds a later one, or is being written. */
 static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t ticket, void *out)
 {
     uint64_t *place = vkp_i_place(channel, ticket);
@@ -231,7 +240,7 @@ static inline bool vkp_i_place_read(const vkp_i_broadcast *channel, uint64_t tic
     return held;
 }
 
-/* The way of nearly every value. */
+/* The path of nearly every value; false, and nothing is taken, when it is not there or lost. */
 static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
 {
     const vkp_i_broadcast *channel = rx->channel;
@@ -242,12 +251,15 @@ static inline bool vkp_i_broadcast_take_one(vkp_broadcast_rx *rx, void *out)
     return true;
 }
 
+/* Take up to `capacity` values without waiting: OK with their number, EMPTY, CLOSED, or LAGGED,
+   which moves the receiver to the oldest value that is left.                                   */
 static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_t capacity,
                                        size_t *count)
 {
     vkp_i_broadcast *channel = rx->channel;
     bool ended = vkp_i_receivers_is_ended(&channel->receivers);
-    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail); /* after the look at the end: nothing follows */
+    /* `tail` is loaded after `ended`: no value follows the end. */
+    uint64_t tail = VKP_I_LOAD_ACQ(&channel->tail);
     size_t taken = 0;
     if (rx->next == tail) {
         return ended ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
@@ -261,7 +273,7 @@ static vkp_status vkp_i_broadcast_take(vkp_broadcast_rx *rx, uint8_t *out, size_
         uint64_t oldest;
         tail = VKP_I_LOAD_ACQ(&channel->tail);
         oldest = tail > channel->mask ? tail - (channel->mask + 1) : 0;
-        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender is about to replace this one */
+        oldest = VKP_I_MAX(oldest, rx->next + 1); /* a sender replaces that of `next` */
         rx->missed = oldest - rx->next;
         rx->next = oldest;
         return VKP_ERR_LAGGED;
@@ -278,6 +290,7 @@ static vkp_status vkp_i_case_value_attempt(vkp_case *each, vkp_i_wait *wait)
                                 &count);
 }
 
+/* As vkp_i_case_value_attempt, for several values: i_out is a vkp_i_batch. */
 static vkp_status vkp_i_case_values_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_i_batch *batch = (vkp_i_batch *)each->i_out;

@@ -1,24 +1,28 @@
 /* ======================================================================================
    >>impl-bytes   Immutable ref-counted blocks
    ======================================================================================
-   A block is one allocation: header, then bytes. Bytes below `len` never change; whoever holds
-   the ONLY right to append (a loop's read block, a hub's encoder, a writer) writes above `len`
-   and publishes slices. Slices cross threads through queues, which order those writes.        */
+   A block is one allocation: header, then bytes. Bytes below `len` never change. The ONE holder of
+   the right to append (the read block of a loop, the encoder of a hub, a writer) writes above
+   `len` and hands out ranges of the written bytes (vkp_bytes). Ranges reach other threads through
+   queues, which order those writes before the reads. No locks: the last unref frees the block. */
 
 struct vkp_block {
-    const vkp_env *env;
-    size_t refs; /* atomic; 64 bits do not overflow */
-    size_t capacity;
-    size_t len; /* appender's: bytes in use */
+    const vkp_env *env; /* its allocator frees the block */
+    size_t refs;        /* atomic; 64 bits do not overflow */
+    size_t capacity;    /* bytes behind the header */
+    size_t len;         /* bytes in use; only the holder of the right to append changes it */
 };
 
-#define VKP_I_BLOCK_MAX 0xffffffffu /* offsets inside a block are 32 bits */
+#define VKP_I_BLOCK_MAX 0xffffffffu /* most bytes of a block: offsets inside have 32 bits */
+#define VKP_I_BLOCK_MIN 64u         /* fewest bytes of a block that vkp_i_block_reserve opens */
 
+/* The bytes of the block, behind its header. */
 static uint8_t *vkp_i_block_data(vkp_block *block)
 {
     return (uint8_t *)(block + 1);
 }
 
+/* An empty block with one reference; NULL without memory, or above VKP_I_BLOCK_MAX. */
 static vkp_block *vkp_i_block_open(const vkp_env *env, size_t capacity)
 {
     vkp_block *block;
@@ -35,6 +39,7 @@ static vkp_block *vkp_i_block_open(const vkp_env *env, size_t capacity)
     return block;
 }
 
+/* One more reference; NULL is ignored. */
 static vkp_block *vkp_i_block_ref(vkp_block *block)
 {
     if (block != NULL) {
@@ -43,6 +48,7 @@ static vkp_block *vkp_i_block_ref(vkp_block *block)
     return block;
 }
 
+/* One reference less; the last one frees the block. NULL is ignored. */
 static void vkp_i_block_unref(vkp_block *block)
 {
     if (block != NULL && VKP_I_UNREF(&block->refs) == 1) {
@@ -51,14 +57,15 @@ static void vkp_i_block_unref(vkp_block *block)
 }
 
 #if VKP_I_IO
-/* Whether the caller's reference is the only one, so that the bytes may be written again. The
-   acquire pairs with the release of the other holders' unref.                                 */
+/* Whether the reference of the caller is the only one, so that the bytes may be written again.
+   The acquire pairs with the release in the unref of the other holders.                        */
 static bool vkp_i_block_is_mine(const vkp_block *block)
 {
     return VKP_I_LOAD_ACQ(&block->refs) == 1;
 }
 
-/* Make room for `more` bytes in the caller's own unshared block (*block may be NULL). */
+/* Make room for `more` bytes in an unshared block of the caller, by a move to a larger block
+   (*block may be NULL). OK, NOMEM, or LIMIT above VKP_I_BLOCK_MAX.                             */
 static vkp_status vkp_i_block_reserve(const vkp_env *env, vkp_block **block, size_t more)
 {
     size_t used = *block != NULL ? (*block)->len : 0;
@@ -72,7 +79,7 @@ static vkp_status vkp_i_block_reserve(const vkp_env *env, vkp_block **block, siz
         return VKP_ERR_LIMIT;
     }
     wanted = VKP_I_MAX(used + more, VKP_I_MIN(capacity * 2, (size_t)VKP_I_BLOCK_MAX));
-    wanted = VKP_I_MAX(wanted, (size_t)64);
+    wanted = VKP_I_MAX(wanted, (size_t)VKP_I_BLOCK_MIN);
     grown = vkp_i_block_open(env, wanted);
     if (grown == NULL) {
         return VKP_ERR_NOMEM;

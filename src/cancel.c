@@ -1,32 +1,36 @@
 /* ======================================================================================
    >>impl-cancel   Cancellation tokens
    ======================================================================================
-   A tree shares one lock, owned by its root: walking it needs no lock order. A child holds a
-   reference to its parent; the parent's list of children is weak. `triggered` is written under
-   the lock and read without.                                                                  */
+   The tokens of a tree share one lock, so that a walk through the tree needs no lock order. The
+   lock is opened with the root and freed with the last token of the tree. A child holds a
+   reference to its parent; the list of children in the parent is weak. `triggered` is written
+   under the lock (release) and read without it (acquire). vkp_cancel_trigger wakes the waiters of
+   the token and of its descendants under the lock. Lock order: the lock of the tree, then the lock
+   that wake takes (section park).                                                              */
 
+/* What all tokens of a tree share. */
 typedef struct vkp_i_cancel_tree {
-    VKP_I_MUTEX mutex;
-    size_t refs; /* atomic: one per token */
+    VKP_I_MUTEX mutex; /* guards the links and the waiters of all tokens of the tree */
+    size_t refs;       /* atomic: one for each token */
 } vkp_i_cancel_tree;
 
 struct vkp_cancel {
-    const vkp_env *env;
+    const vkp_env *env; /* the same in the whole tree */
     vkp_i_cancel_tree *tree;
-    vkp_cancel *parent;
-    vkp_cancel *first_child;
-    vkp_cancel *prev_sibling;
-    vkp_cancel *next_sibling;
-    size_t refs;        /* atomic */
-    uint32_t triggered; /* atomic, release / acquire */
-    vkp_i_waiters waiters;
+    vkp_cancel *parent;       /* a reference; NULL in the root */
+    vkp_cancel *first_child;  /* weak; under tree->mutex */
+    vkp_cancel *prev_sibling; /* weak; under tree->mutex */
+    vkp_cancel *next_sibling; /* weak; under tree->mutex */
+    size_t refs;              /* atomic */
+    uint32_t triggered;       /* atomic: 1 once cancelled; stored under tree->mutex */
+    vkp_i_waiters waiters;    /* under tree->mutex */
 };
 
 VKP_API vkp_status vkp_cancel_open(const vkp_env *env, vkp_cancel *parent, vkp_cancel **token)
 {
     vkp_cancel *self;
     VKP_I_REQUIRE(token != NULL);
-    /* One env for the tree: whichever token is the last one frees the lock. */
+    /* All tokens of a tree have one env: the last token, any of them, frees the lock. */
     env = parent != NULL ? parent->env : vkp_i_env(env);
     self = (vkp_cancel *)vkp_i_alloc_zero(env, sizeof *self);
     if (self == NULL) {
@@ -67,6 +71,7 @@ VKP_API vkp_cancel *vkp_cancel_ref(vkp_cancel *token)
     return token;
 }
 
+/* Remove a token without references from the list of its parent. */
 static void vkp_i_cancel_unlink(vkp_cancel *token)
 {
     VKP_I_LOCK(&token->tree->mutex);
@@ -96,7 +101,7 @@ VKP_API void vkp_cancel_unref(vkp_cancel *token)
     }
 }
 
-/* Locked: the next token of the subtree under `top`, parents before children. */
+/* Locked: the next token of the subtree under `top`, parents before children; NULL at the end. */
 static vkp_cancel *vkp_i_cancel_next(vkp_cancel *token, vkp_cancel *top)
 {
     if (token->first_child != NULL) {
@@ -125,7 +130,7 @@ VKP_API bool vkp_cancel_is_triggered(const vkp_cancel *token)
     return VKP_I_LOAD_ACQ(&token->triggered) != 0;
 }
 
-/* Link the waiter unless the token is cancelled already. */
+/* Link the waiter; false, and not linked, when the token is cancelled already. */
 static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
 {
     bool triggered;
@@ -138,6 +143,7 @@ static bool vkp_i_cancel_join(vkp_cancel *token, vkp_i_waiter *waiter)
     return !triggered;
 }
 
+/* Unlink the waiter if it is linked; no wake of it runs when this returns. */
 static void vkp_i_cancel_leave(vkp_cancel *token, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&token->tree->mutex);

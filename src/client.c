@@ -2,106 +2,116 @@
 /* ======================================================================================
    >>impl-client   A connection to a server, shared by many threads
    ======================================================================================
-   Other threads append requests to `submitted` under the mutex and queue one task; the loop takes
-   the list, writes each request's bytes and moves it to `flight`, the requests whose replies are
-   still to come, in order. Each reply settles the oldest one. A SUBSCRIBE has no reply but one
-   push, in its place among the replies: it settles the same way, by name.
-   `submitted`, `queued_bytes`, `accepting`, the one-shots' links and `error` are guarded by the
-   mutex; everything else is the loop's. Callbacks run without the lock, and any of them may
-   close the client: whoever calls one looks at `closed` afterwards.                           */
+   Any thread appends requests to `submitted` under the mutex and queues the client's task. The
+   task runs on the loop's thread: it takes the list, writes each request's bytes and moves the
+   request to `flight`, the requests that wait for their replies, oldest first. A reply completes
+   the oldest request. The server answers SUBSCRIBE and UNSUBSCRIBE not with a reply but with one
+   push, in its place among the replies: that push completes the oldest request too, when kind
+   and name match.
+   The mutex guards `submitted`, `queued_bytes`, `accepting`, `ended`, `task_queued`,
+   `close_wanted`, `error`, and the links between requests and one-shots; every other field
+   belongs to the loop's thread. Under the mutex only the loop's lock-free queue and a one-shot
+   are used.
+   Callbacks run on the loop's thread without the mutex, and any callback may close the client:
+   code behind a callback checks `closed`.                                                     */
 
 typedef enum vkp_i_request_kind {
-    VKP_I_REQUEST_COMMAND,
-    VKP_I_REQUEST_HELLO,
-    VKP_I_REQUEST_LOGIN, /* RESP2: AUTH */
-    VKP_I_REQUEST_NAME,  /* RESP2: CLIENT SETNAME, whose answer does not matter */
-    VKP_I_REQUEST_PING,
-    VKP_I_REQUEST_SUBSCRIBE,
-    VKP_I_REQUEST_UNSUBSCRIBE,
-    VKP_I_REQUEST_WANT, /* submitted only: one interest more */
-    VKP_I_REQUEST_LEAVE /* submitted only: one less */
+    VKP_I_REQUEST_COMMAND,     /* commands of the program */
+    VKP_I_REQUEST_HELLO,       /* ends the handshake: HELLO, or for RESP2 the PING behind AUTH */
+    VKP_I_REQUEST_LOGIN,       /* RESP2: AUTH */
+    VKP_I_REQUEST_NAME,        /* RESP2: CLIENT SETNAME, whose reply is ignored */
+    VKP_I_REQUEST_PING,        /* the heartbeat */
+    VKP_I_REQUEST_SUBSCRIBE,   /* sent for one interest */
+    VKP_I_REQUEST_UNSUBSCRIBE, /* sent for one interest */
+    VKP_I_REQUEST_WANT, /* vkp_client_subscribe: never written, adds to an interest's `wanted` */
+    VKP_I_REQUEST_LEAVE /* vkp_client_unsubscribe: never written, takes from `wanted` */
 } vkp_i_request_kind;
 
+/* One entry of `submitted`, `taken`, `flight`, `failed` or an interest's `waiters`. */
 typedef struct vkp_i_request {
-    struct vkp_i_request *next;
-    vkp_client *client;
+    struct vkp_i_request *next; /* younger request of the list that holds this one */
+    vkp_client *client;         /* no reference */
     vkp_i_request_kind kind;
-    uint32_t replies; /* still to come */
-    size_t cost;
-    vkp_bytes bytes;   /* what to write; of WANT and LEAVE the name */
-    vkp_oneshot *slot; /* guarded by the mutex */
-    vkp_reply_fn on_reply;
-    void (*done)(void *user, vkp_status status);
-    void *user;
-    vkp_sub_kind sub;
-    struct vkp_i_interest *interest; /* of SUBSCRIBE and UNSUBSCRIBE */
+    uint32_t replies;      /* replies still to come; for a WANT that waits: confirmations */
+    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
+    vkp_bytes bytes;       /* the commands to write; for WANT and LEAVE the name */
+    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
+    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
+    void (*done)(void *user, vkp_status status); /* called with the outcome of a WANT, or NULL */
+    void *user;                                  /* argument of on_reply and of done */
+    vkp_sub_kind sub;                            /* kind of the name, for requests with a name */
+    struct vkp_i_interest *interest;             /* for SUBSCRIBE and UNSUBSCRIBE */
 } vkp_i_request;
 
+/* A list of requests, oldest first. */
 typedef struct vkp_i_requests {
-    vkp_i_request *first;
-    vkp_i_request **end;
+    vkp_i_request *first; /* NULL: empty */
+    vkp_i_request **end;  /* the NULL link where the next request is appended */
 } vkp_i_requests;
 
-/* A name that somebody wants, or that is still on its way out. */
+/* A name that the program wants, or that still waits for a confirmation. The name is behind the
+   struct.                                                                                     */
 typedef struct vkp_i_interest {
-    vkp_i_map_node node;
+    vkp_i_map_node node; /* in client->interests; its key is the name */
     vkp_sub_kind kind;
-    size_t wanted;          /* calls of subscribe not taken back */
-    size_t in_flight;       /* SUBSCRIBE and UNSUBSCRIBE not settled */
-    bool subscribed;        /* what the last command sent asks for */
-    bool confirmed;         /* the server said so */
-    bool resuming;          /* after an outage: GAP waits for it */
-    vkp_i_requests waiters; /* WANTs to be told */
-} vkp_i_interest;           /* its name is behind the struct */
+    size_t wanted;    /* calls of vkp_client_subscribe minus those of vkp_client_unsubscribe */
+    size_t in_flight; /* SUBSCRIBE and UNSUBSCRIBE commands without an answer */
+    bool subscribed;  /* the last command sent is SUBSCRIBE, not UNSUBSCRIBE */
+    bool confirmed;   /* the server confirmed the subscription */
+    bool resuming;    /* subscribed again after an outage: the GAP event waits for the answer */
+    vkp_i_requests waiters; /* WANT requests that wait for an answer of the server */
+} vkp_i_interest;
 
 struct vkp_reply {
     const vkp_env *env;
-    size_t refs;  /* atomic */
-    size_t bytes; /* of this allocation */
-    vkp_bytes frame;
-    vkp_value *values;
+    size_t refs;       /* atomic */
+    size_t bytes;      /* size of this allocation */
+    vkp_bytes frame;   /* the raw bytes: a copy in this allocation, or shares the read block */
+    vkp_value *values; /* the tree, behind the struct */
 };
+
+#define VKP_I_CLIENT_ERROR_BYTES 128 /* text of vkp_client_get_error, terminated */
 
 struct vkp_client {
     const vkp_env *env;
-    vkp_loop *loop;
-    vkp_client_config config; /* texts are copies */
-    size_t refs;              /* atomic: users, the loop while open, the queued task */
-    size_t users;             /* atomic: the last one closes */
-    uint32_t state;           /* atomic: vkp_client_state */
-    uint32_t protocol;        /* atomic */
-    VKP_I_MUTEX mutex;
-    vkp_i_requests submitted;
-    size_t queued_bytes;
-    bool accepting; /* commands */
-    bool ended;     /* nothing at all */
-    bool task_queued;
-    bool close_wanted;
-    char error[128];
+    vkp_loop *loop;           /* shared */
+    vkp_client_config config; /* its texts are copies */
+    size_t refs;    /* atomic: one per handle, per one-shot, of the open loop, of the queued task */
+    size_t users;   /* atomic: handles of the program; giving the last one back closes */
+    uint32_t state; /* atomic: vkp_client_state */
+    uint32_t protocol;        /* atomic: 2 or 3 */
+    VKP_I_MUTEX mutex;        /* guards the fields from `submitted` to `error`, and request->slot */
+    vkp_i_requests submitted; /* requests that the loop has not taken; guarded by the mutex */
+    size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
+    bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
+    bool ended;               /* closed: every request gets CLOSED; guarded by the mutex */
+    bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
+    bool close_wanted;        /* `task` closes the client; guarded by the mutex */
+    char error[VKP_I_CLIENT_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
-    bool closed;
-    bool ready;
-    bool outage;   /* DISCONNECTED was told, RECONNECTED was not */
-    bool gap_open; /* since lost_ns, until GAP is told */
-    bool was_ready;
-    bool falling_back;
-    bool ping_sent;
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_conn *conn;
-    vkp_resp_reader *reader;
-    vkp_block *out; /* small commands are gathered here: one range to write */
-    vkp_i_requests flight;
-    vkp_i_requests taken;  /* from submitted, next in turn */
-    vkp_i_requests failed; /* their end is not told yet */
-    vkp_i_map interests[VKP_SUB_KINDS];
-    size_t confirmed; /* interests that are */
-    size_t resuming;
-    uint64_t lost_ns;
-    uint64_t heard_ns;
-    uint64_t missed;
-    uint32_t tries;
-    vkp_timer timer; /* connecting: the limit; waiting: the next try; ready: the heartbeat */
+    bool closed;             /* vkp_i_client_close_now ran */
+    bool ready;              /* the handshake succeeded: requests are written */
+    bool outage;             /* from DISCONNECTED until the next connection has subscribed again */
+    bool gap_open;           /* messages may be missing since lost_ns; a GAP event ends it */
+    bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
+    bool falling_back;       /* the handshake is that of RESP2 */
+    bool ping_sent;          /* a heartbeat's PING waits for its reply */
+    vkp_i_task task;         /* works on `submitted`; queued by any thread */
+    vkp_i_attached attached; /* calls vkp_i_client_loop_closed */
+    vkp_conn *conn;          /* NULL: not connected */
+    vkp_resp_reader *reader; /* reads replies and pushes */
+    vkp_block *out;          /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;   /* written requests that wait for replies, oldest first */
+    vkp_i_requests taken;    /* requests taken from `submitted`, not started */
+    vkp_i_requests failed;   /* failed requests whose callbacks were not called */
+    vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
+    size_t confirmed;                   /* number of interests that are `confirmed` */
+    size_t resuming;                    /* number of interests that are `resuming` */
+    uint64_t lost_ns;  /* start of the gap: the time of the first lost connection */
+    uint64_t heard_ns; /* time of the last bytes received */
+    uint64_t missed;   /* pushes without room in config.pushes since the last LAGGED */
+    uint32_t tries;    /* attempts to connect since the last READY */
+    vkp_timer timer;   /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
 };
 
 static void vkp_i_client_free(vkp_client *client)
@@ -124,6 +134,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_loop_unref(loop);
 }
 
+/* Give one of `refs` back; the last one frees the client. */
 static void vkp_i_client_release(vkp_client *client)
 {
     if (VKP_I_UNREF(&client->refs) == 1) {
@@ -133,8 +144,9 @@ static void vkp_i_client_release(vkp_client *client)
 
 /* ---- replies ---- */
 
-#define VKP_I_REPLY_COPY 4096u /* a smaller frame is copied: it must not pin its read block */
+#define VKP_I_REPLY_COPY 4096u /* a frame up to this size is copied: it must not pin its block */
 
+/* A reply with its own copy of the tree; a large frame shares its block. NULL: no memory. */
 static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
                                   const vkp_bytes *frame)
 {
@@ -150,7 +162,7 @@ static vkp_reply *vkp_i_reply_new(const vkp_env *env, const vkp_value *value,
     reply->bytes = bytes;
     reply->values = (vkp_value *)(void *)(reply + 1);
     memcpy(reply->values, value, value->span * sizeof *value);
-    reply->values[0].attributes = 0; /* stands before the root: not copied */
+    reply->values[0].attributes = 0; /* the attribute precedes the root: not copied */
     if (!copy) {
         reply->frame = vkp_bytes_ref(frame);
         return reply;
@@ -225,6 +237,7 @@ static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
     return first;
 }
 
+/* Append all requests of `from` to `to`. */
 static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 {
     vkp_i_request *request;
@@ -250,13 +263,14 @@ static void vkp_i_request_free(vkp_i_request *request)
     vkp_i_free(request->client->env, request, sizeof *request);
 }
 
-/* Tell the outcome of a command, then free it. value NULL unless status is OK. */
+/* Report the outcome to the request's callback or one-shot, then free the request. value and
+   frame are NULL unless status is OK.                                                         */
 static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
                                    const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_client *client = request->client;
     vkp_oneshot *slot;
-    if (request->cost > 0) { /* before anybody is told: who is may ask again */
+    if (request->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= request->cost;
         VKP_I_UNLOCK(&client->mutex);
@@ -274,7 +288,7 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
         slot = request->slot;
         request->slot = NULL;
         if (slot != NULL) {
-            slot->i_owner = NULL; /* before the send: the slot may be gone after it */
+            slot->i_owner = NULL; /* before the send: its receiver may free the slot */
             if (reply == NULL) {
                 ended = vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state),
                                              VKP_I_SLOT_ABANDONED);
@@ -286,13 +300,14 @@ static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
         VKP_I_UNLOCK(&client->mutex);
         vkp_reply_unref(reply);
         if (ended) {
-            vkp_i_client_release(client); /* the slot's; the caller has one of its own */
+            vkp_i_client_release(client); /* the one-shot's reference; the caller holds another */
         }
     }
     vkp_i_request_free(request);
 }
 
-/* A receiver gave up: forget its slot. The slot keeps the client until this, or its value, came. */
+/* The receiver closed its one-shot: unlink it from the request. A one-shot holds a reference of
+   the client until it is detached or has its value.                                           */
 static void vkp_i_request_detach(vkp_oneshot *slot)
 {
     vkp_client *client = (vkp_client *)slot->i_user;
@@ -307,7 +322,7 @@ static void vkp_i_request_detach(vkp_oneshot *slot)
 
 /* ---- submitting, from any thread ---- */
 
-/* Locked: make sure that the loop will look. */
+/* Queue the client's task, unless it is queued. The mutex is held. */
 static void vkp_i_client_schedule(vkp_client *client)
 {
     if (!client->task_queued) {
@@ -315,11 +330,13 @@ static void vkp_i_client_schedule(vkp_client *client)
         (void)VKP_I_ADD(&client->refs, 1);
         if (!vkp_i_loop_queue(client->loop, &client->task)) {
             client->task_queued = false;
-            (void)VKP_I_SUB(&client->refs, 1); /* the caller has one */
+            (void)VKP_I_SUB(&client->refs, 1); /* not the last: the caller holds one */
         }
     }
 }
 
+/* Append a request to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
+   caller's.                                                                                   */
 static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request)
 {
     bool interest = request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
@@ -342,6 +359,7 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request
     return status;
 }
 
+/* Submit a request, or free it on failure. */
 static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_request *request)
 {
     vkp_status status = vkp_i_client_submit(client, request);
@@ -370,7 +388,7 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, request);
 }
 
-/* Commands that would change the connection under everybody's feet. */
+/* Whether the command would change the connection that all users of the client share. */
 static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
 {
     static const char *const names[] = {
@@ -395,6 +413,7 @@ static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_st
     }
 }
 
+/* Submit one command whose reply the one-shot receives. */
 static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                    const vkp_str *argv)
 {
@@ -419,7 +438,8 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     request->slot = slot;
     slot->i_owner = request;
     slot->i_detach = vkp_i_request_detach;
-    (void)VKP_I_ADD(&client->refs, 1); /* given back by whoever ends the pairing */
+    /* Given back when the one-shot is detached or the request completes. */
+    (void)VKP_I_ADD(&client->refs, 1);
     status = vkp_i_client_submit_or_free(client, request);
     if (status != VKP_OK) {
         slot->i_owner = NULL;
@@ -439,12 +459,12 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
         status = vkp_i_client_ask(client, slot, argc, argv);
     }
     if (status != VKP_OK) {
-        vkp_oneshot_abandon(slot); /* who waits on it all the same gets CLOSED */
+        vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
     }
     return status;
 }
 
-#define VKP_I_COMMAND_ARGS 64
+#define VKP_I_COMMAND_ARGS 64 /* most arguments of vkp_client_command */
 
 VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...)
 {
@@ -460,13 +480,15 @@ VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...
     return text != NULL ? VKP_ERR_LIMIT : vkp_client_command_argv(client, slot, argc, argv);
 }
 
+/* Submit a WANT or a LEAVE of a name. */
 static vkp_status vkp_i_client_interest(vkp_client *client, vkp_i_request_kind kind,
                                         vkp_sub_kind sub, vkp_str name,
                                         void (*done)(void *user, vkp_status), void *user)
 {
     vkp_i_request *request;
     vkp_status status;
-    VKP_I_REQUIRE(client != NULL && (unsigned)sub < 3 && (name.ptr != NULL || name.len == 0));
+    VKP_I_REQUIRE(client != NULL && (unsigned)sub < VKP_SUB_KINDS &&
+                  (name.ptr != NULL || name.len == 0));
     request = vkp_i_request_new(client, kind);
     if (request == NULL) {
         return VKP_ERR_NOMEM;

@@ -2,105 +2,165 @@
 /* --------------------------------------------------------------------------------------
    >>api-client   A connection to a server, shared by many threads                         */
 
-/* A reply: one whole value and the bytes it came in. Immutable, ref-counted. */
-VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply); /* views the reply */
-VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);        /* views, no reference */
-VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
-VKP_API void vkp_reply_unref(vkp_reply *reply); /* NULL is ignored; any thread */
+/* The value of the reply; an attribute before it is only in the frame. Views the reply. Any
+   thread.                                                                                     */
+VKP_API const vkp_value *vkp_reply_get_value(const vkp_reply *reply);
 
+/* The bytes of the reply as received. Views the reply, holds no reference. Any thread. */
+VKP_API vkp_bytes vkp_reply_get_frame(const vkp_reply *reply);
+
+/* One more reference to the reply (gives). Any thread. */
+VKP_API vkp_reply *vkp_reply_ref(vkp_reply *reply);
+
+/* Give a reference back; the last one frees the reply. NULL is ignored. Any thread. */
+VKP_API void vkp_reply_unref(vkp_reply *reply);
+
+/* What a client does now. */
 typedef enum vkp_client_state {
-    VKP_CLIENT_CONNECTING = 0,
-    VKP_CLIENT_READY,
-    VKP_CLIENT_WAITING, /* for the next try */
-    VKP_CLIENT_CLOSED
+    VKP_CLIENT_CONNECTING = 0, /* connects and does the handshake; commands wait for its end */
+    VKP_CLIENT_READY,          /* connected; commands are sent */
+    VKP_CLIENT_WAITING,        /* waits for the next try to connect; commands get DISCONNECTED */
+    VKP_CLIENT_CLOSED          /* closed; commands and subscriptions get CLOSED */
 } vkp_client_state;
 
+/* How a client connects, reconnects and delivers pushes. Only address is required. */
 typedef struct vkp_client_config {
-    vkp_str address;             /* required */
-    vkp_str username;            /* default: the default user */
-    vkp_str password;            /* default: none, no AUTH */
-    vkp_str name;                /* CLIENT SETNAME; default: none */
-    int protocol;                /* 3, or 2: never HELLO; 0 = 3, falling back to 2 */
-    uint64_t connect_timeout_ms; /* default 5,000; covers the handshake too; VKP_OFF: none */
-    uint64_t retry_min_ms; /* default 50: the bound of the first wait; full jitter, doubling */
-    uint64_t retry_max_ms; /* default 5,000 */
-    uint64_t heartbeat_ms; /* PING after that long without a byte; default 15,000; VKP_OFF: never */
-    uint64_t heartbeat_timeout_ms; /* default 5,000: then the connection counts as lost */
-    size_t queue_bytes;            /* most bytes of commands waiting or in flight; default 64 MiB */
-    vkp_resp_config resp;          /* limits of the reader; lenient is set */
-    /* Pushes, on the loop's thread; the push is borrowed. Either this, or the channel. */
+    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str username; /* sent with the password; ptr NULL: the user "default" */
+    vkp_str password; /* ptr NULL: no authentication */
+    vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
+    int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+
+    /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
+       VKP_OFF: no limit.                                                                      */
+    uint64_t connect_timeout_ms;
+
+    /* The client waits a random time before each new try: from 0 to a bound that starts here and
+       doubles with each failed try. Milliseconds; 0: 50.                                      */
+    uint64_t retry_min_ms;
+    uint64_t retry_max_ms; /* the largest bound of the random wait before a try, in ms; 0: 5,000 */
+
+    /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
+       VKP_OFF: never.                                                                         */
+    uint64_t heartbeat_ms;
+
+    /* After a PING, this many milliseconds without a received byte mean that the connection is
+       lost. 0: 5,000.                                                                         */
+    uint64_t heartbeat_timeout_ms;
+
+    /* Most bytes of commands that wait or whose reply is missing; one command always fits.
+       0: 64 MiB.                                                                              */
+    size_t queue_bytes;
+    vkp_resp_config resp; /* limits of the client's reader; lenient and env are ignored */
+
+    /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
+       both be set; with neither, pushes are dropped.                                          */
     void (*on_push)(void *user, const vkp_push *push);
-    void *user;
-    vkp_mpsc_tx *pushes; /* of vkp_push; shared. A full channel drops, and LAGGED tells. */
-    const vkp_env *env;  /* default: the loop's */
+    void *user; /* the first argument of on_push */
+
+    /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
+       is full the push is dropped; when there is room, a LAGGED with the number follows.      */
+    vkp_mpsc_tx *pushes;
+    const vkp_env *env; /* memory and log; NULL: the loop's */
 } vkp_client_config;
 
-/* Open a client and begin to connect; it reconnects until it is closed. With a password the
-   connection is refused rather than used unauthenticated.
-   Owns:   borrows config (copies texts), shares loop and pushes; gives *client
-   Blocks: on DNS for host names only    Threads: loop's    In callbacks: ok
-   Errors: INVALID, NOMEM, CLOSED (loop)                                                       */
+/* Open a client and start to connect. The client reconnects until it is closed: a server that
+   does not answer is no error here. If the server refuses the password, the client closes the
+   connection and tries again; it never uses a connection without authentication.
+   Owns:   borrows config (copies texts); shares loop and pushes; gives *client
+   Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
+   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
+   protocol, both on_push and pushes), LIMIT (a socket path too long for the system), NOMEM
+   (also for a limit in resp above its maximum), CLOSED (loop)                                 */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
-VKP_API vkp_client *vkp_client_ref(vkp_client *client); /* any thread */
-VKP_API void vkp_client_unref(vkp_client *client);      /* the last one closes; any thread */
+/* One more reference to the client (gives). Any thread. */
+VKP_API vkp_client *vkp_client_ref(vkp_client *client);
 
-/* Close: commands not answered get CLOSED, then nothing is called any more. Idempotent. Any
-   thread; from others than the loop's it is posted.                                           */
+/* Give a reference back; the last one closes the client. NULL is ignored. Any thread. */
+VKP_API void vkp_client_unref(vkp_client *client);
+
+/* Close the connection. Commands without a reply get CLOSED; no callback runs after that. On the
+   loop's thread all this is done when the call returns; other threads queue it as a task for the
+   loop. Idempotent; NULL is ignored. Any thread.                                              */
 VKP_API void vkp_client_close(vkp_client *client);
 
-VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client); /* any thread */
-VKP_API int vkp_client_get_protocol(const vkp_client *client);           /* 0 until one was tried */
+/* The state of the client. Any thread. */
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client);
 
-/* What ended the last connection or try, for people. Copies at most size bytes. Any thread. */
+/* The protocol of the last handshake, 2 or 3; 0 before the first handshake. Any thread. */
+VKP_API int vkp_client_get_protocol(const vkp_client *client);
+
+/* Copy an English text that says what ended the last connection or try; "" if nothing did. At most
+   size bytes with the NUL. Any thread.                                                        */
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
 
-/* Subscribe, once upstream however often it is asked; each call wants one unsubscribe. Survives
-   outages. SUBSCRIBED follows in the push stream.
+/* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
+   needs one vkp_client_unsubscribe. The client subscribes again after an outage. A push SUBSCRIBED
+   follows when the server confirms.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
-   Errors: NOMEM, CLOSED, INVALID                                                              */
+   Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
                                                       vkp_str name);
 
-/* As vkp_client_subscribe, and done(user, status) on the loop's thread, once: OK when the server
-   confirmed (at once if it had), DISCONNECTED when there is no connection (the subscription
-   stands and comes with it), REFUSED (the server said no: the subscription is gone), CLOSED.  */
+/* vkp_client_subscribe with a notice: after OK, the loop's thread calls done(user, status) once,
+   never inside this call. The status is OK (the server confirmed, now or earlier), DISCONNECTED
+   (no connection: the subscription is kept, and made when the client connects), REFUSED (by the
+   server: the name is no longer subscribed, for all callers), or CLOSED (the client).
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID (client or done NULL, an unknown kind, name.ptr NULL with
+   len > 0)                                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
                                                            vkp_str name,
                                                            void (*done)(void *user, vkp_status),
                                                            void *user);
 
-/* Give up one interest; the last one unsubscribes. Errors: NOMEM, CLOSED. Any thread. A name that
-   was not subscribed is ignored.                                                              */
+/* Take one subscribe call back; the last one of a name sends UNSUBSCRIBE. A name that is not
+   subscribed is ignored.
+   Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
                                                         vkp_str name);
 
-/* Send a command; its reply comes into the one-shot as a vkp_reply* (gives; unref it). An error
-   of the server is a reply of type VKP_RESP_ERROR. The slot is initialised here. The arguments are
-   terminated strings, the last one NULL.
-   Owns:   borrows the arguments; the slot until vkp_oneshot_recv returned or closed it
+/* Send a command. The slot `reply`, which this call initialises, receives a vkp_reply* to unref. An
+   error of the server is a reply of type VKP_RESP_ERROR. The arguments are terminated strings,
+   then NULL. A command sent while the client connects waits for the end of the handshake. After
+   OK, vkp_oneshot_recv returns CLOSED when no reply follows: the connection was lost or the client
+   was closed (the command may or may not have run), the reply found no memory, or the command was
+   not sent (RESP2, and something is subscribed).
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
-   Errors: DISCONNECTED (no connection now: nothing was sent), FULL (queue_bytes), REFUSED (a
-   command that would break the sharing: the subscribe family, HELLO, RESET, QUIT, MONITOR,
-   CLIENT REPLY, MULTI, ...), LIMIT (more than 64 arguments: vkp_client_command_argv takes them),
-   CLOSED, NOMEM, INVALID. After OK, recv gives CLOSED when the connection was lost before the
-   reply: the command may or may not have run.                                                 */
+   Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
+   REFUSED (a command that changes the shared connection: SUBSCRIBE and UNSUBSCRIBE in all forms,
+   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, SELECT, SYNC, PSYNC, CLIENT
+   REPLY), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB), CLOSED,
+   NOMEM, INVALID (a null argument, no command)                                                */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
     __attribute__((sentinel));
 
-/* The same with counted arguments. */
+/* vkp_client_command with an array of argc arguments, which may hold any bytes. The slot `reply`
+   receives a vkp_reply* to unref, or CLOSED.
+   Owns:   borrows argv, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (a null argument, argc 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
 
-/* Send bytes that hold `replies` whole commands, kept together on the wire; on_reply gets the
-   value of the LAST reply, on the loop's thread, exactly once: status OK, or with NULL
-   DISCONNECTED, CLOSED, or REFUSED (RESP2 and something is subscribed). The bytes are not
-   inspected.
-   Owns:   borrows commands (shares the block); the value and the frame view until on_reply returns
-   Blocks: never     Threads: any     Errors: DISCONNECTED, FULL, CLOSED, NOMEM, INVALID       */
+/* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
+   are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
+   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), or REFUSED
+   (not sent: RESP2, and something is subscribed).                                             */
 typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
                              const vkp_bytes *frame);
+
+/* Send bytes that hold `replies` whole commands, which stay together on the wire. The bytes are not
+   checked. After OK, the loop's thread calls on_reply once, with the LAST reply; after an error
+   on_reply is not called.
+   Owns:   borrows commands (shares the block)
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: DISCONNECTED (the client waits for its next try), FULL (queue_bytes), CLOSED, NOMEM,
+   INVALID (client, commands or on_reply NULL; no bytes; replies 0)                            */
 VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
                                                  uint32_t replies, vkp_reply_fn on_reply,
                                                  void *user);

@@ -1,10 +1,23 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-client-connection   The connection of a client
-   ====================================================================================== */
+   ======================================================================================
+   Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
+   getters. The states of vkp_client_state:
+     CONNECTING  connected: send HELLO (RESP2: AUTH, SETNAME, PING); answered: READY;
+                 lost, refused or over connect_timeout_ms: WAITING
+     WAITING     the timer of vkp_i_client_backoff: CONNECTING
+     READY       requests are written; lost, bad protocol or no answer to a heartbeat: WAITING
+     CLOSED      from every state: vkp_client_close, or the loop's close; final
+   vkp_i_client_lost is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
+   Both collect all requests that fail before they call the first callback, because any callback
+   may close the client; code behind a callback checks `closed`, `ready` or `conn`.
+   The mutex is held only around `submitted` and its flags, never around a callback.           */
 
 /* ---- events ---- */
 
+/* Give a push or an event to on_push or to the channel config.pushes. A push without room counts
+   in `missed`; a LAGGED event precedes the next push that has room.                           */
 static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
@@ -31,7 +44,7 @@ static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
     }
 }
 
-/* An event of our own; `text` is static: it outlives a channel. */
+/* Emit an event of the client itself. text is static, because the event may wait in a channel. */
 static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const char *text)
 {
     vkp_push push;
@@ -47,9 +60,11 @@ static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const cha
 
 /* ---- writing ---- */
 
-#define VKP_I_GATHER 2048u /* commands up to this size are copied together */
-#define VKP_I_GATHER_BLOCK 16384u
+#define VKP_I_GATHER 2048u        /* commands up to this size are copied together */
+#define VKP_I_GATHER_BLOCK 16384u /* capacity of the block that gathers small commands */
 
+/* Queue commands on the connection; small ones are copied behind each other, which makes one
+   range to write.                                                                             */
 static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
 {
     vkp_bytes part = *bytes;
@@ -75,7 +90,8 @@ static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
 
 static void vkp_i_client_lost(vkp_client *client, const char *why);
 
-/* Write a request and expect its replies. False: the connection could not take it. */
+/* Write a request and append it to `flight`. False: not connected or no memory; it stays the
+   caller's.                                                                                   */
 static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
 {
     if (client->conn == NULL || vkp_i_client_write(client, &request->bytes) != VKP_OK) {
@@ -86,7 +102,7 @@ static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
     return true;
 }
 
-/* Build and write one of our own commands. */
+/* Build and start one command of the client itself. NULL: not connected or no memory. */
 static vkp_i_request *vkp_i_client_issue(vkp_client *client, vkp_i_request_kind kind, size_t argc,
                                          const vkp_str *argv)
 {
@@ -138,6 +154,7 @@ static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind,
     return interest;
 }
 
+/* Set interest->confirmed and keep the number client->confirmed in step. */
 static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *interest,
                                          bool confirmed)
 {
@@ -147,6 +164,7 @@ static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *int
     }
 }
 
+/* Free an interest that is not wanted and has no command in flight. */
 static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->wanted == 0 && interest->in_flight == 0) {
@@ -156,8 +174,8 @@ static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *inter
     }
 }
 
-/* One command of the name was settled: tell those whose last one it was, or all if it was
-   refused. Any of them may close the client, which frees the interest.                        */
+/* The server answered one command of the name: complete the waiters that waited for this answer,
+   or all waiters after a refusal. A callback may close the client, which frees the interest.  */
 static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, bool refused)
 {
     vkp_i_request *waiter;
@@ -171,7 +189,8 @@ static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, 
     }
 }
 
-/* Make the server's view follow ours. False: the connection could not take it. */
+/* Send SUBSCRIBE or UNSUBSCRIBE when the last command sent differs from `wanted`. False: not
+   connected or no memory.                                                                     */
 static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
 {
     static const char *const verbs[2][VKP_SUB_KINDS] = {
@@ -196,8 +215,9 @@ static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
     return true;
 }
 
-/* No memory for a new name: it waits, and what came after it too, for the next connection. Whoever
-   asked is told so now: the next connection may be far.                                       */
+/* No memory for a new name: put the request, and all requests behind it, back to `submitted` for
+   the next connection, and drop this connection. The request's callback is called now with
+   DISCONNECTED, because the next connection may be far away.                                  */
 static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
 {
     vkp_i_requests all;
@@ -217,6 +237,8 @@ static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* Carry out a WANT: add one to the interest's `wanted`, and complete the request now or when the
+   server has answered.                                                                        */
 static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
 {
     vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
@@ -242,6 +264,7 @@ static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* Carry out a LEAVE: take one from the interest's `wanted`. */
 static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
 {
     vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
@@ -258,6 +281,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
     }
 }
 
+/* One interest is subscribed again after an outage; the last one emits GAP. */
 static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
 {
     if (interest->resuming) {
@@ -269,7 +293,8 @@ static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
     }
 }
 
-/* The oldest request in flight is a SUBSCRIBE or UNSUBSCRIBE, and the server answered it. */
+/* The server answered the oldest request in flight, a SUBSCRIBE or UNSUBSCRIBE: by its push, or
+   by an error (refused).                                                                      */
 static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool refused)
 {
     vkp_i_request *request = vkp_i_requests_pop(&client->flight);
@@ -278,7 +303,7 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
     interest->in_flight--;
     vkp_i_request_free(request);
     vkp_i_interest_set_confirmed(client, interest, subscribe && !refused);
-    interest->in_flight++; /* held while callbacks run */
+    interest->in_flight++; /* keeps the interest while callbacks run */
     if (push != NULL) {
         vkp_i_client_emit(client, push);
     }
@@ -300,6 +325,7 @@ static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool r
     }
 }
 
+/* Subscribe to every wanted name on a new connection. */
 static void vkp_i_client_resubscribe(vkp_client *client)
 {
     int kind;
@@ -323,6 +349,7 @@ static void vkp_i_client_resubscribe(vkp_client *client)
 
 static void vkp_i_client_on_timer(vkp_timer *timer);
 
+/* Set the state, and whether commands are accepted. */
 static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
 {
     VKP_I_STORE_REL(&client->state, (uint32_t)state);
@@ -345,12 +372,13 @@ VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size)
     VKP_I_UNLOCK(&client->mutex);
 }
 
+/* Start the one timer of the client, in ms from now; the state decides what it means. */
 static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 {
     uint64_t deadline = vkp_i_after_ms(vkp_i_loop_now(client->loop), ms);
     if (vkp_timer_start(&client->timer, client->loop, vkp_i_client_on_timer, 0, deadline) !=
         VKP_OK) {
-        vkp_i_log(client->env, VKP_LOG_ERROR, "no memory for a timer of the client");
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
     }
 }
 
@@ -359,7 +387,8 @@ static bool vkp_i_request_is_interest(const vkp_i_request *request)
     return request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
 }
 
-/* A callback may close the client, which then tells the rest before its close returns. */
+/* Complete every request of `failed`. A callback may close the client: that close completes the
+   other requests before it returns.                                                           */
 static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
 {
     vkp_i_request *request;
@@ -368,7 +397,8 @@ static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
     }
 }
 
-/* Take from `submitted` what may be worked on: everything, or interests only, or commands only. */
+/* Move requests from `submitted` to out: interests (WANT, LEAVE), commands, or both. The others
+   stay.                                                                                       */
 static void vkp_i_client_collect(vkp_client *client, bool interests, bool commands,
                                  vkp_i_requests *out)
 {
@@ -384,8 +414,9 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
     VKP_I_UNLOCK(&client->mutex);
 }
 
-/* Take every command not answered, in flight or not even written, and everybody who waits for a
-   name; what they ask for stays. All are taken before any is told: a callback may close.      */
+/* Move to `failed` every command without a reply, written or not, and every WANT that waits;
+   wanted names stay. All are moved before the first callback, because a callback may close the
+   client.                                                                                     */
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     vkp_i_requests *failed = &client->failed;
@@ -408,6 +439,7 @@ static void vkp_i_client_collect_failed(vkp_client *client)
     client->resuming = 0;
 }
 
+/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. */
 static void vkp_i_client_drop_connection(vkp_client *client)
 {
     vkp_conn *conn = client->conn;
@@ -421,7 +453,8 @@ static void vkp_i_client_drop_connection(vkp_client *client)
     vkp_resp_reader_reset(client->reader);
 }
 
-/* A uniform wait below a bound that doubles: many clients do not come back as one. */
+/* Milliseconds to wait: random, uniform, up to a bound that doubles with each try, so that many
+   clients do not reconnect at the same time.                                                  */
 static uint64_t vkp_i_client_backoff(vkp_client *client)
 {
     uint64_t most = VKP_I_MIN(client->config.retry_max_ms, (uint64_t)INT64_MAX);
@@ -435,8 +468,8 @@ static uint64_t vkp_i_client_backoff(vkp_client *client)
     return vkp_i_sys(client->env)->random_u64() % (bound + 1);
 }
 
-/* The connection, or the try for one, is over: tell, fail what was asked, try again later.
-   `why` is static.                                                                            */
+/* The connection, or the attempt to connect, has ended: start the timer of the next try, emit
+   DISCONNECTED if the client was ready, fail the requests without replies. why is static.     */
 static void vkp_i_client_lost(vkp_client *client, const char *why)
 {
     bool was_ready = client->ready;
@@ -462,6 +495,8 @@ static void vkp_i_client_lost(vkp_client *client, const char *why)
 
 static void vkp_i_client_take(vkp_client *client);
 
+/* The handshake succeeded: emit CONNECTED or RECONNECTED, subscribe again, write the commands
+   that waited.                                                                                */
 static void vkp_i_client_ready(vkp_client *client)
 {
     client->ready = true;
@@ -481,7 +516,8 @@ static void vkp_i_client_ready(vkp_client *client)
     }
 }
 
-/* AUTH and SETNAME one by one, for servers without HELLO. */
+/* The RESP2 handshake: AUTH, CLIENT SETNAME, and PING, whose reply ends it. False: not connected
+   or no memory.                                                                               */
 static bool vkp_i_client_login2(vkp_client *client)
 {
     vkp_str argv[3];
@@ -509,6 +545,7 @@ static bool vkp_i_client_login2(vkp_client *client)
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, 1, argv) != NULL;
 }
 
+/* Begin the handshake. False: not connected or no memory. */
 static bool vkp_i_client_hello(vkp_client *client)
 {
     vkp_str argv[8];
@@ -533,7 +570,8 @@ static bool vkp_i_client_hello(vkp_client *client)
     return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
 }
 
-/* The end of a try, with the server's own words (which go with the connection). */
+/* The server refused the handshake: log its error text, keep it for vkp_client_get_error, try
+   again later. text is copied first: its memory ends with the connection.                     */
 static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str text)
 {
     char words[sizeof client->error];
@@ -544,7 +582,7 @@ static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str te
     vkp_i_client_set_error(client, words);
 }
 
-/* The answer to HELLO, or, on a RESP2 server, to the PING that ends the login. */
+/* The reply to HELLO, or on a RESP2 server to the PING that ends the handshake. */
 static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 {
     vkp_str text = vkp_value_get_str(value);
@@ -565,7 +603,7 @@ static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
 
 /* ---- reading ---- */
 
-/* A reply that belongs to the oldest request in flight. */
+/* A reply arrived: it belongs to the oldest request in flight. */
 static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *request = client->flight.first;
@@ -601,12 +639,13 @@ static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const
     }
 }
 
+/* A push arrived: it answers the oldest request in flight, or is emitted. */
 static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_push push;
     vkp_i_request *oldest = client->flight.first;
     if (vkp_push_from_value(value, &push) != VKP_OK) {
-        return; /* the reader allows no such push */
+        return; /* the reader rejects such a push */
     }
     push.frame = *frame;
     if (push.kind == VKP_PUSH_SUBSCRIBED || push.kind == VKP_PUSH_UNSUBSCRIBED) {
@@ -618,7 +657,7 @@ static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const 
             vkp_i_client_settle(client, &push, false);
             return;
         }
-        /* Unsolicited: a shard channel left the node. The next change asks for it again. */
+        /* Not requested: the shard channel moved to another node. The next change subscribes. */
         interest = vkp_i_interest_find(client, push.sub, push.channel);
         if (interest != NULL && push.kind == VKP_PUSH_UNSUBSCRIBED) {
             vkp_i_interest_set_confirmed(client, interest, false);
@@ -628,7 +667,8 @@ static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const 
     vkp_i_client_emit(client, &push);
 }
 
-/* RESP2 has no pushes: arrays that look like one are, while something is subscribed. */
+/* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
+   one while something is subscribed.                                                          */
 static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *value)
 {
     vkp_push push;
@@ -640,8 +680,8 @@ static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *val
            push.kind != VKP_PUSH_OTHER;
 }
 
-/* Messages that an old server put inside the array of an EXEC. Their parts view the whole reply,
-   which is therefore their frame.                                                             */
+/* Emit the messages that a server before 7.2 put inside the array of an EXEC. Their texts view
+   the whole reply, so the reply's frame is their frame.                                       */
 static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
                                      const vkp_bytes *frame)
 {
@@ -656,6 +696,7 @@ static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
     }
 }
 
+/* One whole value arrived: a push or a reply. */
 static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
 {
     if (value->type == VKP_RESP_PUSH || vkp_i_client_is_push2(client, value)) {
@@ -671,11 +712,12 @@ static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const
     vkp_i_client_reply(client, value, frame);
 }
 
+/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
 static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_client *client = (vkp_client *)user;
     size_t used = 0;
-    (void)VKP_I_ADD(&client->refs, 1); /* a callback may drop the last reference */
+    (void)VKP_I_ADD(&client->refs, 1); /* a callback may give the last other reference back */
     client->heard_ns = client->loop->now_ns;
     while (client->conn == conn && used < in->len) {
         const vkp_value *value;
@@ -715,6 +757,7 @@ static void vkp_i_client_on_open(vkp_conn *conn, void *user)
     vkp_i_client_release(client);
 }
 
+/* Static text for a connection that failed or was lost. */
 static const char *vkp_i_client_why(int error)
 {
     return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
@@ -724,9 +767,9 @@ static const char *vkp_i_client_why(int error)
 static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
     vkp_client *client = (vkp_client *)user;
-    if (conn == client->conn) { /* else it was we who let go of it */
+    if (conn == client->conn) { /* otherwise vkp_i_client_drop_connection closed it */
         if (reason == VKP_CLOSE_LOOP) {
-            return; /* the loop's close reaches the client itself */
+            return; /* vkp_i_client_loop_closed closes the client */
         }
         vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address.ptr,
                   vkp_close_reason_str(reason), error != 0 ? ": " : "",
@@ -740,6 +783,8 @@ static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason r
 static const vkp_conn_ops vkp_i_client_ops = {
     vkp_i_client_on_open, vkp_i_client_on_data, NULL, NULL, vkp_i_client_on_close, NULL};
 
+/* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
+   begun.                                                                                      */
 static vkp_status vkp_i_client_connect(vkp_client *client)
 {
     vkp_conn_config config;
@@ -760,12 +805,14 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     return status;
 }
 
+/* The timer fired while READY: send PING after heartbeat_ms without bytes, drop the connection
+   after heartbeat_timeout_ms more without bytes, otherwise wait on.                           */
 static void vkp_i_client_heartbeat(vkp_client *client)
 {
-    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / 1000000u;
+    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / VKP_I_NS_PER_MS;
     vkp_str argv = vkp_str_of("PING");
     if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
-        /* Bytes still come: the answer stands behind a long reply. */
+        /* Bytes still arrive: the answer to PING is behind a long reply. */
         vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
     } else if (client->ping_sent) {
         vkp_i_client_lost(client, "no answer to a heartbeat");
@@ -779,6 +826,7 @@ static void vkp_i_client_heartbeat(vkp_client *client)
     }
 }
 
+/* The timer's callback; what the timer means depends on the state. */
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
     vkp_client *client = VKP_CONTAINER(timer, vkp_client, timer);
@@ -788,7 +836,7 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
         vkp_i_client_lost(client, "no connection within the time limit");
         break;
     case VKP_CLIENT_WAITING:
-        (void)!vkp_i_client_connect(client); /* it starts the next wait itself */
+        (void)!vkp_i_client_connect(client); /* on failure the next wait has begun */
         break;
     case VKP_CLIENT_READY:
         vkp_i_client_heartbeat(client);
@@ -801,13 +849,15 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
 
 /* ---- the queued task, opening, closing ---- */
 
-/* What RESP2 cannot do: a command while something is subscribed on the same connection. */
+/* Whether a command must be refused: a RESP2 connection carries no commands while a name is
+   subscribed.                                                                                 */
 static bool vkp_i_client_must_refuse(const vkp_client *client)
 {
     return VKP_I_LOAD(&client->protocol) == 2 &&
            client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
 }
 
+/* Start one request that was taken from `submitted`. */
 static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
 {
     if (request->kind == VKP_I_REQUEST_WANT) {
@@ -816,14 +866,14 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
         vkp_i_client_leave(client, request);
     } else if (vkp_i_client_must_refuse(client)) {
         vkp_i_log(client->env, VKP_LOG_WARN,
-                  "a RESP2 server takes no commands on a subscribed connection");
+                  "command refused: a RESP2 connection with subscriptions carries no commands");
         vkp_i_request_complete(request, VKP_ERR_REFUSED, NULL, NULL);
     } else if (!vkp_i_client_start(client, request)) {
         vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
     }
 }
 
-/* Work on what was submitted. Commands wait while the connection is being made. */
+/* Start the submitted requests. Commands stay in `submitted` until the client is ready. */
 static void vkp_i_client_take(vkp_client *client)
 {
     vkp_i_request *request;
@@ -837,7 +887,8 @@ static void vkp_i_client_take(vkp_client *client)
     }
 }
 
-/* The end, once. Gives up the loop's reference: the caller must hold another. */
+/* Close the client, once. Gives the loop's reference back: the caller must hold another. Loop's
+   thread.                                                                                     */
 static void vkp_i_client_close_now(vkp_client *client)
 {
     int kind;
@@ -870,7 +921,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_release(client);
 }
 
-/* What other threads queued. The task holds a reference. */
+/* The client's task: start what any thread submitted. The task holds a reference. */
 static void vkp_i_client_run(vkp_i_task *task)
 {
     vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
@@ -937,6 +988,7 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
     return (int)VKP_I_LOAD(&client->protocol);
 }
 
+/* Copy the config, set its defaults, open the reader. False: no memory. */
 static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
@@ -952,7 +1004,7 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
     for (i = 0; i < 4; i++) {
         copied = copied && vkp_i_copy_str(client->env, texts[i]);
         if (!copied) {
-            texts[i]->ptr = NULL; /* the caller's, or not copied */
+            texts[i]->ptr = NULL; /* not copied: vkp_i_client_free must not free it */
         }
     }
 #define VKP_I_DEFAULT(field, value) \
@@ -1011,11 +1063,11 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     vkp_i_loop_attach(loop, &client->attached);
     status = vkp_i_client_connect(client);
-    if (client->timer.i_index == 0) { /* without its timer it would never try again */
+    if (client->timer.i_index == 0) { /* without a timer the client would never try again */
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
-        vkp_i_client_close_now(client); /* no later try could succeed */
+        vkp_i_client_close_now(client); /* no later try can succeed */
         vkp_client_unref(client);
         return status;
     }

@@ -1,12 +1,19 @@
 /* ======================================================================================
    >>config   Macros
    ======================================================================================
-   VKP_IMPLEMENTATION   unset   in ONE file: compiles the implementation there
-   VKP_STATIC           unset   everywhere it is used: all functions are static, a private copy
-   VKP_API              extern  everywhere: linkage of the functions (visibility attributes)
-   VKP_ASSERT(x)        nothing implementation: programmer's errors; the call returns INVALID too
-   VKP_NO_IO            unset   implementation: channels only, no loop, RESP, sockets, client,
-                                relay; a file that defines it sees no others declared
+   Macro                unset means   define it
+   VKP_IMPLEMENTATION   declarations  in ONE file: the implementation is compiled there
+   VKP_STATIC           extern        in the one file that uses the library: all functions are
+                                      static, and only that file can call them
+   VKP_API              extern        in every file alike, backends included: the linkage of what
+                                      the library defines. A shared library of several files that
+                                      keeps its copy to itself defines it as
+                                      extern __attribute__((visibility("hidden")))
+   VKP_ASSERT(x)        nothing       with the implementation: a programmer's error asserts, and
+                                      the call returns INVALID as well
+   VKP_NO_IO            everything    with the implementation: channels only, without loop, RESP,
+                                      sockets, client and relay; a file that defines it sees no
+                                      other declarations
 */
 #ifdef VKP_IMPLEMENTATION /* before the first system header of this file */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
@@ -26,6 +33,16 @@
 #else
 #define VKP_API extern
 #endif
+#endif
+
+#ifdef VKP_STATIC
+#define VKP_API_DATA extern /* a backend is compiled in a file of its own */
+#else
+#define VKP_API_DATA VKP_API
+#endif
+
+#if defined(VKP_STATIC) && !defined(VKP_IMPLEMENTATION)
+#error "VKP_STATIC is for the one file that defines VKP_IMPLEMENTATION; for several use VKP_API"
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)

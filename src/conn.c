@@ -1,7 +1,16 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-conn   Connections
-   ====================================================================================== */
+   ======================================================================================
+   The life of a connection: connect or adopt, read, push, write, close. Everything runs on the
+   loop's thread, except that other threads push into the inbox and queue `remote` to close.
+   vkp_i_conn_finish is the only function that ends a connection; it takes effect once. Code that
+   may run inside a push calls vkp_i_conn_close_later instead, and the deferred task ends the
+   connection.
+   The inbox's handler moves frames to the outbox; the round ends with vkp_i_conn_task, which
+   writes. When the kernel's buffer is full, VKP_IO_WRITE calls vkp_i_conn_writable.
+   No lock is held here. Every callback may close the connection: code behind a callback checks
+   vkp_i_conn_closed.                                                                          */
 
 /* ---- life ---- */
 
@@ -19,7 +28,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     }
     loop = conn->loop;
     if (conn->inbox != NULL) {
-        vkp_i_inbox_hold(conn->inbox); /* of an open that failed: else the close did that */
+        vkp_i_inbox_hold(conn->inbox); /* only after a failed open; otherwise the close did this */
         vkp_mpsc_tx_unref(conn->inbox->tx);
         vkp_mpsc_rx_unref(conn->inbox->rx);
         vkp_i_free(loop->env, conn->inbox, sizeof *conn->inbox);
@@ -29,6 +38,7 @@ VKP_API void vkp_conn_unref(vkp_conn *conn)
     vkp_loop_unref(loop);
 }
 
+/* Defer the connection's task to the end of the round, once. The task holds a reference. */
 static void vkp_i_conn_defer(vkp_conn *conn)
 {
     if ((conn->flags & VKP_I_CONN_QUEUED) == 0) {
@@ -38,12 +48,14 @@ static void vkp_i_conn_defer(vkp_conn *conn)
     }
 }
 
+/* Whether vkp_i_conn_finish ran. Any thread. */
 static bool vkp_i_conn_closed(const vkp_conn *conn)
 {
     return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
 }
 
-/* The one way a connection ends. Loop's thread. */
+/* The only way a connection ends: release everything, call on_close. A second call does nothing.
+   Loop's thread.                                                                              */
 static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
 {
     vkp_i_profile *profile = conn->profile;
@@ -74,9 +86,11 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
         vkp_i_loop_defer(conn->loop, profile->when_empty);
         profile->when_empty = NULL;
     }
-    vkp_conn_unref(conn); /* the loop's */
+    vkp_conn_unref(conn); /* the reference that the loop held */
 }
 
+/* The deferred task closes the connection with this reason; the first reason is kept. Allowed
+   inside a push. Loop's thread.                                                               */
 static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int error)
 {
     if ((conn->flags & VKP_I_CONN_CLOSES) == 0) {
@@ -87,7 +101,7 @@ static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int 
     }
 }
 
-/* Make the watch match the flags. */
+/* Register the descriptor for the readiness that the flags need. */
 static void vkp_i_conn_update_interest(vkp_conn *conn)
 {
     uint32_t interest = 0;
@@ -108,7 +122,7 @@ static void vkp_i_conn_update_interest(vkp_conn *conn)
 
 /* ---- writing ---- */
 
-/* `put` bytes went out: take them off the queue's head. */
+/* Remove `put` written bytes from the queue's head. */
 static void vkp_i_conn_written(vkp_conn *conn, size_t put)
 {
     conn->queued_bytes -= put;
@@ -131,9 +145,10 @@ static void vkp_i_conn_written(vkp_conn *conn, size_t put)
     }
 }
 
-#define VKP_I_RANGES 64
+#define VKP_I_RANGES 64 /* most spans of one gathered write */
 
-/* Write until the queue is empty or the kernel's buffer is full. Does not close. */
+/* Write until the outbox is empty or the kernel's buffer is full. An error closes later, never
+   here.                                                                                       */
 static void vkp_i_conn_flush(vkp_conn *conn)
 {
     while (conn->spans > 0 &&
@@ -169,14 +184,16 @@ static void vkp_i_conn_flush(vkp_conn *conn)
 
 static void vkp_i_conn_pull_inbox(vkp_conn *conn);
 
-/* Draining, and all is written: a draining connection holds its inbox until that is empty. */
+/* Whether a draining connection has written everything. VKP_I_CONN_INBOX_HELD stays set until
+   its inbox is empty.                                                                         */
 static bool vkp_i_conn_is_drained(const vkp_conn *conn)
 {
     return conn->spans == 0 &&
            (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_INBOX_HELD)) == VKP_I_CONN_DRAINING;
 }
 
-/* The kernel takes bytes again. */
+/* The kernel's buffer has room again: write, call on_drain when the outbox is empty, pull a held
+   inbox.                                                                                      */
 static void vkp_i_conn_writable(vkp_conn *conn)
 {
     conn->flags &= ~VKP_I_CONN_BLOCKED;
@@ -197,6 +214,7 @@ static void vkp_i_conn_writable(vkp_conn *conn)
 
 /* ---- pushing ---- */
 
+/* Whether the outbox has room for a push of len bytes. One push always fits. */
 static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
 {
     const vkp_conn_config *config = &conn->profile->config;
@@ -205,7 +223,8 @@ static bool vkp_i_conn_has_room(const vkp_conn *conn, size_t len)
                                          len <= config->queue_bytes - conn->pushed_bytes));
 }
 
-/* Room for one more push: looked for where it is cheap first. */
+/* Whether the outbox has room for a push of len bytes, if need be after a write and after
+   counting written frames off. The cheapest check is first.                                   */
 static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
 {
     if (vkp_i_conn_has_room(conn, len)) {
@@ -216,7 +235,7 @@ static bool vkp_i_conn_find_room(vkp_conn *conn, size_t len)
            (vkp_i_spans_normalize(conn) && vkp_i_conn_has_room(conn, len));
 }
 
-/* On the loop's thread: into the outbox, by the policy. */
+/* Queue a push in the outbox, by the policy when the outbox is full. Loop's thread. */
 static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
 {
     vkp_status status;
@@ -236,7 +255,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
             return VKP_ERR_DROPPED;
         case VKP_ON_FULL_DROP_OLDEST:
             if (!vkp_i_spans_normalize(conn)) {
-                return VKP_ERR_NOMEM; /* where the torn frame ends is not known */
+                return VKP_ERR_NOMEM; /* no memory to split the partly written frame off */
             }
             while (!vkp_i_conn_has_room(conn, frame->len) && vkp_i_spans_drop_oldest(conn)) {
             }
@@ -253,6 +272,7 @@ static vkp_status vkp_i_conn_enqueue(vkp_conn *conn, const vkp_bytes *frame)
     return status;
 }
 
+/* A push from the loop's thread: CLOSED while the connection drains. */
 static vkp_status vkp_i_conn_admit(vkp_conn *conn, const vkp_bytes *frame)
 {
     return (conn->flags & VKP_I_CONN_DRAINING) != 0 ? VKP_ERR_CLOSED
@@ -274,11 +294,13 @@ VKP_API vkp_status vkp_conn_send(vkp_conn *conn, const vkp_bytes *frame)
     return status;
 }
 
+/* The inbox's handler: frames from other threads have arrived. */
 static void vkp_i_conn_inbox_ready(void *user)
 {
     vkp_i_conn_pull_inbox((vkp_conn *)user);
 }
 
+/* Open the inbox's handler: the loop moves frames to the outbox again. */
 static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
 {
     vkp_case receive = vkp_case_mpsc_recv(conn->inbox->rx, NULL);
@@ -286,7 +308,8 @@ static vkp_status vkp_i_conn_handle_inbox(vkp_conn *conn)
                             &conn->inbox->handler);
 }
 
-/* A push that its thread was told is queued cannot be: count it where drops are counted. */
+/* No memory to queue a push for which its sender received OK: count it as dropped, or close
+   later when the policy drops nothing.                                                        */
 static void vkp_i_conn_count_lost(vkp_conn *conn)
 {
     vkp_on_full policy = conn->profile->config.on_full;
@@ -297,23 +320,25 @@ static void vkp_i_conn_count_lost(vkp_conn *conn)
     }
 }
 
-#define VKP_I_INBOX_BATCH 1024
+#define VKP_I_INBOX_BATCH 1024 /* most frames that one call of the handler moves */
 
-/* Move what other threads pushed to the outbox. A policy that waits leaves it in the inbox, out of
-   the loop's sight, until the outbox has room again. Threads that push as fast as the peer reads
-   must not keep the round from ending: the handler calls again for what a batch leaves.       */
+/* Move frames from the inbox to the outbox. With a policy that waits (WAIT, ERROR) frames stay
+   in the inbox while the outbox is full, and the inbox has no handler until there is room. The
+   batch limit lets the round end when threads push as fast as the peer reads: the handler calls
+   again for the frames left.                                                                  */
 static void vkp_i_conn_pull_inbox(vkp_conn *conn)
 {
     vkp_mpsc_rx *rx = conn->inbox->rx;
     bool waits = conn->profile->config.on_full == VKP_ON_FULL_WAIT ||
                  conn->profile->config.on_full == VKP_ON_FULL_ERROR;
-    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0; /* bounded: nobody pushes any more */
+    /* no batch limit: the inbox is closed, no frame is added */
+    bool draining = (conn->flags & VKP_I_CONN_DRAINING) != 0;
     vkp_bytes frame;
     size_t next = 0;
     int i;
     for (i = 0; i < VKP_I_INBOX_BATCH || draining; i++) {
         if (waits && !vkp_i_mpsc_next_cost(rx, &next)) {
-            break; /* a value that comes now was not measured */
+            break; /* empty: the cost of a frame that arrives now is not known */
         }
         if (waits && !vkp_i_conn_find_room(conn, next)) {
             if ((conn->flags & VKP_I_CONN_INBOX_HELD) == 0) {
@@ -338,6 +363,7 @@ static void vkp_i_conn_pull_inbox(vkp_conn *conn)
     }
 }
 
+/* Task of vkp_conn_close from another thread. */
 static void vkp_i_conn_remote(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
@@ -345,6 +371,7 @@ static void vkp_i_conn_remote(vkp_i_task *task)
     vkp_conn_unref(conn);
 }
 
+/* Task of a push from another thread that found the inbox full, with VKP_ON_FULL_DISCONNECT. */
 static void vkp_i_conn_remote_slow(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, remote);
@@ -352,7 +379,8 @@ static void vkp_i_conn_remote_slow(vkp_i_task *task)
     vkp_conn_unref(conn);
 }
 
-/* From another thread: have the loop close it. The first request's reason stands. */
+/* Queue fn, which closes, on the loop. Only the first call queues: its reason is the one
+   reported. Other threads.                                                                    */
 static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *task))
 {
     if (VKP_I_XCHG(&conn->remote_queued, 1u) != 0) {
@@ -361,10 +389,11 @@ static void vkp_i_conn_close_remotely(vkp_conn *conn, void (*fn)(vkp_i_task *tas
     (void)vkp_conn_ref(conn);
     conn->remote.fn = fn;
     if (!vkp_i_loop_queue(conn->loop, &conn->remote)) {
-        vkp_conn_unref(conn); /* the loop is closed, and the connection with it */
+        vkp_conn_unref(conn); /* the loop is closed: its close also closed the connection */
     }
 }
 
+/* Push into the inbox, by the policy when the inbox is full. Other threads. */
 static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *frame,
                                            vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -402,7 +431,8 @@ static vkp_status vkp_i_conn_push_remotely(vkp_conn *conn, const vkp_bytes *fram
     return status;
 }
 
-/* The wait for room ends with the token too (may be NULL). */
+/* Push from any thread. A wait for room ends at the deadline, or when the token (may be NULL) is
+   triggered.                                                                                  */
 static vkp_status vkp_i_conn_push(vkp_conn *conn, const vkp_bytes *frame, vkp_cancel *cancel,
                                   uint64_t deadline_ns)
 {
@@ -421,7 +451,8 @@ VKP_API vkp_status vkp_conn_push(vkp_conn *conn, const vkp_bytes *frame, uint64_
 
 /* ---- reading ---- */
 
-/* A block with room to read into, behind a copy of what was kept; a large rest grows in place. */
+/* A block with room to read into. The kept input is copied to offset *begin of the loop's block;
+   large kept input stays in its own block, which grows. NULL: no memory.                      */
 static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
 {
     vkp_loop *loop = conn->loop;
@@ -453,7 +484,8 @@ static vkp_block *vkp_i_conn_read_block(vkp_conn *conn, size_t *begin)
     return block;
 }
 
-/* Keep bytes [begin, len) of the block for the next time. */
+/* Keep bytes [begin, len) of the block for the next on_data. False: over input_bytes, or no
+   memory; the connection closes later.                                                        */
 static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
 {
     size_t left = block->len - begin;
@@ -466,7 +498,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
         return true;
     }
     if (left > 0) {
-        /* A large rest will grow: leave room at once. */
+        /* A large incomplete frame grows: reserve room now. */
         size_t room = left > conn->loop->read_bytes / 2 ? left * 2 : left;
         kept = vkp_i_block_open(conn->loop->env, VKP_I_MIN(room, (size_t)VKP_I_BLOCK_MAX));
         if (kept == NULL) {
@@ -482,7 +514,7 @@ static bool vkp_i_conn_keep(vkp_conn *conn, vkp_block *block, size_t begin)
     return true;
 }
 
-/* Show [begin, len) of the block to on_data and keep what it leaves. */
+/* Call on_data with bytes [begin, len) of the block, and keep the bytes that on_data leaves. */
 static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
 {
     const vkp_conn_ops *ops = conn->profile->config.ops;
@@ -498,7 +530,7 @@ static void vkp_i_conn_deliver(vkp_conn *conn, vkp_block *block, size_t begin)
     vkp_i_block_unref(block);
 }
 
-/* Resumed: show what was kept, without waiting for more. */
+/* After vkp_conn_resume: deliver the kept input, without waiting for more bytes. */
 static void vkp_i_conn_reread(vkp_conn *conn)
 {
     if ((conn->flags & VKP_I_CONN_REREAD) != 0) {
@@ -510,6 +542,7 @@ static void vkp_i_conn_reread(vkp_conn *conn)
     }
 }
 
+/* The peer closed its sending side: on_end decides whether the connection stays open to write. */
 static void vkp_i_conn_end(vkp_conn *conn)
 {
     const vkp_conn_ops *ops = conn->profile->config.ops;
@@ -521,6 +554,7 @@ static void vkp_i_conn_end(vkp_conn *conn)
     }
 }
 
+/* One read, delivered to on_data. */
 static void vkp_i_conn_readable(vkp_conn *conn)
 {
     size_t begin = 0;
@@ -537,7 +571,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
         block->len += (size_t)got;
         vkp_i_conn_deliver(conn, block, begin);
     } else if (block != conn->input) {
-        block->len = begin; /* the copy of the rest is not needed */
+        block->len = begin; /* nothing was read: discard the copy of the kept input */
     }
     if (got == 0) {
         vkp_i_conn_end(conn);
@@ -550,7 +584,7 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
 
-/* Begin with the next address. VKP_OK: an event will tell. */
+/* Begin to connect to the next address. VKP_OK: an event reports the outcome. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
 {
     const vkp_sys *sys = conn->loop->sys;
@@ -580,6 +614,7 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
     return vkp_i_sys_failure(result);
 }
 
+/* An attempt to connect has ended: open the connection, or try the next address. */
 static void vkp_i_conn_connected(vkp_conn *conn)
 {
     int error = -conn->loop->sys->socket_error(conn->fd);
@@ -601,10 +636,11 @@ static void vkp_i_conn_connected(vkp_conn *conn)
         ops->on_open(conn, conn->user);
     }
     if (!vkp_i_conn_closed(conn)) {
-        vkp_i_conn_defer(conn); /* what was pushed meanwhile */
+        vkp_i_conn_defer(conn); /* write the frames that were pushed while connecting */
     }
 }
 
+/* The descriptor is ready; ready 0: the loop closes. */
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
 {
     vkp_conn *conn = VKP_CONTAINER(io, vkp_conn, io);
@@ -619,14 +655,15 @@ static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
             vkp_i_conn_writable(conn);
         }
         if (vkp_i_conn_closed(conn)) {
-            /* nothing more */
+            /* a callback closed the connection */
         } else if ((conn->flags & (VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING)) != 0) {
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
         } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 &&
                    ((ready & VKP_IO_READ) != 0 || hung_up)) {
-            vkp_i_conn_reread(conn); /* first: the end may be next */
+            /* Kept input precedes the bytes, or the end, that a read finds. */
+            vkp_i_conn_reread(conn);
             if (!vkp_i_conn_closed(conn) &&
                 (conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_DRAINING | VKP_I_CONN_REREAD)) ==
                     0) {
@@ -637,17 +674,22 @@ static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
     vkp_conn_unref(conn);
 }
 
-/* Before a close of ours: a kernel that finds input unread resets a TCP connection, and the peer
-   loses the last words. What is there is dropped, within reason.                              */
+#define VKP_I_DISCARD_BYTES 4096 /* most bytes of one discarding read */
+#define VKP_I_DISCARD_READS 16   /* most discarding reads before a close */
+
+/* Read and discard waiting input before this side closes, within limits: a kernel that closes a
+   TCP socket with unread input sends a reset, and the peer loses the last bytes written to it. */
 static void vkp_i_conn_discard_input(vkp_conn *conn)
 {
-    char bin[4096];
+    char bin[VKP_I_DISCARD_BYTES];
     int i;
-    for (i = 0; i < 16 && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0; i++) {
+    for (i = 0; i < VKP_I_DISCARD_READS && conn->loop->sys->read(conn->fd, bin, sizeof bin) > 0;
+         i++) {
     }
 }
 
-/* The end of a round: what was kept for a resumed reader, then one write, then the closing. */
+/* The deferred task, at the end of a round: deliver kept input after a resume, write once, pull
+   a held inbox, then close if the connection is drained or marked.                            */
 static void vkp_i_conn_task(vkp_i_task *task)
 {
     vkp_conn *conn = VKP_CONTAINER(task, vkp_conn, task);
@@ -709,7 +751,7 @@ static vkp_status vkp_i_conn_open_inbox(vkp_conn *conn)
     return vkp_i_conn_handle_inbox(conn);
 }
 
-/* A connection without a descriptor: one reference, the caller's. Shares the profile. */
+/* A connection without a descriptor, with one reference, the caller's. Shares profile. */
 static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_conn **out)
 {
     vkp_conn *conn = (vkp_conn *)vkp_i_alloc_zero(loop->env, sizeof *conn);
@@ -734,7 +776,8 @@ static vkp_status vkp_i_conn_new(vkp_loop *loop, vkp_i_profile *profile, vkp_con
     return VKP_OK;
 }
 
-/* Serve an fd with a shared profile. `prepared`: accepted by us. on_open is the caller's. */
+/* Serve fd with a shared profile. Takes fd; gives *out beside the loop's own reference.
+   prepared: fd was accepted by this library, its flags are set. The caller calls on_open.     */
 static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profile, bool prepared,
                                    vkp_conn **out)
 {
@@ -822,7 +865,7 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
     return VKP_OK;
 }
 
-/* ---- the rest of the handle ---- */
+/* ---- the other calls of the handle ---- */
 
 VKP_API void vkp_conn_pause(vkp_conn *conn)
 {
@@ -847,7 +890,7 @@ VKP_API void vkp_conn_drain(vkp_conn *conn)
         return;
     }
     conn->flags |= VKP_I_CONN_DRAINING;
-    if (conn->inbox != NULL) { /* what it holds is queued too */
+    if (conn->inbox != NULL) { /* frames in the inbox are written before the close */
         vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
         conn->flags |= VKP_I_CONN_INBOX_HELD;
@@ -907,29 +950,33 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
 }
 
 /* ---- for the layers above ----
-   What listener, hub and relay use besides the calls of the header: vkp_i_profile_open, _ref and
-   _unref, the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
-   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and these.     */
+   Listener, hub, push loop and relay use the public calls and: vkp_i_profile_open, _ref and _unref,
+   the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
+   vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and the functions
+   below.                                                                                      */
 
-/* No more input is wanted: the connection ends when what is queued is written. */
+/* Whether vkp_conn_drain was called: the connection reads nothing, and closes when its queues
+   are written.                                                                                */
 static bool vkp_i_conn_is_draining(const vkp_conn *conn)
 {
     return (conn->flags & VKP_I_CONN_DRAINING) != 0;
 }
 
-/* Whether commands of the peer are still served. */
+/* Whether the peer's commands are still answered: the connection neither drains nor closes
+   later.                                                                                      */
 static bool vkp_i_conn_is_serving(const vkp_conn *conn)
 {
     return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
 }
 
-/* Bytes of pushes and of the response stream that the kernel has not taken. */
+/* Bytes in the outbox, pushes and response stream, that the kernel has not accepted. */
 static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
 {
     return conn->queued_bytes;
 }
 
-/* The next connection of that profile from the loop's slot *index on, or NULL. */
+/* The next connection of the profile in the loop's slots from *index on, or NULL. *index moves
+   past it.                                                                                    */
 static vkp_conn *vkp_i_conn_of_profile(vkp_loop *loop, const vkp_i_profile *profile, size_t *index)
 {
     while (*index < loop->slot_count) {

@@ -1,15 +1,20 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-frame   The length of a frame
-   ====================================================================================== */
+   ======================================================================================
+   Finds the end of a frame without building values: no allocation, no recursion, any thread. The
+   input passed a strict reader before, so only bounds are checked here, not the grammar. Skip
+   functions return the offset behind the skipped bytes, or 0 when the input ends before. */
 
+/* Skip to behind the next LF. 0: there is none. */
 static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
 {
     const void *lf = at < len ? memchr(data + at, '\n', len - at) : NULL;
     return lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
 }
 
-/* Behind a header line [at, body): the value's own bytes, and the elements to come. 0: torn. */
+/* Skip the header at `at` and the bytes that belong to the value itself. *elements is the number of
+   elements that follow. 0: incomplete. */
 static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64_t *elements)
 {
     size_t body = at < len ? vkp_i_skip_line(data, len, at + 1) : 0;
@@ -44,7 +49,8 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64
     }
 }
 
-/* Whether the push whose elements begin at `at` is one that its parent does not count. */
+/* Whether the push whose elements start at `at` is a message. The aggregate around such a push does
+   not count it as an element. */
 static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t elements;
@@ -54,11 +60,12 @@ static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
         return false;
     }
     text = data[at] == '+' ? at + 1 : vkp_i_skip_line(data, len, at + 1);
-    text += data[at] == '=' ? 4 : 0;
+    text += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
     return text < end - 2 && vkp_i_is_message_kind((const char *)data + text, end - 2 - text);
 }
 
-/* Behind the value at `at`, its attributes not counted; 0: torn. */
+/* Skip the value at `at` with all its elements; attributes before elements are not counted as
+   elements. 0: incomplete. */
 static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t remaining = 1;

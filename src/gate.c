@@ -1,30 +1,37 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-gate   Who may come in
-   ====================================================================================== */
+   ======================================================================================
+   A gate counts admitted clients. One vkp_seat counts all clients of one uid at one listener; it is
+   freed with its last client. Admission walks the list of seats, which has at most uids times
+   listeners entries.
+   The gate's mutex guards `seats`, `stats` and the links and counts of the seats. No other lock is
+   taken under it: `allow` is called and sockets are given back without it. Members that are neither
+   guarded nor atomic are constant after open.
+   Each client of a seat holds one reference of seat->sock; the seat holds one of the gate. */
 
-/* All clients of one uid that came through one listener. */
+/* All clients of one uid that one listener accepted. */
 struct vkp_seat {
-    vkp_seat *prev;
-    vkp_seat *next;
-    vkp_gate *gate;       /* shared */
-    vkp_socket *sock;     /* NULL, or each client has a reference of it */
-    uint64_t listener_id; /* the listener's number */
-    uint32_t uid;
-    bool has_uid;
-    size_t clients;
+    vkp_seat *prev;   /* in gate->seats; NULL: the first */
+    vkp_seat *next;   /* in gate->seats; NULL: the last */
+    vkp_gate *gate;   /* a reference */
+    vkp_socket *sock; /* one reference per client; NULL: the listener does not follow a socket */
+    uint64_t listener_id; /* number of the listener, unique at this gate */
+    uint32_t uid;         /* of the clients; valid if has_uid */
+    bool has_uid;         /* false for TCP clients */
+    size_t clients;       /* admitted and not yet given back */
 };
 
 struct vkp_gate {
     const vkp_env *env;
     const vkp_sys *sys;
-    size_t refs; /* atomic */
-    vkp_gate_config config;
-    uint32_t *allow_uids;
-    uint64_t listener_ids; /* atomic: numbers given */
+    size_t refs;            /* atomic */
+    vkp_gate_config config; /* 0 limits are SIZE_MAX here; its allow_uids is the caller's memory */
+    uint32_t *allow_uids;   /* copy of config.allow_uids */
+    uint64_t listener_ids;  /* atomic: the number of the next listener */
     VKP_I_MUTEX mutex;
-    vkp_seat *seats; /* guarded, as all that follows */
-    vkp_gate_stats stats;
+    vkp_seat *seats;      /* guarded by mutex */
+    vkp_gate_stats stats; /* guarded by mutex */
 };
 
 VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
@@ -86,6 +93,7 @@ VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats)
     VKP_I_UNLOCK(&gate->mutex);
 }
 
+/* Whether a client of this uid may connect: `allow` decides if it is set. Not under the mutex. */
 static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
 {
     size_t i;
@@ -103,25 +111,25 @@ static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
     return false;
 }
 
-/* What came to a door: `seat` as it would be, `most` clients of the listener at once. OK with a
-   seat, or LIMIT or NOMEM with the refusal.                                                   */
+/* Admit a client, under the mutex. `wanted` has the fields of its seat; `most` is the listener's
+   limit of clients. OK gives *out; LIMIT or NOMEM give *why. */
 static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t most,
                                   vkp_seat **out, vkp_refusal *why)
 {
     vkp_seat *found = NULL;
     vkp_seat *each;
-    size_t of_door = 0;
+    size_t of_listener = 0;
     size_t of_uid = 0;
     for (each = gate->seats; each != NULL; each = each->next) {
         bool same_uid = each->has_uid == wanted->has_uid && each->uid == wanted->uid;
-        of_door += each->listener_id == wanted->listener_id ? each->clients : 0;
+        of_listener += each->listener_id == wanted->listener_id ? each->clients : 0;
         of_uid += same_uid ? each->clients : 0;
         if (same_uid && each->listener_id == wanted->listener_id) {
             found = each;
         }
     }
     *why = VKP_REFUSAL_FULL;
-    if (gate->stats.clients >= gate->config.max_clients || of_door >= most) {
+    if (gate->stats.clients >= gate->config.max_clients || of_listener >= most) {
         return VKP_ERR_LIMIT;
     }
     *why = VKP_REFUSAL_USER_FULL;
@@ -149,6 +157,7 @@ static vkp_status vkp_i_gate_seat(vkp_gate *gate, const vkp_seat *wanted, size_t
     return VKP_OK;
 }
 
+/* Count a refused client in the statistics. */
 static void vkp_i_gate_count_refusal(vkp_gate *gate, vkp_refusal why)
 {
     VKP_I_LOCK(&gate->mutex);

@@ -1,48 +1,76 @@
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-gate   Who may come in, and how many at once                                      */
+   >>api-gate   Admission control: which clients a listener accepts, and how many */
 
-/* Why a client was closed right after accept. */
+/* Why a client was refused: its connection was closed right after accept. */
 typedef enum vkp_refusal {
-    VKP_REFUSAL_USER = 0,  /* its uid is not allowed, or `allow` said no */
-    VKP_REFUSAL_FULL,      /* max_clients, of the gate or of the listener; max_references */
-    VKP_REFUSAL_USER_FULL, /* max_clients_per_uid */
-    VKP_REFUSAL_OVERLOAD,  /* no descriptors for a second and more, or no memory */
-    VKP_REFUSAL_ENDED      /* the socket's last reference was just given back */
+    /* The client's uid is not allowed, or could not be read, or vkp_gate_config.allow returned
+       false. */
+    VKP_REFUSAL_USER = 0,
+    /* max_clients of the gate or of the listener, or max_references of the socket, was reached. */
+    VKP_REFUSAL_FULL,
+    /* max_clients_per_uid was reached. */
+    VKP_REFUSAL_USER_FULL,
+    /* No memory, or no descriptors for a second or longer. */
+    VKP_REFUSAL_OVERLOAD,
+    /* The socket's last reference was just given back, or the listener was just closed. */
+    VKP_REFUSAL_ENDED
 } vkp_refusal;
+
+/* The number of values of vkp_refusal. */
 #define VKP_REFUSAL_COUNT 5
 
+/* The config of vkp_gate_open. Uids are those of clients over Unix sockets; TCP clients have none,
+   and are only counted. */
 typedef struct vkp_gate_config {
-    size_t max_clients; /* at once, over all listeners of the gate; default: no limit */
+    /* Most clients at one time, over all listeners of the gate. Default: no limit. */
+    size_t max_clients;
+    /* Most clients of one uid at one time, over all listeners of the gate. Default: no limit. */
     size_t max_clients_per_uid;
-    /* Unix sockets: the process's own (effective) uid, these (copied), or all. */
+    /* Uids that are allowed besides the process's own (effective) uid; copied. NULL: none. */
     const uint32_t *allow_uids;
+    /* Number of allow_uids. */
     size_t allow_uid_count;
+    /* Every uid is allowed. Default: false. */
     bool allow_any_uid;
-    /* Decides instead. On the accepting loop's thread. */
+    /* Returns whether a client over a Unix socket is allowed; called instead of the checks of uids.
+       Called once per client, on the accepting loop's thread. NULL: uids decide. */
     bool (*allow)(void *user, const vkp_peer *peer);
+    /* Handed to allow. */
     void *user;
+    /* Memory, log and system; must outlive the gate. NULL: the defaults. */
     const vkp_env *env;
 } vkp_gate_config;
 
-/* Open a gate; any number of listeners, on any loops, may share it.
-   Owns:   borrows config; gives *gate     Threads: any     Errors: NOMEM                      */
+/* Open a gate; any number of listeners, on any loops, may share it. NULL config: all defaults.
+   Owns:   borrows config (copies allow_uids); gives *gate
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (gate NULL; allow_uid_count without allow_uids) */
 VKP_API VKP_NODISCARD vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **gate);
-VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate); /* any thread */
-VKP_API void vkp_gate_unref(vkp_gate *gate);    /* any thread; NULL is ignored */
 
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_gate *vkp_gate_ref(vkp_gate *gate);
+
+/* One reference less; listeners and seats hold one each. NULL is ignored. Any thread. */
+VKP_API void vkp_gate_unref(vkp_gate *gate);
+
+/* What vkp_gate_get_stats writes. */
 typedef struct vkp_gate_stats {
-    size_t clients; /* now */
-    uint64_t admitted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
+    size_t clients;                      /* clients that have a seat now */
+    uint64_t admitted;                   /* clients that got a seat since open */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* clients refused since open, indexed by vkp_refusal */
 } vkp_gate_stats;
-VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats); /* any thread */
 
-/* The place of one admitted client: it counts at the gate, and holds the socket that it came
-   through, if the listener follows that. Connections give theirs back before their on_close.  */
-VKP_API void vkp_seat_unref(vkp_seat *seat); /* gives it back; any thread; NULL is ignored */
+/* Write the gate's counters to *stats. Any thread. */
+VKP_API void vkp_gate_get_stats(vkp_gate *gate, vkp_gate_stats *stats);
 
-/* The connection keeps the seat until its close. Takes seat. Loop's thread; open connections. */
+/* Give back the seat of one admitted client: the client no longer counts at the gate, and if the
+   listener follows its socket, the client's reference of that socket is given back too. A
+   connection gives back its seat before its on_close. NULL is ignored. Any thread. */
+VKP_API void vkp_seat_unref(vkp_seat *seat);
+
+/* Let the connection keep the seat until its close. The connection is open and has no seat. Takes
+   seat. Loop's thread. */
 VKP_API void vkp_conn_set_seat(vkp_conn *conn, vkp_seat *seat);
 
 #endif /* VKP_NO_IO */

@@ -1,45 +1,49 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-handler   Callbacks of a loop for channels
-   ====================================================================================== */
-
-/* A handler's task calls back when its case is ready, and links the handler to the loop's unarmed
-   ones. At the end of the round, handlers whose cases are ready queue their tasks again, behind the
-   others: a busy channel does not starve the loop. The rest join their cases once nothing else is
-   left to do; a wake-up queues the task. The struct is freed when its task is not queued and its
-   last reference is given back.                                                               */
+   ======================================================================================
+   Between two calls of fn a handler is queued (its task is in the loop's queue), unarmed (linked
+   to loop->unarmed, checked at the end of each round) or joined (linked to its case; a wake-up from
+   any thread queues the task).
+   The task calls fn if the case is ready, and makes the handler unarmed. At the end of the round
+   the loop queues the tasks of unarmed handlers with a ready case, behind all other tasks: a busy
+   channel does not starve the loop. The others join their cases once no task is queued.
+   The struct is freed when its task is not queued, fn does not run and the handle was given back.
+   No user code runs under a lock: wake runs under the case's lock and only queues the task. */
 
 struct vkp_handler {
-    vkp_i_task task;
-    vkp_i_attached attached;
-    vkp_i_wait wait;
-    vkp_loop *loop;
-    vkp_case what;
+    vkp_i_task task;         /* runs vkp_i_handler_run on the loop's thread */
+    vkp_i_attached attached; /* ends the handler when the loop closes */
+    vkp_i_wait wait;         /* its node is linked to the case (joined) or to loop->unarmed */
+    vkp_loop *loop;          /* a reference */
+    vkp_case what;           /* the case to wait for, copied */
     void (*fn)(void *user);
     void *user;
-    bool busy;     /* the task is queued; set by whoever wakes, read after leave */
-    bool joined;   /* the rest is the loop's thread's */
-    bool running;  /* inside fn */
-    bool ended;    /* fn is not called again */
-    bool released; /* the handle was given back */
+    bool busy;     /* the task is queued; written by the waking thread, read after leave */
+    bool joined;   /* the wait is linked to the case; loop's thread only */
+    bool running;  /* inside fn; loop's thread only */
+    bool ended;    /* fn is not called again; loop's thread only */
+    bool released; /* the handle was given back; loop's thread only */
 };
 
+/* Queue the task. Any thread under the case's lock, or the loop's thread. */
 static void vkp_i_handler_wake(vkp_i_waiter *waiter)
 {
     vkp_handler *handler = VKP_CONTAINER(waiter, vkp_handler, wait.node);
     handler->busy = true;
     if (!vkp_i_loop_queue(handler->loop, &handler->task)) {
-        handler->busy = false; /* the loop is closed: nobody runs the task */
+        handler->busy = false; /* the loop is closed: the task never runs */
     }
 }
 
+/* Unlink from the case or from the loop's unarmed handlers. Afterwards no thread calls wake. */
 static void vkp_i_handler_leave(vkp_handler *handler)
 {
     if (handler->joined) {
         handler->joined = false;
         handler->what.i_kind->leave(&handler->what, &handler->wait);
     } else {
-        (void)vkp_i_waiter_unlink(&handler->wait.node); /* unarmed */
+        (void)vkp_i_waiter_unlink(&handler->wait.node); /* from loop->unarmed */
     }
 }
 
@@ -52,6 +56,7 @@ static void vkp_i_handler_end(vkp_handler *handler)
     }
 }
 
+/* Free the handler if nothing uses it any longer. */
 static void vkp_i_handler_free(vkp_handler *handler)
 {
     vkp_loop *loop = handler->loop;
@@ -61,20 +66,20 @@ static void vkp_i_handler_free(vkp_handler *handler)
     }
 }
 
-/* Wait for the case, or queue the task at once when it is ready. */
+/* Join the case, or queue the task immediately when the case is ready. */
 static void vkp_i_handler_arm(vkp_handler *handler)
 {
     const vkp_i_case_kind *kind = handler->what.i_kind;
     handler->wait.status = VKP_OK;
     if (!kind->is_ready(&handler->what) && kind->join(&handler->what, &handler->wait)) {
         handler->joined = true;
-    } else if (!handler->busy) { /* or it was woken while it joined */
+    } else if (!handler->busy) { /* busy: the case woke the handler during join */
         vkp_i_handler_wake(&handler->wait.node);
     }
 }
 
-/* At the end of a round. As long as the loop has work, watches look by themselves: to wait, they
-   would have to make themselves known to other threads, which costs both sides.               */
+/* Called at the end of a round. While the loop has work, it checks unarmed handlers itself: joining
+   a case costs this thread (other threads must see it) and the thread that then wakes it. */
 static void vkp_i_loop_arm(vkp_loop *loop)
 {
     vkp_i_waiter *node = loop->unarmed.head.next;
@@ -93,6 +98,7 @@ static void vkp_i_loop_arm(vkp_loop *loop)
     }
 }
 
+/* The handler's task: call fn if the case is still ready, then make the handler unarmed. */
 static void vkp_i_handler_run(vkp_i_task *task)
 {
     vkp_handler *handler = VKP_CONTAINER(task, vkp_handler, task);

@@ -1,21 +1,29 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-health   Is a server well?
-   ====================================================================================== */
+   ======================================================================================
+   A health check runs on its loop's thread alone, without locks. Each check connects, sends the
+   request, compares the first bytes received with the answer, calls on_result once, and starts
+   the timer of the next check.
+   vkp_i_health_end is the only end of a check. It disconnects before it calls on_result: the
+   user of a connection without a check is NULL, and its events are ignored. on_result may close
+   and unref the handle; `calling` defers the free until on_result returned.                   */
+
+#define VKP_I_HEALTH_TIMEOUT_MS 1000u /* default of vkp_health_config.timeout_ms */
 
 struct vkp_health_check {
-    vkp_loop *loop;
-    vkp_health_config config;
-    char *texts; /* address, request and answer, of the copies that config has */
-    size_t text_bytes;
-    vkp_conn *conn;  /* of the check under way */
-    vkp_timer timer; /* its deadline, or the next check */
-    vkp_i_attached place;
-    uint64_t began_ns;
-    uint64_t failures;
-    bool calling;
-    bool closed;
-    bool released; /* the handle was given back */
+    vkp_loop *loop;           /* shared */
+    vkp_health_config config; /* its address, request and answer point into `texts` */
+    char *texts;              /* terminated copies of address, request and answer */
+    size_t text_bytes;        /* allocated bytes of `texts` */
+    vkp_conn *conn;           /* connection of the running check, or NULL */
+    vkp_timer timer;          /* deadline of the running check, or start of the next one */
+    vkp_i_attached place;     /* calls vkp_i_health_on_loop_close */
+    uint64_t began_ns;        /* start of the running or last check */
+    uint64_t failures;        /* failed checks since the last success */
+    bool calling;             /* on_result is running: unref must not free */
+    bool closed;              /* vkp_health_check_close was called */
+    bool released;            /* the handle was given back: the end of on_result frees */
 };
 
 static void vkp_i_health_begin(vkp_timer *timer);
@@ -28,7 +36,8 @@ static void vkp_i_health_free(vkp_health_check *check)
     vkp_loop_unref(loop);
 }
 
-/* Part with the connection first: its on_close must find no check under way. */
+/* Close the connection. Its user is cleared first: the on_close that follows must not end a
+   check.                                                                                      */
 static void vkp_i_health_disconnect(vkp_health_check *check)
 {
     vkp_conn *conn = check->conn;
@@ -40,6 +49,7 @@ static void vkp_i_health_disconnect(vkp_health_check *check)
     }
 }
 
+/* End the running check: call on_result, then start the timer of the next check, or free. */
 static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int error)
 {
     vkp_loop *loop = check->loop;
@@ -59,7 +69,7 @@ static void vkp_i_health_end(vkp_health_check *check, vkp_status status, int err
         vkp_i_health_free(check);
     } else if (!check->closed && check->config.period_ms > 0 && !loop->closed) {
         uint64_t next_ns = vkp_i_after_ms(check->began_ns, check->config.period_ms);
-        /* There is room: its own entry just left. */
+        /* Cannot fail: the entry of this timer was just removed, so there is room. */
         (void)!vkp_timer_start(&check->timer, loop, vkp_i_health_begin, 0,
                                VKP_I_MAX(next_ns, loop->now_ns));
     }
@@ -100,7 +110,7 @@ static size_t vkp_i_health_on_data(vkp_conn *conn, void *user, const vkp_bytes *
     } else if (len == answer.len) {
         vkp_i_health_end(check, VKP_OK, 0);
     } else {
-        return 0; /* the rest comes with this again */
+        return 0; /* incomplete: on_data gets these bytes again, with more behind them */
     }
     return in->len;
 }
@@ -129,6 +139,7 @@ static void vkp_i_health_timed_out(vkp_timer *timer)
     vkp_i_health_end(VKP_CONTAINER(timer, vkp_health_check, timer), VKP_ERR_TIMEOUT, 0);
 }
 
+/* Timer's callback: start a check. */
 static void vkp_i_health_begin(vkp_timer *timer)
 {
     vkp_health_check *check = VKP_CONTAINER(timer, vkp_health_check, timer);
@@ -154,6 +165,7 @@ static void vkp_i_health_begin(vkp_timer *timer)
     }
 }
 
+/* The loop closes: stop checking. The handle stays valid until its unref. */
 static void vkp_i_health_on_loop_close(vkp_i_attached *place)
 {
     vkp_health_check *check = VKP_CONTAINER(place, vkp_health_check, place);
@@ -161,7 +173,7 @@ static void vkp_i_health_on_loop_close(vkp_i_attached *place)
     vkp_i_health_disconnect(check);
 }
 
-/* Copy a text behind the ones before. */
+/* Copy a text, terminated, to offset *at of check->texts; *at moves behind it. */
 static vkp_str vkp_i_health_copy(vkp_health_check *check, size_t *at, vkp_str text)
 {
     char *copy = check->texts + *at;
@@ -199,7 +211,7 @@ VKP_API vkp_status vkp_health_check_open(vkp_loop *loop, const vkp_health_config
         check->config.answer = vkp_str_of("+PONG\r\n");
     }
     if (check->config.timeout_ms == 0) {
-        check->config.timeout_ms = 1000;
+        check->config.timeout_ms = VKP_I_HEALTH_TIMEOUT_MS;
     }
     check->loop = vkp_loop_ref(loop);
     check->text_bytes =

@@ -2,35 +2,41 @@
 /* ======================================================================================
    >>impl-hub   Who is subscribed to what
    ======================================================================================
-   A topic is a name of one kind with its members, in no order; a subscription is a record that
-   knows its place among the topic's members and among the member's subscriptions, so that both
-   ends leave in constant time. Messages are encoded into append-only blocks, one per protocol:
-   consecutive ones are neighbours, which connections write as one range.                      */
+   A topic is a name of one kind with its members, in no order. A subscription records its index
+   among the topic's members and its neighbours among the member's subscriptions, so that
+   removing it takes constant time at both ends.
+   Messages are encoded into append-only blocks, one block per protocol: consecutive messages are
+   neighbours, which a connection writes as one range.
+   A hub runs on one loop's thread, without locks. Subscribe, unsubscribe and leave call
+   on_interest for a topic's first and last member; delivery never does. Delivery never closes a
+   connection (vkp_i_conn_close_later), so that the list of members does not change under it.  */
 
+/* A name of one kind with its members. The name is behind the struct. */
 typedef struct vkp_i_topic {
-    vkp_i_map_node node;
-    vkp_hub_sub **subs;
-    size_t count;
-    size_t capacity;
-    vkp_sub_kind kind;
-} vkp_i_topic; /* its name is behind the struct */
+    vkp_i_map_node node; /* in vkp_hub.topics; its key is the name */
+    vkp_hub_sub **subs;  /* one subscription for each member, in no order */
+    size_t count;        /* used places of `subs` */
+    size_t capacity;     /* allocated places of `subs` */
+    vkp_sub_kind kind;   /* which of vkp_hub.topics holds this topic */
+} vkp_i_topic;
 
 struct vkp_hub_sub {
-    vkp_i_topic *topic;
-    vkp_hub_member *member;
-    size_t index;      /* in the topic */
-    vkp_hub_sub *prev; /* of the member */
-    vkp_hub_sub *next;
+    vkp_i_topic *topic;     /* holds this subscription at `index` */
+    vkp_hub_member *member; /* the subscriber; in the caller's memory */
+    size_t index;           /* place of this subscription in topic->subs */
+    vkp_hub_sub *prev;      /* the member's newer subscription of this kind, or NULL */
+    vkp_hub_sub *next;      /* the member's older subscription of this kind, or NULL */
 };
 
 struct vkp_hub {
     const vkp_env *env;
-    vkp_hub_config config;
-    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind */
-    vkp_block *blocks[2];            /* where RESP2 and RESP3 are encoded */
+    vkp_hub_config config;           /* a copy */
+    vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
+    vkp_block *blocks[2];            /* where messages are encoded: [0] RESP2, [1] RESP3; or NULL */
 };
 
-/* One element of [set], at `at` behind the bracket or a former element; `at` moves on. */
+/* Match a byte against the element of a [set] at *at: a byte, an escaped byte or a range. *at
+   moves behind the element.                                                                   */
 static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte)
 {
     unsigned char low = (unsigned char)pattern.ptr[*at];
@@ -49,7 +55,7 @@ static bool vkp_i_glob_class_hit(vkp_str pattern, size_t *at, unsigned char byte
     return low == byte;
 }
 
-/* Match one byte against the pattern's element at `at`; `at` moves behind it. */
+/* Match one byte against the pattern's element at *at; *at moves behind it. */
 static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
 {
     unsigned char mark = (unsigned char)pattern.ptr[*at];
@@ -75,7 +81,8 @@ static bool vkp_i_glob_one(vkp_str pattern, size_t *at, unsigned char byte)
     return hit != negated;
 }
 
-/* Only the last star is ever gone back to: an earlier one that matched less can be no better. */
+/* A mismatch returns to the last star only: an earlier star that matches more text cannot do
+   better.                                                                                     */
 VKP_API bool vkp_glob_is_match(vkp_str pattern, vkp_str text)
 {
     size_t p = 0;
@@ -150,6 +157,7 @@ VKP_API void vkp_hub_unref(vkp_hub *hub)
     vkp_i_free(hub->env, hub, sizeof *hub);
 }
 
+/* The topic of a name, or NULL. */
 static vkp_i_topic *vkp_i_hub_find(const vkp_hub *hub, vkp_sub_kind kind, vkp_str name)
 {
     const vkp_i_map *map = &hub->topics[kind];
@@ -177,11 +185,12 @@ static vkp_i_topic *vkp_i_topic_new(vkp_hub *hub, vkp_sub_kind kind, vkp_str nam
     return topic;
 }
 
+/* The member's subscription to the topic, or NULL. */
 static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_topic *topic)
 {
     vkp_hub_sub *sub = member->i_subs[topic->kind];
     size_t i;
-    /* Among the topic's members and among the member's topics in step: the shorter list decides. */
+    /* Both lists are searched in step: the shorter one bounds the time. */
     for (i = 0; i < topic->count && sub != NULL && sub->topic != topic; i++) {
         if (topic->subs[i]->member == member) {
             return topic->subs[i];
@@ -191,6 +200,7 @@ static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_
     return i < topic->count ? sub : NULL;
 }
 
+/* Free a topic without members; if the last parameter is set, call on_interest before. */
 static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
 {
     if (topic->count == 0) {
@@ -254,6 +264,8 @@ VKP_API vkp_status vkp_hub_subscribe(vkp_hub *hub, vkp_hub_member *member, vkp_s
     return VKP_OK;
 }
 
+/* Remove a subscription from its topic and its member, and free it. The last one frees the
+   topic.                                                                                      */
 static void vkp_i_hub_drop(vkp_hub *hub, vkp_hub_sub *sub)
 {
     vkp_i_topic *topic = sub->topic;
@@ -330,21 +342,25 @@ VKP_API bool vkp_hub_next_name(const vkp_hub *hub, vkp_sub_kind kind, void **cur
 
 /* ---- delivery ---- */
 
-/* A message and its encodings so far. */
+/* A message under delivery and its encodings. */
 typedef struct vkp_i_message {
-    vkp_str parts[4]; /* kind, pattern (or nothing), channel, payload */
-    bool has_pattern;
-    vkp_bytes frames[2]; /* RESP2, RESP3; len 0: not encoded yet. No reference of their own. */
+    vkp_str parts[4];    /* kind, pattern (may be empty), channel, payload; views */
+    bool has_pattern;    /* parts[1] is part of the message */
+    vkp_bytes frames[2]; /* [0] RESP2, [1] RESP3; views; len 0: not encoded yet */
 } vkp_i_message;
 
-#define VKP_I_HUB_BLOCK 65536u
+#define VKP_I_HUB_BLOCK 65536u /* least capacity of an encoding block */
+#define VKP_I_BULK_HEAD 28u    /* at least the bytes that a bulk string adds to its text */
+#define VKP_I_ARRAY_HEAD 8u    /* at least the bytes of a message's first line */
+#define VKP_I_DIGITS 24u       /* bytes of the buffer of vkp_i_format_u64 */
 
-/* Room at the end of an encoding block. The hub's own reference keeps it while it is filled. */
+/* Room for `bytes` at the end of an encoding block, or NULL: no memory. The hub's own reference
+   keeps the block while it is filled.                                                         */
 static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
 {
     vkp_block *block = hub->blocks[which];
     if (block != NULL && vkp_i_block_is_mine(block)) {
-        block->len = 0; /* all was written: stay in the same cache lines */
+        block->len = 0; /* no connection holds it any longer: reuse the same cache lines */
     }
     if (block != NULL && block->capacity - block->len < bytes) {
         vkp_i_block_unref(block);
@@ -357,14 +373,16 @@ static uint8_t *vkp_i_hub_reserve(vkp_hub *hub, int which, size_t bytes)
     return block != NULL ? vkp_i_block_data(block) + block->len : NULL;
 }
 
+/* Write the text as a bulk string; returns the bytes written, at most text.len +
+   VKP_I_BULK_HEAD.                                                                            */
 static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
 {
-    char digits[24];
+    char digits[VKP_I_DIGITS];
     size_t from = vkp_i_format_u64(digits, text.len);
     size_t at = 0;
     out[at++] = '$';
-    memcpy(out + at, digits + from, 24 - from);
-    at += 24 - from;
+    memcpy(out + at, digits + from, VKP_I_DIGITS - from);
+    at += VKP_I_DIGITS - from;
     out[at++] = '\r';
     out[at++] = '\n';
     if (text.len > 0) {
@@ -376,12 +394,13 @@ static size_t vkp_i_encode_bulk(uint8_t *out, vkp_str text)
     return at;
 }
 
-/* The message in one of the protocols; NULL: no memory. */
+/* The message in the protocol, encoded at the first call. NULL: no memory, or above
+   VKP_I_BLOCK_MAX.                                                                            */
 static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message, int protocol)
 {
     int which = protocol == 3 ? 1 : 0;
     vkp_bytes *frame = &message->frames[which];
-    size_t most = 8;
+    size_t most = VKP_I_ARRAY_HEAD;
     size_t at = 0;
     uint8_t *out;
     int i;
@@ -389,7 +408,7 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
         return frame;
     }
     for (i = 0; i < 4; i++) {
-        most += message->parts[i].len + 28;
+        most += message->parts[i].len + VKP_I_BULK_HEAD;
     }
     out = most <= VKP_I_BLOCK_MAX ? vkp_i_hub_reserve(hub, which, most) : NULL;
     if (out == NULL) {
@@ -411,6 +430,7 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
     return frame;
 }
 
+/* Push the message to every member of the topic; returns the number of members. */
 static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
 {
     size_t i;
@@ -421,7 +441,7 @@ static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_messag
             frame = vkp_i_message_frame(hub, message, member->protocol);
         }
         if (frame != NULL) {
-            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts what it drops */
+            (void)!vkp_i_conn_admit(member->conn, frame); /* the policy counts drops */
         }
     }
     return topic->count;

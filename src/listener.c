@@ -1,42 +1,58 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-listener   Accept connections
-   ====================================================================================== */
+   ======================================================================================
+   A listener accepts on its loop's thread, at most VKP_I_ACCEPT_BATCH connections per event. The
+   gate admits or refuses each one (vkp_i_listener_admit); an admitted descriptor becomes a
+   connection, or on_fd takes it with its seat.
+   A Unix listener is a follower of its socket: when the socket ends or has another descriptor,
+   the registry queues follower.task on the loop, from any thread. vkp_listener_open with
+   on_start queues the open itself as a task, from any thread.
+   The registry's lock and the gate's mutex are taken one after the other, never one inside the
+   other; callbacks of the listener run without locks. A callback may close the listener: code
+   behind a callback checks `endpoint` or VKP_I_LISTENER_CLOSED.                               */
 
-#define VKP_I_LISTENER_CLOSED 1u       /* flags */
-#define VKP_I_LISTENER_LOOPS 2u        /* the loop's: goes when it is closed */
-#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while its follower's task was queued */
-#define VKP_I_LISTENER_DRAINS 8u
+/* Bits of vkp_listener.flags. */
+#define VKP_I_LISTENER_CLOSED 1u       /* vkp_listener_close was called */
+#define VKP_I_LISTENER_LOOPS 2u        /* the loop owns the listener and frees it after the close */
+#define VKP_I_LISTENER_CLOSED_FIRST 4u /* closed while follower.task was queued */
+#define VKP_I_LISTENER_DRAINS 8u       /* a drain is under way */
 
-/* References, all of the loop's thread: the owner's, and one each of the accepting under way, of a
-   queued task of the follower, of a drain under way, of the loop's own release.               */
+#define VKP_I_UNIX_PREFIX (sizeof "unix:" - 1)
+#define VKP_I_ADDRESS_TEXT 320    /* bytes of a TCP address as text */
+#define VKP_I_LISTEN_BACKLOG 4096 /* default of vkp_listener_config.backlog */
+
+/* References, all used on the loop's thread: one of the owner (the program, or the loop with
+   VKP_I_LISTENER_LOOPS), and one each of a running event, of a follower's task queued at the
+   close, and of a drain under way.                                                            */
 struct vkp_listener {
-    vkp_loop *loop;
-    size_t refs;
-    uint32_t flags;
-    vkp_i_profile *profile;
-    vkp_listener_config config; /* its address is not ours */
-    vkp_gate *gate;
-    uint64_t listener_id;
-    vkp_registry *registry; /* Unix; else NULL */
-    vkp_socket *socket;     /* Unix: with a reference, unless it follows */
-    uint32_t generation;    /* of the socket */
-    vkp_i_follower follower;
-    vkp_i_endpoint *endpoint; /* what it accepts from */
-    vkp_io io;
-    vkp_timer pause;      /* after EMFILE and its like */
-    uint64_t pause_ns;    /* 0: the last accept was fine */
-    uint64_t shortage_ns; /* since when descriptors are short; 0: they are not */
-    int spare;            /* descriptor, to have one when there is none */
-    vkp_i_task release_task;
-    vkp_timer drain_timer;
-    vkp_i_task drain_task;
-    void (*on_drained)(void *user);
-    void *drain_user;
-    vkp_str address;          /* a copy */
-    vkp_listener_stats stats; /* but for clients */
+    vkp_loop *loop;             /* shared */
+    size_t refs;                /* loop's thread */
+    uint32_t flags;             /* VKP_I_LISTENER_CLOSED and the other bits */
+    vkp_i_profile *profile;     /* config of the accepted connections, shared with them */
+    vkp_listener_config config; /* its address is cleared after the open: the caller's memory */
+    vkp_gate *gate;             /* shared; opened by the listener when the config has none */
+    uint64_t listener_id;       /* the listener's number in its gate */
+    vkp_registry *registry;     /* of a Unix socket, shared; NULL for TCP */
+    vkp_socket *socket;         /* of a Unix address, shared unless config.follow; NULL for TCP */
+    uint32_t generation;        /* the socket's generation, for vkp_i_socket_take_weak */
+    vkp_i_follower follower;    /* entry in the socket's list of followers */
+    vkp_i_endpoint *endpoint;   /* shares the listening descriptor; NULL when closed */
+    vkp_io io;                  /* registration of the listening descriptor */
+    vkp_timer pause;            /* runs while accepting pauses, for example after EMFILE */
+    uint64_t pause_ns;          /* length of the last pause; 0: the last accept succeeded */
+    uint64_t shortage_ns; /* time of the first accept that failed with EMFILE or ENFILE; 0: none */
+    int spare;            /* a descriptor kept to be closed when no other is free; -1: none */
+    vkp_i_task release_task;        /* gives the loop's reference back after the close */
+    vkp_timer drain_timer;          /* deadline of the drain */
+    vkp_i_task drain_task;          /* calls on_drained; its fn is NULL until a drain begins */
+    void (*on_drained)(void *user); /* of vkp_listener_drain; called once */
+    void *drain_user;               /* argument of on_drained */
+    vkp_str address;                /* a copy, with the port that the system chose */
+    vkp_listener_stats stats;       /* all but `clients`, which the gate's seats count */
 };
 
+/* Give one reference back; the last one frees the listener. */
 static void vkp_i_listener_release(vkp_listener *listener)
 {
     if (--listener->refs == 0) {
@@ -55,7 +71,7 @@ static void vkp_i_listener_release_later(vkp_i_task *task)
     vkp_i_listener_release(VKP_CONTAINER(task, vkp_listener, release_task));
 }
 
-/* It ended by itself. */
+/* The socket or the loop ended: close the listener and call on_end. */
 static void vkp_i_listener_end(vkp_listener *listener)
 {
     void (*on_end)(void *user) = listener->config.on_end;
@@ -68,6 +84,7 @@ static void vkp_i_listener_end(vkp_listener *listener)
 
 /* ---- accepting ---- */
 
+/* Count a refused client, call on_refuse, close fd. */
 static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal why)
 {
     listener->stats.refused[why]++;
@@ -78,7 +95,8 @@ static void vkp_i_listener_refuse(vkp_listener *listener, int fd, vkp_refusal wh
     (void)listener->loop->sys->close(fd);
 }
 
-/* A seat for who came. NOT_FOUND: he left again; LIMIT, NOMEM: refused. */
+/* Take a seat for the client of fd. NOT_FOUND: the client has disconnected already; LIMIT,
+   NOMEM: the client is refused, *why says why.                                                */
 static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat **seat,
                                        vkp_refusal *why)
 {
@@ -116,6 +134,8 @@ static vkp_status vkp_i_listener_admit(vkp_listener *listener, int fd, vkp_seat 
     return status;
 }
 
+/* Admit the client of fd: make a connection, or give fd and its seat to on_fd. Otherwise refuse
+   it.                                                                                         */
 static void vkp_i_listener_give(vkp_listener *listener, int fd)
 {
     const vkp_conn_ops *ops = listener->profile->config.ops;
@@ -128,7 +148,7 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
         (void)listener->loop->sys->close(fd);
         return;
     }
-    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* by the gate's callback */
+    if ((listener->flags & VKP_I_LISTENER_CLOSED) != 0) { /* the gate closed it */
         vkp_seat_unref(seat);
         listener->config.on_refuse = NULL;
         vkp_i_listener_refuse(listener, fd, VKP_REFUSAL_ENDED);
@@ -159,21 +179,23 @@ static void vkp_i_listener_give(vkp_listener *listener, int fd)
     vkp_conn_unref(conn);
 }
 
-#define VKP_I_ACCEPT_BATCH 64
-#define VKP_I_PAUSE_LEAST_NS 10000000u
-#define VKP_I_PAUSE_MOST_NS 1000000000u
+#define VKP_I_ACCEPT_BATCH 64           /* most connections accepted per event */
+#define VKP_I_PAUSE_LEAST_NS 10000000u  /* first pause: 10 ms */
+#define VKP_I_PAUSE_MOST_NS 1000000000u /* longest pause: 1 s */
 
+/* The pause is over: accept again. */
 static void vkp_i_listener_unpause(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, pause);
     if (vkp_io_set(&listener->io, VKP_IO_READ) != VKP_OK) {
-        /* There is room: its own entry just left. */
+        /* Cannot fail: the entry of this timer was just removed, so there is room. */
         (void)!vkp_timer_start(timer, listener->loop, vkp_i_listener_unpause, 0,
                                listener->loop->now_ns + VKP_I_PAUSE_MOST_NS);
     }
 }
 
-/* The connection waits in the backlog, and the loop does not spin. */
+/* Pause accepting. Clients wait in the backlog, and the loop does not spin on a descriptor that
+   stays ready.                                                                                */
 static void vkp_i_listener_back_off(vkp_listener *listener, int error)
 {
     listener->pause_ns = listener->pause_ns == 0
@@ -185,10 +207,12 @@ static void vkp_i_listener_back_off(vkp_listener *listener, int error)
         listener->stats.pauses++;
     }
     vkp_i_log(listener->loop->env, VKP_LOG_WARN, "%s: accept: %s; pausing for %u ms",
-              listener->address.ptr, strerror(error), (unsigned)(listener->pause_ns / 1000000u));
+              listener->address.ptr, strerror(error),
+              (unsigned)(listener->pause_ns / VKP_I_NS_PER_MS));
 }
 
-/* Descriptors are short for long: those who wait shall know. */
+/* Descriptors are short for a second: close the spare one, so that waiting clients can be
+   accepted and refused instead of waiting without an answer.                                  */
 static void vkp_i_listener_reject_waiting(vkp_listener *listener)
 {
     const vkp_sys *sys = listener->loop->sys;
@@ -209,7 +233,7 @@ static void vkp_i_listener_reject_waiting(vkp_listener *listener)
     }
 }
 
-/* After a failed accept: whether to try the next at once. */
+/* accept failed. True: accept the next connection immediately. */
 static bool vkp_i_listener_failed(vkp_listener *listener, int error)
 {
     if (error == EINTR) {
@@ -219,7 +243,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
         return false;
     }
     if (error == ECONNABORTED || error == EPROTO || error == ENETDOWN || error == EHOSTUNREACH ||
-        error == ENETUNREACH) { /* of the connection that was at the head */
+        error == ENETUNREACH) { /* errors of the accepted connection, not of the listener */
         listener->stats.aborted++;
         return true;
     }
@@ -242,6 +266,7 @@ static bool vkp_i_listener_failed(vkp_listener *listener, int error)
     return false;
 }
 
+/* The listening descriptor is ready; ready 0: the loop closes. */
 static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 {
     vkp_listener *listener = VKP_CONTAINER(io, vkp_listener, io);
@@ -259,7 +284,7 @@ static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
         }
         listener->pause_ns = 0;
         listener->shortage_ns = 0;
-        if (i == 0 && listener->spare < 0) { /* there was none for it before */
+        if (i == 0 && listener->spare < 0) { /* no descriptor was free for it earlier */
             listener->spare = listener->loop->sys->socket(AF_UNIX, SOCK_STREAM);
         }
         if (listener->socket == NULL) {
@@ -272,7 +297,7 @@ static void vkp_i_listener_event(vkp_io *io, uint32_t ready)
 
 /* ---- with a socket ---- */
 
-/* The socket ended, or has another descriptor. */
+/* Task of the follower: the socket has ended, or has another descriptor. */
 static void vkp_i_listener_socket_ended(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, follower.task);
@@ -290,7 +315,7 @@ static void vkp_i_listener_socket_ended(vkp_i_task *task)
     } else if (endpoint != listener->endpoint) {
         vkp_i_endpoint *before = listener->endpoint;
         listener->endpoint = endpoint;
-        endpoint = before; /* to be given back */
+        endpoint = before; /* its reference is given back below */
         vkp_io_stop(&listener->io);
         vkp_timer_stop(&listener->pause);
         if (vkp_io_start(&listener->io, listener->loop, listener->endpoint->fd, VKP_IO_READ,
@@ -301,6 +326,7 @@ static void vkp_i_listener_socket_ended(vkp_i_task *task)
     vkp_i_endpoint_unref(endpoint);
 }
 
+/* Share the socket's descriptor and join its followers. CLOSED: the socket has ended. */
 static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
 {
     vkp_socket *sock = listener->socket;
@@ -317,6 +343,8 @@ static vkp_status vkp_i_listener_attach_socket(vkp_listener *listener)
     return listener->endpoint != NULL ? VKP_OK : VKP_ERR_CLOSED;
 }
 
+/* Leave the socket's followers. A follower's task that is queued keeps a reference until it
+   runs.                                                                                       */
 static void vkp_i_listener_detach_socket(vkp_listener *listener)
 {
     vkp_i_follower *follower = &listener->follower;
@@ -338,10 +366,11 @@ static void vkp_i_listener_detach_socket(vkp_listener *listener)
 
 /* ---- opening ---- */
 
+/* Bind and listen on a TCP address; listener->address gets the port that the system chose. */
 static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *address, vkp_str text)
 {
     const vkp_sys *sys = listener->loop->sys;
-    char full[320];
+    char full[VKP_I_ADDRESS_TEXT];
     int fd = sys->socket(address->family, SOCK_STREAM);
     int result = fd;
     if (fd >= 0) {
@@ -353,7 +382,8 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
         result = sys->bind(fd, address->storage.bytes, address->bytes, 0);
     }
     if (result == 0) {
-        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog : 4096);
+        result = sys->listen(fd, listener->config.backlog > 0 ? listener->config.backlog
+                                                              : VKP_I_LISTEN_BACKLOG);
     }
     if (result == 0) {
         result = sys->local_port(fd);
@@ -361,14 +391,14 @@ static vkp_status vkp_i_listen_tcp(vkp_listener *listener, const vkp_address *ad
     if (result < 0) {
         return result == -EADDRINUSE ? VKP_ERR_IN_USE : vkp_i_sys_failure(result);
     }
-    while (text.ptr[--text.len] != ':') { /* the port that was asked for */
+    while (text.ptr[--text.len] != ':') { /* cut the requested port off: it may be 0 */
     }
     (void)snprintf(full, sizeof full, "%.*s:%d", VKP_FMT(text), result);
     listener->address = vkp_str_of(full);
     return vkp_i_copy_str(listener->loop->env, &listener->address) ? VKP_OK : VKP_ERR_NOMEM;
 }
 
-/* listener->socket is set, with a reference. */
+/* Listen on listener->socket, of which the listener holds a reference. */
 static vkp_status vkp_i_listen_unix(vkp_listener *listener)
 {
     char full[sizeof "unix:" + VKP_I_PATH_BYTES];
@@ -380,11 +410,12 @@ static vkp_status vkp_i_listen_unix(vkp_listener *listener)
     return copied ? vkp_i_listener_attach_socket(listener) : VKP_ERR_NOMEM;
 }
 
-/* The socket of "unix:PATH" or, for a unique path, "unix:". Opens a registry if there is none. */
+/* Open the socket of "unix:PATH" or, for a unique path, of "unix:". Opens a registry when
+   *registry is NULL.                                                                          */
 static vkp_status vkp_i_make_socket(const vkp_env *env, int backlog, vkp_str address,
                                     vkp_registry **registry, vkp_socket **sock)
 {
-    vkp_str path = vkp_i_str(address.ptr + 5, address.len - 5);
+    vkp_str path = vkp_i_str(address.ptr + VKP_I_UNIX_PREFIX, address.len - VKP_I_UNIX_PREFIX);
     bool abstract = path.len > 0 && path.ptr[0] == '@';
     vkp_status status = VKP_OK;
     if (abstract && !VKP_I_LINUX) {
@@ -446,7 +477,7 @@ static vkp_status vkp_i_listener_open_gate(vkp_listener *listener)
     return status;
 }
 
-/* On the loop's thread, with a config that was checked. */
+/* Open a listener whose config was checked. Loop's thread. */
 static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config *config,
                                        vkp_listener **out)
 {
@@ -476,17 +507,18 @@ static vkp_status vkp_i_listener_begin(vkp_loop *loop, const vkp_listener_config
                               vkp_i_listener_event);
     }
     error = errno;
-    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's */
+    memset(&listener->config.address, 0, sizeof listener->config.address); /* the caller's memory */
     if (status != VKP_OK) {
-        listener->config.follow = false; /* it has the reference of its opening still */
+        /* unref must give the open's reference of the socket back */
+        listener->config.follow = false;
         vkp_listener_unref(listener);
         errno = error;
         return status;
     }
-    listener->spare =
-        loop->sys->socket(AF_UNIX, SOCK_STREAM); /* missing, it is made up for later */
+    /* On failure vkp_i_listener_event opens the spare descriptor later. */
+    listener->spare = loop->sys->socket(AF_UNIX, SOCK_STREAM);
     if (config->follow) {
-        vkp_socket_unref(listener->socket); /* the caller has another */
+        vkp_socket_unref(listener->socket); /* not the last reference: the caller holds one */
     }
     *out = listener;
     return VKP_OK;
@@ -544,7 +576,7 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
         listener->flags &= ~VKP_I_LISTENER_DRAINS;
         vkp_timer_stop(&listener->drain_timer);
         listener->on_drained = NULL;
-        if (listener->profile->when_empty != NULL) { /* else its task is on its way */
+        if (listener->profile->when_empty != NULL) { /* otherwise drain_task is deferred */
             listener->profile->when_empty = NULL;
             vkp_i_listener_release(listener);
         }
@@ -554,6 +586,7 @@ VKP_API void vkp_listener_unref(vkp_listener *listener)
 
 /* ---- draining ---- */
 
+/* Task: every connection of a drained listener is closed. */
 static void vkp_i_listener_drained(vkp_i_task *task)
 {
     vkp_listener *listener = VKP_CONTAINER(task, vkp_listener, drain_task);
@@ -566,6 +599,7 @@ static void vkp_i_listener_drained(vkp_i_task *task)
     vkp_i_listener_release(listener);
 }
 
+/* The drain's deadline has passed: close the connections that are left. */
 static void vkp_i_listener_drain_over(vkp_timer *timer)
 {
     vkp_listener *listener = VKP_CONTAINER(timer, vkp_listener, drain_timer);
@@ -614,9 +648,10 @@ VKP_API vkp_status vkp_listener_drain(vkp_listener *listener, const vkp_bytes *n
 
 /* ---- listeners started from any thread ---- */
 
+/* A listener that vkp_listener_open with on_start queued for its loop's thread. */
 typedef struct vkp_i_start {
-    vkp_i_task task;
-    vkp_loop *loop;
+    vkp_i_task task;            /* runs vkp_i_start_run on the loop's thread */
+    vkp_loop *loop;             /* shared */
     vkp_listener_config config; /* shares its socket, registry and gate; its address is a copy */
 } vkp_i_start;
 
@@ -631,6 +666,7 @@ static void vkp_i_start_free(vkp_i_start *start)
     vkp_loop_unref(loop);
 }
 
+/* Task on the loop's thread: open the listener, call on_start. */
 static void vkp_i_start_run(vkp_i_task *task)
 {
     vkp_i_start *start = VKP_CONTAINER(task, vkp_i_start, task);
@@ -639,7 +675,7 @@ static void vkp_i_start_run(vkp_i_task *task)
     vkp_listening result;
     memset(&result, 0, sizeof result);
     result.status = start->loop->closed ? VKP_ERR_CLOSED : VKP_OK;
-    if (result.status == VKP_OK && gives) { /* the socket first, to have the reference */
+    if (result.status == VKP_OK && gives) { /* on_start gets its first reference */
         result.status =
             vkp_i_make_socket(start->loop->env, start->config.backlog, start->config.address,
                               &start->config.registry, &start->config.socket);
@@ -658,11 +694,12 @@ static void vkp_i_start_run(vkp_i_task *task)
     }
     start->config.on_start(start->config.conn.user, &result);
     if (result.socket != NULL) {
-        start->config.socket = NULL; /* given */
+        start->config.socket = NULL; /* on_start took the reference */
     }
     vkp_i_start_free(start);
 }
 
+/* Queue vkp_i_start_run on the loop. Any thread. */
 static vkp_status vkp_i_listener_start(vkp_loop *loop, const vkp_listener_config *config)
 {
     vkp_i_start *start = (vkp_i_start *)vkp_i_alloc_zero(loop->env, sizeof *start);

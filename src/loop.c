@@ -2,98 +2,108 @@
 /* ======================================================================================
    >>impl-loop   One thread's event loop
    ======================================================================================
-   A round: wait on the backend, dispatch descriptors, run what other threads queued, run timers,
-   then the deferred work of the round (writes, closes), until there is none.
-   Other threads reach the loop through ONE lock-free queue of tasks. Whoever pushes looks at
-   `asleep` afterwards, the loop sets `asleep` and looks at the queue afterwards, all seq_cst: one
-   of the two sees the other, so no task waits for an unrelated event. Only the first pusher
-   finds `asleep` set and pays for the backend's wake.
-   A watch is a slot with a generation; the token of an event carries both, so that an event
-   fetched before a stop, or before the descriptor's number was used again, finds no one.      */
+   A round: wait on the backend, dispatch descriptors, run the tasks that other threads queued, run
+   timers, then run the deferred work of the round (writes, closes) until none is left, then check
+   the unarmed handlers.
+   Other threads reach the loop through ONE lock-free queue of tasks. A thread pushes a task and
+   then loads `asleep`; the loop stores `asleep` and then loads the queue. All four are seq_cst, so
+   at least one side sees the other: no task waits for an unrelated event. Only the first thread
+   that pushes finds `asleep` set, clears it and calls the backend's wake.
+   A registered descriptor has a slot with a generation. The token of an event carries index and
+   generation, so an event that was fetched before a stop, or before the descriptor's number was
+   used again, matches no slot and is dropped.
+   This section takes no lock. Fields that change after open and are not atomic belong to the
+   loop's thread. */
 
+/* One call of a function on the loop's thread; queued or deferred, not both. */
 typedef struct vkp_i_task {
-    struct vkp_i_task *next;
+    struct vkp_i_task *next;             /* the next task of the queue, or of the deferred list */
     void (*fn)(struct vkp_i_task *task); /* may free the task */
 } vkp_i_task;
 
-/* Objects that must hear of vkp_loop_close and have no watch to hear it through. */
+/* The link of an object that needs a callback at vkp_loop_close and has no registered descriptor,
+   which would receive ready 0. */
 typedef struct vkp_i_attached {
-    struct vkp_i_attached *prev;
+    struct vkp_i_attached *prev; /* NULL: not attached */
     struct vkp_i_attached *next;
     vkp_loop *loop;
-    void (*on_loop_close)(struct vkp_i_attached *self);
+    void (*on_loop_close)(struct vkp_i_attached *self); /* called once, after the detach */
 } vkp_i_attached;
 
+/* The place of a registered descriptor. */
 typedef struct vkp_i_slot {
-    vkp_io *io; /* NULL: free */
-    uint32_t generation;
-    uint32_t next_free; /* index + 1 */
+    vkp_io *io;          /* NULL: the slot is free */
+    uint32_t generation; /* counts the stops of this slot; part of the token of an event */
+    uint32_t next_free;  /* index + 1 of the next free slot, 0: none */
 } vkp_i_slot;
 
+/* The entry of a running timer in the heap. */
 typedef struct vkp_i_timer_entry {
-    uint64_t deadline_ns;
-    uint64_t order; /* of starts: equal deadlines fire in that order */
+    uint64_t deadline_ns; /* at least the loop's time when the timer was started */
+    uint64_t order;       /* number of the start: equal deadlines fire in this order */
     vkp_timer *timer;
 } vkp_i_timer_entry;
 
 struct vkp_loop {
     const vkp_env *env;
-    vkp_env host_env; /* what the backend sees: nothing NULL */
+    vkp_env host_env; /* the env that the backend receives: alloc and sys are never NULL */
     const vkp_sys *sys;
     const vkp_backend *backend;
-    void *backend_state;
-    vkp_backend_host host;
-    size_t refs; /* atomic */
-    int opener_pid;
+    void *backend_state;   /* returned by the backend's open */
+    vkp_backend_host host; /* given to the backend's open, valid until its close */
+    size_t refs;           /* atomic */
+    int opener_pid;        /* the process that opened the loop; another one is a forked child */
 
-    vkp_i_task *queue; /* atomic: newest first, vkp_i_queue_closed after the end */
-    uint32_t asleep;   /* atomic, seq_cst with queue */
-    uint32_t stopping; /* atomic */
-    uintptr_t thread;  /* atomic: whose it is, 0 nobody's */
-    uint32_t running;  /* atomic: inside vkp_loop_run or vkp_loop_run_once */
+    vkp_i_task
+        *queue;      /* atomic: tasks, newest first; &vkp_i_queue_closed once the loop is closed */
+    uint32_t asleep; /* atomic, seq_cst with queue: 1 while a push must call the backend's wake */
+    uint32_t stopping; /* atomic: vkp_loop_stop was called */
+    uintptr_t thread;  /* atomic: the loop's thread (vkp_i_this_thread); 0: any thread */
+    uint32_t running;  /* atomic: a thread is inside vkp_loop_run or vkp_loop_run_once */
 
-    bool in_round;
-    bool closed;
-    uint32_t unpolled;     /* rounds since the backend was asked */
-    uint64_t reminder_ns;  /* when a guest calls for a round by itself */
-    bool reminded;         /* it still does */
-    vkp_i_waiters unarmed; /* case watches that look by themselves until the loop would sleep */
-    uint64_t now_ns;
-    vkp_event *events;
+    bool in_round;         /* inside a round or inside vkp_loop_close */
+    bool closed;           /* vkp_loop_close was called */
+    uint32_t unpolled;     /* rounds in a row that did not call the backend's wait */
+    uint64_t reminder_ns;  /* guests: the deadline last given to the backend's timer */
+    bool reminded;         /* guests: the timer for reminder_ns is set and has not fired */
+    vkp_i_waiters unarmed; /* handlers that did not join their case: each round checks them */
+    uint64_t now_ns;       /* the clock, read once in each round */
+    vkp_event *events;     /* the events of one wait */
     size_t event_capacity;
     vkp_i_slot *slots;
-    size_t slot_count;
+    size_t slot_count; /* slots ever used, the free ones included */
     size_t slot_capacity;
-    uint32_t free_slot; /* index + 1 */
-    vkp_i_timer_entry *timers;
+    uint32_t free_slot;        /* index + 1 of the first free slot, 0: none */
+    vkp_i_timer_entry *timers; /* a binary heap, the earliest deadline first */
     size_t timer_count;
     size_t timer_capacity;
-    uint64_t timer_order;
-    vkp_i_task *deferred; /* oldest first */
-    vkp_i_task **deferred_end;
-    vkp_i_attached attached; /* ring */
-    vkp_block *read_block;   /* the connections' */
-    size_t read_bytes;
+    uint64_t timer_order;      /* number of the next start, see vkp_i_timer_entry */
+    vkp_i_task *deferred;      /* tasks for the end of the round, oldest first */
+    vkp_i_task **deferred_end; /* where the next deferred task is linked */
+    vkp_i_attached attached;   /* sentinel of the ring of attached objects */
+    vkp_block *read_block;     /* the read buffer that the loop's connections share */
+    size_t read_bytes;         /* bytes of one read */
 };
 
-static vkp_i_task vkp_i_queue_closed; /* a mark, never run */
+static vkp_i_task vkp_i_queue_closed; /* marks the queue of a closed loop; never run */
 
-/* The address of a thread-local is a cheap name for a thread. */
+/* Identifies the calling thread: the address of a thread-local variable is cheap and unique. */
 static uintptr_t vkp_i_this_thread(void)
 {
     static __thread char name;
     return (uintptr_t)&name;
 }
 
-/* True on the loop's thread: at first the one that opened it, then the one that runs it, also
-   between rounds of vkp_loop_run_once. After vkp_loop_run returned it is nobody's: anybody's. */
+/* True on the loop's thread: first the thread that opened the loop, then the thread that runs it,
+   also between rounds of vkp_loop_run_once. After vkp_loop_run or vkp_loop_close returned, true on
+   any thread. */
 static bool vkp_i_on_loop(const vkp_loop *loop)
 {
     uintptr_t thread = VKP_I_LOAD_ACQ(&loop->thread);
     return thread == 0 || thread == vkp_i_this_thread();
 }
 
-/* Queue a task from any thread. False: the loop was closed, the task stays the caller's. */
+/* Queue a task. Any thread. False: the loop is closed and the task stays the caller's. */
 static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
 {
     vkp_i_task *newest = VKP_I_LOAD(&loop->queue);
@@ -109,11 +119,13 @@ static bool vkp_i_loop_queue(vkp_loop *loop, vkp_i_task *task)
     return true;
 }
 
+/* A deadline that never comes, but keeps a guest's timer set. */
 #define VKP_I_SOME_DAY (VKP_FOREVER - 1)
 
-/* A guest's wait is elsewhere, and knows of the next deadline only what it is told. A round ends
-   with this; so does whatever makes work outside of rounds. Objects that have no deadline still
-   have a day: its timer keeps the foreign loop from ending while, say, a channel is under watch. */
+/* Give a guest backend the next deadline: the foreign loop waits and knows only the timer set here.
+   Called at the end of each round, and by every function that makes work outside of rounds. While
+   objects are attached but nothing has a deadline, the timer is set to VKP_I_SOME_DAY: a foreign
+   loop without timers would end although, for example, a handler waits for a channel. */
 static vkp_status vkp_i_loop_set_guest_timer(vkp_loop *loop)
 {
     uint64_t deadline_ns;
@@ -142,6 +154,7 @@ static void vkp_i_loop_defer(vkp_loop *loop, vkp_i_task *task)
     (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
+/* Add an object to the ring whose on_loop_close is called by vkp_loop_close. Loop's thread. */
 static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
 {
     object->prev = loop->attached.prev;
@@ -152,6 +165,7 @@ static void vkp_i_loop_attach(vkp_loop *loop, vkp_i_attached *object)
     (void)!vkp_i_loop_set_guest_timer(loop);
 }
 
+/* Idempotent. Loop's thread. */
 static void vkp_i_loop_detach(vkp_i_attached *object)
 {
     if (object->prev != NULL) {
@@ -163,6 +177,7 @@ static void vkp_i_loop_detach(vkp_i_attached *object)
     }
 }
 
+/* Run a list of tasks, oldest first: the list arrives newest first. */
 static void vkp_i_run_tasks(vkp_i_task *newest)
 {
     vkp_i_task *oldest = NULL;
@@ -186,7 +201,7 @@ static void vkp_i_loop_run_queued(vkp_loop *loop)
     }
 }
 
-/* Work deferred by deferred work runs in the same round. */
+/* Run deferred tasks until none is left: a task deferred by a task runs in this round, too. */
 static void vkp_i_loop_run_deferred(vkp_loop *loop)
 {
     while (loop->deferred != NULL) {
@@ -199,13 +214,15 @@ static void vkp_i_loop_run_deferred(vkp_loop *loop)
     }
 }
 
+/* Read the backend's virtual clock, or the system's clock. */
 static uint64_t vkp_i_loop_clock(const vkp_loop *loop)
 {
     return loop->backend->clock_ns != NULL ? loop->backend->clock_ns(loop->backend_state)
                                            : loop->sys->clock_ns();
 }
 
-/* Between rounds the last round's time may be long ago: another loop may do the waiting. */
+/* The time of the round. Between rounds now_ns may be old (a foreign loop waits), so the clock is
+   read. */
 static uint64_t vkp_i_loop_now(const vkp_loop *loop)
 {
     return loop->in_round ? loop->now_ns : vkp_i_loop_clock(loop);
@@ -231,12 +248,13 @@ VKP_API void vkp_loop_unref(vkp_loop *loop)
     vkp_i_free(loop->env, loop, sizeof *loop);
 }
 
-/* In a forked child the parent's connections are left alone: only memory is given back. */
+/* True in a forked child: it shares kernel objects with its parent, so it only frees memory. */
 static bool vkp_i_loop_is_forked(const vkp_loop *loop)
 {
     return loop->sys->process_id() != loop->opener_pid;
 }
 
+/* Notify attached objects, then every registered descriptor (with ready 0), of the close. */
 static void vkp_i_loop_close_objects(vkp_loop *loop)
 {
     size_t i;
@@ -259,18 +277,19 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     if (loop == NULL || loop->closed || loop->in_round) {
         return;
     }
-    (void)vkp_loop_ref(loop); /* the last object may hold the last reference */
-    /* Ours now, should another thread have run rounds: what is called here is on the loop. */
+    (void)vkp_loop_ref(loop); /* an object that closes here may give the last reference back */
+    /* Another thread may have run the rounds: callbacks need this one to be the loop's thread. */
     VKP_I_STORE_REL(&loop->thread, vkp_i_this_thread());
     loop->in_round = true;
     vkp_i_loop_run_queued(loop);
-    loop->closed = true; /* nothing new opens: it would never hear of the close */
+    loop->closed = true; /* from here on nothing opens: it would miss the close */
     vkp_i_loop_close_objects(loop);
     vkp_i_loop_run_deferred(loop);
-    /* What was posted so far runs; what it posts is refused. */
+    /* Tasks that are queued by now run; tasks that they queue are refused. */
     vkp_i_run_tasks(VKP_I_XCHG_SEQ(&loop->queue, &vkp_i_queue_closed));
     vkp_i_loop_run_deferred(loop);
-    while (loop->timer_count > 0) { /* stopped: their owners may say so after the loop is gone */
+    while (loop->timer_count >
+           0) { /* marked as stopped: vkp_timer_stop may come after the loop is freed */
         loop->timers[--loop->timer_count].timer->i_index = 0;
     }
     loop->in_round = false;
@@ -281,7 +300,7 @@ VKP_API void vkp_loop_close(vkp_loop *loop)
     if (VKP_I_LOAD_ACQ(&loop->refs) > 1) {
         vkp_loop_unref(loop);
     } else {
-        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which goes on */
+        (void)VKP_I_SUB(&loop->refs, 1); /* called by the last unref, which frees the loop */
     }
 }
 
@@ -310,8 +329,9 @@ VKP_API uint64_t vkp_loop_get_deadline_ns(const vkp_loop *loop)
     return loop->timer_count > 0 ? loop->timers[0].deadline_ns : VKP_FOREVER;
 }
 
-/* ---- watches ---- */
+/* ---- registered descriptors ---- */
 
+/* The token of a slot: generation in the upper 32 bits, index in the lower. */
 static uint64_t vkp_i_io_token(const vkp_loop *loop, uint32_t slot)
 {
     return ((uint64_t)loop->slots[slot].generation << 32) | slot;
@@ -391,6 +411,7 @@ VKP_API void vkp_io_stop(vkp_io *io)
     io->i_loop = NULL;
 }
 
+/* Call the descriptor's callback, unless the slot was stopped or used again since the wait. */
 static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 {
     uint32_t index = (uint32_t)(event->token & 0xffffffffu);
@@ -403,17 +424,20 @@ static void vkp_i_loop_dispatch(vkp_loop *loop, const vkp_event *event)
 
 /* ---- timers: a binary heap, earliest first ---- */
 
+/* Whether timer a fires before timer b. */
 static bool vkp_i_timer_before(const vkp_i_timer_entry *a, const vkp_i_timer_entry *b)
 {
     return a->deadline_ns != b->deadline_ns ? a->deadline_ns < b->deadline_ns : a->order < b->order;
 }
 
+/* Store an entry in the heap and record its index in the timer. */
 static void vkp_i_timer_place(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     loop->timers[index] = entry;
     entry.timer->i_index = index + 1;
 }
 
+/* Place an entry at the index or nearer to the root, where the heap's order holds. */
 static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     while (index > 0) {
@@ -427,6 +451,7 @@ static void vkp_i_timer_sift_up(vkp_loop *loop, size_t index, vkp_i_timer_entry 
     vkp_i_timer_place(loop, index, entry);
 }
 
+/* Place an entry at the index or farther from the root, where the heap's order holds. */
 static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entry entry)
 {
     for (;;) {
@@ -447,6 +472,7 @@ static void vkp_i_timer_sift_down(vkp_loop *loop, size_t index, vkp_i_timer_entr
     vkp_i_timer_place(loop, index, entry);
 }
 
+/* Take a timer out of the heap; the last entry fills the hole. Idempotent. */
 static void vkp_i_timer_remove(vkp_timer *timer)
 {
     vkp_loop *loop = timer->i_loop;
@@ -472,7 +498,7 @@ VKP_API void vkp_timer_stop(vkp_timer *timer)
 {
     if (timer->i_index != 0) {
         vkp_i_timer_remove(timer);
-        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* if it fails: a round too many */
+        (void)!vkp_i_loop_set_guest_timer(timer->i_loop); /* on failure: one idle round */
     }
 }
 
@@ -494,7 +520,7 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     timer->i_fn = fn;
     timer->i_deadline_ns = deadline_ns;
     timer->i_period_ns = period_ns;
-    /* All that is overdue is equally due: one that restarts itself in the past comes last. */
+    /* Overdue timers are equally due: a timer that restarts itself in the past fires last. */
     entry.deadline_ns = VKP_I_MAX(deadline_ns, loop->now_ns);
     entry.order = loop->timer_order++;
     entry.timer = timer;
@@ -506,13 +532,14 @@ VKP_API vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop, void (*fn)(
     return status;
 }
 
+/* a + b, or VKP_FOREVER on overflow. */
 static uint64_t vkp_i_add_ns(uint64_t a, uint64_t b)
 {
     return b > VKP_FOREVER - a ? VKP_FOREVER : a + b;
 }
 
-/* Only timers that were due when the round looked: one that restarts itself in the past does not
-   keep the round from ending.                                                                 */
+/* Run the timers that were started before this call and are due. A timer that restarts itself in
+   the past fires again in the next round, so the round ends. */
 static void vkp_i_loop_run_timers(vkp_loop *loop)
 {
     uint64_t newest = loop->timer_order;
@@ -525,7 +552,7 @@ static void vkp_i_loop_run_timers(vkp_loop *loop)
             if (next <= loop->now_ns) {
                 next = vkp_i_add_ns(loop->now_ns, timer->i_period_ns);
             }
-            /* There is room: the entry just left. */
+            /* Cannot fail for memory: the removed entry left room in the heap. */
             (void)!vkp_timer_start(timer, loop, timer->i_fn, timer->i_period_ns, next);
         }
         timer->i_fn(timer);

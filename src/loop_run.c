@@ -1,12 +1,23 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-loop-run   The rounds of a loop, and its opening
-   ====================================================================================== */
+   ======================================================================================
+   The order of a round: wait, clear `asleep`, descriptors, queued tasks, timers, deferred tasks,
+   handlers, set `asleep`. Between the two stores of `asleep` a push costs no wake: the round itself
+   runs the queue, or the next round sees the task before it waits.
+   `running` lets one thread at a time into the rounds; `in_round` refuses a round inside a
+   callback. `thread` is stored when a thread enters, and 0 after vkp_loop_run or vkp_loop_close.
+   A guest backend never blocks: the foreign loop calls vkp_i_backend_round, and each round ends by
+   giving the guest the next deadline. */
 
-/* Rounds that posts and channels may go on before descriptors are asked. */
-#define VKP_I_UNPOLLED 8u
+#define VKP_I_UNPOLLED 8u /* most rounds in a row in which vkp_loop_run skips the backend's wait */
 
-/* `unpolled` rounds may have gone by on what was queued alone; descriptors wait for that long. */
+#define VKP_I_EVENTS_PER_WAIT 256u            /* default of events_per_wait */
+#define VKP_I_READ_BYTES 65536u               /* default of read_bytes */
+#define VKP_I_LEAST_READ_BYTES ((size_t)1024) /* lowest read_bytes */
+
+/* One round. While tasks are queued, up to `unpolled` rounds in a row skip the backend's wait, and
+   descriptors are not checked in them. */
 static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_t unpolled)
 {
     size_t count = 0;
@@ -27,7 +38,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     VKP_I_STORE_SEQ(&loop->asleep, 0u);
     loop->now_ns = vkp_i_loop_clock(loop);
     if (loop->reminder_ns <= loop->now_ns) {
-        loop->reminded = false; /* a guest's timer has gone off, or is about to for nothing */
+        loop->reminded = false; /* the guest's timer fired, or fires in vain: set it again */
     }
     if (status != VKP_OK) {
         count = 0;
@@ -41,7 +52,7 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     vkp_i_loop_run_deferred(loop);
     vkp_i_loop_arm(loop);
     loop->in_round = false;
-    /* From here on pushers pay for a wake-up; the next round looks at the queue once more. */
+    /* From here on a push calls wake. The next round loads the queue again before it waits. */
     VKP_I_STORE_SEQ(&loop->asleep, 1u);
     if (vkp_i_loop_set_guest_timer(loop) != VKP_OK && status == VKP_OK) {
         status = VKP_ERR_SYS;
@@ -49,7 +60,8 @@ static vkp_status vkp_i_loop_round(vkp_loop *loop, uint64_t deadline_ns, uint32_
     return status;
 }
 
-/* Become the loop's thread. False while another runs it, inside a callback, or when closed. */
+/* Become the loop's thread. False: another thread runs the loop, this is inside a callback, or the
+   loop is closed. */
 static bool vkp_i_loop_enter(vkp_loop *loop)
 {
     uint32_t idle = 0;
@@ -93,13 +105,15 @@ VKP_API void vkp_loop_stop(vkp_loop *loop)
     loop->backend->wake(loop->backend_state);
 }
 
+/* One call of vkp_loop_post. */
 typedef struct vkp_i_post {
     vkp_i_task task;
-    const vkp_env *env;
+    const vkp_env *env; /* allocated the post, and frees it */
     void (*fn)(void *user);
     void *user;
 } vkp_i_post;
 
+/* Free the post, then call the program's function. */
 static void vkp_i_run_post(vkp_i_task *task)
 {
     vkp_i_post *post = VKP_CONTAINER(task, vkp_i_post, task);
@@ -130,24 +144,27 @@ VKP_API vkp_status vkp_loop_post(vkp_loop *loop, void (*fn)(void *user), void *u
 
 /* ---- opening ---- */
 
-/* The program may run its loop inside one of our callbacks, and after it closed ours: then this is
-   no round. The one under way reminds the guest once more, whose timer may have gone off here. */
+/* A guest's timer fired: run a round without waiting. A program may run its foreign loop inside one
+   of our callbacks, or after it closed our loop: then no round runs. Inside a callback the guest's
+   timer is used up, so the round under way sets it again at its end. */
 static void vkp_i_backend_round(void *user)
 {
     vkp_loop *loop = (vkp_loop *)user;
     if (loop->in_round) {
         loop->reminded = false;
     } else if (!loop->closed) {
-        (void)!vkp_loop_run_once(loop, 0); /* a guest has nobody to tell */
+        (void)!vkp_loop_run_once(loop, 0); /* a guest has no caller for the status */
     }
 }
 
+/* Apply defaults, allocate the events and open the backend. On failure the caller frees events. */
 static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config)
 {
     vkp_status status;
-    loop->event_capacity = config->events_per_wait != 0 ? config->events_per_wait : 256;
-    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : 65536;
-    loop->read_bytes = VKP_I_MAX(loop->read_bytes, (size_t)1024);
+    loop->event_capacity =
+        config->events_per_wait != 0 ? config->events_per_wait : VKP_I_EVENTS_PER_WAIT;
+    loop->read_bytes = config->read_bytes != 0 ? config->read_bytes : VKP_I_READ_BYTES;
+    loop->read_bytes = VKP_I_MAX(loop->read_bytes, VKP_I_LEAST_READ_BYTES);
     loop->events = (vkp_event *)vkp_i_alloc(loop->env, loop->event_capacity * sizeof(vkp_event));
     if (loop->events == NULL) {
         return VKP_ERR_NOMEM;
@@ -162,7 +179,8 @@ static vkp_status vkp_i_loop_setup(vkp_loop *loop, const vkp_loop_config *config
     loop->host.loop = loop;
     loop->host.round = vkp_i_backend_round;
     status = loop->backend->open(&loop->host, &loop->backend_state);
-    /* A guest begins with a round, for what is posted before the foreign loop runs. */
+    /* The deadline 0 makes a guest run a round first: tasks may be posted before the foreign loop
+       runs. */
     if (status == VKP_OK && loop->backend->timer != NULL) {
         status = loop->backend->timer(loop->backend_state, 0);
         loop->reminded = true;

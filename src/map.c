@@ -2,30 +2,34 @@
 /* ======================================================================================
    >>impl-map   Names to objects, for sockets, hubs and clients
    ======================================================================================
-   Intrusive, chained, doubling. Names come from clients that may be hostile: the hash is keyed
-   (SipHash-1-3 of Aumasson and Bernstein) with a key of its own per map.
-   A shared map may be walked by threads that do not hold its lock, if its nodes' memory stays:
-   links are stored whole, old tables kept. Such a walk may miss a node or stray into another
-   chain; what it finds is to be checked, what it does not find to be looked for under the lock. */
+   A hash table with chains, which doubles; its nodes are members of the objects of the owner.
+   Names may come from hostile clients: the hash is keyed (SipHash-1-3 of Aumasson and Bernstein),
+   with a random key for each map. The owner of a map has its lock.
+   Threads without that lock may walk a shared map, if the memory of its nodes is never freed
+   meanwhile: links are stored in one piece (their release pairs with the acquire of the walk), and
+   old tables are kept. Such a walk may miss a node or stray into another chain: check a node that
+   it finds, and search again under the lock when it finds none.                                */
 
 typedef struct vkp_i_map_node {
-    struct vkp_i_map_node *next; /* atomic, as hash, where the map is shared */
-    uint64_t hash;
-    vkp_str key; /* the owner's memory */
+    struct vkp_i_map_node *next; /* of the chain; atomic in a shared map */
+    uint64_t hash;               /* of the key; atomic in a shared map */
+    vkp_str key;                 /* borrowed from the owner of the node */
 } vkp_i_map_node;
 
 typedef struct vkp_i_buckets {
-    struct vkp_i_buckets *older; /* of a shared map: kept */
-    size_t count;                /* a power of two; their links stand behind this struct */
+    struct vkp_i_buckets *older; /* in a shared map: the table before this one, kept */
+    size_t count;                /* buckets, a power of two; they follow this struct */
 } vkp_i_buckets;
 
 typedef struct vkp_i_map {
     const vkp_env *env;
-    vkp_i_buckets *buckets; /* atomic; NULL at first */
-    size_t count;
-    bool shared;
-    uint64_t key[2];
+    vkp_i_buckets *buckets; /* atomic: the table; NULL before the first insert */
+    size_t count;           /* nodes */
+    bool shared;            /* threads without the lock of the owner walk the map */
+    uint64_t key[2];        /* of the hash, random */
 } vkp_i_map;
+
+#define VKP_I_MAP_FIRST 16u /* buckets of the first table, a power of two */
 
 #define VKP_I_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
 #define VKP_I_SIP_ROUND(v)               \
@@ -46,6 +50,8 @@ typedef struct vkp_i_map {
         (v)[2] = VKP_I_ROTL((v)[2], 32); \
     } while (0)
 
+/* SipHash-1-3 of the text: one round for each 8 bytes, three at the end. The four initial words
+   are those of SipHash: "somepseudorandomlygeneratedbytes".                                    */
 static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
 {
     uint64_t v[4];
@@ -63,7 +69,7 @@ static uint64_t vkp_i_map_hash(const vkp_i_map *map, vkp_str text)
         v[0] ^= word;
     }
     word = (uint64_t)text.len << 56;
-    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: a call would cost more */
+    for (shift = 0; i < text.len; i++, shift += 8) { /* at most 7 bytes: memcpy costs more */
         word |= (uint64_t)(unsigned char)text.ptr[i] << shift;
     }
     v[3] ^= word;
@@ -85,6 +91,7 @@ static void vkp_i_map_init(vkp_i_map *map, const vkp_env *env)
     map->key[1] = sys->random_u64();
 }
 
+/* The head of the chain for the hash. */
 static vkp_i_map_node **vkp_i_map_bucket(vkp_i_buckets *buckets, uint64_t hash)
 {
     return (vkp_i_map_node **)(void *)(buckets + 1) + (hash & (buckets->count - 1));
@@ -95,6 +102,7 @@ static void vkp_i_buckets_free(const vkp_env *env, vkp_i_buckets *buckets)
     vkp_i_free(env, buckets, sizeof *buckets + buckets->count * sizeof(vkp_i_map_node *));
 }
 
+/* Free all tables; the nodes stay the property of their owners. */
 static void vkp_i_map_deinit(vkp_i_map *map)
 {
     while (map->buckets != NULL) {
@@ -113,6 +121,7 @@ static vkp_i_map_node *vkp_i_map_find(const vkp_i_map *map, uint64_t hash, vkp_s
     return node;
 }
 
+/* Make the node the first of its chain; a walk sees it only after its own link is stored. */
 static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
 {
     vkp_i_map_node **bucket = vkp_i_map_bucket(buckets, node->hash);
@@ -120,6 +129,8 @@ static void vkp_i_map_link(vkp_i_buckets *buckets, vkp_i_map_node *node)
     VKP_I_STORE_REL(bucket, node);
 }
 
+/* Move all nodes to a new table. The old table is kept in a shared map, else freed. False
+   without memory: the map is unchanged.                                                        */
 static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
 {
     vkp_i_buckets *older = map->buckets;
@@ -147,11 +158,13 @@ static bool vkp_i_map_resize(vkp_i_map *map, size_t bucket_count)
     return true;
 }
 
-/* A map that cannot grow gets slower, not wrong; only the first table must be had. */
+/* Insert a node whose hash and key are set. False when there is no memory for the first table; a
+   map that cannot double becomes slower, not wrong.                                            */
 static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
 {
     size_t room = map->buckets != NULL ? map->buckets->count : 0;
-    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? 16 : room * 2) && room == 0) {
+    if (map->count >= room && !vkp_i_map_resize(map, room == 0 ? VKP_I_MAP_FIRST : room * 2) &&
+        room == 0) {
         return false;
     }
     vkp_i_map_link(map->buckets, node);
@@ -159,6 +172,7 @@ static bool vkp_i_map_insert(vkp_i_map *map, vkp_i_map_node *node)
     return true;
 }
 
+/* Remove a node that is in the map. */
 static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
 {
     vkp_i_map_node **link = vkp_i_map_bucket(map->buckets, node->hash);
@@ -169,7 +183,8 @@ static void vkp_i_map_remove(vkp_i_map *map, vkp_i_map_node *node)
     map->count--;
 }
 
-/* Walk from NULL; nodes must not be removed meanwhile, but for the one given last. */
+/* The next node of a walk; NULL begins the walk, and ends it. Of all nodes, only the node
+   returned last may be removed during the walk.                                                */
 static vkp_i_map_node *vkp_i_map_get_next(const vkp_i_map *map, const vkp_i_map_node *node)
 {
     size_t count = map->buckets != NULL ? map->buckets->count : 0;

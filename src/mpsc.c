@@ -1,7 +1,16 @@
 /* ======================================================================================
    >>impl-mpsc-ends   mpsc: opening, closing, cases
-   ====================================================================================== */
+   ======================================================================================
+   `handles` counts the senders: when it reaches 0 the channel has ended (VKP_I_ENDED_SENDERS), and
+   the receiver is woken. `refs` counts all senders as one, the receiver, and each weak sender:
+   when it reaches 0 the memory is freed.
+   vkp_mpsc_close freezes all lanes permanently, sets VKP_I_ENDED_CLOSED, and wakes waiting
+   senders, waits for the close, and the receiver, all under the mutex. Places that were reserved
+   before are still received. After vkp_mpsc_rx_unref raised VKP_I_RX_GONE, a sender that publishes
+   drops the value itself.
+   A case that sends has its wait in `senders`, without `item`: it takes the room in its attempt. */
 
+/* Give one of `refs` back; the last one frees the channel. */
 static void vkp_i_channel_unref(vkp_i_channel *channel)
 {
     const vkp_env *env = channel->config.env;
@@ -23,15 +32,17 @@ static void vkp_i_channel_unref(vkp_i_channel *channel)
     vkp_i_free(env, channel, sizeof *channel);
 }
 
+/* Prepare a zeroed lane, which has no ring. */
 static void vkp_i_lane_init(vkp_i_lane *lane, vkp_i_channel *channel)
 {
     lane->channel = channel;
-    lane->tail = VKP_I_TAIL_SLOW; /* there is no ring yet */
+    lane->tail = VKP_I_TAIL_SLOW; /* the slow path opens the ring */
     lane->bias.owner = channel->fenced ? VKP_I_SHARED : VKP_I_NOBODY;
     lane->plain = !channel->evicts && !channel->fenced && channel->config.capacity_bytes == 0;
     vkp_i_waiters_init(&lane->senders);
 }
 
+/* Open a channel; `evicts` allows vkp_i_mpsc_send_evict. OK or NOMEM. */
 static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vkp_mpsc_tx **tx,
                                   vkp_mpsc_rx **rx)
 {
@@ -65,7 +76,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
 VKP_API vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx, vkp_mpsc_rx **rx)
 {
     VKP_I_REQUIRE(config != NULL && tx != NULL && rx != NULL);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     VKP_I_REQUIRE(!config->lanes || config->capacity_bytes == 0);
     return vkp_i_mpsc_open(config, false, tx, rx);
 }
@@ -76,7 +87,7 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx)
     return tx;
 }
 
-/* A sender less; the last one ends the channel. */
+/* Give one of `handles` back; the last one ends the channel. */
 static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
 {
     if (VKP_I_UNREF(&channel->handles) == 1) {
@@ -88,7 +99,7 @@ static void vkp_i_channel_remove_sender(vkp_i_channel *channel)
     }
 }
 
-/* A sender with a lane of its own, for which `handles` was counted already. */
+/* Make a sender with a lane of its own; the caller has counted it in `handles`. */
 static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **tx)
 {
     vkp_i_extra_lane *extra =
@@ -131,7 +142,7 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
     if (VKP_I_UNREF(&tx->refs) == 1) {
         if (tx != &channel->tx) {
             (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
-            VKP_I_STORE_REL(&tx->lane->dead, 1u); /* it may be gone from here on */
+            VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the receiver may free tx now */
         }
         vkp_i_channel_remove_sender(channel);
     }
@@ -215,7 +226,7 @@ VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx)
     lane = &channel->lane;
     VKP_I_LOCK(&channel->mutex);
     for (; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
-        (void)vkp_i_lane_freeze(lane); /* for good: no ticket is given after this */
+        (void)vkp_i_lane_freeze(lane); /* permanently: no ticket is given after this */
     }
     (void)VKP_I_OR(&channel->ended, VKP_I_ENDED_CLOSED);
     for (lane = &channel->lane; lane != NULL; lane = VKP_I_LOAD(&lane->next)) {
@@ -291,7 +302,8 @@ VKP_API vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns)
     return vkp_i_select_few(&closed, 1, channel->config.env, 0, deadline_ns);
 }
 
-/* Cases of a sender; i_out is the item or the permit. While it waits it stands in the line. */
+/* The cases of a sender; their i_object is the lane, i_out the item or the permit. While such a
+   case waits, its wait is linked in `senders`. FULL means not ready, which is EMPTY in a case. */
 static vkp_status vkp_i_case_send_outcome(vkp_status status)
 {
     return status == VKP_ERR_FULL ? VKP_ERR_EMPTY : status;
@@ -380,8 +392,9 @@ VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx)
 }
 
 #if VKP_I_IO
-/* For queues that prefer the newest: when full, take the oldest value out into *evicted and try
-   once more. FULL with an eviction: the value is large, call again.                           */
+/* For queues that prefer the newest value: send, or when full, take the oldest value out into
+   *evicted (*was_evicted is true then) and try once more. FULL with an eviction: the value is
+   larger than the place of the oldest one, so call again.                                      */
 static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void *evicted,
                                         bool *was_evicted)
 {
@@ -405,7 +418,7 @@ static vkp_status vkp_i_mpsc_send_evict(vkp_mpsc_tx *tx, const void *item, void 
     return status;
 }
 
-/* What the next value costs; false when there is none. Receiver's thread. */
+/* The cost of the next value of the first lane; false when there is none. Receiver's thread. */
 static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
 {
     vkp_i_channel *channel = rx->channel;

@@ -1,136 +1,189 @@
 /* --------------------------------------------------------------------------------------
-   >>api-mpsc   Many senders, one receiver                                                 */
+   >>api-mpsc   Many senders, one receiver                                                     */
 
+/* The configuration of an mpsc channel. Every zero is a default; only elem_bytes is required. */
 typedef struct vkp_mpsc_config {
-    size_t elem_bytes;     /* bytes of one value; required */
-    size_t capacity_items; /* most values queued; 0 = unbounded */
-    size_t capacity_bytes; /* most cost queued, by cost(); 0 = unbounded; one value always fits */
-    /* Bytes that a value stands for; default elem_bytes. Used with capacity_bytes. Called at send
-       and at receive, under the channel's lock: the same answer each time, no library call.   */
+    /* Bytes of one value, 1 to 64 KiB; required. */
+    size_t elem_bytes;
+    /* The most values queued; 0 = unbounded. With lanes: counted per sender. */
+    size_t capacity_items;
+    /* The most bytes queued, as cost() counts bytes; 0 = unbounded. An empty channel takes a value
+       of any cost. */
+    size_t capacity_bytes;
+    /* The bytes that a value counts for in capacity_bytes; NULL: elem_bytes. Called when a value is
+       sent, received or dropped, on that thread, maybe under the channel's lock: return the same
+       number each time, and call no function of this library. */
     size_t (*cost)(const void *item);
-    void (*drop)(void *user, void *item); /* called once on each value nobody received */
-    void *user;                           /* handed to drop */
+    /* Called once on each value that nobody received, never under a lock, on the thread that gives
+       the receiver back, or on a sender's thread after that. NULL: values need no drop. */
+    void (*drop)(void *user, void *item);
+    /* The first argument of drop. */
+    void *user;
+    /* Memory and system calls; NULL: the defaults. */
     const vkp_env *env;
-    /* Senders of vkp_mpsc_tx_clone have a lane each, so that threads that send do not meet: the
-       order of values is kept per sender only, and capacity_items counts per sender.           */
+    /* True: each sender of vkp_mpsc_tx_clone has a lane, so that sending threads do not contend.
+       The order of values is then kept per sender only, and capacity_items counts per sender. */
     bool lanes;
 } vkp_mpsc_config;
 
-/* Open a channel: its one receiver and the first sender. Memory for values comes with the first
-   ones and grows with need; what a burst took is given back when the receiver finds nothing.
-   Values lie at addresses aligned to 8, to 16 where elem_bytes is a multiple of 16, to 64 where
-   it is a multiple of 64.
+/* Open a channel: its one receiver and the first sender. Memory for values is allocated with the
+   first values and grows as needed; more than 64 KiB that a burst took is freed when the receiver
+   waits on the empty channel. Values lie at addresses aligned to 8; to 16 where elem_bytes is a
+   multiple of 16; to 64 where elem_bytes is a multiple of 64. A NULL config returns INVALID.
    Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
-   Errors: INVALID (elem_bytes 0 or above 64 KiB; lanes with capacity_bytes), NOMEM            */
+   Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB; lanes with capacity_bytes),
+   NOMEM                                                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_open(const vkp_mpsc_config *config, vkp_mpsc_tx **tx,
                                                vkp_mpsc_rx **rx);
 
-/* One more reference to the same sender (gives, the same pointer). Any thread. */
+/* One more reference to the sender (gives, the same pointer). Any thread. */
 VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
 
-/* Another sender for the same receiver. Without config.lanes that is vkp_mpsc_tx_ref, with it the
-   sender has a lane of its own, for which the receiver waits at most 64 values of each other.
-   Owns:   gives *clone     Blocks: never     Threads: any     Errors: NOMEM, INVALID          */
+/* Another sender for the same receiver. Without config.lanes this is vkp_mpsc_tx_ref. With
+   config.lanes the new sender has its own lane, and the receiver takes at most 64 values in a row
+   from one lane while another lane has values.
+   Owns:   gives *clone     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone);
 
-/* One reference less. After the last one of all senders the receiver drains, then gets CLOSED.
-   NULL is ignored. Any thread.                                                                */
+/* Give a reference to the sender back. After the last reference of all senders, the receiver
+   receives the values still queued, then CLOSED. NULL is ignored. Any thread.                 */
 VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx);
 
-/* A weak sender (gives): it does not keep the channel open for the receiver. Any thread. Upgrading
-   gives *tx, a sender. Errors: CLOSED (the last sender has gone), NOMEM (a lane), INVALID.    */
+/* A weak sender (gives): a reference that does not keep the channel open for the receiver, and
+   cannot send; vkp_mpsc_upgrade makes a sender of it. Any thread.                             */
 VKP_API vkp_mpsc_weak *vkp_mpsc_downgrade(vkp_mpsc_tx *tx);
-VKP_API VKP_NODISCARD vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx);
-VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak); /* NULL is ignored */
 
-/* Enqueue one value, waiting for room until the deadline. Waiting senders go in order of arrival.
+/* A sender from a weak sender; with config.lanes a sender with its own lane.
+   Owns:   gives *tx     Blocks: never     Threads: any     In callbacks: ok
+   Errors: CLOSED (no sender is left), NOMEM (a lane), INVALID                                 */
+VKP_API VKP_NODISCARD vkp_status vkp_mpsc_upgrade(vkp_mpsc_weak *weak, vkp_mpsc_tx **tx);
+
+/* Give a weak sender back. NULL is ignored. Any thread. */
+VKP_API void vkp_mpsc_weak_unref(vkp_mpsc_weak *weak);
+
+/* Enqueue one value; wait for room until the deadline. Waiting senders get room in order of
+   arrival.
    Owns:   takes what *item owns (on failure it stays the caller's)
-   Blocks: until deadline_ns      Threads: any      In callbacks: would stall the loop
-   Errors: CLOSED (receiver closed), TIMEOUT, NOMEM, INVALID                                   */
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: CLOSED (the receiver closed), TIMEOUT (no room until the deadline), NOMEM, INVALID  */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send(vkp_mpsc_tx *tx, const void *item,
                                                uint64_t deadline_ns);
 
 /* Enqueue one value without waiting; never overtakes a waiting sender.
    Owns:   takes what *item owns (on failure it stays the caller's)
-   Blocks: never          Threads: any          In callbacks: ok
-   Errors: FULL (at capacity), CLOSED (receiver closed), NOMEM, INVALID                        */
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: FULL (at capacity, or other senders wait for room), CLOSED (the receiver closed), NOMEM,
+   INVALID                                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_send(vkp_mpsc_tx *tx, const void *item);
 
-/* Enqueue the `count` values of an array, in order, waiting for room until the deadline (0: as many
-   as fit now). *sent is written on OK, at least 1: fewer than count means that the deadline
-   passed, the receiver closed, or memory ran out, and the values behind stay the caller's.
-   Threads, Errors: as vkp_mpsc_send, when none was sent                                       */
+/* Enqueue the `count` values of an array in order; wait for room until the deadline (0: as many
+   values as fit now). OK: *sent is at least 1. *sent below count means that the deadline passed,
+   the receiver closed, or memory ran out; the values not sent stay the caller's.
+   Owns:   takes what the first *sent values own
+   Blocks: until deadline_ns     Threads: any     In callbacks: ok with deadline 0
+   Errors, when no value was sent: CLOSED (the receiver closed), TIMEOUT (no room until the
+   deadline), NOMEM, INVALID (a null argument, count 0)                                        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items,
                                                     size_t count, uint64_t deadline_ns,
                                                     size_t *sent);
 
-/* A place in the queue, in the caller's memory: build the value at `item`, then commit or abort,
-   once, on any thread. The receiver waits behind the place until then.                        */
+/* A permit: a reserved place of a channel, in the caller's memory. Build the value at `item`, then
+   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread. Until then the receiver gets no
+   value sent behind the permit.                                                               */
 typedef struct vkp_mpsc_permit {
-    void *item; /* elem_bytes, uninitialised; yours until commit or abort */
-    void *i_lane;
-    void *i_ring;
-    uint64_t i_ticket;
+    void *item;        /* elem_bytes, uninitialised; the caller's until commit or abort */
+    void *i_lane;      /* private: the queue of the permit's place */
+    void *i_ring;      /* private: the memory of the permit's place */
+    uint64_t i_ticket; /* private: the number of the permit's place */
 } vkp_mpsc_permit;
 
-/* Take a place, waiting for room until the deadline; or without waiting.
-   Owns:   *permit views the channel: commit or abort it before the sender's unref
-   Blocks: until deadline_ns / never      Threads: any
-   Errors: as vkp_mpsc_send / as vkp_mpsc_try_send; INVALID with capacity_bytes, as a value that is
-   not there yet costs nothing known                                                           */
+/* Reserve a place; wait for room until the deadline.
+   Owns:   *permit views the channel: commit or abort before you give the sender back
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: CLOSED (the receiver closed), TIMEOUT (no room until the deadline), NOMEM, INVALID (a
+   null argument; a channel with capacity_bytes: the cost of the value is not known yet)       */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t deadline_ns,
                                                   vkp_mpsc_permit *permit);
+
+/* Reserve a place without waiting; never overtakes a waiting sender.
+   Owns:   *permit views the channel: commit or abort before you give the sender back
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: FULL (at capacity, or other senders wait for room), CLOSED (the receiver closed), NOMEM,
+   INVALID (a null argument; a channel with capacity_bytes: the cost of the value is not known
+   yet)                                                                                        */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
-/* The value is built: it is received even if the receiver closed meanwhile, and goes to `drop` if
-   the receiver is gone. Takes what the value owns. Never blocks.                              */
+/* Send the value built at permit->item. The value is received even if the receiver closed after the
+   reserve, and is dropped through `drop` if the receiver was given back.
+   Owns:   takes what the value owns     Blocks: never     Threads: any     In callbacks: ok   */
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit);
 
-/* No value: the place is skipped, and free again when the receiver comes to it. Never blocks. */
+/* Give a permit back without a value. The receiver skips the place; there is room for another value
+   when the receiver has reached the place. Never blocks. Any thread.                          */
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
 
-/* Wait until the receiver closes or goes: OK, TIMEOUT, INVALID. Any thread; would stall a loop. */
+/* Wait until the receiver closes or is given back.
+   Blocks: until deadline_ns     Threads: any     In callbacks: would stall the loop
+   Errors: TIMEOUT, INVALID                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_wait_closed(vkp_mpsc_tx *tx, uint64_t deadline_ns);
 
-/* Plain reads, out of date at once while others send or receive. Any thread.
-   is_closed: the receiver closed, sending cannot succeed any more. room: values that fit now by
-   their number, SIZE_MAX when that is unbounded. capacity: capacity_items. senders, weak_senders:
-   references.                                                                                  */
+/* True once the receiver closed or was given back: no later send succeeds. Any thread. */
 VKP_API bool vkp_mpsc_is_closed(const vkp_mpsc_tx *tx);
+
+/* The number of values that fit now, by capacity_items alone; SIZE_MAX when that is unbounded. With
+   lanes: of this sender. Other threads may change the number immediately. Any thread.         */
 VKP_API size_t vkp_mpsc_get_room(const vkp_mpsc_tx *tx);
+
+/* The channel's capacity_items; 0 = unbounded. Any thread. */
 VKP_API size_t vkp_mpsc_get_capacity(const vkp_mpsc_tx *tx);
+
+/* The number of references to the sender; with config.lanes, the number of senders. Other threads
+   may change the number immediately. Any thread.                                              */
 VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx);
+
+/* The number of weak senders. Other threads may change the number immediately. Any thread. */
 VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 
-/* Take the oldest value, waiting until the deadline.
-   Owns:   gives what *out owns     Blocks: until deadline_ns     Threads: the receiver's
+/* Take the oldest value; wait for a value until the deadline.
+   Owns:   gives what *out owns
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv(vkp_mpsc_rx *rx, uint64_t deadline_ns, void *out);
 
-/* Take the oldest value if there is one. As vkp_mpsc_recv, EMPTY instead of waiting: also while the
-   oldest place is another sender's who is about to fill it, or holds a permit.                */
+/* Take the oldest value without waiting.
+   Owns:   gives what *out owns     Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY (no value; or a sender is about to fill the oldest place, or the oldest place is a
+   permit), CLOSED (drained, and no sender is left or vkp_mpsc_close was called), INVALID      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out);
 
-/* Take up to `capacity` values at once into the array `out`; waits only for the first, with
-   deadline 0 not at all. *count is written on OK, at least 1. Errors as vkp_mpsc_recv.        */
+/* Take up to `capacity` values in one call, into the array `out`. Waits for the first value only,
+   until the deadline (0: does not wait). OK: *count is at least 1.
+   Owns:   gives what the values own
+   Blocks: until deadline_ns     Threads: the receiver's     In callbacks: ok with deadline 0
+   Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID (a
+   null argument, capacity 0)                                                                  */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_recv_many(vkp_mpsc_rx *rx, uint64_t deadline_ns,
                                                     void *out, size_t capacity, size_t *count);
 
-/* Look at the oldest value where it lies.
-   Owns:   *item views the channel: valid until the next call that receives   Blocks: never
-   Threads: the receiver's     Errors: EMPTY, CLOSED, INVALID                                  */
+/* Give a pointer to the oldest value, and leave the value in the channel.
+   Owns:   *item views the channel: valid until the next call that receives
+   Blocks: never     Threads: the receiver's     In callbacks: ok
+   Errors: EMPTY, CLOSED (drained, and no sender is left or vkp_mpsc_close was called), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item);
 
-/* Values queued now, places reserved included; out of date at once while others send. is_closed:
-   the receiver closed or the last sender went: nothing new comes, what is queued is still received.
+/* The number of values queued now, permits included. Senders may change the number immediately.
    Receiver's thread.                                                                          */
 VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx);
+
+/* True once vkp_mpsc_close was called or no sender is left: no new value arrives, except in permits
+   reserved before; queued values are still received. Receiver's thread.                       */
 VKP_API bool vkp_mpsc_rx_is_closed(const vkp_mpsc_rx *rx);
 
-/* Refuse new values: senders get CLOSED, waiting ones at once; queued ones are still received,
-   and those of places reserved before. Idempotent. Any thread.                                */
+/* Refuse new values: senders get CLOSED, waiting senders immediately. Queued values, and the values
+   of permits reserved before, are still received. Idempotent; NULL is ignored. Any thread.    */
 VKP_API void vkp_mpsc_close(vkp_mpsc_rx *rx);
 
-/* Close, drop what is queued, give the receiver back. NULL is ignored. Its handlers are given back
-   before. Receiver's thread.                                                                  */
+/* Close the channel, drop the queued values through `drop`, give the receiver back. Before this
+   call, give back the handlers of the receiver. NULL is ignored. Receiver's thread.           */
 VKP_API void vkp_mpsc_rx_unref(vkp_mpsc_rx *rx);

@@ -1,8 +1,17 @@
 /* ======================================================================================
    >>impl-mpsc-receive   mpsc: the receiver's side
-   ====================================================================================== */
+   ======================================================================================
+   The receiver's thread runs this section; where senders may evict (`evicts`), under the mutex
+   too. The acquire of a stamp pairs with its release by the sender: the value is complete. After
+   it stored `head` the receiver checks the flag `tx_waiting`, and lets waiting senders in under
+   the mutex.
+   Before it sleeps the receiver links its waiter, raises VKP_I_RX_WAITING, and checks once more; a
+   sender that publishes, a close and the end of the last sender wake it.
+   With several lanes the receiver takes at most VKP_I_LANE_TURN values from one lane while others
+   have values. Only the receiver frees rings and lanes that are no longer used, until it is gone
+   itself.                                                                                      */
 
-/* Senders wait who could not know of the places just freed. */
+/* Let in senders that wait, and cannot see the places just freed. */
 static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
 {
     VKP_I_LOCK(&lane->channel->mutex);
@@ -10,7 +19,8 @@ static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
     VKP_I_UNLOCK(&lane->channel->mutex);
 }
 
-/* Nothing was there: EMPTY, CLOSED, or OK when something just came. */
+/* After no value was found: EMPTY; CLOSED when the channel has ended and all lanes are empty; OK
+   when a value arrived since.                                                                  */
 static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
 {
     const vkp_i_lane *lane = &channel->lane;
@@ -25,7 +35,8 @@ static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
     return VKP_ERR_CLOSED;
 }
 
-/* The way of nearly every value: it is there, and nobody waits for its place. */
+/* The path of nearly every value. False, and nothing is taken, when the value is not ready, the
+   lane is not `plain`, or the turn of the lane ends with this value.                           */
 static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
 {
     vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
@@ -42,8 +53,8 @@ static inline bool vkp_i_lane_recv_fast(vkp_i_lane *lane, void *out)
     return true;
 }
 
-/* Up to `capacity` values from the ring where the head is. Senders hear of their places in bunches,
-   so that the line they look at does not change hands for each.                                */
+/* Take up to `capacity` values from the ring of `head`. Senders see freed places in bunches
+   (VKP_I_BUNCH): the cache line of `head` would otherwise change hands for each value.         */
 static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
 {
     vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
@@ -68,7 +79,8 @@ static size_t vkp_i_lane_take(vkp_i_lane *lane, uint8_t *out, size_t capacity)
     return taken;
 }
 
-/* Values are out: let senders in who could not know. The lock is taken where it is not held. */
+/* After values were taken: let waiting senders in. Takes the mutex, which with `evicts` is held
+   already.                                                                                     */
 static void vkp_i_lane_freed(vkp_i_lane *lane)
 {
     vkp_i_channel *channel = lane->channel;
@@ -79,6 +91,7 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     }
 }
 
+/* vkp_i_lane_freed for all lanes. */
 static void vkp_i_channel_freed(vkp_i_channel *channel)
 {
     vkp_i_lane *lane = &channel->lane;
@@ -87,7 +100,7 @@ static void vkp_i_channel_freed(vkp_i_channel *channel)
     }
 }
 
-/* Where senders may take the oldest value, receiving needs the mutex, too. */
+/* Take the mutex where senders may take the oldest value: the receiver needs it there, too. */
 static void vkp_i_channel_hold(vkp_i_channel *channel)
 {
     if (channel->evicts) {
@@ -95,6 +108,7 @@ static void vkp_i_channel_hold(vkp_i_channel *channel)
     }
 }
 
+/* Give back the mutex that vkp_i_channel_hold took. */
 static void vkp_i_channel_release(vkp_i_channel *channel)
 {
     if (channel->evicts) {
@@ -102,8 +116,8 @@ static void vkp_i_channel_release(vkp_i_channel *channel)
     }
 }
 
-/* Locked: an empty lane gives back what a burst made it take. Its last ticket is frozen, received,
-   and so no sender holds the ring.                                                             */
+/* Locked: an empty lane frees the large ring that a burst needed. The lane is frozen and its
+   last ticket received, so no sender uses the ring.                                            */
 static void vkp_i_lane_trim(vkp_i_lane *lane)
 {
     vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
@@ -122,17 +136,18 @@ static void vkp_i_lane_trim(vkp_i_lane *lane)
     vkp_i_lane_thaw(lane, ticket);
 }
 
+/* Free a lane that no thread uses any longer, with its rings. */
 static void vkp_i_lane_free(vkp_i_lane *lane)
 {
     const vkp_env *env = lane->channel->config.env;
-    (void)vkp_i_lane_oldest(lane); /* leaves the rings behind it */
+    (void)vkp_i_lane_oldest(lane); /* frees the rings that have ended */
     vkp_i_ring_close(env, VKP_I_LOAD(&lane->rx_ring));
     if (lane != &lane->channel->lane) {
         vkp_i_free(env, VKP_CONTAINER(lane, vkp_i_extra_lane, lane), sizeof(vkp_i_extra_lane));
     }
 }
 
-/* Locked: before the receiver waits, what bursts and senders left behind goes. */
+/* Locked: free large rings of empty lanes, and empty lanes whose sender is gone. */
 static void vkp_i_channel_tidy(vkp_i_channel *channel)
 {
     vkp_i_lane *before = &channel->lane;
@@ -152,7 +167,7 @@ static void vkp_i_channel_tidy(vkp_i_channel *channel)
     }
 }
 
-/* EMPTY, CLOSED, or OK with up to `capacity` values. */
+/* Take up to `capacity` values without waiting: OK with their number, EMPTY or CLOSED. */
 static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
                                          size_t *count)
 {
@@ -165,7 +180,7 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
         status = vkp_i_channel_end(channel);
         lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
         if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
-            VKP_I_LOCK(&channel->mutex); /* for a receiver that only looks, and never waits */
+            VKP_I_LOCK(&channel->mutex); /* for a receiver that never waits: join would do this */
             vkp_i_channel_tidy(channel);
             VKP_I_UNLOCK(&channel->mutex);
         }
@@ -187,17 +202,18 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
     return status;
 }
 
-/* Whether a receive would give a value, or CLOSED. */
+/* Whether a receive would give a value or CLOSED. */
 static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
 {
     bool ready;
     vkp_i_channel_hold(channel);
     ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
-    vkp_i_channel_freed(channel); /* places that were given back were passed */
+    vkp_i_channel_freed(channel); /* the search passed aborted places: they are free */
     vkp_i_channel_release(channel);
     return ready;
 }
 
+/* Unlink the waiter of the receiver if it is linked. */
 static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
@@ -207,7 +223,7 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
     VKP_I_UNLOCK(&channel->mutex);
 }
 
-/* Link the receiver's waiter; false, and not linked, when a receive would not be EMPTY. */
+/* Link the waiter of the receiver; false, and not linked, when a receive would not be EMPTY. */
 static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
@@ -223,9 +239,9 @@ static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
     return false;
 }
 
-/* A receiver that follows a stream too closely takes each cache line from its sender while that one
-   writes it. After a short burst, but not after a single value, which may be one of a dialogue,
-   it lets some gather.                                                                         */
+/* After a short burst the receiver pauses, so that some values gather: a receiver close behind a
+   stream takes each cache line from its sender while the sender writes it. After a single value,
+   which may be part of a dialogue, it does not pause.                                          */
 static void vkp_i_lane_linger(vkp_i_lane *lane, uint32_t spins)
 {
     uint64_t head = VKP_I_LOAD(&lane->head);
@@ -283,7 +299,7 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
-/* Worth to try again: what a receiver that waits awake looks at. */
+/* Whether a receiver that spins should try again. */
 static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
 {
     return channel->evicts
@@ -291,7 +307,8 @@ static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
                : vkp_i_channel_find(channel) != NULL || VKP_I_LOAD(&channel->ended) != 0;
 }
 
-/* Take values, or wait for the first, for the token (may be NULL), or for the deadline. */
+/* Take up to `capacity` values, and wait for the first one until the deadline, or until the
+   token (may be NULL) is cancelled: CANCELLED.                                                 */
 static vkp_status vkp_i_mpsc_recv(vkp_mpsc_rx *rx, void *out, size_t capacity, size_t *count,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -365,7 +382,7 @@ VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
         status = vkp_i_channel_end(rx->channel);
         lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
     }
-    vkp_i_channel_freed(rx->channel); /* places that were given back were passed */
+    vkp_i_channel_freed(rx->channel); /* the search passed aborted places: they are free */
     if (lane != NULL) {
         *item = vkp_i_lane_oldest(lane);
     }
@@ -377,7 +394,7 @@ VKP_API size_t vkp_mpsc_get_len(const vkp_mpsc_rx *rx)
     const vkp_i_lane *lane = &rx->channel->lane;
     uint64_t count = 0;
     for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
-        /* A value may be received before the slow path moved tail. */
+        /* vkp_i_used: a value may be received before vkp_i_lane_thaw has moved `tail`. */
         count += vkp_i_used(VKP_I_LOAD_ACQ(&lane->tail) >> 1, VKP_I_LOAD(&lane->head));
     }
     return (size_t)count;

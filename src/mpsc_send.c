@@ -1,14 +1,25 @@
 /* ======================================================================================
    >>impl-mpsc-send   mpsc: the senders' side
-   ====================================================================================== */
+   ======================================================================================
+   A sender takes the first of these ways that is open: the fast path (vkp_i_lane_send_fast,
+   vkp_i_lane_claim) without the mutex; the slow path (vkp_i_lane_send_locked) under the mutex,
+   with SLOW set; a wait in `senders` (vkp_i_lane_join), which vkp_i_lane_admit ends.
+   While a lane is frozen only the holder of the mutex changes `tail`, `ring`, `room` and
+   `sent_cost`; vkp_i_lane_thaw ends that and publishes these changes with the release of `tail`.
+   A lane belongs to the one thread that sends (bias): that thread stores `tail` plainly, between
+   vkp_i_lane_enter and vkp_i_bias_exit, and vkp_i_lane_freeze keeps it out before SLOW is set.
+   A sender wakes the receiver after it stored a stamp: fast path by the flag `flags`, slow path
+   under the mutex. The release of `head` pairs with the acquire loads of `head` and `head_seen`
+   here: a place is written again only after its value was read.                                */
 
-/* The owner begins on the fast path, unless the lane changed since it read `word`. */
+/* Enter the fast path as the owner of the lane; false while the owner is held off, or when the
+   lane has changed since `tail` was loaded as `word`.                                          */
 static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
 {
     if (!vkp_i_bias_enter(&lane->bias)) {
         return false;
     }
-    /* The owner last: tail may be what it was, and the lane be shared since then. */
+    /* The owner is checked last: `tail` may be unchanged although the lane became shared. */
     if (VKP_I_LOAD_ACQ(&lane->tail) == word && VKP_I_LOAD(&lane->bias.owner) == VKP_I_SELF()) {
         return true;
     }
@@ -16,7 +27,8 @@ static inline bool vkp_i_lane_enter(vkp_i_lane *lane, uint64_t word)
     return false;
 }
 
-/* Take up to `count` tickets without the mutex. FULL is certain; EMPTY: go by the mutex. */
+/* Take up to `count` tickets without the mutex: OK with the first ticket, its ring and their
+   number. FULL is certain; EMPTY: the caller must take the mutex.                              */
 static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *ticket,
                                    vkp_i_ring **ring, uint64_t *taken)
 {
@@ -43,17 +55,18 @@ static vkp_status vkp_i_lane_claim(vkp_i_lane *lane, uint64_t count, uint64_t *t
             if (!vkp_i_lane_enter(lane, word)) {
                 return VKP_ERR_EMPTY;
             }
-            VKP_I_STORE(&lane->tail, word + 2 * *taken);
+            VKP_I_STORE(&lane->tail, word + VKP_I_TAIL_TICKET * *taken);
             vkp_i_bias_exit(&lane->bias);
             return VKP_OK;
         }
-        if (VKP_I_CAS(&lane->tail, &word, word + 2 * *taken)) {
+        if (VKP_I_CAS(&lane->tail, &word, word + VKP_I_TAIL_TICKET * *taken)) {
             return VKP_OK;
         }
     }
 }
 
-/* The value of the ticket is in its slot: show it, and wake the receiver if it sleeps. */
+/* The place of the ticket is written: store its stamp (`outcome` is 0 or VKP_I_STAMP_ABORTED),
+   and wake the receiver if it waits.                                                           */
 static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64_t ticket,
                                       uint32_t outcome)
 {
@@ -64,11 +77,12 @@ static inline void vkp_i_lane_publish(vkp_i_lane *lane, vkp_i_ring *ring, uint64
     }
 }
 
-/* The way of nearly every value: there is room, and nobody comes between. */
+/* The path of nearly every value. False, and nothing is sent, without room, when SLOW is set, or
+   when another sender was faster.                                                              */
 static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&lane->tail);
-    uint64_t used = (word >> 1) - VKP_I_LOAD_ACQ(&lane->head_seen); /* out of date: huge */
+    uint64_t used = (word >> 1) - VKP_I_LOAD_ACQ(&lane->head_seen); /* huge if `word` is old */
     uint64_t room = VKP_I_LOAD_ACQ(&lane->room);
     vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->ring);
     uintptr_t owner = VKP_I_LOAD_ACQ(&lane->bias.owner);
@@ -79,9 +93,9 @@ static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
         if (!vkp_i_lane_enter(lane, word)) {
             return false;
         }
-        VKP_I_STORE(&lane->tail, word + 2);
+        VKP_I_STORE(&lane->tail, word + VKP_I_TAIL_TICKET);
         vkp_i_bias_exit(&lane->bias);
-    } else if (owner != VKP_I_SHARED || !VKP_I_CAS(&lane->tail, &word, word + 2)) {
+    } else if (owner != VKP_I_SHARED || !VKP_I_CAS(&lane->tail, &word, word + VKP_I_TAIL_TICKET)) {
         return false;
     }
     VKP_I_COPY_IN(vkp_i_ring_item(ring, word >> 1), item, ring->elem_bytes);
@@ -89,7 +103,7 @@ static inline bool vkp_i_lane_send_fast(vkp_i_lane *lane, const void *item)
     return true;
 }
 
-/* Locked: keep the fast path out. Gives the next ticket. */
+/* Locked: set SLOW, which keeps senders off the fast path. Gives the next ticket. */
 static uint64_t vkp_i_lane_freeze(vkp_i_lane *lane)
 {
     uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
@@ -100,15 +114,15 @@ static uint64_t vkp_i_lane_freeze(vkp_i_lane *lane)
     if (owner == VKP_I_SHARED || owner == VKP_I_SELF()) {
         return VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW) >> 1;
     }
-    /* The owner writes tail without an exchange: it must be out of the way first. */
+    /* The owner stores `tail` plainly, and would clear SLOW: it must be outside first. */
     vkp_i_bias_hold(&lane->bias, lane->channel->config.env);
     word = VKP_I_OR(&lane->tail, (uint64_t)VKP_I_TAIL_SLOW);
     vkp_i_bias_release(&lane->bias);
     return word >> 1;
 }
 
-/* Locked and frozen: a lane belongs to the first thread that sends, as long as it is the only
-   one.                                                                                         */
+/* Locked and frozen: the first thread that sends owns the lane; a second one makes it shared,
+   permanently.                                                                                 */
 static void vkp_i_lane_own(vkp_i_lane *lane)
 {
     uintptr_t owner = VKP_I_LOAD(&lane->bias.owner);
@@ -119,7 +133,7 @@ static void vkp_i_lane_own(vkp_i_lane *lane)
     }
 }
 
-/* Locked: the next ticket is this one, and the fast path may go on if nothing speaks against it. */
+/* Locked: set the next ticket, and clear SLOW unless the slow path is still needed. */
 static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
 {
     const vkp_i_channel *channel = lane->channel;
@@ -128,6 +142,8 @@ static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
     VKP_I_STORE_REL(&lane->tail, ticket << 1 | (slow ? VKP_I_TAIL_SLOW : 0u));
 }
 
+/* Locked: whether a value of this cost fits under the ticket. Into an empty lane any one value
+   fits.                                                                                        */
 static bool vkp_i_lane_has_room(const vkp_i_lane *lane, uint64_t ticket, size_t cost)
 {
     const vkp_i_channel *channel = lane->channel;
@@ -144,7 +160,8 @@ static bool vkp_i_lane_has_room(const vkp_i_lane *lane, uint64_t ticket, size_t 
     return cost_used <= most && cost <= most - cost_used;
 }
 
-/* Locked and frozen: see to it that the ring has a slot for the ticket, which has room. */
+/* Locked and frozen: make sure that the ring has a place for the ticket, which has room; false
+   without memory. The first ring is small, each successor has twice the places.                */
 static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
 {
     vkp_i_channel *channel = lane->channel;
@@ -157,14 +174,16 @@ static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
     if (old != NULL) {
         slots = (old->mask + 1) * 2;
     } else {
-        for (slots = 16; slots > 1 && (slots / 2 >= channel->capacity ||
-                                       slots * channel->config.elem_bytes > 4096);
+        for (slots = VKP_I_RING_FIRST;
+             slots > 1 && (slots / 2 >= channel->capacity ||
+                           slots * channel->config.elem_bytes > VKP_I_RING_FIRST_MOST);
              slots /= 2) {
         }
     }
-    ring = slots > UINT32_MAX / 4 ? NULL
-                                  : vkp_i_ring_open(channel->config.env, channel->config.elem_bytes,
-                                                    (size_t)slots, ticket);
+    ring = slots > VKP_I_RING_PLACES_MAX
+               ? NULL
+               : vkp_i_ring_open(channel->config.env, channel->config.elem_bytes, (size_t)slots,
+                                 ticket);
     if (ring == NULL) {
         return false;
     }
@@ -179,7 +198,7 @@ static bool vkp_i_lane_make_slot(vkp_i_lane *lane, uint64_t ticket)
     return true;
 }
 
-/* Locked and frozen: the value into the queue, under the ticket, which has room. */
+/* Locked and frozen: put the value into the queue under the ticket, which has room. OK or NOMEM. */
 static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void *item, size_t cost)
 {
     vkp_i_ring *ring;
@@ -193,7 +212,7 @@ static vkp_status vkp_i_lane_place(vkp_i_lane *lane, uint64_t ticket, const void
     return VKP_OK;
 }
 
-/* Locked: take the sender out of the queue with its outcome, and wake it. */
+/* Locked: end the wait of a sender with this status: unlink it and wake it. */
 static void vkp_i_sender_finish(vkp_i_wait *sender, vkp_status status)
 {
     sender->status = status;
@@ -201,9 +220,9 @@ static void vkp_i_sender_finish(vkp_i_wait *sender, vkp_status status)
     sender->node.wake(&sender->node);
 }
 
-/* Locked: let waiting senders in, oldest first, as far as there is room. The value of one that left
-   it here (`item`) is moved in, and its wait is over; one that did not is told, and keeps the
-   first place until it came for the room.                                                     */
+/* Locked: let waiting senders in, oldest first, while there is room. A sender that left its
+   value here (`item`) has the value moved in, and its wait ends. A sender without `item` is
+   notified once, and keeps its place as the first of `senders` until it takes the room itself. */
 static void vkp_i_lane_admit(vkp_i_lane *lane)
 {
     uint64_t ticket;
@@ -216,7 +235,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
         }
         if (sender->item == NULL) {
             if (sender->status == VKP_ERR_FULL) {
-                sender->status = VKP_OK; /* told once */
+                sender->status = VKP_OK; /* so that it is notified once */
                 sender->node.wake(&sender->node);
             }
             break;
@@ -237,6 +256,7 @@ static void vkp_i_lane_admit(vkp_i_lane *lane)
     }
 }
 
+/* Make the permit for the place of the ticket. */
 static void vkp_i_permit_set(vkp_mpsc_permit *permit, vkp_i_lane *lane, vkp_i_ring *ring,
                              uint64_t ticket)
 {
@@ -246,8 +266,8 @@ static void vkp_i_permit_set(vkp_mpsc_permit *permit, vkp_i_lane *lane, vkp_i_ri
     permit->i_ticket = ticket;
 }
 
-/* Locked: send what fits; `self` is the sender's own place in the queue, or NULL. FULL means that
-   waiting would help.                                                                          */
+/* Locked: send, or reserve when `permit` is given, unless another sender waits. `self` is the
+   caller's own wait in `senders`, or NULL. OK, CLOSED, NOMEM; FULL means that waiting helps.   */
 static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, size_t cost,
                                          vkp_mpsc_permit *permit, const vkp_i_wait *self)
 {
@@ -275,7 +295,7 @@ static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, siz
     return status;
 }
 
-/* Send, reserve when `permit` is given, or say why not, without waiting. */
+/* Send, or reserve when `permit` is given, without waiting: OK, FULL, CLOSED or NOMEM. */
 __attribute__((noinline)) static vkp_status vkp_i_lane_try(vkp_i_lane *lane, const void *item,
                                                            vkp_mpsc_permit *permit)
 {
@@ -300,7 +320,7 @@ __attribute__((noinline)) static vkp_status vkp_i_lane_try(vkp_i_lane *lane, con
     return status;
 }
 
-/* Stand in line; the wake-up may have come when this returns. */
+/* Link a sender into `senders`; it may be woken before this returns. */
 static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
 {
     vkp_i_channel *channel = lane->channel;
@@ -315,12 +335,12 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     VKP_I_UNLOCK(&channel->mutex);
     vkp_i_flag_fence(channel->config.env, channel->fenced);
     VKP_I_LOCK(&channel->mutex);
-    vkp_i_lane_admit(lane); /* the room that the receiver made before it could see us */
+    vkp_i_lane_admit(lane); /* room that the receiver made before it could see the flag */
     VKP_I_UNLOCK(&channel->mutex);
 }
 
-/* Come for the room with the place in the line that `wait` has: FULL when it is not this one's
-   turn, or when there is none.                                                                 */
+/* Take the room with the wait that is linked in `senders`. FULL: this wait is not the first one,
+   or there is no room; CLOSED when the channel was closed.                                     */
 static vkp_status vkp_i_lane_claim_place(vkp_i_lane *lane, vkp_i_wait *wait, const void *item,
                                          vkp_mpsc_permit *permit)
 {
@@ -333,7 +353,8 @@ static vkp_status vkp_i_lane_claim_place(vkp_i_lane *lane, vkp_i_wait *wait, con
     return status;
 }
 
-/* Leave the line, if still in it; whoever stands behind may have room now. */
+/* End a wait in `senders`, and let the next one in, which may have room now. Gives how the wait
+   ended; FULL when it was still linked.                                                        */
 static vkp_status vkp_i_lane_leave(vkp_i_lane *lane, vkp_i_wait *wait)
 {
     vkp_i_channel *channel = lane->channel;
@@ -346,7 +367,7 @@ static vkp_status vkp_i_lane_leave(vkp_i_lane *lane, vkp_i_wait *wait)
     return wait->status;
 }
 
-/* Whether it is worth to try again without the mutex. */
+/* Whether another try without the mutex is worthwhile. */
 static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
 {
     uint64_t word = VKP_I_LOAD(&lane->tail);
@@ -355,8 +376,8 @@ static bool vkp_i_lane_looks_roomy(vkp_i_lane *lane)
                VKP_I_LOAD(&lane->room) - VKP_I_LOAD(&lane->room) / VKP_I_HYSTERESIS;
 }
 
-/* The cancel section's; a thread waits for a token beside its channel. */
-/* Send or reserve, waiting for room, for the token (may be NULL; TIMEOUT then), or the deadline. */
+/* Send, or reserve when `permit` is given, and wait for room. The wait ends without it at the
+   deadline or when the token (may be NULL) is cancelled: TIMEOUT in both cases.                */
 static vkp_status vkp_i_lane_send(vkp_i_lane *lane, const void *item, vkp_mpsc_permit *permit,
                                   vkp_cancel *cancel, uint64_t deadline_ns)
 {
@@ -452,7 +473,7 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
         uint64_t taken;
         uint64_t i;
         vkp_status status = vkp_i_lane_claim(lane, count - done, &ticket, &ring, &taken);
-        if (status != VKP_OK) { /* one by the slow path, then try for more */
+        if (status != VKP_OK) { /* send one value by the slow path, then claim again */
             status = vkp_i_lane_send(lane, next, NULL, NULL, deadline_ns);
             if (status != VKP_OK && done == 0) {
                 return status;

@@ -1,27 +1,30 @@
 /* ======================================================================================
    >>impl-oneshot   One value, once, in the caller's memory
    ======================================================================================
-   One state word decides who was first. Sender: value, then SENT (or ABANDONED) by an exchange;
-   receiver: CLOSED by an exchange, or nothing at all once it saw SENT. RX_WAITING and TX_WAITING
-   say that i_receiver or i_sender points to a waiter. Whoever finishes reads that pointer BEFORE
-   its exchange, as the slot may be gone after it, and marks the waiter when it is done with it; a
-   side that leaves its wait too late waits for that mark (the other one is between two
-   instructions). A side may wait more than once (a select that another case won): each wait is a
-   turn, counted in the state, so that an exchange fails that goes with the pointer of an earlier
-   one. A slot of the heap has two references, one for each side.                               */
+   One state word decides which side ends the slot first; there is no lock. The sender writes the
+   value, then sets SENT (or ABANDONED) with an exchange; the receiver sets CLOSED with an
+   exchange, or with a plain store after it saw the end of the sender. The release of the exchange
+   pairs with the acquire loads of the state: a receiver that sees SENT sees the value.
+   RX_WAITING and TX_WAITING say that i_receiver or i_sender points to a wait. The side that ends
+   the slot reads this pointer BEFORE its exchange, because the slot may be freed after the
+   exchange; it wakes the wait, and then sets `done` of the wait. A side that leaves its wait after
+   the slot ended waits for `done`: the other side is between two instructions.
+   A side may wait several times (in a select that another case won). Each wait is a turn, counted
+   in the state, so that an exchange fails that belongs to the pointer of an earlier wait. A slot
+   on the heap has two references, one for each side.                                           */
 
-#define VKP_I_SLOT_SENT 1u
-#define VKP_I_SLOT_ABANDONED 2u
-#define VKP_I_SLOT_CLOSED 4u
+#define VKP_I_SLOT_SENT 1u      /* the sender sent: the value is in the slot */
+#define VKP_I_SLOT_ABANDONED 2u /* the sender ended without a value */
+#define VKP_I_SLOT_CLOSED 4u    /* the receiver closed, or has taken the value */
 #define VKP_I_SLOT_ENDED (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED | VKP_I_SLOT_CLOSED)
-#define VKP_I_SLOT_RX_WAITING 8u
-#define VKP_I_SLOT_TX_WAITING 16u
-#define VKP_I_SLOT_HEAP 32u
-#define VKP_I_SLOT_TURN 64u /* counts the waits above this bit */
+#define VKP_I_SLOT_RX_WAITING 8u  /* i_receiver points to a wait */
+#define VKP_I_SLOT_TX_WAITING 16u /* i_sender points to a wait */
+#define VKP_I_SLOT_HEAP 32u       /* the slot is that of a vkp_i_heap_slot */
+#define VKP_I_SLOT_TURN 64u       /* one wait: this bit and those above count the waits */
 
 typedef struct vkp_i_heap_slot {
     vkp_oneshot slot;
-    size_t refs; /* atomic */
+    size_t refs; /* atomic: one for each side */
 } vkp_i_heap_slot;
 
 VKP_API vkp_status vkp_oneshot_init(vkp_oneshot *slot, const vkp_env *env, size_t elem_bytes,
@@ -60,7 +63,8 @@ VKP_API vkp_status vkp_oneshot_open(const vkp_env *env, size_t elem_bytes,
     return VKP_OK;
 }
 
-/* Of a slot of the heap. The side that finds itself alone needs no exchange. */
+/* Give a reference to a slot on the heap back. The side that finds a count of 1 is alone, and
+   needs no exchange.                                                                           */
 static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
 {
     vkp_i_heap_slot *self = VKP_CONTAINER(slot, vkp_i_heap_slot, slot);
@@ -69,14 +73,15 @@ static void vkp_i_heap_slot_unref(vkp_oneshot *slot)
     }
 }
 
+/* Wake a wait; its memory may be freed once `done` is set. */
 static void vkp_i_slot_wake(vkp_i_wait *wait)
 {
     wait->node.wake(&wait->node);
     VKP_I_STORE_REL(&wait->done, 1u);
 }
 
-/* End the sender's side, seen in `state`, with SENT or ABANDONED; false when the receiver closed
-   first.                                                                                      */
+/* End the sender's side with SENT or ABANDONED; `state` is the state as loaded before. False
+   when the receiver closed first.                                                              */
 static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
 {
     while ((state & VKP_I_SLOT_ENDED) == 0) {
@@ -114,7 +119,8 @@ VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot)
     return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_CLOSED) != 0;
 }
 
-/* What the receiver's side has come to: EMPTY, or its end. */
+/* Take the value if it is there, and close: OK. EMPTY leaves the slot open; CLOSED when it ended
+   without a value.                                                                             */
 static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -130,7 +136,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
     return status;
 }
 
-/* Close before the sender finished; false when it was first. */
+/* Close unless the sender has finished; false when the sender was first. */
 static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -186,7 +192,8 @@ VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
     }
 }
 
-/* Wait on one side for an end of the slot; false, and not waiting, when it has one. */
+/* Wait for the end of the slot; `side` is RX_WAITING or TX_WAITING. False, and not waiting, when
+   the slot has ended.                                                                          */
 static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
@@ -204,7 +211,7 @@ static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t s
     return false;
 }
 
-/* The end of a wait that join began: the waiter may go when this returns. */
+/* End a wait that vkp_i_oneshot_join began; its memory may be freed when this returns. */
 static void vkp_i_oneshot_leave(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state;
@@ -234,6 +241,7 @@ static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
     return ((vkp_oneshot *)each->i_object)->i_env;
 }
 
+/* Receive; the case never wins again afterwards. */
 static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
@@ -245,7 +253,7 @@ static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
         vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
     }
     status = vkp_i_oneshot_take(slot, each->i_out);
-    each->i_kind = &vkp_i_case_kind_never; /* the slot may be gone */
+    each->i_kind = &vkp_i_case_kind_never; /* the slot may be freed now */
     return status;
 }
 
@@ -263,6 +271,7 @@ static const vkp_i_case_kind vkp_i_case_oneshot = {
     vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
     vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
 
+/* The sender's case: ready when the receiver has closed. */
 static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     (void)wait;
@@ -304,7 +313,7 @@ VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, voi
             return status;
         }
     }
-    /* A value that comes with the deadline is received: whoever ends the slot first has it. */
+    /* A value that arrives at the deadline is received: the side that ends the slot first wins. */
     return vkp_i_oneshot_close_first(slot) ? VKP_ERR_TIMEOUT : vkp_i_oneshot_take(slot, out);
 }
 

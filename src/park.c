@@ -1,21 +1,23 @@
 /* ======================================================================================
    >>impl-park   The waiter: the one way to be woken
    ======================================================================================
-   A waiter is a node that whoever waits links into the list of what it waits for. Whoever makes
-   the condition true unlinks it and calls wake, both under the list's lock; so a waiter that is
-   no longer linked when its owner takes the lock has been woken completely, and its memory may
-   go. wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
-   Lock order: a channel's or token's lock, then what wake takes: a parker's, where there are no
-   futexes (the loop's queue takes none). Latches: the senders', then a place's.               */
+   A waiter is a node that a waiting side links into a list of the object it waits for. The side
+   that makes the condition true unlinks the waiter and calls its wake, both under the lock of the
+   list. A waiter that is no longer linked when its owner takes the lock has therefore been woken
+   completely, and its memory may be freed. (A one-shot has no list and no lock, see its section.)
+   wake only unparks a thread or queues a task on a loop: no user code runs under a lock.
+   Lock order: the lock of a channel or token, then the lock that wake takes: the mutex of a parker
+   where there are no futexes (the queue of a loop takes no lock). Latches: the latch of the
+   senders, then the latch of a place.                                                          */
 
 typedef struct vkp_i_waiter {
     struct vkp_i_waiter *prev; /* NULL when not linked */
     struct vkp_i_waiter *next;
-    void (*wake)(struct vkp_i_waiter *waiter);
+    void (*wake)(struct vkp_i_waiter *waiter); /* unparks a thread, or queues a task */
 } vkp_i_waiter;
 
-typedef struct vkp_i_waiters { /* a ring with this as its sentinel */
-    vkp_i_waiter head;
+typedef struct vkp_i_waiters {
+    vkp_i_waiter head; /* the sentinel of a ring: next is the oldest waiter, prev the newest */
 } vkp_i_waiters;
 
 static void vkp_i_waiters_init(vkp_i_waiters *list)
@@ -30,6 +32,7 @@ static bool vkp_i_waiters_empty(const vkp_i_waiters *list)
     return list->head.next == &list->head;
 }
 
+/* Link the waiter as the newest of the list. */
 static void vkp_i_waiter_link(vkp_i_waiters *list, vkp_i_waiter *waiter)
 {
     waiter->prev = list->head.prev;
@@ -38,6 +41,7 @@ static void vkp_i_waiter_link(vkp_i_waiters *list, vkp_i_waiter *waiter)
     list->head.prev = waiter;
 }
 
+/* Unlink the waiter; false when it was not linked. */
 static bool vkp_i_waiter_unlink(vkp_i_waiter *waiter)
 {
     if (waiter->prev == NULL) {
@@ -50,6 +54,7 @@ static bool vkp_i_waiter_unlink(vkp_i_waiter *waiter)
     return true;
 }
 
+/* Locked: unlink and wake every waiter, the oldest first. */
 static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
 {
     while (!vkp_i_waiters_empty(list)) {
@@ -59,24 +64,27 @@ static void vkp_i_waiters_wake_all(vkp_i_waiters *list)
     }
 }
 
-/* A wait for one thing: a thread has one per thing, all with its parker; a loop's watch has one. */
+/* One wait for one object. A thread that waits for several objects has one vkp_i_wait for each,
+   all with its parker; a handler has one.                                                      */
 typedef struct vkp_i_wait {
     vkp_i_waiter node;
-    const vkp_sys *sys; /* a thread's */
-    vkp_parker *parker;
-    const void *item; /* a sender's that waits for room, see vkp_i_lane_admit */
-    size_t cost;
-    vkp_status status;
-    int wake_fd;   /* of a thread that sleeps in poll */
-    uint32_t done; /* atomic: a one-shot woke it, and does not touch it any more */
+    const vkp_sys *sys; /* of a thread that waits; NULL in a handler */
+    vkp_parker *parker; /* of a thread that waits; NULL in a handler */
+    const void *item;   /* value of a sender that waits for room, or NULL, see vkp_i_lane_admit */
+    size_t cost; /* of a sender that waits for room: bytes of its value, by vkp_mpsc_config.cost */
+    vkp_status status; /* of a sender that waits for room: FULL until it is woken */
+    int wake_fd;       /* where a wake-up of a thread that sleeps in poll is written */
+    uint32_t done;     /* atomic: 1 when a one-shot has woken this wait and no longer uses it */
 } vkp_i_wait;
 
+/* The wake of a parked thread. */
 static void vkp_i_thread_wake(vkp_i_waiter *waiter)
 {
     vkp_i_wait *self = VKP_CONTAINER(waiter, vkp_i_wait, node);
     self->sys->unpark(self->parker);
 }
 
+/* Prepare the wait of a thread that will park. */
 static void vkp_i_wait_init(vkp_i_wait *self, const vkp_sys *sys, vkp_parker *parker)
 {
     memset(self, 0, sizeof *self);
@@ -85,33 +93,37 @@ static void vkp_i_wait_init(vkp_i_wait *self, const vkp_sys *sys, vkp_parker *pa
     self->parker = parker;
 }
 
+/* Whether unpark was called for the parker. */
 static bool vkp_i_parker_notified(vkp_parker *parker)
 {
     return VKP_I_LOAD_ACQ(&parker->state) == VKP_I_PARK_NOTIFIED;
 }
 
-/* Gates. One side stores what the other waits for and then looks whether anybody waits; the other
-   says that it waits and then looks for the store. One of them must see the other, and each does
-   a store before a load, which processors swap. The side that is about to sleep pays for both
-   with a barrier in every thread (membarrier); where there is none, each side changes the gate
-   itself, which puts the two in an order.                                                     */
+/* Flags. The storing side stores a value and then checks the flag; the waiting side raises its
+   bit of the flag and then checks for the value. One of the two must see the other's store, but
+   each side does a store before a load, and processors reorder those. The waiting side, which is
+   about to sleep, pays for both with a memory barrier in every thread (membarrier). Where there
+   is no membarrier (`fenced`), both sides change the flag with a read-modify-write: the flag
+   orders the two sides.                                                                        */
 
-/* The storing side, after its store: the bits of those who wait. */
-static inline uint32_t vkp_i_flag_check(uint32_t *gate, bool fenced)
+/* Storing side, after its store: the raised bits; 0 means that no side waits. */
+static inline uint32_t vkp_i_flag_check(uint32_t *flag, bool fenced)
 {
     if (fenced) {
-        return VKP_I_ADD_ACQ_REL(gate, 0u);
+        return VKP_I_ADD_ACQ_REL(flag, 0u);
     }
     VKP_I_ORDER();
-    return VKP_I_LOAD(gate);
+    return VKP_I_LOAD(flag);
 }
 
-/* The waiting side: open, settle, and then look. */
-static void vkp_i_flag_raise(uint32_t *gate, uint32_t bit)
+/* Waiting side: raise the bit; then call vkp_i_flag_fence; then check for the value. */
+static void vkp_i_flag_raise(uint32_t *flag, uint32_t bit)
 {
-    (void)VKP_I_OR(gate, bit);
+    (void)VKP_I_OR(flag, bit);
 }
 
+/* Waiting side, after vkp_i_flag_raise: from here on it sees the store, or the storing side sees
+   the bit.                                                                                     */
 static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
 {
     if (!fenced) {
@@ -119,27 +131,29 @@ static void vkp_i_flag_fence(const vkp_env *env, bool fenced)
     }
 }
 
-static void vkp_i_flag_lower(uint32_t *gate, uint32_t bit)
+/* Lower the bit: no side waits for it. Both sides call this, under the lock of the list. */
+static void vkp_i_flag_lower(uint32_t *flag, uint32_t bit)
 {
-    (void)VKP_I_AND(gate, ~bit);
+    (void)VKP_I_AND(flag, ~bit);
 }
 
-/* Whether gates have to do without membarrier. */
+/* Register the process for membarrier; true (`fenced`) when flags must work without it. */
 static bool vkp_i_flag_prepare(const vkp_env *env)
 {
     return vkp_i_sys(env)->membarrier(true) < 0;
 }
 
-/* Waiting awake: a wake-up costs microseconds, and a value is often closer than that. */
+/* A thread stays awake for a while before it sleeps: a wake-up costs microseconds, and a value
+   often arrives sooner.                                                                        */
 typedef struct vkp_i_spin {
-    uint32_t pauses;
-    uint32_t yields;
+    uint32_t pauses; /* processor pauses done */
+    uint32_t yields; /* yields done after the pauses */
 } vkp_i_spin;
 
-#define VKP_I_SPINS 200u
-#define VKP_I_YIELDS 8u
+#define VKP_I_SPINS 200u /* default of vkp_env.spins: pauses before a thread yields */
+#define VKP_I_YIELDS 8u  /* yields after the pauses, before a thread sleeps */
 
-/* How long threads of this env stay awake, in pauses. */
+/* Pauses of a thread of this env before it yields and sleeps; 0: it sleeps immediately. */
 static uint32_t vkp_i_spins(const vkp_env *env)
 {
     if (env->spins == 0) {
@@ -148,7 +162,7 @@ static uint32_t vkp_i_spins(const vkp_env *env)
     return env->spins == VKP_SPINS_NONE ? 0 : env->spins;
 }
 
-/* Pause, later yield to threads that have no processor; false when it is time to sleep. */
+/* Pause, or after `spins` pauses yield to a thread without a processor; false: time to sleep. */
 static inline bool vkp_i_spin_again(vkp_i_spin *spin, const vkp_sys *sys, uint32_t spins)
 {
     if (spin->pauses < spins) {
@@ -164,24 +178,29 @@ static inline bool vkp_i_spin_again(vkp_i_spin *spin, const vkp_sys *sys, uint32
     return false;
 }
 
-/* What a thread or a loop can wait for: a vkp_case of one of these kinds. All waiting of the
-   library but that of plain senders goes through them: look (attempt), say that one waits (join),
-   sleep, look again, and leave.                                                                */
+/* The functions of one kind of case. All waits of the library, except plain sends and reserves
+   of mpsc channels, use them in this order: attempt, join, sleep, attempt again, leave.        */
 struct vkp_i_case_kind {
-    /* Carry it out: EMPTY when that is not possible now. `wait` is the joined one, or NULL. */
+    /* Carry the case out; EMPTY when it is not ready. `wait` is the joined wait, or NULL. */
     vkp_status (*attempt)(vkp_case *each, vkp_i_wait *wait);
+    /* Whether an attempt is worthwhile; takes and sends nothing. */
     bool (*is_ready)(const vkp_case *each);
-    bool (*join)(const vkp_case *each, vkp_i_wait *wait); /* false, not joined: it is ready */
+    /* Link the wait to the object of the case; false, and not joined, when the case is ready. */
+    bool (*join)(const vkp_case *each, vkp_i_wait *wait);
+    /* End a wait that join began; its memory may be reused afterwards. */
     void (*leave)(const vkp_case *each, vkp_i_wait *wait);
+    /* The env of the object; NULL for a kind of case without an object. */
     const vkp_env *(*env)(const vkp_case *each);
 };
 
-typedef struct vkp_i_batch { /* where a receive of several values puts them */
-    void *out;
-    size_t capacity;
-    size_t count;
+/* Where a case that receives several values puts them (its i_out). */
+typedef struct vkp_i_batch {
+    void *out;       /* array of `capacity` values */
+    size_t capacity; /* most values to receive */
+    size_t count;    /* values received; written with status OK */
 } vkp_i_batch;
 
+/* Make a case of that kind, with status EMPTY. */
 static vkp_case vkp_i_case(const vkp_i_case_kind *kind, void *object, void *out)
 {
     vkp_case each;
@@ -234,7 +253,8 @@ VKP_API vkp_case vkp_case_never(void)
     return vkp_i_case(&vkp_i_case_kind_never, NULL, NULL);
 }
 
-/* Carry out the first case that can be, from `start` on; the first `joined` ones wait. */
+/* Carry out the first ready case, searching from index `start` on and then from 0; false when
+   none is ready. The cases below index `joined` are joined, and get their waits.               */
 static bool vkp_i_cases_attempt(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
                                 size_t joined, size_t *won)
 {
@@ -251,7 +271,8 @@ static bool vkp_i_cases_attempt(vkp_case *cases, size_t count, size_t start, vkp
     return false;
 }
 
-/* A deadline among the cases, and a descriptor; i_object is the sys, set when the wait begins. */
+/* A deadline as a case; i_object is the vkp_sys, set when the wait begins. It never joins: the
+   sleeper ends with the earliest deadline.                                                     */
 static bool vkp_i_case_deadline_is_ready(const vkp_case *each)
 {
     return ((const vkp_sys *)each->i_object)->clock_ns() >= each->i_number;
@@ -268,6 +289,9 @@ static const vkp_i_case_kind vkp_i_case_kind_deadline = {
     vkp_i_case_never_leave, vkp_i_case_never_env};
 
 #if VKP_I_IO
+/* A descriptor as a case; i_object is the vkp_sys, set when the wait begins. It never joins: the
+   sleeper polls. i_number holds the interest in its upper 32 bits, the descriptor in its lower
+   32.                                                                                          */
 static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
 {
     uint32_t interest = (uint32_t)(each->i_number >> 32);
@@ -277,6 +301,7 @@ static void vkp_i_case_fd_set(const vkp_case *each, struct pollfd *poll)
                            ((interest & VKP_IO_WRITE) != 0 ? POLLOUT : 0));
 }
 
+/* Poll the descriptor without waiting. A failed poll carries the case out, with status SYS. */
 static vkp_status vkp_i_case_fd_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     const vkp_sys *sys = (const vkp_sys *)each->i_object;
@@ -310,25 +335,28 @@ static const vkp_i_case_kind vkp_i_case_kind_fd = {vkp_i_case_fd_attempt, vkp_i_
                                                    vkp_i_case_never_env};
 #endif
 
-/* How a thread sleeps in a select: parked, or with descriptors among its cases in poll(2), where a
-   wake-up is a byte in a pipe.                                                                */
+/* How a thread sleeps in a select: parked, or in poll(2) when descriptors are among its cases; a
+   wake-up is then a write to an eventfd (Linux) or a pipe.                                     */
 typedef struct vkp_i_sleeper {
     const vkp_sys *sys;
-    uint64_t deadline_ns; /* of the select, or of the first deadline among its cases */
-    bool polls;
-    int wake[2];
-    vkp_parker parker;
+    uint64_t deadline_ns; /* the earliest of the deadline of the select and those of its cases */
+    bool polls;           /* sleeps in poll, not parked */
+    int wake[2];          /* with `polls`: read end, write end; the same for an eventfd */
+    vkp_parker parker;    /* without `polls` */
 } vkp_i_sleeper;
 
 #if VKP_I_IO
+/* The wake of a thread that sleeps in poll. */
 static void vkp_i_pipe_wake(vkp_i_waiter *waiter)
 {
     const vkp_i_wait *wait = VKP_CONTAINER(waiter, vkp_i_wait, node);
     uint64_t one = 1;
-    (void)wait->sys->write(wait->wake_fd, &one, sizeof one); /* full: it is readable already */
+    /* A write to a full pipe fails, and need not succeed: the read end is readable already. */
+    (void)wait->sys->write(wait->wake_fd, &one, sizeof one);
 }
 #endif
 
+/* Decide how to sleep, and until when; gives deadlines and descriptors their vkp_sys. */
 static void vkp_i_sleeper_init(vkp_i_sleeper *sleeper, vkp_case *cases, size_t count,
                                const vkp_sys *sys, uint64_t deadline_ns)
 {
@@ -350,6 +378,7 @@ static void vkp_i_sleeper_init(vkp_i_sleeper *sleeper, vkp_case *cases, size_t c
     }
 }
 
+/* After each sleep: release what vkp_i_sleeper_begin opened. */
 static void vkp_i_sleeper_end(vkp_i_sleeper *sleeper)
 {
 #if VKP_I_IO
@@ -364,6 +393,7 @@ static void vkp_i_sleeper_end(vkp_i_sleeper *sleeper)
     vkp_i_parker_deinit(&sleeper->parker);
 }
 
+/* Before each sleep: prepare the parker or the pipe, and a wait for each case. OK or SYS. */
 static vkp_status vkp_i_sleeper_begin(vkp_i_sleeper *sleeper, vkp_i_wait *waits, size_t count)
 {
     size_t i;
@@ -391,7 +421,7 @@ static vkp_status vkp_i_sleeper_begin(vkp_i_sleeper *sleeper, vkp_i_wait *waits,
     return VKP_OK;
 }
 
-/* Until woken or a descriptor is ready: true; false at the deadline. */
+/* Sleep until a wake-up arrives or a descriptor is ready: true; false at the deadline. */
 static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, size_t count)
 {
 #if VKP_I_IO
@@ -408,8 +438,8 @@ static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, s
                 used++;
             }
         }
-        /* The cases tell more. A poll that ends early, its time-out being too long, is no
-           deadline.                                                                            */
+        /* The attempt that follows finds the ready descriptor. poll returns 0 before the
+           deadline when the deadline is beyond its longest time-out: that counts as a wake-up. */
         return sleeper->sys->poll(polls, used, sleeper->deadline_ns) != 0 ||
                sleeper->sys->clock_ns() < sleeper->deadline_ns;
     }
@@ -420,7 +450,9 @@ static bool vkp_i_sleeper_sleep(vkp_i_sleeper *sleeper, const vkp_case *cases, s
     return vkp_i_parker_notified(&sleeper->parker);
 }
 
-/* Wait for one of the cases, each with its wait, and carry it out. OK, TIMEOUT or SYS. */
+/* Wait for one of the cases and carry it out. `waits` has an element for each case; `spins` is
+   the number of pauses before the first sleep. OK (*won is the index, the status of that case
+   its result), TIMEOUT or SYS.                                                                 */
 static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_i_wait *waits,
                                const vkp_sys *sys, uint32_t spins, uint64_t deadline_ns,
                                size_t *won)
@@ -448,7 +480,7 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
         }
         if (joined == count) {
             bool woken = vkp_i_sleeper_sleep(&sleeper, cases, count);
-            late = !woken && sleeper.deadline_ns == deadline_ns; /* one last look follows */
+            late = !woken && sleeper.deadline_ns == deadline_ns; /* one last attempt follows */
         }
         found = vkp_i_cases_attempt(cases, count, start, waits, joined, won);
         for (i = 0; i < joined; i++) {
@@ -459,7 +491,7 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
     return found ? VKP_OK : VKP_ERR_TIMEOUT;
 }
 
-/* The same for the library's own waits, of at most two cases: the status of the one that won. */
+/* vkp_i_select for at most two cases: gives the status of the case that won, TIMEOUT or SYS. */
 static vkp_status vkp_i_select_few(vkp_case *cases, size_t count, const vkp_env *env,
                                    uint32_t spins, uint64_t deadline_ns)
 {
@@ -470,20 +502,23 @@ static vkp_status vkp_i_select_few(vkp_case *cases, size_t count, const vkp_env 
     return status == VKP_OK ? cases[won].status : status;
 }
 
-/* Waiting for a thread that is between two instructions, and may have lost its processor there.
-   It sleeps in the end: a thread of a higher priority would otherwise never let that one run. */
+/* Waiting for a thread that is between two instructions, and may have lost its processor there:
+   pause, later yield, in the end sleep. Without the sleep, a waiting thread of a higher priority
+   could keep the other thread from running.                                                    */
 typedef struct vkp_i_backoff {
-    uint32_t rounds;
+    uint32_t rounds; /* calls of vkp_i_back_off */
 } vkp_i_backoff;
 
-#define VKP_I_BACKOFF_NS 50000u
+#define VKP_I_BACKOFF_PAUSES 64u /* rounds that pause */
+#define VKP_I_BACKOFF_YIELDS 64u /* rounds after those that yield */
+#define VKP_I_BACKOFF_NS 50000u  /* sleep of each later round */
 
 static void vkp_i_back_off(vkp_i_backoff *backoff, const vkp_sys *sys)
 {
     backoff->rounds++;
-    if (backoff->rounds < 64) {
+    if (backoff->rounds < VKP_I_BACKOFF_PAUSES) {
         VKP_I_PAUSE();
-    } else if (backoff->rounds < 128) {
+    } else if (backoff->rounds < VKP_I_BACKOFF_PAUSES + VKP_I_BACKOFF_YIELDS) {
         sys->yield();
     } else {
         vkp_parker parker;
@@ -493,7 +528,8 @@ static void vkp_i_back_off(vkp_i_backoff *backoff, const vkp_sys *sys)
     }
 }
 
-/* A lock for some instructions, of which no thread waits asleep. */
+/* A latch is a lock held for a few instructions: 0 free, 1 held. A thread that waits for it
+   backs off; unlock wakes no thread. The exchange acquires what the store of unlock releases.  */
 static inline void vkp_i_latch_lock(uint32_t *latch, const vkp_sys *sys)
 {
     vkp_i_backoff backoff = {0};
@@ -509,19 +545,21 @@ static inline void vkp_i_latch_unlock(uint32_t *latch)
     VKP_I_STORE_REL(latch, 0u);
 }
 
-/* Bias: what nearly always ONE thread does belongs to that thread, and it does it with plain
-   stores. Another one that comes revokes that for good (vkp_i_biased_lock, vkp_i_lane_own),
-   which costs a membarrier once; where there is none nobody owns anything.                     */
+/* Bias: work that nearly always ONE thread does belongs to that thread, its owner, which does it
+   with plain stores. The first other thread revokes the bias permanently (vkp_i_biased_lock,
+   vkp_i_lane_own), which costs one membarrier; where there is no membarrier, no thread is ever
+   the owner. vkp_i_bias_enter stores `busy`, then loads `held`; vkp_i_bias_hold stores `held`,
+   then, after a membarrier, loads `busy`: one of the two sees the other.                       */
 typedef struct vkp_i_bias {
-    uintptr_t owner; /* atomic: a thread, VKP_I_NOBODY yet, or VKP_I_SHARED for good */
-    uint32_t busy;   /* atomic: the owner is inside */
-    uint32_t held;   /* atomic: and must stay outside */
+    uintptr_t owner; /* atomic: VKP_I_SELF of a thread, VKP_I_NOBODY or VKP_I_SHARED */
+    uint32_t busy;   /* atomic: 1 while the owner is inside */
+    uint32_t held;   /* atomic: 1 while the owner must stay outside */
 } vkp_i_bias;
 
-#define VKP_I_NOBODY ((uintptr_t)0)
-#define VKP_I_SHARED ((uintptr_t)1)
+#define VKP_I_NOBODY ((uintptr_t)0) /* no thread has worked yet: the first one becomes the owner */
+#define VKP_I_SHARED ((uintptr_t)1) /* no owner, permanently */
 
-/* The owner goes inside, unless somebody holds it off, or has taken the bias. */
+/* Enter as the owner; false while another thread holds the owner off, or after it was revoked. */
 static inline bool vkp_i_bias_enter(vkp_i_bias *bias)
 {
     VKP_I_STORE(&bias->busy, 1u);
@@ -538,7 +576,8 @@ static inline void vkp_i_bias_exit(vkp_i_bias *bias)
     VKP_I_STORE_REL(&bias->busy, 0u);
 }
 
-/* Another thread: the owner is outside when this returns, until vkp_i_bias_release. */
+/* Another thread, under the lock that guards the revocation: when this returns the owner is
+   outside, and stays there until vkp_i_bias_release.                                           */
 static void vkp_i_bias_hold(vkp_i_bias *bias, const vkp_env *env)
 {
     vkp_i_backoff backoff = {0};
@@ -554,13 +593,13 @@ static void vkp_i_bias_release(vkp_i_bias *bias)
     VKP_I_STORE_REL(&bias->held, 0u);
 }
 
-/* A latch that costs its owner no exchange. */
+/* A latch that its owner takes without a read-modify-write. */
 typedef struct vkp_i_biased_latch {
-    vkp_i_bias bias;
-    uint32_t latch;
+    vkp_i_bias bias; /* changed under `latch` */
+    uint32_t latch;  /* atomic: 0 free, 1 held; taken by a thread that did not enter by its bias */
 } vkp_i_biased_latch;
 
-/* Gives what vkp_i_biased_unlock wants to know: whether the owner got in by its bias. */
+/* Lock. Gives whether the caller entered as the owner, which vkp_i_biased_unlock must be given. */
 static inline bool vkp_i_biased_lock(vkp_i_biased_latch *self, const vkp_env *env)
 {
     uintptr_t owner = VKP_I_LOAD_ACQ(&self->bias.owner);
@@ -570,7 +609,7 @@ static inline bool vkp_i_biased_lock(vkp_i_biased_latch *self, const vkp_env *en
     vkp_i_latch_lock(&self->latch, vkp_i_sys(env));
     owner = VKP_I_LOAD(&self->bias.owner);
     if (owner == VKP_I_NOBODY) {
-        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SELF()); /* it takes effect at the unlock */
+        VKP_I_STORE_REL(&self->bias.owner, VKP_I_SELF()); /* the bias begins with the unlock */
     } else if (owner != VKP_I_SHARED && owner != VKP_I_SELF()) {
         vkp_i_bias_hold(&self->bias, env);
         VKP_I_STORE_REL(&self->bias.owner, VKP_I_SHARED);
@@ -588,6 +627,7 @@ static inline void vkp_i_biased_unlock(vkp_i_biased_latch *self, bool biased)
     }
 }
 
+/* Prepare a zeroed latch; `fenced`: there is no membarrier, so the latch never has an owner. */
 static void vkp_i_biased_init(vkp_i_biased_latch *self, bool fenced)
 {
     self->bias.owner = fenced ? VKP_I_SHARED : VKP_I_NOBODY;

@@ -1,3 +1,6 @@
+/* Platform facts and the system headers of the implementation. VKP_I_LINUX, VKP_I_APPLE and
+   VKP_I_IO are always defined, as 0 or 1: test them with #if. Feature macros (_GNU_SOURCE ...) are
+   set at the top of the header, before the first system header. */
 #if !defined(__linux__) && !defined(__APPLE__) && !defined(__FreeBSD__) && \
     !defined(__OpenBSD__) && !defined(__NetBSD__) && !defined(__DragonFly__)
 #error "valkey_push.h supports Linux, macOS and the BSDs"
@@ -33,7 +36,7 @@
 #if VKP_I_LINUX
 #include <sys/random.h>
 #include <sys/syscall.h>
-#if defined(__STRICT_ANSI__) && !defined(__USE_GNU) && defined(__GLIBC__)
+#if !defined(__USE_GNU) && defined(__GLIBC__)
 #error \
     "define VKP_IMPLEMENTATION before the FIRST include of this file, or build with -D_GNU_SOURCE"
 #endif
@@ -55,7 +58,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #else
-#pragma push_macro("EV_ERROR") /* an enumerator in <ev.h>, which the program may use as well */
+#pragma push_macro("EV_ERROR") /* an enumerator of libev's <ev.h>, which programs may include */
 #include <sys/event.h>
 #pragma pop_macro("EV_ERROR")
 #endif

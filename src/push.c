@@ -1,7 +1,12 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-push   What a server pushes
-   ====================================================================================== */
+   ======================================================================================
+   Recognise a push in a value. vkp_push_from_value takes no lock and allocates nothing; the
+   texts of its result view the value's frame, so it runs on any thread.
+   vkp_i_push_forms is the only list of kinds that a server sends. A push of a listed name with
+   another number of elements is VKP_PUSH_OTHER. The kinds from VKP_PUSH_CONNECTED on are events
+   of the client and never come from a server.                                                 */
 
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
 {
@@ -30,17 +35,19 @@ VKP_API void vkp_push_drop(void *user, void *push)
     vkp_push_unref((vkp_push *)push);
 }
 
-/* A message of a pub/sub channel, whichever way its subscriber asked for it. */
+/* Whether the push is a message of a pub/sub channel, received by its name, by a pattern or as a
+   shard channel.                                                                              */
 static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
 {
     return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
 }
 
+/* One kind of push as a server writes it. */
 typedef struct vkp_i_push_form {
-    const char *name;
-    vkp_push_kind kind;
-    vkp_sub_kind sub;
-    uint8_t elements; /* with the kind; 0: any */
+    const char *name;   /* the push's first element */
+    vkp_push_kind kind; /* value of vkp_push.kind */
+    vkp_sub_kind sub;   /* value of vkp_push.sub; without meaning for INVALIDATE */
+    uint8_t elements;   /* number of elements, the name included */
 } vkp_i_push_form;
 
 static const vkp_i_push_form vkp_i_push_forms[] = {
@@ -55,7 +62,7 @@ static const vkp_i_push_form vkp_i_push_forms[] = {
     {"sunsubscribe", VKP_PUSH_UNSUBSCRIBED, VKP_SUB_SHARD, 3},
     {"invalidate", VKP_PUSH_INVALIDATE, VKP_SUB_CHANNEL, 2}};
 
-/* The parts of a push whose kind is known. A push of a known kind and another shape is OTHER. */
+/* Fill the fields of a push from a value of the given form. */
 static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form, vkp_push *push)
 {
     const vkp_value *element = vkp_value_get_first(value);
@@ -84,7 +91,8 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
         return VKP_ERR_INVALID;
     }
     memset(push, 0, sizeof *push);
-    /* A plain message, without the walk: no attributes, no aggregates, kind MESSAGE is 0. */
+    /* A fast path for plain messages. Span 4 with length 3: no attributes and no aggregates inside.
+       The memset above set kind to VKP_PUSH_MESSAGE and sub to VKP_SUB_CHANNEL, which are 0.  */
     if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
         memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
         value[3].type == VKP_RESP_STRING) {

@@ -2,55 +2,71 @@
 /* --------------------------------------------------------------------------------------
    >>api-push   What a server pushes                                                       */
 
+/* The three kinds of subscription. */
 typedef enum vkp_sub_kind {
-    VKP_SUB_CHANNEL = 0, /* SUBSCRIBE, exact name */
-    VKP_SUB_PATTERN,     /* PSUBSCRIBE, glob */
-    VKP_SUB_SHARD        /* SSUBSCRIBE, exact name */
+    VKP_SUB_CHANNEL = 0, /* a pub/sub channel by its exact name: SUBSCRIBE */
+    VKP_SUB_PATTERN,     /* all pub/sub channels that match a glob pattern: PSUBSCRIBE */
+    VKP_SUB_SHARD        /* a shard channel by its exact name: SSUBSCRIBE */
 } vkp_sub_kind;
+
+/* The number of values of vkp_sub_kind. */
 #define VKP_SUB_KINDS 3
 
+/* What a push says. CONNECTED and all kinds below it are events of the client, not of the server:
+   their frame is empty.                                                                       */
 typedef enum vkp_push_kind {
-    VKP_PUSH_MESSAGE = 0,  /* channel, payload */
-    VKP_PUSH_PMESSAGE,     /* pattern, channel, payload */
-    VKP_PUSH_SMESSAGE,     /* channel, payload */
-    VKP_PUSH_SUBSCRIBED,   /* channel: confirmed for the first time, or again after an outage */
-    VKP_PUSH_UNSUBSCRIBED, /* channel; also when the server took a shard channel away */
-    VKP_PUSH_INVALIDATE,   /* frame: the keys; a null instead means all of them */
-    VKP_PUSH_OTHER,        /* any other push: frame, kind's name in channel */
-    VKP_PUSH_CONNECTED,    /* the first connection stands */
-    VKP_PUSH_DISCONNECTED, /* once per outage; payload tells why */
-    VKP_PUSH_RECONNECTED,  /* the outage is over; subscriptions are on their way back */
-    VKP_PUSH_GAP,          /* all are back: messages between from_ns and to_ns may be lost */
-    VKP_PUSH_LAGGED        /* the channel of pushes was full: `missed` were dropped before this */
+    VKP_PUSH_MESSAGE = 0, /* a message of a subscribed name: channel, payload */
+    VKP_PUSH_PMESSAGE,    /* a message that matches a pattern: pattern, channel, payload */
+    VKP_PUSH_SMESSAGE,    /* a message of a subscribed shard channel: channel, payload */
+    /* The server confirmed a subscription, for the first time or again after an outage: sub, and
+       the name in channel.                                                                    */
+    VKP_PUSH_SUBSCRIBED,
+    /* A subscription ended, by an unsubscribe or because the server no longer serves the shard
+       channel: sub, and the name in channel.                                                  */
+    VKP_PUSH_UNSUBSCRIBED,
+    VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
+    VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
+    VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    VKP_PUSH_DISCONNECTED, /* once per outage: a ready connection was lost; payload is the reason */
+    VKP_PUSH_RECONNECTED,  /* once per outage: a connection is ready, the client subscribes again */
+    /* The server answered all SUBSCRIBEs after an outage: messages between from_ns and to_ns may be
+       lost. Follows RECONNECTED if anything was subscribed; several outages may share one.    */
+    VKP_PUSH_GAP,
+    /* The channel of pushes was full: `missed` pushes were dropped before this one. */
+    VKP_PUSH_LAGGED
 } vkp_push_kind;
 
-/* The kind in lower case; static, never NULL. Any thread. */
+/* The kind as a text in lower case: static, never NULL. Any thread. */
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
 
-/* One push. A value: in a callback it is borrowed; out of a channel it is yours to unref. */
+/* One push, a plain struct. A callback borrows the push; a receiver that took a push from a channel
+   owns it, and gives it back with vkp_push_unref. Texts view frame, or are static.            */
 typedef struct vkp_push {
-    vkp_push_kind kind;
-    vkp_sub_kind sub; /* of SUBSCRIBED, UNSUBSCRIBED and the messages */
-    vkp_bytes frame;  /* the RESP bytes as received; empty for events of the client */
-    vkp_str channel;  /* these view frame */
-    vkp_str pattern;
-    vkp_str payload;
-    uint64_t from_ns; /* GAP: monotonic times */
-    uint64_t to_ns;
-    uint64_t missed; /* LAGGED */
+    vkp_push_kind kind; /* says which of the other fields are set */
+    vkp_sub_kind sub;   /* the kind of subscription: SUBSCRIBED, UNSUBSCRIBED and messages */
+    vkp_bytes frame;    /* the RESP bytes as received; empty for events of the client */
+    vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
+    vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
+    vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
+    uint64_t from_ns;   /* GAP: when the connection was lost, in monotonic ns */
+    uint64_t to_ns;     /* GAP: when all subscriptions were answered, in monotonic ns */
+    uint64_t missed;    /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
-/* What a push costs a channel, in bytes: for vkp_mpsc_config.cost. Any thread. */
+/* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */
 VKP_API size_t vkp_push_get_cost(const void *push);
 
-/* Drops a push that nobody received: for vkp_mpsc_config.drop. Any thread. */
+/* vkp_push_unref of a push that no receiver took: for vkp_mpsc_config.drop. Any thread. */
 VKP_API void vkp_push_drop(void *user, void *push);
 
-/* Give the push's reference back and empty it. Any thread. */
+/* Give the reference to the frame back and zero the struct. NULL is ignored. Any thread. */
 VKP_API void vkp_push_unref(vkp_push *push);
 
-/* Read a frame as a push. Messages need no allocation and no reader.
-   Owns:   *push views value and gets no reference (frame is empty)   Errors: INVALID (no push) */
+/* Read a value as a push; allocates nothing. A value of a known kind but another number of elements
+   is VKP_PUSH_OTHER. The value may be a PUSH, or an ARRAY as RESP2 sends pushes.
+   Owns:   *push views value and holds no reference (frame is empty)
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: INVALID (a null argument, no PUSH or ARRAY, the first element is no string)         */
 VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
 
 #endif /* VKP_NO_IO */

@@ -1,29 +1,37 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-pushloop   From a channel of pushes to where they are wanted
-   ====================================================================================== */
+   ======================================================================================
+   Receive pushes from a channel and write each one to a sink: a hub, a connection or a callback.
+   vkp_push_loop_run blocks the receiver's thread. vkp_push_loop_open receives on a loop's
+   thread, by a handler that takes at most VKP_I_PUSH_BATCH pushes per call and is called again
+   for more; the hub or callback runs there too.
+   on_end runs once, when the channel is closed and empty. The callback and on_end may unref the
+   push loop: `running` defers the free. No lock is held.                                      */
 
 struct vkp_push_loop {
-    vkp_loop *loop;
-    vkp_mpsc_rx *rx;
-    vkp_handler *handler;
-    vkp_sink sink;
-    void (*on_end)(void *user);
-    void *user;
-    bool ended;
-    bool running; /* inside its callback */
-    bool unreferenced;
+    vkp_loop *loop;             /* shared */
+    vkp_mpsc_rx *rx;            /* taken from the caller of open */
+    vkp_handler *handler;       /* calls vkp_i_push_loop_ready while rx is ready */
+    vkp_sink sink;              /* shares its conn; borrows its hub */
+    void (*on_end)(void *user); /* called once when the channel is closed and empty; or NULL */
+    void *user;                 /* argument of on_end */
+    bool ended;                 /* the channel was found closed and empty */
+    bool running;               /* vkp_i_push_loop_ready is running: unref must not free */
+    bool unreferenced; /* the handle was given back: the end of vkp_i_push_loop_ready frees */
 };
 
-#define VKP_I_PUSH_BATCH 64
+#define VKP_I_PUSH_BATCH 64 /* most pushes per receive, and per call of the handler */
 
+/* Write one push to the sink. The token (may be NULL) ends a wait for room in a connection's
+   inbox.                                                                                      */
 static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push, vkp_cancel *cancel)
 {
     if (sink->hub != NULL) {
         (void)vkp_hub_deliver(sink->hub, push);
     } else if (sink->conn != NULL) {
         if (push->frame.len > 0) {
-            /* its policy counts */
+            /* the connection's policy counts what it drops */
             (void)!vkp_i_conn_push(sink->conn, &push->frame, cancel, VKP_FOREVER);
         }
     } else {
@@ -31,6 +39,7 @@ static void vkp_i_sink_write(const vkp_sink *sink, const vkp_push *push, vkp_can
     }
 }
 
+/* Whether exactly one of hub, conn and callback is set. */
 static bool vkp_i_sink_is_one(const vkp_sink *sink)
 {
     return sink != NULL &&
@@ -70,6 +79,7 @@ static void vkp_i_push_loop_free(vkp_push_loop *self)
     vkp_loop_unref(loop);
 }
 
+/* Handler: the channel holds pushes, or is closed. */
 static void vkp_i_push_loop_ready(void *user)
 {
     vkp_push_loop *self = (vkp_push_loop *)user;

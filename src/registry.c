@@ -1,10 +1,29 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-registry   The registry of sockets
-   ====================================================================================== */
+   ======================================================================================
+   A registry maps paths to sockets and keeps none of them alive; each socket keeps the registry.
+   The lock (vkp_i_registry_enter, leave) guards the members of vkp_registry from `sockets` to
+   `next_check_ns`, and the guarded fields of its sockets. The socket section has lock order and
+   states.
+   Upkeep is the timed work, on the thread of config.loop. One pass, under the lock:
+     1. ends sockets that lingered for linger_ms (all lingering ones, once the loop is closed);
+     2. every check_ms compares the file at each path with the recorded one: another file or none is
+        LOST; with config.rebind a new bind gives REBOUND or BLOCKED;
+     3. starts the timer for the next pass, or stops it when nothing is due.
+   After the unlock it calls on_event, one event at a time.
+   A pass is started by upkeep_task (queued by a thread that made work for upkeep), by upkeep_timer,
+   or by the close of the loop. The queued task and the attached place each hold a reference of the
+   registry; the timer and the close take one more for their pass. */
 
-/* ---- the keeper: what happens with time, on the loop ---- */
+#define VKP_I_REGISTRY_BACKLOG 4096 /* default of config.backlog; the system cuts it */
+#define VKP_I_REGISTRY_MODE 0600    /* default of config.mode: the user only */
+#define VKP_I_UNIQUE_TRIES 8        /* random names to try for a unique path */
+#define VKP_I_UNIQUE_PATH_BYTES 512 /* bytes in which a unique path is built */
 
+/* ---- upkeep ---- */
+
+/* Mark the event: on_event is called for it after the unlock. */
 static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
 {
     if (sock->registry->config.on_event != NULL) {
@@ -12,7 +31,8 @@ static void vkp_i_socket_note_event(vkp_socket *sock, vkp_socket_event event)
     }
 }
 
-/* The lock file may be gone as well, and somebody else may hold the new one. */
+/* Bind a lost socket again and notify its followers of the new descriptor. PATH.lock may be gone,
+   too: then it is created again, which fails if another process holds a new one. */
 static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
 {
     vkp_i_lock_name name = vkp_i_socket_lock_name(sock);
@@ -36,6 +56,7 @@ static vkp_status vkp_i_socket_rebind(vkp_socket *sock)
     return status;
 }
 
+/* Compare the file at the path with the recorded one, and bind again if it is lost. */
 static void vkp_i_socket_check(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -43,12 +64,12 @@ static void vkp_i_socket_check(vkp_socket *sock)
     vkp_status status;
     int result = registry->sys->identify(sock->path, &found);
     if (result == 0 && vkp_i_same_file(&found, &sock->id)) {
-        sock->flags &= ~VKP_I_SOCKET_LOST; /* it may have come back */
+        sock->flags &= ~VKP_I_SOCKET_LOST; /* the file may be back */
         sock->blocked = VKP_OK;
         return;
     }
     if (result < 0 && result != -ENOENT && result != -ENOTDIR) {
-        return; /* who cannot look knows nothing */
+        return; /* lstat failed (for example: no permission): the file may be there */
     }
     if ((sock->flags & VKP_I_SOCKET_LOST) == 0) {
         sock->flags |= VKP_I_SOCKET_LOST;
@@ -69,7 +90,8 @@ static void vkp_i_socket_check(vkp_socket *sock)
     sock->blocked = status;
 }
 
-/* Tell what was noted, one at a time: the program may do anything in between. */
+/* Call on_event for each marked event, without the lock. The search starts again after each call:
+   the program may change the map in the callback. LOST is reported first, then BLOCKED, REBOUND. */
 static void vkp_i_registry_notify_events(vkp_registry *registry)
 {
     for (;;) {
@@ -93,7 +115,7 @@ static void vkp_i_registry_notify_events(vkp_registry *registry)
                 status = event == VKP_SOCKET_BLOCKED ? sock->blocked : VKP_OK;
                 if (vkp_i_socket_take(sock, VKP_I_GENERATION(VKP_I_LOAD(&sock->word)), false) !=
                     VKP_OK) {
-                    event = 0; /* it is about to end */
+                    event = 0; /* the socket is ending: its event is dropped */
                 }
             }
         }
@@ -108,7 +130,8 @@ static void vkp_i_registry_notify_events(vkp_registry *registry)
 
 static void vkp_i_registry_on_timer(vkp_timer *timer);
 
-/* End those that lingered long enough, look at the files: when is there more to do? */
+/* One pass of upkeep, under the lock. `over`: the loop is closed, every lingering socket ends now.
+   Returns when the next pass is due, or VKP_FOREVER. */
 static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns, bool over)
 {
     uint64_t next_ns = VKP_FOREVER;
@@ -140,7 +163,8 @@ static uint64_t vkp_i_registry_do_upkeep(vkp_registry *registry, uint64_t now_ns
     return next_ns;
 }
 
-/* Loop's thread, with a reference. A placed keeper has one of its own. */
+/* Run a pass and start or stop the timer. Loop's thread; the caller holds a reference of the
+   registry. While upkeep_place is attached, it holds another one. */
 static void vkp_i_registry_run_upkeep(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
@@ -150,8 +174,8 @@ static void vkp_i_registry_run_upkeep(vkp_registry *registry)
     next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, registry->loop_gone);
     if (next_ns != VKP_FOREVER && vkp_timer_start(&registry->upkeep_timer, loop,
                                                   vkp_i_registry_on_timer, 0, next_ns) != VKP_OK) {
-        next_ns =
-            vkp_i_registry_do_upkeep(registry, loop->now_ns, true); /* nothing lingers without */
+        /* Without a timer no socket can linger: end them now. */
+        next_ns = vkp_i_registry_do_upkeep(registry, loop->now_ns, true);
     }
     if (next_ns != VKP_FOREVER && !registry->upkeep_attached) {
         registry->upkeep_attached = true;
@@ -177,6 +201,7 @@ static void vkp_i_registry_on_timer(vkp_timer *timer)
     vkp_i_registry_drop(registry, 1);
 }
 
+/* upkeep_task: upkeep was requested by vkp_i_registry_request_upkeep. */
 static void vkp_i_registry_on_call(vkp_i_task *task)
 {
     vkp_registry *registry = VKP_CONTAINER(task, vkp_registry, upkeep_task);
@@ -184,20 +209,20 @@ static void vkp_i_registry_on_call(vkp_i_task *task)
     registry->upkeep_queued = false;
     vkp_i_registry_leave(registry, true);
     vkp_i_registry_run_upkeep(registry);
-    vkp_i_registry_drop(registry, 1); /* the call's */
+    vkp_i_registry_drop(registry, 1); /* the task's */
 }
 
 static void vkp_i_registry_on_loop_close(vkp_i_attached *place)
 {
     vkp_registry *registry = VKP_CONTAINER(place, vkp_registry, upkeep_place);
     (void)VKP_I_ADD(&registry->refs, 1);
-    vkp_i_registry_run_upkeep(registry); /* finds the loop closed */
+    vkp_i_registry_run_upkeep(registry); /* loop->closed is true */
     vkp_i_registry_drop(registry, 1);
 }
 
-/* ---- the registry's calls ---- */
+/* ---- the functions of the API ---- */
 
-/* Where unique names go: the user's own folder if there is one. */
+/* The folder of unique paths: $XDG_RUNTIME_DIR if it belongs to the user, $TMPDIR, or /tmp. */
 static const char *vkp_i_default_folder(const vkp_sys *sys)
 {
     const char *folder = getenv("XDG_RUNTIME_DIR");
@@ -235,10 +260,10 @@ VKP_API vkp_status vkp_registry_open(const vkp_registry_config *config, vkp_regi
         return VKP_ERR_NOMEM;
     }
     if (registry->config.backlog <= 0) {
-        registry->config.backlog = 4096;
+        registry->config.backlog = VKP_I_REGISTRY_BACKLOG;
     }
     if (registry->config.mode == 0) {
-        registry->config.mode = 0600;
+        registry->config.mode = VKP_I_REGISTRY_MODE;
     }
     if (registry->config.max_sockets == 0) {
         registry->config.max_sockets = SIZE_MAX;
@@ -299,7 +324,7 @@ VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path)
     vkp_socket *sock;
     name.text = path.ptr;
     name.len = path.len;
-    name.abstract = false; /* no matter here */
+    name.abstract = false; /* not used by the search */
     vkp_i_registry_enter(registry);
     sock = vkp_i_registry_find(registry, name);
     vkp_i_registry_leave(registry, true);
@@ -341,6 +366,7 @@ VKP_API void vkp_registry_unlink_all(vkp_registry *registry)
     errno = error;
 }
 
+/* A reference to the socket of the path; `create`: make one if there is none. */
 static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool create,
                                      vkp_socket **out)
 {
@@ -348,7 +374,7 @@ static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool 
     vkp_socket *sock = NULL;
     vkp_status status = VKP_OK;
     if (text.len > 0) {
-        sock = vkp_i_registry_peek(registry, text); /* what is there has a name that can be */
+        sock = vkp_i_registry_peek(registry, text); /* a path in the map is valid */
     }
     if (sock == NULL) {
         status = vkp_i_name_of(registry->env, text, registry->config.abstract_names, &name);
@@ -368,15 +394,14 @@ static vkp_status vkp_i_registry_get(vkp_registry *registry, vkp_str text, bool 
     return status;
 }
 
-/* A name that nobody has, in the registry's folder. */
-#define VKP_I_UNIQUE_TRIES 8
+/* Create a socket with a random name in the registry's folder; if it is in use, try another. */
 static vkp_status vkp_i_registry_get_unique(vkp_registry *registry, vkp_socket **out)
 {
     vkp_status status = VKP_ERR_IN_USE;
     int i;
     for (i = 0; i < VKP_I_UNIQUE_TRIES && (status == VKP_ERR_IN_USE || status == VKP_ERR_EXISTS);
          i++) {
-        char text[512];
+        char text[VKP_I_UNIQUE_PATH_BYTES];
         vkp_i_name name;
         int len = snprintf(text, sizeof text, "%.*s/vkp-%d-%08lx.sock",
                            VKP_FMT(registry->config.folder), registry->sys->process_id(),
@@ -437,12 +462,12 @@ VKP_API vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd
 
 struct vkp_socket_pool {
     vkp_registry *registry;
-    size_t refs; /* atomic */
-    size_t turn; /* atomic */
-    vkp_balance balance;
-    size_t capacity;
-    size_t count;
-    vkp_socket **sockets; /* behind this struct */
+    size_t refs;          /* atomic */
+    size_t turn;          /* atomic: counts the picks; each search starts at the next socket */
+    vkp_balance balance;  /* constant, as are the members below */
+    size_t capacity;      /* sockets that the memory was allocated for */
+    size_t count;         /* sockets that are open */
+    vkp_socket **sockets; /* in the same allocation, behind this struct */
 };
 
 VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool)

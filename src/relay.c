@@ -2,139 +2,155 @@
 /* ======================================================================================
    >>impl-relay   Serve local Valkey clients over one upstream connection, or none
    ======================================================================================
-   One shard per loop: a hub, a request reader, the local clients accepted there. Shard 0's loop
-   carries the listeners and the upstream client.
-   A local client's replies leave in the order of its commands: each command that must wait takes
-   a place in `answers`; what is ready at the head is sent. Commands that depend on that order
-   (the subscribe family, HELLO, RESET, QUIT) are not even parsed past while answers are out: the
-   connection pauses and the bytes come again. So there is no queue of commands, ever.
-   A place waits for the upstream client, whose callback runs on loop 0; it converts the reply
-   there and sends the place home to the client's loop as a task.
-   A topic of a shard's hub holds one interest of the upstream client; a SUBSCRIBE is confirmed
-   locally when the server confirmed it, or at once when the server is away.
-   Stand-alone, `census` counts subscribers over all shards, so that any shard answers PUBLISH.
-   References: the relay is kept by its owner, each local client and each task between threads;
-   a local client (loop's thread) by its connection, each answer and subscription under way.   */
+   One shard per loop: a hub, a request reader and the local clients given to that loop. Loop 0
+   (shard 0's) also carries the listeners and the upstream client.
+   How a command travels: the local client's loop parses it (vkp_i_local_on_data) and appends an
+   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it
+   upstream. The reply arrives on loop 0 (vkp_i_answer_on_reply), which converts it to the local
+   client's protocol and returns the answer to the client's loop as a task (vkp_i_answer_return).
+   There every finished answer at the head of local->answers is sent, so replies leave in the
+   order of their commands.
+   SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
+   pending they are not executed, the connection pauses, and on_data gets their bytes again
+   later. So there is never a queue of commands.
+   A topic of a shard's hub holds one interest of the upstream client. SUBSCRIBE is confirmed to
+   the local client when the server confirmed it, or immediately when the server is disconnected.
+   Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
+   PUBLISH.
+   References: one of the relay for its owner, for each local client and for each task between
+   threads; one of a local client (loop's thread) for its connection, each answer and each
+   subscription under way.
+   The relay's mutex guards `subscribers` and the shards' `handovers`; no callback runs under it.
+   Lock order: the relay's mutex, then the gate's and the registry's.                          */
 
 typedef struct vkp_i_shard vkp_i_shard;
 typedef struct vkp_i_local vkp_i_local;
 
-/* How a RESP3 reply differs from RESP2's beyond its types. */
-#define VKP_I_SHAPE_NULL_ARRAY 1u    /* null is *-1 */
-#define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays */
-#define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs */
-#define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 */
-#define VKP_I_SHAPE_NULL_LAST 16u    /* the last element, when null, is *-1 */
+/* Bits of a shape: how a command's RESP2 reply differs from its RESP3 reply, beyond the types. */
+#define VKP_I_SHAPE_NULL_ARRAY 1u    /* a null reply is *-1 in RESP2 */
+#define VKP_I_SHAPE_FLAT 2u          /* RESP3 nests pairs in arrays, RESP2 has one flat array */
+#define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs in RESP2 */
+#define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 in RESP2 */
+#define VKP_I_SHAPE_NULL_LAST 16u    /* a last element that is null is *-1 in RESP2 */
 
+/* The place of one reply in the order of a local client's commands. */
 typedef struct vkp_i_answer {
-    struct vkp_i_answer *next;
-    vkp_i_task task; /* home, to the client's loop */
-    vkp_i_local *local;
-    size_t bytes_allocated;
-    size_t asked_bytes; /* of the command */
-    vkp_bytes bytes;    /* when done */
-    bool done;
-    uint8_t protocol;     /* the client's when it asked */
-    uint32_t shape_count; /* of an EXEC: the shapes of its commands stand behind the struct */
-    uint8_t shape;
+    struct vkp_i_answer *next; /* the younger answer of the local client */
+    vkp_i_task task;           /* returns the answer to the local client's loop */
+    vkp_i_local *local;        /* holds one reference */
+    size_t bytes_allocated;    /* size of this allocation, shapes included */
+    size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
+    vkp_bytes bytes;           /* the reply to send, valid once `done` */
+    bool done;                 /* the reply is complete; loop's thread of the local client */
+    uint8_t protocol;          /* the local client's protocol when it sent the command */
+    uint32_t shape_count;      /* for EXEC: number of shapes behind the struct, one per command */
+    uint8_t shape;             /* VKP_I_SHAPE_* of a single command */
 } vkp_i_answer;
 
-/* A MULTI under way: its commands, as they will be sent. */
+/* A MULTI under way: the commands that wait for EXEC. */
 typedef struct vkp_i_multi {
-    vkp_resp_writer block;
-    uint8_t *shapes;
-    size_t count;
-    size_t capacity;
-    bool failed;
+    vkp_resp_writer block; /* MULTI and the commands, encoded as they will be sent */
+    uint8_t *shapes;       /* VKP_I_SHAPE_* of each command */
+    size_t count;          /* commands in `block`, without MULTI */
+    size_t capacity;       /* allocated bytes of `shapes` */
+    bool failed;           /* a command was refused: EXEC answers EXECABORT */
 } vkp_i_multi;
 
-#define VKP_I_LOCAL_BUSY 1u    /* a subscription is under way: paused */
-#define VKP_I_LOCAL_ORDER 2u   /* paused until all answers are out */
-#define VKP_I_LOCAL_FULL 4u    /* paused: too many answers, or too many bytes, are out */
-#define VKP_I_LOCAL_LEAVING 8u /* drain when nothing is under way */
-#define VKP_I_LOCAL_CLOSED 16u
-#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: read no more, drain when answers are out */
+/* Bits of vkp_i_local.flags. */
+#define VKP_I_LOCAL_BUSY 1u    /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u   /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u    /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: drains when no answer is pending */
 
+/* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
+   too.                                                                                        */
 struct vkp_i_local {
-    vkp_hub_member member;
-    vkp_i_shard *shard;
-    vkp_i_local *prev; /* of the shard */
-    vkp_i_local *next;
-    uint64_t id;
-    uint32_t refs; /* loop's thread */
-    uint32_t flags;
-    vkp_i_answer *answers; /* oldest first */
-    vkp_i_answer **answers_end;
-    uint32_t answer_count;
-    size_t asked_bytes; /* of commands whose answers are out */
-    size_t held_bytes;  /* of replies that wait for an older one */
-    vkp_i_multi *multi;
-    vkp_resp_reader *reader; /* of a large command under way; else the shard's is used */
-    char *name;
+    vkp_hub_member member; /* the client as a member of the shard's hub; holds the connection */
+    vkp_i_shard *shard;    /* constant */
+    vkp_i_local *prev;     /* newer local client of the shard, or NULL */
+    vkp_i_local *next;     /* older local client of the shard, or NULL */
+    uint64_t id;           /* number for CLIENT ID and the log */
+    uint32_t refs;         /* loop's thread */
+    uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
+    vkp_i_answer *answers; /* pending answers, oldest first */
+    vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
+    uint32_t answer_count;      /* number of pending answers */
+    size_t asked_bytes;         /* bytes of the commands whose answers are pending */
+    size_t held_bytes;          /* bytes of finished replies that wait for an older one */
+    vkp_i_multi *multi;         /* NULL: no MULTI under way */
+    vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
+    char *name;                 /* by SETNAME, terminated; or NULL */
 };
 
+/* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
+   every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
-    vkp_relay *relay;
-    vkp_loop *loop;
-    vkp_hub *hub;
-    vkp_i_profile *profile;
-    vkp_resp_reader *reader;
-    vkp_str *argv; /* of the command in hand */
-    size_t argv_capacity;
-    char *inline_text; /* of an inline command, unquoted */
-    size_t inline_capacity;
-    vkp_i_local *locals;
-    size_t local_count;
-    struct vkp_i_handover *handovers; /* guarded by the relay's mutex */
-    bool draining;
-    bool gone;           /* drained, and told */
-    vkp_mpsc_tx *pushes; /* to this shard from other loops; NULL where none sends */
-    vkp_push_loop *push_loop;
-    vkp_i_task drain_task;
-    vkp_i_task kill_task;
+    vkp_relay *relay;        /* no reference */
+    vkp_loop *loop;          /* shared */
+    vkp_hub *hub;            /* subscriptions of this shard's local clients */
+    vkp_i_profile *profile;  /* config of the local clients' connections */
+    vkp_resp_reader *reader; /* reads the requests of all local clients in turn */
+    vkp_str *argv;           /* arguments of the command that is executed now */
+    size_t argv_capacity;    /* allocated elements of `argv` */
+    char *inline_text;       /* unquoted words of an inline command */
+    size_t inline_capacity;  /* allocated bytes of `inline_text` */
+    vkp_i_local *locals;     /* local clients, newest first */
+    size_t local_count;      /* number of `locals` */
+    /* descriptors queued for this loop; guarded by the relay's mutex */
+    struct vkp_i_handover *handovers;
+    bool draining;            /* drains, or ends: accepts no further local clients */
+    bool gone;                /* drained, and taken off relay->live_shards */
+    vkp_mpsc_tx *pushes;      /* sender of other loops to this shard; NULL where none sends */
+    vkp_push_loop *push_loop; /* receives `pushes`; or NULL */
+    vkp_i_task drain_task;    /* runs vkp_i_shard_drain on this loop */
+    vkp_i_task kill_task;     /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
 };
 
+/* Subscribers of one name over all shards. The name is behind the struct. */
 typedef struct vkp_i_subscriber_count {
-    vkp_i_map_node node;
-    size_t count;
-} vkp_i_subscriber_count; /* its name is behind the struct */
+    vkp_i_map_node node; /* in relay->subscribers; its key is the name */
+    size_t count;        /* above 0 */
+} vkp_i_subscriber_count;
 
 struct vkp_relay {
     const vkp_env *env;
-    size_t refs; /* atomic */
-    vkp_i_shard *shards;
-    size_t shard_count;
-    size_t next_shard; /* loop 0's */
-    vkp_registry *registry;
-    vkp_gate *gate;
-    size_t max_request_bytes;
-    size_t max_reply_bytes;
-    size_t max_subscriptions;
-    vkp_client *client; /* NULL: stand-alone */
-    vkp_listener **listeners;
-    size_t listener_count;
-    size_t listener_capacity;
-    uint64_t next_id; /* atomic */
-    VKP_I_MUTEX mutex;
-    vkp_i_map subscribers[VKP_SUB_KINDS]; /* guarded by the mutex */
-    bool draining;
-    size_t live_shards; /* atomic, while draining */
-    vkp_timer drain_timer;
-    vkp_i_task end_task;
-    void (*on_end)(void *user);
-    void *end_user;
-    vkp_str notice; /* for the shutdown: a copy, or NULL */
-    void (*on_idle)(void *user);
-    void *user;
-    uint64_t linger_ms;
-    uint32_t idle_queued; /* atomic */
-    vkp_i_task idle_task;
-    vkp_timer idle_timer; /* loop 0's */
-    uint64_t messages_in; /* atomic, as all counters that follow */
-    uint64_t deliveries;
-    uint64_t lagged;
-    uint64_t slow_closed;
-    uint64_t protocol_errors;
+    size_t refs;         /* atomic */
+    vkp_i_shard *shards; /* one per loop */
+    size_t shard_count;  /* number of `shards` */
+    size_t next_shard;   /* which shard gets the next client, modulo shard_count; loop 0's thread */
+    vkp_registry *registry;   /* of the Unix sockets that the relay listens on */
+    vkp_gate *gate;           /* admits the clients of all listeners */
+    size_t max_request_bytes; /* limit of one command, and of one MULTI block */
+    size_t max_reply_bytes;   /* limit of the replies that a client has not read */
+    size_t max_subscriptions; /* limit of the names of one client */
+    vkp_client *client;       /* the upstream client; NULL: stand-alone */
+    vkp_listener **listeners; /* loop 0's thread */
+    size_t listener_count;    /* used places of `listeners` */
+    size_t listener_capacity; /* allocated places of `listeners` */
+    uint64_t next_id;         /* atomic: the last number given to a local client */
+    VKP_I_MUTEX mutex;        /* guards `subscribers` and the shards' `handovers` */
+    /* stand-alone: counts by kind and name; guarded by the mutex */
+    vkp_i_map subscribers[VKP_SUB_KINDS];
+    bool draining;               /* vkp_relay_drain was called; loop 0's thread */
+    size_t live_shards;          /* atomic: shards that have not drained yet */
+    vkp_timer drain_timer;       /* deadline of the drain; loop 0's */
+    vkp_i_task end_task;         /* runs vkp_i_relay_end on loop 0 */
+    void (*on_end)(void *user);  /* called on loop 0 at the end of a drain, or NULL */
+    void *end_user;              /* argument of on_end */
+    vkp_str notice;              /* text for clients at a drain: a copy, or NULL */
+    void (*on_idle)(void *user); /* called on loop 0 after linger_ms without clients, or NULL */
+    void *user;                  /* argument of on_idle */
+    uint64_t linger_ms;          /* time without clients before on_idle */
+    uint32_t idle_queued;        /* atomic: 1 while idle_task is queued */
+    vkp_i_task idle_task;        /* starts idle_timer on loop 0; queued by any shard's thread */
+    vkp_timer idle_timer;        /* runs for linger_ms; loop 0's */
+    uint64_t messages_in;        /* atomic: messages from upstream, or by PUBLISH */
+    uint64_t deliveries;         /* atomic: messages delivered to local clients */
+    uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
+    uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
+    uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -165,6 +181,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_i_free(env, relay, sizeof *relay);
 }
 
+/* Give one of `refs` back; the last one frees the relay. */
 static void vkp_i_relay_release(vkp_relay *relay)
 {
     if (VKP_I_UNREF(&relay->refs) == 1) {
@@ -181,6 +198,7 @@ static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
 
 /* ---- answers ---- */
 
+/* Give one reference back, on the loop's thread; the last one frees the local client. */
 static void vkp_i_local_release(vkp_i_local *local)
 {
     vkp_relay *relay = local->shard->relay;
@@ -192,6 +210,7 @@ static void vkp_i_local_release(vkp_i_local *local)
     }
 }
 
+/* Write reply bytes now, or close later when there is no memory. */
 static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
 {
     if (vkp_conn_send(local->member.conn, bytes) == VKP_ERR_NOMEM) {
@@ -199,6 +218,7 @@ static void vkp_i_local_send(vkp_i_local *local, const vkp_bytes *bytes)
     }
 }
 
+/* No memory for this local client: close it later. */
 static void vkp_i_local_fail(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
@@ -206,15 +226,19 @@ static void vkp_i_local_fail(vkp_i_local *local)
     }
 }
 
-/* A client that runs ahead is not read until it is down to half of these. */
-#define VKP_I_MOST_ANSWERS 1024u
-#define VKP_I_MOST_ASKED ((size_t)4 << 20)
-#define VKP_I_MOST_UNREAD ((size_t)1 << 20)
+/* Above one of these limits a local client's commands are not read until all are down to half. */
+#define VKP_I_MOST_ANSWERS 1024u            /* pending answers */
+#define VKP_I_MOST_ASKED ((size_t)4 << 20)  /* bytes of commands whose answers are pending */
+#define VKP_I_MOST_UNREAD ((size_t)1 << 20) /* bytes in the outbox that the kernel has not taken */
 
+#define VKP_I_ERROR_TEXT 512 /* bytes of an error reply's text, terminated; a longer one is cut */
+
+/* Answer the current command with an error. */
 __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
                                                                     const char *format, ...);
 
-/* Tell it why no more is answered, see vkp_relay_drain. */
+/* Send the shutdown notice: a message to a client of RESP3 or with subscriptions, else an error
+   reply (see vkp_relay_drain).                                                                */
 static void vkp_i_local_notify(vkp_i_local *local)
 {
     vkp_i_shard *shard = local->shard;
@@ -234,6 +258,7 @@ static void vkp_i_local_notify(vkp_i_local *local)
     }
 }
 
+/* Drain the local client's connection, after the shutdown notice if the shard drains. */
 static void vkp_i_local_leave(vkp_i_local *local)
 {
     if (local->shard->draining && local->shard->relay->notice.ptr != NULL &&
@@ -243,7 +268,8 @@ static void vkp_i_local_leave(vkp_i_local *local)
     vkp_conn_drain(local->member.conn);
 }
 
-/* Go on reading, or leave, as far as nothing stands against it. */
+/* Clear the reasons to pause that no longer hold. When none is left, read again, or drain a
+   client that leaves.                                                                         */
 static void vkp_i_local_maybe_resume(vkp_i_local *local)
 {
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
@@ -254,7 +280,8 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
         vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD / 2) {
-        vkp_i_conn_flush(local->member.conn); /* what it cannot take, on_drain tells of */
+        /* on_drain is called when the bytes left are written */
+        vkp_i_conn_flush(local->member.conn);
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
         local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
@@ -265,7 +292,7 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
         return;
     }
     if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
-        if (local->answers == NULL) { /* input that is left is no whole command */
+        if (local->answers == NULL) { /* unread input is no whole command */
             vkp_i_local_leave(local);
         }
         return;
@@ -273,14 +300,15 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     vkp_conn_resume(local->member.conn);
 }
 
+/* Stop reading; why is the VKP_I_LOCAL_* bit that vkp_i_local_maybe_resume clears. */
 static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
 {
     local->flags |= why;
     vkp_conn_pause(local->member.conn);
 }
 
-/* Replies pile up: write what the kernel takes, and read no more commands before the rest went
-   (on_drain tells).                                                                           */
+/* Above VKP_I_MOST_UNREAD: write as much as the kernel accepts, and pause if the outbox is still
+   above it. on_drain resumes.                                                                 */
 static void vkp_i_local_throttle(vkp_i_local *local)
 {
     vkp_conn *conn = local->member.conn;
@@ -292,6 +320,7 @@ static void vkp_i_local_throttle(vkp_i_local *local)
     }
 }
 
+/* Free an answer and give its reference of the local client back. */
 static void vkp_i_answer_free(vkp_i_answer *answer)
 {
     vkp_i_local *local = answer->local;
@@ -300,6 +329,7 @@ static void vkp_i_answer_free(vkp_i_answer *answer)
     vkp_i_local_release(local);
 }
 
+/* Send the finished answers at the head of the list, then resume or drain if possible. */
 static void vkp_i_local_flush_answers(vkp_i_local *local)
 {
     local->refs++;
@@ -321,7 +351,7 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
     vkp_i_local_release(local);
 }
 
-/* A new place at the end of the stream, or NULL: the connection is doomed then. */
+/* Append a pending answer. NULL: no memory; the connection closes later. */
 static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
 {
     size_t bytes = sizeof(vkp_i_answer) + shape_count;
@@ -344,7 +374,7 @@ static vkp_i_answer *vkp_i_answer_new(vkp_i_local *local, size_t shape_count)
     return answer;
 }
 
-/* Answer now, behind what is still out. Takes the reference. */
+/* Answer the current command now, behind the pending answers. Takes the reference of bytes. */
 static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
 {
     vkp_i_answer *answer;
@@ -364,11 +394,13 @@ static void vkp_i_local_answer(vkp_i_local *local, vkp_bytes bytes)
     local->held_bytes += bytes.len;
 }
 
+/* Answer with a static text of RESP. */
 static void vkp_i_local_answer_static(vkp_i_local *local, const char *text)
 {
     vkp_i_local_answer(local, vkp_bytes_static(text, strlen(text)));
 }
 
+/* Answer with the writer's bytes. No memory: the connection closes later. */
 static void vkp_i_local_answer_writer(vkp_i_local *local, vkp_resp_writer *writer)
 {
     vkp_bytes bytes;
@@ -379,7 +411,8 @@ static void vkp_i_local_answer_writer(vkp_i_local *local, vkp_resp_writer *write
     vkp_i_local_answer(local, bytes);
 }
 
-/* "-<text>": control bytes of what a client sent are not sent back. */
+/* The error reply "-<text>". Control bytes become blanks, because text may repeat bytes that the
+   client sent.                                                                                */
 static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
 {
     vkp_resp_writer writer;
@@ -400,7 +433,7 @@ static vkp_bytes vkp_i_error_bytes(const vkp_env *env, char *text)
 __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local *local,
                                                                     const char *format, ...)
 {
-    char text[512];
+    char text[VKP_I_ERROR_TEXT];
     va_list arguments;
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
@@ -408,13 +441,15 @@ __attribute__((format(printf, 2, 3))) static void vkp_i_local_error(vkp_i_local 
     vkp_i_local_answer(local, vkp_i_error_bytes(local->shard->relay->env, text));
 }
 
-#define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)64), (s).ptr
+#define VKP_I_SHORT_BYTES 64 /* most bytes of a client's text in an error reply */
+#define VKP_I_SHORT(s) (int)VKP_I_MIN((s).len, (size_t)VKP_I_SHORT_BYTES), (s).ptr /* for %.*s */
 
-/* A command's name as servers spell it in their errors. */
+/* A command's name in lower case and shortened, as servers write it in their errors. */
 typedef struct vkp_i_verb {
-    char text[65];
+    char text[VKP_I_SHORT_BYTES + 1];
 } vkp_i_verb;
 
+/* The command's name for an error reply. */
 static vkp_i_verb vkp_i_verb_of(vkp_str name)
 {
     vkp_i_verb verb;

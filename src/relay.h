@@ -1,71 +1,107 @@
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-relay   Serve local Valkey clients over one upstream connection, or none          */
+   >>api-relay   Serve local Valkey clients over one upstream connection, or none */
 
+/* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
-    vkp_str server;         /* address of the server; default: none, a stand-alone pub/sub broker */
-    vkp_str username;       /* of the connection to the server; default: the default user */
-    vkp_str password;       /* of the connection to the server; default: none */
-    vkp_loop *const *loops; /* connections are spread over these; at least one */
-    size_t loop_count;      /* default 1 */
-    size_t queue_frames;    /* per client, as vkp_conn_config */
+    vkp_str server;   /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str username; /* user name for the upstream connection; default: the default user */
+    vkp_str password; /* password for the upstream connection; default: none */
+    /* The loops that serve local clients, an array of loop_count: each client is given to the next
+       loop in turn. Required; each loop is shared. */
+    vkp_loop *const *loops;
+    /* The number of loops. Default: 1. */
+    size_t loop_count;
+    /* Most messages that wait for one client. Default: 65,536. */
+    size_t queue_frames;
+    /* Most bytes of messages that wait for one client; one message always fits. Default: 8 MiB. */
     size_t queue_bytes;
-    vkp_on_full on_full;        /* default DISCONNECT; or DROP_OLDEST, DROP_NEWEST */
-    size_t max_clients;         /* at once; default 16,384 */
-    size_t max_clients_per_uid; /* over Unix sockets; default: no limit */
-    /* Over Unix sockets: besides the process's own uid. Their files then have mode 0666. */
+    /* The policy when a client's queue is full: VKP_ON_FULL_DISCONNECT (default), DROP_OLDEST or
+       DROP_NEWEST. */
+    vkp_on_full on_full;
+    /* Most clients at one time, over all addresses. Default: 16,384. */
+    size_t max_clients;
+    /* Most clients of one uid at one time, over Unix sockets. Default: no limit. */
+    size_t max_clients_per_uid;
+    /* Uids that are allowed over Unix sockets besides the process's own uid; copied. With any, the
+       sockets' files have mode 0666 instead of 0600. NULL: none. */
     const uint32_t *allow_uids;
+    /* The number of allow_uids. */
     size_t allow_uid_count;
-    /* Called on loops[0] when no client has been there for linger_ms, once at least one was. */
+    /* The last client left, and for linger_ms none came. Called each time this happens, on
+       loops[0], not before the first client and not during a drain. NULL: not called. */
     void (*on_idle)(void *user);
+    /* Handed to on_idle. */
     void *user;
-    uint64_t linger_ms;       /* default: at once */
-    uint64_t check_ms;        /* look that often at the sockets' files, bind again what is lost */
-    vkp_str shutdown_notice;  /* copied; see vkp_relay_drain; default: none */
-    size_t max_request_bytes; /* one command, or one MULTI block; default 64 MiB */
-    size_t max_reply_bytes;   /* replies that a client has not read; default 256 MiB, then closed */
-    size_t max_subscriptions; /* names of one client; default 100,000 */
+    /* Milliseconds without a client before on_idle is called. Default: 0, it is called
+       immediately. */
+    uint64_t linger_ms;
+    /* Milliseconds between two checks of the Unix sockets' files; a lost file is bound again.
+       Default: 0, no checks. */
+    uint64_t check_ms;
+    /* The text that vkp_relay_drain sends to each client; copied. Default: nothing is sent. */
+    vkp_str shutdown_notice;
+    /* Most bytes of one command, or of one MULTI block. Default: 64 MiB; must be below 2 GiB. */
+    size_t max_request_bytes;
+    /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
+       Default: 256 MiB. */
+    size_t max_reply_bytes;
+    /* Most names that one client subscribes to. Default: 100,000. */
+    size_t max_subscriptions;
+    /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;
 
-/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the
-   upstream connection and the listeners.
-   Owns:   borrows config, shares loops; gives *relay     Threads: before the loops run
-   Errors: INVALID, NOMEM, and those of vkp_client_open                                        */
+/* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
+   connection and the listeners. config and its loops are required.
+   Owns:   borrows config (copies its texts), shares the loops; gives *relay
+   Blocks: on DNS, if server has a host name     Threads: that of every loop, before the loops run
+   Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of
+   2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
 
-/* Accept local clients at one more address; several are fine. Owns: borrows address. Threads:
-   loops[0]'s. *bound (may be NULL) views the address with the port chosen.
-   Errors: those of vkp_listener_open                                                          */
+/* Accept local clients at one more address; may be called for several. *bound (NULL is allowed)
+   gets the address with the port that the system chose.
+   Owns:   borrows address; *bound views the address until the relay's unref
+   Blocks: on the file system, and on DNS for a host name     Threads: that of loops[0]
+   Errors: INVALID (a null argument or address), NOMEM, those of vkp_listener_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
-/* Stop accepting, answer what was asked, tell each client, write what is queued until the deadline,
-   then close; on_end(user) on loops[0] when all is gone. Threads: loops[0]'s. Once.
-   The notice is a message of the channel VKP_RELAY_NOTICE_CHANNEL to clients of RESP3 and those
-   with subscriptions; to others an error, the answer to whatever they would ask next.         */
+/* The pub/sub channel of the message that carries vkp_relay_config.shutdown_notice. */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
+
+/* Shut down in order: stop accepting, answer the commands that were received, send each client the
+   shutdown_notice, write what is queued, close each connection; at the deadline close the others.
+   Then on_end(user) is called once, on loops[0]. NULL on_end: not called. Later calls are ignored.
+   Clients of RESP3 and clients with subscriptions get the notice as a message of the pub/sub
+   channel VKP_RELAY_NOTICE_CHANNEL; other clients get it as an error, in place of their next reply.
+   Blocks: never     Threads: that of loops[0]     In callbacks: ok */
 VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
                              uint64_t deadline_ns);
 
+/* What vkp_relay_get_stats writes. Counters count since open. */
 typedef struct vkp_relay_stats {
-    size_t clients;
-    uint64_t accepted;
-    uint64_t refused[VKP_REFUSAL_COUNT]; /* by vkp_refusal */
-    uint64_t messages_in;                /* from upstream or by PUBLISH */
-    uint64_t deliveries;
-    uint64_t dropped_frames;  /* by the policy */
-    uint64_t slow_closed;     /* by VKP_ON_FULL_DISCONNECT, or over max_reply_bytes */
-    uint64_t lagged;          /* messages lost to a loop that was 64 MiB behind */
-    uint64_t protocol_errors; /* clients closed for them */
+    size_t clients;                      /* clients of the relay now */
+    uint64_t accepted;                   /* clients accepted */
+    uint64_t refused[VKP_REFUSAL_COUNT]; /* clients refused, indexed by vkp_refusal */
+    uint64_t messages_in;                /* messages from the server, or from clients by PUBLISH */
+    uint64_t deliveries;                 /* deliveries of messages to clients that were tried */
+    uint64_t dropped_frames;             /* messages to clients that on_full dropped */
+    uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
+    uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
+    uint64_t protocol_errors; /* clients closed because they broke the protocol */
 } vkp_relay_stats;
-VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats); /* any thread */
 
-/* The registry of its Unix sockets, for vkp_registry_get_stats and crash handlers. Views. */
+/* Write the relay's counters to *stats. Any thread. */
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats);
+
+/* The registry of the relay's Unix sockets, for vkp_registry_get_stats and for handlers of crashes.
+   Views: valid until the relay's unref. Any thread. */
 VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay);
 
-/* Close at once, and free; a drain's on_end that was not called is not called any more. The loops
-   do not run any more (or never ran). NULL is ignored.                                         */
+/* Close the relay immediately and free it. The on_end of a drain under way is not called. The loops
+   no longer run, or never ran. NULL is ignored. Threads: any one that alone uses the loops. */
 VKP_API void vkp_relay_unref(vkp_relay *relay);
 
 #endif /* VKP_NO_IO */

@@ -1,27 +1,40 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-commands   Relay: commands
-   ====================================================================================== */
+   ======================================================================================
+   Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
+   the table vkp_i_commands: wait until no answer is pending, refuse (the command would block or
+   change the one upstream connection), hold for EXEC, answer here, or forward upstream. Commands
+   outside the table are forwarded, and stand-alone refused.
+   Each command is answered once, in its order: at once by its vkp_i_run_* function, or later by
+   an answer or a subscription under way.
+   Stand-alone, PUBLISH delivers to its own shard's hub and sends the message to every other
+   shard's channel; push loops deliver it there. The relay's mutex is taken for subscriber counts
+   only.                                                                                       */
 
 /* ---- commands ---- */
 
-#define VKP_I_CMD_ORDER 0x0100u  /* waits until all answers are out */
-#define VKP_I_CMD_LOCAL 0x0200u  /* answered here, server or not */
-#define VKP_I_CMD_ALONE 0x0400u  /* answered here stand-alone, else forwarded */
-#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a subscribed RESP2 client */
-#define VKP_I_CMD_BLOCKS 0x1000u /* refused: it would block everybody */
-#define VKP_I_CMD_STATE 0x2000u  /* refused: it would change the shared connection */
-#define VKP_I_CMD_MULTI 0x4000u  /* runs inside MULTI instead of being held */
-#define VKP_I_CMD_MAYBE 0x8000u  /* refused with a BLOCK argument */
+/* Bits of vkp_i_command.flags, besides the VKP_I_SHAPE_* bits. */
+#define VKP_I_CMD_SHAPES 0x00ffu /* mask of the VKP_I_SHAPE_* bits */
+#define VKP_I_CMD_ORDER 0x0100u  /* executed when no answer is pending */
+#define VKP_I_CMD_LOCAL 0x0200u  /* answered by the relay, with or without a server */
+#define VKP_I_CMD_ALONE 0x0400u  /* answered by a stand-alone relay, otherwise forwarded */
+#define VKP_I_CMD_SUB2 0x0800u   /* allowed to a RESP2 client with subscriptions */
+#define VKP_I_CMD_BLOCKS 0x1000u /* refused: blocks the upstream connection for all clients */
+#define VKP_I_CMD_STATE 0x2000u  /* refused: changes the state of the upstream connection */
+#define VKP_I_CMD_MULTI 0x4000u  /* executed inside MULTI, not held until EXEC */
+#define VKP_I_CMD_MAYBE 0x8000u  /* refused only with a BLOCK argument */
 
 typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
 typedef struct vkp_i_command {
-    const char *name; /* lower case; the table is sorted */
-    vkp_i_command_fn run;
-    uint32_t flags; /* and the shape in the low byte */
+    const char *name;     /* lower case; the table is sorted by name */
+    vkp_i_command_fn run; /* answers the command; NULL: forwarded or refused */
+    uint32_t flags;       /* VKP_I_CMD_* and VKP_I_SHAPE_* bits */
 } vkp_i_command;
 
+/* Whether argc is between least and most, the command's name included; otherwise an error is
+   answered.                                                                                   */
 static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
                               const vkp_str *argv)
 {
@@ -65,7 +78,8 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
     }
 }
 
-/* A name of printable bytes without blanks, as servers want it. NULL and an error otherwise. */
+/* Set the client's name: printable bytes without blanks, as servers require; empty removes it.
+   False: an error was answered, or no memory.                                                 */
 static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 {
     const vkp_env *env = local->shard->relay->env;
@@ -92,6 +106,7 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
     return true;
 }
 
+/* Begin a map; in RESP2 an array of twice the elements. */
 static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
 {
     if (protocol == 3) {
@@ -106,6 +121,7 @@ static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
     vkp_resp_put_bulk(writer, text, strlen(text));
 }
 
+/* Answer HELLO. */
 static void vkp_i_local_greet(vkp_i_local *local)
 {
     vkp_resp_writer writer;
@@ -128,9 +144,12 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_local_answer_writer(local, &writer);
 }
 
+#define VKP_I_PROTOCOL_DIGITS 19 /* HELLO's version is an integer only with fewer digits */
+
 static const char vkp_i_no_auth[] =
     "ERR the relay takes no passwords: its socket's permissions decide who may connect";
 
+/* HELLO [protocol [AUTH user password] [SETNAME name]]: answered here, never forwarded. */
 static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     int protocol = local->member.protocol;
@@ -138,7 +157,7 @@ static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv
     size_t i = 2;
     if (argc > 1) {
         if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
-            bool number = argv[1].len > 0 && argv[1].len < 19;
+            bool number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
             for (i = 0; i < argv[1].len; i++) {
                 number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
             }
@@ -188,6 +207,7 @@ static void vkp_i_multi_free(vkp_i_local *local)
     }
 }
 
+/* RESET: forget MULTI, subscriptions, name and protocol of this client. */
 static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     (void)argc;
@@ -207,9 +227,12 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_conn_drain(local->member.conn);
 }
 
+#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
+
+/* Answer CLIENT INFO. */
 static void vkp_i_local_client_info(vkp_i_local *local)
 {
-    char text[320];
+    char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     const uint32_t *counts = local->member.counts;
     (void)snprintf(text, sizeof text,
@@ -226,6 +249,8 @@ static void vkp_i_local_client_info(vkp_i_local *local)
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
+/* CLIENT: subcommands about this connection are answered here, those that would change the
+   upstream connection refused, others forwarded.                                              */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
@@ -261,7 +286,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         }
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
-        vkp_i_local_answer_static(local, "+OK\r\n"); /* told to nobody */
+        vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO")) {
         vkp_i_local_client_info(local);
     } else if (local->shard->relay->client != NULL) {
@@ -299,21 +324,23 @@ static void vkp_i_run_unsubscribe(vkp_i_local *local, size_t argc, const vkp_str
     vkp_i_local_unsubscribe(local, kind, argc - 1, argv + 1);
 }
 
-#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* bytes of pushes on their way to a shard */
+#define VKP_I_SHARD_LAG ((size_t)64 << 20) /* capacity in bytes of a shard's channel of pushes */
 
-/* Send a push to another shard's loop. Takes its reference. */
+/* Send a push to another shard's loop; without room it is lost and counted. Takes the push's
+   reference.                                                                                  */
 static void vkp_i_shard_forward(vkp_i_shard *shard, vkp_push *push)
 {
     if (vkp_mpsc_try_send(shard->pushes, push) != VKP_OK) {
         (void)VKP_I_ADD(&shard->relay->lagged, (uint64_t)1);
         vkp_i_log(shard->relay->env, VKP_LOG_ERROR,
-                  "a loop lags by %zu MiB: a message is lost to its clients",
+                  "a loop is %zu MiB behind: a message is lost for its clients",
                   VKP_I_SHARD_LAG >> 20);
         vkp_push_unref(push);
     }
 }
 
-/* Stand-alone: to the members here, and to the other shards as a push. */
+/* PUBLISH and SPUBLISH, stand-alone: deliver to this shard's members, and send a push to each other
+   shard.                                                                                      */
 static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_i_shard *shard = local->shard;
@@ -351,6 +378,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
     vkp_i_local_answer_writer(local, &writer);
 }
 
+/* Write the subscribed names that match the pattern (NULL: all). The relay's mutex is held. */
 static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
                                const vkp_str *pattern)
 {
@@ -367,6 +395,9 @@ static void vkp_i_put_channels(vkp_resp_writer *writer, vkp_relay *relay, vkp_su
     }
 }
 
+#define VKP_I_SHARD_PREFIX (sizeof "SHARD" - 1) /* of PUBSUB SHARDCHANNELS and SHARDNUMSUB */
+
+/* PUBSUB, stand-alone: answered from the subscriber counts. */
 static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_relay *relay = local->shard->relay;
@@ -378,9 +409,13 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    kind = argv[1].len > 5 && vkp_i_str_is(vkp_i_str(argv[1].ptr, 5), "SHARD") ? VKP_SUB_SHARD
-                                                                               : VKP_SUB_CHANNEL;
-    what = kind == VKP_SUB_SHARD ? vkp_i_str(argv[1].ptr + 5, argv[1].len - 5) : argv[1];
+    kind = argv[1].len > VKP_I_SHARD_PREFIX &&
+                   vkp_i_str_is(vkp_i_str(argv[1].ptr, VKP_I_SHARD_PREFIX), "SHARD")
+               ? VKP_SUB_SHARD
+               : VKP_SUB_CHANNEL;
+    what = kind == VKP_SUB_SHARD
+               ? vkp_i_str(argv[1].ptr + VKP_I_SHARD_PREFIX, argv[1].len - VKP_I_SHARD_PREFIX)
+               : argv[1];
     vkp_resp_writer_init(&writer, relay->env);
     VKP_I_LOCK(&relay->mutex);
     if (vkp_i_str_is(what, "CHANNELS") && argc <= 3) {
@@ -405,7 +440,7 @@ static void vkp_i_run_pubsub(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
 }
 
-/* What client libraries ask on connect, stand-alone: no commands are described here. */
+/* COMMAND and CONFIG, stand-alone: client libraries send them on connect. The answers are empty. */
 static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
@@ -423,7 +458,7 @@ static void vkp_i_run_command(vkp_i_local *local, size_t argc, const vkp_str *ar
 static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_relay *relay = local->shard->relay;
-    char text[320];
+    char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     (void)argc;
     (void)argv;
@@ -438,6 +473,7 @@ static void vkp_i_run_info(vkp_i_local *local, size_t argc, const vkp_str *argv)
 
 /* ---- MULTI ---- */
 
+/* MULTI: hold the commands that follow until EXEC. */
 static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     const vkp_env *env = local->shard->relay->env;
@@ -475,6 +511,8 @@ static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *ar
     vkp_i_local_answer_static(local, "+OK\r\n");
 }
 
+/* EXEC: send MULTI, the held commands and EXEC upstream in one piece; only the last reply is the
+   answer.                                                                                     */
 static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_i_multi *multi = local->multi;
@@ -499,7 +537,7 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
     if (answer == NULL || vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
         vkp_i_local_fail(local);
         vkp_i_multi_free(local);
-        if (answer != NULL) { /* goes with the connection */
+        if (answer != NULL) { /* return the answer, which frees it: the connection closes later */
             vkp_i_answer_return(&answer->task);
         }
         return;
@@ -542,9 +580,12 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 
 /* ---- dispatch ---- */
 
+/* Flags of the subscribe family. */
 #define VKP_I_SUBS (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_SUB2)
+/* Flags of DISCARD, QUIT and RESET, which end a MULTI. */
 #define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
 
+/* Sorted by name for vkp_i_command_find; every other command is forwarded. */
 static const vkp_i_command vkp_i_commands[] = {
     {"asking", NULL, VKP_I_CMD_STATE},
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
@@ -610,9 +651,12 @@ static const vkp_i_command vkp_i_commands[] = {
     {"zrevrank", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"zunion", NULL, VKP_I_SHAPE_FLAT}};
 
+#define VKP_I_COMMAND_NAME 20 /* bytes of a buffer for any name in vkp_i_commands */
+
+/* The command's entry in the table, case ignored, or NULL. */
 static const vkp_i_command *vkp_i_command_find(vkp_str name)
 {
-    char key[20];
+    char key[VKP_I_COMMAND_NAME];
     size_t low = 0;
     size_t high = sizeof vkp_i_commands / sizeof vkp_i_commands[0];
     size_t i;
@@ -638,16 +682,18 @@ static const vkp_i_command *vkp_i_command_find(vkp_str name)
     return NULL;
 }
 
-/* The shape of this call: for some commands only a form with one argument more has it. */
+/* The shape of this call: LPOP and RPOP have one only with a count, ZRANK and ZREVRANK only with
+   WITHSCORE.                                                                                  */
 static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, const vkp_str *argv)
 {
-    uint32_t shape = command != NULL ? command->flags & 0xffu : 0;
+    uint32_t shape = command != NULL ? command->flags & VKP_I_CMD_SHAPES : 0;
     bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
     bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
-/* Refuse what cannot be shared; the reason is the answer. */
+/* Refuse a command that clients cannot share or that is not allowed now. True: the error with
+   the reason is answered.                                                                     */
 static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
                                const vkp_str *argv)
 {
@@ -684,7 +730,7 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
                           "context",
                           vkp_i_verb_of(argv[0]).text);
-        return true; /* as servers: this alone does not fail a transaction */
+        return true; /* as servers do: this error alone does not fail a MULTI */
     } else {
         return false;
     }
@@ -694,6 +740,7 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
     return true;
 }
 
+/* Forward the bytes of one command upstream. */
 static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *request, uint32_t shape)
 {
     vkp_i_answer *answer = vkp_i_answer_new(local, 0);
@@ -703,6 +750,7 @@ static void vkp_i_local_forward_bytes(vkp_i_local *local, const vkp_bytes *reque
     }
 }
 
+/* Encode one command and forward it upstream. */
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape)
 {
@@ -718,8 +766,8 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
-/* Run one command. `request`: its bytes, when they are a whole RESP array. False: not now, the
-   bytes must come again.                                                                      */
+/* Execute one command. request: its bytes if it arrived as a RESP array, otherwise NULL. False:
+   not now; the client is paused, and on_data must get the bytes again.                        */
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {

@@ -1,11 +1,19 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-resp2   Relay: replies for clients of RESP2
-   ====================================================================================== */
+   ======================================================================================
+   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
+   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
+   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
+   describes where a server's RESP2 reply differs from a plain conversion of the types.
+   vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
+   the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
+   vkp_i_answer_return runs on the local client's loop again. In between only loop
+   0 touches the reply; of the local client loop 0 reads `shard` alone.                        */
 
 /* ---- conversion of replies ---- */
 
-/* Whether the bytes as received say the same in RESP2. */
+/* Whether the received bytes mean the same in RESP2. */
 static bool vkp_i_value_is_resp2(const vkp_value *value)
 {
     uint32_t i;
@@ -21,6 +29,7 @@ static bool vkp_i_value_is_resp2(const vkp_value *value)
     return true;
 }
 
+/* Write an array of pairs as one flat array. */
 static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *each;
@@ -44,7 +53,8 @@ static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
 
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
 
-/* Streams and their entries; an entry that was deleted has a null array for its fields. */
+/* Write the map of XREAD as an array of pairs: a stream's name and its entries. A deleted entry
+   has a null array for its fields.                                                            */
 static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
 {
     const vkp_value *entry;
@@ -66,7 +76,7 @@ static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
     }
 }
 
-/* A RESP3 reply as the server would have given it to a RESP2 client. */
+/* Write a RESP3 reply as the server would have written it to a RESP2 client. */
 static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
 {
     const vkp_value *each;
@@ -94,6 +104,7 @@ static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uin
     }
 }
 
+/* Write the reply of an EXEC: each element by the shape of its command. */
 static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
                             size_t count)
 {
@@ -106,7 +117,8 @@ static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, con
     }
 }
 
-/* The reply in the client's protocol: the bytes as received where they say the same. */
+/* The reply in the local client's protocol: shares the received bytes where they mean the same,
+   otherwise converts.                                                                         */
 static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
                                        const vkp_value *value, const vkp_bytes *frame,
                                        vkp_bytes *out)
@@ -130,6 +142,8 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
     return vkp_resp_writer_take(&writer, out);
 }
 
+/* The answer is back on its local client's loop, with its reply: send it if no older answer is
+   pending. Above max_reply_bytes the client closes later.                                     */
 static void vkp_i_answer_return(vkp_i_task *task)
 {
     vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
@@ -144,14 +158,17 @@ static void vkp_i_answer_return(vkp_i_task *task)
     vkp_i_local_flush_answers(local);
 }
 
-/* On loop 0. The answer's client lives on its own loop: only its shard may be read here. */
+#define VKP_I_UPSTREAM_TEXT 160 /* bytes of the error texts below, terminated */
+
+/* Loop 0: the upstream client has the reply, or failed. The local client belongs to its own
+   loop: only its `shard` may be read here.                                                    */
 static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
                                   const vkp_bytes *frame)
 {
     vkp_i_answer *answer = (vkp_i_answer *)user;
     vkp_i_shard *shard = answer->local->shard;
     const vkp_env *env = shard->relay->env;
-    char text[160];
+    char text[VKP_I_UPSTREAM_TEXT];
     if (status == VKP_OK) {
         status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
     }
@@ -170,16 +187,18 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
     }
     answer->task.fn = vkp_i_answer_return;
     if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
-        vkp_i_answer_return(&answer->task); /* that loop is closed: nobody else is there */
+        /* that loop is closed: no other thread uses its clients */
+        vkp_i_answer_return(&answer->task);
     }
 }
 
-/* Send commands upstream and expect the last one's reply in the answer's place. */
+/* Send commands upstream; the last of their `replies` becomes the answer's reply. Local client's
+   loop.                                                                                       */
 static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
                                 uint32_t replies)
 {
     vkp_relay *relay = local->shard->relay;
-    char text[160];
+    char text[VKP_I_UPSTREAM_TEXT];
     vkp_status status;
     answer->asked_bytes = commands->len;
     local->asked_bytes += commands->len;

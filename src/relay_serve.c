@@ -1,14 +1,28 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-serve   Relay: clients, and the relay itself
-   ====================================================================================== */
+   ======================================================================================
+   Requests, local clients, accepting, pushes, idle time, drain, open and close of a relay.
+   Loop 0 accepts and distributes descriptors over the shards in turn; a descriptor for another
+   loop is a vkp_i_handover task, listed under the relay's mutex so that vkp_relay_unref finds
+   it. A local client belongs to its shard's loop from vkp_i_shard_adopt to vkp_i_local_on_close.
+   Pushes arrive on loop 0 (vkp_i_relay_on_push): delivered to its own hub, and sent to each
+   other shard's channel, whose push loop delivers there.
+   Idle: the shard that closes the relay's last client queues idle_task on loop 0, which starts
+   idle_timer. Drain: loop 0 queues drain_task on each shard; the last shard without clients
+   queues end_task on loop 0, which calls on_end; at the deadline kill_task closes the clients
+   that are left.
+   vkp_relay_unref runs while no loop runs: it may touch every shard.                          */
 
 /* ---- requests ---- */
 
+#define VKP_I_PROTOCOL_TEXT 256 /* bytes of a protocol error's text, terminated */
+
+/* Log, count and answer a protocol error; the client is drained behind its pending answers. */
 __attribute__((format(printf, 2, 3))) static void
 vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
 {
-    char text[256];
+    char text[VKP_I_PROTOCOL_TEXT];
     va_list arguments;
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
@@ -21,10 +35,15 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
     vkp_i_local_maybe_resume(local);
 }
 
+/* a larger argv is freed by a command with fewer than VKP_I_ARGV_SMALL */
+#define VKP_I_ARGV_LARGE 65536u
+#define VKP_I_ARGV_SMALL 1024u /* commands with fewer arguments are small for VKP_I_ARGV_LARGE */
+
+/* Make room for argc arguments in shard->argv. False: no memory. */
 static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
 {
     void *argv = shard->argv;
-    if (shard->argv_capacity > 65536 && argc < 1024) { /* a huge command was here */
+    if (shard->argv_capacity > VKP_I_ARGV_LARGE && argc < VKP_I_ARGV_SMALL) {
         vkp_i_free(shard->relay->env, argv, shard->argv_capacity * sizeof *shard->argv);
         argv = NULL;
         shard->argv_capacity = 0;
@@ -37,7 +56,8 @@ static bool vkp_i_shard_reserve_argv(vkp_i_shard *shard, size_t argc)
     return true;
 }
 
-/* A command as an array of bulk strings. Returns bytes used, 0: none (wait, or leaving). */
+/* Execute a command that is an array of bulk strings. Returns the bytes used; 0: incomplete, not
+   now, or the client closes.                                                                  */
 static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, size_t from)
 {
     vkp_i_shard *shard = local->shard;
@@ -51,7 +71,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
     vkp_status status =
         vkp_resp_reader_scan(reader, in->data + from, in->len - from, &value, &used);
     if (status == VKP_ERR_EMPTY) {
-        /* Keep the reader of a long command: it must not be read from its start again. */
+        /* The client keeps the reader of a long command: a fresh reader would start again. */
         if (reader == shard->reader && vkp_i_reader_is_deep_in(reader)) {
             vkp_resp_reader *fresh;
             if (vkp_i_reader_open_alike(reader, &fresh) == VKP_OK) {
@@ -98,6 +118,7 @@ static size_t vkp_i_local_take_array(vkp_i_local *local, const vkp_bytes *in, si
     return done ? used : 0;
 }
 
+/* The value of a hexadecimal digit, or -1. */
 static int vkp_i_hex(char c)
 {
     return c >= '0' && c <= '9'   ? c - '0'
@@ -106,7 +127,7 @@ static int vkp_i_hex(char c)
                                   : -1;
 }
 
-/* One escape of a double-quoted text, at the backslash. Returns its length. */
+/* Decode one escape of a double-quoted text, from its backslash on. Returns its length. */
 static size_t vkp_i_unescape(const char *at, const char *end, char *out)
 {
     static const char from[] = "nrtba";
@@ -125,8 +146,9 @@ static size_t vkp_i_unescape(const char *at, const char *end, char *out)
     return 2;
 }
 
-/* One word of an inline command from `at`, unquoted to `out`. A quote may begin within it, and ends
-   it. NULL: quotes are not balanced.                                                          */
+/* Copy one word of an inline command, without its quotes, to *out, which moves behind it. A
+   quote may begin inside the word; the closing quote ends the word. Returns the end of the word;
+   NULL: unbalanced quotes.                                                                    */
 static const char *vkp_i_inline_word(const char *at, const char *end, char **out)
 {
     char quote = '\0';
@@ -155,7 +177,7 @@ static const char *vkp_i_inline_word(const char *at, const char *end, char **out
     return quote == '\0' ? at : NULL;
 }
 
-/* Split a line into shard->argv. False: unbalanced quotes, or no memory (argc SIZE_MAX). */
+/* Split a line into shard->argv. False: unbalanced quotes, or no memory (*argc is SIZE_MAX). */
 static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *end, size_t *argc)
 {
     void *text = shard->inline_text;
@@ -182,9 +204,10 @@ static bool vkp_i_shard_split(vkp_i_shard *shard, const char *at, const char *en
     return at != NULL;
 }
 
-#define VKP_I_INLINE_MAX 65536u
+#define VKP_I_INLINE_MAX 65536u /* most bytes of an inline command, its line end included */
 
-/* A command as a line of words. Returns as vkp_i_local_take_array. */
+/* Execute a command that is a line of words. Returns the bytes used; 0: incomplete, not now, or
+   the client closes.                                                                          */
 static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, size_t from)
 {
     vkp_i_shard *shard = local->shard;
@@ -212,7 +235,7 @@ static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, s
     if (argc > 0 &&
         (vkp_i_str_is(shard->argv[0], "POST") || vkp_i_str_is(shard->argv[0], "HOST:") ||
          (argc == 3 && vkp_i_starts_with(shard->argv[2], "HTTP/")))) {
-        vkp_i_local_protocol_error(local, "this looks like HTTP");
+        vkp_i_local_protocol_error(local, "the request is HTTP");
         return 0;
     }
     if (argc > 0 && !vkp_i_local_execute(local, argc, shard->argv, NULL)) {
@@ -221,6 +244,8 @@ static size_t vkp_i_local_take_inline(vkp_i_local *local, const vkp_bytes *in, s
     return (size_t)(lf - line) + 1;
 }
 
+/* Execute commands until one is incomplete or the client is paused; on_data gets the unused
+   bytes again.                                                                                */
 static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -242,6 +267,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 
 /* ---- local clients ---- */
 
+/* The local client sends nothing more: answer its commands, then drain. */
 static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -252,6 +278,7 @@ static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
     return true;
 }
 
+/* The outbox is empty: a client that was paused for it is read again. */
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
     (void)conn;
@@ -261,6 +288,7 @@ static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 static void vkp_i_shard_drained(vkp_i_shard *shard);
 static void vkp_i_relay_client_left(vkp_relay *relay);
 
+/* The connection of a local client is closed: leave the hub and the shard's list. */
 static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
 {
     vkp_i_local *local = (vkp_i_local *)user;
@@ -298,7 +326,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_i_local_on_close,
                                              vkp_resp_get_frame_len};
 
-/* Serve an accepted descriptor on this shard's loop. Takes fd and seat. */
+/* Serve an accepted descriptor on this shard's loop. Takes fd and seat, also on failure. */
 static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = shard->relay;
@@ -333,16 +361,17 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
 
 /* ---- accepting, on loop 0 ---- */
 
-/* A descriptor on its way to another shard's loop. */
+/* An accepted descriptor on its way from loop 0 to another shard's loop. */
 typedef struct vkp_i_handover {
-    vkp_i_task task;
-    vkp_i_shard *shard;
-    struct vkp_i_handover *prev; /* of the shard; guarded by the relay's mutex */
-    struct vkp_i_handover *next;
-    vkp_seat *seat;
-    int fd; /* -1: the relay was let go meanwhile */
+    vkp_i_task task;             /* runs vkp_i_handover_receive on the shard's loop */
+    vkp_i_shard *shard;          /* receives the descriptor */
+    struct vkp_i_handover *prev; /* newer one of shard->handovers; guarded by the relay's mutex */
+    struct vkp_i_handover *next; /* older one of shard->handovers; guarded by the relay's mutex */
+    vkp_seat *seat;              /* the client's; taken together with fd */
+    int fd;                      /* -1: vkp_relay_unref closed the descriptor */
 } vkp_i_handover;
 
+/* Enter shard->handovers. */
 static void vkp_i_handover_link(vkp_i_handover *handover)
 {
     vkp_i_shard *shard = handover->shard;
@@ -371,6 +400,7 @@ static void vkp_i_handover_unlink(vkp_i_handover *handover)
     VKP_I_UNLOCK(&shard->relay->mutex);
 }
 
+/* Task on the shard's loop: serve the descriptor. */
 static void vkp_i_handover_receive(vkp_i_task *task)
 {
     vkp_i_handover *handover = VKP_CONTAINER(task, vkp_i_handover, task);
@@ -383,6 +413,7 @@ static void vkp_i_handover_receive(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
+/* Queue an accepted descriptor on another shard's loop. Takes fd and seat, also on failure. */
 static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
 {
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
@@ -405,6 +436,7 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
     vkp_i_relay_client_left(relay);
 }
 
+/* A listener admitted a client: the shards take clients in turn. Loop 0. */
 static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
 {
     vkp_relay *relay = (vkp_relay *)user;
@@ -416,6 +448,7 @@ static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
     }
 }
 
+/* A listener refuses a client: write the reason. Loop 0. */
 static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
 {
     static const char *const texts[VKP_REFUSAL_COUNT] = {
@@ -426,11 +459,12 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
     vkp_range range;
     range.base = texts[why];
     range.len = strlen(texts[why]);
-    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* a courtesy: it may not fit */
+    (void)relay->shards[0].loop->sys->send(fd, &range, 1); /* may fail: the reason is best effort */
 }
 
-/* ---- nobody there ---- */
+/* ---- idle: no clients ---- */
 
+/* linger_ms have passed: call on_idle if there is still no client. */
 static void vkp_i_relay_idle_over(vkp_timer *timer)
 {
     vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, idle_timer);
@@ -439,6 +473,7 @@ static void vkp_i_relay_idle_over(vkp_timer *timer)
     }
 }
 
+/* Task on loop 0: no client is connected, so start to linger. */
 static void vkp_i_relay_idle_begins(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, idle_task);
@@ -448,12 +483,12 @@ static void vkp_i_relay_idle_begins(vkp_i_task *task)
         vkp_i_relay_count_clients(relay) == 0 &&
         vkp_timer_start(&relay->idle_timer, loop, vkp_i_relay_idle_over, 0,
                         vkp_i_after_ms(loop->now_ns, relay->linger_ms)) != VKP_OK) {
-        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for patience */
+        vkp_i_relay_idle_over(&relay->idle_timer); /* no memory for the timer: do not linger */
     }
     vkp_i_relay_release(relay);
 }
 
-/* Any shard's loop. The last one's leaving starts the time to linger. */
+/* A client disconnected: if none is left, queue idle_task on loop 0. Any shard's loop. */
 static void vkp_i_relay_client_left(vkp_relay *relay)
 {
     if (relay->on_idle == NULL || vkp_i_relay_count_clients(relay) > 0 ||
@@ -498,6 +533,8 @@ VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const cha
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
 
+/* Deliver a push to this shard's members: from upstream with vkp_hub_deliver, stand-alone from
+   another shard with vkp_hub_publish, because its frame is not a RESP message.                */
 static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
@@ -508,6 +545,7 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
 }
 
+/* The upstream client received a push: deliver it in every shard. Loop 0. */
 static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 {
     vkp_relay *relay = (vkp_relay *)user;
@@ -530,6 +568,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 
 /* ---- draining ---- */
 
+/* Task on loop 0: every shard is drained. */
 static void vkp_i_relay_end(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
@@ -543,7 +582,7 @@ static void vkp_i_relay_end(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
-/* The last client of a draining shard left: the last shard tells loop 0. */
+/* If the shard drains and has no clients left, count it off; the last shard queues end_task. */
 static void vkp_i_shard_drained(vkp_i_shard *shard)
 {
     vkp_relay *relay = shard->relay;
@@ -560,6 +599,7 @@ static void vkp_i_shard_drained(vkp_i_shard *shard)
     }
 }
 
+/* Task on the shard's loop: drain every local client. */
 static void vkp_i_shard_drain(vkp_i_task *task)
 {
     vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, drain_task);
@@ -572,7 +612,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
         if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
             vkp_i_local_leave(local);
         } else {
-            vkp_conn_pause(local->member.conn); /* no new commands */
+            vkp_conn_pause(local->member.conn); /* execute no new commands */
         }
         local = next;
     }
@@ -580,6 +620,7 @@ static void vkp_i_shard_drain(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
+/* Task on the shard's loop: the drain's deadline has passed, close every local client. */
 static void vkp_i_shard_kill(vkp_i_task *task)
 {
     vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, kill_task);
@@ -590,7 +631,7 @@ static void vkp_i_shard_kill(vkp_i_task *task)
     vkp_i_relay_release(relay);
 }
 
-/* Run a shard's task on its loop. */
+/* Queue one of the shard's tasks on its loop; the task holds a reference of the relay. */
 static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(vkp_i_task *task))
 {
     task->fn = fn;
@@ -600,6 +641,7 @@ static void vkp_i_shard_queue(vkp_i_shard *shard, vkp_i_task *task, void (*fn)(v
     }
 }
 
+/* The drain's deadline has passed. Loop 0. */
 static void vkp_i_relay_drain_over(vkp_timer *timer)
 {
     vkp_relay *relay = VKP_CONTAINER(timer, vkp_relay, drain_timer);
@@ -626,7 +668,7 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
     }
     if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
                         deadline_ns) != VKP_OK) {
-        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for patience */
+        vkp_i_relay_drain_over(&relay->drain_timer); /* no memory for the timer: close now */
     }
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard_queue(&relay->shards[i], &relay->shards[i].drain_task, vkp_i_shard_drain);
@@ -635,7 +677,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
 
 /* ---- opening, closing ---- */
 
-/* The loops do not run: what was handed to them is closed now, the tasks find nothing later. */
+/* No loop runs: close the descriptors that are queued for the shard. Their tasks find fd -1
+   later.                                                                                      */
 static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
 {
     vkp_i_handover *each;
@@ -660,13 +703,13 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
     vkp_timer_stop(&relay->idle_timer);
-    relay->on_idle = NULL; /* tasks that are queued still run, when the loops do or close */
+    relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */
     relay->on_end = NULL;
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
         shard->gone = true;
-        while (shard->locals != NULL) { /* whoever calls is alone with the loops */
+        while (shard->locals != NULL) { /* no loop runs: this thread may use all of them */
             vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
         vkp_i_shard_drop_handovers(relay, shard);
@@ -676,13 +719,14 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->pushes = NULL;
     }
     if (relay->client != NULL) {
-        vkp_i_client_close_now(relay->client); /* answers under way come home now */
+        vkp_i_client_close_now(relay->client); /* pending answers return now */
         vkp_client_unref(relay->client);
         relay->client = NULL;
     }
     vkp_i_relay_release(relay);
 }
 
+/* Open the channel of pushes from other loops, and the push loop that receives them. */
 static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
 {
     vkp_mpsc_config config;
@@ -709,6 +753,10 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
     return status;
 }
 
+/* input kept beyond max_request_bytes: headers, other commands */
+#define VKP_I_REQUEST_SLACK 65536u
+#define VKP_I_REQUEST_ELEMENTS (1024u * 1024) /* most arguments of a request */
+
 static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
                                    const vkp_relay_config *config, size_t index)
 {
@@ -724,7 +772,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     conn.queue_bytes = config->queue_bytes;
     conn.on_full =
         config->on_full == VKP_ON_FULL_DEFAULT ? VKP_ON_FULL_DISCONNECT : config->on_full;
-    conn.input_bytes = relay->max_request_bytes + 65536;
+    conn.input_bytes = relay->max_request_bytes + VKP_I_REQUEST_SLACK;
     conn.loop_only = true;
     shard->profile = vkp_i_profile_open(relay->env, &conn);
     memset(&hub, 0, sizeof hub);
@@ -734,7 +782,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     status = shard->profile != NULL ? vkp_hub_open(&hub, &shard->hub) : VKP_ERR_NOMEM;
     memset(&resp, 0, sizeof resp);
     resp.max_depth = 1;
-    resp.max_elements = 1024 * 1024;
+    resp.max_elements = VKP_I_REQUEST_ELEMENTS;
     resp.max_bulk_bytes = relay->max_request_bytes;
     resp.max_frame_bytes = relay->max_request_bytes;
     resp.env = relay->env;
@@ -761,6 +809,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
 }
 
+/* The registry noticed that a socket's file changed. */
 static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
                                 vkp_status status)
 {
@@ -771,21 +820,25 @@ static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event e
               event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
 }
 
-/* Who may come in, and where. */
+#define VKP_I_RELAY_CLIENTS 16384u /* default of vkp_relay_config.max_clients */
+#define VKP_I_RELAY_MODE_OWN 0600u /* mode of a socket's file: the process's own uid */
+#define VKP_I_RELAY_MODE_ALL 0666u /* mode with allow_uids: the gate checks the uid */
+
+/* Open the gate and the registry, and copy the shutdown notice. */
 static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config *config)
 {
     vkp_gate_config gate;
     vkp_registry_config registry;
     vkp_status status;
     memset(&gate, 0, sizeof gate);
-    gate.max_clients = config->max_clients > 0 ? config->max_clients : 16384;
+    gate.max_clients = config->max_clients > 0 ? config->max_clients : VKP_I_RELAY_CLIENTS;
     gate.max_clients_per_uid = config->max_clients_per_uid;
     gate.allow_uids = config->allow_uids;
     gate.allow_uid_count = config->allow_uid_count;
     gate.env = relay->env;
     status = vkp_gate_open(&gate, &relay->gate);
     memset(&registry, 0, sizeof registry);
-    registry.mode = config->allow_uid_count > 0 ? 0666 : 0600;
+    registry.mode = config->allow_uid_count > 0 ? VKP_I_RELAY_MODE_ALL : VKP_I_RELAY_MODE_OWN;
     registry.abstract_names = VKP_I_LINUX;
     registry.loop = relay->shards[0].loop;
     registry.check_ms = config->check_ms;
@@ -802,6 +855,11 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
     }
     return status;
 }
+
+/* Defaults of vkp_relay_config. */
+#define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
+#define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
+#define VKP_I_RELAY_SUBSCRIPTIONS 100000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
 {
@@ -827,10 +885,11 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->linger_ms = config->linger_ms;
     relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
-        config->max_request_bytes > 0 ? config->max_request_bytes : (size_t)64 << 20;
+        config->max_request_bytes > 0 ? config->max_request_bytes : VKP_I_RELAY_REQUEST_BYTES;
     relay->max_reply_bytes =
-        config->max_reply_bytes > 0 ? config->max_reply_bytes : (size_t)256 << 20;
-    relay->max_subscriptions = config->max_subscriptions > 0 ? config->max_subscriptions : 100000;
+        config->max_reply_bytes > 0 ? config->max_reply_bytes : VKP_I_RELAY_REPLY_BYTES;
+    relay->max_subscriptions =
+        config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
     VKP_I_MUTEX_INIT(&relay->mutex);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&relay->subscribers[kind], env);

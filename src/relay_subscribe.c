@@ -1,11 +1,22 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-relay-subscribe   Relay: subscriptions
-   ====================================================================================== */
+   ======================================================================================
+   How a SUBSCRIBE travels: on its local client's loop the client pauses (VKP_I_LOCAL_BUSY), and
+   every name takes one interest of the upstream client. For each name the upstream client calls
+   vkp_i_sub_item_done on loop 0, which returns the item to the local client's loop as a task
+   (vkp_i_sub_item_return). The last item finishes the subscription: the names join the shard's
+   hub, the confirmations are sent in the order of the names, and the client is read again. When
+   every name has members in the shard already, and stand-alone, no item is sent to loop 0.
+   Invariant: a topic of a shard's hub holds one interest of the upstream client. An
+   interest beyond that is given back when its item returns, the topic's own by on_interest when
+   its last member leaves.
+   Stand-alone, relay->subscribers counts subscribers by name over all shards, guarded by the
+   relay's mutex; a count changes together with the hub. With a server the counts are unused.  */
 
-/* ---- the census ---- */
+/* ---- subscriber counts ---- */
 
-/* Count a subscriber more or less. False: no memory (only when adding). */
+/* Count one subscriber of the name more (added) or less. False: no memory, only when added. */
 static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str name, bool added)
 {
     vkp_i_map *map = &relay->subscribers[kind];
@@ -43,7 +54,7 @@ static bool vkp_i_subscribers_add(vkp_relay *relay, vkp_sub_kind kind, vkp_str n
     return ok;
 }
 
-/* Locked: subscribers of a name. */
+/* Subscribers of a name over all shards. The relay's mutex is held. */
 static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
     vkp_i_map *map = &relay->subscribers[kind];
@@ -51,7 +62,8 @@ static size_t vkp_i_subscribers_count(vkp_relay *relay, vkp_sub_kind kind, vkp_s
     return node != NULL ? VKP_CONTAINER(node, vkp_i_subscriber_count, node)->count : 0;
 }
 
-/* Who gets a message published now, over all shards. */
+/* Number of subscriptions, over all shards, that receive a message published now: by name and by
+   pattern.                                                                                    */
 static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, vkp_str channel)
 {
     vkp_i_map_node *node = NULL;
@@ -72,28 +84,29 @@ static size_t vkp_i_subscribers_receivers(vkp_relay *relay, vkp_sub_kind kind, v
 
 typedef struct vkp_i_subscription vkp_i_subscription;
 
-/* One name of a SUBSCRIBE that waits for the server. */
+/* One name of a SUBSCRIBE. */
 typedef struct vkp_i_sub_item {
-    vkp_i_task task; /* home */
-    vkp_i_subscription *subscription;
-    vkp_str name;
-    bool upstream; /* an interest of the client was taken for it */
-    vkp_status status;
+    vkp_i_task task;                  /* returns the item to the local client's loop */
+    vkp_i_subscription *subscription; /* holds this item */
+    vkp_str name;                     /* behind the subscription's items */
+    bool upstream;     /* one interest of the upstream client was taken for this name */
+    vkp_status status; /* outcome from the upstream client */
 } vkp_i_sub_item;
 
+/* One SUBSCRIBE under way, with its items and their names in one allocation. */
 struct vkp_i_subscription {
-    vkp_i_local *local;
-    vkp_sub_kind kind;
-    size_t bytes_allocated;
-    size_t count;
-    size_t waiting;          /* loop's thread */
-    vkp_i_sub_item items[1]; /* count of them; then the names */
+    vkp_i_local *local;      /* holds one reference */
+    vkp_sub_kind kind;       /* of all names */
+    size_t bytes_allocated;  /* size of this allocation */
+    size_t count;            /* number of `items` */
+    size_t waiting;          /* items that have not returned; loop's thread */
+    vkp_i_sub_item items[1]; /* `count` items, then the bytes of the names */
 };
 
 static const char *const vkp_i_sub_verbs[2][VKP_SUB_KINDS] = {
     {"unsubscribe", "punsubscribe", "sunsubscribe"}, {"subscribe", "psubscribe", "ssubscribe"}};
 
-/* What SUBSCRIBE and UNSUBSCRIBE count: channels and patterns together, shard channels alone. */
+/* The number in a confirmation: channels and patterns together, shard channels alone. */
 static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
 {
     const uint32_t *counts = local->member.counts;
@@ -101,6 +114,7 @@ static size_t vkp_i_local_sub_count(const vkp_i_local *local, vkp_sub_kind kind)
                                  : counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN];
 }
 
+/* Write the confirmation of one name; name.ptr NULL: an UNSUBSCRIBE without any name. */
 static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *local, bool added,
                                    vkp_sub_kind kind, vkp_str name)
 {
@@ -116,15 +130,17 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
     vkp_resp_put_integer(writer, (int64_t)vkp_i_local_sub_count(local, kind));
 }
 
+/* Give one interest of the upstream client back. */
 static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
     if (relay->client != NULL &&
         vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
-        vkp_i_log(relay->env, VKP_LOG_ERROR, "no memory to unsubscribe upstream: a name stays");
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a name stays subscribed upstream");
     }
 }
 
-/* A shard's topic came or went. Its one upstream interest goes with it. */
+/* The hub's callback: a topic that lost its last member gives its upstream interest back. A new
+   topic keeps the interest that its item took.                                                */
 static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name, bool added)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
@@ -133,7 +149,7 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
     }
 }
 
-/* Join the hub and count, or neither. */
+/* Subscribe in the hub and, stand-alone, count. False: no memory, nothing changed. */
 static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
@@ -148,17 +164,19 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     return true;
 }
 
+/* Unsubscribe in the hub and, stand-alone, count. */
 static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (relay->client == NULL) { /* first: the name may be the hub's memory */
+        if (relay->client == NULL) { /* before the unsubscribe: name may be memory of the topic */
             (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }
 
+/* Unsubscribe the local client from every name. */
 static void vkp_i_local_leave_all(vkp_i_local *local)
 {
     int kind;
@@ -177,7 +195,8 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
     vkp_i_local_release(local);
 }
 
-/* Take one name over from the server's answer; the confirmation or the error goes to the writer. */
+/* Join the hub with a name whose item has returned, and write its confirmation or error. False:
+   the local client is closed or closes later.                                                 */
 static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
                                         vkp_resp_writer *writer)
 {
@@ -191,7 +210,7 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
         closed = true;
         vkp_i_local_fail(local);
     }
-    /* The interest goes to a fresh topic; nobody needs a second one. */
+    /* A new topic keeps the item's interest; otherwise the interest is given back. */
     if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
         item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
@@ -208,6 +227,7 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
     return true;
 }
 
+/* Every item has returned: join the hub, send the confirmations, read the client again. */
 static void vkp_i_subscription_finish(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
@@ -228,6 +248,7 @@ static void vkp_i_subscription_finish(vkp_i_subscription *self)
     vkp_i_subscription_free(self);
 }
 
+/* The item is back on its local client's loop. */
 static void vkp_i_sub_item_return(vkp_i_task *task)
 {
     vkp_i_sub_item *item = VKP_CONTAINER(task, vkp_i_sub_item, task);
@@ -236,7 +257,7 @@ static void vkp_i_sub_item_return(vkp_i_task *task)
     }
 }
 
-/* On loop 0. */
+/* Loop 0: the upstream client has the outcome of one name; return the item to its loop. */
 static void vkp_i_sub_item_done(void *user, vkp_status status)
 {
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
@@ -248,6 +269,7 @@ static void vkp_i_sub_item_done(void *user, vkp_status status)
     }
 }
 
+/* A subscription with copies of the names, or NULL: no memory. */
 static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_kind kind,
                                                   size_t count, const vkp_str *names)
 {
@@ -279,6 +301,7 @@ static vkp_i_subscription *vkp_i_subscription_new(vkp_i_local *local, vkp_sub_ki
     return self;
 }
 
+/* SUBSCRIBE, PSUBSCRIBE or SSUBSCRIBE with count names. */
 static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
                                   const vkp_str *names)
 {
@@ -291,13 +314,13 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         vkp_i_local_fail(local);
         return;
     }
-    /* Whoever waits for one name needs an interest in each: the members that a name has now may
-       have left by then, and theirs with them.                                                */
+    /* If one name must wait for the server, every name takes an interest: the members that a name
+       has now may leave before the items return, and the topic's interest would end with them. */
     for (i = 0; i < count && relay->client != NULL; i++) {
         ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
     }
     vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
-    self->waiting = 1; /* ours, until all are asked for */
+    self->waiting = 1; /* 1 until every name is submitted: no item finishes before that */
     for (i = 0; i < count; i++) {
         vkp_i_sub_item *item = &self->items[i];
         if (!ask) {
@@ -308,7 +331,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         self->waiting++;
         status =
             vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
-        if (status != VKP_OK) { /* else loop 0 owns the item now, perhaps already */
+        if (status != VKP_OK) { /* on OK loop 0 owns the item: it may have returned already */
             item->status = status;
             item->upstream = false;
             self->waiting--;
@@ -319,6 +342,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
     }
 }
 
+/* UNSUBSCRIBE, PUNSUBSCRIBE or SUNSUBSCRIBE with count names; 0: all names of the kind. */
 static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_t count,
                                     const vkp_str *names)
 {

@@ -2,53 +2,66 @@
 /* ======================================================================================
    >>impl-resp   RESP2 and RESP3
    ======================================================================================
-   The reader walks a window that starts at the frame under way. `position` is how far whole values
-   reach; what lies behind it is read again with more bytes, which costs a header of at most 22
-   bytes, or, for lines, resumes at `line_seen`. Values under construction hold offsets; they
-   become pointers when the frame is whole. Open aggregates are a stack of counters: no recursion,
-   and nothing is allocated for an announced count. One growth may fail at a time, before
-   anything was changed, so NOMEM can be retried.                                              */
+   The reader scans a window that starts at the current frame. `position` is the end of the values
+   that are complete. Bytes behind it are scanned again when more bytes arrive; that costs at most
+   one header of 22 bytes, and a line continues at `line_seen`.
+   Values of an incomplete frame hold offsets into the window; they become pointers when the frame
+   is complete, so the window may move between two scans. Open aggregates are a stack of counters:
+   no recursion, and nothing is allocated for an announced count.
+   Each step grows its arrays before it changes anything else, so NOMEM can be retried. */
 
+#define VKP_I_READER_MOST_DEPTH 65000u  /* highest max_depth: vkp_value.i_depth has 16 bits */
+#define VKP_I_READER_REASON_BYTES 160   /* bytes of an error text, its NUL included */
+#define VKP_I_READER_KEPT_VALUES 32768u /* larger value arrays are freed after their frame */
+#define VKP_I_QUICK_VALUES 4u           /* values of a message: push, kind, channel, payload */
+#define VKP_I_QUICK_DIGITS 8u           /* longest length that the quick path reads */
+#define VKP_I_KIND_LEN 7u               /* bytes of "message" */
+#define VKP_I_TLS_ALERT 0x15            /* first byte of a TLS record: an alert */
+#define VKP_I_TLS_HANDSHAKE 0x16        /* first byte of a TLS record: a handshake */
+
+/* An aggregate that is not complete yet. */
 typedef struct vkp_i_level {
-    size_t index;       /* of the aggregate among the values */
-    uint64_t remaining; /* elements still to come */
-    size_t attribute;   /* index + 1 of the attribute before the next element */
+    size_t index;       /* index of the aggregate in reader->values */
+    uint64_t remaining; /* elements of the aggregate that are not complete yet */
+    size_t attribute;   /* index + 1 of the attribute before the next element; 0: none */
 } vkp_i_level;
 
 struct vkp_resp_reader {
     const vkp_env *env;
-    vkp_resp_config config;
-    vkp_status status; /* OK, or the sticky error */
-    uint64_t error_position;
-    char reason[160];
-    uint64_t consumed; /* bytes of whole frames since open or reset */
-    size_t position;
-    size_t line_seen;
-    bool whole;        /* the last scan gave a frame: the next one starts anew */
+    vkp_resp_config config;                 /* defaults filled in */
+    vkp_status status;                      /* OK, or the sticky error */
+    uint64_t error_position;                /* of the wrong byte, counted since open or reset */
+    char reason[VKP_I_READER_REASON_BYTES]; /* text of the sticky error, or "" */
+    uint64_t consumed;                      /* bytes of whole frames since open or reset */
+    size_t position;                        /* end of the complete values in the window */
+    size_t line_seen;  /* where the search for the end of a line continues; 0: at its start */
+    bool whole;        /* the last scan returned a frame: the next scan starts a new one */
     bool quick;        /* the limits allow vkp_i_reader_quick */
-    bool quick_values; /* the first four values are those of a message */
-    size_t attribute;  /* as in vkp_i_level, for the root */
-    vkp_value *values;
+    bool quick_values; /* values[0] to values[3] have the constant fields of a message */
+    size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
+    vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
     size_t capacity;
-    vkp_i_level *levels;
-    size_t depth;
+    vkp_i_level *levels; /* stack of the open aggregates */
+    size_t depth;        /* number of open aggregates */
     size_t level_capacity;
-    uint8_t *buffer; /* feed's */
-    size_t begin;
-    size_t end;
+    uint8_t *buffer; /* bytes that feed copied */
+    size_t begin;    /* offset of the first unread byte in buffer */
+    size_t end;      /* offset behind the last byte in buffer */
     size_t buffer_capacity;
-    size_t given; /* bytes of the frame that next gave out */
+    size_t given; /* bytes of the frame that next returned; dropped at the next call */
 };
 
+/* The start of the frame that a subscriber receives most; the channel's length follows. */
 static const char vkp_i_message_prefix[] = ">3\r\n$7\r\nmessage\r\n$";
-#define VKP_I_MESSAGE_PREFIX 18u
+#define VKP_I_MESSAGE_PREFIX 18u /* bytes of vkp_i_message_prefix */
 
 static bool vkp_i_is_crlf(const uint8_t *at, const uint8_t *end)
 {
     return end - at >= 2 && memcmp(at, "\r\n", 2) == 0;
 }
 
+/* Whether the frame starts with vkp_i_message_prefix. */
 static bool vkp_i_is_message(const uint8_t *frame, size_t len)
 {
     return len >= VKP_I_MESSAGE_PREFIX &&
@@ -66,7 +79,8 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     if (config == NULL) {
         config = &defaults;
     }
-    VKP_I_REQUIRE(config->max_depth <= 65000 && config->max_frame_bytes <= VKP_I_BLOCK_MAX);
+    VKP_I_REQUIRE(config->max_depth <= VKP_I_READER_MOST_DEPTH &&
+                  config->max_frame_bytes <= VKP_I_BLOCK_MAX);
     env = vkp_i_env(config->env);
     reader = (vkp_resp_reader *)vkp_i_alloc_zero(env, sizeof *reader);
     if (reader == NULL) {
@@ -75,6 +89,7 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     reader->env = env;
     reader->config = *config;
     config = NULL;
+/* The defaults that vkp_resp_config documents. */
 #define VKP_I_DEFAULT(field, value)     \
     if (reader->config.field == 0) {    \
         reader->config.field = (value); \
@@ -86,11 +101,12 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     VKP_I_DEFAULT(max_frame_bytes, (size_t)1 << 30)
 #undef VKP_I_DEFAULT
     reader->quick = reader->config.max_depth > 0 && reader->config.max_elements >= 3 &&
-                    reader->config.max_bulk_bytes >= 7;
+                    reader->config.max_bulk_bytes >= VKP_I_KIND_LEN;
     *out = reader;
     return VKP_OK;
 }
 
+/* Free the arrays of values and levels. */
 static void vkp_i_reader_trim(vkp_resp_reader *reader)
 {
     vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
@@ -110,6 +126,7 @@ VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
     }
 }
 
+/* Prepare for a new frame. */
 static void vkp_i_reader_start(vkp_resp_reader *reader)
 {
     reader->whole = false;
@@ -118,7 +135,7 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->attribute = 0;
     reader->count = 0;
     reader->depth = 0;
-    if (reader->capacity > 32768) { /* one huge frame does not keep a megabyte for ever */
+    if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte or more */
         vkp_i_reader_trim(reader);
     }
 }
@@ -143,6 +160,7 @@ VKP_API const char *vkp_resp_reader_get_error(const vkp_resp_reader *reader, uin
     return reader->reason;
 }
 
+/* Set the sticky error and its text. `at`: offset of the wrong byte in the window. */
 __attribute__((format(printf, 4, 5))) static vkp_status
 vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const char *format, ...)
 {
@@ -155,12 +173,12 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
     return status;
 }
 
-/* The number of a header: what it may look like depends on the type before it. */
-#define VKP_I_NUM_PLUS 1u      /* +5 */
-#define VKP_I_NUM_NEGATIVE 2u  /* any -n */
-#define VKP_I_NUM_MINUS_ONE 4u /* -1 alone */
+/* Signs that the number of a header may have; they depend on the type byte before it. */
+#define VKP_I_NUM_PLUS 1u      /* "+5" is allowed */
+#define VKP_I_NUM_NEGATIVE 2u  /* every "-n" is allowed */
+#define VKP_I_NUM_MINUS_ONE 4u /* "-1" is the only allowed negative number */
 
-/* Read digits and CRLF at `at`. *after is behind the LF. EMPTY: more bytes are needed. */
+/* Read digits and CRLF at `at`; *after is the offset behind the LF. EMPTY: bytes are missing. */
 static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                       size_t at, uint32_t allowed, int64_t *number, size_t *after)
 {
@@ -216,7 +234,8 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
     return VKP_OK;
 }
 
-/* Find the line behind the type byte at `position`: its text is [position + 1, *end). */
+/* Find the line behind the type byte at `position`: its text is [position + 1, *end). EMPTY: more
+   bytes are needed; line_seen is where the next search starts. */
 static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     size_t *end)
 {
@@ -246,7 +265,7 @@ static vkp_status vkp_i_reader_line(vkp_resp_reader *reader, const uint8_t *wind
     return VKP_OK;
 }
 
-/* A new value at the end of the array; the attribute before it is noted. NULL: no memory. */
+/* Append a value; an attribute before it is linked to it. NULL: no memory, nothing was changed. */
 static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
 {
     void *values = reader->values;
@@ -272,6 +291,7 @@ static vkp_value *vkp_i_reader_add(vkp_resp_reader *reader, vkp_resp_type type)
     return value;
 }
 
+/* Append a value with text, and move `position` to `after`. */
 static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                     size_t offset, size_t len, size_t after)
 {
@@ -286,6 +306,7 @@ static vkp_status vkp_i_reader_text(vkp_resp_reader *reader, vkp_resp_type type,
     return VKP_OK;
 }
 
+/* Append a value without text, and move `position` to `after`. */
 static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type type, uint32_t flags,
                                       int64_t integer, size_t after)
 {
@@ -299,6 +320,7 @@ static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type typ
     return VKP_OK;
 }
 
+/* A value whose header announces its length: $ (string or null), ! (error), = (verbatim). */
 static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     uint8_t mark)
 {
@@ -307,7 +329,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     int64_t number = 0;
     size_t after = 0;
     size_t size;
-    size_t prefix = mark == '=' ? 4 : 0;
+    size_t prefix = mark == '=' ? VKP_I_VERBATIM_PREFIX : 0;
     vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
                                             mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
     if (status != VKP_OK) {
@@ -336,8 +358,8 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
                                  "bulk of %zu bytes is not followed by CRLF", size);
     }
-    if (prefix != 0 && window[after + 3] != ':') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + 3,
+    if (prefix != 0 && window[after + prefix - 1] != ':') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + prefix - 1,
                                  "verbatim string without its colon");
     }
     return vkp_i_reader_text(reader, mark == '!' ? VKP_RESP_ERROR : VKP_RESP_STRING,
@@ -345,6 +367,7 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
                              after + size + 2);
 }
 
+/* A value that is one line: + (string), - (error), comma (double), ( (big number). */
 static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                      uint8_t mark)
 {
@@ -376,6 +399,7 @@ static vkp_status vkp_i_reader_lined(vkp_resp_reader *reader, const uint8_t *win
     return vkp_i_reader_text(reader, VKP_RESP_BIGNUM, 0, start, end - start, end + 2);
 }
 
+/* A value of fixed length: #t, #f (boolean), _ (null). */
 static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                         uint8_t mark)
 {
@@ -401,6 +425,7 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
 }
 
+/* Append an aggregate, and push its level. */
 static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
                                           uint64_t elements, size_t after)
 {
@@ -430,6 +455,7 @@ static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type
     return VKP_OK;
 }
 
+/* The header of an aggregate: * ~ > % |, or a null as *-1 (lenient: also >-1). */
 static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                          uint8_t mark)
 {
@@ -464,6 +490,7 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     return vkp_i_reader_open_level(reader, type, elements, after);
 }
 
+/* The error for an unknown type byte, with a guess at what the peer speaks. */
 static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     size_t at = reader->position;
@@ -477,12 +504,12 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
         size_t most = VKP_I_MIN(left, (size_t)4);
         if (memcmp(from, http[i], most) == 0) {
             if (left < 4) {
-                return VKP_ERR_EMPTY; /* the same verdict however the input is split */
+                return VKP_ERR_EMPTY; /* the result must not depend on how the input is split */
             }
             guess = ": this looks like HTTP";
         }
     }
-    if (byte == 0x16 || byte == 0x15) {
+    if (byte == VKP_I_TLS_HANDSHAKE || byte == VKP_I_TLS_ALERT) {
         guess = ": this looks like a TLS record";
     } else if (byte == ';' || byte == '.') {
         guess = ": streamed types are not supported";
@@ -494,7 +521,7 @@ static vkp_status vkp_i_reader_unknown(vkp_resp_reader *reader, const uint8_t *w
                                    guess);
 }
 
-/* Whether the next element is the first of a push. */
+/* Whether the next value is the first element of a push, its kind, which must be a string. */
 static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
 {
     const vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
@@ -502,7 +529,7 @@ static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
            top->remaining == reader->values[top->index].len;
 }
 
-/* One value, or the header of one aggregate, at `position`. */
+/* Read one value, or the header of one aggregate, at `position`. EMPTY: more bytes are needed. */
 static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -559,21 +586,22 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     }
 }
 
+/* Whether a complete push is a message of a pub/sub channel (its text is an offset still). */
 static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
     return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
 }
 
-/* A value is whole: count it where it belongs, and close the aggregates that it completes.
-   True when the frame is whole.                                                               */
+/* The last value is complete: count it in its aggregate, and close each aggregate that it
+   completes. True: the frame is complete. */
 static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
     for (;;) {
         vkp_value *value = &reader->values[index];
         vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-        if (top != NULL && top->index == index) { /* an aggregate just opened */
+        if (top != NULL && top->index == index) { /* the header of an aggregate */
             if (top->remaining > 0) {
                 return false;
             }
@@ -601,6 +629,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
     }
 }
 
+/* Turn the offsets of a complete frame into pointers. */
 static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t i;
@@ -613,8 +642,9 @@ static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
     }
 }
 
-/* A length of at most 8 digits without a leading zero, and its CRLF. NULL: leave it to the steps.
-   Inlined twice, so that each place's branches are predicted for themselves.                  */
+/* Read a length of at most VKP_I_QUICK_DIGITS digits without a leading zero, and its CRLF. NULL:
+   use the general path. Always inlined, so that the branches of each of its two places have a
+   prediction of their own. */
 __attribute__((always_inline)) static inline const uint8_t *
 vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
 {
@@ -624,7 +654,7 @@ vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
         value = value * 10 + (uint8_t)(*at - '0');
         at++;
     }
-    if ((size_t)(at - start) - 1 >= 8 || (*start == '0' && at - start > 1) ||
+    if ((size_t)(at - start) - 1 >= VKP_I_QUICK_DIGITS || (*start == '0' && at - start > 1) ||
         !vkp_i_is_crlf(at, end)) {
         return NULL;
     }
@@ -632,24 +662,25 @@ vkp_i_quick_length(const uint8_t *at, const uint8_t *end, size_t *out)
     return at + 2;
 }
 
-/* What is the same in every message is written once and stays until the general way overwrites it:
-   a subscriber's frame costs five stores.                                                     */
+/* Write the fields that are equal in all messages. They stay until the general path overwrites
+   them, so that each further message costs five stores. */
 static void vkp_i_quick_prepare(vkp_resp_reader *reader)
 {
     size_t i;
-    memset(reader->values, 0, 4 * sizeof *reader->values);
-    for (i = 0; i < 4; i++) {
+    memset(reader->values, 0, VKP_I_QUICK_VALUES * sizeof *reader->values);
+    for (i = 0; i < VKP_I_QUICK_VALUES; i++) {
         reader->values[i].type = i == 0 ? VKP_RESP_PUSH : VKP_RESP_STRING;
         reader->values[i].i_depth = i == 0 ? 0 : 1;
-        reader->values[i].span = i == 0 ? 4 : 1;
-        reader->values[i].len = i == 0 ? 3 : 7;
+        reader->values[i].span = i == 0 ? VKP_I_QUICK_VALUES : 1;
+        reader->values[i].len = i == 0 ? VKP_I_QUICK_VALUES - 1 : VKP_I_KIND_LEN;
     }
     reader->quick_values = true;
 }
 
-/* The frame that a subscriber sees a million times: >3 message channel payload. Its first 18 bytes
-   are compared at once, its texts are passed over by length. The reader's state is that before a
-   frame, and stays so. EMPTY: the payload is still coming. UNSUPPORTED: take the general way. */
+/* The quick path for the most frequent frame of a subscriber: >3, "message", channel, payload. Its
+   first 18 bytes are compared in three steps, its texts are skipped by their lengths. The reader's
+   state is that between two frames, before and after. EMPTY: the payload is incomplete.
+   UNSUPPORTED: use the general path. */
 static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                      size_t *consumed)
 {
@@ -661,7 +692,7 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     size_t most = reader->config.max_bulk_bytes;
     size_t whole;
     vkp_value *values = reader->values;
-    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < 4) {
+    if (!vkp_i_is_message(window, len) || !reader->quick || reader->capacity < VKP_I_QUICK_VALUES) {
         return VKP_ERR_UNSUPPORTED;
     }
     channel = vkp_i_quick_length(window + VKP_I_MESSAGE_PREFIX, end, &channel_len);
@@ -695,7 +726,8 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     return VKP_OK;
 }
 
-/* Out of line: inlined, it would make the quick way save every register. */
+/* The path for every frame. Not inlined: vkp_resp_reader_scan would save every register, even on
+   the quick path. */
 __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
                                                                  const uint8_t *window, size_t len,
                                                                  const vkp_value **value,
@@ -790,15 +822,17 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
 }
 
 /* ---- for the layers above ----
-   The relay gives a reader of its own to a client whose command is long.                      */
+   The relay gives a client with a long command a reader of its own. */
 
-/* The frame under way has so many values that reading it again from its start would cost. */
-#define VKP_I_READER_DEEP 64
+#define VKP_I_READER_DEEP 64 /* values that are cheap to read again from the start of the frame */
+
+/* Whether the incomplete frame has so many values that reading it again from its start is slow. */
 static bool vkp_i_reader_is_deep_in(const vkp_resp_reader *reader)
 {
     return reader->count > VKP_I_READER_DEEP;
 }
 
+/* Open another reader with the config of this one. */
 static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_resp_reader **out)
 {
     return vkp_resp_reader_open(&reader->config, out);

@@ -1,7 +1,15 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-resp-writer   RESP writer
-   ====================================================================================== */
+   ======================================================================================
+   A writer appends to one block that only it refers to, until vkp_resp_writer_take gives the block
+   away. No locks: one thread at a time.
+   The first error stays in i_status and each later put does nothing, so that only take needs a
+   check. The program's locale does not change the output. */
+
+#define VKP_I_DIGITS 24u       /* bytes for the digits of a uint64_t: 20 at most */
+#define VKP_I_HEADER_BYTES 32u /* bytes for a header: mark, sign, digits and CRLF */
+#define VKP_I_DOUBLE_BYTES 64u /* bytes for a double in "%.17g" and a NUL */
 
 VKP_API void vkp_resp_writer_init(vkp_resp_writer *writer, const vkp_env *env)
 {
@@ -26,10 +34,10 @@ VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t 
     }
 }
 
-/* Decimal digits at the end of a buffer of 24 bytes; returns where they start. */
-static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
+/* Write decimal digits to the end of the buffer; returns the index of the first one. */
+static size_t vkp_i_format_u64(char buffer[VKP_I_DIGITS], uint64_t value)
 {
-    size_t at = 24;
+    size_t at = VKP_I_DIGITS;
     do {
         buffer[--at] = (char)('0' + (char)(value % 10));
         value /= 10;
@@ -37,18 +45,19 @@ static size_t vkp_i_format_u64(char buffer[24], uint64_t value)
     return at;
 }
 
+/* Append a type byte, a number and CRLF. */
 static void vkp_i_put_header(vkp_resp_writer *writer, char mark, bool negative, uint64_t number)
 {
-    char line[32];
-    char digits[24];
+    char line[VKP_I_HEADER_BYTES];
+    char digits[VKP_I_DIGITS];
     size_t from = vkp_i_format_u64(digits, number);
     size_t used = 0;
     line[used++] = mark;
     if (negative) {
         line[used++] = '-';
     }
-    memcpy(line + used, digits + from, 24 - from);
-    used += 24 - from;
+    memcpy(line + used, digits + from, VKP_I_DIGITS - from);
+    used += VKP_I_DIGITS - from;
     line[used++] = '\r';
     line[used++] = '\n';
     vkp_resp_put_raw(writer, line, used);
@@ -71,6 +80,7 @@ VKP_API void vkp_resp_put_bulk(vkp_resp_writer *writer, const void *data, size_t
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
+/* Append a type byte, the text and CRLF. INVALID: the text has a CR or an LF. */
 static void vkp_i_put_line(vkp_resp_writer *writer, char mark, vkp_str text)
 {
     if (text.len > 0 &&
@@ -101,7 +111,7 @@ VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
 
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
 {
-    char text[64];
+    char text[VKP_I_DOUBLE_BYTES];
     size_t from;
     size_t to = 0;
     if (value != value) {
@@ -110,7 +120,7 @@ VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
         (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
     } else {
         (void)snprintf(text, sizeof text, "%.17g", value);
-        for (from = 0; text[from] != '\0'; from++) { /* the locale's point may be several bytes */
+        for (from = 0; text[from] != '\0'; from++) { /* a locale's point may have several bytes */
             if (strchr("0123456789+-e", text[from]) != NULL) {
                 text[to++] = text[from];
             } else if (to > 0 && text[to - 1] != '.') {
@@ -132,7 +142,7 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer)
     vkp_resp_put_raw(writer, "_\r\n", 3);
 }
 
-/* An error with line breaks cannot be a line: RESP2 gets blanks in their place. */
+/* Append an error. RESP2 has errors of one line only: each CR and LF becomes a blank. */
 static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     size_t start;
@@ -154,6 +164,7 @@ static void vkp_i_put_error_value(vkp_resp_writer *writer, const vkp_value *valu
     vkp_resp_put_raw(writer, "\r\n", 2);
 }
 
+/* Append a string, a double or a big number; RESP2 has bulk strings in place of both numbers. */
 static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     vkp_str text = vkp_value_get_str(value);
@@ -161,8 +172,9 @@ static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value
         vkp_i_put_line(writer, '+', text);
     } else if (value->type == VKP_RESP_STRING && (value->flags & VKP_VALUE_VERBATIM) != 0 &&
                protocol == 3) {
-        vkp_i_put_header(writer, '=', false, text.len + 4);
-        vkp_resp_put_raw(writer, text.ptr - 4, text.len + 4);
+        vkp_i_put_header(writer, '=', false, text.len + VKP_I_VERBATIM_PREFIX);
+        vkp_resp_put_raw(writer, text.ptr - VKP_I_VERBATIM_PREFIX,
+                         text.len + VKP_I_VERBATIM_PREFIX);
         vkp_resp_put_raw(writer, "\r\n", 2);
     } else if (value->type == VKP_RESP_STRING || protocol != 3) {
         vkp_resp_put_bulk(writer, text.ptr, text.len);
@@ -171,6 +183,7 @@ static void vkp_i_put_text_value(vkp_resp_writer *writer, const vkp_value *value
     }
 }
 
+/* Append the header of an aggregate. RESP2 writes every aggregate as an array. */
 static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     bool paired = value->type == VKP_RESP_MAP || value->type == VKP_RESP_ATTRIBUTE;
@@ -182,7 +195,7 @@ static void vkp_i_put_aggregate_value(vkp_resp_writer *writer, const vkp_value *
     }
 }
 
-/* One place of the tree: a scalar, or an aggregate's header. */
+/* Append one place of the tree: a scalar, or the header of an aggregate. */
 static void vkp_i_put_node(vkp_resp_writer *writer, const vkp_value *value, int protocol)
 {
     switch ((int)value->type) {

@@ -2,107 +2,126 @@
 /* ======================================================================================
    >>impl-socket   Ref-counted Unix sockets
    ======================================================================================
-   A socket is a slot of its registry: its memory is used again for other sockets, and freed with
-   the registry only. So weak handles, and look-ups by name, may look at any slot at any time: one
-   atomic word says which life of the slot this is, and how many refer to it, and whoever got a
-   reference from it knows that the rest of the slot stays.
+   A socket is a slot of its registry. The memory of a slot is used again for later sockets and is
+   freed only with the registry, so weak handles and searches by path may read any slot at any time.
+   One atomic word holds the slot's generation (which socket it is now), the count of references and
+   two bits. After a thread took a reference through the word, the other fields stay valid.
 
-   The last unref must clean up and may not wait. It takes the count to 0 and the DUTY of the burial
-   in one step, so that nobody else does both. The registry's lock is the word `held`; whoever may
-   wait stands in line at the mutex before it. The burial only tries the word. Where it is taken
-   the slot goes on the list of corpses, which the holder looks at after it let go: either he finds
-   the corpse, or the burial's second try finds the word free.
-   Who looks for a path and finds a slot whose count is 0 buries it himself and makes a new one in
-   another slot; whose duty it was finds it DEAD, and only gives the slot back. A path's next
-   socket is thus never touched by the end of the one before.
+   States of a slot (count = VKP_I_REFS of the word), and what ends them:
+     spare      count 0, on registry->spare        create -> live
+     live       count > 0, in the map, listening   last unref -> ending
+     ending     count 0, CLEANUP set, in the map   dispose -> spare, or -> lingering (linger_ms);
+                                                   a search by path -> live (linger_ms), or -> DEAD
+     lingering  count 0, LINGERS set, in the map   a search by path -> live; upkeep -> spare
+     DEAD       not in the map, files removed, handles inactive; the thread that sets CLEANUP in the
+                last unref, or that set it before -> spare
+   vkp_registry_cleanup_all makes live and ending slots DEAD, lingering ones spare.
 
-   Under the lock there are map, files and counters; descriptors are closed, messages logged and
-   callbacks called after it. A descriptor is an endpoint with a count of its own: a loop that
-   watches it keeps it open, whoever ended the socket.
+   The last unref cleans up without waiting for a lock. One compare-and-swap sets the count to 0 and
+   CLEANUP, so exactly one thread disposes of the slot. The registry's lock is the word `held`. Lock
+   order: `mutex`, then `held`. Threads that may wait lock `mutex` first; unref only tries `held`.
+   If `held` is taken, the unref pushes the slot to the list `ended_slots` and tries `held` once
+   more. The holder loads `ended_slots` after it released `held`: so either the holder finds the
+   slot, or the second try succeeds.
+   A thread that searches a path and finds a slot with count 0 retires it (DEAD) and creates the new
+   socket in another slot; the thread that set CLEANUP finds DEAD and only recycles the slot. So the
+   end of a path's old socket never touches the path's new one.
 
-   On disk: PATH.lock is created and flocked first, removed last, so that between processes the
-   lock tells who lives; PATH is bound, given its mode, and only then set listening, so that
-   nobody connects before. A file is unlinked only while device and inode are those recorded.  */
+   The lock guards the map, the files, the statistics and the fields marked below. Descriptors are
+   closed, messages logged and callbacks called after the lock was released (the descriptor of an
+   abstract name excepted). A descriptor is in an endpoint with its own count: a loop where it is
+   registered keeps it open after the socket ended. Followers (listeners) are notified by a task on
+   their loop, queued under the lock.
 
-#define VKP_I_REFS ((uint64_t)0x3fffffff) /* of the word: how many refer to it */
-#define VKP_I_MOST_REFS ((size_t)1 << 29) /* far from the next bit: ref adds before it looks */
-#define VKP_I_DEAD ((uint64_t)1 << 30)    /* retired: inactive for good */
-#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* somebody is about to bury it */
-#define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32))
+   On disk: PATH.lock is created and flocked first and removed last, so the flock shows other
+   processes whether the path is in use. PATH is bound, gets its mode, and only then listens, so no
+   client connects before. A file is unlinked only if its device and inode are the recorded ones. */
 
-#define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1) /* with an end */
+#define VKP_I_REFS ((uint64_t)0x3fffffff) /* bits of the word: the count of references */
+#define VKP_I_MOST_REFS ((size_t)1 << 29) /* far below VKP_I_DEAD: ref adds before it checks */
+#define VKP_I_DEAD ((uint64_t)1 << 30)    /* bit of the word: retired, inactive from then on */
+#define VKP_I_CLEANUP ((uint64_t)1 << 31) /* bit of the word: one thread disposes of the slot */
+#define VKP_I_GENERATION(word) ((uint32_t)((word) >> 32)) /* counts the sockets of the slot */
 
+/* Bytes of a name with its NUL: an abstract name, its '@' included, may fill sun_path. */
+#define VKP_I_PATH_BYTES (sizeof(((struct sockaddr_un *)NULL)->sun_path) + 1)
+#define VKP_I_LOCK_SUFFIX_BYTES 8u /* room for ".lock" and its NUL */
+#define VKP_I_NOTE_BYTES 256       /* longest message of the registry, its NUL included */
+
+/* A listening descriptor, shared by a socket and the listeners that accept from it. */
 typedef struct vkp_i_endpoint {
-    struct vkp_i_endpoint *next; /* of those that wait for their close */
+    struct vkp_i_endpoint *next; /* next in registry->to_close */
     const vkp_env *env;
-    size_t refs; /* atomic: the socket's, and one per listener that watches it */
-    int fd;
+    size_t refs; /* atomic: one of the socket, one of each listener that accepts from it */
+    int fd;      /* closed with the last reference */
 } vkp_i_endpoint;
 
-/* A listener's place with its socket; guarded by the registry. */
+/* A listener in the list of its socket. Guarded by the registry's lock. */
 typedef struct vkp_i_follower {
-    struct vkp_i_follower *next;
-    vkp_socket *sock; /* NULL: not, or no longer, with it */
-    vkp_loop *loop;
-    vkp_i_task task; /* tells the listener that its socket ended, or has another descriptor */
-    bool queued;
+    struct vkp_i_follower *next; /* next in sock->followers */
+    vkp_socket *sock;            /* NULL: not in a list, or the socket ended */
+    vkp_loop *loop;              /* the listener's loop, where the task runs */
+    vkp_i_task task; /* notifies the listener that its socket ended or has a new descriptor */
+    bool queued;     /* the task is in the loop's queue */
 } vkp_i_follower;
 
-#define VKP_I_SOCKET_ABSTRACT 1u /* flags */
-#define VKP_I_SOCKET_LINGERS 2u
-#define VKP_I_SOCKET_LOST 4u
-#define VKP_I_SOCKET_EVENT(event) (8u << (event)) /* to be told */
+/* vkp_socket.flags: bits. */
+#define VKP_I_SOCKET_ABSTRACT 1u                  /* the name is abstract: no files */
+#define VKP_I_SOCKET_LINGERS 2u                   /* the count is 0; upkeep ends the socket later */
+#define VKP_I_SOCKET_LOST 4u                      /* the last check did not find our file */
+#define VKP_I_SOCKET_EVENT(event) (8u << (event)) /* on_event is due for this vkp_socket_event */
 
 struct vkp_socket {
-    vkp_i_map_node node; /* key: path */
-    uint64_t word;       /* atomic */
-    vkp_registry *registry;
-    vkp_socket *all;   /* the registry's slots, linked for good */
-    vkp_socket *link;  /* of corpses, or of free slots */
-    uint64_t ended_ns; /* of him who has the duty */
-    /* Guarded: */
-    vkp_i_endpoint *endpoint; /* NULL once retired */
-    vkp_i_follower *followers;
-    uint64_t linger_until_ns; /* on the loop's clock; 0: not yet known */
-    uint32_t flags;
-    vkp_status blocked; /* why it was not bound again */
-    int lock_fd;
-    /* Read by vkp_registry_unlink_all, too: */
-    uint32_t on_disk; /* atomic: path and ids hold */
-    int opener_pid;
-    vkp_file_id id;
-    vkp_file_id lock_id;
-    char path[VKP_I_PATH_BYTES];
+    vkp_i_map_node node;    /* in registry->sockets; key: path */
+    uint64_t word;          /* atomic: generation, CLEANUP, DEAD and count, see the states above */
+    vkp_registry *registry; /* constant; a reference from create until the slot is spare */
+    vkp_socket *all;        /* next in registry->all; constant */
+    vkp_socket *link;       /* next in registry->ended_slots or registry->spare */
+    uint64_t ended_ns;      /* when the count became 0; written by the thread that set CLEANUP */
+    /* Guarded by the registry's lock: */
+    vkp_i_endpoint *endpoint;  /* the listening descriptor; NULL once retired */
+    vkp_i_follower *followers; /* listeners that are notified of the socket's end */
+    uint64_t linger_until_ns;  /* when lingering ends, on the loop's clock; 0: upkeep sets it */
+    uint32_t flags;            /* VKP_I_SOCKET_* */
+    vkp_status blocked;        /* why the last bind of a lost socket failed; OK: it did not */
+    int lock_fd;               /* holds the flock of PATH.lock; -1: none */
+    /* Written under the lock; vkp_registry_unlink_all reads them without it while on_disk is 1: */
+    uint32_t on_disk;            /* atomic: 1 while path, id and lock_id are those of our files */
+    int opener_pid;              /* the process that owns the files; a forked child removes none */
+    vkp_file_id id;              /* the socket's file */
+    vkp_file_id lock_id;         /* the file PATH.lock */
+    char path[VKP_I_PATH_BYTES]; /* terminated; of an abstract name with its '@' */
 };
 
 struct vkp_registry {
     const vkp_env *env;
     const vkp_sys *sys;
-    size_t refs; /* atomic: the program's, the live sockets', those of work under way */
-    vkp_registry_config config; /* its folder is a copy */
-    VKP_I_MUTEX mutex;          /* the line before `held` */
-    uint32_t held;              /* atomic */
-    vkp_socket *corpses;        /* atomic */
-    vkp_socket *all;            /* atomic, newest first */
+    size_t refs; /* atomic: the program's, one of each socket, and those of calls and tasks */
+    vkp_registry_config config; /* defaults filled in, folder copied; constant after open */
+    VKP_I_MUTEX mutex;          /* threads that wait for `held` wait here first */
+    uint32_t held;              /* atomic: 1 while a thread holds the registry's lock */
+    vkp_socket *ended_slots;  /* atomic: slots to dispose of, pushed while `held` was taken */
+    vkp_socket *all;            /* atomic: every slot, newest first; slots are never unlinked */
     /* Guarded by `held`: */
-    vkp_i_map sockets;
-    vkp_socket *spare;
-    vkp_i_endpoint *to_close; /* when the lock is off */
-    size_t released;          /* references to drop then */
-    bool noted;               /* there is a note to log then */
-    vkp_log_level note_level;
-    char note[256];
+    vkp_i_map sockets;        /* path to socket: live, ending and lingering ones */
+    vkp_socket *spare;        /* slots without a socket */
+    vkp_i_endpoint *to_close; /* endpoints to give back after the unlock */
+    size_t released;          /* references of the registry to give back after the unlock */
+    bool noted;               /* `note` is to be logged after the unlock */
+    vkp_log_level note_level; /* level of `note` */
+    char note[VKP_I_NOTE_BYTES];
     vkp_registry_stats stats;
-    /* Of the loop's timer, guarded too; timer and place belong to its thread. */
-    bool upkeep_queued;
-    bool upkeep_attached;
-    bool loop_gone;
-    uint64_t next_check_ns;
-    vkp_i_task upkeep_task;
-    vkp_timer upkeep_timer;
-    vkp_i_attached upkeep_place;
+    bool upkeep_queued;     /* upkeep_task is in the loop's queue, with a reference */
+    bool upkeep_attached;   /* upkeep_place is attached and the timer runs, with a reference */
+    bool loop_gone;         /* the loop is closed: no upkeep any longer */
+    uint64_t next_check_ns; /* when the files are checked next, on the loop's clock */
+    /* Run upkeep on the loop's thread: */
+    vkp_i_task upkeep_task;      /* queued by any thread, see upkeep_queued */
+    vkp_timer upkeep_timer;      /* loop's thread only */
+    vkp_i_attached upkeep_place; /* loop's thread only; runs upkeep when the loop closes */
 };
 
+/* The name of the socket; views its path. */
 static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
 {
     vkp_i_name name;
@@ -112,8 +131,9 @@ static vkp_i_name vkp_i_socket_name(const vkp_socket *sock)
     return name;
 }
 
+/* "PATH.lock". */
 typedef struct vkp_i_lock_name {
-    char path[VKP_I_PATH_BYTES + 8];
+    char path[VKP_I_PATH_BYTES + VKP_I_LOCK_SUFFIX_BYTES];
 } vkp_i_lock_name;
 
 static vkp_i_lock_name vkp_i_socket_lock_name(const vkp_socket *sock)
@@ -121,13 +141,14 @@ static vkp_i_lock_name vkp_i_socket_lock_name(const vkp_socket *sock)
     static const char suffix[] = ".lock";
     vkp_i_lock_name name;
     size_t len = strlen(sock->path);
-    memcpy(name.path, sock->path, len); /* no snprintf: a signal handler comes here, too */
+    memcpy(name.path, sock->path, len); /* not snprintf: called in signal handlers */
     memcpy(name.path + len, suffix, sizeof suffix);
     return name;
 }
 
-/* ---- the registry's lock, and what follows when it is off ---- */
+/* ---- the registry's lock, and the work after it was released ---- */
 
+/* An endpoint for the descriptor, with one reference. NULL: no memory, and fd stays open. */
 static vkp_i_endpoint *vkp_i_endpoint_open(const vkp_env *env, int fd)
 {
     vkp_i_endpoint *endpoint = (vkp_i_endpoint *)vkp_i_alloc_zero(env, sizeof *endpoint);
@@ -153,6 +174,7 @@ static void vkp_i_endpoint_unref(vkp_i_endpoint *endpoint)
     }
 }
 
+/* Free the registry and all its slots. Called with the last reference: no lock is needed. */
 static void vkp_i_registry_free(vkp_registry *registry)
 {
     vkp_loop *loop = registry->config.loop;
@@ -168,6 +190,7 @@ static void vkp_i_registry_free(vkp_registry *registry)
     vkp_loop_unref(loop);
 }
 
+/* Give back `count` references of the registry. Not under its lock. */
 static void vkp_i_registry_drop(vkp_registry *registry, size_t count)
 {
     if (count > 0 && VKP_I_SUB_ACQ_REL(&registry->refs, count) == count) {
@@ -175,6 +198,7 @@ static void vkp_i_registry_drop(vkp_registry *registry, size_t count)
     }
 }
 
+/* Keep a message that is logged after the unlock; it replaces an earlier one. Under the lock. */
 __attribute__((format(printf, 3, 4))) static void
 vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *format, ...)
 {
@@ -188,6 +212,7 @@ vkp_i_registry_note(vkp_registry *registry, vkp_log_level level, const char *for
 
 static void vkp_i_registry_dispose_all(vkp_registry *registry);
 
+/* Take the registry's lock, waiting for it, and dispose of the slots in `ended_slots`. */
 static void vkp_i_registry_enter(vkp_registry *registry)
 {
     VKP_I_LOCK(&registry->mutex);
@@ -195,20 +220,23 @@ static void vkp_i_registry_enter(vkp_registry *registry)
     vkp_i_registry_dispose_all(registry);
 }
 
+/* Take the registry's lock if it is free. Never waits. */
 static bool vkp_i_registry_try_enter(vkp_registry *registry)
 {
     return VKP_I_XCHG(&registry->held, 1u) == 0;
 }
 
-/* The caller has a reference of the registry. `in_line`: came through vkp_i_registry_enter.
-   Keeps errno.                                                                                */
+/* Release the registry's lock, then close, log and give back what was left for after it. `in_line`:
+   the lock was taken by vkp_i_registry_enter, not by try_enter. The caller has a reference of the
+   registry. Keeps errno. The release exchange of `held` and the load of `ended_slots` pair with the
+   push to `ended_slots` and the second vkp_i_registry_try_enter in vkp_socket_unref. */
 static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
 {
     int error = errno;
     size_t released = 0;
     vkp_i_endpoint *to_close = NULL;
     vkp_log_level level = VKP_LOG_DEFAULT;
-    char note[sizeof registry->note];
+    char note[VKP_I_NOTE_BYTES];
     note[0] = '\0';
     do {
         vkp_i_registry_dispose_all(registry);
@@ -226,7 +254,7 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
             registry->noted = false;
         }
         (void)VKP_I_XCHG(&registry->held, 0u);
-    } while (VKP_I_LOAD_ACQ(&registry->corpses) != NULL && vkp_i_registry_try_enter(registry));
+    } while (VKP_I_LOAD_ACQ(&registry->ended_slots) != NULL && vkp_i_registry_try_enter(registry));
     if (in_line) {
         VKP_I_UNLOCK(&registry->mutex);
     }
@@ -244,8 +272,9 @@ static void vkp_i_registry_leave(vkp_registry *registry, bool in_line)
 
 /* ---- references ---- */
 
-/* One more of this life of the slot. `locked` callers bring back those that linger.
-   NOT_FOUND: it ended; LIMIT.                                                                 */
+/* Take a reference if the slot still has this generation. `locked`: the caller holds the registry's
+   lock and may revive a socket with count 0, if the registry lingers. NOT_FOUND: the socket ended.
+   LIMIT: max_references. */
 static vkp_status vkp_i_socket_take(vkp_socket *sock, uint32_t generation, bool locked)
 {
     vkp_registry *registry = sock->registry;
@@ -266,8 +295,8 @@ static vkp_status vkp_i_socket_take(vkp_socket *sock, uint32_t generation, bool 
     return VKP_OK;
 }
 
-/* It was not there at once: does it linger? By itself, so that who finds it at once saves no
-   registers for this.                                                                         */
+/* Take a reference under the lock, where a lingering socket is revived. Not inlined, so that the
+   caller's path without the lock saves no registers. */
 static __attribute__((noinline)) vkp_status
 vkp_i_socket_take_lingering(vkp_socket *sock, uint32_t generation, vkp_socket **out)
 {
@@ -284,7 +313,8 @@ vkp_i_socket_take_lingering(vkp_socket *sock, uint32_t generation, vkp_socket **
     return status;
 }
 
-/* The same for those who hold no lock. */
+/* Take a reference if the slot still has this generation. The caller does not hold the lock; it is
+   taken only if the socket may linger. */
 static vkp_status vkp_i_socket_take_weak(vkp_socket *sock, uint32_t generation, vkp_socket **out)
 {
     vkp_status status = vkp_i_socket_take(sock, generation, false);
@@ -322,17 +352,18 @@ VKP_API void vkp_socket_unref(vkp_socket *sock)
         less = (word & VKP_I_REFS) > 1 ? word - 1 : (word - 1) | VKP_I_CLEANUP;
     } while (!VKP_I_CAS(&sock->word, &word, less));
     if ((less & VKP_I_REFS) > 0 || (word & VKP_I_CLEANUP) != 0) {
-        return; /* others refer to it, or its burial is under way, which will see this */
+        return; /* other references exist, or the thread that set CLEANUP will see the count 0 */
     }
     registry = sock->registry;
     sock->ended_ns = registry->sys->clock_ns();
-    (void)VKP_I_ADD(&registry->refs, 1); /* whoever buries a corpse drops the socket's own */
+    /* The disposing thread gives the socket's reference of the registry back: keep one for here. */
+    (void)VKP_I_ADD(&registry->refs, 1);
     if (vkp_i_registry_try_enter(registry)) {
         vkp_i_socket_dispose(registry, sock);
         vkp_i_registry_leave(registry, false);
     } else {
-        sock->link = VKP_I_LOAD(&registry->corpses);
-        while (!VKP_I_CAS(&registry->corpses, &sock->link, sock)) {
+        sock->link = VKP_I_LOAD(&registry->ended_slots);
+        while (!VKP_I_CAS(&registry->ended_slots, &sock->link, sock)) {
         }
         if (vkp_i_registry_try_enter(registry)) {
             vkp_i_registry_leave(registry, false);
@@ -371,14 +402,15 @@ VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock)
     return (size_t)(VKP_I_LOAD(&sock->word) & VKP_I_REFS);
 }
 
-/* ---- the end of a socket; all of it under the lock ---- */
+/* ---- the end of a socket; all functions under the registry's lock ---- */
 
 static bool vkp_i_same_file(const vkp_file_id *a, const vkp_file_id *b)
 {
     return a->device == b->device && a->inode == b->inode;
 }
 
-/* Remove the file while it is the one recorded: 0, or a negated errno. */
+/* Unlink the path if it still names the recorded file. 0 also when the file is gone or another one;
+   otherwise a negated errno. */
 static int vkp_i_unlink_same(const vkp_sys *sys, const char *path, const vkp_file_id *id)
 {
     vkp_file_id found;
@@ -386,9 +418,10 @@ static int vkp_i_unlink_same(const vkp_sys *sys, const char *path, const vkp_fil
     if (result == 0 && vkp_i_same_file(&found, id)) {
         result = sys->unlink(path);
     }
-    return result == -ENOENT ? 0 : result; /* gone, or not ours */
+    return result == -ENOENT ? 0 : result; /* the file is gone already */
 }
 
+/* Unlink the recorded file; count and log a failure. */
 static void vkp_i_registry_remove(vkp_registry *registry, const char *path, const vkp_file_id *id)
 {
     int result = vkp_i_unlink_same(registry->sys, path, id);
@@ -399,6 +432,7 @@ static void vkp_i_registry_remove(vkp_registry *registry, const char *path, cons
     }
 }
 
+/* Give up PATH.lock, removing the file first if `unlink`. */
 static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
 {
     const vkp_sys *sys = sock->registry->sys;
@@ -409,11 +443,12 @@ static void vkp_i_socket_unlock(vkp_socket *sock, bool unlink)
         }
         (void)sys->close(sock->lock_fd);
         sock->lock_fd = -1;
-        memset(&sock->lock_id, 0, sizeof sock->lock_id); /* its inode may be another file's next */
+        memset(&sock->lock_id, 0, sizeof sock->lock_id); /* a new file may get its inode */
     }
 }
 
-/* An abstract name is free when its descriptor is closed, so that must not wait. */
+/* Give the socket's endpoint back, after the unlock. The endpoint of an abstract name is given back
+   immediately: the name is free only when the descriptor is closed. */
 static void vkp_i_socket_detach(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -427,6 +462,7 @@ static void vkp_i_socket_detach(vkp_socket *sock)
     }
 }
 
+/* Queue the follower's task, once until it ran. */
 static void vkp_i_follower_notify(vkp_i_follower *follower)
 {
     if (!follower->queued) {
@@ -434,13 +470,14 @@ static void vkp_i_follower_notify(vkp_i_follower *follower)
     }
 }
 
-/* Make it inactive, take it off the map, remove the file if it is still ours, then the lock file.
-   `since`: when that was called for. False: it was done before.                               */
+/* End a socket: set DEAD, remove it from the map, notify its followers, remove its file if it is
+   still ours, then PATH.lock. `since_ns`: when its end was due, for the statistics. False: the
+   socket was DEAD before. */
 static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
 {
     vkp_registry *registry = sock->registry;
     const vkp_sys *sys = registry->sys;
-    bool ours = sys->process_id() == sock->opener_pid; /* else forked: the files are the parent's */
+    bool ours = sys->process_id() == sock->opener_pid; /* else a forked child: the parent's files */
     uint64_t now;
     if ((VKP_I_OR(&sock->word, VKP_I_DEAD) & VKP_I_DEAD) != 0) {
         return false;
@@ -469,8 +506,8 @@ static bool vkp_i_socket_retire(vkp_socket *sock, uint64_t since_ns)
     return true;
 }
 
-/* Nobody refers to it: the slot's next life may begin. A slot whose generations are used up has
-   none: old weak handles would take it for theirs.                                            */
+/* Make a slot without references spare, with a new generation. A slot whose generations are used up
+   (the next one is 0) is never used again: an old weak handle could match it. */
 static void vkp_i_socket_recycle(vkp_registry *registry, vkp_socket *sock)
 {
     uint32_t generation = VKP_I_GENERATION(VKP_I_LOAD(&sock->word)) + 1;
@@ -482,13 +519,14 @@ static void vkp_i_socket_recycle(vkp_registry *registry, vkp_socket *sock)
     registry->released++;
 }
 
+/* Retire a socket without references, and make its slot spare. */
 static void vkp_i_socket_end(vkp_registry *registry, vkp_socket *sock, uint64_t since_ns)
 {
     (void)vkp_i_socket_retire(sock, since_ns);
     vkp_i_socket_recycle(registry, sock);
 }
 
-/* Have it look soon. False: there is no loop any more. */
+/* Queue upkeep on the loop. False: the loop is closed. */
 static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
 {
     if (!registry->upkeep_queued && !registry->loop_gone) {
@@ -501,7 +539,7 @@ static bool vkp_i_registry_request_upkeep(vkp_registry *registry)
     return !registry->loop_gone;
 }
 
-/* With the first socket, and again if there was no memory for the timer then. */
+/* Start the checks of files with the first socket, or later if the timer had no memory then. */
 static void vkp_i_registry_ensure_checks(vkp_registry *registry)
 {
     if (registry->config.check_ms > 0 && !registry->upkeep_attached) {
@@ -509,7 +547,8 @@ static void vkp_i_registry_ensure_checks(vkp_registry *registry)
     }
 }
 
-/* The duty is the caller's. */
+/* End a socket or let it linger, if its count is still 0; otherwise only clear CLEANUP. Called by
+   the thread that set CLEANUP, or by the thread that found the slot in `ended_slots`. */
 static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
 {
     uint64_t word = VKP_I_LOAD_ACQ(&sock->word);
@@ -532,24 +571,26 @@ static void vkp_i_socket_dispose(vkp_registry *registry, vkp_socket *sock)
     }
 }
 
+/* Dispose of all slots in `ended_slots`. */
 static void vkp_i_registry_dispose_all(vkp_registry *registry)
 {
-    vkp_socket *corpse = NULL;
-    if (VKP_I_LOAD_ACQ(&registry->corpses) != NULL) {
-        corpse = VKP_I_XCHG(&registry->corpses, (vkp_socket *)NULL);
+    vkp_socket *sock = NULL;
+    if (VKP_I_LOAD_ACQ(&registry->ended_slots) != NULL) {
+        sock = VKP_I_XCHG(&registry->ended_slots, (vkp_socket *)NULL);
     }
-    while (corpse != NULL) {
-        vkp_socket *next = corpse->link;
+    while (sock != NULL) {
+        vkp_socket *next = sock->link;
         uint64_t ended = registry->stats.ended;
-        vkp_i_socket_dispose(registry, corpse);
-        registry->stats.handed_over += registry->stats.ended - ended; /* it may linger instead */
-        corpse = next;
+        vkp_i_socket_dispose(registry, sock);
+        registry->stats.handed_over +=
+            registry->stats.ended - ended; /* 0 more if the socket lingers */
+        sock = next;
     }
 }
 
-/* ---- the beginning of a socket; all of it under the lock ---- */
+/* ---- the beginning of a socket; all functions under the registry's lock ---- */
 
-/* Whether somebody answers at the path: 1 yes, 0 no, or a negated errno. */
+/* Whether a process listens at the path: 0 no, 1 yes or not excluded, or a negated errno. */
 static int vkp_i_socket_probe(const vkp_sys *sys, vkp_i_name name)
 {
     vkp_address address = vkp_i_unix_address(name);
@@ -563,7 +604,8 @@ static int vkp_i_socket_probe(const vkp_sys *sys, vkp_i_name name)
     return result == -ECONNREFUSED || result == -ENOENT ? 0 : 1;
 }
 
-/* PATH.lock is ours: make way for a bind, or say what stands there. */
+/* Remove a dead process's socket file from the path; *cleared is then true. Our process holds
+   PATH.lock. EXISTS: not a socket, or of another user. IN_USE: a process listens there. */
 static vkp_status vkp_i_socket_clear(vkp_socket *sock, bool *cleared)
 {
     vkp_registry *registry = sock->registry;
@@ -595,7 +637,7 @@ static vkp_status vkp_i_socket_clear(vkp_socket *sock, bool *cleared)
     return VKP_OK;
 }
 
-/* Give the file its mode, then listen: the order that lets nobody in before. */
+/* Set the mode of the file, then listen: in this order no client connects before the mode holds. */
 static int vkp_i_socket_start(vkp_socket *sock, int fd, vkp_file_id *id)
 {
     const vkp_registry *registry = sock->registry;
@@ -610,7 +652,7 @@ static int vkp_i_socket_start(vkp_socket *sock, int fd, vkp_file_id *id)
     return result == 0 ? sys->listen(fd, registry->config.backlog) : result;
 }
 
-/* Bind, and listen: another endpoint in place of the one there was. */
+/* Bind and listen. On success the new endpoint replaces the old one, if there was one. */
 static vkp_status vkp_i_socket_bind(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -648,7 +690,7 @@ static vkp_status vkp_i_socket_bind(vkp_socket *sock)
     return VKP_OK;
 }
 
-/* Get PATH.lock. */
+/* Create and flock PATH.lock. IN_USE: another process holds it. EXISTS: it is a symbolic link. */
 static vkp_status vkp_i_socket_lock(vkp_socket *sock)
 {
     vkp_registry *registry = sock->registry;
@@ -666,13 +708,13 @@ static vkp_status vkp_i_socket_lock(vkp_socket *sock)
     return result == -ELOOP ? VKP_ERR_EXISTS : vkp_i_sys_failure(result);
 }
 
-/* Take over what the caller bound. */
+/* Use the descriptor that the caller bound. On failure it stays the caller's. */
 static vkp_status vkp_i_socket_adopt(vkp_socket *sock, int fd)
 {
     vkp_registry *registry = sock->registry;
     int result = registry->sys->identify(sock->path, &sock->id);
     VKP_I_REQUIRE(result == 0 && sock->id.is_socket);
-    result = registry->sys->prepare(fd); /* a blocking one would stop a listener's loop in accept */
+    result = registry->sys->prepare(fd); /* else accept would block a listener's loop */
     if (result < 0) {
         return vkp_i_sys_failure(result);
     }
@@ -680,7 +722,7 @@ static vkp_status vkp_i_socket_adopt(vkp_socket *sock, int fd)
     return sock->endpoint != NULL ? VKP_OK : VKP_ERR_NOMEM;
 }
 
-/* A slot for the name, with a count of 0. */
+/* A slot for the name, spare or new, with a count of 0. NULL: no memory. */
 static vkp_socket *vkp_i_socket_new(vkp_registry *registry, vkp_i_name name)
 {
     vkp_socket *sock = registry->spare;
@@ -708,7 +750,7 @@ static vkp_socket *vkp_i_socket_new(vkp_registry *registry, vkp_i_name name)
     return sock;
 }
 
-/* Make the socket of a name that has none; fd: one that the caller bound, or -1. */
+/* Create the socket of a name that is not in the map. fd: bound by the caller, or -1: bind here. */
 static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, int fd,
                                       vkp_socket **out)
 {
@@ -762,6 +804,7 @@ static vkp_status vkp_i_socket_create(vkp_registry *registry, vkp_i_name name, i
     return status;
 }
 
+/* The socket of the name in the map, without a reference, or NULL. */
 static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
 {
     vkp_str key = vkp_i_str(name.text, name.len);
@@ -770,7 +813,7 @@ static vkp_socket *vkp_i_registry_find(vkp_registry *registry, vkp_i_name name)
     return node != NULL ? VKP_CONTAINER(node, vkp_socket, node) : NULL;
 }
 
-/* The live socket of the name; one that has just died is buried. */
+/* A reference to the socket of the name. NOT_FOUND: there is none; an ending one was retired. */
 static vkp_status vkp_i_registry_take(vkp_registry *registry, vkp_i_name name, vkp_socket **out)
 {
     vkp_socket *sock = vkp_i_registry_find(registry, name);
@@ -786,8 +829,10 @@ static vkp_status vkp_i_registry_take(vkp_registry *registry, vkp_i_name name, v
     return status;
 }
 
-/* A walk without the lock that takes before it trusts: NULL says nothing. */
-#define VKP_I_PEEK_STEPS 32
+#define VKP_I_PEEK_STEPS 32 /* nodes that a search without the lock visits at most */
+
+/* Search without the lock: take a reference first, then compare the path. NULL proves nothing: the
+   caller searches again under the lock. */
 static vkp_socket *vkp_i_registry_peek(vkp_registry *registry, vkp_str name)
 {
     uint64_t hash = vkp_i_map_hash(&registry->sockets, name);

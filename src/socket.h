@@ -2,161 +2,248 @@
 /* --------------------------------------------------------------------------------------
    >>api-socket   Ref-counted listening Unix sockets
 
-   A socket lives as long as somebody refers to it: handles of the program, listeners, clients.
-   Whoever gives the last reference back stops it and removes its file. A registry knows the
-   sockets of a program by their paths, and keeps none of them alive.
-   A path NULL means a name of the registry's own, unique on this machine. A name that begins with
-   '@' is abstract (Linux: no file, gone with the last descriptor) where the registry says so, and
-   in addresses ("unix:@NAME"); a file of such a name is "./@NAME".                            */
+   A socket is alive as long as it has references: handles of the program, listeners, clients. When
+   the last reference is given back, the socket stops listening and its file is removed. A registry
+   finds the sockets of a program by their paths, and keeps none of them alive.
+   A path NULL means a unique path in the registry's folder. A path that begins with '@' is an
+   abstract name (Linux: no file, gone with the last descriptor) if the registry has abstract_names,
+   and in addresses ("unix:@NAME"). A file whose name begins with '@' is written "./@NAME". */
 
-/* What happened to a socket's file behind our back, see vkp_registry_config.check_ms. */
+/* What a check found at a socket's file, which another program removed or replaced: see
+   vkp_registry_config.check_ms. */
 typedef enum vkp_socket_event {
-    VKP_SOCKET_LOST = 1, /* the file is gone, or another one is there in its place */
-    VKP_SOCKET_REBOUND,  /* bound again: new clients come in */
-    VKP_SOCKET_BLOCKED   /* not bound again: status tells why; tried again at every check */
+    /* The socket's file is gone, or another file is in its place. */
+    VKP_SOCKET_LOST = 1,
+    /* The lost socket is bound to its path again: new clients can connect. */
+    VKP_SOCKET_REBOUND,
+    /* The lost socket could not be bound again, for the reason in `status`. Every check tries
+       again; the event is repeated when the reason changes. */
+    VKP_SOCKET_BLOCKED
 } vkp_socket_event;
 
+/* The config of vkp_registry_open. Zeroed: all defaults. */
 typedef struct vkp_registry_config {
-    int backlog;         /* of listen(2); default 4096, cut by the system */
-    uint32_t mode;       /* permissions of the files; default 0600. More than that needs gates that
-                              check who comes (vkp_gate), which they do by default             */
-    bool abstract_names; /* "@NAME" is an abstract name; UNSUPPORTED outside Linux */
-    size_t max_sockets;  /* alive at once; default: no limit */
-    size_t max_references; /* of one socket; default and most: 2^29 */
-    vkp_str folder;        /* of unique names; default $XDG_RUNTIME_DIR, $TMPDIR, /tmp. Copied. */
-    vkp_loop *loop;     /* carries the timers of linger_ms and check_ms, which need it. Shared. */
-    uint64_t linger_ms; /* a socket ends that long after its last reference; default: at once */
-    uint64_t check_ms;  /* look that often whether the files are still ours; default: never */
-    bool rebind;        /* then bind again what was lost */
-    /* Loop's thread. sock is borrowed; it may have ended since. Not for sockets that linger. */
+    /* Clients that may wait for accept, as for listen(2). Default: 4096. The system may cut it. */
+    int backlog;
+    /* Permissions of the sockets' files. Default: 0600. With more than 0600 every listener needs a
+       gate that checks uids (vkp_gate); gates do so by default. */
+    uint32_t mode;
+    /* A path "@NAME" is an abstract name; opening one is UNSUPPORTED outside Linux. Default: false,
+       a path "@NAME" is a file. */
+    bool abstract_names;
+    /* Most sockets alive at one time. Default: no limit. */
+    size_t max_sockets;
+    /* Most references of one socket. Default and maximum: 2^29. */
+    size_t max_references;
+    /* Folder of unique paths; copied. Default: $XDG_RUNTIME_DIR if this user owns it, else $TMPDIR,
+       else /tmp. */
+    vkp_str folder;
+    /* Runs the timers of linger_ms and check_ms, which need a loop; shared. NULL: no timers. */
+    vkp_loop *loop;
+    /* Milliseconds from a socket's last reference to its end; opened again in that time, the socket
+       lives on. Default: 0, it ends immediately. Needs loop. */
+    uint64_t linger_ms;
+    /* Milliseconds between two checks whether each socket's file is still its own. Default: 0, no
+       checks. Needs loop. */
+    uint64_t check_ms;
+    /* A check binds a lost socket again. Default: false, a check only reports. */
+    bool rebind;
+    /* A check found an event; status is the reason of BLOCKED, else OK. Called once per event, on
+       the loop's thread, not for sockets that linger. sock is borrowed; it may have ended since
+       the check. NULL: not called. */
     void (*on_event)(void *user, vkp_socket *sock, vkp_socket_event event, vkp_status status);
+    /* Handed to on_event. */
     void *user;
+    /* Memory, log and system; must outlive the registry. NULL: the defaults. */
     const vkp_env *env;
 } vkp_registry_config;
 
-/* Open a registry: path -> weak reference. An object; there is no process-wide one.
-   Owns:   borrows config, shares loop; gives *registry
-   Blocks: never     Threads: any     Errors: NOMEM, INVALID (a timer without a loop)          */
+/* Open a registry: a map from paths to live sockets. A program may open several; none is global.
+   NULL config: all defaults.
+   Owns:   borrows config (copies folder), shares config.loop; gives *registry
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (registry NULL; linger_ms or check_ms without a loop) */
 VKP_API VKP_NODISCARD vkp_status vkp_registry_open(const vkp_registry_config *config,
                                                    vkp_registry **registry);
+
+/* One more reference (gives, the same pointer). Any thread. */
 VKP_API vkp_registry *vkp_registry_ref(vkp_registry *registry);
 
-/* Sockets that live keep their registry. NULL is ignored. Any thread. */
+/* One reference less. A registry is freed when neither a reference nor a live socket is left. NULL
+   is ignored. Any thread. */
 VKP_API void vkp_registry_unref(vkp_registry *registry);
 
-/* Sockets that are alive in this registry. Any thread; out of date at once. */
+/* The number of sockets alive in this registry, sockets that linger included. Any thread; other
+   threads may change the number immediately. */
 VKP_API size_t vkp_registry_get_count(vkp_registry *registry);
+
+/* Whether a socket of the path is alive in this registry, also one that lingers. Any thread; other
+   threads may change this immediately. */
 VKP_API bool vkp_registry_is_active(vkp_registry *registry, vkp_str path);
 
-/* Stop and unlink every socket now, those that linger too, and their listeners with them; handles
-   stay valid, inactive. Returns how many. Any thread; in atexit, too.                         */
+/* End every socket of the registry now, also sockets that linger, and remove their files; their
+   listeners end too, each on its loop. Handles stay valid, but inactive. Returns how many sockets
+   ended. May be called in an atexit function.
+   Blocks: on the file system, and on threads that use the registry
+   Threads: any     In callbacks: ok */
 VKP_API size_t vkp_registry_cleanup_all(vkp_registry *registry);
 
-/* For handlers of crashes: remove the files of the sockets that this process opened, and nothing
-   else. Takes no lock and no memory; async-signal-safe. The program's end must follow.        */
+/* Remove the files of the sockets that this process opened, and do nothing else: for handlers of
+   crashes. The program must end right after it. Takes no lock, allocates nothing, is
+   async-signal-safe. Any thread, also in signal handlers. */
 VKP_API void vkp_registry_unlink_all(vkp_registry *registry);
 
-/* Counts since open, but for the first two. */
+/* What vkp_registry_get_stats writes. Counters count since the registry was opened. */
 typedef struct vkp_registry_stats {
-    size_t live;              /* sockets, those that linger included */
-    size_t references;        /* of them */
-    uint64_t created;         /* sockets */
-    uint64_t taken_over;      /* of those: where a dead process's file stood */
-    uint64_t revived;         /* asked for again while they lingered */
-    uint64_t ended;           /* sockets */
-    uint64_t handed_over;     /* of those: cleaned up by another thread that was in the registry */
-    uint64_t unlink_failures; /* files that could not be removed */
-    int unlink_errno;         /* of the last of those */
-    uint64_t lost;            /* files found gone or replaced, by checks */
-    uint64_t rebound;         /* of those: bound again */
-    uint64_t cleanup_last_ns; /* from the last reference (or the linger's end) to the file gone */
+    /* Sockets alive now, sockets that linger included. */
+    size_t live;
+    /* References of all live sockets now. */
+    size_t references;
+    /* Sockets opened or adopted. */
+    uint64_t created;
+    /* Opened sockets that replaced a file left by a dead process. */
+    uint64_t taken_over;
+    /* Sockets that lingered and were opened again. */
+    uint64_t revived;
+    /* Sockets that ended. */
+    uint64_t ended;
+    /* Sockets that ended on another thread than that of their last unref: the other thread was in
+       the registry, so it cleaned up. */
+    uint64_t handed_over;
+    /* Files that could not be removed. */
+    uint64_t unlink_failures;
+    /* The errno of the last file that could not be removed; 0: none. */
+    int unlink_errno;
+    /* Files that checks found gone or replaced. */
+    uint64_t lost;
+    /* Lost sockets that checks bound again. */
+    uint64_t rebound;
+    /* Nanoseconds that the last cleanup took: from the last unref (or the end of linger_ms, or the
+       call of vkp_registry_cleanup_all) until the file was gone. */
+    uint64_t cleanup_last_ns;
+    /* Nanoseconds of the longest cleanup. */
     uint64_t cleanup_most_ns;
+    /* Nanoseconds of all cleanups together. */
     uint64_t cleanup_total_ns;
 } vkp_registry_stats;
-VKP_API void vkp_registry_get_stats(vkp_registry *registry,
-                                    vkp_registry_stats *stats); /* any thread */
 
-/* The live socket of the path, or a new one: bound, with the registry's mode, listening. Atomic.
-   Beside the file stands PATH.lock, held by flock while the socket lives: a file left by a dead
-   process is taken over, one of a live process is not. A path is used as it is written.
-   Owns:   borrows path (NULL: a unique one); gives *sock
-   Blocks: on the file system, and on threads that create   Threads: any     In callbacks: ok
-   Errors: INVALID (empty, or a `..` component), LIMIT (path longer than the 107 bytes that fit on
-   Linux, 103 elsewhere, as the log says; max_sockets; max_references), IN_USE (another process
-   serves it), EXISTS (something that is no socket of this user is there; untouched), UNSUPPORTED,
-   SYS, NOMEM                                                                                  */
+/* Write the registry's counters to *stats. Any thread; waits for threads that use the registry. */
+VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *stats);
+
+/* Give the live socket of the path, also one that lingers, or open a new one: bound, with the
+   registry's mode, listening. Atomic. While the socket lives, its process holds a flock on the file
+   PATH.lock: so a file left by a dead process is replaced, a file of a live process is not.
+   A path is used as it is written: two spellings of one file are two paths.
+   Owns:   borrows path (NULL: a unique path); gives *sock
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: INVALID (a null argument; an empty path, a `..` component, a zero byte), LIMIT (a path
+   longer than the 107 bytes that fit on Linux, 103 elsewhere: logged; max_sockets;
+   max_references), IN_USE (another process serves the path), EXISTS (something else than a socket
+   of this user is at the path; it is left there), UNSUPPORTED (an abstract name outside Linux), SYS
+   (a call on the file system failed), NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_open(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
-/* The live socket of the path, never a new one. Gives *sock. Any thread.
-   Errors: NOT_FOUND, LIMIT (max_references), INVALID                                          */
+/* Give the live socket of the path, also one that lingers; never open a new one.
+   Owns:   borrows path; gives *sock
+   Blocks: on threads that open sockets     Threads: any     In callbacks: ok
+   Errors: NOT_FOUND (no live socket of that path), LIMIT (max_references; a path that is too long),
+   INVALID (a null argument or path; an empty path, a `..` component), UNSUPPORTED (an abstract name
+   outside Linux) */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_find(vkp_registry *registry, vkp_str path,
                                                  vkp_socket **sock);
 
-/* Hand over a socket that the caller bound to the path and set listening.
-   Owns:   takes fd (on failure it stays the caller's); gives *sock     Threads: any
-   Errors: EXISTS (a handle of that path lives), IN_USE (another process holds PATH.lock), LIMIT,
-   INVALID (no such file, or no socket), UNSUPPORTED (an abstract name), SYS, NOMEM            */
+/* Make a socket of a descriptor that the caller bound to the path and set listening. The registry
+   makes the descriptor non-blocking, takes PATH.lock, and removes the file at the socket's end.
+   Owns:   borrows path, takes fd (on failure fd stays the caller's); gives *sock
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: EXISTS (a socket of that path is alive in the registry), IN_USE (another process holds
+   PATH.lock), LIMIT (a path that is too long; max_sockets), INVALID (a null argument or path;
+   fd < 0; no file at the path, or not a socket), UNSUPPORTED (an abstract name), SYS, NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_adopt(vkp_registry *registry, vkp_str path, int fd,
                                                   vkp_socket **sock);
 
-/* One more reference: sock, or NULL when it has max_references. Any thread. */
+/* One more reference: gives sock, or returns NULL when sock has max_references. Any thread. */
 VKP_API VKP_NODISCARD vkp_socket *vkp_socket_ref(vkp_socket *sock);
 
-/* One reference less. The last one stops listening, removes the file if it is still the one this
-   handle bound, and the lock file; with linger_ms that comes later. In a forked child it removes
-   nothing. NULL is ignored.
-   Blocks: on the file system only: when another thread is in the registry, that one cleans up
-   before it leaves     Threads: any     In callbacks: ok                                      */
+/* One reference less. The last one ends the socket: it stops listening, and its file, if that is
+   still the one that this socket bound, and its lock file are removed; with linger_ms the end comes
+   that much later. In a forked child no file is removed. NULL is ignored.
+   Blocks: on the file system only: if another thread uses the registry, that thread cleans up
+   Threads: any     In callbacks: ok */
 VKP_API void vkp_socket_unref(vkp_socket *sock);
 
-/* A handle that does not keep the socket alive: a value, copied at will, nothing to give back. To
-   be used only while the registry is referred to. Zeroed it is the handle of no socket.       */
+/* A weak handle, which does not keep its socket alive: a value that may be copied and needs no
+   unref. Use it only while the registry has a reference. Zeroed, it is the handle of no socket. */
 typedef struct vkp_weak_socket {
-    vkp_socket *i_socket;
-    uint32_t i_generation;
+    vkp_socket *i_socket;  /* private */
+    uint32_t i_generation; /* private */
 } vkp_weak_socket;
 
-/* sock is borrowed. Any thread. */
+/* A weak handle of the socket, which is borrowed. Any thread. */
 VKP_API vkp_weak_socket vkp_socket_downgrade(const vkp_socket *sock);
 
-/* A reference to the socket while it lives. Gives *sock. Takes no lock. Any thread.
-   Errors: NOT_FOUND (it ended), LIMIT (max_references)                                        */
+/* Give a reference to the weak handle's socket while that lives, also while it lingers. Takes a
+   lock only if no reference is left and the registry has linger_ms.
+   Owns:   borrows weak; gives *sock     Blocks: on threads that use the registry, with the lock
+   Threads: any     In callbacks: ok
+   Errors: NOT_FOUND (the socket ended, or the handle is zeroed), LIMIT (max_references), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_upgrade(const vkp_weak_socket *weak, vkp_socket **sock);
 
-/* The path (views); whether it still accepts; the references. Any thread. */
+/* The socket's path, zero-terminated. Views: valid until the caller's unref. Any thread. */
 VKP_API const char *vkp_socket_get_path(const vkp_socket *sock);
+
+/* Whether the socket still accepts clients; false after vkp_registry_cleanup_all. Any thread. */
 VKP_API bool vkp_socket_is_active(const vkp_socket *sock);
-VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock); /* advisory */
 
-/* Several sockets, over which clients are spread. A pool refers to its sockets. */
+/* The number of the socket's references. Advisory: other threads may change it immediately. Any
+   thread. */
+VKP_API size_t vkp_socket_get_ref_count(const vkp_socket *sock);
 
+/* How vkp_socket_pool_pick chooses a socket. */
 typedef enum vkp_balance {
-    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equals, the next in turn */
-    VKP_BALANCE_TURN       /* one after the other */
+    VKP_BALANCE_LEAST = 0, /* the socket with the fewest references; of equal ones the next */
+    VKP_BALANCE_TURN       /* one socket after the other */
 } vkp_balance;
 
+/* The config of vkp_socket_pool_open. */
 typedef struct vkp_socket_pool_config {
-    vkp_registry *registry; /* required; shared */
-    const vkp_str *paths;   /* as many as count; NULL: unique ones */
-    size_t count;           /* of sockets; at least 1 */
-    vkp_balance balance;
+    vkp_registry *registry; /* the registry that opens the pool's sockets; required; shared */
+    /* The paths of the sockets, an array of `count`; a NULL path is a unique one. NULL: all paths
+       are unique. */
+    const vkp_str *paths;
+    size_t count;        /* number of sockets; required, at least 1 */
+    vkp_balance balance; /* how vkp_socket_pool_pick chooses; default: VKP_BALANCE_LEAST */
 } vkp_socket_pool_config;
 
-/* Open the pool and its sockets: all or none.
-   Owns:   borrows config; gives *pool     Blocks, Threads, Errors: as vkp_socket_open */
+/* Open a pool: several sockets, over which clients are spread. Opens all its sockets or, on
+   failure, none, and holds a reference of each until its last unref. config is required.
+   Owns:   borrows config, shares config.registry; gives *pool
+   Blocks: on the file system, and on threads that open sockets     Threads: any
+   In callbacks: ok
+   Errors: those of vkp_socket_open; INVALID (a null argument, no registry, count 0), NOMEM */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_open(const vkp_socket_pool_config *config,
                                                       vkp_socket_pool **pool);
-VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool); /* any thread */
-VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);           /* any; NULL is ignored */
 
-/* The socket for the next client, which is to hold it as long as it is there. Sockets that were
-   cleaned up are passed over. Gives *sock. Any thread.
-   Errors: CLOSED (none is active), LIMIT (max_references, of all)                             */
+/* One more reference (gives, the same pointer). Any thread. */
+VKP_API vkp_socket_pool *vkp_socket_pool_ref(vkp_socket_pool *pool);
+
+/* One reference less; the last one gives back the pool's sockets. NULL is ignored. Any thread. */
+VKP_API void vkp_socket_pool_unref(vkp_socket_pool *pool);
+
+/* Choose the socket for the next client; keep *sock as long as that client is connected. Skips
+   sockets that are no longer active.
+   Owns:   gives *sock     Blocks: never     Threads: any     In callbacks: ok
+   Errors: CLOSED (no socket is active), LIMIT (every active socket has max_references), INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_socket_pool_pick(vkp_socket_pool *pool, vkp_socket **sock);
 
-/* Its sockets; each is viewed as long as the pool is. Index below the count. Any thread. */
+/* The number of sockets in the pool, as it was opened. Any thread. */
 VKP_API size_t vkp_socket_pool_get_count(const vkp_socket_pool *pool);
+
+/* The pool's socket at the index, which must be below vkp_socket_pool_get_count. Views: valid as
+   long as the pool. Any thread. */
 VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size_t index);
 
 #endif /* VKP_NO_IO */

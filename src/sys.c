@@ -1,11 +1,16 @@
 /* ======================================================================================
    >>impl-sys   The operating system behind one table
    ======================================================================================
-   Results are >= 0 or a negated errno. This section is the only one that calls the system, and
-   knows that Linux has accept4 and eventfd, that macOS refuses MSG_NOSIGNAL, and that a futex
-   takes absolute monotonic deadlines while a condition variable may not.                      */
+   Only this section makes system calls (the mutexes of the base section aside). Results are >= 0
+   or a negated errno. Differences between systems end here: Linux has accept4 and eventfd; macOS
+   refuses MSG_NOSIGNAL, so SO_NOSIGPIPE is set instead; a futex takes absolute monotonic deadlines,
+   a condition variable takes them on some systems only (not on macOS).
+   Threads: a parker belongs to the one thread that parks in it; any thread may unpark it. The
+   functions here hold no lock when they return and keep no state but the number of processors. */
 
 #define VKP_I_NS_PER_S 1000000000u
+#define VKP_I_NS_PER_US 1000u
+#define VKP_I_US_PER_S 1000000u
 
 static uint64_t vkp_i_os_clock_ns(void)
 {
@@ -25,7 +30,8 @@ static uint64_t vkp_i_os_random_u64(void)
     arc4random_buf(&value, sizeof value);
     return value;
 #endif
-    /* Too early in the boot for getrandom: good enough for jitter (splitmix64 of the clock). */
+    /* Early in the boot getrandom has no entropy yet and fails. The fallback is one step of
+       splitmix64 from the clock: good enough for jitter and names, not for secrets. */
     value = vkp_i_os_clock_ns() + 0x9e3779b97f4a7c15u;
     value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
     value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
@@ -42,13 +48,13 @@ static uint32_t vkp_i_os_user_id(void)
     return (uint32_t)geteuid();
 }
 
-/* Parker states. */
-#define VKP_I_PARK_EMPTY 0u
-#define VKP_I_PARK_NOTIFIED 1u
-#define VKP_I_PARK_ASLEEP 2u
+/* The states of a parker. */
+#define VKP_I_PARK_EMPTY 0u    /* no thread sleeps, no notification arrived */
+#define VKP_I_PARK_NOTIFIED 1u /* unpark was called: park returns */
+#define VKP_I_PARK_ASLEEP 2u   /* Linux: a thread sleeps in the futex, unpark must wake it */
 
 struct vkp_parker {
-    uint32_t state; /* read and written by both sides, see park and unpark */
+    uint32_t state; /* atomic: VKP_I_PARK_*, written by park and unpark */
 #if !VKP_I_LINUX
     pthread_mutex_t mutex;
     pthread_cond_t condition;
@@ -56,8 +62,8 @@ struct vkp_parker {
 };
 
 #if VKP_I_LINUX
-/* A 32-bit system's first futex call takes two words, whatever the size of its time_t, which libc
-   may have made 64 bits wide. Systems younger than that change have the second call alone.     */
+/* On a 32-bit system SYS_futex takes a time of two 32-bit words, even where libc made time_t 64
+   bits wide. Newer 32-bit systems have SYS_futex_time64 alone, with two 64-bit words. */
 #ifdef SYS_futex
 #define VKP_I_FUTEX SYS_futex
 typedef long vkp_i_futex_number;
@@ -66,11 +72,11 @@ typedef long vkp_i_futex_number;
 typedef long long vkp_i_futex_number;
 #endif
 
-/* From the kernel's interface: its own headers are no part of every libc's (musl). */
-#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)
-#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128)
-#define VKP_I_FUTEX_ANY 0xffffffffu
-#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* who wakes after 68 years looks, and sleeps again */
+/* Values of the kernel's <linux/futex.h>, which is not installed with every libc (musl). */
+#define VKP_I_FUTEX_WAKE_PRIVATE (1 | 128)        /* FUTEX_WAKE | FUTEX_PRIVATE_FLAG */
+#define VKP_I_FUTEX_WAIT_BITSET_PRIVATE (9 | 128) /* FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG */
+#define VKP_I_FUTEX_ANY 0xffffffffu               /* FUTEX_BITSET_MATCH_ANY */
+#define VKP_I_FUTEX_MOST_S 0x7fffffffu /* 68 years fit in 32 bits; park then waits again */
 
 static void vkp_i_parker_init(vkp_parker *parker)
 {
@@ -82,8 +88,9 @@ static void vkp_i_parker_deinit(vkp_parker *parker)
     (void)parker;
 }
 
-/* Returns once notified, at the deadline, or never early. ASLEEP tells unpark that a system call
-   is due; its exchange pairs with the loads here.                                             */
+/* Sleep until unpark or the deadline; never returns early. The state ASLEEP makes unpark call the
+   kernel. The exchange in unpark pairs with the acquire load here: what the waking thread wrote
+   before is visible after park returned. */
 static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
 {
     struct {
@@ -105,7 +112,8 @@ static void vkp_i_os_park(vkp_parker *parker, uint64_t deadline_ns)
     }
 }
 
-/* The parker may be gone after the exchange: waking a stale address is harmless to a futex. */
+/* After the exchange the parked thread may return and free the parker. FUTEX_WAKE on a freed
+   address is harmless: at most another futex there wakes early, and its owner checks again. */
 static void vkp_i_os_unpark(vkp_parker *parker)
 {
     if (VKP_I_XCHG(&parker->state, VKP_I_PARK_NOTIFIED) == VKP_I_PARK_ASLEEP) {
@@ -176,7 +184,7 @@ static void vkp_i_os_yield(void)
     (void)sched_yield();
 }
 
-/* Asked for with every channel that opens: a fact of the machine, read once. */
+/* Processors online, at least 1. Read once and kept: every channel that opens needs the number. */
 static uint32_t vkp_i_os_processors(void)
 {
     static uint32_t known;
@@ -189,11 +197,16 @@ static uint32_t vkp_i_os_processors(void)
     return count;
 }
 
-/* Linux 4.14; a sandbox may refuse it. */
+/* Commands of membarrier(2): values of the kernel's <linux/membarrier.h>. */
+#define VKP_I_MEMBARRIER_PREPARE (1 << 4) /* MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED */
+#define VKP_I_MEMBARRIER_NOW (1 << 3)     /* MEMBARRIER_CMD_PRIVATE_EXPEDITED */
+
+/* Needs Linux 4.14; a sandbox may refuse the call. Other systems: -ENOSYS. */
 static int vkp_i_os_membarrier(bool prepare)
 {
 #if VKP_I_LINUX && defined(SYS_membarrier)
-    return syscall(SYS_membarrier, prepare ? 1 << 4 : 1 << 3, 0, 0) == 0 ? 0 : -errno;
+    const int command = prepare ? VKP_I_MEMBARRIER_PREPARE : VKP_I_MEMBARRIER_NOW;
+    return syscall(SYS_membarrier, command, 0, 0) == 0 ? 0 : -errno;
 #else
     (void)prepare;
     return -ENOSYS;
@@ -201,11 +214,13 @@ static int vkp_i_os_membarrier(bool prepare)
 }
 
 #if VKP_I_IO
+/* The result of a libc call: -1 becomes the negated errno. */
 static int vkp_i_os_result(int result)
 {
     return result < 0 ? -errno : result;
 }
 
+/* Make a descriptor non-blocking and close-on-exec, and keep it from raising SIGPIPE. */
 static int vkp_i_os_prepare(int fd)
 {
     int status = fcntl(fd, F_GETFL);
@@ -216,13 +231,14 @@ static int vkp_i_os_prepare(int fd)
 #ifdef SO_NOSIGPIPE
     {
         int on = 1;
-        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* not for every kind */
+        (void)setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on); /* fails without a socket */
     }
 #endif
     return 0;
 }
 
 #if !VKP_I_LINUX
+/* Prepare a new descriptor, or close it when that fails. -1 gives the negated errno. */
 static int vkp_i_os_prepared(int fd)
 {
     int status;
@@ -256,7 +272,7 @@ static int vkp_i_os_bind(int fd, const void *address, uint32_t bytes, uint32_t m
     }
     memcpy(&copy, address, bytes);
     if (copy.ss_family == AF_UNIX) {
-        (void)fchmod(fd, (mode_t)mode); /* Linux gives the file this; elsewhere chmod follows */
+        (void)fchmod(fd, (mode_t)mode); /* Linux: the file's mode; elsewhere chmod follows */
     } else {
         (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     }
@@ -351,7 +367,7 @@ static int vkp_i_os_local_port(int fd)
                                            : (int)ntohs(local.v4.sin_port);
 }
 
-/* Literals are tried first: they never ask a name server. */
+/* Numeric addresses are tried first: getaddrinfo then sends no query to a name server. */
 static int vkp_i_os_resolve(const char *host, const char *port, vkp_address *out, size_t capacity)
 {
     struct addrinfo hints;
@@ -386,7 +402,7 @@ static int64_t vkp_i_os_read(int fd, void *buffer, size_t bytes)
     return got < 0 ? -(int64_t)errno : (int64_t)got;
 }
 
-/* Wakes come from signal handlers: what they interrupted must find its errno again. */
+/* A wake may be called in a signal handler, so errno is restored for the interrupted code. */
 static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
 {
     int before = errno;
@@ -396,22 +412,24 @@ static int64_t vkp_i_os_write(int fd, const void *buffer, size_t bytes)
     return result;
 }
 
+#define VKP_I_SEND_RANGES 64 /* ranges of one sendmsg; further ranges go with the next call */
+
 static int64_t vkp_i_os_send(int fd, const vkp_range *ranges, size_t count)
 {
     struct msghdr message;
-    struct iovec vectors[64];
+    struct iovec vectors[VKP_I_SEND_RANGES];
     ssize_t put;
     size_t i;
     int flags = 0;
 #ifdef MSG_NOSIGNAL
     flags = MSG_NOSIGNAL;
 #endif
-    if (count == 1) { /* as in a fan-out, where sendmsg's own head would be a seventh of the cost */
+    if (count == 1) { /* the case of a fan-out; sendmsg's header would be a seventh of the cost */
         put = send(fd, ranges->base, ranges->len, flags);
         return put < 0 ? -(int64_t)errno : (int64_t)put;
     }
-    if (count > sizeof vectors / sizeof vectors[0]) {
-        count = sizeof vectors / sizeof vectors[0];
+    if (count > VKP_I_SEND_RANGES) {
+        count = VKP_I_SEND_RANGES;
     }
     for (i = 0; i < count; i++) {
         memcpy(&vectors[i].iov_base, &ranges[i].base, sizeof ranges[i].base); /* drops const */
@@ -433,23 +451,27 @@ static int vkp_i_os_close(int fd)
     return vkp_i_os_result(close(fd));
 }
 
+#define VKP_I_PERMISSION_BITS 07777u /* of st_mode: permissions, set-id bits and the sticky bit */
+#define VKP_I_LOCK_FILE_MODE 0600    /* of PATH.lock: read and written by its owner only */
+
+/* Copy from stat what identifies a file. */
 static void vkp_i_os_file_id(const struct stat *found, vkp_file_id *id)
 {
     id->device = (uint64_t)found->st_dev;
     id->inode = (uint64_t)found->st_ino;
     id->uid = (uint32_t)found->st_uid;
-    id->mode = (uint32_t)found->st_mode & 07777u;
+    id->mode = (uint32_t)found->st_mode & VKP_I_PERMISSION_BITS;
     id->is_socket = S_ISSOCK(found->st_mode);
 }
 
-/* The lock counts only if the locked file is still the one at the path: its last holder removes
-   it while holding the lock, so a file opened just before may be a corpse.                    */
+/* The lock is valid only if the locked file is still the file at the path. The last holder unlinks
+   the file while it holds the lock, so a file opened just before that has no name any longer. */
 static int vkp_i_os_lock_file(const char *path, vkp_file_id *id)
 {
     for (;;) {
         struct stat opened;
         struct stat named;
-        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, VKP_I_LOCK_FILE_MODE);
         int error;
         if (fd < 0) {
             return -errno;
@@ -531,7 +553,7 @@ static int vkp_i_os_timeout_ms(uint64_t deadline_ns)
     if (deadline_ns <= now) {
         return 0;
     }
-    ms = (deadline_ns - now + 999999u) / 1000000u;
+    ms = (deadline_ns - now + VKP_I_NS_PER_MS - 1) / VKP_I_NS_PER_MS;
     return ms > (uint64_t)INT_MAX ? INT_MAX : (int)ms;
 }
 
@@ -591,9 +613,11 @@ static int vkp_i_os_kqueue_create(void)
 #endif
 }
 
-/* In whole microseconds, since some kernels cut off the rest. They also limit the time (to a day,
-   to three years) or refuse a longer one, and may measure it by another clock: so the deadline
-   decides whether it was enough.                                                              */
+#define VKP_I_KEVENT_MOST_S 86400u /* one day: the lowest limit among the kernels */
+
+/* The time-out is rounded up to whole microseconds, because some kernels cut off smaller parts.
+   Kernels limit the time-out (to one day, to three years) or refuse a longer one, and may measure
+   it with another clock: so the code compares our clock with the deadline, and waits again. */
 static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *events,
                            int event_count, uint64_t deadline_ns)
 {
@@ -611,11 +635,11 @@ static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *
     bool too_early;
     do {
         const uint64_t now = deadline_ns == 0 ? 0 : vkp_i_os_clock_ns();
-        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / 1000u + 1u : 0;
+        uint64_t us = deadline_ns > now ? (deadline_ns - now - 1) / VKP_I_NS_PER_US + 1u : 0;
         struct timespec wait;
-        us = VKP_I_MIN(us, (uint64_t)86400u * 1000000u);
-        wait.tv_sec = (time_t)(us / 1000000u);
-        wait.tv_nsec = (long)(us % 1000000u * 1000u);
+        us = VKP_I_MIN(us, (uint64_t)VKP_I_KEVENT_MOST_S * VKP_I_US_PER_S);
+        wait.tv_sec = (time_t)(us / VKP_I_US_PER_S);
+        wait.tv_nsec = (long)(us % VKP_I_US_PER_S * VKP_I_NS_PER_US);
         result = vkp_i_os_result(kevent(kq, (const struct kevent *)changes, change_count,
                                         (struct kevent *)events, event_count,
                                         deadline_ns == VKP_FOREVER ? NULL : &wait));
@@ -627,6 +651,7 @@ static int vkp_i_os_kevent(int kq, const void *changes, int change_count, void *
 #endif
 }
 
+/* VKP_FD_FILE for a regular file, VKP_FD_SOCKET, or VKP_FD_OTHER. */
 static int vkp_i_os_fd_kind(int fd)
 {
     struct stat found;
@@ -637,6 +662,7 @@ static int vkp_i_os_fd_kind(int fd)
            : S_ISSOCK(found.st_mode) ? VKP_FD_SOCKET
                                      : VKP_FD_OTHER;
 }
+/* A member of the table that exists only with VKP_I_IO. */
 #define VKP_I_OS(name) vkp_i_os_##name
 #else
 #define VKP_I_OS(name) NULL
@@ -657,6 +683,7 @@ VKP_API const vkp_sys *vkp_sys_get_default(void)
     return &table;
 }
 
+/* The table of an env, or the default one. */
 static const vkp_sys *vkp_i_sys(const vkp_env *env)
 {
     return env->sys != NULL ? env->sys : vkp_sys_get_default();

@@ -1,16 +1,17 @@
 /* --------------------------------------------------------------------------------------
    >>api-typed   Channels of a type
 
-   VKP_MPSC_TYPED(jobs, struct job) at file scope gives jobs_tx and jobs_rx, which the compiler
-   tells from every other channel, and calls that take and give struct job: jobs_open, jobs_send ...
-   They are the calls of the channel's section with the type in place of void, inline, no code of
-   their own; contracts and errors are those. A config's elem_bytes is set by them. jobs_raw_tx and
-   jobs_raw_rx give the handles for the calls that look at no value: select, watches, len, weak
-   senders. Values of 8, 24 and 64 bytes are moved without a call of memcpy.                   */
+   VKP_MPSC_TYPED(jobs, struct job) at file scope declares jobs_tx and jobs_rx, types that the
+   compiler does not confuse with another channel's, and functions that take and give struct job:
+   jobs_open, jobs_send ... Each one is an inline call of the function of that name in the channel's
+   section, with the type in place of void: contract, errors and threads are those of that function.
+   Values of 8, 24 and 64 bytes are moved without a call of memcpy.                            */
 
+/* Makes a function of a typed channel inline, without a warning where the function is not used. */
 #define VKP_TYPED_CALL static inline __attribute__((unused))
 
-/* The two ends of a typed channel, for the macros below. */
+/* For the macros below: the types name_value, name_tx and name_rx, and the functions name_raw_tx,
+   raw_rx, tx_ref, tx_unref, rx_unref.                                                         */
 #define VKP_TYPED_ENDS(name, T, raw_tx_type, raw_rx_type, raw_tx_ref, raw_tx_unref, raw_rx_unref) \
     typedef T name##_value;                                                                       \
     typedef struct name##_tx name##_tx;                                                           \
@@ -36,7 +37,7 @@
         raw_rx_unref(name##_raw_rx(rx));                                                          \
     }
 
-/* A call that gives one end (`to` is tx or rx) beside another. */
+/* For the macros below: the function name_verb, which gives an end (`to`: tx or rx) from `from`. */
 #define VKP_TYPED_GIVE(name, verb, from, to, raw_type, raw_call)                                  \
     VKP_NODISCARD VKP_TYPED_CALL vkp_status name##_##verb(name##_##from *self, name##_##to **end) \
     {                                                                                             \
@@ -49,6 +50,12 @@
         return status;                                                                            \
     }
 
+/* An mpsc channel of T: name_open, close, send, try_send, send_many, reserve, try_reserve, recv,
+   try_recv, recv_many, peek, tx_clone, tx_ref, tx_unref, rx_unref, case_recv and case_send, as the
+   vkp_mpsc_* and vkp_case_mpsc_* functions. name_open sets config.elem_bytes; a NULL config means
+   all defaults. name_reserve and name_try_reserve also give the place of the value as *value.
+   name_raw_tx and name_raw_rx give the handles for functions without a value: other cases,
+   handlers, lengths, weak senders. Threads: as the function called.                           */
 #define VKP_MPSC_TYPED(name, T)                                                                    \
     VKP_TYPED_ENDS(name, T, vkp_mpsc_tx, vkp_mpsc_rx, vkp_mpsc_tx_ref, vkp_mpsc_tx_unref,          \
                    vkp_mpsc_rx_unref)                                                              \
@@ -146,9 +153,13 @@
     {                                                                                              \
         return vkp_case_mpsc_send(name##_raw_tx(tx), value);                                       \
     }                                                                                              \
-    struct name##_tx /* so that a semicolon may follow */
+    struct name##_tx /* lets a semicolon follow the macro */
 
-/* A one-shot of at most VKP_ONESHOT_BYTES: the slot is `name`, in the caller's memory. */
+/* A one-shot of T, at most VKP_ONESHOT_BYTES: the slot is the type `name`, in the caller's memory
+   or from name_open. The functions are name_init, open, send, abandon, recv, try_recv, close,
+   is_closed, wait_closed, tx_unref, rx_unref, case_recv and case_closed, as the vkp_oneshot_* and
+   vkp_case_oneshot_* functions; name_init and name_open set elem_bytes. Threads: as the function
+   called.                                                                                     */
 #define VKP_ONESHOT_TYPED(name, T)                                                               \
     typedef T name##_value;                                                                      \
     typedef struct name {                                                                        \
@@ -218,6 +229,11 @@
     }                                                                                            \
     struct name
 
+/* A broadcast of T: name_open, send, recv, try_recv, recv_many, subscribe, resubscribe, tx_ref,
+   tx_unref, rx_unref and case_recv, as the vkp_broadcast_* functions. name_open sets
+   config.elem_bytes; a NULL config returns INVALID: capacity_items is required. name_raw_tx and
+   name_raw_rx give the handles for functions without a value: other cases, handlers, lengths.
+   Threads: as the function called.                                                            */
 #define VKP_BROADCAST_TYPED(name, T)                                                            \
     VKP_TYPED_ENDS(name, T, vkp_broadcast_tx, vkp_broadcast_rx, vkp_broadcast_tx_ref,           \
                    vkp_broadcast_tx_unref, vkp_broadcast_rx_unref)                              \
@@ -264,6 +280,12 @@
     }                                                                                           \
     struct name##_tx
 
+/* A watch of T: name_open, send, replace, get, get_and_update, borrow, borrow_and_update, release,
+   changed, subscribe, rx_clone, tx_ref, tx_unref and rx_unref, as the vkp_watch_* functions.
+   name_open sets config.elem_bytes, and takes the first value as an argument in place of
+   config.initial (NULL: zeroes); a NULL config means all defaults. name_raw_tx and name_raw_rx give
+   the handles for functions without a value: cases, handlers, marks, vkp_watch_send_if_modified.
+   Threads: as the function called.                                                            */
 #define VKP_WATCH_TYPED(name, T)                                                                \
     VKP_TYPED_ENDS(name, T, vkp_watch_tx, vkp_watch_rx, vkp_watch_tx_ref, vkp_watch_tx_unref,   \
                    vkp_watch_rx_unref)                                                          \

@@ -1,19 +1,29 @@
 #if VKP_I_IO
 /* ======================================================================================
    >>impl-value   Values of RESP2 and RESP3
-   ====================================================================================== */
+   ======================================================================================
+   Read-only functions over trees that the reader made: any thread, no locks, no allocation.
+   `span` of a value is the number of array places that the value and all its elements take, so
+   value + value->span is its next sibling. Walks skip attributes and VKP_VALUE_OUT_OF_BAND pushes.
+   The text of a double is validated when it is read (vkp_i_double_valid); later conversions rely on
+   that and cannot fail. */
 
+#define VKP_I_VERBATIM_PREFIX 4u /* bytes before the text of a verbatim string: "txt:" */
+
+/* Whether the value counts as an element of the aggregate around it. */
 static bool vkp_i_value_is_element(const vkp_value *value)
 {
     return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
+/* Whether the kind of a push is "message", "pmessage" or "smessage". */
 static bool vkp_i_is_message_kind(const char *text, size_t len)
 {
     size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
     return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
 }
 
+/* The first element of parent at `value` or behind it, or NULL. */
 static const vkp_value *vkp_i_value_from(const vkp_value *parent, const vkp_value *value)
 {
     const vkp_value *end = parent + parent->span;
@@ -48,6 +58,7 @@ VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text)
 
 /* ---- doubles ---- */
 
+/* How many decimal digits follow at `at`. */
 static size_t vkp_i_digits(const char *text, size_t len, size_t at)
 {
     size_t start = at;
@@ -57,9 +68,11 @@ static size_t vkp_i_digits(const char *text, size_t len, size_t at)
     return at - start;
 }
 
-#define VKP_I_EXPONENT_MAX 100000000L
+#define VKP_I_EXPONENT_MAX 100000000L /* exponents saturate here; a double has -324 to 308 */
+#define VKP_I_DOUBLE_DIGITS 780u /* digits that the conversion keeps; 768 decide any rounding */
+#define VKP_I_DOUBLE_TEXT 840u   /* bytes: sign, kept digits, sticky digit, exponent, NUL */
 
-/* The digits of an exponent, saturated a little above the maximum. */
+/* The exponent at `at`, with its sign, saturated a little above VKP_I_EXPONENT_MAX. */
 static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
 {
     bool negative = at < len && text[at] == '-';
@@ -71,12 +84,12 @@ static long vkp_i_to_exponent(const char *text, size_t len, size_t at)
     return negative ? -value : value;
 }
 
-/* strtod of validated digits, whatever the locale's decimal point: without one, as an integer and
-   an exponent. No tie between two doubles needs more than 768 digits; of those cut, one sticky
-   digit tells whether they were zero.                                                         */
+/* strtod of validated text in any locale: the copy has no decimal point, it is an integer with an
+   exponent. No tie between two doubles needs more than 768 digits; one sticky digit stands for the
+   digits that were cut: 1 if one of them was not zero. */
 static double vkp_i_to_double(const char *text, size_t len)
 {
-    char copy[840];
+    char copy[VKP_I_DOUBLE_TEXT];
     size_t used = 0;
     size_t kept = 0;
     size_t i = 0;
@@ -92,7 +105,7 @@ static double vkp_i_to_double(const char *text, size_t len)
             continue;
         }
         shift -= fraction ? 1 : 0;
-        if (kept < 780) {
+        if (kept < VKP_I_DOUBLE_DIGITS) {
             copy[used] = text[i];
             used += kept > 0 || text[i] != '0' ? 1u : 0u;
             kept += kept > 0 || text[i] != '0' ? 1u : 0u;
@@ -115,10 +128,12 @@ static double vkp_i_to_double(const char *text, size_t len)
     return strtod(copy, NULL);
 }
 
-/* Not as a literal: where doubles are computed with more bits (x87) that one is a bit less. */
+/* DBL_MAX and not a literal: a decimal literal is slightly less where doubles are computed with
+   more bits (x87). */
 #define VKP_I_DOUBLE_MAX DBL_MAX
 
-/* Whether the text is a double of the grammar and finite, or one of the named ones. */
+/* Whether the text is a finite double of the RESP3 grammar, or "inf", "-inf" or "nan". Lenient:
+   also "nan(x)", "-nan", "5." and ".5" of old servers. */
 static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
 {
     vkp_str all = vkp_i_str(text, len);

@@ -1,32 +1,36 @@
 /* ======================================================================================
    >>impl-watch   Only the newest value
    ======================================================================================
-   Values live in cells. A sender fills a cell that is not current and that nobody borrows, and
-   makes it current; a borrower pins the current one. Both do so under the latch, for some
-   instructions. Copying out takes no latch: it reads the cell's words between two looks at its
-   `seq`, which changes whenever the cell does; words are stored with release and loaded with
-   acquire, so that a word of a later value shows the later seq, too.
-   Who waits for a change does so in the audience.                                             */
+   Values lie in cells. A sender fills a cell that is not current, not pinned by a borrow, and owns
+   no value, and makes it current; a borrower pins the current cell. Both do so under the latch,
+   for a few instructions (vkp_watch_send_if_modified: while modify runs). drop runs without the
+   latch.
+   Copying a value out takes no latch: a receiver loads the `seq` of the cell before and after it
+   copies the words, and `seq` changes whenever the cell is filled. Words are stored with release
+   and loaded with acquire: a receiver that loads a word of a later value also sees the later
+   `seq`.
+   A receiver that waits for a change is linked in `receivers` (section receivers); each new
+   version wakes all waiting receivers after `version` is stored.                               */
 
 typedef struct vkp_i_cell {
-    struct vkp_i_cell *next; /* of all cells; the rest but seq and words is guarded by the latch */
-    uint64_t seq;            /* atomic: version << 1, odd while it is written */
-    size_t pins;
-    bool owns; /* a value that is not dropped yet; for channels with a drop */
-    uint64_t words[1];
+    struct vkp_i_cell *next; /* under the latch: the next of all cells */
+    uint64_t seq;            /* atomic: version << 1; odd while the cell is filled */
+    size_t pins;             /* under the latch: borrows of this cell */
+    bool owns;               /* under the latch: holds a value that still has to be dropped */
+    uint64_t words[1];       /* atomic: the value; longer than declared, see vkp_i_cell_bytes */
 } vkp_i_cell;
 
 typedef struct vkp_i_watch {
-    vkp_watch_config config;
-    size_t words;
-    size_t refs;    /* atomic: the senders together, each receiver */
-    size_t tx_refs; /* atomic */
+    vkp_watch_config config; /* a copy; config.env is not NULL */
+    size_t words;            /* of one value */
+    size_t refs;             /* atomic: one of all senders together, one of each receiver */
+    size_t tx_refs;          /* atomic: references of senders */
     unsigned char pad_sender[VKP_I_APART];
-    vkp_i_biased_latch latch;
-    uint64_t version;    /* atomic: of the newest value */
-    vkp_i_cell *current; /* atomic */
-    vkp_i_cell *cells;   /* latch */
-    uint64_t *scratch;   /* latch; for vkp_watch_send_if_modified */
+    vkp_i_biased_latch latch; /* held for the changes of cells and versions */
+    uint64_t version;         /* atomic: of the newest value */
+    vkp_i_cell *current;      /* atomic: the cell of the newest value */
+    vkp_i_cell *cells;        /* under the latch: all cells */
+    uint64_t *scratch;        /* under the latch: for vkp_watch_send_if_modified, or NULL */
     vkp_i_receivers receivers;
 } vkp_i_watch;
 
@@ -36,16 +40,17 @@ struct vkp_watch_tx {
 
 struct vkp_watch_rx {
     vkp_i_watch *watch;
-    uint64_t seen;
-    vkp_i_cell *borrowed;
+    uint64_t seen;        /* newest version that counts as seen */
+    vkp_i_cell *borrowed; /* cell of the current borrow, or NULL */
 };
 
+/* The size of a cell with its value. */
 static size_t vkp_i_cell_bytes(const vkp_i_watch *watch)
 {
     return sizeof(vkp_i_cell) + (watch->words - 1) * sizeof(uint64_t);
 }
 
-/* Latched: a cell to fill, or NULL without memory. Odd from here on. */
+/* Latched: a cell to fill, whose seq is odd until vkp_i_watch_publish; NULL without memory. */
 static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
 {
     vkp_i_cell *cell = watch->cells;
@@ -64,8 +69,8 @@ static vkp_i_cell *vkp_i_watch_take_cell(vkp_i_watch *watch)
     return cell;
 }
 
-/* Latched: the cell is full, and the newest. Gives the one whose value is to be dropped, or
-   NULL.                                                                                        */
+/* Latched: the cell is filled, and becomes the newest version. Gives the replaced cell if its
+   value is to be dropped now, else NULL.                                                       */
 static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
 {
     vkp_i_cell *old = VKP_I_LOAD(&watch->current);
@@ -77,8 +82,8 @@ static vkp_i_cell *vkp_i_watch_publish(vkp_i_watch *watch, vkp_i_cell *cell)
     return old != NULL && old->owns && old->pins == 0 ? old : NULL;
 }
 
-/* The cell's value was replaced, and nobody looks at it any more. It stays taken until it is
-   dropped.                                                                                     */
+/* Drop the value of a replaced cell that no receiver borrows; NULL is ignored. `owns` keeps
+   senders from filling the cell until the drop has returned.                                   */
 static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
 {
     if (cell != NULL) {
@@ -90,6 +95,7 @@ static void vkp_i_watch_drop(vkp_i_watch *watch, vkp_i_cell *cell)
     }
 }
 
+/* Give one of `refs` back; the last one drops the values and frees the channel. */
 static void vkp_i_watch_unref(vkp_i_watch *watch)
 {
     const vkp_env *env = watch->config.env;
@@ -117,7 +123,7 @@ VKP_API vkp_status vkp_watch_open(const vkp_watch_config *config, vkp_watch_tx *
     vkp_i_watch *watch;
     vkp_i_cell *cell;
     VKP_I_REQUIRE(config != NULL && tx != NULL);
-    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= 65536);
+    VKP_I_REQUIRE(config->elem_bytes > 0 && config->elem_bytes <= VKP_I_ELEM_MAX);
     env = vkp_i_env(config->env);
     watch = (vkp_i_watch *)vkp_i_alloc_zero(env, sizeof *watch);
     if (watch == NULL) {
@@ -163,6 +169,7 @@ VKP_API void vkp_watch_tx_unref(vkp_watch_tx *tx)
     }
 }
 
+/* A receiver for which the version `seen` counts as seen. OK or NOMEM. */
 static vkp_status vkp_i_watch_subscribe(vkp_i_watch *watch, uint64_t seen, vkp_watch_rx **rx)
 {
     vkp_watch_rx *self = (vkp_watch_rx *)vkp_i_alloc_zero(watch->config.env, sizeof *self);
@@ -231,7 +238,7 @@ VKP_API vkp_status vkp_watch_send(vkp_watch_tx *tx, const void *item)
     return vkp_watch_get_receivers(tx) == 0 ? VKP_ERR_CLOSED : vkp_watch_replace(tx, item);
 }
 
-/* Latched: where `modify` may write, apart from the cells that others read; NULL without memory. */
+/* Latched: memory in which modify may write, apart from the cells; NULL without memory. */
 static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
 {
     if (watch->scratch == NULL) {
@@ -241,7 +248,8 @@ static uint64_t *vkp_i_watch_scratch(vkp_i_watch *watch)
     return watch->scratch;
 }
 
-/* Latched: a new version made by `modify`; OK with *modified false when it changed nothing. */
+/* Latched: publish a new version made by modify. OK, with *modified false when modify changed
+   nothing, or NOMEM.                                                                           */
 static vkp_status vkp_i_watch_modify(vkp_i_watch *watch, bool (*modify)(void *user, void *item),
                                      void *user, bool *modified)
 {
@@ -287,7 +295,7 @@ VKP_API vkp_status vkp_watch_send_if_modified(vkp_watch_tx *tx,
     return status;
 }
 
-/* Copy the newest value out: its version. */
+/* Copy the newest value out; gives its version. Repeats while a sender interferes. */
 static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
 {
     vkp_i_backoff backoff = {0};
@@ -296,7 +304,7 @@ static uint64_t vkp_i_watch_read(const vkp_i_watch *watch, void *out)
         uint64_t seq = VKP_I_LOAD_ACQ(&cell->seq);
         if ((seq & 1u) == 0) {
             vkp_i_words_load(out, cell->words, watch->config.elem_bytes);
-            /* Still current, too: a cell that is filled again is not the newest one yet. */
+            /* `current` too: a cell filled again gets its seq before it becomes the newest. */
             if (VKP_I_LOAD(&cell->seq) == seq && VKP_I_LOAD(&watch->current) == cell) {
                 return seq >> 1;
             }
@@ -362,8 +370,8 @@ VKP_API void vkp_watch_release(vkp_watch_rx *rx)
     vkp_i_watch_drop(watch, last ? cell : NULL);
 }
 
-/* A version is there that the receiver has not seen. It may have seen one, by a borrow, that is not
-   announced yet.                                                                               */
+/* Signed, because `seen` may be ahead: vkp_watch_get_and_update can read a version before
+   `version` is stored.                                                                         */
 VKP_API bool vkp_watch_is_changed(const vkp_watch_rx *rx)
 {
     return (int64_t)(VKP_I_LOAD_ACQ(&rx->watch->version) - rx->seen) > 0;
@@ -389,12 +397,13 @@ VKP_API size_t vkp_watch_get_receivers(const vkp_watch_tx *tx)
     return vkp_i_receivers_size(&tx->watch.receivers);
 }
 
+/* OK marks the newest version as seen. */
 static vkp_status vkp_i_case_changed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_watch_rx *rx = (vkp_watch_rx *)each->i_object;
     bool closed = vkp_watch_is_closed(rx);
     (void)wait;
-    if (!vkp_watch_is_changed(rx)) { /* after the look at the end: nothing follows that */
+    if (!vkp_watch_is_changed(rx)) { /* checked after `closed`: no version follows the end */
         return closed ? VKP_ERR_CLOSED : VKP_ERR_EMPTY;
     }
     vkp_watch_mark_unchanged(rx);

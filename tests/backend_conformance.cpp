@@ -3,11 +3,7 @@
 // What every backend must do, asked of its vtable directly over real pipes and sockets. A new
 // backend joins by standing in vkp_test_backends_all(); docs/porting-a-backend.md explains the
 // rules, and each test case here names one of them.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <array>

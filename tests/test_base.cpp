@@ -2,11 +2,7 @@
 //
 // Status codes, deadlines, and the table of operating system calls: what every other part of the
 // library assumes without checking.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cerrno>
 #include <cstring>

@@ -4,11 +4,7 @@
 // thread fix every answer, against a model where that helps. The threaded ones use that lag is
 // counted exactly: what a receiver got and missed before a value is that value's place in the one
 // order of all, so what two receivers found in one place must be the same.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Text views and immutable ref-counted bytes.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cstdio>
 #include <cstring>
@@ -27,27 +23,7 @@ bool is_empty(const vkp_bytes &bytes)
     return bytes.len == 0 && bytes.block == nullptr;
 }
 
-struct Env {
-    vkp_test_env test;
-    Env()
-    {
-        vkp_test_env_init(&test);
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-    size_t bytes()
-    {
-        return vkp_test_env_live_bytes(&test);
-    }
-};
+using Env = vkp_test_counted;
 
 } // namespace
 

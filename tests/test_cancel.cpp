@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Cancellation tokens: trees of them, of every shape, and waits on them from threads.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <memory>
@@ -21,23 +17,7 @@
 
 namespace {
 
-struct Env {
-    vkp_test_env test;
-    Env()
-    {
-        vkp_test_env_init(&test);
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-};
+using Env = vkp_test_counted;
 
 // One reference to a token.
 class Token {

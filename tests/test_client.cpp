@@ -3,11 +3,7 @@
 // The client against servers that the test plays itself, over real sockets: what goes over the wire
 // byte by byte, and answers that no healthy server gives. Most tests run client and server in one
 // thread, so that each order of events is chosen, not met by luck.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -2,11 +2,7 @@
 //
 // The client against a real server: what a program sees, and what the server says about it. A
 // second, plain connection plays everybody else. Where no server is installed the tests say so.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -3,7 +3,7 @@
 // Connections over every backend: each callback as often as its contract says, partial input and
 // output, back-pressure and the five policies on the loop's thread and from others, closing at
 // every moment, connecting, memory that fails and memory that is pinned.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

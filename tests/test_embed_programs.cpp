@@ -2,11 +2,7 @@
 //
 // examples/embed_poll.c and examples/embed_glib.c as their readers run them: a loop of ours inside
 // the program's own poll, and inside GLib's main loop.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cstdlib>
 #include <memory>

@@ -2,7 +2,7 @@
 //
 // Gates: whom a listener lets in, how many at once, and that every place comes back, whichever way
 // a client goes.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

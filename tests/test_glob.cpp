@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Glob patterns of PSUBSCRIBE: by a table, against a plain recursive matcher, and against a server.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <random>
 #include <set>

@@ -4,11 +4,7 @@
 // timers of the program's own, several in one loop, with clients, listeners and connections on
 // them, closed in every order. Linked with one library at a time (support/foreign/foreign.h); the
 // guest in it also passes what every backend must: backend_conformance.cpp, test_loop.cpp.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <array>

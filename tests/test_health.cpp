@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Health checks: what each answer, or none, counts as; how often they come; their end anywhere.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <cerrno>

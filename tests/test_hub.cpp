@@ -2,7 +2,7 @@
 //
 // Who is subscribed to what: counts and names, interest, what each member receives byte for byte,
 // one encoding shared by all, pushes of a server passed on as they came, memory that fails.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -3,11 +3,7 @@
 // What the kqueue backend relies on, asked of the kqueue itself: on Linux of the emulation that
 // stands in for it, elsewhere of the kernel, so that each confirms the other. Then what the backend
 // makes of answers that no suite can provoke. The rest is in backend_conformance.cpp.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -3,11 +3,7 @@
 // The channel against its sequential specification: threads make short random runs and write down
 // what they called, when, and what they got; a search then looks for an order of the calls, each
 // between its beginning and its end, in which a plain queue would have answered the same.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -3,7 +3,7 @@
 // Listeners and the sockets under them: those that live as long as their clients do, those started
 // from other threads, those on several loops, those whose file is taken away, and their shutdown in
 // good order.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cerrno>

@@ -3,7 +3,7 @@
 // Listeners over every backend: addresses and ports, sockets of their own and shared ones, accept
 // that fails, connections refused or handed on, the end in every callback. Who is let in, and how
 // many, is in test_gate.cpp; listeners that follow their clients are in test_listen.cpp.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <cerrno>
 #include <cstddef>

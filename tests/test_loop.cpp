@@ -2,11 +2,7 @@
 //
 // The event loop over every backend of this platform: rounds, stops, posts, timers, watches of
 // descriptors and channels, close. On the null backend time is virtual, so hours pass at once.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

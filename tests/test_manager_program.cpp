@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // examples/manager.c as its reader runs it: alone, beside a real server, and where there is none.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cstdlib>
 #include <memory>

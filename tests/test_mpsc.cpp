@@ -3,11 +3,7 @@
 // The channel: many senders, one receiver. One-threaded tests fix every answer, against a model
 // where that helps; the threaded ones count, for no order of theirs is known beforehand. Threads
 // use the default environment: a lock in the allocator would hide races from a sanitizer.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -25,27 +21,7 @@
 
 namespace {
 
-struct Env {
-    vkp_test_env test;
-    Env()
-    {
-        vkp_test_env_init(&test);
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-    void fault(vkp_test_fault kind, uint64_t k)
-    {
-        vkp_test_env_fault(&test, kind, k);
-    }
-};
+using Env = vkp_test_counted;
 
 vkp_mpsc_config config_of(size_t elem_bytes, size_t capacity_items, const vkp_env *env)
 {

@@ -4,11 +4,7 @@
 // (try, until a deadline, a loop's watch), its ends, its memory. test_mpsc.cpp has the queue.
 // What sleeps or wakes runs over each build of the gate, with and without spinning before a sleep.
 // Threads use an environment without counters: a lock in the allocator would hide races.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -52,36 +48,7 @@ std::vector<const vkp_backend *> backends()
     INFO("backend " << backend->name)
 
 // An environment that counts, for tests of one thread.
-struct Env {
-    vkp_test_env test;
-    explicit Env(const vkp_sys *sys = nullptr)
-    {
-        vkp_test_env_init(&test);
-        test.env.sys = sys;
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    const vkp_env *env()
-    {
-        return &test.env;
-    }
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-    size_t bytes()
-    {
-        return vkp_test_env_live_bytes(&test);
-    }
-    void fault(vkp_test_fault kind, uint64_t k)
-    {
-        vkp_test_env_fault(&test, kind, k);
-    }
-};
+using Env = vkp_test_counted;
 
 vkp_mpsc_config config_of(size_t capacity, const vkp_env *env, size_t elem_bytes = 8)
 {

@@ -2,11 +2,7 @@
 //
 // The one-shot slot: one value, once, in the receiver's memory. What breaks in such a thing is the
 // end: each way of ending meets each other one here, one after the other and at the same time.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cstring>

@@ -3,11 +3,7 @@
 // The one-shot call by call, as its contracts have it, in the caller's memory and on the heap:
 // every operation, its three ways of waiting (try, until a deadline, a loop's watch) on both
 // sides. test_oneshot.cpp has its ends racing each other.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cerrno>
@@ -88,20 +84,7 @@ struct Slot {
     }
 };
 
-struct Env {
-    vkp_test_env test;
-    explicit Env(const vkp_sys *sys = nullptr)
-    {
-        vkp_test_env_init(&test);
-        test.env.sys = sys;
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test); // aborts if a slot was left behind
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-};
+using Env = vkp_test_counted;
 
 } // namespace
 

@@ -2,7 +2,7 @@
 //
 // From a channel of pushes to a callback, a connection or a hub: in a thread of its own and on an
 // event loop, with ends, cancellations and sinks that fail.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

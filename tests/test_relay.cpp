@@ -2,11 +2,7 @@
 //
 // The relay in this process, its loops in threads, its clients over real sockets: what a client
 // library would notice, checked where possible against a real server that hears the same bytes.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Ten thousand clients of one relay, in a process of their own: all of them get all messages.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <csignal>

@@ -2,11 +2,7 @@
 //
 // valkey-push-relay as a process of its own: options, exit codes, `ready:` lines, files, signals,
 // and the command line clients that people use with it.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <csignal>

@@ -2,11 +2,7 @@
 //
 // The RESP reader: every type, every refusal, every limit, and the one property that holds it all
 // together: however the bytes arrive, the values, the verdict and its position are the same.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <clocale>
 #include <cmath>
@@ -25,23 +21,7 @@
 
 namespace {
 
-struct Env {
-    vkp_test_env test;
-    Env()
-    {
-        vkp_test_env_init(&test);
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-};
+using Env = vkp_test_counted;
 
 vkp_resp_config plain_config()
 {

@@ -2,11 +2,7 @@
 //
 // The RESP writer: each put on its own, whole values in RESP3 and for a RESP2 client, and errors,
 // which are kept until take.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cmath>
 #include <cstring>
@@ -19,23 +15,7 @@
 
 namespace {
 
-struct Env {
-    vkp_test_env test;
-    Env()
-    {
-        vkp_test_env_init(&test);
-    }
-    ~Env()
-    {
-        vkp_test_env_deinit(&test);
-    }
-    Env(const Env &) = delete;
-    Env &operator=(const Env &) = delete;
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test);
-    }
-};
+using Env = vkp_test_counted;
 
 class Writer {
   public:

@@ -3,11 +3,7 @@
 // Select: whichever comes first of any mix of ends. Each kind of case is an End here, which can be
 // made ready and then tells whether it was carried out, or left whole; so every rule is tested with
 // every kind, alone and in pairs. The threaded tests at the end mix them all and count values.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -2,7 +2,7 @@
 //
 // Ref-counted Unix sockets: who gets a path, what happens to files that others left there, races
 // of the last reference with the next first one, forks, kills, and every call that may fail.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cerrno>

@@ -3,7 +3,7 @@
 // Ref-counted Unix sockets inside of one process, edge by edge: the last reference against the
 // next first one at every step of either, sweeps, files that change behind our back, names, limits,
 // linger, weak handles, pools, counts, and every call that may fail in all of these.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cerrno>

@@ -2,11 +2,7 @@
 //
 // examples/socket_life.c as its reader runs it: the whole story, and paths at which it cannot be
 // told, which the exit code says.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <cstdlib>
 #include <fstream>

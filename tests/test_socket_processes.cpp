@@ -2,7 +2,7 @@
 //
 // Ref-counted Unix sockets among processes: many that race for one path, deaths at every step of
 // making and of cleaning up, forks, users without rights, handlers of crashes and of exits.
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cerrno>

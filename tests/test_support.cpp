@@ -3,7 +3,7 @@
    SPDX-License-Identifier: MIT */
 #include "support/support.h"
 
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <cstdio>
 #include <cstdlib>

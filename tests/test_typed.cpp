@@ -2,11 +2,7 @@
 //
 // Channels of a type: what the macros make, in a C unit (typed_unit.c) and here in C++. That wrong
 // types do not compile is scripts/check_typed.sh's to show.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <atomic>
 #include <cstddef>

@@ -2,7 +2,7 @@
    close may come twice and frees nothing. The list is made from the declarations
    (scripts/verbs.sh); a close of a type that nothing below makes does not compile.
    SPDX-License-Identifier: MIT                                                                  */
-#include <catch2/catch.hpp>
+#include "support/catch.hpp"
 
 #include <string>
 #include <unistd.h>

@@ -3,11 +3,7 @@
 // Watch: only the newest value, which may be borrowed where it lies. Tests of one thread fix every
 // answer, against a model where that helps; threaded ones look for values torn, versions that went
 // back, wake-ups that were lost, and values dropped while somebody looked at them.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -65,7 +65,9 @@ link two_units cc "$work/main.o" "$work/unit.o" $library
 
 for source in "$root"/examples/*.c; do
     example=$(basename "$source" .c)
-    [ "$example" != embed_glib ] || continue # needs GLib
+    case $example in
+    embed_glib | embed_libuv) continue ;; # need GLib, libuv
+    esac
     compile "$source" "example_$example" cc -std=c99 $strict
     link "example_$example" cc "$work/example_$example.o" $backend_objects
 done

@@ -1,17 +1,17 @@
 # Faults in the text of >>impl-socket that the models of sockets have to notice; read by run.sh.
 # shellcheck shell=sh
 
-seed lingering 'the duty is taken in a step of its own' '
+seed lingering 'the cleanup is taken in a step of its own' '
     /^VKP_API void vkp_socket_unref/,/^}/{
         s/^        less = (word & VKP_I_REFS) > 1 ? .*/        less = word - 1;/
         s/ || (word & VKP_I_CLEANUP) != 0)/ ||\
             (VKP_I_OR(\&sock->word, VKP_I_CLEANUP) \& VKP_I_CLEANUP) != 0)/
     }'
 
-seed lingering 'nobody has the duty' '
+seed lingering 'nobody has the cleanup' '
     s/^        less = (word & VKP_I_REFS) > 1 ? .*/        less = word - 1;/'
 
-seed lingering 'the burial does not give the duty back' '
+seed lingering 'the disposal does not give the cleanup back' '
     s/} while (!VKP_I_CAS(&sock->word, &word, word & ~VKP_I_CLEANUP));/} while (0);/'
 
 seed 'socket ' 'generations are not compared' '
@@ -29,10 +29,10 @@ seed 'socket ' 'a socket whose count is 0 is taken' '
 seed 'socket ' 'a dead socket is taken' '
     s/ || (word & VKP_I_DEAD) != 0 ||$/ ||/'
 
-seed ', stop' 'the holder does not look for corpses after it let go' '
-    s/} while (VKP_I_LOAD_ACQ(&registry->corpses) != NULL && .*/} while (0);/'
+seed ', stop' 'the holder does not check for ended slots after its release' '
+    s/} while (VKP_I_LOAD_ACQ(&registry->ended_slots) != NULL && .*/} while (0);/'
 
-seed 'socket ' 'the burial does not try again' '
+seed 'socket ' 'the disposal does not try again' '
     /^VKP_API void vkp_socket_unref/,/^}/{
         s/^        if (vkp_i_registry_try_enter(registry)) {/        if (0) {/
     }'

@@ -1,20 +1,22 @@
 #!/bin/sh
-# Every VKP_API declaration has its contract: a comment that opens the paragraph it stands in, or
-# one behind it (accessors): check_contracts.sh ROOT WORK
+# Every VKP_API declaration has a comment of its own, directly above it, which names the threads it
+# may be called from: check_contracts.sh ROOT WORK
 set -eu
 LC_ALL=C awk '
     /^#endif \/\* VALKEY_PUSH_H/ { exit }
-    /^$/ && !comment { covered = 0 }
-    /^\/\*/ { comment = 1 }
-    comment {
-        if (/\*\/$/) { comment = 0; covered = 1 }
+    /^\/\*/ { text = ""; inside = 1 }
+    inside {
+        text = text " " $0
+        if (/\*\/ *$/) { inside = 0; comment = FNR }
         next
     }
-    /^VKP_API / { count++; name = $0; line = FNR; open = 1 }
-    open && /;/ {
-        open = 0
-        if (!covered && !/; *\/\*/) {
-            print FILENAME ":" line ": no contract: " name
+    /^VKP_API / {
+        count++
+        if (comment != FNR - 1) {
+            print FILENAME ":" FNR ": no contract of its own: " $0
+            bad = 1
+        } else if (text !~ /[Tt]hread/) {
+            print FILENAME ":" FNR ": the contract names no thread: " $0
             bad = 1
         }
     }

@@ -15,7 +15,8 @@ names() {
 names "$root/valkey_push.h" "$root"/backends/*.c "$root/CMakeLists.txt" "$root/bench/run.sh" \
     >"$work/there.txt"
 bad=0 count=0
-for file in "$root/README.md" "$root"/docs/*.md; do
+for file in "$root/README.md" "$root"/docs/*.md "$root"/docs/recipes/*.md; do
+    [ -e "$file" ] || continue
     names "$file" >"$work/given.txt"
     count=$((count + $(wc -l <"$work/given.txt")))
     for name in $(LC_ALL=C comm -23 "$work/given.txt" "$work/there.txt"); do

@@ -26,10 +26,15 @@ include='#include "valkey_push.h"\n'
 says 'needs GCC or Clang' "#undef __GNUC__\n#undef __clang__\n$include"
 says 'supports Linux, macOS and the BSDs' "#define VKP_IMPLEMENTATION\n$include" \
     -U__linux__ -U__APPLE__ -U__FreeBSD__ -U__OpenBSD__ -U__NetBSD__ -U__DragonFly__
-# In the dialects without GNU's names, the C library has already been asked for less than it takes.
+# The C library has already been asked for less than the implementation takes.
 case $(echo '#include <stdio.h>' | "$cc" -E -dM - | grep -c '^#define __GLIBC__ ') in
-1) says 'define VKP_IMPLEMENTATION before the FIRST include' \
-    "#include <stdio.h>\n#define VKP_IMPLEMENTATION\n$include" ;;
+1)
+    for dialect in c99 gnu99 c17 gnu17 gnu2x; do
+        says 'define VKP_IMPLEMENTATION before the FIRST include' \
+            "#include <stdio.h>\n#define VKP_IMPLEMENTATION\n$include" "-std=$dialect"
+    done
+    ;;
 esac
+says 'VKP_STATIC is for the one file' "#define VKP_STATIC\n$include"
 [ $bad = 1 ] || echo "each says why"
 exit $bad

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tests that the tables of docs/guarantees.md and docs/sockets.md name exist:
+# The tests that docs/guarantees.md and docs/sockets.md name exist:
 # check_guarantees.sh ROOT WORK
 set -eu
 root=$1 work=$2
@@ -7,14 +7,17 @@ root=$1 work=$2
 mkdir -p "$work"
 bad=0 count=0
 for document in guarantees.md sockets.md; do
-    # "FILE NAME" for each quoted name behind a `FILE.cpp`: in a row of a table.
+    # "FILE NAME" for each quoted name behind a `FILE.cpp`: in the same line (a table's row), or in
+    # the list below it.
     LC_ALL=C awk '
-        /^\|/ {
+        !/^ *[-|]/ { file = "" }
+        {
             count = split($0, part, "`")
-            for (i = 2; i < count; i++) {
-                if (part[i] !~ /^[a-z_]+\.cpp$/) continue
-                names = split(part[i + 1], name, "\"")
-                for (j = 2; j <= names; j += 2) print part[i] " " name[j]
+            for (i = 1; i <= count; i++) {
+                if (part[i] ~ /^[a-z_]+\.cpp$/) { file = part[i]; continue }
+                if (file == "") continue
+                names = split(part[i], name, "\"")
+                for (j = 2; j <= names; j += 2) print file " " name[j]
             }
         }' "$root/docs/$document" >"$work/named"
     while read -r file name; do

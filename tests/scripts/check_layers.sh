@@ -1,6 +1,6 @@
 #!/bin/sh
-# Each part of src/ compiles behind the parts that layers.txt allows it and no others, and each has a
-# line there: check_layers.sh ROOT WORK
+# Each part of src/ compiles behind the parts that layers.txt allows it and no others, and each has
+# a line there: check_layers.sh ROOT WORK
 set -eu
 root=$1 work=$2
 cc=${CC:-cc}

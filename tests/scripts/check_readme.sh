@@ -1,9 +1,26 @@
 #!/bin/sh
-# The README's first C program is an example of this tree, verbatim: check_readme.sh ROOT WORK
+# The README's first C program is an example of this tree, verbatim, the README is short, and files
+# that it and docs/ link to exist: check_readme.sh ROOT WORK
 set -eu
 root=$1 work=$2
 
 mkdir -p "$work"
+lines=$(wc -l <"$root/README.md")
+if [ "$lines" -gt 170 ]; then
+    echo "README.md has $lines lines, at most 170: references belong into docs/"
+    exit 1
+fi
+find "$root" -path "$root/build*" -prune -o -path "$root/.git" -prune -o -name '*.md' -print |
+    while read -r file; do
+        grep -o ']([^)#:]*[)#]' "$file" | sed 's/^](//; s/[)#]$//' | while read -r link; do
+            [ -z "$link" ] || [ -e "$(dirname "$file")/$link" ] ||
+                echo "${file#"$root"/} links to $link, which is not there"
+        done
+    done >"$work/links.txt"
+if [ -s "$work/links.txt" ]; then
+    cat "$work/links.txt"
+    exit 1
+fi
 awk '/^```c$/ { inside = 1; next } /^```$/ && inside { exit } inside' "$root/README.md" \
     >"$work/program.c"
 if ! grep -q '^int main(' "$work/program.c"; then

@@ -51,7 +51,7 @@ sed 's/^       >>config .*/& >>nowhere/' "$header" | seed toc '>>nowhere: 0 sect
 awk -v end="$before_end" '$0 == end { print "/* >>surplus */" } { print }' "$header" |
     seed toc '>>surplus: not in the table'
 awk -v end="$before_end" '$0 == end { print "\nVKP_API int vkp_seed(void);\n" } { print }' \
-    "$header" | seed contracts 'no contract: VKP_API int vkp_seed(void);'
+    "$header" | seed contracts 'no contract of its own: VKP_API int vkp_seed(void);'
 implement 'int seed(void); int seed(void) { return 0; }' | seed symbols 'seed'
 implement 'int vkp_i_seed(void); int vkp_i_seed(void) { return 0; }' | seed symbols 'vkp_i_seed'
 awk -v end="$before_end" '$0 == end { print "#define SEED 1" } { print }' "$header" |
@@ -77,7 +77,7 @@ sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 awk '{ print } NR == 3 { print "seed" }' "$header" | seed parts 'edit src/, then run'
 sed 's/^static void vkp_i_map_deinit.*/static void seed(void) { vkp_conn_close(NULL); }\n&/' \
-    "$root/src/map.c" | seed_in src/map.c layers 'src/map.c needs more than src/layers.txt allows it'
+    "$root/src/map.c" | seed_in src/map.c layers 'src/map.c needs more than src/layers.txt allows'
 awk '{ print } /^#include <unistd.h>/ { print "typedef int seed;" }' "$root/src/platform.c" |
     seed_in src/platform.c parts 'edit src/, then run'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")

@@ -65,50 +65,30 @@ inline vkp_env vkp_test_env_of(const vkp_test_build &build)
 }
 
 /* Memory that is counted and can be made to fail; aborts when some is left. */
-class vkp_test_memory {
+class vkp_test_memory : public vkp_test_counted {
   public:
-    vkp_test_memory()
+    vkp_test_memory() = default;
+    explicit vkp_test_memory(const vkp_test_build &build)
+        : vkp_test_counted(vkp_test_build_sys(build.fenced))
     {
-        vkp_test_env_init(&test_);
-    }
-    explicit vkp_test_memory(const vkp_test_build &build) : vkp_test_memory()
-    {
-        test_.env.sys = vkp_test_build_sys(build.fenced);
-        test_.env.spins = build.spins;
-    }
-    ~vkp_test_memory()
-    {
-        vkp_test_env_deinit(&test_);
-    }
-    vkp_test_memory(const vkp_test_memory &) = delete;
-    vkp_test_memory &operator=(const vkp_test_memory &) = delete;
-    const vkp_env *env() const
-    {
-        return &test_.env;
-    }
-    size_t blocks()
-    {
-        return vkp_test_env_live_blocks(&test_);
+        test.env.spins = build.spins;
     }
     uint64_t calls()
     {
-        return vkp_test_env_calls(&test_);
+        return vkp_test_env_calls(&test);
     }
     uint64_t failures()
     {
-        return vkp_test_env_failures(&test_);
+        return vkp_test_env_failures(&test);
     }
     void fail(vkp_test_fault kind, uint64_t k)
     {
-        vkp_test_env_fault(&test_, kind, k);
+        fault(kind, k);
     }
     void heal()
     {
-        fail(VKP_TEST_FAULT_NONE, 0);
+        fault(VKP_TEST_FAULT_NONE, 0);
     }
-
-  private:
-    vkp_test_env test_;
 };
 
 /* Aborts a test that hangs. A wait with a deadline looks once more when that has passed, and so

@@ -2,7 +2,7 @@
    raises it must end the test, as it would end a program.
    SPDX-License-Identifier: MIT */
 #define CATCH_CONFIG_RUNNER
-#include <catch2/catch.hpp>
+#include "catch.hpp"
 
 int main(int argc, char **argv)
 {

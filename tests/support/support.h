@@ -266,6 +266,38 @@ inline std::string vkp_test_frame_on(vkp_loop *loop, vkp_test_peer *peer)
     });
     return frame;
 }
+
+/* An environment that counts and fails; aborts at its end if anything is left of it. */
+struct vkp_test_counted {
+    vkp_test_env test;
+    explicit vkp_test_counted(const vkp_sys *sys = nullptr)
+    {
+        vkp_test_env_init(&test);
+        test.env.sys = sys;
+    }
+    ~vkp_test_counted()
+    {
+        vkp_test_env_deinit(&test);
+    }
+    vkp_test_counted(const vkp_test_counted &) = delete;
+    vkp_test_counted &operator=(const vkp_test_counted &) = delete;
+    const vkp_env *env() const
+    {
+        return &test.env;
+    }
+    size_t blocks()
+    {
+        return vkp_test_env_live_blocks(&test);
+    }
+    size_t bytes()
+    {
+        return vkp_test_env_live_bytes(&test);
+    }
+    void fault(vkp_test_fault kind, uint64_t k)
+    {
+        vkp_test_env_fault(&test, kind, k);
+    }
+};
 #endif
 
 #endif /* VKP_TEST_SUPPORT_H */
