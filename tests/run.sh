@@ -13,8 +13,8 @@ sh tests/run.sh [options]
                           besides (Debian and its family), and from npm the compiler for macOS;
                           without them those tests are skipped
   --nightly               --all, and what takes hours: each compiler in every dialect, every
-                          program on every processor, wider bounds of the models, gcc's sanitizers
-                          too, fuzzing for 600 seconds, the suite repeated in other orders
+                          program on every processor, wider bounds of the models, sanitizers of
+                          gcc and clang, fuzzing for 600 seconds, the suite repeated in other orders
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
   --label LABELS          only tests with one of these labels: feature, compile, script, corpus,
