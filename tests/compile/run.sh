@@ -1,9 +1,10 @@
 #!/bin/sh
 # Compiles the header in one dialect, every way in which programs use it, without a warning, and
 # runs the programs: run.sh COMPILER DIALECT ROOT WORK. Exit 77: the compiler is not here, or lacks
-# the dialect. In the environment: OPTIMISE (with -O2, which -Wnull-dereference needs to see
-# anything, the object's size and the time it took go into WORK/figures.txt); FLAGS of a target and
-# its EMULATOR, which runs programs that cannot run as they are.
+# the dialect. In the environment: OPTIMISE, an option of the compiler (with -O2, which
+# -Wnull-dereference needs to see anything, the object's size and the time it took go into
+# WORK/figures.txt; with -fsyntax-only nothing is linked or run); FLAGS of a target and its
+# EMULATOR, which runs programs that cannot run as they are.
 set -eu
 compiler=$1 dialect=$2 root=$3 work=$4
 optimise=${OPTIMISE:--O2} flags=${FLAGS:-}
@@ -40,7 +41,7 @@ if ! knows 'int main(void) { return 0; }'; then
 fi
 
 runner=''
-if [ -n "${EMULATOR:-}" ]; then
+if [ -n "${EMULATOR:-}" ] && [ "$optimise" != -fsyntax-only ]; then
     find_runner "$compiler" "$EMULATOR" "$work" || { echo "$EMULATOR is not here"; exit 77; }
 fi
 
@@ -48,11 +49,16 @@ count=0 programs=0
 compile() { # SOURCE NAME [macros]
     source=$1 name=$2
     shift 2
-    "$compiler" $language -std="$dialect" $optimise $flags $warnings "$@" -I"$root" \
-        -c "$source" -o "$work/$name.o"
+    set -- $language -std="$dialect" $optimise $flags $warnings "$@" -I"$root"
+    if [ "$optimise" = -fsyntax-only ]; then
+        "$compiler" "$@" "$source"
+    else
+        "$compiler" "$@" -c "$source" -o "$work/$name.o"
+    fi
     count=$((count + 1))
 }
 link_and_run() { # PROGRAM OBJECTS
+    [ "$optimise" != -fsyntax-only ] || return 0
     program=$work/$1
     shift
     "$compiler" $flags "$@" -pthread -o "$program"
