@@ -11428,7 +11428,7 @@ struct vkp_registry {
     vkp_registry_config config; /* defaults filled in, folder copied; constant after open */
     VKP_I_MUTEX mutex;          /* threads that wait for `held` wait here first */
     uint32_t held;              /* atomic: 1 while a thread holds the registry's lock */
-    vkp_socket *ended_slots;  /* atomic: slots to dispose of, pushed while `held` was taken */
+    vkp_socket *ended_slots;    /* atomic: slots to dispose of, pushed while `held` was taken */
     vkp_socket *all;            /* atomic: every slot, newest first; slots are never unlinked */
     /* Guarded by `held`: */
     vkp_i_map sockets;        /* path to socket: live, ending and lingering ones */

@@ -88,9 +88,12 @@ size_t value_cost(const void *item)
 // A thread that waits in send. The constructor returns once others can see it wait.
 class WaitingSender {
   public:
-    WaitingSender(vkp_mpsc_tx *tx, uint64_t value, uint64_t deadline_ns)
-        : thread_([this, tx, value, deadline_ns] {
+    // With `passes` the deadline passes when that is set, whatever the time.
+    WaitingSender(vkp_mpsc_tx *tx, uint64_t value, uint64_t deadline_ns,
+                  const std::atomic<bool> *passes = nullptr)
+        : thread_([this, tx, value, deadline_ns, passes] {
               vkp_test_parks = &parks_;
+              vkp_test_deadline_passes = passes;
               status_ = vkp_mpsc_send(tx, &value, deadline_ns);
               vkp_test_parks = nullptr;
           })
@@ -724,10 +727,12 @@ TEST_CASE("mpsc: a waiting sender that gives up lets the next one through", "[mp
     Channel channel(config);
     REQUIRE(channel.status == VKP_OK);
     REQUIRE(try_send(channel.tx, 50) == VKP_OK);
-    // The large one gives up by itself; only its going makes way for the small one, for the
-    // receiver takes nothing until both have ended.
-    WaitingSender large(channel.tx, 90, vkp_after_ms(20));
+    // The large one gives up while the small one waits behind it; only that makes way for the small
+    // one, for the receiver takes nothing until both have ended.
+    std::atomic<bool> passes{false};
+    WaitingSender large(channel.tx, 90, vkp_test_deadline(), &passes);
     WaitingSender small(channel.tx, 6, vkp_test_deadline());
+    passes = true;
     CHECK(large.join() == VKP_ERR_TIMEOUT);
     CHECK(small.join() == VKP_OK);
     uint64_t value = 0;
