@@ -442,7 +442,8 @@ VKP_API const char *vkp_version_str(void);
 /* The current time in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
-/* The deadline `ms` milliseconds from now; saturates at VKP_FOREVER. Any thread. */
+/* The deadline `ms` milliseconds from now by the system's clock; saturates at VKP_FOREVER. For a
+   loop with a clock of its own (vkp_backend_null) use vkp_loop_after_ms. Any thread.          */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
 
 /* The struct `type` whose field `member` is at `pointer`. A callback that receives a vkp_io or a
@@ -777,8 +778,8 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop and pushes; gives *client
    Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes), LIMIT (a socket path too long for the system), NOMEM
-   (also for a limit in resp above its maximum), CLOSED (loop)                                 */
+   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
+   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
@@ -899,7 +900,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vk
    handlers hold one each. Any thread.                                                         */
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
 
-/* Give a reference to the loop back; the last one closes and frees the loop. NULL is ignored. Any
+/* Give a reference to the loop back; the last one closes and frees the loop. Connections, listeners
+   and clients hold references: to end the loop call vkp_loop_close first. NULL is ignored. Any
    thread. With a guest backend, give the last reference back on the foreign loop's thread, before
    the foreign loop is freed.                                                                  */
 VKP_API void vkp_loop_unref(vkp_loop *loop);
@@ -918,7 +920,9 @@ VKP_API void vkp_loop_close(vkp_loop *loop);
 VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
 
 /* Run one round: wait for events until the deadline at most (0: do not wait), dispatch, write. The
-   calling thread becomes the loop's thread, and stays the loop's thread after the return.
+   calling thread becomes the loop's thread, and stays the loop's thread after the return. After
+   vkp_loop_stop a round does not wait, until a vkp_loop_run has returned. On the null backend
+   VKP_FOREVER moves the clock to the next timer; without a timer or an event it never returns.
    Blocks: until deadline_ns     Threads: loop's     In callbacks: INVALID
    Errors: INVALID (inside a callback of the loop, another thread runs the loop, the loop is
    closed), SYS (the backend's wait failed)                                                    */
@@ -1016,7 +1020,8 @@ struct vkp_timer {
     size_t i_index;                 /* place in the heap + 1; 0 = not running */
 };
 
-/* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
+/* Call fn at the deadline, then every period_ns (0: once); the clock is the loop's: see
+   vkp_loop_after_ms. Restarts a running timer. A periodic
    timer that is late by a period or more fires once; the next period counts from now.
    Owns:   timer stays the caller's, and must stay valid while the timer runs
    Blocks: never     Threads: loop's     In callbacks: ok
@@ -1177,7 +1182,8 @@ VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx);
 /* The number of weak senders. Other threads may change the number immediately. Any thread. */
 VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 
-/* Take the oldest value; wait for a value until the deadline.
+/* Take the oldest value; wait for a value until the deadline. Several threads may share a receiver
+   if a mutex of theirs admits one at a time.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */
@@ -1627,10 +1633,10 @@ VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx);
    Any thread.                                                                                 */
 VKP_API vkp_case vkp_case_mpsc_send(vkp_mpsc_tx *tx, const void *item);
 
-/* A case that reserves a place, not for channels with capacity_bytes: status OK, CLOSED or NOMEM.
-   While the case waits, it has a place in the queue of waiting senders; when another case wins, the
-   case gives the place up, and the next sender gets the room. NULL tx or permit: as vkp_case_never.
-   Any thread.                                                                                 */
+/* A case that reserves a place: status OK, CLOSED or NOMEM; INVALID if the channel has
+   capacity_bytes. While the case waits, it has a place in the queue of waiting senders; when
+   another case wins, the case gives the place up, and the next sender gets the room. NULL tx or
+   permit: as vkp_case_never. Any thread.                                                      */
 VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* A case that is ready once the receiver closed or was given back: status OK. NULL tx: as
@@ -2139,7 +2145,9 @@ typedef struct vkp_conn_ops {
        behind them. `in` views the read block: keep parts with vkp_bytes_slice. NULL: all bytes are
        dropped. */
     size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
-    /* The outbox is empty, after it had to wait for the peer. */
+    /* The outbox is empty, after the kernel refused bytes because the peer does not read. It is not
+       called for a queue that one write emptied: to resume a connection that was paused for its
+       queue, pause above vkp_loop_config.read_bytes at least. */
     void (*on_drain)(vkp_conn *conn, void *user);
     /* The peer sends nothing further. Returns true to keep the connection for writing (end it with
        vkp_conn_drain or vkp_conn_close), false to close it with VKP_CLOSE_PEER. NULL: false. */
@@ -2185,7 +2193,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
                                                const vkp_conn_config *config, vkp_conn **conn);
 
 /* Connect to an address and serve the connection on the loop. After OK, on_open follows on success,
-   on_close on failure. config and its ops are required.
+   on_close on failure; a connect that fails immediately, as of Unix sockets, is an error here.
+   config and its ops are required.
    Owns:   borrows address and config, shares loop; gives *conn (the loop keeps a reference of its
    own until the close)
    Blocks: on DNS, in getaddrinfo, for a host name; for numbers and localhost never
@@ -2389,7 +2398,8 @@ typedef struct vkp_listener_config {
        first user pointer of each connection. */
     vkp_conn_config conn;
     /* A connection was accepted: called once for each, before its on_open. Set its user pointer
-       here, or refuse the client by vkp_conn_close. NULL: not called. */
+       here, or refuse the client by vkp_conn_close: that calls on_close with the user pointer set
+       so far, conn.user at first. NULL: not called. */
     void (*on_accept)(void *user, vkp_conn *conn);
     /* A client was accepted: called once for each, instead of making a connection, for example to
        pass the client to another loop. Gives fd and seat: close fd, and unref seat when the client
@@ -7209,6 +7219,9 @@ static vkp_status vkp_i_case_reserve_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
     vkp_mpsc_permit *permit = (vkp_mpsc_permit *)each->i_out;
+    if (lane->channel->config.capacity_bytes != 0) {
+        return VKP_ERR_INVALID; /* as vkp_mpsc_reserve: the cost is not known yet */
+    }
     return vkp_i_case_send_outcome(wait == NULL ? vkp_i_lane_try(lane, NULL, permit)
                                                 : vkp_i_lane_claim_place(lane, wait, NULL, permit));
 }
@@ -15723,7 +15736,6 @@ typedef struct vkp_i_message {
 #define VKP_I_HUB_BLOCK 65536u /* least capacity of an encoding block */
 #define VKP_I_BULK_HEAD 28u    /* at least the bytes that a bulk string adds to its text */
 #define VKP_I_ARRAY_HEAD 8u    /* at least the bytes of a message's first line */
-#define VKP_I_DIGITS 24u       /* bytes of the buffer of vkp_i_format_u64 */
 
 /* Room for `bytes` at the end of an encoding block, or NULL: no memory. The hub's own reference
    keeps the block while it is filled.                                                         */
@@ -17512,7 +17524,7 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
 }
 
 /* Copy the config, set its defaults, open the reader. False: no memory. */
-static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
+static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
     vkp_str *texts[4];
@@ -17543,7 +17555,7 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
-    return copied && vkp_resp_reader_open(&own->resp, &client->reader) == VKP_OK;
+    return copied ? vkp_resp_reader_open(&own->resp, &client->reader) : VKP_ERR_NOMEM;
 }
 
 VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
@@ -17577,9 +17589,10 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     client->task.fn = vkp_i_client_run;
     client->attached.on_loop_close = vkp_i_client_loop_closed;
-    if (!vkp_i_client_configure(client, config)) {
+    status = vkp_i_client_configure(client, config);
+    if (status != VKP_OK) {
         vkp_i_client_free(client);
-        return VKP_ERR_NOMEM;
+        return status;
     }
     if (config->pushes != NULL) {
         client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
@@ -17589,7 +17602,8 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     if (client->timer.i_index == 0) { /* without a timer the client would never try again */
         status = VKP_ERR_NOMEM;
     }
-    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
+    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || status == VKP_ERR_UNSUPPORTED ||
+        client->timer.i_index == 0) {
         vkp_i_client_close_now(client); /* no later try can succeed */
         vkp_client_unref(client);
         return status;

@@ -50,7 +50,8 @@ VKP_API const char *vkp_version_str(void);
 /* The current time in nanoseconds of the monotonic clock. Any thread. */
 VKP_API uint64_t vkp_now_ns(void);
 
-/* The deadline `ms` milliseconds from now; saturates at VKP_FOREVER. Any thread. */
+/* The deadline `ms` milliseconds from now by the system's clock; saturates at VKP_FOREVER. For a
+   loop with a clock of its own (vkp_backend_null) use vkp_loop_after_ms. Any thread.          */
 VKP_API uint64_t vkp_after_ms(uint64_t ms);
 
 /* The struct `type` whose field `member` is at `pointer`. A callback that receives a vkp_io or a

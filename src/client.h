@@ -70,8 +70,8 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop and pushes; gives *client
    Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes), LIMIT (a socket path too long for the system), NOMEM
-   (also for a limit in resp above its maximum), CLOSED (loop)                                 */
+   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
+   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 

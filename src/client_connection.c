@@ -989,7 +989,7 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client)
 }
 
 /* Copy the config, set its defaults, open the reader. False: no memory. */
-static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
+static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
     vkp_str *texts[4];
@@ -1020,7 +1020,7 @@ static bool vkp_i_client_configure(vkp_client *client, const vkp_client_config *
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
-    return copied && vkp_resp_reader_open(&own->resp, &client->reader) == VKP_OK;
+    return copied ? vkp_resp_reader_open(&own->resp, &client->reader) : VKP_ERR_NOMEM;
 }
 
 VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
@@ -1054,9 +1054,10 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     client->task.fn = vkp_i_client_run;
     client->attached.on_loop_close = vkp_i_client_loop_closed;
-    if (!vkp_i_client_configure(client, config)) {
+    status = vkp_i_client_configure(client, config);
+    if (status != VKP_OK) {
         vkp_i_client_free(client);
-        return VKP_ERR_NOMEM;
+        return status;
     }
     if (config->pushes != NULL) {
         client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
@@ -1066,7 +1067,8 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     if (client->timer.i_index == 0) { /* without a timer the client would never try again */
         status = VKP_ERR_NOMEM;
     }
-    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || client->timer.i_index == 0) {
+    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || status == VKP_ERR_UNSUPPORTED ||
+        client->timer.i_index == 0) {
         vkp_i_client_close_now(client); /* no later try can succeed */
         vkp_client_unref(client);
         return status;

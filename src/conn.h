@@ -51,7 +51,9 @@ typedef struct vkp_conn_ops {
        behind them. `in` views the read block: keep parts with vkp_bytes_slice. NULL: all bytes are
        dropped. */
     size_t (*on_data)(vkp_conn *conn, void *user, const vkp_bytes *in);
-    /* The outbox is empty, after it had to wait for the peer. */
+    /* The outbox is empty, after the kernel refused bytes because the peer does not read. It is not
+       called for a queue that one write emptied: to resume a connection that was paused for its
+       queue, pause above vkp_loop_config.read_bytes at least. */
     void (*on_drain)(vkp_conn *conn, void *user);
     /* The peer sends nothing further. Returns true to keep the connection for writing (end it with
        vkp_conn_drain or vkp_conn_close), false to close it with VKP_CLOSE_PEER. NULL: false. */
@@ -97,7 +99,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_conn_open(vkp_loop *loop, int fd,
                                                const vkp_conn_config *config, vkp_conn **conn);
 
 /* Connect to an address and serve the connection on the loop. After OK, on_open follows on success,
-   on_close on failure. config and its ops are required.
+   on_close on failure; a connect that fails immediately, as of Unix sockets, is an error here.
+   config and its ops are required.
    Owns:   borrows address and config, shares loop; gives *conn (the loop keeps a reference of its
    own until the close)
    Blocks: on DNS, in getaddrinfo, for a host name; for numbers and localhost never

@@ -352,7 +352,6 @@ typedef struct vkp_i_message {
 #define VKP_I_HUB_BLOCK 65536u /* least capacity of an encoding block */
 #define VKP_I_BULK_HEAD 28u    /* at least the bytes that a bulk string adds to its text */
 #define VKP_I_ARRAY_HEAD 8u    /* at least the bytes of a message's first line */
-#define VKP_I_DIGITS 24u       /* bytes of the buffer of vkp_i_format_u64 */
 
 /* Room for `bytes` at the end of an encoding block, or NULL: no memory. The hub's own reference
    keeps the block while it is filled.                                                         */

@@ -45,7 +45,8 @@ typedef struct vkp_listener_config {
        first user pointer of each connection. */
     vkp_conn_config conn;
     /* A connection was accepted: called once for each, before its on_open. Set its user pointer
-       here, or refuse the client by vkp_conn_close. NULL: not called. */
+       here, or refuse the client by vkp_conn_close: that calls on_close with the user pointer set
+       so far, conn.user at first. NULL: not called. */
     void (*on_accept)(void *user, vkp_conn *conn);
     /* A client was accepted: called once for each, instead of making a connection, for example to
        pass the client to another loop. Gives fd and seat: close fd, and unref seat when the client

@@ -23,7 +23,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_loop_open(const vkp_loop_config *config, vk
    handlers hold one each. Any thread.                                                         */
 VKP_API vkp_loop *vkp_loop_ref(vkp_loop *loop);
 
-/* Give a reference to the loop back; the last one closes and frees the loop. NULL is ignored. Any
+/* Give a reference to the loop back; the last one closes and frees the loop. Connections, listeners
+   and clients hold references: to end the loop call vkp_loop_close first. NULL is ignored. Any
    thread. With a guest backend, give the last reference back on the foreign loop's thread, before
    the foreign loop is freed.                                                                  */
 VKP_API void vkp_loop_unref(vkp_loop *loop);
@@ -42,7 +43,9 @@ VKP_API void vkp_loop_close(vkp_loop *loop);
 VKP_API VKP_NODISCARD vkp_status vkp_loop_run(vkp_loop *loop);
 
 /* Run one round: wait for events until the deadline at most (0: do not wait), dispatch, write. The
-   calling thread becomes the loop's thread, and stays the loop's thread after the return.
+   calling thread becomes the loop's thread, and stays the loop's thread after the return. After
+   vkp_loop_stop a round does not wait, until a vkp_loop_run has returned. On the null backend
+   VKP_FOREVER moves the clock to the next timer; without a timer or an event it never returns.
    Blocks: until deadline_ns     Threads: loop's     In callbacks: INVALID
    Errors: INVALID (inside a callback of the loop, another thread runs the loop, the loop is
    closed), SYS (the backend's wait failed)                                                    */
@@ -140,7 +143,8 @@ struct vkp_timer {
     size_t i_index;                 /* place in the heap + 1; 0 = not running */
 };
 
-/* Call fn at the deadline, then every period_ns (0: once). Restarts a running timer. A periodic
+/* Call fn at the deadline, then every period_ns (0: once); the clock is the loop's: see
+   vkp_loop_after_ms. Restarts a running timer. A periodic
    timer that is late by a period or more fires once; the next period counts from now.
    Owns:   timer stays the caller's, and must stay valid while the timer runs
    Blocks: never     Threads: loop's     In callbacks: ok

@@ -321,6 +321,9 @@ static vkp_status vkp_i_case_reserve_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_i_lane *lane = (vkp_i_lane *)each->i_object;
     vkp_mpsc_permit *permit = (vkp_mpsc_permit *)each->i_out;
+    if (lane->channel->config.capacity_bytes != 0) {
+        return VKP_ERR_INVALID; /* as vkp_mpsc_reserve: the cost is not known yet */
+    }
     return vkp_i_case_send_outcome(wait == NULL ? vkp_i_lane_try(lane, NULL, permit)
                                                 : vkp_i_lane_claim_place(lane, wait, NULL, permit));
 }

@@ -145,7 +145,8 @@ VKP_API size_t vkp_mpsc_get_senders(const vkp_mpsc_tx *tx);
 /* The number of weak senders. Other threads may change the number immediately. Any thread. */
 VKP_API size_t vkp_mpsc_get_weak_senders(const vkp_mpsc_tx *tx);
 
-/* Take the oldest value; wait for a value until the deadline.
+/* Take the oldest value; wait for a value until the deadline. Several threads may share a receiver
+   if a mutex of theirs admits one at a time.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
    Errors: CLOSED (drained, and no sender is left or vkp_mpsc_close was called), TIMEOUT, INVALID */

@@ -48,10 +48,10 @@ VKP_API vkp_case vkp_case_watch_changed(vkp_watch_rx *rx);
    Any thread.                                                                                 */
 VKP_API vkp_case vkp_case_mpsc_send(vkp_mpsc_tx *tx, const void *item);
 
-/* A case that reserves a place, not for channels with capacity_bytes: status OK, CLOSED or NOMEM.
-   While the case waits, it has a place in the queue of waiting senders; when another case wins, the
-   case gives the place up, and the next sender gets the room. NULL tx or permit: as vkp_case_never.
-   Any thread.                                                                                 */
+/* A case that reserves a place: status OK, CLOSED or NOMEM; INVALID if the channel has
+   capacity_bytes. While the case waits, it has a place in the queue of waiting senders; when
+   another case wins, the case gives the place up, and the next sender gets the room. NULL tx or
+   permit: as vkp_case_never. Any thread.                                                      */
 VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* A case that is ready once the receiver closed or was given back: status OK. NULL tx: as

@@ -1642,6 +1642,18 @@ TEST_CASE("client: a reply where a confirmation was due ends the connection", "[
     CHECK(client.history() == "connected, disconnected");
 }
 
+TEST_CASE("client: a limit of the reader above its maximum is INVALID, not a lack of memory",
+          "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.resp.max_depth = 65001;
+    vkp_client *client = nullptr;
+    CHECK(vkp_client_open(loop, &config, &client) == VKP_ERR_INVALID);
+    CHECK(client == nullptr);
+}
+
 TEST_CASE("client: the reader's limits are the config's", "[client]")
 {
     Loop loop;

@@ -2411,6 +2411,20 @@ TEST_CASE("mpsc api: a waiting reserve that comes for its room and finds no memo
     CHECK(counted.blocks() == 0);
 }
 
+TEST_CASE("mpsc api: a case of reserve is INVALID where reserve is", "[mpsc][select]")
+{
+    vkp_mpsc_config config = config_of(4, nullptr);
+    config.capacity_bytes = 64;
+    Channel channel(config);
+    vkp_mpsc_permit permit;
+    CHECK(vkp_mpsc_try_reserve(channel.tx, &permit) == VKP_ERR_INVALID);
+    vkp_case reserve = vkp_case_mpsc_reserve(channel.tx, &permit);
+    size_t won = 9;
+    REQUIRE(vkp_select(&reserve, 1, vkp_test_deadline(), &won) == VKP_OK);
+    CHECK(won == 0);
+    CHECK(reserve.status == VKP_ERR_INVALID);
+}
+
 TEST_CASE("mpsc api: a handler that finds no memory leaves all as it was", "[mpsc][loop][faults]")
 {
     ON_EVERY_BACKEND;
