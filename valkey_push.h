@@ -1,7 +1,7 @@
 /* valkey_push.h - server pushes for C, in one header
    Made of the parts in src/ by src/amalgamate.sh: edit those. SPDX-License-Identifier: MIT
 
-   Do this, in ONE source file of the program:
+   Do this in ONE source file of the program, before its first #include:
        #define VKP_IMPLEMENTATION
        #include "valkey_push.h"
    and in every other one:
@@ -21,9 +21,9 @@
        >>api           declarations: what people come for first
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
            >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch  >>api-cancel
-           >>api-select  >>api-handler  >>api-resp  >>api-socket  >>api-conn  >>api-gate
-           >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay  >>api-sys
-           >>api-backend  >>api-typed
+           >>api-select  >>api-handler  >>api-resp  >>api-registry  >>api-socket  >>api-conn
+           >>api-gate  >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay
+           >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
@@ -158,9 +158,10 @@
    a loop vkp_loop_after_ms, which counts by the loop's own clock.
 
    ERRORS. Everything that can fail returns a vkp_status, which the compiler warns about if it is
-   ignored. Nothing prints, aborts or exits. A call that failed changed nothing, or its contract
-   says what it changed. SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT),
-   and is INVALID in release builds. Texts for people go to env.log.
+   ignored ((void)!call(...) ignores one). Nothing prints, aborts or exits. A call that failed
+   changed nothing, or its contract says what it changed. SYS leaves the cause in errno. A
+   programmer's error is INVALID; a program that defines VKP_ASSERT asserts first. Texts for people
+   go to env.log.
 
    LIMITS. All queues are bounded in bytes by their configs; the reader is bounded in depth,
    elements, lines and bytes. One block, frame or command is below 4 GiB. Host names are resolved
@@ -218,7 +219,8 @@
    >>config   Macros
    ======================================================================================
    Macro                unset means   define it
-   VKP_IMPLEMENTATION   declarations  in ONE file: the implementation is compiled there
+   VKP_IMPLEMENTATION   declarations  in ONE file, before its first #include: the implementation
+                                      is compiled there
    VKP_STATIC           extern        in the one file that uses the library: all functions are
                                       static, and only that file can call them
    VKP_API              extern        in every file alike, backends included: the linkage of what
@@ -683,9 +685,11 @@ typedef struct vkp_push {
     vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
     vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
     vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
-    uint64_t from_ns;   /* GAP: when the connection was lost, in monotonic ns */
-    uint64_t to_ns;     /* GAP: when all subscriptions were answered, in monotonic ns */
-    uint64_t missed;    /* LAGGED: the number of pushes dropped */
+    /* GAP: when the client noticed the loss, on the clock of vkp_now_ns. After a heartbeat
+       timeout, messages of the heartbeat_ms + heartbeat_timeout_ms before may be lost too. */
+    uint64_t from_ns;
+    uint64_t to_ns;  /* GAP: when all subscriptions were answered, on the clock of vkp_now_ns */
+    uint64_t missed; /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
 /* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */
@@ -1020,12 +1024,13 @@ struct vkp_timer {
     size_t i_index;                 /* place in the heap + 1; 0 = not running */
 };
 
-/* Call fn at the deadline, then every period_ns (0: once); the clock is the loop's: see
-   vkp_loop_after_ms. Restarts a running timer. A periodic
-   timer that is late by a period or more fires once; the next period counts from now.
+/* Call fn at the deadline, then every period_ns (0: once). A deadline that has passed calls fn
+   in the next round, never inside this call; the clock is the loop's: see vkp_loop_after_ms.
+   Restarts a running timer. A periodic timer that is late by a period or more fires once; the
+   next period counts from now.
    Owns:   timer stays the caller's, and must stay valid while the timer runs
    Blocks: never     Threads: loop's     In callbacks: ok
-   Errors: NOMEM, INVALID (a null argument, another thread), SYS (a guest's foreign timer)     */
+   Errors: NOMEM, INVALID (a null argument, another thread), SYS (a guest's foreign timer) */
 VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop,
                                                  void (*fn)(vkp_timer *timer), uint64_t period_ns,
                                                  uint64_t deadline_ns);
@@ -1289,11 +1294,13 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void 
    call after a send does nothing; NULL is ignored. Sender's thread.                           */
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
 
-/* Receiver: wait for the value until the deadline. After OK, CLOSED and TIMEOUT the slot is closed:
-   its memory may be reused (after TIMEOUT the sender gets CLOSED).
+/* Receiver: wait for the value until the deadline. After OK, CLOSED and TIMEOUT the slot is
+   closed. Its memory may be reused after OK and CLOSED; after TIMEOUT too if the sender is the
+   library's (vkp_client_command). A sender of the program gets CLOSED then, and still uses the
+   slot, which must outlive that sender.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
-   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID   */
+   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
                                                   void *out);
 
@@ -1304,9 +1311,10 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t de
    closed before), INVALID                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: refuse the value; a value that was sent already is dropped through `drop`. Afterwards
-   the memory of a slot of vkp_oneshot_init may be reused. Idempotent; NULL is ignored. Receiver's
-   thread.                                                                                     */
+/* Receiver: refuse the value; a value that was sent already is dropped through `drop`.
+   Afterwards the memory of a slot that vkp_client_command initialised may be reused; a slot with
+   a sender of the program must outlive that sender. Idempotent; NULL is ignored. Receiver's
+   thread. */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
 /* Sender: true once the receiver closed the slot. Sender's thread, before send or abandon. */
@@ -1844,14 +1852,7 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-socket   Ref-counted listening Unix sockets
-
-   A socket is alive as long as it has references: handles of the program, listeners, clients. When
-   the last reference is given back, the socket stops listening and its file is removed. A registry
-   finds the sockets of a program by their paths, and keeps none of them alive.
-   A path NULL means a unique path in the registry's folder. A path that begins with '@' is an
-   abstract name (Linux: no file, gone with the last descriptor) if the registry has abstract_names,
-   and in addresses ("unix:@NAME"). A file whose name begins with '@' is written "./@NAME". */
+   >>api-registry   Finds live sockets by their paths                                      */
 
 /* What a check found at a socket's file, which another program removed or replaced: see
    vkp_registry_config.check_ms. */
@@ -1973,6 +1974,19 @@ typedef struct vkp_registry_stats {
 
 /* Write the registry's counters to *stats. Any thread; waits for threads that use the registry. */
 VKP_API void vkp_registry_get_stats(vkp_registry *registry, vkp_registry_stats *stats);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-socket   Ref-counted listening Unix sockets
+
+   A socket is alive as long as it has references: handles of the program, listeners, clients. When
+   the last reference is given back, the socket stops listening and its file is removed. A registry
+   finds the sockets of a program by their paths, and keeps none of them alive.
+   A path NULL means a unique path in the registry's folder. A path that begins with '@' is an
+   abstract name (Linux: no file, gone with the last descriptor) if the registry has abstract_names,
+   and in addresses ("unix:@NAME"). A file whose name begins with '@' is written "./@NAME". */
 
 /* Give the live socket of the path, also one that lingers, or open a new one: bound, with the
    registry's mode, listening. Atomic. While the socket lives, its process holds a flock on the file
@@ -2099,8 +2113,8 @@ VKP_API vkp_socket *vkp_socket_pool_get_socket(const vkp_socket_pool *pool, size
 
 /* Why a connection closed: an argument of vkp_conn_ops.on_close. */
 typedef enum vkp_close_reason {
-    /* This program closed the connection: vkp_conn_close, or vkp_conn_drain after the last
-       write. */
+    /* This program closed the connection: vkp_conn_close, vkp_conn_drain after the last write,
+       or a listener's drain at its deadline. */
     VKP_CLOSE_LOCAL = 0,
     /* The peer closed the connection: end of file, a reset, or a hang-up. */
     VKP_CLOSE_PEER,
@@ -2118,8 +2132,9 @@ typedef enum vkp_close_reason {
 /* The reason as a short text; static, never NULL. Any thread. */
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
 
-/* The policy: what vkp_conn_push does when the queue is full. Frames of vkp_conn_send are never
-   dropped. */
+/* The policy: what vkp_conn_push does when the queue is full. On the loop's thread a full outbox
+   is written first: the policy applies when the peer does not read. Frames of vkp_conn_send are
+   never dropped. Dropped pushes are counted (vkp_conn_stats.dropped_frames). */
 typedef enum vkp_on_full {
     /* As VKP_ON_FULL_WAIT; in a relay's config as VKP_ON_FULL_DISCONNECT. */
     VKP_ON_FULL_DEFAULT = 0,
@@ -2132,7 +2147,8 @@ typedef enum vkp_on_full {
     /* vkp_conn_push returns OK; the oldest pushes of which no byte was written are dropped and
        counted. */
     VKP_ON_FULL_DROP_OLDEST,
-    /* vkp_conn_push returns CLOSED; the connection closes with VKP_CLOSE_SLOW. */
+    /* vkp_conn_push returns CLOSED; the connection closes with VKP_CLOSE_SLOW, and on_close
+       follows, not inside this call. */
     VKP_ON_FULL_DISCONNECT
 } vkp_on_full;
 
@@ -2149,8 +2165,9 @@ typedef struct vkp_conn_ops {
        called for a queue that one write emptied: to resume a connection that was paused for its
        queue, pause above vkp_loop_config.read_bytes at least. */
     void (*on_drain)(vkp_conn *conn, void *user);
-    /* The peer sends nothing further. Returns true to keep the connection for writing (end it with
-       vkp_conn_drain or vkp_conn_close), false to close it with VKP_CLOSE_PEER. NULL: false. */
+    /* The peer sends nothing further; bytes that on_data did not use are dropped. Returns true
+       to keep the connection for writing (end it with vkp_conn_drain or vkp_conn_close), false
+       to close it with VKP_CLOSE_PEER. NULL: false. */
     bool (*on_end)(vkp_conn *conn, void *user);
     /* The connection closed, or vkp_conn_connect failed after it returned OK. Called once, as the
        last callback. sys_error is the errno behind the reason, 0: none. */
@@ -2397,9 +2414,10 @@ typedef struct vkp_listener_config {
     /* The config of each accepted connection; conn.ops is required without on_fd. conn.user is the
        first user pointer of each connection. */
     vkp_conn_config conn;
-    /* A connection was accepted: called once for each, before its on_open. Set its user pointer
-       here, or refuse the client by vkp_conn_close: that calls on_close with the user pointer set
-       so far, conn.user at first. NULL: not called. */
+    /* A connection was accepted: called once for each, before its on_open. conn is borrowed:
+       valid until its on_close returned, longer with vkp_conn_ref. Set its user pointer here, or
+       refuse the client by vkp_conn_close: that calls on_close with the user pointer set so far,
+       conn.user at first. NULL: not called. */
     void (*on_accept)(void *user, vkp_conn *conn);
     /* A client was accepted: called once for each, instead of making a connection, for example to
        pass the client to another loop. Gives fd and seat: close fd, and unref seat when the client

@@ -2,7 +2,8 @@
    >>config   Macros
    ======================================================================================
    Macro                unset means   define it
-   VKP_IMPLEMENTATION   declarations  in ONE file: the implementation is compiled there
+   VKP_IMPLEMENTATION   declarations  in ONE file, before its first #include: the implementation
+                                      is compiled there
    VKP_STATIC           extern        in the one file that uses the library: all functions are
                                       static, and only that file can call them
    VKP_API              extern        in every file alike, backends included: the linkage of what

@@ -5,8 +5,8 @@
 
 /* Why a connection closed: an argument of vkp_conn_ops.on_close. */
 typedef enum vkp_close_reason {
-    /* This program closed the connection: vkp_conn_close, or vkp_conn_drain after the last
-       write. */
+    /* This program closed the connection: vkp_conn_close, vkp_conn_drain after the last write,
+       or a listener's drain at its deadline. */
     VKP_CLOSE_LOCAL = 0,
     /* The peer closed the connection: end of file, a reset, or a hang-up. */
     VKP_CLOSE_PEER,
@@ -24,8 +24,9 @@ typedef enum vkp_close_reason {
 /* The reason as a short text; static, never NULL. Any thread. */
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason);
 
-/* The policy: what vkp_conn_push does when the queue is full. Frames of vkp_conn_send are never
-   dropped. */
+/* The policy: what vkp_conn_push does when the queue is full. On the loop's thread a full outbox
+   is written first: the policy applies when the peer does not read. Frames of vkp_conn_send are
+   never dropped. Dropped pushes are counted (vkp_conn_stats.dropped_frames). */
 typedef enum vkp_on_full {
     /* As VKP_ON_FULL_WAIT; in a relay's config as VKP_ON_FULL_DISCONNECT. */
     VKP_ON_FULL_DEFAULT = 0,
@@ -38,7 +39,8 @@ typedef enum vkp_on_full {
     /* vkp_conn_push returns OK; the oldest pushes of which no byte was written are dropped and
        counted. */
     VKP_ON_FULL_DROP_OLDEST,
-    /* vkp_conn_push returns CLOSED; the connection closes with VKP_CLOSE_SLOW. */
+    /* vkp_conn_push returns CLOSED; the connection closes with VKP_CLOSE_SLOW, and on_close
+       follows, not inside this call. */
     VKP_ON_FULL_DISCONNECT
 } vkp_on_full;
 
@@ -55,8 +57,9 @@ typedef struct vkp_conn_ops {
        called for a queue that one write emptied: to resume a connection that was paused for its
        queue, pause above vkp_loop_config.read_bytes at least. */
     void (*on_drain)(vkp_conn *conn, void *user);
-    /* The peer sends nothing further. Returns true to keep the connection for writing (end it with
-       vkp_conn_drain or vkp_conn_close), false to close it with VKP_CLOSE_PEER. NULL: false. */
+    /* The peer sends nothing further; bytes that on_data did not use are dropped. Returns true
+       to keep the connection for writing (end it with vkp_conn_drain or vkp_conn_close), false
+       to close it with VKP_CLOSE_PEER. NULL: false. */
     bool (*on_end)(vkp_conn *conn, void *user);
     /* The connection closed, or vkp_conn_connect failed after it returned OK. Called once, as the
        last callback. sys_error is the errno behind the reason, 0: none. */

@@ -44,9 +44,10 @@ typedef struct vkp_listener_config {
     /* The config of each accepted connection; conn.ops is required without on_fd. conn.user is the
        first user pointer of each connection. */
     vkp_conn_config conn;
-    /* A connection was accepted: called once for each, before its on_open. Set its user pointer
-       here, or refuse the client by vkp_conn_close: that calls on_close with the user pointer set
-       so far, conn.user at first. NULL: not called. */
+    /* A connection was accepted: called once for each, before its on_open. conn is borrowed:
+       valid until its on_close returned, longer with vkp_conn_ref. Set its user pointer here, or
+       refuse the client by vkp_conn_close: that calls on_close with the user pointer set so far,
+       conn.user at first. NULL: not called. */
     void (*on_accept)(void *user, vkp_conn *conn);
     /* A client was accepted: called once for each, instead of making a connection, for example to
        pass the client to another loop. Gives fd and seat: close fd, and unref seat when the client

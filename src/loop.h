@@ -143,12 +143,13 @@ struct vkp_timer {
     size_t i_index;                 /* place in the heap + 1; 0 = not running */
 };
 
-/* Call fn at the deadline, then every period_ns (0: once); the clock is the loop's: see
-   vkp_loop_after_ms. Restarts a running timer. A periodic
-   timer that is late by a period or more fires once; the next period counts from now.
+/* Call fn at the deadline, then every period_ns (0: once). A deadline that has passed calls fn
+   in the next round, never inside this call; the clock is the loop's: see vkp_loop_after_ms.
+   Restarts a running timer. A periodic timer that is late by a period or more fires once; the
+   next period counts from now.
    Owns:   timer stays the caller's, and must stay valid while the timer runs
    Blocks: never     Threads: loop's     In callbacks: ok
-   Errors: NOMEM, INVALID (a null argument, another thread), SYS (a guest's foreign timer)     */
+   Errors: NOMEM, INVALID (a null argument, another thread), SYS (a guest's foreign timer) */
 VKP_API VKP_NODISCARD vkp_status vkp_timer_start(vkp_timer *timer, vkp_loop *loop,
                                                  void (*fn)(vkp_timer *timer), uint64_t period_ns,
                                                  uint64_t deadline_ns);

@@ -116,9 +116,10 @@
    a loop vkp_loop_after_ms, which counts by the loop's own clock.
 
    ERRORS. Everything that can fail returns a vkp_status, which the compiler warns about if it is
-   ignored. Nothing prints, aborts or exits. A call that failed changed nothing, or its contract
-   says what it changed. SYS leaves the cause in errno. A programmer's error asserts (VKP_ASSERT),
-   and is INVALID in release builds. Texts for people go to env.log.
+   ignored ((void)!call(...) ignores one). Nothing prints, aborts or exits. A call that failed
+   changed nothing, or its contract says what it changed. SYS leaves the cause in errno. A
+   programmer's error is INVALID; a program that defines VKP_ASSERT asserts first. Texts for people
+   go to env.log.
 
    LIMITS. All queues are bounded in bytes by their configs; the reader is bounded in depth,
    elements, lines and bytes. One block, frame or command is below 4 GiB. Host names are resolved

@@ -61,11 +61,13 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void 
    call after a send does nothing; NULL is ignored. Sender's thread.                           */
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
 
-/* Receiver: wait for the value until the deadline. After OK, CLOSED and TIMEOUT the slot is closed:
-   its memory may be reused (after TIMEOUT the sender gets CLOSED).
+/* Receiver: wait for the value until the deadline. After OK, CLOSED and TIMEOUT the slot is
+   closed. Its memory may be reused after OK and CLOSED; after TIMEOUT too if the sender is the
+   library's (vkp_client_command). A sender of the program gets CLOSED then, and still uses the
+   slot, which must outlive that sender.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
-   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID   */
+   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
                                                   void *out);
 
@@ -76,9 +78,10 @@ VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t de
    closed before), INVALID                                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_try_recv(vkp_oneshot *slot, void *out);
 
-/* Receiver: refuse the value; a value that was sent already is dropped through `drop`. Afterwards
-   the memory of a slot of vkp_oneshot_init may be reused. Idempotent; NULL is ignored. Receiver's
-   thread.                                                                                     */
+/* Receiver: refuse the value; a value that was sent already is dropped through `drop`.
+   Afterwards the memory of a slot that vkp_client_command initialised may be reused; a slot with
+   a sender of the program must outlive that sender. Idempotent; NULL is ignored. Receiver's
+   thread. */
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot);
 
 /* Sender: true once the receiver closed the slot. Sender's thread, before send or abandon. */

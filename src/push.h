@@ -48,9 +48,11 @@ typedef struct vkp_push {
     vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
     vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
     vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
-    uint64_t from_ns;   /* GAP: when the connection was lost, in monotonic ns */
-    uint64_t to_ns;     /* GAP: when all subscriptions were answered, in monotonic ns */
-    uint64_t missed;    /* LAGGED: the number of pushes dropped */
+    /* GAP: when the client noticed the loss, on the clock of vkp_now_ns. After a heartbeat
+       timeout, messages of the heartbeat_ms + heartbeat_timeout_ms before may be lost too. */
+    uint64_t from_ns;
+    uint64_t to_ns;  /* GAP: when all subscriptions were answered, on the clock of vkp_now_ns */
+    uint64_t missed; /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
 /* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */

@@ -1,7 +1,7 @@
 /* valkey_push.h - server pushes for C, in one header
    Made of the parts in src/ by src/amalgamate.sh: edit those. SPDX-License-Identifier: MIT
 
-   Do this, in ONE source file of the program:
+   Do this in ONE source file of the program, before its first #include:
        #define VKP_IMPLEMENTATION
        #include "valkey_push.h"
    and in every other one:
@@ -21,9 +21,9 @@
        >>api           declarations: what people come for first
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
            >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch  >>api-cancel
-           >>api-select  >>api-handler  >>api-resp  >>api-socket  >>api-conn  >>api-gate
-           >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay  >>api-sys
-           >>api-backend  >>api-typed
+           >>api-select  >>api-handler  >>api-resp  >>api-registry  >>api-socket  >>api-conn
+           >>api-gate  >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay
+           >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
