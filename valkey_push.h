@@ -13094,9 +13094,21 @@ struct vkp_conn {
 
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
 {
-    static const char *const texts[] = {"closed here",   "closed by the peer", "system error",
-                                        "peer too slow", "loop closed",        "out of memory"};
-    return (size_t)reason < sizeof texts / sizeof texts[0] ? texts[reason] : "unknown reason";
+    switch (reason) {
+    case VKP_CLOSE_LOCAL:
+        return "closed here";
+    case VKP_CLOSE_PEER:
+        return "closed by the peer";
+    case VKP_CLOSE_ERROR:
+        return "system error";
+    case VKP_CLOSE_SLOW:
+        return "peer too slow";
+    case VKP_CLOSE_LOOP:
+        return "loop closed";
+    case VKP_CLOSE_NOMEM:
+        return "out of memory";
+    }
+    return "unknown reason";
 }
 
 /* A profile with a copy of the config and its defaults; one reference, the caller's. NULL: no
@@ -15921,10 +15933,33 @@ VKP_API size_t vkp_hub_deliver(vkp_hub *hub, const vkp_push *push)
 
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
 {
-    static const char *const texts[] = {"message",      "pmessage",    "smessage", "subscribed",
-                                        "unsubscribed", "invalidate",  "other",    "connected",
-                                        "disconnected", "reconnected", "gap",      "lagged"};
-    return (size_t)kind < sizeof texts / sizeof texts[0] ? texts[kind] : "unknown";
+    switch (kind) {
+    case VKP_PUSH_MESSAGE:
+        return "message";
+    case VKP_PUSH_PMESSAGE:
+        return "pmessage";
+    case VKP_PUSH_SMESSAGE:
+        return "smessage";
+    case VKP_PUSH_SUBSCRIBED:
+        return "subscribed";
+    case VKP_PUSH_UNSUBSCRIBED:
+        return "unsubscribed";
+    case VKP_PUSH_INVALIDATE:
+        return "invalidate";
+    case VKP_PUSH_OTHER:
+        return "other";
+    case VKP_PUSH_CONNECTED:
+        return "connected";
+    case VKP_PUSH_DISCONNECTED:
+        return "disconnected";
+    case VKP_PUSH_RECONNECTED:
+        return "reconnected";
+    case VKP_PUSH_GAP:
+        return "gap";
+    case VKP_PUSH_LAGGED:
+        return "lagged";
+    }
+    return "unknown";
 }
 
 VKP_API size_t vkp_push_get_cost(const void *push)
@@ -20467,10 +20502,20 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
 static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
                                 vkp_status status)
 {
-    static const char *const texts[] = {"", "the file is gone or replaced", "bound again",
-                                        "cannot be bound again: "};
     const vkp_relay *relay = (const vkp_relay *)user;
-    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), texts[event],
+    const char *text = "";
+    switch (event) {
+    case VKP_SOCKET_LOST:
+        text = "the file is gone or replaced";
+        break;
+    case VKP_SOCKET_REBOUND:
+        text = "bound again";
+        break;
+    case VKP_SOCKET_BLOCKED:
+        text = "cannot be bound again: ";
+        break;
+    }
+    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), text,
               event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
 }
 

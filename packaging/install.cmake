@@ -13,6 +13,14 @@ file(GLOB backend_sources CONFIGURE_DEPENDS backends/*.[ch])
 target_include_directories(vkp_header INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 set_target_properties(vkp_header PROPERTIES EXPORT_NAME header)
 set_target_properties(vkp_impl PROPERTIES EXPORT_NAME impl)
+# A developer's build compiles the parts: the header that goes with it must be made of them.
+if(VKP_DEVELOPER)
+  install(CODE "execute_process(COMMAND sh \"${CMAKE_CURRENT_SOURCE_DIR}/src/amalgamate.sh\" --check
+                                RESULT_VARIABLE differs)
+                if(differs)
+                  message(FATAL_ERROR \"valkey_push.h is not up to date: sh src/amalgamate.sh\")
+                endif()" COMPONENT Development)
+endif()
 install(FILES valkey_push.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT Development)
 install(FILES ${backend_sources} DESTINATION ${backends_dir} COMPONENT Development)
 install(

@@ -6,23 +6,24 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 header=$here/../valkey_push.h
+made=$header.new
+trap 'rm -f "$made"' EXIT
 
-join() {
-    first=yes
-    sed -e '/^#/d' -e '/^$/d' "$here/order.txt" | while read -r part; do
-        [ $first = yes ] || echo
-        first=no
-        cat "$here/$part"
-    done
-}
+parts=$(sed -e '/^#/d' -e '/^$/d' "$here/order.txt")
+first=yes
+for part in $parts; do
+    [ $first = yes ] || echo
+    first=no
+    cat "$here/$part"
+done >"$made"
+[ -s "$made" ] || { echo "src/order.txt lists no part" >&2; exit 1; }
 
 case ${1:-} in
 '')
-    join >"$header.new"
-    mv "$header.new" "$header"
+    mv "$made" "$header"
     ;;
 --check)
-    if ! join | cmp - "$header"; then
+    if ! cmp "$made" "$header"; then
         echo "valkey_push.h is not made of src/ as it is: edit src/, then run: sh src/amalgamate.sh"
         exit 1
     fi

@@ -108,9 +108,21 @@ struct vkp_conn {
 
 VKP_API const char *vkp_close_reason_str(vkp_close_reason reason)
 {
-    static const char *const texts[] = {"closed here",   "closed by the peer", "system error",
-                                        "peer too slow", "loop closed",        "out of memory"};
-    return (size_t)reason < sizeof texts / sizeof texts[0] ? texts[reason] : "unknown reason";
+    switch (reason) {
+    case VKP_CLOSE_LOCAL:
+        return "closed here";
+    case VKP_CLOSE_PEER:
+        return "closed by the peer";
+    case VKP_CLOSE_ERROR:
+        return "system error";
+    case VKP_CLOSE_SLOW:
+        return "peer too slow";
+    case VKP_CLOSE_LOOP:
+        return "loop closed";
+    case VKP_CLOSE_NOMEM:
+        return "out of memory";
+    }
+    return "unknown reason";
 }
 
 /* A profile with a copy of the config and its defaults; one reference, the caller's. NULL: no

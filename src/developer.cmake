@@ -28,7 +28,8 @@ set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 file(STRINGS ${order} sources REGEX "\\.c$")
 list(REMOVE_ITEM sources begin.c end.c platform.c)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
-                                       ${CMAKE_CURRENT_SOURCE_DIR}/src/layers.txt)
+                                       ${CMAKE_CURRENT_SOURCE_DIR}/src/layers.txt
+                                       ${CMAKE_CURRENT_SOURCE_DIR}/src/layers.sh)
 set(part_files)
 foreach(part IN LISTS sources)
   set(file ${CMAKE_CURRENT_SOURCE_DIR}/src/${part})
@@ -38,7 +39,7 @@ foreach(part IN LISTS sources)
   if(failed)
     message(FATAL_ERROR "src/layers.sh ${part} failed")
   endif()
-  file(WRITE ${prelude} "${text}")
+  file(GENERATE OUTPUT ${prelude} CONTENT "${text}") # writes what changed alone
   set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "-include;${prelude}")
   list(APPEND part_files ${file})
 endforeach()

@@ -10,10 +10,33 @@
 
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
 {
-    static const char *const texts[] = {"message",      "pmessage",    "smessage", "subscribed",
-                                        "unsubscribed", "invalidate",  "other",    "connected",
-                                        "disconnected", "reconnected", "gap",      "lagged"};
-    return (size_t)kind < sizeof texts / sizeof texts[0] ? texts[kind] : "unknown";
+    switch (kind) {
+    case VKP_PUSH_MESSAGE:
+        return "message";
+    case VKP_PUSH_PMESSAGE:
+        return "pmessage";
+    case VKP_PUSH_SMESSAGE:
+        return "smessage";
+    case VKP_PUSH_SUBSCRIBED:
+        return "subscribed";
+    case VKP_PUSH_UNSUBSCRIBED:
+        return "unsubscribed";
+    case VKP_PUSH_INVALIDATE:
+        return "invalidate";
+    case VKP_PUSH_OTHER:
+        return "other";
+    case VKP_PUSH_CONNECTED:
+        return "connected";
+    case VKP_PUSH_DISCONNECTED:
+        return "disconnected";
+    case VKP_PUSH_RECONNECTED:
+        return "reconnected";
+    case VKP_PUSH_GAP:
+        return "gap";
+    case VKP_PUSH_LAGGED:
+        return "lagged";
+    }
+    return "unknown";
 }
 
 VKP_API size_t vkp_push_get_cost(const void *push)

@@ -813,10 +813,20 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
 static void vkp_i_relay_on_file(void *user, vkp_socket *sock, vkp_socket_event event,
                                 vkp_status status)
 {
-    static const char *const texts[] = {"", "the file is gone or replaced", "bound again",
-                                        "cannot be bound again: "};
     const vkp_relay *relay = (const vkp_relay *)user;
-    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), texts[event],
+    const char *text = "";
+    switch (event) {
+    case VKP_SOCKET_LOST:
+        text = "the file is gone or replaced";
+        break;
+    case VKP_SOCKET_REBOUND:
+        text = "bound again";
+        break;
+    case VKP_SOCKET_BLOCKED:
+        text = "cannot be bound again: ";
+        break;
+    }
+    vkp_i_log(relay->env, VKP_LOG_WARN, "%s: %s%s", vkp_socket_get_path(sock), text,
               event == VKP_SOCKET_BLOCKED ? vkp_status_str(status) : "");
 }
 

@@ -14,13 +14,15 @@ starts() {
     done
 }
 
+STARTS=$(starts)
+export STARTS
 if [ $# -gt 0 ]; then
     printf 'valkey_push.h:%s\n' "$@"
 else
     cat
-fi | LC_ALL=C awk -v starts="$(starts)" '
+fi | LC_ALL=C awk '
     BEGIN {
-        count = split(starts, each, "\n")
+        count = split(ENVIRON["STARTS"], each, "\n")
         for (i = 1; i <= count; i++) {
             split(each[i], field, " ")
             first[i] = field[1]

@@ -76,6 +76,8 @@ class ValkeyPush(ConanFile):
         if self.settings.os in ("Linux", "FreeBSD"):
             header.system_libs = ["pthread"]
         impl = self.cpp_info.components["impl"]
+        apple = self.settings.os == "Macos"
+        impl.exelinkflags = ["-Wl,-dead_strip" if apple else "-Wl,--gc-sections"]
         impl.set_property("cmake_target_name", "valkey_push::impl")
         impl.set_property("pkg_config_name", "valkey_push_impl")
         impl.libs = ["valkey_push"]

@@ -13,8 +13,8 @@
 
    What is checked: whoever holds a handle finds the file that he got it with, somebody listening
    and the lock held, until his unref begins; the same for all holders of a path. While nobody is
-   inside a call, each path that nobody holds has neither file nor lock file, no corpse waits, and
-   the registry counts the rest. At the end there is no file, descriptor, slot or memory left.
+   inside a call, each path that nobody holds has neither file nor lock file, no ended slot waits,
+   and the registry counts the rest. At the end there is no file, descriptor, slot or memory left.
 
    This file has a private copy of the library, with its sockets, which the other models leave out.
    It looks into the registry, uninstrumented, where only the end of a call says what must be.   */
@@ -209,7 +209,7 @@ UNWATCHED static void check_registry(const vkp_registry *registry, unsigned leas
     size_t slots = 0;
     size_t spare = 0;
     MODEL_CHECK(registry->held == 0);
-    MODEL_CHECK(registry->corpses == NULL); /* a burial was lost */
+    MODEL_CHECK(registry->ended_slots == NULL); /* a disposal was lost */
     MODEL_CHECK(registry->sockets.count >= least && registry->sockets.count <= most);
     for (sock = registry->all; sock != NULL; sock = sock->all) {
         slots++;

@@ -28,6 +28,10 @@ for compiler in gcc clang; do
             if try $compiler $language $dialect "status == $other"; then
                 echo "$compiler, $dialect: no warning for: status == $other"
                 bad=1
+            elif ! grep -q 'enum-compare' "$work/log"; then
+                cat "$work/log"
+                echo "$compiler, $dialect: another error for: status == $other"
+                bad=1
             fi
         done
     done

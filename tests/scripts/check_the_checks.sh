@@ -18,7 +18,8 @@ seed_in() {
     file=$1 check=$2 expected=$3
     rm -rf "$work/tree"
     mkdir -p "$work/tree/packaging"
-    cp -R "$root/backends" "$root/docs" "$root/examples" "$root/src" "$work/tree/"
+    cp -R "$root/backends" "$root/docs" "$root/examples" "$root/src" "$root/packaging" \
+        "$root/tests" "$root/bench" "$work/tree/"
     cp "$root"/packaging/*.1 "$work/tree/packaging/"
     cp "$root/CHANGELOG.md" "$root/CMakeLists.txt" "$root/README.md" "$root/valkey_push.h" \
         "$work/tree/"
@@ -42,8 +43,9 @@ before_end='#endif /* VALKEY_PUSH_H */'
 
 # Code put behind the includes of the implementation.
 implement() {
-    awk -v code="$1" '{ print }
-        /^#define VKP_I_IMPLEMENTED/ { print "extern int vkp_seed_declared;\n" code }' "$header"
+    CODE=$1 awk '{ print }
+        /^#define VKP_I_IMPLEMENTED/ { print "extern int vkp_seed_declared;\n" ENVIRON["CODE"] }' \
+        "$header"
 }
 lines() { awk "BEGIN { for (i = 0; i < $1; i++) print \"    ;\" }"; }
 
@@ -76,8 +78,24 @@ sed "s/needs GCC or Clang/seed/" "$header" | seed errors 'needs GCC or Clang'
 sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 awk '{ print } NR == 3 { print "seed" }' "$header" | seed parts 'edit src/, then run'
-sed 's/^static void vkp_i_map_deinit.*/static void seed(void) { vkp_conn_close(NULL); }\n&/' \
-    "$root/src/map.c" | seed_in src/map.c layers 'src/map.c needs more than src/layers.txt allows'
+awk '/^static void vkp_i_map_deinit/ { print "static void seed(void) { vkp_conn_close(NULL); }" }
+    { print }' "$root/src/map.c" | seed_in src/map.c layers 'vkp_conn_close'
+awk '/^static void vkp_i_waiters_init/ {
+        print "static void seed(vkp_loop *loop) { vkp_loop_close(loop); }" }
+    { print }' "$root/src/park.c" | seed_in src/park.c layers 'vkp_loop_close'
+sed 's/VKP_RESP_PUSH/VKP_RESP_SEED/' "$header" | seed enums 'VKP_RESP_PUSH'
+sed 's/((vkp_resp_type)VKP_RESP_PUSH)/VKP_RESP_PUSH/' "$header" |
+    seed enums 'no warning for: status == VKP_RESP_PUSH'
+sed 's/^#define VKP_API_DATA VKP_API$/#define VKP_API_DATA extern/' "$header" |
+    seed visibility 'vkp_backend_poll'
+awk '{ print } /^\/\* Give/ && !n++ { print "   a census of it is in the"; }' "$root/src/loop.h" |
+    seed_in src/loop.h words 'not: census'
+sed 's,(docs/relay.md),(docs/seed.md),' "$root/README.md" |
+    seed_in README.md readme 'README.md links to docs/seed.md'
+sed 's/^  - "mpsc: /&seed /' "$root/docs/guarantees.md" |
+    seed_in docs/guarantees.md guarantees 'names a test that is not in'
+sed 's/name##_value value) /int value) /' "$header" |
+    seed typed 'does not compile as c99: *job in: return watch_send'
 awk '{ print } /^#include <unistd.h>/ { print "typedef int seed;" }' "$root/src/platform.c" |
     seed_in src/platform.c parts 'edit src/, then run'
 VKP_CMAKE_VERSION=$(sed -n 's/^#define VKP_VERSION_STR "\(.*\)"$/\1/p' "$header")
@@ -115,5 +133,11 @@ $(lines 90)
 if sh "$here/check_lengths.sh" "$work/tree" "$work/lengths" | grep -F 'vkp_i_seed'; then
     complain "lengths: does not accept long:"
 fi
+for file in "$here"/check_*.sh; do
+    name=$(basename "$file" .sh)
+    name=${name#check_}
+    [ "$name" = the_checks ] || grep -qx "$name" "$work/seeded" ||
+        complain "$name: no defect is seeded here"
+done
 [ ! -s "$failures" ]
 echo "$(wc -l <"$work/seeded") defects found"

@@ -51,7 +51,13 @@ done
 "$cc" -shared -pthread "$work/one.o" "$work/two.o" "$work/vkp_backend_poll.o" -o "$work/plugin.so"
 "$cc" -std=c99 "$work/main.c" -ldl -o "$work/main"
 "$work/main" "$work/plugin.so"
-if nm -g -P "$work/plugin.so" | awk '$2 != "U" && $2 != "w"' | grep -E '^_?vkp_'; then
+nm -g -P "$work/plugin.so" >"$work/names.txt"
+awk '$2 != "U" && $2 != "w" { print $1 }' "$work/names.txt" >"$work/exported.txt"
+if ! grep -Eq '^_?plugin$' "$work/exported.txt"; then
+    echo "plugin is not exported"
+    exit 1
+fi
+if grep -E '^_?vkp_' "$work/exported.txt"; then
     echo "these are visible outside of the library"
     exit 1
 fi

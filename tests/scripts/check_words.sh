@@ -56,6 +56,8 @@ while IFS=$tab read -r words better; do
         cut -c1-150 "$work/found"
         echo "not: $words; but: $better"
         bad=1
+    else
+        [ $? = 1 ] || bad=1 # no expression
     fi
 done <"$work/banned.txt"
 
@@ -66,6 +68,7 @@ if command -v codespell >/dev/null 2>&1; then
     fi
 else
     echo "codespell is not here: spelling was not checked"
+    [ $bad = 1 ] || exit 77
 fi
 [ $bad = 1 ] || echo "$(wc -l <"$work/prose.txt") lines of prose"
 exit $bad
