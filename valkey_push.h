@@ -3515,8 +3515,8 @@ extern "C" {
 #endif
 /* A value that one thread hands to another is copied in and out: a model checker sees the
    copies.                                                                                      */
-#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes))
-#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy_in((slot), (from), (bytes))
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy_out((to), (slot), (bytes))
 #define VKP_I_MUTEX pthread_mutex_t
 #define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
 #define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
@@ -3550,14 +3550,13 @@ extern "C" {
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* The compiler no longer knows what the pointer points to. Where it does, GCC warns of overflows in
-   branches that are dead code for the size at hand, at link time (-flto) too.                 */
+   branches that are dead code for the size at hand, at link time (-flto) too. Only the pointer of
+   the caller is hidden: to hide the slot's as well costs recv_many 8 % at 8 bytes.             */
 #define VKP_I_HIDE(pointer) __asm__("" : "+r"(pointer))
 
 /* Copy a value. Values of usual sizes (8, 24, 64 bytes) move without a call of memcpy. */
 static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
 {
-    VKP_I_HIDE(to);
-    VKP_I_HIDE(from);
     if (bytes == 8) {
         memcpy(to, from, 8);
     } else if (bytes == 24) {
@@ -3567,6 +3566,20 @@ static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
     } else {
         memcpy(to, from, bytes);
     }
+}
+
+/* Copy the caller's value into a slot. */
+static inline void vkp_i_copy_in(void *slot, const void *from, size_t bytes)
+{
+    VKP_I_HIDE(from);
+    vkp_i_copy(slot, from, bytes);
+}
+
+/* Copy a slot's value to the caller. */
+static inline void vkp_i_copy_out(void *to, const void *slot, size_t bytes)
+{
+    VKP_I_HIDE(to);
+    vkp_i_copy(to, slot, bytes);
 }
 
 VKP_API const char *vkp_status_str(vkp_status status)
@@ -7454,10 +7467,13 @@ static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint3
 VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 {
     uint32_t state;
+    void *value;
     VKP_I_REQUIRE(slot != NULL && item != NULL);
     state = VKP_I_LOAD_ACQ(&slot->i_state);
     VKP_I_REQUIRE((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
-    VKP_I_COPY_IN(slot->i_value.bytes, item, slot->i_elem_bytes);
+    value = slot->i_value.bytes;
+    VKP_I_HIDE(value);
+    VKP_I_COPY_IN(value, item, slot->i_elem_bytes);
     return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
@@ -7483,7 +7499,9 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
         return VKP_ERR_EMPTY;
     }
     if ((state & VKP_I_SLOT_SENT) != 0) {
-        VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
+        const void *value = slot->i_value.bytes;
+        VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
+        VKP_I_COPY_OUT(out, value, slot->i_elem_bytes);
         status = VKP_OK;
     }
     VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);

@@ -187,7 +187,7 @@ static void test_adder(vkp_loop *loop)
 static void run(void (*test)(vkp_loop *loop))
 {
     vkp_loop_config config = {.backend = &vkp_backend_null, .env = &env};
-    vkp_loop *loop;
+    vkp_loop *loop = NULL;
     sys = *vkp_sys_get_default();
     sys.socket = fake_socket;
     sys.connect = fake_connect;

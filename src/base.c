@@ -49,8 +49,8 @@
 #endif
 /* A value that one thread hands to another is copied in and out: a model checker sees the
    copies.                                                                                      */
-#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy((slot), (from), (bytes))
-#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy((to), (slot), (bytes))
+#define VKP_I_COPY_IN(slot, from, bytes) vkp_i_copy_in((slot), (from), (bytes))
+#define VKP_I_COPY_OUT(to, slot, bytes) vkp_i_copy_out((to), (slot), (bytes))
 #define VKP_I_MUTEX pthread_mutex_t
 #define VKP_I_MUTEX_INIT(m) ((void)pthread_mutex_init((m), NULL))
 #define VKP_I_MUTEX_DEINIT(m) ((void)pthread_mutex_destroy((m)))
@@ -84,14 +84,13 @@
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* The compiler no longer knows what the pointer points to. Where it does, GCC warns of overflows in
-   branches that are dead code for the size at hand, at link time (-flto) too.                 */
+   branches that are dead code for the size at hand, at link time (-flto) too. Only the pointer of
+   the caller is hidden: to hide the slot's as well costs recv_many 8 % at 8 bytes.             */
 #define VKP_I_HIDE(pointer) __asm__("" : "+r"(pointer))
 
 /* Copy a value. Values of usual sizes (8, 24, 64 bytes) move without a call of memcpy. */
 static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
 {
-    VKP_I_HIDE(to);
-    VKP_I_HIDE(from);
     if (bytes == 8) {
         memcpy(to, from, 8);
     } else if (bytes == 24) {
@@ -101,6 +100,20 @@ static inline void vkp_i_copy(void *to, const void *from, size_t bytes)
     } else {
         memcpy(to, from, bytes);
     }
+}
+
+/* Copy the caller's value into a slot. */
+static inline void vkp_i_copy_in(void *slot, const void *from, size_t bytes)
+{
+    VKP_I_HIDE(from);
+    vkp_i_copy(slot, from, bytes);
+}
+
+/* Copy a slot's value to the caller. */
+static inline void vkp_i_copy_out(void *to, const void *slot, size_t bytes)
+{
+    VKP_I_HIDE(to);
+    vkp_i_copy(to, slot, bytes);
 }
 
 VKP_API const char *vkp_status_str(vkp_status status)

@@ -100,10 +100,13 @@ static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint3
 VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
 {
     uint32_t state;
+    void *value;
     VKP_I_REQUIRE(slot != NULL && item != NULL);
     state = VKP_I_LOAD_ACQ(&slot->i_state);
     VKP_I_REQUIRE((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
-    VKP_I_COPY_IN(slot->i_value.bytes, item, slot->i_elem_bytes);
+    value = slot->i_value.bytes;
+    VKP_I_HIDE(value);
+    VKP_I_COPY_IN(value, item, slot->i_elem_bytes);
     return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
@@ -129,7 +132,9 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
         return VKP_ERR_EMPTY;
     }
     if ((state & VKP_I_SLOT_SENT) != 0) {
-        VKP_I_COPY_OUT(out, slot->i_value.bytes, slot->i_elem_bytes);
+        const void *value = slot->i_value.bytes;
+        VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
+        VKP_I_COPY_OUT(out, value, slot->i_elem_bytes);
         status = VKP_OK;
     }
     VKP_I_STORE(&slot->i_state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED);

@@ -7,6 +7,8 @@
 # clang, and by -fsyntax-only what lies between them and what the other compilers say. With
 # VKP_NIGHTLY everything is compiled, linked and run.
 # units.<processor>: the suite's programs for other processors.
+# compile.lto.<compiler>: programs linked with -flto. For a change: values of many sizes, and the
+# examples that hand the most kinds of values around. With VKP_NIGHTLY all examples.
 set(c_dialects c99 c11 c17 c2x)
 set(cxx_dialects c++11 c++14 c++17 c++20 c++2b)
 
@@ -121,6 +123,18 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   add_compile_test(i686-time64 i686-linux-gnu-gcc c99 -O0 "EMULATOR=qemu-i386"
                    "FLAGS=-static -D_TIME_BITS=64 -D_FILE_OFFSET_BITS=64")
 endif()
+
+set(examples commands demo_client test_with_null_backend)
+if(VKP_NIGHTLY)
+  set(examples)
+endif()
+foreach(name IN ITEMS gcc clang)
+  add_test(NAME compile.lto.${name}
+           COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/compile/lto.sh ${name} ${root}
+                   ${CMAKE_CURRENT_BINARY_DIR}/compile/lto.${name} ${examples})
+  set_tests_properties(compile.lto.${name} PROPERTIES LABELS compile TIMEOUT 600
+                                                      SKIP_RETURN_CODE 77)
+endforeach()
 
 # compile.macos.<architecture>: compiled and linked on any machine that has the cross compiler. For
 # a change: the library, its backends and the examples, for one architecture. With VKP_NIGHTLY: the
