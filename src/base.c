@@ -84,8 +84,8 @@
 #define VKP_I_MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* The compiler no longer knows what the pointer points to. Where it does, GCC warns of overflows in
-   branches that are dead code for the size at hand, at link time (-flto) too. Only the pointer of
-   the caller is hidden: to hide the slot's as well costs recv_many 8 % at 8 bytes.             */
+   branches that are dead code for the size at hand, at link time (-flto) too. Of a copy, hide the
+   pointer to the caller's object alone: the bench channels shows what another one costs.      */
 #define VKP_I_HIDE(pointer) __asm__("" : "+r"(pointer))
 
 /* Copy a value. Values of usual sizes (8, 24, 64 bytes) move without a call of memcpy. */

@@ -105,7 +105,7 @@ VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
     state = VKP_I_LOAD_ACQ(&slot->i_state);
     VKP_I_REQUIRE((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) == 0);
     value = slot->i_value.bytes;
-    VKP_I_HIDE(value);
+    VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
     VKP_I_COPY_IN(value, item, slot->i_elem_bytes);
     return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
@@ -133,7 +133,7 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
     }
     if ((state & VKP_I_SLOT_SENT) != 0) {
         const void *value = slot->i_value.bytes;
-        VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
+        VKP_I_HIDE(value); /* as in send */
         VKP_I_COPY_OUT(out, value, slot->i_elem_bytes);
         status = VKP_OK;
     }

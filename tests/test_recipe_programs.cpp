@@ -1,14 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // The programs of docs/recipes/ and docs/testing-your-code.md as their readers run them.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "support/catch.hpp"
 
-#include <cstdlib>
-#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,84 +11,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "support/support.h"
+#include "support/program.h"
 
 namespace {
-
-struct PeerDeleter {
-    void operator()(vkp_test_peer *peer) const
-    {
-        vkp_test_peer_close(peer);
-    }
-};
-using Peer = std::unique_ptr<vkp_test_peer, PeerDeleter>;
-
-// "" where it is not built.
-std::string program(const std::string &name)
-{
-    const char *folder = std::getenv("VKP_TEST_BUILD_DIR");
-    std::string path = std::string(folder ? folder : ".") + "/examples/" + name;
-    return vkp_test_exists(path.c_str()) ? path : "";
-}
-
-#define NEEDS(path)                                  \
-    if ((path).empty()) {                            \
-        WARN("left out: the example was not built"); \
-        return;                                      \
-    }
-
-// A program under test, and what it prints.
-class Running {
-  public:
-    explicit Running(const std::vector<std::string> &words)
-    {
-        std::vector<const char *> argv;
-        for (const std::string &word : words) {
-            argv.push_back(word.c_str());
-        }
-        argv.push_back(nullptr);
-        pid_ = vkp_test_spawn(argv.data(), &out_);
-    }
-    ~Running()
-    {
-        close(out_);
-        if (pid_ > 0) {
-            vkp_test_reap(pid_, SIGKILL);
-        }
-    }
-    Running(const Running &) = delete;
-    Running &operator=(const Running &) = delete;
-    // The next line without its end; "" at the end of the output.
-    std::string line()
-    {
-        std::string text;
-        char byte = 0;
-        while (read(out_, &byte, 1) == 1 && byte != '\n') {
-            text += byte;
-        }
-        return text;
-    }
-    void send_signal(int number)
-    {
-        REQUIRE(kill(pid_, number) == 0);
-    }
-    int wait(int signal_number = 0)
-    {
-        const int code = vkp_test_reap(pid_, signal_number);
-        pid_ = -1;
-        return code;
-    }
-
-  private:
-    int pid_;
-    int out_ = -1;
-};
-
-std::string text_of(vkp_test_peer *peer, size_t len)
-{
-    const char *text = vkp_test_peer_read(peer, len);
-    return text ? std::string(text, len) : "";
-}
 
 // Everything until the end of the stream.
 std::string all_of(vkp_test_peer *peer)
@@ -111,7 +30,8 @@ std::string all_of(vkp_test_peer *peer)
 std::string address_in(const std::string &line, const std::string &name)
 {
     REQUIRE(line.substr(0, name.size() + 4) == name + " on ");
-    return line.substr(name.size() + 4);
+    REQUIRE(line.back() == '\n');
+    return line.substr(name.size() + 4, line.size() - name.size() - 5);
 }
 
 } // namespace
@@ -121,7 +41,7 @@ TEST_CASE("test_with_null_backend: all its checks pass")
     const std::string path = program("test_with_null_backend");
     NEEDS(path);
     Running running({path});
-    CHECK(running.line() == "all checks passed");
+    CHECK(running.line() == "all checks passed\n");
     CHECK(running.wait() == 0);
 }
 
@@ -138,7 +58,7 @@ TEST_CASE("worker_pool: every job is done once and answered")
         done += std::atoi(line.c_str() + head.size());
     }
     CHECK(done == 64);
-    CHECK(running.line() == "64 of 64 answers right");
+    CHECK(running.line() == "64 of 64 answers right\n");
     CHECK(running.wait() == 0);
 }
 
@@ -149,7 +69,7 @@ TEST_CASE("timer_signal: ticks until SIGTERM, then a last word to each client")
     const int number = GENERATE(SIGTERM, SIGINT);
     const std::string address = vkp_test_fresh_address("timer");
     Running running({path, address, "1"});
-    REQUIRE(running.line() == "listening on " + address);
+    REQUIRE(running.line() == "listening on " + address + "\n");
     Peer first(vkp_test_peer_open(address.c_str()));
     CHECK(text_of(first.get(), 21) == "tick 1\ntick 2\ntick 3\n");
     Peer second(vkp_test_peer_open(address.c_str()));
@@ -160,7 +80,7 @@ TEST_CASE("timer_signal: ticks until SIGTERM, then a last word to each client")
         REQUIRE(rest.size() >= 4);
         CHECK(rest.substr(rest.size() - 4) == "bye\n");
     }
-    CHECK(running.line() == "drained");
+    CHECK(running.line() == "drained\n");
     CHECK(running.wait() == 0);
     CHECK_FALSE(vkp_test_exists(address.substr(5).c_str()));
 }
@@ -171,13 +91,13 @@ TEST_CASE("timer_signal: clients may leave before, and there may be none")
     NEEDS(path);
     const std::string address = vkp_test_fresh_address("timer");
     Running running({path, address, "1"});
-    REQUIRE(running.line() == "listening on " + address);
+    REQUIRE(running.line() == "listening on " + address + "\n");
     if (GENERATE(false, true)) {
         Peer peer(vkp_test_peer_open(address.c_str()));
         CHECK(text_of(peer.get(), 7) == "tick 1\n");
     }
     running.send_signal(SIGTERM);
-    CHECK(running.line() == "drained");
+    CHECK(running.line() == "drained\n");
     CHECK(running.wait() == 0);
 }
 
@@ -260,10 +180,10 @@ TEST_CASE("embed_libuv: a client receives three counts, and libuv's loop ends cl
     NEEDS(path);
     const std::string address = vkp_test_fresh_address("uv");
     Running running({path, address});
-    REQUIRE(running.line() == "listening on " + address);
+    REQUIRE(running.line() == "listening on " + address + "\n");
     Peer peer(vkp_test_peer_open(address.c_str()));
     CHECK(all_of(peer.get()) == "1\n2\n3\n");
-    CHECK(running.line() == "closed");
+    CHECK(running.line() == "closed\n");
     CHECK(running.wait() == 0);
     CHECK_FALSE(vkp_test_exists(address.substr(5).c_str()));
 }
