@@ -84,8 +84,12 @@ awk '/^static void vkp_i_waiters_init/ {
         print "static void seed(vkp_loop *loop) { vkp_loop_close(loop); }" }
     { print }' "$root/src/park.c" | seed_in src/park.c layers 'vkp_loop_close'
 sed 's/VKP_RESP_PUSH/VKP_RESP_SEED/' "$header" | seed enums 'VKP_RESP_PUSH'
-sed 's/((vkp_resp_type)VKP_RESP_PUSH)/VKP_RESP_PUSH/' "$header" |
+sed 's/((vkp_resp_type)VKP_RESP_PUSH)/((int)VKP_RESP_PUSH)/' "$header" |
     seed enums 'no warning for: status == VKP_RESP_PUSH'
+if command -v clang >/dev/null 2>&1; then # gcc warns of a bare enumerator too
+    sed 's/((vkp_resp_type)VKP_RESP_PUSH)/VKP_RESP_PUSH/' "$header" |
+        seed enums 'no warning for: status == VKP_RESP_PUSH'
+fi
 sed 's/^#define VKP_API_DATA VKP_API$/#define VKP_API_DATA extern/' "$header" |
     seed visibility 'vkp_backend_poll'
 awk '{ print } /^\/\* Give/ && !n++ { print "   a census of it is in the"; }' "$root/src/loop.h" |
