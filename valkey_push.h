@@ -31,7 +31,8 @@
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-client  >>impl-client-connection  >>impl-pushloop  >>impl-relay
+           >>impl-push  >>impl-link  >>impl-handshake  >>impl-client
+           >>impl-client-subscriptions  >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full
@@ -578,9 +579,10 @@ typedef enum vkp_value_flags {
     VKP_VALUE_VERBATIM = 2,   /* the string was sent as =; str starts after the 4 bytes "txt:" */
     VKP_VALUE_NULL_BULK = 4,  /* the null was sent as $-1 */
     VKP_VALUE_NULL_ARRAY = 8, /* the null was sent as *-1 (with lenient also as >-1) */
-    /* A message push inside another aggregate: servers before 7.2 put such a push into the array of
-       an EXEC that publishes to its own connection. The push is no element of the aggregate:
-       vkp_value.len does not count it, vkp_value_get_first and vkp_value_get_next skip it.    */
+    /* A push inside another aggregate: a message (servers before 7.2 write it into the reply of the
+       command that publishes it, at any depth) or an invalidation (before 7.0). The push is no
+       element of the aggregate: vkp_value.len does not count it, vkp_value_get_first and
+       vkp_value_get_next skip it. A client delivers such a push by itself: replies have none. */
     VKP_VALUE_OUT_OF_BAND = 16
 } vkp_value_flags;
 
@@ -593,7 +595,7 @@ typedef struct vkp_value {
     uint16_t i_depth;      /* private */
     uint32_t span;         /* entries of the array that this value takes, with all its elements */
     uint32_t attributes;   /* entries back to this value's VKP_RESP_ATTRIBUTE; 0: none */
-    uint32_t i_has_nested; /* private: the array contains a VKP_VALUE_OUT_OF_BAND */
+    uint32_t i_has_nested; /* private: a VKP_VALUE_OUT_OF_BAND is inside */
     size_t len;            /* bytes of str; of an aggregate, the number of elements */
     union {
         const char *str; /* text of a STRING, ERROR, DOUBLE or BIGNUM; not terminated */
@@ -658,38 +660,61 @@ typedef enum vkp_push_kind {
     /* The server confirmed a subscription, for the first time or again after an outage: sub, and
        the name in channel.                                                                    */
     VKP_PUSH_SUBSCRIBED,
-    /* A subscription ended, by an unsubscribe or because the server no longer serves the shard
-       channel: sub, and the name in channel.                                                  */
-    VKP_PUSH_UNSUBSCRIBED,
+    VKP_PUSH_UNSUBSCRIBED, /* the last unsubscribe of a name is done: sub, the name in channel */
     VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
     VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
     VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    /* Once per outage, and at the start: the first try to connect has failed, and tries go on;
+       payload says why, with the server's words.                                              */
+    VKP_PUSH_CONNECT_FAILED,
     VKP_PUSH_DISCONNECTED, /* once per outage: a ready connection was lost; payload is the reason */
     VKP_PUSH_RECONNECTED,  /* once per outage: a connection is ready, the client subscribes again */
-    /* The server answered all SUBSCRIBEs after an outage: messages between from_ns and to_ns may be
-       lost. Follows RECONNECTED if anything was subscribed; several outages may share one.    */
+    /* The server refused a subscription: sub, the name in channel, the server's words in payload.
+       The name stays wanted: the client asks again, and SUBSCRIBED or an event REFUSED with other
+       words follows.                                                                          */
+    VKP_PUSH_REFUSED,
+    /* A subscription that the server had confirmed was taken away: sub, the name in channel, the
+       reason in payload. The client asks again, and SUBSCRIBED or REFUSED follows.            */
+    VKP_PUSH_LOST,
+    /* Subscriptions are back: messages of the names in gap may have been lost. A name that is not
+       back is not in it: it gets a GAP of its own.                                            */
     VKP_PUSH_GAP,
     /* The channel of pushes was full: `missed` pushes were dropped before this one. */
     VKP_PUSH_LAGGED
 } vkp_push_kind;
 
+/* The name of a subscription, with its kind. */
+typedef struct vkp_sub_name {
+    vkp_sub_kind kind; /* of the subscription */
+    vkp_str name;      /* of the channel, or the pattern */
+} vkp_sub_name;
+
+/* What a GAP covers. from: the last moment at which the subscriptions were known to be good, which
+   is when the last byte before the loss arrived. to: the confirmation of the last name.       */
+typedef struct vkp_gap {
+    uint64_t from_ns;          /* on the clock of vkp_now_ns */
+    uint64_t to_ns;            /* on the clock of vkp_now_ns */
+    uint64_t from_unix_ms;     /* from_ns as wall-clock time: milliseconds since 1970 */
+    uint64_t to_unix_ms;       /* to_ns as wall-clock time */
+    const vkp_sub_name *names; /* the names covered; NULL: all that are subscribed now */
+    size_t name_count;         /* number of names; 0: all that are subscribed now */
+} vkp_gap;
+
 /* The kind as a text in lower case: static, never NULL. Any thread. */
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
 
 /* One push, a plain struct. A callback borrows the push; a receiver that took a push from a channel
-   owns it, and gives it back with vkp_push_unref. Texts view frame, or are static.            */
+   owns it, and gives it back with vkp_push_unref. Texts and gap are static, or valid as long as
+   the reference that frame holds.                                                             */
 typedef struct vkp_push {
     vkp_push_kind kind; /* says which of the other fields are set */
-    vkp_sub_kind sub;   /* the kind of subscription: SUBSCRIBED, UNSUBSCRIBED and messages */
-    vkp_bytes frame;    /* the RESP bytes as received; empty for events of the client */
-    vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
-    vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
-    vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
-    /* GAP: when the client noticed the loss, on the clock of vkp_now_ns. After a heartbeat
-       timeout, messages of the heartbeat_ms + heartbeat_timeout_ms before may be lost too. */
-    uint64_t from_ns;
-    uint64_t to_ns;  /* GAP: when all subscriptions were answered, on the clock of vkp_now_ns */
-    uint64_t missed; /* LAGGED: the number of pushes dropped */
+    vkp_sub_kind sub;   /* kind of the subscription: messages and events about one name */
+    vkp_bytes frame;    /* the RESP bytes as received; of no bytes for events of the client */
+    vkp_str channel;    /* the name; OTHER: the name of the push's kind */
+    vkp_str pattern;    /* PMESSAGE: the pattern that matched */
+    vkp_str payload; /* of a message; of CONNECT_FAILED, DISCONNECTED, REFUSED, LOST the reason */
+    const vkp_gap *gap; /* GAP: what is covered; otherwise NULL */
+    uint64_t missed;    /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
 /* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */
@@ -735,6 +760,27 @@ typedef enum vkp_client_state {
     VKP_CLIENT_CLOSED          /* closed; commands and subscriptions get CLOSED */
 } vkp_client_state;
 
+/* What the server must be. */
+typedef enum vkp_client_role {
+    VKP_CLIENT_ROLE_ANY = 0, /* a primary or a replica */
+    VKP_CLIENT_ROLE_PRIMARY  /* a primary; on another server the client closes and tries again */
+} vkp_client_role;
+
+/* One command that each new connection sends before all others. */
+typedef struct vkp_client_setup {
+    size_t argc;         /* number of arguments, the command's name included; at least 1 */
+    const vkp_str *argv; /* the arguments; any bytes */
+    vkp_str expect;      /* the text that must be answered; ptr NULL: anything but an error */
+    bool optional;       /* any answer will do */
+} vkp_client_setup;
+
+/* Where a try to connect goes, and with which credentials: what on_connect may change. */
+typedef struct vkp_client_target {
+    vkp_str address;  /* as vkp_client_config.address */
+    vkp_str username; /* as vkp_client_config.username */
+    vkp_str password; /* as vkp_client_config.password */
+} vkp_client_target;
+
 /* How a client connects, reconnects and delivers pushes. Only address is required. */
 typedef struct vkp_client_config {
     vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
@@ -742,6 +788,17 @@ typedef struct vkp_client_config {
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
     int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+    uint32_t database;    /* the database that each new connection selects; 0: that of the server */
+    vkp_client_role role; /* what the server must be; default: any */
+
+    /* The commands that each new connection sends after the login, before anybody's commands;
+       copied. An answer that is not the expected one ends the try to connect. */
+    const vkp_client_setup *setup;
+    size_t setup_count; /* number of setup commands */
+
+    /* Called before each try to connect, on the loop's thread; may change *target, which holds what
+       the config says. The texts are copied when it returns. NULL: not called.                */
+    void (*on_connect)(void *user, vkp_client_target *target);
 
     /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
        VKP_OFF: no limit.                                                                      */
@@ -751,6 +808,10 @@ typedef struct vkp_client_config {
        doubles with each failed try. Milliseconds; 0: 50.                                      */
     uint64_t retry_min_ms;
     uint64_t retry_max_ms; /* the largest bound of the random wait before a try, in ms; 0: 5,000 */
+
+    /* A connection that stood for this many milliseconds makes the bound start again. A server that
+       answers the login and then hangs up is so not asked without end. 0: 5,000.              */
+    uint64_t retry_reset_ms;
 
     /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
        VKP_OFF: never.                                                                         */
@@ -768,7 +829,7 @@ typedef struct vkp_client_config {
     /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
        both be set; with neither, pushes are dropped.                                          */
     void (*on_push)(void *user, const vkp_push *push);
-    void *user; /* the first argument of on_push */
+    void *user; /* the first argument of on_push and on_connect */
 
     /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
        is full the push is dropped; when there is room, a LAGGED with the number follows.      */
@@ -809,23 +870,28 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client);
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
 
 /* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
-   needs one vkp_client_unsubscribe. The client subscribes again after an outage. A push SUBSCRIBED
-   follows when the server confirms.
+   needs one vkp_client_unsubscribe. The name is wanted until then: the client subscribes again
+   after an outage, and asks again after a refusal (0.1 to 5 s later where the server's words
+   promise an end, as BUSY and LOADING do, otherwise 1 to 30 s later). SUBSCRIBED, REFUSED and LOST
+   report each change.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
                                                       vkp_str name);
 
-/* vkp_client_subscribe with a notice: after OK, the loop's thread calls done(user, status) once,
-   never inside this call. The status is OK (the server confirmed, now or earlier), DISCONNECTED
-   (no connection: the subscription is kept, and made when the client connects), REFUSED (by the
-   server: the name is no longer subscribed, for all callers), or CLOSED (the client).
+/* Receives the first outcome of a vkp_client_subscribe_then, once, on the loop's thread: OK (the
+   server confirmed, now or earlier), REFUSED (words are the server's), DISCONNECTED (no connection;
+   words say why), or CLOSED (the client). After REFUSED and DISCONNECTED the name is still wanted.
+   words are valid until the function returns.                                                 */
+typedef void (*vkp_subscribe_fn)(void *user, vkp_status status, vkp_str words);
+
+/* vkp_client_subscribe with a notice of the first outcome: after OK, done is called once, never
+   inside this call.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, CLOSED, INVALID (client or done NULL, an unknown kind, name.ptr NULL with
    len > 0)                                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
-                                                           vkp_str name,
-                                                           void (*done)(void *user, vkp_status),
+                                                           vkp_str name, vkp_subscribe_fn done,
                                                            void *user);
 
 /* Take one subscribe call back; the last one of a name sends UNSUBSCRIBE. A name that is not
@@ -839,8 +905,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
    error of the server is a reply of type VKP_RESP_ERROR. The arguments are terminated strings,
    then NULL. A command sent while the client connects waits for the end of the handshake. After
    OK, vkp_oneshot_recv returns CLOSED when no reply follows: the connection was lost or the client
-   was closed (the command may or may not have run), the reply found no memory, or the command was
-   not sent (RESP2, and something is subscribed).
+   was closed (the command may or may not have run), the reply found no memory or was over a limit
+   of config.resp, or the command was not sent (RESP2, and something is subscribed).
    Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
    Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
@@ -861,8 +927,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
-   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), or REFUSED
-   (not sent: RESP2, and something is subscribed).                                             */
+   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), LIMIT (the
+   last reply was over a limit of config.resp, or had a number that the reader refuses; the
+   commands ran), or REFUSED (not sent: RESP2, and something is subscribed). */
 typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
                              const vkp_bytes *frame);
 
@@ -2856,6 +2923,8 @@ typedef struct vkp_file_id {
 struct vkp_sys {
     /* Now: nanoseconds of the monotonic clock. */
     uint64_t (*clock_ns)(void);
+    /* Now: nanoseconds since 1970 on the wall clock, which may jump. */
+    uint64_t (*wall_ns)(void);
     /* 64 random bits for jitter and names, not for secrets. */
     uint64_t (*random_u64)(void);
     /* The id of this process. */
@@ -3836,6 +3905,13 @@ static uint64_t vkp_i_os_clock_ns(void)
     return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
 }
 
+static uint64_t vkp_i_os_wall_ns(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
 static uint64_t vkp_i_os_random_u64(void)
 {
     uint64_t value = 0;
@@ -4488,15 +4564,16 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,
-        vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,         vkp_i_os_processors,
-        vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),         VKP_I_OS(listen),
-        VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error), VKP_I_OS(prepare),
-        VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),   VKP_I_OS(resolve),
-        VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),        VKP_I_OS(close),
-        VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),        VKP_I_OS(unlink),
-        VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
-        VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,   vkp_i_os_wall_ns,      vkp_i_os_random_u64,     vkp_i_os_process_id,
+        vkp_i_os_user_id,    vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,
+        vkp_i_os_processors, vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),
+        VKP_I_OS(listen),    VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error),
+        VKP_I_OS(prepare),   VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),
+        VKP_I_OS(resolve),   VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),
+        VKP_I_OS(close),     VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),
+        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create),
+        VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),
+        VKP_I_OS(fd_kind)};
     return &table;
 }
 
@@ -9809,11 +9886,21 @@ static bool vkp_i_value_is_element(const vkp_value *value)
     return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
-/* Whether the kind of a push is "message", "pmessage" or "smessage". */
-static bool vkp_i_is_message_kind(const char *text, size_t len)
+/* Whether a push of this kind inside a reply is no element of it. Servers write messages and
+   invalidations when they happen, also in the midst of a reply: messages before 7.2, invalidations
+   before 7.0. The confirmation of a SUBSCRIBE inside a MULTI is an element: it is what the command
+   answers.                                                                                    */
+static bool vkp_i_is_uncounted_kind(const char *text, size_t len)
 {
-    size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
-    return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
+    static const char *const kinds[] = {"message", "pmessage", "smessage", "invalidate",
+                                        "tracking-redir-broken"};
+    size_t i;
+    for (i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        if (vkp_i_str_equal(vkp_i_str(text, len), vkp_str_of(kinds[i]))) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* The first element of parent at `value` or behind it, or NULL. */
@@ -10022,9 +10109,10 @@ typedef struct vkp_i_level {
 
 struct vkp_resp_reader {
     const vkp_env *env;
-    vkp_resp_config config;                 /* defaults filled in */
-    vkp_status status;                      /* OK, or the sticky error */
-    uint64_t error_position;                /* of the wrong byte, counted since open or reset */
+    vkp_resp_config config;  /* defaults filled in */
+    vkp_status status;       /* OK, or the sticky error */
+    uint64_t error_position; /* of the wrong byte, counted since open or reset */
+    bool end_known; /* the sticky error is about one value: vkp_i_skip finds the frame's end */
     char reason[VKP_I_READER_REASON_BYTES]; /* text of the sticky error, or "" */
     uint64_t consumed;                      /* bytes of whole frames since open or reset */
     size_t position;                        /* end of the complete values in the window */
@@ -10164,6 +10252,7 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
     va_end(arguments);
     reader->status = status;
     reader->error_position = reader->consumed + at;
+    reader->end_known = false;
     return status;
 }
 
@@ -10580,11 +10669,11 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     }
 }
 
-/* Whether a complete push is a message of a pub/sub channel (its text is an offset still). */
-static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
+/* Whether a complete push is no element of the aggregate around it. Its text is still an offset. */
+static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
-    return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
+    return vkp_i_is_uncounted_kind((const char *)window + kind->u.i_offset, kind->len);
 }
 
 /* The last value is complete: count it in its aggregate, and close each aggregate that it
@@ -10610,9 +10699,12 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
+            size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
-            reader->values[top->index].i_has_nested = 1;
+            while (level > 0 && !reader->values[reader->levels[--level].index].i_has_nested) {
+                reader->values[reader->levels[level].index].i_has_nested = 1;
+            }
             return false;
         }
         if (--top->remaining > 0) {
@@ -10720,6 +10812,22 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     return VKP_OK;
 }
 
+/* Whether the end of the frame can be found although a step refused the value at `position`: a
+   line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
+   an end, however deep or large it is. No end is found behind a length that is wrong or too large,
+   or behind an unknown type.                                                                  */
+static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    char mark;
+    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len) {
+        return false;
+    }
+    mark = (char)window[reader->position];
+    return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
+           : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
+                                                : false;
+}
+
 /* The path for every frame. Not inlined: vkp_resp_reader_scan would save every register, even on
    the quick path. */
 __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
@@ -10730,6 +10838,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
     do {
         vkp_status status = vkp_i_reader_step(reader, window, len);
         if (status != VKP_OK) {
+            reader->end_known = vkp_i_reader_knows_end(reader, window, len);
             return status;
         }
     } while (!vkp_i_reader_end_value(reader, window));
@@ -10816,7 +10925,14 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
 }
 
 /* ---- for the layers above ----
-   The relay gives a client with a long command a reader of its own. */
+   A link skips a reply that the reader refuses, where the end is known. The relay gives a client
+   with a long command a reader of its own. */
+
+/* Whether vkp_i_skip finds the end of the frame that the reader refused. */
+static bool vkp_i_reader_is_end_known(const vkp_resp_reader *reader)
+{
+    return reader->status != VKP_OK && reader->end_known;
+}
 
 #define VKP_I_READER_DEEP 64 /* values that are cheap to read again from the start of the frame */
 
@@ -10836,28 +10952,37 @@ static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_res
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-frame   The length of a frame
+   >>impl-frame   The end of a frame
    ======================================================================================
-   Finds the end of a frame without building values: no allocation, no recursion, any thread. The
-   input passed a strict reader before, so only bounds are checked here, not the grammar. Skip
-   functions return the offset behind the skipped bytes, or 0 when the input ends before. */
+   Finds the end of a frame without building values: no allocation, no recursion, any thread. Only
+   bounds are checked here, not the grammar: the input passed a strict reader before, or a reader
+   refused one of its values, whose end can be found all the same.
+   A vkp_i_skip continues where it stopped when more bytes have arrived, so that a long frame in
+   many pieces costs each byte once.                                                           */
 
-/* Skip to behind the next LF. 0: there is none. */
-static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
-{
-    const void *lf = at < len ? memchr(data + at, '\n', len - at) : NULL;
-    return lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
-}
+/* Where the search for the end of a frame is; all zero at the start of the frame. */
+typedef struct vkp_i_skip {
+    size_t at;          /* offset of the next header; at the end: behind the frame */
+    size_t line_seen;   /* bytes behind `at` that hold no LF */
+    uint64_t remaining; /* values that are not complete, the root included */
+    bool inside;        /* `at` is behind the header of the value */
+    bool attribute;     /* the value is an attribute: the frame goes on behind it */
+} vkp_i_skip;
 
-/* Skip the header at `at` and the bytes that belong to the value itself. *elements is the number of
-   elements that follow. 0: incomplete. */
-static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64_t *elements)
+/* Skip the header at `at` and the bytes that belong to the value itself; the first *seen bytes hold
+   no LF. *elements is the number of elements that follow. Returns the offset behind. 0: incomplete,
+   and *seen grows while the LF is missing.                                                    */
+static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, size_t *seen,
+                              uint64_t *elements)
 {
-    size_t body = at < len ? vkp_i_skip_line(data, len, at + 1) : 0;
+    size_t from = at + VKP_I_MAX(*seen, (size_t)1);
+    const void *lf = from < len ? memchr(data + from, '\n', len - from) : NULL;
+    size_t body = lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
     uint64_t number = 0;
     size_t i;
     *elements = 0;
     if (body == 0) {
+        *seen = at < len ? len - at : 0;
         return 0;
     }
     for (i = at + 1; i < body && data[i] >= '0' && data[i] <= '9'; i++) {
@@ -10885,54 +11010,101 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64
     }
 }
 
-/* Whether the push whose elements start at `at` is a message. The aggregate around such a push does
-   not count it as an element. */
-static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
+/* Whether the push whose elements start at `at` is no element of the aggregate around it. The kind
+   must be complete.                                                                           */
+static bool vkp_i_skip_is_uncounted(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t elements;
-    size_t end = vkp_i_skip_head(data, len, at, &elements);
+    size_t seen = 0;
+    size_t end = vkp_i_skip_head(data, len, at, &seen, &elements);
     size_t text;
     if (end < at + 3) {
         return false;
     }
-    text = data[at] == '+' ? at + 1 : vkp_i_skip_line(data, len, at + 1);
+    text = data[at] == '+'
+               ? at + 1
+               : (size_t)((const uint8_t *)memchr(data + at, '\n', end - at) - data) + 1;
     text += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
-    return text < end - 2 && vkp_i_is_message_kind((const char *)data + text, end - 2 - text);
+    return text < end - 2 && vkp_i_is_uncounted_kind((const char *)data + text, end - 2 - text);
 }
 
-/* Skip the value at `at` with all its elements; attributes before elements are not counted as
-   elements. 0: incomplete. */
-static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
+/* Continue to the end of the value at the start of data; an attribute before an element is not
+   counted as one. True: skip->at is the offset behind it. False: more bytes are needed.       */
+static bool vkp_i_skip_value(vkp_i_skip *skip, const uint8_t *data, size_t len)
 {
-    uint64_t remaining = 1;
-    bool root = true;
-    while (remaining > 0) {
-        uint64_t elements;
-        size_t body = vkp_i_skip_head(data, len, at, &elements);
-        if (body == 0) {
-            return 0;
-        }
-        remaining += elements;
-        if (root ||
-            (data[at] != '|' && (data[at] != '>' || !vkp_i_skip_is_message(data, len, body)))) {
-            remaining--;
-        }
-        root = false;
-        at = body;
+    if (!skip->inside) {
+        skip->remaining = 1;
     }
-    return at;
+    while (skip->remaining > 0) {
+        uint64_t elements;
+        uint64_t none;
+        size_t seen = 0;
+        bool counts = true;
+        size_t body = vkp_i_skip_head(data, len, skip->at, &skip->line_seen, &elements);
+        if (body == 0) {
+            return false;
+        }
+        if (skip->inside && data[skip->at] == '|') {
+            counts = false;
+        } else if (skip->inside && data[skip->at] == '>') {
+            if (vkp_i_skip_head(data, len, body, &seen, &none) == 0) { /* the kind decides */
+                return false;
+            }
+            counts = !vkp_i_skip_is_uncounted(data, len, body);
+        }
+        skip->remaining += elements;
+        skip->remaining -= counts ? 1u : 0u;
+        skip->inside = true;
+        skip->line_seen = 0;
+        skip->at = body;
+    }
+    return true;
+}
+
+/* Continue to the end of the frame: its attributes, then its value. True: skip->at is the offset
+   behind it. False: more bytes are needed.                                                    */
+static bool vkp_i_skip_frame(vkp_i_skip *skip, const uint8_t *data, size_t len)
+{
+    do {
+        if (!skip->inside && skip->at < len) {
+            skip->attribute = data[skip->at] == '|';
+        }
+        if (!vkp_i_skip_value(skip, data, len)) {
+            return false;
+        }
+        skip->inside = false;
+    } while (skip->attribute);
+    return true;
 }
 
 VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
 {
-    size_t at = 0;
-    while (at < len && data[at] == '|') {
-        at = vkp_i_skip_value(data, len, at);
-        if (at == 0) {
-            return 0;
+    vkp_i_skip skip = VKP_ZERO;
+    return vkp_i_skip_frame(&skip, data, len) ? skip.at : 0;
+}
+
+/* The next push at or behind `from` that is inside the whole frame but no element of it: its bytes
+   are [*begin, *end). False: there is none.                                                   */
+static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *begin, size_t *end)
+{
+    const uint8_t *data = frame->data;
+    size_t len = frame->len;
+    while (from < len) {
+        uint64_t elements;
+        size_t seen = 0;
+        size_t body = vkp_i_skip_head(data, len, from, &seen, &elements);
+        if (body == 0) {
+            return false; /* not the case in a whole frame */
         }
+        if (from > 0 && data[from] == '>' && vkp_i_skip_is_uncounted(data, len, body)) {
+            vkp_i_skip skip = VKP_ZERO;
+            *begin = from;
+            *end = vkp_i_skip_value(&skip, data + from, len - from) ? from + skip.at : len;
+            return true;
+        }
+        from = body;
     }
-    return vkp_i_skip_value(data, len, at);
+    return false;
 }
 
 #endif /* VKP_I_IO */
@@ -15968,10 +16140,16 @@ VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
         return "other";
     case VKP_PUSH_CONNECTED:
         return "connected";
+    case VKP_PUSH_CONNECT_FAILED:
+        return "connect-failed";
     case VKP_PUSH_DISCONNECTED:
         return "disconnected";
     case VKP_PUSH_RECONNECTED:
         return "reconnected";
+    case VKP_PUSH_REFUSED:
+        return "refused";
+    case VKP_PUSH_LOST:
+        return "lost";
     case VKP_PUSH_GAP:
         return "gap";
     case VKP_PUSH_LAGGED:
@@ -16004,6 +16182,12 @@ VKP_API void vkp_push_drop(void *user, void *push)
 static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
 {
     return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
+}
+
+/* Whether the push is an event of the client, which no server sends. */
+static bool vkp_i_push_kind_is_event(vkp_push_kind kind)
+{
+    return kind >= VKP_PUSH_CONNECTED;
 }
 
 /* One kind of push as a server writes it. */
@@ -16046,6 +16230,33 @@ static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form
     }
 }
 
+/* Copy the bytes to *end, which moves behind them; returns a view of the copy. */
+static vkp_str vkp_i_put_copy(char **end, vkp_str text)
+{
+    vkp_str copy = vkp_i_str(*end, text.len);
+    if (text.len > 0) {
+        memcpy(*end, text.ptr, text.len);
+    }
+    *end += text.len;
+    return copy;
+}
+
+/* Make the event own its texts: copies of channel and payload in a block that its frame, of no
+   bytes, refers to. False: no memory; the event is unchanged.                                 */
+static bool vkp_i_push_own_texts(const vkp_env *env, vkp_push *event)
+{
+    vkp_block *block = vkp_i_block_open(env, event->channel.len + event->payload.len);
+    char *end;
+    if (block == NULL) {
+        return false;
+    }
+    end = (char *)vkp_i_block_data(block);
+    event->channel = vkp_i_put_copy(&end, event->channel);
+    event->payload = vkp_i_put_copy(&end, event->payload);
+    event->frame.block = block;
+    return true;
+}
+
 VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 {
     size_t i;
@@ -16081,47 +16292,46 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-client   A connection to a server, shared by many threads
+   >>impl-link   One connection to a server, and the requests in flight on it
    ======================================================================================
-   Any thread appends requests to `submitted` under the mutex and queues the client's task. The
-   task runs on the loop's thread: it takes the list, writes each request's bytes and moves the
-   request to `flight`, the requests that wait for their replies, oldest first. A reply completes
-   the oldest request. The server answers SUBSCRIBE and UNSUBSCRIBE not with a reply but with one
-   push, in its place among the replies: that push completes the oldest request too, when kind
-   and name match.
-   The mutex guards `submitted`, `queued_bytes`, `accepting`, `ended`, `task_queued`,
-   `close_wanted`, `error`, and the links between requests and one-shots; every other field
-   belongs to the loop's thread. Under the mutex only the loop's lock-free queue and a one-shot
-   are used.
-   Callbacks run on the loop's thread without the mutex, and any callback may close the client:
-   code behind a callback checks `closed`.                                                     */
+   A link connects, lets the handshake log in (see impl-handshake), writes requests, and hands each
+   answer to the request that it belongs to. Its owner embeds it and is called by vkp_i_link_ops.
+   Loop's thread only; no lock is held. Every callback may close the link: code behind a callback
+   checks `conn`.
+   Requests wait in `flight`, oldest first, because a server answers in order. What answers a
+   request depends on what it expects:
+     REPLIES  `due` replies; the last one settles it.
+     NAMES    SUBSCRIBE: one push for each of `due` names, or one error for all.
+     LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
+              error, or with a push and an error. So none of these settles it: the fence does.
+     FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
+              HELLO, in RESP2 the link's token from PING. The link writes it behind the LEAVES.
+   An answer that fits nothing means that replies and requests are out of step. The link fails then,
+   because every later reply would reach the wrong request.                                    */
 
-typedef enum vkp_i_request_kind {
-    VKP_I_REQUEST_COMMAND,     /* commands of the program */
-    VKP_I_REQUEST_HELLO,       /* ends the handshake: HELLO, or for RESP2 the PING behind AUTH */
-    VKP_I_REQUEST_LOGIN,       /* RESP2: AUTH */
-    VKP_I_REQUEST_NAME,        /* RESP2: CLIENT SETNAME, whose reply is ignored */
-    VKP_I_REQUEST_PING,        /* the heartbeat */
-    VKP_I_REQUEST_SUBSCRIBE,   /* sent for one interest */
-    VKP_I_REQUEST_UNSUBSCRIBE, /* sent for one interest */
-    VKP_I_REQUEST_WANT, /* vkp_client_subscribe: never written, adds to an interest's `wanted` */
-    VKP_I_REQUEST_LEAVE /* vkp_client_unsubscribe: never written, takes from `wanted` */
-} vkp_i_request_kind;
+typedef enum vkp_i_expect {
+    VKP_I_EXPECT_REPLIES = 0,
+    VKP_I_EXPECT_NAMES,
+    VKP_I_EXPECT_LEAVES,
+    VKP_I_EXPECT_FENCE
+} vkp_i_expect;
 
-/* One entry of `submitted`, `taken`, `flight`, `failed` or an interest's `waiters`. */
+/* What is asked of a server; a member of a larger struct. */
 typedef struct vkp_i_request {
     struct vkp_i_request *next; /* younger request of the list that holds this one */
-    vkp_client *client;         /* no reference */
-    vkp_i_request_kind kind;
-    uint32_t replies;      /* replies still to come; for a WANT that waits: confirmations */
-    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
-    vkp_bytes bytes;       /* the commands to write; for WANT and LEAVE the name */
-    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
-    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
-    void (*done)(void *user, vkp_status status); /* called with the outcome of a WANT, or NULL */
-    void *user;                                  /* argument of on_reply and of done */
-    vkp_sub_kind sub;                            /* kind of the name, for requests with a name */
-    struct vkp_i_interest *interest;             /* for SUBSCRIBE and UNSUBSCRIBE */
+    vkp_i_expect expect;        /* what answers it */
+    uint32_t due;               /* replies, or confirmations of names, still to come */
+    bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
+    uint64_t sent_ns;           /* when it was written, on the loop's clock */
+    vkp_bytes bytes;            /* the commands to write; empty once written */
+    /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
+    bool (*accept)(struct vkp_i_request *request, const vkp_push *push);
+    /* The request is out of flight; the callback owns it. OK: value and frame are the last reply,
+       or NULL when pushes or a fence settled it. REFUSED: value is the error that answered NAMES or
+       LEAVES. LIMIT: the reply was over a limit of the reader. Any other status: no answer. Value
+       and frame are valid until the callback returns.                                         */
+    void (*settle)(struct vkp_i_request *request, vkp_status status, const vkp_value *value,
+                   const vkp_bytes *frame);
 } vkp_i_request;
 
 /* A list of requests, oldest first. */
@@ -16130,18 +16340,1045 @@ typedef struct vkp_i_requests {
     vkp_i_request **end;  /* the NULL link where the next request is appended */
 } vkp_i_requests;
 
-/* A name that the program wants, or that still waits for a confirmation. The name is behind the
-   struct.                                                                                     */
-typedef struct vkp_i_interest {
-    vkp_i_map_node node; /* in client->interests; its key is the name */
-    vkp_sub_kind kind;
-    size_t wanted;    /* calls of vkp_client_subscribe minus those of vkp_client_unsubscribe */
-    size_t in_flight; /* SUBSCRIBE and UNSUBSCRIBE commands without an answer */
-    bool subscribed;  /* the last command sent is SUBSCRIBE, not UNSUBSCRIBE */
-    bool confirmed;   /* the server confirmed the subscription */
-    bool resuming;    /* subscribed again after an outage: the GAP event waits for the answer */
-    vkp_i_requests waiters; /* WANT requests that wait for an answer of the server */
-} vkp_i_interest;
+typedef struct vkp_i_link vkp_i_link;
+
+typedef struct vkp_i_link_ops {
+    void (*on_ready)(vkp_i_link *link);                      /* the handshake succeeded */
+    void (*on_push)(vkp_i_link *link, const vkp_push *push); /* a push that answers no request */
+    /* The connection, or the try to connect, ended, and `error` says why. The requests in flight
+       are still there: the owner settles them.                                                */
+    void (*on_down)(vkp_i_link *link);
+    void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
+    void (*release)(vkp_i_link *link); /* one reference less */
+} vkp_i_link_ops;
+
+#define VKP_I_LINK_ERROR_BYTES 160 /* text of vkp_i_link.error, terminated */
+#define VKP_I_TOKEN_BYTES 33       /* text of vkp_i_link.token, terminated */
+
+/* Where the handshake is. */
+typedef enum vkp_i_stage {
+    VKP_I_STAGE_CONNECTING = 0, /* no byte was sent */
+    VKP_I_STAGE_HELLO,          /* HELLO 3 waits for its answer */
+    VKP_I_STAGE_LOGIN,          /* RESP2: AUTH and PING wait for their answers */
+    VKP_I_STAGE_SETUP,          /* SELECT and the commands of the config wait for their answers */
+    VKP_I_STAGE_READY
+} vkp_i_stage;
+
+struct vkp_i_link {
+    const vkp_env *env;
+    vkp_loop *loop;                  /* the owner's */
+    const vkp_client_config *config; /* the owner's, defaults filled in */
+    const vkp_i_link_ops *ops;
+    vkp_conn *conn;          /* NULL: down */
+    vkp_resp_reader *reader; /* reads replies and pushes */
+    vkp_block *out;          /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;   /* written requests that wait for answers, oldest first */
+    vkp_i_stage stage;
+    uint32_t protocol;  /* 2 or 3; 0 before the first handshake */
+    uint32_t steps;     /* requests of the handshake's stage that are not settled */
+    bool authenticated; /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool subscribed;    /* RESP2: an array may be a push; set by the owner */
+    bool fence_wanted;  /* LEAVES were written and no fence behind them */
+    bool fence_queued;  /* fence_task is deferred */
+    bool skipping;      /* the reader refused the reply that `skip` passes over */
+    uint32_t errors;    /* errors that answered LEAVES since the last fence */
+    uint64_t heard_ns;  /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t ready_ns;  /* when the handshake succeeded */
+    int64_t id;         /* the connection's id on the server; 0: not known */
+    vkp_str username;   /* of this try; the owner's memory */
+    vkp_str password;
+    vkp_i_task fence_task;
+    vkp_i_skip skip;
+    char hello_words[VKP_I_LINK_ERROR_BYTES]; /* HELLO's error, when the handshake went on */
+    char token[VKP_I_TOKEN_BYTES];            /* PING's argument in a fence */
+    char error[VKP_I_LINK_ERROR_BYTES]; /* what ended the last connection or try; "" at first */
+};
+
+/* ---- lists of requests ---- */
+
+static void vkp_i_requests_init(vkp_i_requests *list)
+{
+    list->first = NULL;
+    list->end = &list->first;
+}
+
+static void vkp_i_requests_append(vkp_i_requests *list, vkp_i_request *request)
+{
+    request->next = NULL;
+    *list->end = request;
+    list->end = &request->next;
+}
+
+static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
+{
+    vkp_i_request *first = list->first;
+    if (first != NULL) {
+        list->first = first->next;
+        if (list->first == NULL) {
+            list->end = &list->first;
+        }
+    }
+    return first;
+}
+
+/* Append all requests of `from` to `to`. */
+static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
+{
+    if (from->first != NULL) {
+        *to->end = from->first;
+        to->end = from->end;
+        vkp_i_requests_init(from);
+    }
+}
+
+/* ---- ending ---- */
+
+/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
+   requests in flight stay. */
+static void vkp_i_link_close(vkp_i_link *link)
+{
+    vkp_conn *conn = link->conn;
+    link->conn = NULL;
+    link->stage = VKP_I_STAGE_CONNECTING;
+    link->fence_wanted = false;
+    link->skipping = false;
+    link->errors = 0;
+    if (conn != NULL) {
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+    vkp_resp_reader_reset(link->reader);
+}
+
+/* The link failed: why is the reason, words are the server's, or of no length. */
+static void vkp_i_link_fail(vkp_i_link *link, const char *why, vkp_str words)
+{
+    int len = (int)VKP_I_MIN(words.len, sizeof link->error);
+    (void)snprintf(link->error, sizeof link->error, "%s%s%.*s", why, len > 0 ? ": " : "", len,
+                   len > 0 ? words.ptr : "");
+    vkp_i_link_close(link); /* ends the memory of words */
+    link->ops->on_down(link);
+}
+
+/* The same without words of the server. */
+static void vkp_i_link_lose(vkp_i_link *link, const char *why)
+{
+    vkp_i_link_fail(link, why, vkp_i_str(NULL, 0));
+}
+
+/* ---- writing ---- */
+
+#define VKP_I_GATHER 2048u        /* commands up to this size are copied together */
+#define VKP_I_GATHER_BLOCK 16384u /* capacity of the block that gathers small commands */
+
+/* Queue commands on the connection; small ones are copied behind each other, which makes one
+   range to write.                                                                             */
+static vkp_status vkp_i_link_write(vkp_i_link *link, const vkp_bytes *bytes)
+{
+    vkp_bytes part = *bytes;
+    vkp_block *out = link->out;
+    if (bytes->len <= VKP_I_GATHER) {
+        if (out != NULL && vkp_i_block_is_mine(out)) {
+            out->len = 0;
+        }
+        if (out == NULL || out->capacity - out->len < bytes->len) {
+            vkp_i_block_unref(out);
+            out = vkp_i_block_open(link->env, VKP_I_GATHER_BLOCK);
+            link->out = out;
+        }
+        if (out != NULL) {
+            part.data = vkp_i_block_data(out) + out->len;
+            part.block = out;
+            memcpy(vkp_i_block_data(out) + out->len, bytes->data, bytes->len);
+            out->len += bytes->len;
+        }
+    }
+    return vkp_conn_send(link->conn, &part);
+}
+
+static bool vkp_i_link_put_fence(vkp_i_link *link);
+
+/* Write a request and append it to `flight`. False: not connected or no memory; it stays the
+   caller's.                                                                                   */
+static bool vkp_i_link_start(vkp_i_link *link, vkp_i_request *request)
+{
+    if (link->conn == NULL) {
+        return false;
+    }
+    if (link->fence_wanted && request->expect != VKP_I_EXPECT_LEAVES &&
+        request->expect != VKP_I_EXPECT_FENCE && !vkp_i_link_put_fence(link)) {
+        return false;
+    }
+    if (vkp_i_link_write(link, &request->bytes) != VKP_OK) {
+        return false;
+    }
+    vkp_bytes_unref(&request->bytes);
+    request->sent_ns = link->loop->now_ns;
+    vkp_i_requests_append(&link->flight, request);
+    if (request->expect == VKP_I_EXPECT_LEAVES) {
+        link->fence_wanted = true;
+        if (!link->fence_queued) {
+            link->fence_queued = true;
+            link->ops->hold(link);
+            vkp_i_loop_defer(link->loop, &link->fence_task);
+        }
+    }
+    return true;
+}
+
+static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, argc);
+    for (i = 0; i < argc; i++) {
+        vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
+    }
+}
+
+/* Put one command into the request. NOMEM, or LIMIT: 4 GiB. */
+static vkp_status vkp_i_request_put(vkp_i_request *request, const vkp_env *env, size_t argc,
+                                    const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_resp_writer_take(&writer, &request->bytes);
+}
+
+/* ---- fences ---- */
+
+/* A fence, with the environment that frees it. */
+typedef struct vkp_i_fence {
+    vkp_i_request request;
+    const vkp_env *env;
+} vkp_i_fence;
+
+static void vkp_i_fence_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                const vkp_bytes *frame)
+{
+    vkp_i_fence *fence = VKP_CONTAINER(request, vkp_i_fence, request);
+    (void)status;
+    (void)value;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(fence->env, fence, sizeof *fence);
+}
+
+/* Write a fence behind the LEAVES. False: no memory. */
+static bool vkp_i_link_put_fence(vkp_i_link *link)
+{
+    vkp_i_fence *fence = (vkp_i_fence *)vkp_i_alloc_zero(link->env, sizeof *fence);
+    vkp_str argv[2];
+    if (fence == NULL) {
+        return false;
+    }
+    fence->env = link->env;
+    fence->request.expect = VKP_I_EXPECT_FENCE;
+    fence->request.settle = vkp_i_fence_settled;
+    /* Every user may send HELLO, also while a script runs or a data set is loaded. */
+    argv[0] = vkp_str_of(link->protocol == 3 ? "HELLO" : "PING");
+    argv[1] = vkp_str_of(link->token);
+    if (vkp_i_request_put(&fence->request, link->env, link->protocol == 3 ? 1 : 2, argv) !=
+            VKP_OK ||
+        !vkp_i_link_start(link, &fence->request)) {
+        vkp_i_fence_settled(&fence->request, VKP_ERR_NOMEM, NULL, NULL);
+        return false;
+    }
+    link->fence_wanted = false;
+    return true;
+}
+
+/* The end of the round in which LEAVES were written. */
+static void vkp_i_link_fence_task(vkp_i_task *task)
+{
+    vkp_i_link *link = VKP_CONTAINER(task, vkp_i_link, fence_task);
+    link->fence_queued = false;
+    if (link->fence_wanted && link->conn != NULL && !vkp_i_link_put_fence(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+    link->ops->release(link);
+}
+
+/* The value behind a key of a map, or of an array of keys and values; NULL: there is none. */
+static const vkp_value *vkp_i_map_value(const vkp_value *map, const char *key)
+{
+    const vkp_value *at =
+        map->type == VKP_RESP_MAP || map->type == VKP_RESP_ARRAY ? vkp_value_get_first(map) : NULL;
+    while (at != NULL) {
+        const vkp_value *value = vkp_value_get_next(map, at);
+        if (vkp_value_is_text(at, vkp_str_of(key))) {
+            return value;
+        }
+        at = vkp_value_get_next(map, value);
+    }
+    return NULL;
+}
+
+/* Whether the reply is the one of the link's fence. */
+static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
+{
+    const vkp_value *last = value;
+    if (link->protocol == 3) {
+        const vkp_value *id = vkp_i_map_value(value, "id");
+        return vkp_i_map_value(value, "proto") != NULL &&
+               (link->id == 0 || (id != NULL && id->u.integer == link->id));
+    }
+    if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
+        last = vkp_value_get_next(value, vkp_value_get_first(value));
+    }
+    return last->type == VKP_RESP_STRING && vkp_value_is_text(last, vkp_str_of(link->token));
+}
+
+/* A reply while LEAVES are the oldest requests: one of their errors, or the fence. */
+static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
+{
+    vkp_conn *conn = link->conn;
+    vkp_i_request *request;
+    uint32_t leaves = 0;
+    uint32_t answered = 0;
+    for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        leaves++;
+        answered += request->answered ? 1u : 0u;
+    }
+    if (value->type == VKP_RESP_ERROR) {
+        vkp_str words = vkp_value_get_str(value);
+        if (++link->errors > leaves) {
+            vkp_i_link_lose(link, "an error that nothing can have caused");
+            return;
+        }
+        /* The oldest without a push is refused; when all have theirs, it is a second answer. */
+        request = link->flight.first;
+        while (answered < leaves && request->answered) {
+            request = request->next;
+        }
+        if (answered < leaves) {
+            request->answered = true;
+            /* Not subscribed, or not served here any more: what was asked for is so. */
+            request->due =
+                vkp_i_starts_with(words, "NOSUB") || vkp_i_starts_with(words, "MOVED") ? 1 : 0;
+        }
+        return;
+    }
+    if (request == NULL || request->expect != VKP_I_EXPECT_FENCE ||
+        !vkp_i_link_is_fence(link, value)) {
+        vkp_i_link_lose(link, "a reply where an unsubscription was due");
+        return;
+    }
+    link->errors = 0;
+    while (link->conn == conn && leaves-- > 0) {
+        request = vkp_i_requests_pop(&link->flight);
+        request->settle(request, request->due == 0 ? VKP_ERR_REFUSED : VKP_OK, NULL, NULL);
+    }
+    if (link->conn == conn) {
+        request = vkp_i_requests_pop(&link->flight);
+        request->settle(request, VKP_OK, value, NULL);
+    }
+}
+
+/* ---- reading ---- */
+
+/* A reply arrived: it belongs to the oldest request in flight. */
+static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_i_request *oldest = link->flight.first;
+    if (oldest == NULL) {
+        vkp_i_link_lose(link, "a reply that nobody asked for");
+        return;
+    }
+    switch (oldest->expect) {
+    case VKP_I_EXPECT_REPLIES:
+        if (--oldest->due == 0) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_OK, value, frame);
+        }
+        break;
+    case VKP_I_EXPECT_NAMES:
+        if (value->type == VKP_RESP_ERROR) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_ERR_REFUSED, value, frame);
+        } else {
+            vkp_i_link_lose(link, "a reply where a confirmation was due");
+        }
+        break;
+    case VKP_I_EXPECT_LEAVES:
+    case VKP_I_EXPECT_FENCE: /* without LEAVES before it never the oldest */
+        vkp_i_link_leaves_reply(link, value);
+        break;
+    }
+}
+
+/* Whether a push of the UNSUBSCRIBE family answers one of the LEAVES at the head of the flight. */
+static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
+{
+    vkp_i_request *request;
+    for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        if (!request->answered) {
+            request->answered = true; /* before accept, whose callbacks may end the request */
+            if (push->channel.ptr == NULL || request->accept(request, push)) {
+                return true;
+            }
+            request->answered = false;
+        }
+    }
+    return false;
+}
+
+/* A push arrived: it answers a request in flight, or is the owner's. */
+static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    vkp_i_request *oldest = link->flight.first;
+    vkp_push push;
+    if (vkp_push_from_value(value, &push) != VKP_OK) {
+        return; /* the reader rejects such a push */
+    }
+    push.frame = *frame;
+    if (push.kind == VKP_PUSH_SUBSCRIBED && oldest != NULL &&
+        oldest->expect == VKP_I_EXPECT_NAMES) {
+        if (!oldest->accept(oldest, &push)) {
+            vkp_i_link_lose(link, "a confirmation of another name than was due");
+        } else if (link->conn == conn && --oldest->due == 0) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_OK, NULL, NULL);
+        }
+        return;
+    }
+    if (push.kind == VKP_PUSH_UNSUBSCRIBED && vkp_i_link_push_leaves(link, &push)) {
+        return;
+    }
+    link->ops->on_push(link, &push);
+}
+
+/* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
+   one while something is subscribed, or while a SUBSCRIBE or UNSUBSCRIBE waits for its answer. */
+static bool vkp_i_link_is_push2(const vkp_i_link *link, const vkp_value *value)
+{
+    vkp_push push;
+    const vkp_i_request *oldest = link->flight.first;
+    bool due = oldest != NULL &&
+               (oldest->expect == VKP_I_EXPECT_NAMES || oldest->expect == VKP_I_EXPECT_LEAVES);
+    return link->protocol == 2 && value->type == VKP_RESP_ARRAY && (link->subscribed || due) &&
+           vkp_push_from_value(value, &push) == VKP_OK && push.kind != VKP_PUSH_OTHER;
+}
+
+/* Read bytes that hold one whole value. */
+static const vkp_value *vkp_i_link_reread(vkp_i_link *link, const vkp_bytes *bytes)
+{
+    const vkp_value *value = NULL;
+    size_t consumed;
+    return vkp_resp_reader_scan(link->reader, bytes->data, bytes->len, &value, &consumed) == VKP_OK
+               ? value
+               : NULL;
+}
+
+/* A reply with pushes inside: each is handled as if it had arrived before the reply, with its own
+   bytes as its frame; then the reply, without them. False: no memory.                          */
+static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    vkp_bytes rest = *frame;
+    const vkp_value *value = NULL;
+    uint8_t *to;
+    size_t from = 0;
+    size_t begin;
+    size_t end;
+    rest.block = vkp_i_block_open(link->env, frame->len);
+    if (rest.block == NULL) {
+        return false;
+    }
+    rest.data = vkp_i_block_data(rest.block);
+    to = vkp_i_block_data(rest.block);
+    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
+        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
+        memcpy(to, frame->data + from, begin - from);
+        to += begin - from;
+        from = end;
+        value = vkp_i_link_reread(link, &push);
+        if (value != NULL) {
+            vkp_i_link_push(link, value, &push);
+        }
+        vkp_bytes_unref(&push);
+    }
+    memcpy(to, frame->data + from, frame->len - from);
+    to += frame->len - from;
+    rest.len = (size_t)(to - rest.data);
+    rest.block->len = rest.len;
+    if (link->conn == conn) {
+        value = vkp_i_link_reread(link, &rest);
+        if (value != NULL) {
+            vkp_i_link_reply(link, value, &rest);
+        }
+    }
+    vkp_bytes_unref(&rest);
+    return value != NULL || link->conn != conn;
+}
+
+/* One whole value arrived: a push or a reply. */
+static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
+        vkp_i_link_push(link, value, frame);
+    } else if (value->i_has_nested == 0) {
+        vkp_i_link_reply(link, value, frame);
+    } else if (!vkp_i_link_unnest(link, frame)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* The reader refused the frame that begins at data. Begin to skip it, if it is the reply of a
+   command and its end can be found; otherwise the link fails.                                 */
+static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data)
+{
+    const vkp_i_request *oldest = link->flight.first;
+    bool push = data[0] == '>' || (link->protocol == 2 && link->subscribed && data[0] == '*');
+    uint64_t position;
+    const char *reason = vkp_resp_reader_get_error(link->reader, &position);
+    if (status == VKP_ERR_NOMEM) {
+        vkp_i_link_lose(link, "out of memory");
+    } else if (vkp_i_reader_is_end_known(link->reader) && !push && oldest != NULL &&
+               oldest->expect == VKP_I_EXPECT_REPLIES) {
+        vkp_i_log(link->env, VKP_LOG_WARN, "%s: a reply is dropped: %s", link->config->address.ptr,
+                  reason);
+        memset(&link->skip, 0, sizeof link->skip);
+        link->skipping = true;
+    } else {
+        vkp_i_log(link->env, VKP_LOG_ERROR, "%s: bad reply: %s", link->config->address.ptr, reason);
+        vkp_i_link_fail(link, "the server broke the protocol", vkp_str_of(reason));
+    }
+}
+
+/* Continue behind a reply that the reader refused. Returns its bytes, or 0: more are needed. */
+static size_t vkp_i_link_skip(vkp_i_link *link, const uint8_t *data, size_t len)
+{
+    vkp_i_request *oldest = link->flight.first;
+    if (!vkp_i_skip_frame(&link->skip, data, len)) {
+        if (len > link->reader->config.max_frame_bytes) {
+            vkp_i_link_lose(link, "a reply above max_frame_bytes");
+        }
+        return 0;
+    }
+    link->skipping = false;
+    vkp_resp_reader_reset(link->reader);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
+    }
+    return link->skip.at;
+}
+
+/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
+static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    size_t used = 0;
+    uint64_t now_ns = link->loop->now_ns;
+    link->ops->hold(link); /* a callback may give the last other reference back */
+    while (link->conn == conn && used < in->len) {
+        const vkp_value *value;
+        size_t consumed;
+        vkp_bytes frame;
+        vkp_status status;
+        if (link->skipping) {
+            consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
+            if (consumed == 0) {
+                break;
+            }
+            used += consumed;
+            continue;
+        }
+        status =
+            vkp_resp_reader_scan(link->reader, in->data + used, in->len - used, &value, &consumed);
+        if (status == VKP_ERR_EMPTY) {
+            break;
+        }
+        if (status != VKP_OK) {
+            vkp_i_link_refuse(link, status, in->data + used);
+            continue;
+        }
+        frame.data = in->data + used;
+        frame.len = consumed;
+        frame.block = in->block;
+        used += consumed;
+        vkp_i_link_value(link, value, &frame);
+    }
+    link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
+    link->ops->release(link);
+    return used;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-handshake   Logging in to a server
+   ======================================================================================
+   From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
+   them; anything else that a server does ends the link, and the owner tries again:
+     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2: LOGIN.
+     HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
+                 does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
+                 sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
+     LOGIN       send AUTH, SETNAME and PING. AUTH is refused, or PING is answered NOAUTH: the end.
+                 Another answer to PING: SETUP. Some users have no right to PING.
+     SETUP       send SELECT and the commands of the config. All answered as expected: READY.
+   Replies to CLIENT SETNAME and CLIENT SETINFO are ignored: they change nothing that matters. */
+
+/* What one request of the handshake is. */
+typedef enum vkp_i_step_kind {
+    VKP_I_STEP_HELLO,
+    VKP_I_STEP_AUTH,
+    VKP_I_STEP_PING,   /* the last one of LOGIN */
+    VKP_I_STEP_SELECT, /* must be answered by OK */
+    VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
+    VKP_I_STEP_ROLE,   /* RESP2 with a role in the config: HELLO's map did not say it */
+    VKP_I_STEP_IGNORED
+} vkp_i_step_kind;
+
+typedef struct vkp_i_step {
+    vkp_i_request request;
+    vkp_i_link *link;
+    vkp_i_step_kind kind;
+    size_t index; /* SETUP: of config->setup */
+} vkp_i_step;
+
+static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame);
+
+/* Send one command of the handshake. False: not connected or no memory. */
+static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index, size_t argc,
+                            const vkp_str *argv)
+{
+    vkp_i_step *step = (vkp_i_step *)vkp_i_alloc_zero(link->env, sizeof *step);
+    if (step == NULL) {
+        return false;
+    }
+    step->request.due = 1;
+    step->request.settle = vkp_i_step_settled;
+    step->link = link;
+    step->kind = kind;
+    step->index = index;
+    if (vkp_i_request_put(&step->request, link->env, argc, argv) != VKP_OK ||
+        !vkp_i_link_start(link, &step->request)) {
+        vkp_bytes_unref(&step->request.bytes);
+        vkp_i_free(link->env, step, sizeof *step);
+        return false;
+    }
+    link->steps += kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+    return true;
+}
+
+/* Whether the reply is an error that passes by itself, or a refusal that another form of login
+   would not change. */
+static bool vkp_i_words_are_passing(vkp_str words)
+{
+    static const char *const starts[] = {"BUSY",        "LOADING",  "MASTERDOWN",
+                                         "CLUSTERDOWN", "TRYAGAIN", "ERR max number of clients"};
+    size_t i;
+    for (i = 0; i < sizeof starts / sizeof starts[0]; i++) {
+        if (vkp_i_starts_with(words, starts[i])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether an error to HELLO comes from a server that knows HELLO. */
+static bool vkp_i_words_are_final(vkp_str words)
+{
+    return vkp_i_words_are_passing(words) || vkp_i_starts_with(words, "WRONGPASS") ||
+           vkp_i_starts_with(words, "NOPERM") || vkp_i_starts_with(words, "DENIED");
+}
+
+/* Send HELLO 3. False: not connected or no memory. */
+static bool vkp_i_link_hello(vkp_i_link *link, bool auth)
+{
+    vkp_str argv[8];
+    size_t argc = 0;
+    link->stage = VKP_I_STAGE_HELLO;
+    link->protocol = 3;
+    argv[argc++] = vkp_str_of("HELLO");
+    argv[argc++] = vkp_str_of("3");
+    if (auth && link->password.ptr != NULL) {
+        argv[argc++] = vkp_str_of("AUTH");
+        argv[argc++] = link->username.ptr != NULL ? link->username : vkp_str_of("default");
+        argv[argc++] = link->password;
+    }
+    if (link->config->name.ptr != NULL) {
+        argv[argc++] = vkp_str_of("SETNAME");
+        argv[argc++] = link->config->name;
+    }
+    return vkp_i_link_step(link, VKP_I_STEP_HELLO, 0, argc, argv);
+}
+
+/* Send AUTH, if there is a password. False: not connected or no memory. */
+static bool vkp_i_link_auth(vkp_i_link *link)
+{
+    vkp_str argv[3];
+    size_t argc = 0;
+    if (link->password.ptr == NULL) {
+        return true;
+    }
+    argv[argc++] = vkp_str_of("AUTH");
+    if (link->username.ptr != NULL) {
+        argv[argc++] = link->username;
+    }
+    argv[argc++] = link->password;
+    return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
+}
+
+/* The login of RESP2. False: not connected or no memory. */
+static bool vkp_i_link_login(vkp_i_link *link)
+{
+    vkp_str argv[3];
+    link->stage = VKP_I_STAGE_LOGIN;
+    link->protocol = 2;
+    if (!vkp_i_link_auth(link)) {
+        return false;
+    }
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("SETNAME");
+    argv[2] = link->config->name;
+    if (argv[2].ptr != NULL && !vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 3, argv)) {
+        return false;
+    }
+    argv[0] = vkp_str_of("PING");
+    return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
+}
+
+/* The commands of the config, after the login. False: not connected or no memory. */
+static bool vkp_i_link_setup(vkp_i_link *link)
+{
+    const vkp_client_config *config = link->config;
+    char digits[VKP_I_DIGITS];
+    size_t from;
+    vkp_str argv[2];
+    size_t i;
+    link->stage = VKP_I_STAGE_SETUP;
+    if (config->role != VKP_CLIENT_ROLE_ANY && link->protocol == 2) {
+        argv[0] = vkp_str_of("ROLE");
+        if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
+            return false;
+        }
+    }
+    if (config->database != 0) {
+        from = vkp_i_format_u64(digits, config->database);
+        argv[0] = vkp_str_of("SELECT");
+        argv[1] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+        if (!vkp_i_link_step(link, VKP_I_STEP_SELECT, 0, 2, argv)) {
+            return false;
+        }
+    }
+    for (i = 0; i < config->setup_count; i++) {
+        const vkp_client_setup *setup = &config->setup[i];
+        if (!vkp_i_link_step(link, VKP_I_STEP_SETUP, i, setup->argc, setup->argv)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+#define VKP_I_SETINFO_MAJOR 7 /* CLIENT SETINFO exists from 7.2 on */
+#define VKP_I_SETINFO_MINOR 2
+
+/* Whether the version of HELLO's reply, "7.2.4", is at least 7.2. */
+static bool vkp_i_has_setinfo(vkp_str version)
+{
+    unsigned parts[2] = {0, 0};
+    size_t part = 0;
+    size_t i;
+    for (i = 0; i < version.len && part < 2; i++) {
+        if (version.ptr[i] == '.') {
+            part++;
+        } else if (version.ptr[i] >= '0' && version.ptr[i] <= '9' && parts[part] < 10000) {
+            parts[part] = parts[part] * 10 + (unsigned)(version.ptr[i] - '0');
+        }
+    }
+    return parts[0] > VKP_I_SETINFO_MAJOR ||
+           (parts[0] == VKP_I_SETINFO_MAJOR && parts[1] >= VKP_I_SETINFO_MINOR);
+}
+
+/* Send the server the library's name and version. False: not connected or no memory. */
+static bool vkp_i_link_introduce(vkp_i_link *link)
+{
+    static const char *const infos[2][2] = {{"LIB-NAME", "valkey_push"},
+                                            {"LIB-VER", VKP_VERSION_STR}};
+    vkp_str argv[4];
+    int i;
+    for (i = 0; i < 2; i++) {
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("SETINFO");
+        argv[2] = vkp_str_of(infos[i][0]);
+        argv[3] = vkp_str_of(infos[i][1]);
+        if (!vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 4, argv)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether the role is the wanted one; if not the link fails. */
+static bool vkp_i_link_check_role(vkp_i_link *link, vkp_str role)
+{
+    bool primary = vkp_i_str_is(role, "master") || vkp_i_str_is(role, "primary");
+    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && role.len > 0 && !primary) {
+        vkp_i_link_fail(link, "not a primary but a", role);
+        return false;
+    }
+    return true;
+}
+
+/* HELLO was answered with a map, or an array of keys and values. */
+static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const vkp_value *proto)
+{
+    const vkp_value *id = vkp_i_map_value(value, "id");
+    link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
+    link->protocol = proto->u.integer == 2 ? 2 : 3;
+    if (!vkp_i_link_check_role(link, vkp_value_get_str(vkp_i_map_value(value, "role")))) {
+        return;
+    }
+    if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
+         !vkp_i_link_introduce(link)) ||
+        !vkp_i_link_setup(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* HELLO was answered. */
+static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
+{
+    const vkp_value *proto = vkp_i_map_value(value, "proto");
+    vkp_str words = vkp_value_get_str(value);
+    bool ok;
+    if (proto != NULL && proto->type == VKP_RESP_INTEGER) {
+        vkp_i_link_greeted(link, value, proto);
+        return;
+    }
+    if (value->type == VKP_RESP_ERROR) {
+        bool no_auth = vkp_i_starts_with(words, "NOAUTH");
+        if (vkp_i_words_are_final(words) ||
+            (no_auth && (link->password.ptr == NULL || link->authenticated))) {
+            vkp_i_link_fail(link, "the server refused the handshake", words);
+            return;
+        }
+        (void)snprintf(link->hello_words, sizeof link->hello_words, "%.*s",
+                       (int)VKP_I_MIN(words.len, sizeof link->hello_words), words.ptr);
+        if (no_auth) {
+            link->authenticated = true;
+            ok = vkp_i_link_auth(link) && vkp_i_link_hello(link, false);
+            if (!ok) {
+                vkp_i_link_lose(link, "out of memory");
+            }
+            return;
+        }
+    }
+    if (!vkp_i_link_login(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* Check the reply to a command of the config. */
+static void vkp_i_link_setup_reply(vkp_i_link *link, const vkp_i_step *step, const vkp_value *value)
+{
+    static const vkp_client_setup select = {2, NULL, {"OK", 2}, false};
+    const vkp_client_setup *setup =
+        step->kind == VKP_I_STEP_SETUP ? &link->config->setup[step->index] : &select;
+    vkp_str name = step->kind == VKP_I_STEP_SETUP ? setup->argv[0] : vkp_str_of("SELECT");
+    char why[64];
+    if (setup->optional ||
+        (value->type != VKP_RESP_ERROR &&
+         (setup->expect.ptr == NULL || vkp_value_is_text(value, setup->expect)))) {
+        return;
+    }
+    (void)snprintf(why, sizeof why, "%.*s was answered", (int)VKP_I_MIN(name.len, (size_t)32),
+                   name.ptr);
+    vkp_i_link_fail(link, why,
+                    value->type == VKP_RESP_ERROR || value->type == VKP_RESP_STRING
+                        ? vkp_value_get_str(value)
+                        : vkp_str_of("otherwise than expected"));
+}
+
+/* One step of the handshake is answered. */
+static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, const vkp_value *value)
+{
+    vkp_str words = vkp_value_get_str(value);
+    bool failed = value->type == VKP_RESP_ERROR;
+    switch (step->kind) {
+    case VKP_I_STEP_HELLO:
+        vkp_i_link_hello_reply(link, value);
+        break;
+    case VKP_I_STEP_AUTH:
+        if (failed) {
+            vkp_i_link_fail(link, "the server refused the password", words);
+        }
+        break;
+    case VKP_I_STEP_PING:
+        if (failed && vkp_i_starts_with(words, "NOAUTH")) {
+            vkp_i_link_fail(link, "the server refused the handshake", words);
+        } else if (!vkp_i_link_setup(link)) {
+            vkp_i_link_lose(link, "out of memory");
+        }
+        break;
+    case VKP_I_STEP_ROLE:
+        if (!failed) {
+            (void)vkp_i_link_check_role(link, vkp_value_get_str(vkp_value_get_first(value)));
+        }
+        break;
+    case VKP_I_STEP_SELECT:
+    case VKP_I_STEP_SETUP:
+        vkp_i_link_setup_reply(link, step, value);
+        break;
+    case VKP_I_STEP_IGNORED:
+        break;
+    }
+}
+
+static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_step *step = VKP_CONTAINER(request, vkp_i_step, request);
+    vkp_i_link *link = step->link;
+    vkp_conn *conn = link->conn;
+    (void)frame;
+    if (status == VKP_ERR_LIMIT && step->kind != VKP_I_STEP_IGNORED) {
+        vkp_i_link_lose(link, "a reply over a limit in the handshake");
+    } else if (status == VKP_OK) {
+        link->steps -= step->kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+        vkp_i_link_step_reply(link, step, value);
+        if (conn != NULL && link->conn == conn && link->stage == VKP_I_STAGE_SETUP &&
+            link->steps == 0) {
+            link->stage = VKP_I_STAGE_READY;
+            link->ready_ns = link->loop->now_ns;
+            link->ops->on_ready(link);
+        }
+    }
+    vkp_bytes_unref(&step->request.bytes);
+    vkp_i_free(link->env, step, sizeof *step);
+}
+
+/* ---- connecting ---- */
+
+static void vkp_i_link_on_open(vkp_conn *conn, void *user)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    bool ok;
+    (void)conn;
+    link->ops->hold(link);
+    ok = link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
+    if (!ok) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+    link->ops->release(link);
+}
+
+/* Static text for a connection that failed or was lost. */
+static const char *vkp_i_link_why(int error)
+{
+    return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
+                                                    : "the connection was lost";
+}
+
+static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    if (conn != link->conn) { /* vkp_i_link_close closed it */
+        return;
+    }
+    if (reason == VKP_CLOSE_LOOP) {
+        return; /* the owner closes with the loop */
+    }
+    vkp_i_log(link->env, VKP_LOG_INFO, "%s: %s%s%s", link->config->address.ptr,
+              vkp_close_reason_str(reason), error != 0 ? ": " : "",
+              error != 0 ? strerror(error) : "");
+    link->ops->hold(link);
+    vkp_i_link_fail(link, vkp_i_link_why(error), vkp_str_of(link->hello_words));
+    link->ops->release(link);
+}
+
+static const vkp_conn_ops vkp_i_link_conn_ops = {
+    vkp_i_link_on_open, vkp_i_link_on_data, NULL, NULL, vkp_i_link_on_close, NULL};
+
+/* Begin to connect to the address, with these credentials (borrowed until on_down). On failure the
+   link is down, and on_down is not called.                                                    */
+static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str username,
+                                     vkp_str password)
+{
+    vkp_conn_config config;
+    memset(&config, 0, sizeof config);
+    config.ops = &vkp_i_link_conn_ops;
+    config.user = link;
+    config.loop_only = true;
+    config.input_bytes = VKP_I_BLOCK_MAX;
+    link->username = username;
+    link->password = password;
+    link->stage = VKP_I_STAGE_CONNECTING;
+    link->steps = 0;
+    link->authenticated = false;
+    link->subscribed = false;
+    link->id = 0;
+    link->hello_words[0] = '\0';
+    link->heard_ns = vkp_i_loop_now(link->loop);
+    return vkp_conn_connect(link->loop, address, &config, &link->conn);
+}
+
+/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
+static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
+                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    link->env = env;
+    link->loop = loop;
+    link->config = config;
+    link->ops = ops;
+    link->fence_task.fn = vkp_i_link_fence_task;
+    vkp_i_requests_init(&link->flight);
+    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
+                   (unsigned long long)sys->random_u64());
+    return vkp_resp_reader_open(&config->resp, &link->reader);
+}
+
+/* Free what the link has; it is closed and its flight is empty. */
+static void vkp_i_link_deinit(vkp_i_link *link)
+{
+    vkp_resp_reader_unref(link->reader);
+    vkp_i_block_unref(link->out);
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client   A client: what any thread submits
+   ======================================================================================
+   Any thread appends asks to `submitted` under the mutex and queues the client's task. The task
+   runs on the loop's thread: commands go to the link, which writes them and finds their replies;
+   calls of subscribe and unsubscribe go to the subscription table (impl-client-subscriptions).
+   The mutex guards `submitted`, `queued_bytes`, `accepting`, `ended`, `task_queued`,
+   `close_wanted`, `error`, and the links between asks and one-shots; every other field belongs to
+   the loop's thread. Under the mutex only the loop's lock-free queue and a one-shot are used.
+   Callbacks run on the loop's thread without the mutex, and any callback may close the client:
+   code behind a callback checks `closed`.                                                     */
+
+typedef enum vkp_i_ask_kind {
+    VKP_I_ASK_COMMAND, /* commands of the program */
+    VKP_I_ASK_WANT,    /* vkp_client_subscribe: never written, adds to an interest's `wanted` */
+    VKP_I_ASK_LEAVE    /* vkp_client_unsubscribe: never written, takes from `wanted` */
+} vkp_i_ask_kind;
+
+/* What the program asked of the client. */
+typedef struct vkp_i_ask {
+    vkp_i_request request; /* its bytes are the commands to write; for WANT and LEAVE the name */
+    vkp_client *client;    /* no reference */
+    vkp_i_ask_kind kind;
+    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
+    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
+    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
+    vkp_subscribe_fn done; /* called with the outcome of a WANT, or NULL */
+    void *user;            /* argument of on_reply and of done */
+    vkp_sub_kind sub;      /* kind of the name, for WANT and LEAVE */
+    vkp_status outcome;    /* of a WANT in client->reporting */
+} vkp_i_ask;
 
 struct vkp_reply {
     const vkp_env *env;
@@ -16151,66 +17388,90 @@ struct vkp_reply {
     vkp_value *values; /* the tree, behind the struct */
 };
 
-#define VKP_I_CLIENT_ERROR_BYTES 128 /* text of vkp_client_get_error, terminated */
-
 struct vkp_client {
     const vkp_env *env;
     vkp_loop *loop;           /* shared */
-    vkp_client_config config; /* its texts are copies */
+    vkp_client_config config; /* its texts and setup commands are copies */
     size_t refs;    /* atomic: one per handle, per one-shot, of the open loop, of the queued task */
     size_t users;   /* atomic: handles of the program; giving the last one back closes */
     uint32_t state; /* atomic: vkp_client_state */
-    uint32_t protocol;        /* atomic: 2 or 3 */
-    VKP_I_MUTEX mutex;        /* guards the fields from `submitted` to `error`, and request->slot */
-    vkp_i_requests submitted; /* requests that the loop has not taken; guarded by the mutex */
+    uint32_t protocol; /* atomic: the link's protocol: 2 or 3; 0 before the first handshake */
+    VKP_I_MUTEX mutex; /* guards the fields from `submitted` to `error`, and ask->slot */
+    vkp_i_requests submitted; /* asks that the loop has not taken; guarded by the mutex */
     size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
     bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
-    bool ended;               /* closed: every request gets CLOSED; guarded by the mutex */
+    bool ended;               /* closed: every ask gets CLOSED; guarded by the mutex */
     bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
     bool close_wanted;        /* `task` closes the client; guarded by the mutex */
-    char error[VKP_I_CLIENT_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
+    char error[VKP_I_LINK_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
-    bool closed;             /* vkp_i_client_close_now ran */
-    bool ready;              /* the handshake succeeded: requests are written */
-    bool outage;             /* from DISCONNECTED until the next connection has subscribed again */
-    bool gap_open;           /* messages may be missing since lost_ns; a GAP event ends it */
-    bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
-    bool falling_back;       /* the handshake is that of RESP2 */
-    bool ping_sent;          /* a heartbeat's PING waits for its reply */
-    vkp_i_task task;         /* works on `submitted`; queued by any thread */
-    vkp_i_attached attached; /* calls vkp_i_client_loop_closed */
-    vkp_conn *conn;          /* NULL: not connected */
-    vkp_resp_reader *reader; /* reads replies and pushes */
-    vkp_block *out;          /* small commands are gathered here: one range to write */
-    vkp_i_requests flight;   /* written requests that wait for replies, oldest first */
-    vkp_i_requests taken;    /* requests taken from `submitted`, not started */
-    vkp_i_requests failed;   /* failed requests whose callbacks were not called */
+    bool closed;              /* vkp_i_client_close_now ran */
+    bool begun;               /* the first try to connect has begun */
+    bool ready;               /* the link is ready: requests are written */
+    bool was_ready;           /* a handshake succeeded before: the next event is RECONNECTED */
+    bool failure_reported;    /* CONNECT_FAILED was emitted since the client was ready */
+    bool ping_sent;           /* a heartbeat's PING waits for its reply */
+    vkp_i_task task;          /* works on `submitted`; queued by any thread */
+    vkp_i_attached attached;  /* calls vkp_i_client_loop_closed */
+    vkp_i_link link;          /* the connection */
+    vkp_client_target target; /* copies: where the link connects to, and as whom */
+    vkp_i_requests taken;     /* asks taken from `submitted`, not started */
+    vkp_i_requests failed;    /* requests that failed and are not settled yet */
+    vkp_i_requests reporting; /* WANTs whose outcome is known and not reported yet */
+    bool is_reporting;        /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
-    size_t confirmed;                   /* number of interests that are `confirmed` */
-    size_t resuming;                    /* number of interests that are `resuming` */
-    uint64_t lost_ns;  /* start of the gap: the time of the first lost connection */
-    uint64_t heard_ns; /* time of the last bytes received */
-    uint64_t missed;   /* pushes without room in config.pushes since the last LAGGED */
-    uint32_t tries;    /* attempts to connect since the last READY */
-    vkp_timer timer;   /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
+    size_t held;                        /* number of interests that are HELD */
+    size_t resuming;                    /* number of interests with a gap whose answer is due */
+    uint64_t audited_ns;                /* when the server's counts last agreed with the table */
+    uint64_t missed; /* pushes without room in config.pushes since the last LAGGED */
+    uint32_t tries;  /* attempts to connect since the bound of the wait started again */
+    vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
 };
+
+/* Free the copies of the setup commands, the first `count` of them. */
+static void vkp_i_setup_free(const vkp_env *env, vkp_client_setup *setup, size_t count, size_t all)
+{
+    size_t i;
+    size_t j;
+    for (i = 0; i < count; i++) {
+        vkp_str *argv;
+        memcpy(&argv, &setup[i].argv, sizeof argv); /* the copies are not const */
+        for (j = 0; j < setup[i].argc; j++) {
+            vkp_i_free_str(env, argv[j]);
+        }
+        vkp_i_free(env, argv, setup[i].argc * sizeof *argv);
+        vkp_i_free_str(env, setup[i].expect);
+    }
+    vkp_i_free(env, setup, all * sizeof *setup);
+}
+
+static void vkp_i_target_free(const vkp_env *env, vkp_client_target *target)
+{
+    vkp_i_free_str(env, target->address);
+    vkp_i_free_str(env, target->username);
+    vkp_i_free_str(env, target->password);
+    memset(target, 0, sizeof *target);
+}
 
 static void vkp_i_client_free(vkp_client *client)
 {
     vkp_loop *loop = client->loop;
     const vkp_env *env = client->env;
+    vkp_client_setup *setup;
     int kind;
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&client->interests[kind]);
     }
-    vkp_resp_reader_unref(client->reader);
-    vkp_i_block_unref(client->out);
+    vkp_i_link_deinit(&client->link);
     vkp_mpsc_tx_unref(client->config.pushes);
     VKP_I_MUTEX_DEINIT(&client->mutex);
     vkp_i_free_str(env, client->config.address);
     vkp_i_free_str(env, client->config.username);
     vkp_i_free_str(env, client->config.password);
     vkp_i_free_str(env, client->config.name);
+    vkp_i_target_free(env, &client->target);
+    memcpy(&setup, &client->config.setup, sizeof setup); /* the copies are not const */
+    vkp_i_setup_free(env, setup, client->config.setup_count, client->config.setup_count);
     vkp_i_free(env, client, sizeof *client);
     vkp_loop_unref(loop);
 }
@@ -16221,6 +17482,11 @@ static void vkp_i_client_release(vkp_client *client)
     if (VKP_I_UNREF(&client->refs) == 1) {
         vkp_i_client_free(client);
     }
+}
+
+VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client)
+{
+    return (vkp_client_state)VKP_I_LOAD_ACQ(&client->state);
 }
 
 /* ---- replies ---- */
@@ -16291,110 +17557,96 @@ static void vkp_i_drop_reply(void *user, void *item)
     vkp_reply_unref(*(vkp_reply **)item);
 }
 
-/* ---- lists of requests ---- */
+/* ---- asks ---- */
 
-static void vkp_i_requests_init(vkp_i_requests *list)
-{
-    list->first = NULL;
-    list->end = &list->first;
-}
+static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                              const vkp_bytes *frame);
 
-static void vkp_i_requests_append(vkp_i_requests *list, vkp_i_request *request)
+static vkp_i_ask *vkp_i_ask_new(vkp_client *client, vkp_i_ask_kind kind)
 {
-    request->next = NULL;
-    *list->end = request;
-    list->end = &request->next;
-}
-
-static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
-{
-    vkp_i_request *first = list->first;
-    if (first != NULL) {
-        list->first = first->next;
-        if (list->first == NULL) {
-            list->end = &list->first;
-        }
+    vkp_i_ask *ask = (vkp_i_ask *)vkp_i_alloc_zero(client->env, sizeof *ask);
+    if (ask != NULL) {
+        ask->request.due = 1;
+        ask->request.settle = vkp_i_ask_settled;
+        ask->client = client;
+        ask->kind = kind;
     }
-    return first;
+    return ask;
 }
 
-/* Append all requests of `from` to `to`. */
-static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
+static void vkp_i_ask_free(vkp_i_ask *ask)
 {
-    vkp_i_request *request;
-    while ((request = vkp_i_requests_pop(from)) != NULL) {
-        vkp_i_requests_append(to, request);
-    }
+    vkp_bytes_unref(&ask->request.bytes);
+    vkp_i_free(ask->client->env, ask, sizeof *ask);
 }
 
-static vkp_i_request *vkp_i_request_new(vkp_client *client, vkp_i_request_kind kind)
+/* Hand the reply to the one-shot of the ask, or end the one-shot when there is none. */
+static void vkp_i_ask_answer_slot(vkp_i_ask *ask, vkp_reply *reply)
 {
-    vkp_i_request *request = (vkp_i_request *)vkp_i_alloc_zero(client->env, sizeof *request);
-    if (request != NULL) {
-        request->client = client;
-        request->kind = kind;
-        request->replies = 1;
-    }
-    return request;
-}
-
-static void vkp_i_request_free(vkp_i_request *request)
-{
-    vkp_bytes_unref(&request->bytes);
-    vkp_i_free(request->client->env, request, sizeof *request);
-}
-
-/* Report the outcome to the request's callback or one-shot, then free the request. value and
-   frame are NULL unless status is OK.                                                         */
-static void vkp_i_request_complete(vkp_i_request *request, vkp_status status,
-                                   const vkp_value *value, const vkp_bytes *frame)
-{
-    vkp_client *client = request->client;
+    vkp_client *client = ask->client;
     vkp_oneshot *slot;
-    if (request->cost > 0) { /* before the callbacks: they may submit again */
-        VKP_I_LOCK(&client->mutex);
-        client->queued_bytes -= request->cost;
-        VKP_I_UNLOCK(&client->mutex);
-    }
-    if (request->on_reply != NULL) {
-        request->on_reply(request->user, status, value, frame);
-    }
-    if (request->done != NULL) {
-        request->done(request->user, status);
-    }
-    if (request->kind == VKP_I_REQUEST_COMMAND && request->on_reply == NULL) {
-        vkp_reply *reply = status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL;
-        bool ended = false;
-        VKP_I_LOCK(&client->mutex);
-        slot = request->slot;
-        request->slot = NULL;
-        if (slot != NULL) {
-            slot->i_owner = NULL; /* before the send: its receiver may free the slot */
-            if (reply == NULL) {
-                ended = vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state),
-                                             VKP_I_SLOT_ABANDONED);
-            } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
-                reply = NULL;
-                ended = true;
-            }
-        }
-        VKP_I_UNLOCK(&client->mutex);
-        vkp_reply_unref(reply);
-        if (ended) {
-            vkp_i_client_release(client); /* the one-shot's reference; the caller holds another */
+    bool ended = false;
+    VKP_I_LOCK(&client->mutex);
+    slot = ask->slot;
+    ask->slot = NULL;
+    if (slot != NULL) {
+        slot->i_owner = NULL; /* before the send: its receiver may free the slot */
+        if (reply == NULL) {
+            ended =
+                vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+        } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
+            reply = NULL;
+            ended = true;
         }
     }
-    vkp_i_request_free(request);
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_reply_unref(reply);
+    if (ended) {
+        vkp_i_client_release(client); /* the one-shot's reference; the caller holds another */
+    }
 }
 
-/* The receiver closed its one-shot: unlink it from the request. A one-shot holds a reference of
+/* Report the outcome of a WANT, and free it. words are the server's, or the reason. */
+static void vkp_i_ask_report(vkp_i_ask *ask, vkp_status status, vkp_str words)
+{
+    if (ask->done != NULL) {
+        ask->done(ask->user, status, words);
+    }
+    vkp_i_ask_free(ask);
+}
+
+/* The end of an ask: answer its callback or its one-shot, and free it. */
+static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                              const vkp_bytes *frame)
+{
+    vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
+    vkp_client *client = ask->client;
+    if (ask->cost > 0) { /* before the callbacks: they may submit again */
+        VKP_I_LOCK(&client->mutex);
+        client->queued_bytes -= ask->cost;
+        VKP_I_UNLOCK(&client->mutex);
+    }
+    if (ask->kind != VKP_I_ASK_COMMAND) {
+        vkp_i_ask_report(ask, status, vkp_str_of(client->link.error));
+        return;
+    }
+    if (ask->on_reply != NULL) {
+        ask->on_reply(ask->user, status, value, frame);
+    } else {
+        vkp_i_ask_answer_slot(ask,
+                              status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL);
+    }
+    vkp_i_ask_free(ask);
+}
+
+/* The receiver closed its one-shot: unlink it from the ask. A one-shot holds a reference of
    the client until it is detached or has its value.                                           */
-static void vkp_i_request_detach(vkp_oneshot *slot)
+static void vkp_i_ask_detach(vkp_oneshot *slot)
 {
     vkp_client *client = (vkp_client *)slot->i_user;
     VKP_I_LOCK(&client->mutex);
     if (slot->i_owner != NULL) {
-        ((vkp_i_request *)slot->i_owner)->slot = NULL;
+        ((vkp_i_ask *)slot->i_owner)->slot = NULL;
         slot->i_owner = NULL;
     }
     VKP_I_UNLOCK(&client->mutex);
@@ -16416,11 +17668,11 @@ static void vkp_i_client_schedule(vkp_client *client)
     }
 }
 
-/* Append a request to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
+/* Append an ask to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
    caller's.                                                                                   */
-static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request)
+static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_ask *ask)
 {
-    bool interest = request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
+    bool interest = ask->kind != VKP_I_ASK_COMMAND;
     vkp_status status = VKP_OK;
     VKP_I_LOCK(&client->mutex);
     if (client->ended) {
@@ -16428,25 +17680,24 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_request *request
     } else if (!interest && !client->accepting) {
         status = VKP_ERR_DISCONNECTED;
     } else if (client->queued_bytes > 0 &&
-               request->cost > client->config.queue_bytes -
-                                   VKP_I_MIN(client->queued_bytes, client->config.queue_bytes)) {
+               ask->cost > client->config.queue_bytes -
+                               VKP_I_MIN(client->queued_bytes, client->config.queue_bytes)) {
         status = VKP_ERR_FULL;
     } else {
-        client->queued_bytes += request->cost;
-        vkp_i_requests_append(&client->submitted, request);
+        client->queued_bytes += ask->cost;
+        vkp_i_requests_append(&client->submitted, &ask->request);
         vkp_i_client_schedule(client);
     }
     VKP_I_UNLOCK(&client->mutex);
     return status;
 }
 
-/* Submit a request, or free it on failure. */
-static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_request *request)
+/* Submit an ask, or free it on failure. */
+static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_ask *ask)
 {
-    vkp_status status = vkp_i_client_submit(client, request);
+    vkp_status status = vkp_i_client_submit(client, ask);
     if (status != VKP_OK) {
-        vkp_bytes_unref(&request->bytes);
-        vkp_i_free(client->env, request, sizeof *request);
+        vkp_i_ask_free(ask);
     }
     return status;
 }
@@ -16454,19 +17705,19 @@ static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_request 
 VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
                                    vkp_reply_fn on_reply, void *user)
 {
-    vkp_i_request *request;
+    vkp_i_ask *ask;
     VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
     VKP_I_REQUIRE(on_reply != NULL);
-    request = vkp_i_request_new(client, VKP_I_REQUEST_COMMAND);
-    if (request == NULL) {
+    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
+    if (ask == NULL) {
         return VKP_ERR_NOMEM;
     }
-    request->replies = replies;
-    request->on_reply = on_reply;
-    request->user = user;
-    request->bytes = vkp_bytes_ref(commands);
-    request->cost = sizeof *request + commands->len;
-    return vkp_i_client_submit_or_free(client, request);
+    ask->request.due = replies;
+    ask->on_reply = on_reply;
+    ask->user = user;
+    ask->request.bytes = vkp_bytes_ref(commands);
+    ask->cost = sizeof *ask + commands->len;
+    return vkp_i_client_submit_or_free(client, ask);
 }
 
 /* Whether the command would change the connection that all users of the client share. */
@@ -16485,43 +17736,31 @@ static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
     return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
 }
 
-static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
-{
-    size_t i;
-    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, argc);
-    for (i = 0; i < argc; i++) {
-        vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
-    }
-}
-
 /* Submit one command whose reply the one-shot receives. */
 static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                    const vkp_str *argv)
 {
-    vkp_i_request *request;
-    vkp_resp_writer writer;
+    vkp_i_ask *ask;
     vkp_status status;
     if (vkp_i_command_breaks_sharing(argc, argv)) {
         return VKP_ERR_REFUSED;
     }
-    request = vkp_i_request_new(client, VKP_I_REQUEST_COMMAND);
-    if (request == NULL) {
+    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
+    if (ask == NULL) {
         return VKP_ERR_NOMEM;
     }
-    vkp_resp_writer_init(&writer, client->env);
-    vkp_i_put_command(&writer, argc, argv);
-    status = vkp_resp_writer_take(&writer, &request->bytes);
+    status = vkp_i_request_put(&ask->request, client->env, argc, argv);
     if (status != VKP_OK) {
-        vkp_i_free(client->env, request, sizeof *request);
+        vkp_i_free(client->env, ask, sizeof *ask);
         return status;
     }
-    request->cost = sizeof *request + request->bytes.len;
-    request->slot = slot;
-    slot->i_owner = request;
-    slot->i_detach = vkp_i_request_detach;
+    ask->cost = sizeof *ask + ask->request.bytes.len;
+    ask->slot = slot;
+    slot->i_owner = ask;
+    slot->i_detach = vkp_i_ask_detach;
     /* Given back when the one-shot is detached or the request completes. */
     (void)VKP_I_ADD(&client->refs, 1);
-    status = vkp_i_client_submit_or_free(client, request);
+    status = vkp_i_client_submit_or_free(client, ask);
     if (status != VKP_OK) {
         slot->i_owner = NULL;
         slot->i_detach = NULL;
@@ -16562,63 +17801,188 @@ VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...
 }
 
 /* Submit a WANT or a LEAVE of a name. */
-static vkp_status vkp_i_client_interest(vkp_client *client, vkp_i_request_kind kind,
-                                        vkp_sub_kind sub, vkp_str name,
-                                        void (*done)(void *user, vkp_status), void *user)
+static vkp_status vkp_i_client_interest(vkp_client *client, vkp_i_ask_kind kind, vkp_sub_kind sub,
+                                        vkp_str name, vkp_subscribe_fn done, void *user)
 {
-    vkp_i_request *request;
+    vkp_i_ask *ask;
     vkp_status status;
     VKP_I_REQUIRE(client != NULL && (unsigned)sub < VKP_SUB_KINDS &&
                   (name.ptr != NULL || name.len == 0));
-    request = vkp_i_request_new(client, kind);
-    if (request == NULL) {
+    ask = vkp_i_ask_new(client, kind);
+    if (ask == NULL) {
         return VKP_ERR_NOMEM;
     }
-    status = vkp_bytes_copy(client->env, name.ptr, name.len, &request->bytes);
+    status = vkp_bytes_copy(client->env, name.ptr, name.len, &ask->request.bytes);
     if (status != VKP_OK) {
-        vkp_i_free(client->env, request, sizeof *request);
+        vkp_i_free(client->env, ask, sizeof *ask);
         return status;
     }
-    request->sub = sub;
-    request->done = done;
-    request->user = user;
-    return vkp_i_client_submit_or_free(client, request);
+    ask->sub = sub;
+    ask->done = done;
+    ask->user = user;
+    return vkp_i_client_submit_or_free(client, ask);
 }
 
 VKP_API vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind, vkp_str name)
 {
-    return vkp_i_client_interest(client, VKP_I_REQUEST_WANT, kind, name, NULL, NULL);
+    return vkp_i_client_interest(client, VKP_I_ASK_WANT, kind, name, NULL, NULL);
 }
 
 VKP_API vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind, vkp_str name,
-                                             void (*done)(void *user, vkp_status), void *user)
+                                             vkp_subscribe_fn done, void *user)
 {
     VKP_I_REQUIRE(done != NULL);
-    return vkp_i_client_interest(client, VKP_I_REQUEST_WANT, kind, name, done, user);
+    return vkp_i_client_interest(client, VKP_I_ASK_WANT, kind, name, done, user);
 }
 
 VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind, vkp_str name)
 {
-    return vkp_i_client_interest(client, VKP_I_REQUEST_LEAVE, kind, name, NULL, NULL);
+    return vkp_i_client_interest(client, VKP_I_ASK_LEAVE, kind, name, NULL, NULL);
 }
 
 #endif /* VKP_I_IO */
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-client-connection   The connection of a client
+   >>impl-client-subscriptions   The subscription table of a client
    ======================================================================================
-   Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
-   getters. The states of vkp_client_state:
-     CONNECTING  connected: send HELLO (RESP2: AUTH, SETNAME, PING); answered: READY;
-                 lost, refused or over connect_timeout_ms: WAITING
-     WAITING     the timer of vkp_i_client_backoff: CONNECTING
-     READY       requests are written; lost, bad protocol or no answer to a heartbeat: WAITING
-     CLOSED      from every state: vkp_client_close, or the loop's close; final
-   vkp_i_client_lost is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
-   Both collect all requests that fail before they call the first callback, because any callback
-   may close the client; code behind a callback checks `closed`, `ready` or `conn`.
-   The mutex is held only around `submitted` and its flags, never around a callback.           */
+   Each name that the program wants, or that the client still has to leave, is one interest in ONE
+   state. vkp_i_interest_step is the only place that changes it, by the table vkp_i_sub_rules:
+
+   state     what it means                                     how it goes on
+   GONE      not wanted, and nothing is on the wire for it     freed once no request refers to it
+   WANTED    not asked yet: the link is not ready              asked when it is
+   ASKED     SUBSCRIBE is on the wire                          the server confirms or refuses
+   HELD      the server confirmed: messages arrive             until it is left, lost or taken away
+   REFUSED   the server refused: its timer runs                asked again when the timer ends
+   LEAVING   UNSUBSCRIBE is on the wire                        the fence behind it confirms
+   STUCK     the server refused UNSUBSCRIBE: its timer runs    left again when the timer ends
+
+   An answer counts for the state only if it answers the newest command of the name: a program may
+   leave and want again before the first answer. Only the last interest that leaves ends a name.
+   Messages of a HELD name may be missing when the link goes down, when the server takes the name
+   away, or when an audit finds that it is not there. gap_ns is then the last moment at which the
+   name was known to be good. It stays until a GAP reports it: that is when every name with a gap
+   that was asked for has its answer, and it covers those that are back.
+   Everything runs on the loop's thread.                                                       */
+
+typedef enum vkp_i_sub_state {
+    VKP_I_SUB_GONE = 0,
+    VKP_I_SUB_WANTED,
+    VKP_I_SUB_ASKED,
+    VKP_I_SUB_HELD,
+    VKP_I_SUB_REFUSED,
+    VKP_I_SUB_LEAVING,
+    VKP_I_SUB_STUCK
+} vkp_i_sub_state;
+#define VKP_I_SUB_STATES 7
+
+typedef enum vkp_i_sub_event {
+    VKP_I_EVENT_WANT = 0,  /* a vkp_client_subscribe */
+    VKP_I_EVENT_LEAVE,     /* the vkp_client_unsubscribe that takes the last one back */
+    VKP_I_EVENT_READY,     /* the link is ready */
+    VKP_I_EVENT_CONFIRMED, /* the newest command, a SUBSCRIBE, is confirmed */
+    VKP_I_EVENT_REFUSED,   /* ... is refused */
+    VKP_I_EVENT_LEFT,      /* the newest command, an UNSUBSCRIBE, is done */
+    VKP_I_EVENT_STUCK,     /* ... is refused */
+    VKP_I_EVENT_TAKEN,     /* the server ended the subscription, unasked */
+    VKP_I_EVENT_MISSING,   /* an audit found that the server may not have it */
+    VKP_I_EVENT_RETRY,     /* the timer of a refusal ended */
+    VKP_I_EVENT_DOWN       /* the link is down */
+} vkp_i_sub_event;
+#define VKP_I_SUB_EVENTS 11
+
+/* The actions of a rule, done in this order, after the state has changed. */
+#define VKP_I_DO_CALM 1u  /* stop the timer of the refusal, and forget the refusal */
+#define VKP_I_DO_GAP 2u   /* messages may be missing: gap_ns */
+#define VKP_I_DO_WAIT 4u  /* start the timer of the refusal */
+#define VKP_I_DO_ASK 8u   /* send SUBSCRIBE; without a ready link the state is WANTED instead */
+#define VKP_I_DO_PART 16u /* send UNSUBSCRIBE */
+
+typedef struct vkp_i_sub_rule {
+    uint8_t next;    /* a vkp_i_sub_state */
+    uint8_t actions; /* VKP_I_DO_* bits */
+} vkp_i_sub_rule;
+
+#define VKP_I_STAY(state)    \
+    {                        \
+        VKP_I_SUB_##state, 0 \
+    }
+#define VKP_I_GO(state, actions)              \
+    {                                         \
+        VKP_I_SUB_##state, (uint8_t)(actions) \
+    }
+
+/* By state and event: WANT, LEAVE, READY, CONFIRMED, REFUSED, LEFT, STUCK, TAKEN, MISSING, RETRY,
+   DOWN.                                                                                       */
+static const vkp_i_sub_rule vkp_i_sub_rules[VKP_I_SUB_STATES][VKP_I_SUB_EVENTS] = {
+    /* GONE */
+    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
+     VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
+     VKP_I_STAY(GONE), VKP_I_STAY(GONE)},
+    /* WANTED */
+    {VKP_I_STAY(WANTED), VKP_I_GO(GONE, 0), VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(WANTED),
+     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED),
+     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED)},
+    /* ASKED */
+    {VKP_I_STAY(ASKED), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(ASKED),
+     VKP_I_GO(HELD, VKP_I_DO_CALM), VKP_I_GO(REFUSED, VKP_I_DO_WAIT), VKP_I_STAY(ASKED),
+     VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED),
+     VKP_I_GO(WANTED, VKP_I_DO_CALM)},
+    /* HELD */
+    {VKP_I_STAY(HELD), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
+     VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
+     VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK), VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK),
+     VKP_I_STAY(HELD), VKP_I_GO(WANTED, VKP_I_DO_GAP)},
+    /* REFUSED */
+    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(REFUSED),
+     VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED),
+     VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_GO(ASKED, VKP_I_DO_ASK),
+     VKP_I_GO(WANTED, VKP_I_DO_CALM)},
+    /* LEAVING */
+    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
+     VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_GO(STUCK, VKP_I_DO_WAIT),
+     VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM)},
+    /* STUCK */
+    {VKP_I_GO(ASKED, VKP_I_DO_CALM | VKP_I_DO_ASK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
+     VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
+     VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(STUCK), VKP_I_GO(LEAVING, VKP_I_DO_PART),
+     VKP_I_GO(GONE, VKP_I_DO_CALM)}};
+
+typedef struct vkp_i_interest vkp_i_interest;
+
+/* What a name has only while the server refuses it. */
+typedef struct vkp_i_refusal {
+    vkp_timer timer; /* ends the wait */
+    vkp_i_interest *interest;
+    uint32_t tries; /* refusals since the last confirmation */
+    bool passing;   /* the server's words promise an end: see vkp_i_words_are_passing */
+    uint64_t words; /* hash of the words of the last event REFUSED; 0: none */
+} vkp_i_refusal;
+
+/* A name, which is behind the struct. */
+struct vkp_i_interest {
+    vkp_i_map_node node; /* in client->interests; its key is the name */
+    vkp_client *client;
+    vkp_sub_kind kind;
+    vkp_i_sub_state state;
+    size_t wanted;    /* calls of vkp_client_subscribe minus those of vkp_client_unsubscribe */
+    size_t in_flight; /* commands on the wire for it, and callers of vkp_i_interest_hold */
+    struct vkp_i_sub_request *newest; /* the newest command in flight; NULL: none */
+    vkp_i_refusal *refusal;           /* NULL: the server did not refuse it */
+    uint64_t gap_ns;                  /* messages may be missing from then on; 0: none are */
+    bool resuming;                    /* counted in client->resuming */
+    vkp_i_requests waiters;           /* WANTs that wait until the name can be asked for */
+};
+
+/* One SUBSCRIBE or UNSUBSCRIBE on the wire. */
+typedef struct vkp_i_sub_request {
+    vkp_i_request request; /* expects NAMES or LEAVES */
+    vkp_client *client;
+    vkp_i_interest *interest;
+    bool reported;          /* UNSUBSCRIBE: the server's push was emitted */
+    vkp_i_requests waiters; /* SUBSCRIBE: WANTs that wait for this answer */
+} vkp_i_sub_request;
 
 /* ---- events ---- */
 
@@ -16650,82 +18014,37 @@ static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
     }
 }
 
-/* Emit an event of the client itself. text is static, because the event may wait in a channel. */
-static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, const char *text)
+/* Emit an event of the client. text may be of any life: the event has a copy. Without memory for
+   the copy the event goes without its text. */
+static void vkp_i_client_event(vkp_client *client, vkp_push_kind kind, vkp_str text)
 {
     vkp_push push;
     memset(&push, 0, sizeof push);
     push.kind = kind;
-    push.payload = vkp_str_of(text);
-    if (kind == VKP_PUSH_GAP) {
-        push.from_ns = client->lost_ns;
-        push.to_ns = client->loop->now_ns;
+    push.payload = text;
+    if (text.len > 0 && !vkp_i_push_own_texts(client->env, &push)) {
+        push.payload = vkp_str_of("out of memory");
     }
     vkp_i_client_emit(client, &push);
+    vkp_bytes_unref(&push.frame);
 }
 
-/* ---- writing ---- */
-
-#define VKP_I_GATHER 2048u        /* commands up to this size are copied together */
-#define VKP_I_GATHER_BLOCK 16384u /* capacity of the block that gathers small commands */
-
-/* Queue commands on the connection; small ones are copied behind each other, which makes one
-   range to write.                                                                             */
-static vkp_status vkp_i_client_write(vkp_client *client, const vkp_bytes *bytes)
+/* Emit an event about one name. No memory: the link fails, and the next connection begins anew. */
+static void vkp_i_interest_event(vkp_i_interest *interest, vkp_push_kind kind, vkp_str text)
 {
-    vkp_bytes part = *bytes;
-    vkp_block *out = client->out;
-    if (bytes->len <= VKP_I_GATHER) {
-        if (out != NULL && vkp_i_block_is_mine(out)) {
-            out->len = 0;
-        }
-        if (out == NULL || out->capacity - out->len < bytes->len) {
-            vkp_i_block_unref(out);
-            out = vkp_i_block_open(client->env, VKP_I_GATHER_BLOCK);
-            client->out = out;
-        }
-        if (out != NULL) {
-            part.data = vkp_i_block_data(out) + out->len;
-            part.block = out;
-            memcpy(vkp_i_block_data(out) + out->len, bytes->data, bytes->len);
-            out->len += bytes->len;
-        }
+    vkp_client *client = interest->client;
+    vkp_push push;
+    memset(&push, 0, sizeof push);
+    push.kind = kind;
+    push.sub = interest->kind;
+    push.channel = interest->node.key;
+    push.payload = text;
+    if (!vkp_i_push_own_texts(client->env, &push)) {
+        vkp_i_link_lose(&client->link, "out of memory");
+        return;
     }
-    return vkp_conn_send(client->conn, &part);
-}
-
-static void vkp_i_client_lost(vkp_client *client, const char *why);
-
-/* Write a request and append it to `flight`. False: not connected or no memory; it stays the
-   caller's.                                                                                   */
-static bool vkp_i_client_start(vkp_client *client, vkp_i_request *request)
-{
-    if (client->conn == NULL || vkp_i_client_write(client, &request->bytes) != VKP_OK) {
-        return false;
-    }
-    vkp_bytes_unref(&request->bytes);
-    vkp_i_requests_append(&client->flight, request);
-    return true;
-}
-
-/* Build and start one command of the client itself. NULL: not connected or no memory. */
-static vkp_i_request *vkp_i_client_issue(vkp_client *client, vkp_i_request_kind kind, size_t argc,
-                                         const vkp_str *argv)
-{
-    vkp_i_request *request = vkp_i_request_new(client, kind);
-    vkp_resp_writer writer;
-    if (request == NULL) {
-        return NULL;
-    }
-    vkp_resp_writer_init(&writer, client->env);
-    vkp_i_put_command(&writer, argc, argv);
-    if (vkp_resp_writer_take(&writer, &request->bytes) != VKP_OK ||
-        !vkp_i_client_start(client, request)) {
-        vkp_bytes_unref(&request->bytes);
-        vkp_i_free(client->env, request, sizeof *request);
-        return NULL;
-    }
-    return request;
+    vkp_i_client_emit(client, &push);
+    vkp_bytes_unref(&push.frame);
 }
 
 /* ---- interests ---- */
@@ -16749,6 +18068,7 @@ static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind,
     if (name.len > 0) {
         memcpy(interest + 1, name.ptr, name.len);
     }
+    interest->client = client;
     interest->kind = kind;
     interest->node.key = vkp_i_str(interest + 1, name.len);
     interest->node.hash = vkp_i_map_hash(map, name);
@@ -16760,198 +18080,549 @@ static vkp_i_interest *vkp_i_interest_new(vkp_client *client, vkp_sub_kind kind,
     return interest;
 }
 
-/* Set interest->confirmed and keep the number client->confirmed in step. */
-static void vkp_i_interest_set_confirmed(vkp_client *client, vkp_i_interest *interest,
-                                         bool confirmed)
+/* Stop counting the interest among those whose answer a GAP waits for. */
+static void vkp_i_interest_end_resuming(vkp_i_interest *interest)
 {
-    if (interest->confirmed != confirmed) {
-        interest->confirmed = confirmed;
-        client->confirmed += confirmed ? (size_t)1 : (size_t)0 - 1;
+    if (interest->resuming) {
+        interest->resuming = false;
+        interest->client->resuming--;
     }
 }
 
-/* Free an interest that is not wanted and has no command in flight. */
-static void vkp_i_interest_free_unused(vkp_client *client, vkp_i_interest *interest)
+/* Free an interest that is GONE and that no request refers to. */
+static void vkp_i_interest_free_unused(vkp_i_interest *interest)
 {
-    if (interest->wanted == 0 && interest->in_flight == 0) {
-        vkp_i_interest_set_confirmed(client, interest, false);
+    vkp_client *client = interest->client;
+    if (interest->state == VKP_I_SUB_GONE && interest->in_flight == 0) {
+        vkp_i_interest_end_resuming(interest);
         vkp_i_map_remove(&client->interests[interest->kind], &interest->node);
         vkp_i_free(client->env, interest, sizeof *interest + interest->node.key.len);
     }
 }
 
-/* The server answered one command of the name: complete the waiters that waited for this answer,
-   or all waiters after a refusal. A callback may close the client, which frees the interest.  */
-static void vkp_i_interest_notify(vkp_client *client, vkp_i_interest *interest, bool refused)
+/* Keep an interest while callbacks run. */
+static void vkp_i_interest_hold(vkp_i_interest *interest)
 {
-    vkp_i_request *waiter;
-    for (waiter = interest->waiters.first; waiter != NULL; waiter = waiter->next) {
-        waiter->replies--;
-    }
-    while (!client->closed && interest->waiters.first != NULL &&
-           (refused || interest->waiters.first->replies == 0)) {
-        vkp_i_request_complete(vkp_i_requests_pop(&interest->waiters),
-                               refused ? VKP_ERR_REFUSED : VKP_OK, NULL, NULL);
+    interest->in_flight++;
+}
+
+static void vkp_i_interest_release(vkp_i_interest *interest)
+{
+    interest->in_flight--;
+    vkp_i_interest_free_unused(interest);
+}
+
+/* ---- refusals ---- */
+
+#define VKP_I_PASSING_MIN_MS 100u   /* first wait where the server's words promise an end */
+#define VKP_I_PASSING_MAX_MS 5000u  /* longest wait there */
+#define VKP_I_LASTING_MIN_MS 1000u  /* first wait after other words */
+#define VKP_I_LASTING_MAX_MS 30000u /* longest wait there */
+
+static void vkp_i_interest_calm(vkp_i_interest *interest)
+{
+    if (interest->refusal != NULL) {
+        vkp_timer_stop(&interest->refusal->timer);
+        vkp_i_free(interest->client->env, interest->refusal, sizeof *interest->refusal);
+        interest->refusal = NULL;
     }
 }
 
-/* Send SUBSCRIBE or UNSUBSCRIBE when the last command sent differs from `wanted`. False: not
-   connected or no memory.                                                                     */
-static bool vkp_i_interest_sync(vkp_client *client, vkp_i_interest *interest)
+static void vkp_i_interest_on_timer(vkp_timer *timer);
+
+/* The refusal of the interest, made if there is none. NULL: no memory. */
+static vkp_i_refusal *vkp_i_interest_refusal(vkp_i_interest *interest)
+{
+    if (interest->refusal == NULL) {
+        interest->refusal =
+            (vkp_i_refusal *)vkp_i_alloc_zero(interest->client->env, sizeof *interest->refusal);
+    }
+    if (interest->refusal != NULL) {
+        interest->refusal->interest = interest;
+    }
+    return interest->refusal;
+}
+
+/* Start the wait for the next try: at least half of a bound that doubles. False: no memory. */
+static bool vkp_i_interest_wait(vkp_i_interest *interest)
+{
+    vkp_client *client = interest->client;
+    vkp_i_refusal *refusal = interest->refusal;
+    uint64_t bound = refusal->passing ? VKP_I_PASSING_MIN_MS : VKP_I_LASTING_MIN_MS;
+    uint64_t most = refusal->passing ? VKP_I_PASSING_MAX_MS : VKP_I_LASTING_MAX_MS;
+    uint32_t i;
+    for (i = 0; i < refusal->tries && bound < most; i++) {
+        bound *= 2;
+    }
+    bound = VKP_I_MIN(bound, most);
+    refusal->tries++;
+    bound -= vkp_i_sys(client->env)->random_u64() % (bound / 2 + 1);
+    return vkp_timer_start(&refusal->timer, client->loop, vkp_i_interest_on_timer, 0,
+                           vkp_i_after_ms(vkp_i_loop_now(client->loop), bound)) == VKP_OK;
+}
+
+/* ---- asking and leaving ---- */
+
+static bool vkp_i_sub_accept(vkp_i_request *request, const vkp_push *push);
+static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                              const vkp_bytes *frame);
+
+/* Send SUBSCRIBE or UNSUBSCRIBE. False: not connected or no memory. */
+static bool vkp_i_interest_send(vkp_i_interest *interest, bool subscribe)
 {
     static const char *const verbs[2][VKP_SUB_KINDS] = {
         {"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"}, {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
-    bool want = interest->wanted > 0;
-    vkp_i_request *request;
+    vkp_client *client = interest->client;
+    vkp_i_sub_request *self = (vkp_i_sub_request *)vkp_i_alloc_zero(client->env, sizeof *self);
     vkp_str argv[2];
-    if (!client->ready || want == interest->subscribed) {
-        return true;
-    }
-    argv[0] = vkp_str_of(verbs[want ? 1 : 0][interest->kind]);
-    argv[1] = interest->node.key;
-    request = vkp_i_client_issue(client, want ? VKP_I_REQUEST_SUBSCRIBE : VKP_I_REQUEST_UNSUBSCRIBE,
-                                 2, argv);
-    if (request == NULL) {
+    if (self == NULL) {
         return false;
     }
-    request->interest = interest;
-    request->sub = interest->kind;
-    interest->subscribed = want;
+    self->request.expect = subscribe ? VKP_I_EXPECT_NAMES : VKP_I_EXPECT_LEAVES;
+    self->request.due = 1;
+    self->request.accept = vkp_i_sub_accept;
+    self->request.settle = vkp_i_sub_settled;
+    self->client = client;
+    self->interest = interest;
+    vkp_i_requests_init(&self->waiters);
+    argv[0] = vkp_str_of(verbs[subscribe ? 1 : 0][interest->kind]);
+    argv[1] = interest->node.key;
+    if (vkp_i_request_put(&self->request, client->env, 2, argv) != VKP_OK ||
+        !vkp_i_link_start(&client->link, &self->request)) {
+        vkp_bytes_unref(&self->request.bytes);
+        vkp_i_free(client->env, self, sizeof *self);
+        return false;
+    }
+    interest->newest = self;
     interest->in_flight++;
+    vkp_i_requests_move(&interest->waiters, &self->waiters);
     return true;
 }
 
-/* No memory for a new name: put the request, and all requests behind it, back to `submitted` for
-   the next connection, and drop this connection. The request's callback is called now with
-   DISCONNECTED, because the next connection may be far away.                                  */
-static void vkp_i_client_postpone(vkp_client *client, vkp_i_request *request)
+/* Messages may be missing from the last moment at which the connection was known to be good. */
+static void vkp_i_interest_open_gap(vkp_i_interest *interest, uint64_t from_ns)
 {
-    vkp_i_requests all;
-    void (*done)(void *user, vkp_status status) = request->done;
-    void *user = request->user;
-    request->done = NULL;
-    vkp_i_requests_init(&all);
-    vkp_i_requests_append(&all, request);
-    vkp_i_requests_move(&client->taken, &all);
-    VKP_I_LOCK(&client->mutex);
-    vkp_i_requests_move(&client->submitted, &all);
-    vkp_i_requests_move(&all, &client->submitted);
-    VKP_I_UNLOCK(&client->mutex);
-    vkp_i_client_lost(client, "out of memory");
-    if (done != NULL) {
-        done(user, client->closed ? VKP_ERR_CLOSED : VKP_ERR_DISCONNECTED);
+    if (interest->gap_ns == 0) {
+        interest->gap_ns = VKP_I_MAX(from_ns, (uint64_t)1);
     }
 }
 
-/* Carry out a WANT: add one to the interest's `wanted`, and complete the request now or when the
-   server has answered.                                                                        */
-static void vkp_i_client_want(vkp_client *client, vkp_i_request *request)
+/* An event happened to the name: change its state, and do what the rule says. False: no memory to
+   do it; the caller lets the link fail, and the next connection begins anew. */
+static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
 {
-    vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
-    vkp_i_interest *interest = vkp_i_interest_find(client, request->sub, name);
-    if (interest == NULL) {
-        interest = vkp_i_interest_new(client, request->sub, name);
+    vkp_client *client = interest->client;
+    vkp_i_sub_rule rule = vkp_i_sub_rules[interest->state][event];
+    bool was_held = interest->state == VKP_I_SUB_HELD;
+    bool ok = true;
+    interest->state = (vkp_i_sub_state)rule.next;
+    client->held += interest->state == VKP_I_SUB_HELD ? 1u : 0u;
+    client->held -= was_held ? 1u : 0u;
+    client->link.subscribed = client->held > 0;
+    if ((rule.actions & VKP_I_DO_CALM) != 0) {
+        vkp_i_interest_calm(interest);
     }
-    if (interest == NULL) {
-        vkp_i_client_postpone(client, request);
+    if ((rule.actions & VKP_I_DO_GAP) != 0) {
+        vkp_i_interest_open_gap(interest, event == VKP_I_EVENT_MISSING ? client->audited_ns
+                                                                       : client->link.heard_ns);
+    }
+    if ((rule.actions & VKP_I_DO_WAIT) != 0) {
+        ok = vkp_i_interest_wait(interest);
+    }
+    if ((rule.actions & VKP_I_DO_ASK) != 0) {
+        if (!client->ready) {
+            interest->state = VKP_I_SUB_WANTED;
+        } else {
+            ok = vkp_i_interest_send(interest, true);
+            if (interest->gap_ns != 0 && !interest->resuming) {
+                interest->resuming = true;
+                client->resuming++;
+            }
+        }
+    }
+    if ((rule.actions & VKP_I_DO_PART) != 0) {
+        interest->gap_ns = 0;
+        vkp_i_interest_end_resuming(interest);
+        ok = vkp_i_interest_send(interest, false);
+    }
+    return ok;
+}
+
+/* The same, and the link fails where there is no memory. */
+static void vkp_i_interest_take_step(vkp_i_interest *interest, vkp_i_sub_event event)
+{
+    vkp_client *client = interest->client;
+    if (!vkp_i_interest_step(interest, event)) {
+        vkp_i_link_lose(&client->link, "out of memory");
+    }
+}
+
+/* ---- gaps ---- */
+
+static uint64_t vkp_i_wall_ms(const vkp_client *client, uint64_t then_ns)
+{
+    uint64_t ago_ns = vkp_i_loop_now(client->loop) - then_ns;
+    uint64_t wall_ns = vkp_i_sys(client->env)->wall_ns();
+    return (wall_ns - VKP_I_MIN(ago_ns, wall_ns)) / VKP_I_NS_PER_MS;
+}
+
+/* Fill the gap and the names behind it from the interests that are back; clears their gap_ns. With
+   gap NULL nothing is changed: returns how many are back, and the bytes of their names.       */
+static size_t vkp_i_client_collect_gap(vkp_client *client, vkp_gap *gap, vkp_sub_name *names,
+                                       char *texts, size_t *bytes)
+{
+    size_t count = 0;
+    int kind;
+    *bytes = 0;
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = NULL;
+        while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
+            if (interest->gap_ns == 0 || interest->state != VKP_I_SUB_HELD) {
+                continue;
+            }
+            if (gap != NULL) {
+                gap->from_ns = VKP_I_MIN(gap->from_ns, interest->gap_ns);
+                interest->gap_ns = 0;
+            }
+            if (names != NULL) {
+                names[count].kind = interest->kind;
+                names[count].name = vkp_i_put_copy(&texts, node->key);
+            }
+            *bytes += node->key.len;
+            count++;
+        }
+    }
+    return count;
+}
+
+/* Every name with a gap that was asked for has its answer: report the gap of those now back. */
+static void vkp_i_client_emit_gap(vkp_client *client)
+{
+    vkp_push push;
+    vkp_gap *gap;
+    vkp_sub_name *names = NULL;
+    size_t bytes;
+    size_t count = vkp_i_client_collect_gap(client, NULL, NULL, NULL, &bytes);
+    bool all = count == client->held;
+    if (count == 0) {
         return;
     }
-    interest->wanted++;
-    if (!vkp_i_interest_sync(client, interest)) {
-        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
-        vkp_i_client_lost(client, "out of memory");
-    } else if (!client->ready) {
-        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
-    } else if (interest->confirmed && interest->in_flight == 0) {
-        vkp_i_request_complete(request, VKP_OK, NULL, NULL);
-    } else {
-        request->replies = (uint32_t)interest->in_flight;
-        vkp_i_requests_append(&interest->waiters, request);
-    }
-}
-
-/* Carry out a LEAVE: take one from the interest's `wanted`. */
-static void vkp_i_client_leave(vkp_client *client, vkp_i_request *request)
-{
-    vkp_str name = vkp_i_str(request->bytes.data, request->bytes.len);
-    vkp_i_interest *interest = vkp_i_interest_find(client, request->sub, name);
-    vkp_i_request_free(request);
-    if (interest == NULL || interest->wanted == 0) {
+    memset(&push, 0, sizeof push);
+    push.kind = VKP_PUSH_GAP;
+    push.frame.block =
+        vkp_i_block_open(client->env, sizeof *gap + (all ? 0 : count * sizeof *names + bytes));
+    if (push.frame.block == NULL) {
+        vkp_i_link_lose(&client->link, "out of memory"); /* the next connection reports it */
         return;
     }
-    interest->wanted--;
-    if (!vkp_i_interest_sync(client, interest)) {
-        vkp_i_client_lost(client, "out of memory");
-    } else {
-        vkp_i_interest_free_unused(client, interest);
+    gap = (vkp_gap *)(void *)vkp_i_block_data(push.frame.block);
+    memset(gap, 0, sizeof *gap);
+    gap->from_ns = VKP_FOREVER;
+    gap->to_ns = vkp_i_loop_now(client->loop);
+    if (!all) {
+        names = (vkp_sub_name *)(void *)(gap + 1);
+        gap->names = names;
+        gap->name_count = count;
     }
+    (void)vkp_i_client_collect_gap(client, gap, names, all ? NULL : (char *)(names + count),
+                                   &bytes);
+    gap->from_unix_ms = vkp_i_wall_ms(client, gap->from_ns);
+    gap->to_unix_ms = vkp_i_wall_ms(client, gap->to_ns);
+    push.gap = gap;
+    vkp_i_client_emit(client, &push);
+    vkp_bytes_unref(&push.frame);
 }
 
-/* One interest is subscribed again after an outage; the last one emits GAP. */
-static void vkp_i_client_resumed(vkp_client *client, vkp_i_interest *interest)
+/* The name has its answer. The last one of those that a GAP waits for reports it. */
+static void vkp_i_interest_resumed(vkp_i_interest *interest)
 {
+    vkp_client *client = interest->client;
     if (interest->resuming) {
-        interest->resuming = false;
-        if (--client->resuming == 0) {
-            client->gap_open = false;
-            vkp_i_client_event(client, VKP_PUSH_GAP, "");
+        vkp_i_interest_end_resuming(interest);
+        if (client->resuming == 0) {
+            vkp_i_client_emit_gap(client);
         }
     }
 }
 
-/* The server answered the oldest request in flight, a SUBSCRIBE or UNSUBSCRIBE: by its push, or
-   by an error (refused).                                                                      */
-static void vkp_i_client_settle(vkp_client *client, const vkp_push *push, bool refused)
+/* ---- answers ---- */
+
+/* The server confirmed the name of a request, by this push. */
+static bool vkp_i_sub_accept(vkp_i_request *request, const vkp_push *push)
 {
-    vkp_i_request *request = vkp_i_requests_pop(&client->flight);
-    vkp_i_interest *interest = request->interest;
-    bool subscribe = request->kind == VKP_I_REQUEST_SUBSCRIBE;
-    interest->in_flight--;
-    vkp_i_request_free(request);
-    vkp_i_interest_set_confirmed(client, interest, subscribe && !refused);
-    interest->in_flight++; /* keeps the interest while callbacks run */
-    if (push != NULL) {
-        vkp_i_client_emit(client, push);
+    vkp_i_sub_request *self = VKP_CONTAINER(request, vkp_i_sub_request, request);
+    vkp_i_interest *interest = self->interest;
+    vkp_client *client = self->client;
+    if (push->sub != interest->kind || !vkp_i_str_equal(push->channel, interest->node.key)) {
+        return false;
     }
-    if (refused && subscribe && !client->closed) {
-        vkp_i_log(client->env, VKP_LOG_WARN, "the server refused a subscription to %.*s",
-                  VKP_FMT(interest->node.key));
-        interest->wanted = 0;
-        interest->subscribed = false;
+    if (push->kind == VKP_PUSH_SUBSCRIBED && interest->newest == self) {
+        interest->newest = NULL;
+        (void)!vkp_i_interest_step(interest, VKP_I_EVENT_CONFIRMED); /* needs no memory */
     }
-    if (!client->closed) {
-        vkp_i_interest_notify(client, interest, refused && subscribe);
+    self->reported = true;
+    vkp_i_client_emit(client, push);
+    if (push->kind == VKP_PUSH_SUBSCRIBED && !client->closed && client->ready) {
+        vkp_i_interest_resumed(interest);
     }
-    if (!client->closed) {
-        vkp_i_client_resumed(client, interest);
+    return true;
+}
+
+/* Note the outcome of all WANTs of the list, for vkp_i_waiters_report. */
+static void vkp_i_waiters_note(vkp_client *client, vkp_i_requests *waiters, vkp_status status)
+{
+    vkp_i_request *request;
+    for (request = waiters->first; request != NULL; request = request->next) {
+        VKP_CONTAINER(request, vkp_i_ask, request)->outcome = status;
     }
-    if (!client->closed) {
-        interest->in_flight--;
-        vkp_i_interest_free_unused(client, interest);
+    vkp_i_requests_move(waiters, &client->reporting);
+}
+
+/* Report the outcome of all WANTs of the list. A callback may close the client: the close reports
+   those that are left before it returns. */
+static void vkp_i_waiters_report(vkp_client *client, vkp_i_requests *waiters, vkp_status status,
+                                 vkp_str words)
+{
+    vkp_i_request *request;
+    vkp_i_waiters_note(client, waiters, status);
+    if (client->is_reporting) {
+        return; /* inside a callback of the call that goes on */
+    }
+    client->is_reporting = true;
+    while ((request = vkp_i_requests_pop(&client->reporting)) != NULL) {
+        vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
+        vkp_i_ask_report(ask, ask->outcome,
+                         ask->outcome == status ? words : vkp_str_of(client->link.error));
+    }
+    client->is_reporting = false;
+}
+
+/* The server refused to subscribe. The event reports it once, and again when the words change. */
+static void vkp_i_interest_refused(vkp_i_interest *interest, vkp_str words)
+{
+    vkp_client *client = interest->client;
+    vkp_i_refusal *refusal = vkp_i_interest_refusal(interest);
+    uint64_t hash = vkp_i_map_hash(&client->interests[interest->kind], words) | 1u;
+    bool report = refusal != NULL && refusal->words != hash;
+    if (refusal != NULL) {
+        refusal->passing = vkp_i_words_are_passing(words);
+        refusal->words = hash;
+    }
+    if (refusal == NULL || !vkp_i_interest_step(interest, VKP_I_EVENT_REFUSED)) {
+        vkp_i_link_lose(&client->link, "out of memory");
+        return;
+    }
+    if (report) {
+        vkp_i_log(client->env, VKP_LOG_WARN, "%s: %.*s is refused: %.*s",
+                  client->config.address.ptr, VKP_FMT(interest->node.key), VKP_FMT(words));
+        vkp_i_interest_event(interest, VKP_PUSH_REFUSED, words);
+    }
+    if (!client->closed && client->ready) {
+        vkp_i_interest_resumed(interest);
     }
 }
 
-/* Subscribe to every wanted name on a new connection. */
+/* The server refused to unsubscribe: messages of the name still arrive. */
+static void vkp_i_interest_stuck(vkp_i_interest *interest)
+{
+    vkp_client *client = interest->client;
+    vkp_i_refusal *refusal = vkp_i_interest_refusal(interest);
+    if (refusal != NULL) {
+        refusal->passing = true;
+    }
+    if (refusal == NULL || !vkp_i_interest_step(interest, VKP_I_EVENT_STUCK)) {
+        vkp_i_link_lose(&client->link, "out of memory");
+    }
+}
+
+/* The name is unsubscribed. reported: the server's push was emitted; if not, the event is ours. */
+static void vkp_i_interest_left(vkp_i_interest *interest, bool reported)
+{
+    (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEFT); /* needs no memory */
+    if (!reported) {
+        vkp_i_interest_event(interest, VKP_PUSH_UNSUBSCRIBED, vkp_i_str(NULL, 0));
+    }
+}
+
+/* A SUBSCRIBE or UNSUBSCRIBE is out of flight. */
+static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                              const vkp_bytes *frame)
+{
+    vkp_i_sub_request *self = VKP_CONTAINER(request, vkp_i_sub_request, request);
+    vkp_i_interest *interest = self->interest;
+    vkp_client *client = self->client;
+    bool newest = interest->newest == self;
+    vkp_str words = value != NULL ? vkp_value_get_str(value) : vkp_str_of(client->link.error);
+    (void)frame;
+    vkp_i_waiters_note(client, &self->waiters, status); /* a callback may close the client */
+    if (newest) {
+        interest->newest = NULL;
+    }
+    if (newest && request->expect == VKP_I_EXPECT_NAMES && status == VKP_ERR_REFUSED) {
+        vkp_i_interest_refused(interest, words);
+    } else if (newest && status == VKP_ERR_REFUSED) {
+        vkp_i_interest_stuck(interest);
+    } else if (newest && status == VKP_OK) {
+        vkp_i_interest_left(interest, self->reported);
+    }
+    vkp_i_interest_release(interest);
+    vkp_i_waiters_report(client, &self->waiters, status, words);
+    vkp_bytes_unref(&self->request.bytes);
+    vkp_i_free(client->env, self, sizeof *self);
+}
+
+/* The timer of a refusal ended. */
+static void vkp_i_interest_on_timer(vkp_timer *timer)
+{
+    vkp_i_refusal *refusal = VKP_CONTAINER(timer, vkp_i_refusal, timer);
+    vkp_client *client = refusal->interest->client;
+    (void)VKP_I_ADD(&client->refs, 1);
+    vkp_i_interest_take_step(refusal->interest, VKP_I_EVENT_RETRY);
+    vkp_i_client_release(client);
+}
+
+/* The server ended a subscription that nobody asked it to end: it no longer serves the slot. */
+static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
+{
+    vkp_i_interest *interest = vkp_i_interest_find(client, push->sub, push->channel);
+    bool held = interest != NULL && interest->state == VKP_I_SUB_HELD;
+    if (interest == NULL) {
+        vkp_i_client_emit(client, push);
+        return;
+    }
+    vkp_i_interest_hold(interest);
+    if (held) {
+        vkp_i_interest_event(interest, VKP_PUSH_LOST,
+                             vkp_str_of("the server ended the subscription"));
+    }
+    if (!client->closed && client->ready) {
+        vkp_i_interest_take_step(interest, VKP_I_EVENT_TAKEN);
+    }
+    vkp_i_interest_release(interest);
+}
+
+/* ---- what the program asks ---- */
+
+/* Carry out a WANT: add one to the interest's `wanted`, and report the outcome now, or when the
+   server has answered. False: no memory for the name; the ask stays the caller's. */
+static bool vkp_i_client_want(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_str name = vkp_i_str(ask->request.bytes.data, ask->request.bytes.len);
+    vkp_i_interest *interest = vkp_i_interest_find(client, ask->sub, name);
+    if (interest == NULL) {
+        interest = vkp_i_interest_new(client, ask->sub, name);
+    }
+    if (interest == NULL) {
+        return false;
+    }
+    interest->wanted++;
+    vkp_i_requests_append(&interest->waiters, &ask->request);
+    vkp_i_interest_hold(interest);
+    if (!vkp_i_interest_step(interest, VKP_I_EVENT_WANT)) {
+        vkp_i_link_lose(&client->link, "out of memory");
+    } else if (interest->state == VKP_I_SUB_HELD) {
+        vkp_i_waiters_report(client, &interest->waiters, VKP_OK, vkp_i_str(NULL, 0));
+    } else if (interest->newest != NULL) {
+        vkp_i_requests_move(&interest->waiters, &interest->newest->waiters);
+    } else if (vkp_client_get_state(client) != VKP_CLIENT_CONNECTING) {
+        vkp_i_waiters_report(client, &interest->waiters, VKP_ERR_DISCONNECTED,
+                             vkp_str_of(client->link.error));
+    }
+    vkp_i_interest_release(interest);
+    return true;
+}
+
+/* Carry out a LEAVE: take one from the interest's `wanted`. */
+static void vkp_i_client_leave(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_str name = vkp_i_str(ask->request.bytes.data, ask->request.bytes.len);
+    vkp_i_interest *interest = vkp_i_interest_find(client, ask->sub, name);
+    bool resumed;
+    vkp_i_ask_free(ask);
+    if (interest == NULL || interest->wanted == 0 || --interest->wanted > 0) {
+        return;
+    }
+    vkp_i_interest_hold(interest);
+    resumed = interest->resuming;
+    vkp_i_interest_take_step(interest, VKP_I_EVENT_LEAVE);
+    vkp_i_waiters_report(client, &interest->waiters, VKP_ERR_DISCONNECTED,
+                         vkp_str_of(client->link.error));
+    if (resumed && !client->closed && client->ready && client->resuming == 0) {
+        vkp_i_client_emit_gap(client); /* it waited for the answer to this name */
+    }
+    vkp_i_interest_release(interest);
+}
+
+/* ---- the link's life ---- */
+
+/* Ask for every wanted name on a new connection. */
 static void vkp_i_client_resubscribe(vkp_client *client)
 {
     int kind;
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_node *node = NULL;
         while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
-            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            if (!vkp_i_interest_sync(client, interest)) {
-                vkp_i_client_lost(client, "out of memory");
+            if (!vkp_i_interest_step(VKP_CONTAINER(node, vkp_i_interest, node),
+                                     VKP_I_EVENT_READY)) {
+                vkp_i_link_lose(&client->link, "out of memory");
                 return;
-            }
-            if (client->outage) {
-                interest->resuming = true;
-                client->resuming++;
             }
         }
     }
 }
 
-/* ---- the connection's life ---- */
+/* The link is down: wanted names stay. WANTs that wait are moved to `failed`. */
+static void vkp_i_client_suspend(vkp_client *client)
+{
+    int kind;
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
+        while (node != NULL) {
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
+            interest->newest = NULL;
+            vkp_i_interest_end_resuming(interest);
+            vkp_i_requests_move(&interest->waiters, &client->failed);
+            (void)!vkp_i_interest_step(interest, VKP_I_EVENT_DOWN); /* needs no memory */
+            vkp_i_interest_free_unused(interest);
+        }
+    }
+}
+
+/* The client is closed: no name is wanted. */
+static void vkp_i_client_forget(vkp_client *client)
+{
+    int kind;
+    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
+        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
+        while (node != NULL) {
+            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
+            node = vkp_i_map_get_next(&client->interests[kind], node);
+            interest->wanted = 0;
+            (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEAVE);
+            vkp_i_interest_free_unused(interest);
+        }
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client-connection   The life of a client
+   ======================================================================================
+   Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
+   getters. The states of vkp_client_state:
+     CONNECTING  the link connects and logs in; ready: READY; down, or over connect_timeout_ms:
+                 WAITING
+     WAITING     the timer of vkp_i_client_backoff: CONNECTING
+     READY       commands are written; the link down, or no answer to a heartbeat: WAITING
+     CLOSED      from every state: vkp_client_close, or the loop's close; final
+   vkp_i_client_down is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
+   Both collect all requests that fail before they call the first callback, because any callback
+   may close the client; code behind a callback checks `closed`, `ready` or `link.conn`.
+   The mutex is held only around `submitted` and its flags, never around a callback.           */
 
 static void vkp_i_client_on_timer(vkp_timer *timer);
 
@@ -16990,20 +18661,20 @@ static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
 
 static bool vkp_i_request_is_interest(const vkp_i_request *request)
 {
-    return request->kind == VKP_I_REQUEST_WANT || request->kind == VKP_I_REQUEST_LEAVE;
+    return VKP_CONTAINER(request, vkp_i_ask, request)->kind != VKP_I_ASK_COMMAND;
 }
 
-/* Complete every request of `failed`. A callback may close the client: that close completes the
-   other requests before it returns.                                                           */
-static void vkp_i_client_tell_failed(vkp_client *client, vkp_status status)
+/* Settle every request of `failed`. A callback may close the client: that close settles the other
+   requests before it returns.                                                                 */
+static void vkp_i_client_settle_failed(vkp_client *client, vkp_status status)
 {
     vkp_i_request *request;
     while ((request = vkp_i_requests_pop(&client->failed)) != NULL) {
-        vkp_i_request_complete(request, status, NULL, NULL);
+        request->settle(request, status, NULL, NULL);
     }
 }
 
-/* Move requests from `submitted` to out: interests (WANT, LEAVE), commands, or both. The others
+/* Move asks from `submitted` to out: interests (WANT, LEAVE), commands, or both. The others
    stay.                                                                                       */
 static void vkp_i_client_collect(vkp_client *client, bool interests, bool commands,
                                  vkp_i_requests *out)
@@ -17025,38 +18696,11 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
    client.                                                                                     */
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
-    vkp_i_requests *failed = &client->failed;
-    int kind;
-    vkp_i_requests_move(&client->flight, failed);
-    vkp_i_client_collect(client, false, true, failed);
-    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
-        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
-        while (node != NULL) {
-            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_get_next(&client->interests[kind], node);
-            interest->in_flight = 0;
-            interest->subscribed = false;
-            interest->resuming = false;
-            vkp_i_interest_set_confirmed(client, interest, false);
-            vkp_i_requests_move(&interest->waiters, failed);
-            vkp_i_interest_free_unused(client, interest);
-        }
-    }
-    client->resuming = 0;
-}
-
-/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. */
-static void vkp_i_client_drop_connection(vkp_client *client)
-{
-    vkp_conn *conn = client->conn;
-    client->conn = NULL;
     client->ready = false;
     client->ping_sent = false;
-    if (conn != NULL) {
-        vkp_conn_close(conn);
-        vkp_conn_unref(conn);
-    }
-    vkp_resp_reader_reset(client->reader);
+    vkp_i_requests_move(&client->link.flight, &client->failed);
+    vkp_i_client_collect(client, false, true, &client->failed);
+    vkp_i_client_suspend(client);
 }
 
 /* Milliseconds to wait: random, uniform, up to a bound that doubles with each try, so that many
@@ -17074,360 +18718,196 @@ static uint64_t vkp_i_client_backoff(vkp_client *client)
     return vkp_i_sys(client->env)->random_u64() % (bound + 1);
 }
 
-/* The connection, or the attempt to connect, has ended: start the timer of the next try, emit
-   DISCONNECTED if the client was ready, fail the requests without replies. why is static.     */
-static void vkp_i_client_lost(vkp_client *client, const char *why)
+/* Whether the connection that is lost now stood so long that the bound of the wait starts again. */
+static bool vkp_i_client_stood(const vkp_client *client)
+{
+    uint64_t stood_ns = vkp_i_loop_now(client->loop) - client->link.ready_ns;
+    return client->ready && stood_ns / VKP_I_NS_PER_MS >= client->config.retry_reset_ms;
+}
+
+/* The connection, or the try to connect, has ended, and link.error says why: start the timer of the
+   next try, emit DISCONNECTED or CONNECT_FAILED, settle what failed.                          */
+static void vkp_i_client_down(vkp_client *client)
 {
     bool was_ready = client->ready;
+    bool report = !was_ready && !client->failure_reported;
+    vkp_str why = vkp_str_of(client->link.error);
     if (client->closed || vkp_client_get_state(client) == VKP_CLIENT_WAITING) {
         return;
     }
-    vkp_i_client_set_error(client, why);
-    vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s", client->config.address.ptr, why);
+    if (vkp_i_client_stood(client)) {
+        client->tries = 0;
+    }
+    vkp_i_client_set_error(client, why.ptr);
+    vkp_i_log(client->env, was_ready || report ? VKP_LOG_WARN : VKP_LOG_INFO, "%s: %s",
+              client->config.address.ptr, why.ptr);
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
-    vkp_i_client_drop_connection(client);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
     vkp_i_client_collect_failed(client);
+    client->failure_reported = !was_ready;
     if (was_ready) {
-        client->outage = true;
-        if (!client->gap_open) {
-            client->gap_open = true;
-            client->lost_ns = client->loop->now_ns;
-        }
         vkp_i_client_event(client, VKP_PUSH_DISCONNECTED, why);
+    } else if (report) {
+        vkp_i_client_event(client, VKP_PUSH_CONNECT_FAILED, why);
     }
-    vkp_i_client_tell_failed(client, VKP_ERR_DISCONNECTED);
+    vkp_i_client_settle_failed(client, VKP_ERR_DISCONNECTED);
 }
 
 static void vkp_i_client_take(vkp_client *client);
 
+static vkp_client *vkp_i_client_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_client, link);
+}
+
 /* The handshake succeeded: emit CONNECTED or RECONNECTED, subscribe again, write the commands
    that waited.                                                                                */
-static void vkp_i_client_ready(vkp_client *client)
+static void vkp_i_client_on_ready(vkp_i_link *link)
 {
+    vkp_client *client = vkp_i_client_of(link);
     client->ready = true;
-    client->tries = 0;
-    client->heard_ns = client->loop->now_ns;
+    client->failure_reported = false;
+    client->audited_ns = client->loop->now_ns;
+    VKP_I_STORE(&client->protocol, link->protocol);
     vkp_i_client_set_state(client, VKP_CLIENT_READY);
     vkp_i_client_start_timer(client, client->config.heartbeat_ms);
-    vkp_i_client_event(client, client->was_ready ? VKP_PUSH_RECONNECTED : VKP_PUSH_CONNECTED, "");
+    vkp_i_client_event(client, client->was_ready ? VKP_PUSH_RECONNECTED : VKP_PUSH_CONNECTED,
+                       vkp_i_str(NULL, 0));
     client->was_ready = true;
     if (client->ready) {
         vkp_i_client_resubscribe(client);
     }
     if (client->ready) {
-        client->outage = false;
-        client->gap_open = client->gap_open && client->resuming > 0;
         vkp_i_client_take(client);
     }
 }
 
-/* The RESP2 handshake: AUTH, CLIENT SETNAME, and PING, whose reply ends it. False: not connected
-   or no memory.                                                                               */
-static bool vkp_i_client_login2(vkp_client *client)
+static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
 {
-    vkp_str argv[3];
-    size_t argc = 0;
-    VKP_I_STORE(&client->protocol, 2u);
-    if (client->config.password.ptr != NULL) {
-        argv[argc++] = vkp_str_of("AUTH");
-        if (client->config.username.ptr != NULL) {
-            argv[argc++] = client->config.username;
-        }
-        argv[argc++] = client->config.password;
-        if (vkp_i_client_issue(client, VKP_I_REQUEST_LOGIN, argc, argv) == NULL) {
-            return false;
-        }
-    }
-    if (client->config.name.ptr != NULL) {
-        argv[0] = vkp_str_of("CLIENT");
-        argv[1] = vkp_str_of("SETNAME");
-        argv[2] = client->config.name;
-        if (vkp_i_client_issue(client, VKP_I_REQUEST_NAME, 3, argv) == NULL) {
-            return false;
-        }
-    }
-    argv[0] = vkp_str_of("PING");
-    return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, 1, argv) != NULL;
-}
-
-/* Begin the handshake. False: not connected or no memory. */
-static bool vkp_i_client_hello(vkp_client *client)
-{
-    vkp_str argv[8];
-    size_t argc = 0;
-    if (client->config.protocol == 2) {
-        client->falling_back = true;
-        return vkp_i_client_login2(client);
-    }
-    VKP_I_STORE(&client->protocol, 3u);
-    argv[argc++] = vkp_str_of("HELLO");
-    argv[argc++] = vkp_str_of("3");
-    if (client->config.password.ptr != NULL) {
-        argv[argc++] = vkp_str_of("AUTH");
-        argv[argc++] =
-            client->config.username.ptr != NULL ? client->config.username : vkp_str_of("default");
-        argv[argc++] = client->config.password;
-    }
-    if (client->config.name.ptr != NULL) {
-        argv[argc++] = vkp_str_of("SETNAME");
-        argv[argc++] = client->config.name;
-    }
-    return vkp_i_client_issue(client, VKP_I_REQUEST_HELLO, argc, argv) != NULL;
-}
-
-/* The server refused the handshake: log its error text, keep it for vkp_client_get_error, try
-   again later. text is copied first: its memory ends with the connection.                     */
-static void vkp_i_client_refused(vkp_client *client, const char *why, vkp_str text)
-{
-    char words[sizeof client->error];
-    (void)snprintf(words, sizeof words, "%s: %.*s", why, (int)VKP_I_MIN(text.len, sizeof words),
-                   text.ptr);
-    vkp_i_log(client->env, VKP_LOG_ERROR, "%s: %s", client->config.address.ptr, words);
-    vkp_i_client_lost(client, why);
-    vkp_i_client_set_error(client, words);
-}
-
-/* The reply to HELLO, or on a RESP2 server to the PING that ends the handshake. */
-static void vkp_i_client_greeted(vkp_client *client, const vkp_value *value)
-{
-    vkp_str text = vkp_value_get_str(value);
-    if (value->type != VKP_RESP_ERROR) {
-        vkp_i_client_ready(client);
-        return;
-    }
-    if (!client->falling_back &&
-        (vkp_i_starts_with(text, "NOPROTO") || vkp_i_starts_with(text, "ERR unknown command"))) {
-        client->falling_back = true;
-        if (!vkp_i_client_login2(client)) {
-            vkp_i_client_lost(client, "out of memory");
-        }
-        return;
-    }
-    vkp_i_client_refused(client, "the server refused the handshake", text);
-}
-
-/* ---- reading ---- */
-
-/* A reply arrived: it belongs to the oldest request in flight. */
-static void vkp_i_client_reply(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
-{
-    vkp_i_request *request = client->flight.first;
-    vkp_i_request_kind kind;
-    if (request == NULL) {
-        vkp_i_client_lost(client, "a reply that nobody asked for");
-        return;
-    }
-    kind = request->kind;
-    if (kind == VKP_I_REQUEST_SUBSCRIBE || kind == VKP_I_REQUEST_UNSUBSCRIBE) {
-        if (value->type == VKP_RESP_ERROR) {
-            vkp_i_client_settle(client, NULL, true);
-        } else {
-            vkp_i_client_lost(client, "a reply where a confirmation was due");
-        }
-        return;
-    }
-    if (--request->replies > 0) {
-        return;
-    }
-    (void)vkp_i_requests_pop(&client->flight);
-    if (kind == VKP_I_REQUEST_COMMAND) {
-        vkp_i_request_complete(request, VKP_OK, value, frame);
-        return;
-    }
-    vkp_i_request_free(request);
-    if (kind == VKP_I_REQUEST_HELLO) {
-        vkp_i_client_greeted(client, value);
-    } else if (kind == VKP_I_REQUEST_LOGIN && value->type == VKP_RESP_ERROR) {
-        vkp_i_client_refused(client, "the server refused the password", vkp_value_get_str(value));
-    } else if (kind == VKP_I_REQUEST_PING) {
-        client->ping_sent = false;
+    vkp_client *client = vkp_i_client_of(link);
+    if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
+        vkp_i_client_taken(client, push);
+    } else {
+        vkp_i_client_emit(client, push);
     }
 }
 
-/* A push arrived: it answers the oldest request in flight, or is emitted. */
-static void vkp_i_client_push(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
+static void vkp_i_client_on_down(vkp_i_link *link)
 {
-    vkp_push push;
-    vkp_i_request *oldest = client->flight.first;
-    if (vkp_push_from_value(value, &push) != VKP_OK) {
-        return; /* the reader rejects such a push */
-    }
-    push.frame = *frame;
-    if (push.kind == VKP_PUSH_SUBSCRIBED || push.kind == VKP_PUSH_UNSUBSCRIBED) {
-        vkp_i_request_kind kind =
-            push.kind == VKP_PUSH_SUBSCRIBED ? VKP_I_REQUEST_SUBSCRIBE : VKP_I_REQUEST_UNSUBSCRIBE;
-        vkp_i_interest *interest;
-        if (oldest != NULL && oldest->kind == kind && oldest->sub == push.sub &&
-            vkp_i_str_equal(oldest->interest->node.key, push.channel)) {
-            vkp_i_client_settle(client, &push, false);
-            return;
-        }
-        /* Not requested: the shard channel moved to another node. The next change subscribes. */
-        interest = vkp_i_interest_find(client, push.sub, push.channel);
-        if (interest != NULL && push.kind == VKP_PUSH_UNSUBSCRIBED) {
-            vkp_i_interest_set_confirmed(client, interest, false);
-            interest->subscribed = false;
-        }
-    }
-    vkp_i_client_emit(client, &push);
+    vkp_i_client_down(vkp_i_client_of(link));
 }
 
-/* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
-   one while something is subscribed.                                                          */
-static bool vkp_i_client_is_push2(const vkp_client *client, const vkp_value *value)
+static void vkp_i_client_hold(vkp_i_link *link)
 {
-    vkp_push push;
-    const vkp_i_request *oldest = client->flight.first;
-    bool subscribing = oldest != NULL && (oldest->kind == VKP_I_REQUEST_SUBSCRIBE ||
-                                          oldest->kind == VKP_I_REQUEST_UNSUBSCRIBE);
-    return VKP_I_LOAD(&client->protocol) == 2 && value->type == VKP_RESP_ARRAY &&
-           (client->confirmed > 0 || subscribing) && vkp_push_from_value(value, &push) == VKP_OK &&
-           push.kind != VKP_PUSH_OTHER;
+    (void)VKP_I_ADD(&vkp_i_client_of(link)->refs, 1);
 }
 
-/* Emit the messages that a server before 7.2 put inside the array of an EXEC. Their texts view
-   the whole reply, so the reply's frame is their frame.                                       */
-static void vkp_i_client_push_nested(vkp_client *client, const vkp_value *value,
-                                     const vkp_bytes *frame)
+static void vkp_i_client_unhold(vkp_i_link *link)
 {
-    uint32_t i;
-    for (i = 1; i < value->span && !client->closed; i++) {
-        vkp_push push;
-        if ((value[i].flags & VKP_VALUE_OUT_OF_BAND) != 0 &&
-            vkp_push_from_value(&value[i], &push) == VKP_OK) {
-            push.frame = *frame;
-            vkp_i_client_emit(client, &push);
-        }
+    vkp_i_client_release(vkp_i_client_of(link));
+}
+
+static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready, vkp_i_client_on_push,
+                                                     vkp_i_client_on_down, vkp_i_client_hold,
+                                                     vkp_i_client_unhold};
+
+/* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
+   False: no memory.                                                                           */
+static bool vkp_i_client_aim(vkp_client *client)
+{
+    const vkp_client_config *config = &client->config;
+    vkp_client_target target;
+    target.address = config->address;
+    target.username = config->username;
+    target.password = config->password;
+    if (config->on_connect != NULL) {
+        config->on_connect(config->user, &target);
     }
-}
-
-/* One whole value arrived: a push or a reply. */
-static void vkp_i_client_value(vkp_client *client, const vkp_value *value, const vkp_bytes *frame)
-{
-    if (value->type == VKP_RESP_PUSH || vkp_i_client_is_push2(client, value)) {
-        vkp_i_client_push(client, value, frame);
-        return;
+    vkp_i_target_free(client->env, &client->target);
+    client->target = target;
+    if (!vkp_i_copy_str(client->env, &client->target.address)) {
+        client->target.username.ptr = NULL; /* not copied: must not be freed */
+        client->target.password.ptr = NULL;
+        return false;
     }
-    if (value->type == VKP_RESP_ARRAY && value->i_has_nested != 0) {
-        vkp_i_client_push_nested(client, value, frame);
-        if (client->closed || client->conn == NULL) {
-            return;
-        }
+    if (!vkp_i_copy_str(client->env, &client->target.username)) {
+        client->target.password.ptr = NULL;
+        return false;
     }
-    vkp_i_client_reply(client, value, frame);
+    return vkp_i_copy_str(client->env, &client->target.password);
 }
-
-/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
-static size_t vkp_i_client_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
-{
-    vkp_client *client = (vkp_client *)user;
-    size_t used = 0;
-    (void)VKP_I_ADD(&client->refs, 1); /* a callback may give the last other reference back */
-    client->heard_ns = client->loop->now_ns;
-    while (client->conn == conn && used < in->len) {
-        const vkp_value *value;
-        size_t consumed;
-        vkp_bytes frame;
-        vkp_status status = vkp_resp_reader_scan(client->reader, in->data + used, in->len - used,
-                                                 &value, &consumed);
-        if (status == VKP_ERR_EMPTY) {
-            break;
-        }
-        if (status != VKP_OK) {
-            uint64_t position;
-            vkp_i_log(client->env, VKP_LOG_ERROR, "%s: bad reply: %s", client->config.address.ptr,
-                      vkp_resp_reader_get_error(client->reader, &position));
-            vkp_i_client_lost(client, status == VKP_ERR_NOMEM ? "out of memory"
-                                                              : "the server broke the protocol");
-            break;
-        }
-        frame.data = in->data + used;
-        frame.len = consumed;
-        frame.block = in->block;
-        used += consumed;
-        vkp_i_client_value(client, value, &frame);
-    }
-    vkp_i_client_release(client);
-    return used;
-}
-
-static void vkp_i_client_on_open(vkp_conn *conn, void *user)
-{
-    vkp_client *client = (vkp_client *)user;
-    (void)conn;
-    (void)VKP_I_ADD(&client->refs, 1);
-    if (!vkp_i_client_hello(client)) {
-        vkp_i_client_lost(client, "out of memory");
-    }
-    vkp_i_client_release(client);
-}
-
-/* Static text for a connection that failed or was lost. */
-static const char *vkp_i_client_why(int error)
-{
-    return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
-                                                    : "the connection was lost";
-}
-
-static void vkp_i_client_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
-{
-    vkp_client *client = (vkp_client *)user;
-    if (conn == client->conn) { /* otherwise vkp_i_client_drop_connection closed it */
-        if (reason == VKP_CLOSE_LOOP) {
-            return; /* vkp_i_client_loop_closed closes the client */
-        }
-        vkp_i_log(client->env, VKP_LOG_INFO, "%s: %s%s%s", client->config.address.ptr,
-                  vkp_close_reason_str(reason), error != 0 ? ": " : "",
-                  error != 0 ? strerror(error) : "");
-        (void)VKP_I_ADD(&client->refs, 1);
-        vkp_i_client_lost(client, vkp_i_client_why(error));
-        vkp_i_client_release(client);
-    }
-}
-
-static const vkp_conn_ops vkp_i_client_ops = {
-    vkp_i_client_on_open, vkp_i_client_on_data, NULL, NULL, vkp_i_client_on_close, NULL};
 
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */
 static vkp_status vkp_i_client_connect(vkp_client *client)
 {
-    vkp_conn_config config;
-    vkp_status status;
-    memset(&config, 0, sizeof config);
-    config.ops = &vkp_i_client_ops;
-    config.user = client;
-    config.loop_only = true;
-    config.input_bytes = VKP_I_BLOCK_MAX;
-    client->falling_back = false;
+    vkp_status status = VKP_ERR_NOMEM;
     vkp_i_client_set_state(client, VKP_CLIENT_CONNECTING);
     vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
-    status = vkp_conn_connect(client->loop, client->config.address, &config, &client->conn);
-    if (status != VKP_OK) {
-        vkp_i_client_lost(client,
-                          status == VKP_ERR_SYS ? vkp_i_client_why(errno) : vkp_status_str(status));
+    if (vkp_i_client_aim(client) && !client->closed) {
+        status = vkp_i_link_connect(&client->link, client->target.address, client->target.username,
+                                    client->target.password);
+    }
+    if (status != VKP_OK && !client->closed) {
+        vkp_i_link_lose(&client->link,
+                        status == VKP_ERR_SYS ? vkp_i_link_why(errno) : vkp_status_str(status));
     }
     return status;
+}
+
+/* A heartbeat's PING. */
+typedef struct vkp_i_ping {
+    vkp_i_request request;
+    vkp_client *client;
+} vkp_i_ping;
+
+static void vkp_i_ping_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_ping *ping = VKP_CONTAINER(request, vkp_i_ping, request);
+    (void)status;
+    (void)value;
+    (void)frame;
+    ping->client->ping_sent = false;
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(ping->client->env, ping, sizeof *ping);
+}
+
+/* Send a heartbeat's PING. False: no memory. */
+static bool vkp_i_client_ping(vkp_client *client)
+{
+    vkp_str argv = vkp_str_of("PING");
+    vkp_i_ping *ping = (vkp_i_ping *)vkp_i_alloc_zero(client->env, sizeof *ping);
+    if (ping == NULL) {
+        return false;
+    }
+    ping->client = client;
+    ping->request.due = 1;
+    ping->request.settle = vkp_i_ping_settled;
+    if (vkp_i_request_put(&ping->request, client->env, 1, &argv) != VKP_OK ||
+        !vkp_i_link_start(&client->link, &ping->request)) {
+        vkp_i_ping_settled(&ping->request, VKP_ERR_NOMEM, NULL, NULL);
+        return false;
+    }
+    client->ping_sent = true;
+    return true;
 }
 
 /* The timer fired while READY: send PING after heartbeat_ms without bytes, drop the connection
    after heartbeat_timeout_ms more without bytes, otherwise wait on.                           */
 static void vkp_i_client_heartbeat(vkp_client *client)
 {
-    uint64_t idle_ms = (client->loop->now_ns - client->heard_ns) / VKP_I_NS_PER_MS;
-    vkp_str argv = vkp_str_of("PING");
+    uint64_t idle_ms = (client->loop->now_ns - client->link.heard_ns) / VKP_I_NS_PER_MS;
     if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
         /* Bytes still arrive: the answer to PING is behind a long reply. */
         vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
     } else if (client->ping_sent) {
-        vkp_i_client_lost(client, "no answer to a heartbeat");
+        vkp_i_link_lose(&client->link, "no answer to a heartbeat");
     } else if (idle_ms < client->config.heartbeat_ms) {
         vkp_i_client_start_timer(client, client->config.heartbeat_ms - idle_ms);
-    } else if (vkp_i_client_issue(client, VKP_I_REQUEST_PING, 1, &argv) == NULL) {
-        vkp_i_client_lost(client, "out of memory");
+    } else if (!vkp_i_client_ping(client)) {
+        vkp_i_link_lose(&client->link, "out of memory");
     } else {
-        client->ping_sent = true;
         vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms);
     }
 }
@@ -17439,7 +18919,12 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
     (void)VKP_I_ADD(&client->refs, 1);
     switch (vkp_client_get_state(client)) {
     case VKP_CLIENT_CONNECTING:
-        vkp_i_client_lost(client, "no connection within the time limit");
+        if (!client->begun) {
+            client->begun = true;
+            (void)!vkp_i_client_connect(client); /* on failure the wait has begun */
+            break;
+        }
+        vkp_i_link_lose(&client->link, "no connection within the time limit");
         break;
     case VKP_CLIENT_WAITING:
         (void)!vkp_i_client_connect(client); /* on failure the next wait has begun */
@@ -17459,37 +18944,58 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
    subscribed.                                                                                 */
 static bool vkp_i_client_must_refuse(const vkp_client *client)
 {
-    return VKP_I_LOAD(&client->protocol) == 2 &&
+    return client->link.protocol == 2 &&
            client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
 }
 
-/* Start one request that was taken from `submitted`. */
-static void vkp_i_client_dispatch(vkp_client *client, vkp_i_request *request)
+/* No memory for a new name: put the ask, and all asks behind it, back to `submitted` for the next
+   connection, and let this connection fail. The ask's callback is called now, because the next
+   connection may be far away.                                                                 */
+static void vkp_i_client_lost_memory(vkp_client *client, vkp_i_ask *ask)
 {
-    if (request->kind == VKP_I_REQUEST_WANT) {
-        vkp_i_client_want(client, request);
-    } else if (request->kind == VKP_I_REQUEST_LEAVE) {
-        vkp_i_client_leave(client, request);
-    } else if (vkp_i_client_must_refuse(client)) {
-        vkp_i_log(client->env, VKP_LOG_WARN,
-                  "command refused: a RESP2 connection with subscriptions carries no commands");
-        vkp_i_request_complete(request, VKP_ERR_REFUSED, NULL, NULL);
-    } else if (!vkp_i_client_start(client, request)) {
-        vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    vkp_i_requests all;
+    vkp_subscribe_fn done = ask->done;
+    void *user = ask->user;
+    ask->done = NULL;
+    vkp_i_requests_init(&all);
+    vkp_i_requests_append(&all, &ask->request);
+    vkp_i_requests_move(&client->taken, &all);
+    VKP_I_LOCK(&client->mutex);
+    vkp_i_requests_move(&client->submitted, &all);
+    vkp_i_requests_move(&all, &client->submitted);
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_link_lose(&client->link, "out of memory");
+    if (done != NULL) {
+        done(user, client->closed ? VKP_ERR_CLOSED : VKP_ERR_DISCONNECTED,
+             vkp_str_of("out of memory"));
     }
 }
 
-/* Start the submitted requests. Commands stay in `submitted` until the client is ready. */
+/* Start one ask that was taken from `submitted`. */
+static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
+{
+    if (ask->kind == VKP_I_ASK_WANT) {
+        if (!vkp_i_client_want(client, ask)) {
+            vkp_i_client_lost_memory(client, ask);
+        }
+    } else if (ask->kind == VKP_I_ASK_LEAVE) {
+        vkp_i_client_leave(client, ask);
+    } else if (vkp_i_client_must_refuse(client)) {
+        vkp_i_log(client->env, VKP_LOG_WARN,
+                  "command refused: a RESP2 connection with subscriptions carries no commands");
+        vkp_i_ask_settled(&ask->request, VKP_ERR_REFUSED, NULL, NULL);
+    } else if (!client->ready || !vkp_i_link_start(&client->link, &ask->request)) {
+        vkp_i_ask_settled(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    }
+}
+
+/* Start the submitted asks. Commands stay in `submitted` until the client is ready. */
 static void vkp_i_client_take(vkp_client *client)
 {
     vkp_i_request *request;
     vkp_i_client_collect(client, true, client->ready, &client->taken);
     while ((request = vkp_i_requests_pop(&client->taken)) != NULL) {
-        if (!client->ready && !vkp_i_request_is_interest(request)) {
-            vkp_i_request_complete(request, VKP_ERR_DISCONNECTED, NULL, NULL);
-        } else {
-            vkp_i_client_dispatch(client, request);
-        }
+        vkp_i_client_dispatch(client, VKP_CONTAINER(request, vkp_i_ask, request));
     }
 }
 
@@ -17497,7 +19003,6 @@ static void vkp_i_client_take(vkp_client *client)
    thread.                                                                                     */
 static void vkp_i_client_close_now(vkp_client *client)
 {
-    int kind;
     if (client->closed) {
         return;
     }
@@ -17508,20 +19013,14 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_set_state(client, VKP_CLIENT_CLOSED);
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
-    vkp_i_client_drop_connection(client);
+    vkp_i_link_close(&client->link);
+    (void)snprintf(client->link.error, sizeof client->link.error, "closed");
     vkp_i_client_collect_failed(client);
+    vkp_i_requests_move(&client->reporting, &client->failed);
     vkp_i_requests_move(&client->taken, &client->failed);
     vkp_i_client_collect(client, true, true, &client->failed);
-    for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
-        vkp_i_map_node *node = vkp_i_map_get_next(&client->interests[kind], NULL);
-        while (node != NULL) {
-            vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            node = vkp_i_map_get_next(&client->interests[kind], node);
-            interest->wanted = 0;
-            vkp_i_interest_free_unused(client, interest);
-        }
-    }
-    vkp_i_client_tell_failed(client, VKP_ERR_CLOSED);
+    vkp_i_client_forget(client);
+    vkp_i_client_settle_failed(client, VKP_ERR_CLOSED);
     vkp_mpsc_tx_unref(client->config.pushes);
     client->config.pushes = NULL;
     vkp_i_client_release(client);
@@ -17584,17 +19083,45 @@ VKP_API void vkp_client_unref(vkp_client *client)
     vkp_i_client_release(client);
 }
 
-VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client)
-{
-    return (vkp_client_state)VKP_I_LOAD_ACQ(&client->state);
-}
-
 VKP_API int vkp_client_get_protocol(const vkp_client *client)
 {
     return (int)VKP_I_LOAD(&client->protocol);
 }
 
-/* Copy the config, set its defaults, open the reader. False: no memory. */
+/* Copy the setup commands of the config. */
+static vkp_status vkp_i_client_copy_setup(vkp_client *client, const vkp_client_config *config)
+{
+    const vkp_env *env = client->env;
+    vkp_client_setup *setup;
+    size_t i;
+    size_t j;
+    if (config->setup_count == 0) {
+        return VKP_OK;
+    }
+    setup = (vkp_client_setup *)vkp_i_alloc_zero(env, config->setup_count * sizeof *setup);
+    for (i = 0; setup != NULL && i < config->setup_count; i++) {
+        size_t argc = config->setup[i].argc;
+        vkp_str *argv = (vkp_str *)vkp_i_alloc_zero(env, argc * sizeof *argv);
+        bool copied = argv != NULL;
+        setup[i] = config->setup[i];
+        setup[i].argv = argv;
+        setup[i].argc = copied ? argc : 0;
+        for (j = 0; copied && j < argc; j++) {
+            argv[j] = config->setup[i].argv[j];
+            copied = vkp_i_copy_str(env, &argv[j]);
+        }
+        if (!copied || !vkp_i_copy_str(env, &setup[i].expect)) {
+            setup[i].expect.ptr = NULL;
+            vkp_i_setup_free(env, setup, i + 1, config->setup_count);
+            return VKP_ERR_NOMEM;
+        }
+    }
+    client->config.setup = setup;
+    client->config.setup_count = setup != NULL ? config->setup_count : 0;
+    return setup != NULL ? VKP_OK : VKP_ERR_NOMEM;
+}
+
+/* Copy the config, set its defaults, prepare the link. */
 static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_config *config)
 {
     vkp_client_config *own = &client->config;
@@ -17603,6 +19130,8 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     size_t i;
     *own = *config;
     own->pushes = NULL;
+    own->setup = NULL;
+    own->setup_count = 0;
     texts[0] = &own->address;
     texts[1] = &own->username;
     texts[2] = &own->password;
@@ -17613,6 +19142,9 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
             texts[i]->ptr = NULL; /* not copied: vkp_i_client_free must not free it */
         }
     }
+    if (!copied || vkp_i_client_copy_setup(client, config) != VKP_OK) {
+        return VKP_ERR_NOMEM;
+    }
 #define VKP_I_DEFAULT(field, value) \
     if (own->field == 0) {          \
         own->field = (value);       \
@@ -17620,24 +19152,40 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(connect_timeout_ms, 5000)
     VKP_I_DEFAULT(retry_min_ms, 50)
     VKP_I_DEFAULT(retry_max_ms, 5000)
+    VKP_I_DEFAULT(retry_reset_ms, 5000)
     VKP_I_DEFAULT(heartbeat_ms, 15000)
     VKP_I_DEFAULT(heartbeat_timeout_ms, 5000)
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
-    return copied ? vkp_resp_reader_open(&own->resp, &client->reader) : VKP_ERR_NOMEM;
+    return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
+}
+
+/* Whether every setup command has a name. */
+static bool vkp_i_setup_is_valid(const vkp_client_config *config)
+{
+    size_t i;
+    for (i = 0; i < config->setup_count; i++) {
+        if (config->setup == NULL || config->setup[i].argc == 0 || config->setup[i].argv == NULL) {
+            return false;
+        }
+    }
+    return true;
 }
 
 VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                    vkp_client **out)
 {
     vkp_client *client;
+    vkp_i_parts parts;
     vkp_status status;
     int kind;
     VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
+    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
+                  vkp_i_setup_is_valid(config));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }
@@ -17652,15 +19200,19 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     client->users = 1;
     VKP_I_MUTEX_INIT(&client->mutex);
     vkp_i_requests_init(&client->submitted);
-    vkp_i_requests_init(&client->flight);
+    vkp_i_requests_init(&client->link.flight);
     vkp_i_requests_init(&client->taken);
     vkp_i_requests_init(&client->failed);
+    vkp_i_requests_init(&client->reporting);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);
     }
     client->task.fn = vkp_i_client_run;
     client->attached.on_loop_close = vkp_i_client_loop_closed;
     status = vkp_i_client_configure(client, config);
+    if (status == VKP_OK) {
+        status = vkp_i_split_address(client->env, config->address, &parts);
+    }
     if (status != VKP_OK) {
         vkp_i_client_free(client);
         return status;
@@ -17669,15 +19221,13 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
         client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
     }
     vkp_i_loop_attach(loop, &client->attached);
-    status = vkp_i_client_connect(client);
-    if (client->timer.i_index == 0) { /* without a timer the client would never try again */
-        status = VKP_ERR_NOMEM;
-    }
-    if (status == VKP_ERR_INVALID || status == VKP_ERR_LIMIT || status == VKP_ERR_UNSUPPORTED ||
-        client->timer.i_index == 0) {
-        vkp_i_client_close_now(client); /* no later try can succeed */
+    /* The first try begins in the loop's next round: no callback runs inside this call. */
+    vkp_i_client_set_state(client, VKP_CLIENT_CONNECTING);
+    vkp_i_client_start_timer(client, 0);
+    if (client->timer.i_index == 0) { /* without a timer the client would never try */
+        vkp_i_client_close_now(client);
         vkp_client_unref(client);
-        return status;
+        return VKP_ERR_NOMEM;
     }
     *out = client;
     return VKP_OK;
@@ -18619,6 +20169,7 @@ typedef struct vkp_i_sub_item {
     vkp_str name;                     /* behind the subscription's items */
     bool upstream;     /* one interest of the upstream client was taken for this name */
     vkp_status status; /* outcome from the upstream client */
+    vkp_bytes words;   /* REFUSED: the server's words */
 } vkp_i_sub_item;
 
 /* One SUBSCRIBE under way, with its items and their names in one allocation. */
@@ -18719,6 +20270,10 @@ static void vkp_i_local_leave_all(vkp_i_local *local)
 static void vkp_i_subscription_free(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
+    size_t i;
+    for (i = 0; i < self->count; i++) {
+        vkp_bytes_unref(&self->items[i].words);
+    }
     vkp_i_free(local->shard->relay->env, self, self->bytes_allocated);
     vkp_i_local_release(local);
 }
@@ -18739,8 +20294,8 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
         vkp_i_local_fail(local);
     }
     /* A new topic keeps the item's interest; otherwise the interest is given back. */
-    if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
-        item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
+    if (item->upstream && (closed || topic_had_interest || !stands) &&
+        item->status != VKP_ERR_CLOSED) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
     }
     if (closed) {
@@ -18749,8 +20304,9 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
     if (stands) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
     } else {
+        vkp_str words = vkp_i_str(item->words.data, item->words.len);
         vkp_resp_put_error(writer,
-                           vkp_str_of("NOPERM the upstream server refused the subscription"));
+                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
     }
     return true;
 }
@@ -18786,11 +20342,15 @@ static void vkp_i_sub_item_return(vkp_i_task *task)
 }
 
 /* Loop 0: the upstream client has the outcome of one name; return the item to its loop. */
-static void vkp_i_sub_item_done(void *user, vkp_status status)
+static void vkp_i_sub_item_done(void *user, vkp_status status, vkp_str words)
 {
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
     vkp_loop *loop = item->subscription->local->shard->loop;
     item->status = status;
+    if (status == VKP_ERR_REFUSED) { /* without memory the client gets a text of the relay */
+        (void)!vkp_bytes_copy(item->subscription->local->shard->relay->env, words.ptr, words.len,
+                              &item->words);
+    }
     item->task.fn = vkp_i_sub_item_return;
     if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
         vkp_i_sub_item_return(&item->task);
@@ -20258,7 +21818,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
     vkp_relay *relay = (vkp_relay *)user;
     size_t i;
     if (!vkp_i_push_kind_is_message(push->kind)) {
-        if (push->kind >= VKP_PUSH_CONNECTED) {
+        if (vkp_i_push_kind_is_event(push->kind)) {
             vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
                       VKP_FMT(push->payload));
         }

@@ -11,6 +11,9 @@ static void on_push(void *user, const vkp_push *push)
 {
     (void)user;
     printf("%s: %.*s\n", vkp_push_kind_str(push->kind), VKP_FMT(push->payload));
+    if (push->gap != NULL) {
+        printf("perhaps lost: since Unix time %.3f\n", (double)push->gap->from_unix_ms / 1000);
+    }
     fflush(stdout);
 }
 

@@ -23,6 +23,27 @@ typedef enum vkp_client_state {
     VKP_CLIENT_CLOSED          /* closed; commands and subscriptions get CLOSED */
 } vkp_client_state;
 
+/* What the server must be. */
+typedef enum vkp_client_role {
+    VKP_CLIENT_ROLE_ANY = 0, /* a primary or a replica */
+    VKP_CLIENT_ROLE_PRIMARY  /* a primary; on another server the client closes and tries again */
+} vkp_client_role;
+
+/* One command that each new connection sends before all others. */
+typedef struct vkp_client_setup {
+    size_t argc;         /* number of arguments, the command's name included; at least 1 */
+    const vkp_str *argv; /* the arguments; any bytes */
+    vkp_str expect;      /* the text that must be answered; ptr NULL: anything but an error */
+    bool optional;       /* any answer will do */
+} vkp_client_setup;
+
+/* Where a try to connect goes, and with which credentials: what on_connect may change. */
+typedef struct vkp_client_target {
+    vkp_str address;  /* as vkp_client_config.address */
+    vkp_str username; /* as vkp_client_config.username */
+    vkp_str password; /* as vkp_client_config.password */
+} vkp_client_target;
+
 /* How a client connects, reconnects and delivers pushes. Only address is required. */
 typedef struct vkp_client_config {
     vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
@@ -30,6 +51,17 @@ typedef struct vkp_client_config {
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
     int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+    uint32_t database;    /* the database that each new connection selects; 0: that of the server */
+    vkp_client_role role; /* what the server must be; default: any */
+
+    /* The commands that each new connection sends after the login, before anybody's commands;
+       copied. An answer that is not the expected one ends the try to connect. */
+    const vkp_client_setup *setup;
+    size_t setup_count; /* number of setup commands */
+
+    /* Called before each try to connect, on the loop's thread; may change *target, which holds what
+       the config says. The texts are copied when it returns. NULL: not called.                */
+    void (*on_connect)(void *user, vkp_client_target *target);
 
     /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
        VKP_OFF: no limit.                                                                      */
@@ -39,6 +71,10 @@ typedef struct vkp_client_config {
        doubles with each failed try. Milliseconds; 0: 50.                                      */
     uint64_t retry_min_ms;
     uint64_t retry_max_ms; /* the largest bound of the random wait before a try, in ms; 0: 5,000 */
+
+    /* A connection that stood for this many milliseconds makes the bound start again. A server that
+       answers the login and then hangs up is so not asked without end. 0: 5,000.              */
+    uint64_t retry_reset_ms;
 
     /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
        VKP_OFF: never.                                                                         */
@@ -56,7 +92,7 @@ typedef struct vkp_client_config {
     /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
        both be set; with neither, pushes are dropped.                                          */
     void (*on_push)(void *user, const vkp_push *push);
-    void *user; /* the first argument of on_push */
+    void *user; /* the first argument of on_push and on_connect */
 
     /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
        is full the push is dropped; when there is room, a LAGGED with the number follows.      */
@@ -97,23 +133,28 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client);
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
 
 /* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
-   needs one vkp_client_unsubscribe. The client subscribes again after an outage. A push SUBSCRIBED
-   follows when the server confirms.
+   needs one vkp_client_unsubscribe. The name is wanted until then: the client subscribes again
+   after an outage, and asks again after a refusal (0.1 to 5 s later where the server's words
+   promise an end, as BUSY and LOADING do, otherwise 1 to 30 s later). SUBSCRIBED, REFUSED and LOST
+   report each change.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, CLOSED, INVALID (client NULL, an unknown kind, name.ptr NULL with len > 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe(vkp_client *client, vkp_sub_kind kind,
                                                       vkp_str name);
 
-/* vkp_client_subscribe with a notice: after OK, the loop's thread calls done(user, status) once,
-   never inside this call. The status is OK (the server confirmed, now or earlier), DISCONNECTED
-   (no connection: the subscription is kept, and made when the client connects), REFUSED (by the
-   server: the name is no longer subscribed, for all callers), or CLOSED (the client).
+/* Receives the first outcome of a vkp_client_subscribe_then, once, on the loop's thread: OK (the
+   server confirmed, now or earlier), REFUSED (words are the server's), DISCONNECTED (no connection;
+   words say why), or CLOSED (the client). After REFUSED and DISCONNECTED the name is still wanted.
+   words are valid until the function returns.                                                 */
+typedef void (*vkp_subscribe_fn)(void *user, vkp_status status, vkp_str words);
+
+/* vkp_client_subscribe with a notice of the first outcome: after OK, done is called once, never
+   inside this call.
    Owns:   borrows name     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, CLOSED, INVALID (client or done NULL, an unknown kind, name.ptr NULL with
    len > 0)                                                                                    */
 VKP_API VKP_NODISCARD vkp_status vkp_client_subscribe_then(vkp_client *client, vkp_sub_kind kind,
-                                                           vkp_str name,
-                                                           void (*done)(void *user, vkp_status),
+                                                           vkp_str name, vkp_subscribe_fn done,
                                                            void *user);
 
 /* Take one subscribe call back; the last one of a name sends UNSUBSCRIBE. A name that is not
@@ -127,8 +168,8 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
    error of the server is a reply of type VKP_RESP_ERROR. The arguments are terminated strings,
    then NULL. A command sent while the client connects waits for the end of the handshake. After
    OK, vkp_oneshot_recv returns CLOSED when no reply follows: the connection was lost or the client
-   was closed (the command may or may not have run), the reply found no memory, or the command was
-   not sent (RESP2, and something is subscribed).
+   was closed (the command may or may not have run), the reply found no memory or was over a limit
+   of config.resp, or the command was not sent (RESP2, and something is subscribed).
    Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
    Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
@@ -149,8 +190,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
-   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), or REFUSED
-   (not sent: RESP2, and something is subscribed).                                             */
+   status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), LIMIT (the
+   last reply was over a limit of config.resp, or had a number that the reader refuses; the
+   commands ran), or REFUSED (not sent: RESP2, and something is subscribed). */
 typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *value,
                              const vkp_bytes *frame);
 

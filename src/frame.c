@@ -1,27 +1,36 @@
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-frame   The length of a frame
+   >>impl-frame   The end of a frame
    ======================================================================================
-   Finds the end of a frame without building values: no allocation, no recursion, any thread. The
-   input passed a strict reader before, so only bounds are checked here, not the grammar. Skip
-   functions return the offset behind the skipped bytes, or 0 when the input ends before. */
+   Finds the end of a frame without building values: no allocation, no recursion, any thread. Only
+   bounds are checked here, not the grammar: the input passed a strict reader before, or a reader
+   refused one of its values, whose end can be found all the same.
+   A vkp_i_skip continues where it stopped when more bytes have arrived, so that a long frame in
+   many pieces costs each byte once.                                                           */
 
-/* Skip to behind the next LF. 0: there is none. */
-static size_t vkp_i_skip_line(const uint8_t *data, size_t len, size_t at)
-{
-    const void *lf = at < len ? memchr(data + at, '\n', len - at) : NULL;
-    return lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
-}
+/* Where the search for the end of a frame is; all zero at the start of the frame. */
+typedef struct vkp_i_skip {
+    size_t at;          /* offset of the next header; at the end: behind the frame */
+    size_t line_seen;   /* bytes behind `at` that hold no LF */
+    uint64_t remaining; /* values that are not complete, the root included */
+    bool inside;        /* `at` is behind the header of the value */
+    bool attribute;     /* the value is an attribute: the frame goes on behind it */
+} vkp_i_skip;
 
-/* Skip the header at `at` and the bytes that belong to the value itself. *elements is the number of
-   elements that follow. 0: incomplete. */
-static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64_t *elements)
+/* Skip the header at `at` and the bytes that belong to the value itself; the first *seen bytes hold
+   no LF. *elements is the number of elements that follow. Returns the offset behind. 0: incomplete,
+   and *seen grows while the LF is missing.                                                    */
+static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, size_t *seen,
+                              uint64_t *elements)
 {
-    size_t body = at < len ? vkp_i_skip_line(data, len, at + 1) : 0;
+    size_t from = at + VKP_I_MAX(*seen, (size_t)1);
+    const void *lf = from < len ? memchr(data + from, '\n', len - from) : NULL;
+    size_t body = lf != NULL ? (size_t)((const uint8_t *)lf - data) + 1 : 0;
     uint64_t number = 0;
     size_t i;
     *elements = 0;
     if (body == 0) {
+        *seen = at < len ? len - at : 0;
         return 0;
     }
     for (i = at + 1; i < body && data[i] >= '0' && data[i] <= '9'; i++) {
@@ -49,54 +58,101 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, uint64
     }
 }
 
-/* Whether the push whose elements start at `at` is a message. The aggregate around such a push does
-   not count it as an element. */
-static bool vkp_i_skip_is_message(const uint8_t *data, size_t len, size_t at)
+/* Whether the push whose elements start at `at` is no element of the aggregate around it. The kind
+   must be complete.                                                                           */
+static bool vkp_i_skip_is_uncounted(const uint8_t *data, size_t len, size_t at)
 {
     uint64_t elements;
-    size_t end = vkp_i_skip_head(data, len, at, &elements);
+    size_t seen = 0;
+    size_t end = vkp_i_skip_head(data, len, at, &seen, &elements);
     size_t text;
     if (end < at + 3) {
         return false;
     }
-    text = data[at] == '+' ? at + 1 : vkp_i_skip_line(data, len, at + 1);
+    text = data[at] == '+'
+               ? at + 1
+               : (size_t)((const uint8_t *)memchr(data + at, '\n', end - at) - data) + 1;
     text += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
-    return text < end - 2 && vkp_i_is_message_kind((const char *)data + text, end - 2 - text);
+    return text < end - 2 && vkp_i_is_uncounted_kind((const char *)data + text, end - 2 - text);
 }
 
-/* Skip the value at `at` with all its elements; attributes before elements are not counted as
-   elements. 0: incomplete. */
-static size_t vkp_i_skip_value(const uint8_t *data, size_t len, size_t at)
+/* Continue to the end of the value at the start of data; an attribute before an element is not
+   counted as one. True: skip->at is the offset behind it. False: more bytes are needed.       */
+static bool vkp_i_skip_value(vkp_i_skip *skip, const uint8_t *data, size_t len)
 {
-    uint64_t remaining = 1;
-    bool root = true;
-    while (remaining > 0) {
-        uint64_t elements;
-        size_t body = vkp_i_skip_head(data, len, at, &elements);
-        if (body == 0) {
-            return 0;
-        }
-        remaining += elements;
-        if (root ||
-            (data[at] != '|' && (data[at] != '>' || !vkp_i_skip_is_message(data, len, body)))) {
-            remaining--;
-        }
-        root = false;
-        at = body;
+    if (!skip->inside) {
+        skip->remaining = 1;
     }
-    return at;
+    while (skip->remaining > 0) {
+        uint64_t elements;
+        uint64_t none;
+        size_t seen = 0;
+        bool counts = true;
+        size_t body = vkp_i_skip_head(data, len, skip->at, &skip->line_seen, &elements);
+        if (body == 0) {
+            return false;
+        }
+        if (skip->inside && data[skip->at] == '|') {
+            counts = false;
+        } else if (skip->inside && data[skip->at] == '>') {
+            if (vkp_i_skip_head(data, len, body, &seen, &none) == 0) { /* the kind decides */
+                return false;
+            }
+            counts = !vkp_i_skip_is_uncounted(data, len, body);
+        }
+        skip->remaining += elements;
+        skip->remaining -= counts ? 1u : 0u;
+        skip->inside = true;
+        skip->line_seen = 0;
+        skip->at = body;
+    }
+    return true;
+}
+
+/* Continue to the end of the frame: its attributes, then its value. True: skip->at is the offset
+   behind it. False: more bytes are needed.                                                    */
+static bool vkp_i_skip_frame(vkp_i_skip *skip, const uint8_t *data, size_t len)
+{
+    do {
+        if (!skip->inside && skip->at < len) {
+            skip->attribute = data[skip->at] == '|';
+        }
+        if (!vkp_i_skip_value(skip, data, len)) {
+            return false;
+        }
+        skip->inside = false;
+    } while (skip->attribute);
+    return true;
 }
 
 VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
 {
-    size_t at = 0;
-    while (at < len && data[at] == '|') {
-        at = vkp_i_skip_value(data, len, at);
-        if (at == 0) {
-            return 0;
+    vkp_i_skip skip = VKP_ZERO;
+    return vkp_i_skip_frame(&skip, data, len) ? skip.at : 0;
+}
+
+/* The next push at or behind `from` that is inside the whole frame but no element of it: its bytes
+   are [*begin, *end). False: there is none.                                                   */
+static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *begin, size_t *end)
+{
+    const uint8_t *data = frame->data;
+    size_t len = frame->len;
+    while (from < len) {
+        uint64_t elements;
+        size_t seen = 0;
+        size_t body = vkp_i_skip_head(data, len, from, &seen, &elements);
+        if (body == 0) {
+            return false; /* not the case in a whole frame */
         }
+        if (from > 0 && data[from] == '>' && vkp_i_skip_is_uncounted(data, len, body)) {
+            vkp_i_skip skip = VKP_ZERO;
+            *begin = from;
+            *end = vkp_i_skip_value(&skip, data + from, len - from) ? from + skip.at : len;
+            return true;
+        }
+        from = body;
     }
-    return vkp_i_skip_value(data, len, at);
+    return false;
 }
 
 #endif /* VKP_I_IO */

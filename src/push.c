@@ -27,10 +27,16 @@ VKP_API const char *vkp_push_kind_str(vkp_push_kind kind)
         return "other";
     case VKP_PUSH_CONNECTED:
         return "connected";
+    case VKP_PUSH_CONNECT_FAILED:
+        return "connect-failed";
     case VKP_PUSH_DISCONNECTED:
         return "disconnected";
     case VKP_PUSH_RECONNECTED:
         return "reconnected";
+    case VKP_PUSH_REFUSED:
+        return "refused";
+    case VKP_PUSH_LOST:
+        return "lost";
     case VKP_PUSH_GAP:
         return "gap";
     case VKP_PUSH_LAGGED:
@@ -63,6 +69,12 @@ VKP_API void vkp_push_drop(void *user, void *push)
 static bool vkp_i_push_kind_is_message(vkp_push_kind kind)
 {
     return kind == VKP_PUSH_MESSAGE || kind == VKP_PUSH_PMESSAGE || kind == VKP_PUSH_SMESSAGE;
+}
+
+/* Whether the push is an event of the client, which no server sends. */
+static bool vkp_i_push_kind_is_event(vkp_push_kind kind)
+{
+    return kind >= VKP_PUSH_CONNECTED;
 }
 
 /* One kind of push as a server writes it. */
@@ -103,6 +115,33 @@ static void vkp_i_push_parts(const vkp_value *value, const vkp_i_push_form *form
     if (vkp_i_push_kind_is_message(form->kind)) {
         push->payload = vkp_value_get_str(vkp_value_get_next(value, element));
     }
+}
+
+/* Copy the bytes to *end, which moves behind them; returns a view of the copy. */
+static vkp_str vkp_i_put_copy(char **end, vkp_str text)
+{
+    vkp_str copy = vkp_i_str(*end, text.len);
+    if (text.len > 0) {
+        memcpy(*end, text.ptr, text.len);
+    }
+    *end += text.len;
+    return copy;
+}
+
+/* Make the event own its texts: copies of channel and payload in a block that its frame, of no
+   bytes, refers to. False: no memory; the event is unchanged.                                 */
+static bool vkp_i_push_own_texts(const vkp_env *env, vkp_push *event)
+{
+    vkp_block *block = vkp_i_block_open(env, event->channel.len + event->payload.len);
+    char *end;
+    if (block == NULL) {
+        return false;
+    }
+    end = (char *)vkp_i_block_data(block);
+    event->channel = vkp_i_put_copy(&end, event->channel);
+    event->payload = vkp_i_put_copy(&end, event->payload);
+    event->frame.block = block;
+    return true;
 }
 
 VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)

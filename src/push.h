@@ -21,38 +21,61 @@ typedef enum vkp_push_kind {
     /* The server confirmed a subscription, for the first time or again after an outage: sub, and
        the name in channel.                                                                    */
     VKP_PUSH_SUBSCRIBED,
-    /* A subscription ended, by an unsubscribe or because the server no longer serves the shard
-       channel: sub, and the name in channel.                                                  */
-    VKP_PUSH_UNSUBSCRIBED,
+    VKP_PUSH_UNSUBSCRIBED, /* the last unsubscribe of a name is done: sub, the name in channel */
     VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
     VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
     VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    /* Once per outage, and at the start: the first try to connect has failed, and tries go on;
+       payload says why, with the server's words.                                              */
+    VKP_PUSH_CONNECT_FAILED,
     VKP_PUSH_DISCONNECTED, /* once per outage: a ready connection was lost; payload is the reason */
     VKP_PUSH_RECONNECTED,  /* once per outage: a connection is ready, the client subscribes again */
-    /* The server answered all SUBSCRIBEs after an outage: messages between from_ns and to_ns may be
-       lost. Follows RECONNECTED if anything was subscribed; several outages may share one.    */
+    /* The server refused a subscription: sub, the name in channel, the server's words in payload.
+       The name stays wanted: the client asks again, and SUBSCRIBED or an event REFUSED with other
+       words follows.                                                                          */
+    VKP_PUSH_REFUSED,
+    /* A subscription that the server had confirmed was taken away: sub, the name in channel, the
+       reason in payload. The client asks again, and SUBSCRIBED or REFUSED follows.            */
+    VKP_PUSH_LOST,
+    /* Subscriptions are back: messages of the names in gap may have been lost. A name that is not
+       back is not in it: it gets a GAP of its own.                                            */
     VKP_PUSH_GAP,
     /* The channel of pushes was full: `missed` pushes were dropped before this one. */
     VKP_PUSH_LAGGED
 } vkp_push_kind;
 
+/* The name of a subscription, with its kind. */
+typedef struct vkp_sub_name {
+    vkp_sub_kind kind; /* of the subscription */
+    vkp_str name;      /* of the channel, or the pattern */
+} vkp_sub_name;
+
+/* What a GAP covers. from: the last moment at which the subscriptions were known to be good, which
+   is when the last byte before the loss arrived. to: the confirmation of the last name.       */
+typedef struct vkp_gap {
+    uint64_t from_ns;          /* on the clock of vkp_now_ns */
+    uint64_t to_ns;            /* on the clock of vkp_now_ns */
+    uint64_t from_unix_ms;     /* from_ns as wall-clock time: milliseconds since 1970 */
+    uint64_t to_unix_ms;       /* to_ns as wall-clock time */
+    const vkp_sub_name *names; /* the names covered; NULL: all that are subscribed now */
+    size_t name_count;         /* number of names; 0: all that are subscribed now */
+} vkp_gap;
+
 /* The kind as a text in lower case: static, never NULL. Any thread. */
 VKP_API const char *vkp_push_kind_str(vkp_push_kind kind);
 
 /* One push, a plain struct. A callback borrows the push; a receiver that took a push from a channel
-   owns it, and gives it back with vkp_push_unref. Texts view frame, or are static.            */
+   owns it, and gives it back with vkp_push_unref. Texts and gap are static, or valid as long as
+   the reference that frame holds.                                                             */
 typedef struct vkp_push {
     vkp_push_kind kind; /* says which of the other fields are set */
-    vkp_sub_kind sub;   /* the kind of subscription: SUBSCRIBED, UNSUBSCRIBED and messages */
-    vkp_bytes frame;    /* the RESP bytes as received; empty for events of the client */
-    vkp_str channel;    /* the name; views frame. OTHER: the name of the push's kind */
-    vkp_str pattern;    /* PMESSAGE: the pattern that matched; views frame */
-    vkp_str payload;    /* of a message, views frame; of DISCONNECTED the reason, static */
-    /* GAP: when the client noticed the loss, on the clock of vkp_now_ns. After a heartbeat
-       timeout, messages of the heartbeat_ms + heartbeat_timeout_ms before may be lost too. */
-    uint64_t from_ns;
-    uint64_t to_ns;  /* GAP: when all subscriptions were answered, on the clock of vkp_now_ns */
-    uint64_t missed; /* LAGGED: the number of pushes dropped */
+    vkp_sub_kind sub;   /* kind of the subscription: messages and events about one name */
+    vkp_bytes frame;    /* the RESP bytes as received; of no bytes for events of the client */
+    vkp_str channel;    /* the name; OTHER: the name of the push's kind */
+    vkp_str pattern;    /* PMESSAGE: the pattern that matched */
+    vkp_str payload; /* of a message; of CONNECT_FAILED, DISCONNECTED, REFUSED, LOST the reason */
+    const vkp_gap *gap; /* GAP: what is covered; otherwise NULL */
+    uint64_t missed;    /* LAGGED: the number of pushes dropped */
 } vkp_push;
 
 /* The cost of a push in bytes, struct and frame: for vkp_mpsc_config.cost. Any thread. */

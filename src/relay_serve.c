@@ -551,7 +551,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
     vkp_relay *relay = (vkp_relay *)user;
     size_t i;
     if (!vkp_i_push_kind_is_message(push->kind)) {
-        if (push->kind >= VKP_PUSH_CONNECTED) {
+        if (vkp_i_push_kind_is_event(push->kind)) {
             vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
                       VKP_FMT(push->payload));
         }

@@ -91,6 +91,7 @@ typedef struct vkp_i_sub_item {
     vkp_str name;                     /* behind the subscription's items */
     bool upstream;     /* one interest of the upstream client was taken for this name */
     vkp_status status; /* outcome from the upstream client */
+    vkp_bytes words;   /* REFUSED: the server's words */
 } vkp_i_sub_item;
 
 /* One SUBSCRIBE under way, with its items and their names in one allocation. */
@@ -191,6 +192,10 @@ static void vkp_i_local_leave_all(vkp_i_local *local)
 static void vkp_i_subscription_free(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
+    size_t i;
+    for (i = 0; i < self->count; i++) {
+        vkp_bytes_unref(&self->items[i].words);
+    }
     vkp_i_free(local->shard->relay->env, self, self->bytes_allocated);
     vkp_i_local_release(local);
 }
@@ -211,8 +216,8 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
         vkp_i_local_fail(local);
     }
     /* A new topic keeps the item's interest; otherwise the interest is given back. */
-    if (item->upstream && (closed || topic_had_interest) && item->status != VKP_ERR_REFUSED &&
-        item->status != VKP_ERR_CLOSED && item->status != VKP_ERR_NOMEM) {
+    if (item->upstream && (closed || topic_had_interest || !stands) &&
+        item->status != VKP_ERR_CLOSED) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
     }
     if (closed) {
@@ -221,8 +226,9 @@ static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item
     if (stands) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
     } else {
+        vkp_str words = vkp_i_str(item->words.data, item->words.len);
         vkp_resp_put_error(writer,
-                           vkp_str_of("NOPERM the upstream server refused the subscription"));
+                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
     }
     return true;
 }
@@ -258,11 +264,15 @@ static void vkp_i_sub_item_return(vkp_i_task *task)
 }
 
 /* Loop 0: the upstream client has the outcome of one name; return the item to its loop. */
-static void vkp_i_sub_item_done(void *user, vkp_status status)
+static void vkp_i_sub_item_done(void *user, vkp_status status, vkp_str words)
 {
     vkp_i_sub_item *item = (vkp_i_sub_item *)user;
     vkp_loop *loop = item->subscription->local->shard->loop;
     item->status = status;
+    if (status == VKP_ERR_REFUSED) { /* without memory the client gets a text of the relay */
+        (void)!vkp_bytes_copy(item->subscription->local->shard->relay->env, words.ptr, words.len,
+                              &item->words);
+    }
     item->task.fn = vkp_i_sub_item_return;
     if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &item->task)) {
         vkp_i_sub_item_return(&item->task);

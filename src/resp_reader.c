@@ -28,9 +28,10 @@ typedef struct vkp_i_level {
 
 struct vkp_resp_reader {
     const vkp_env *env;
-    vkp_resp_config config;                 /* defaults filled in */
-    vkp_status status;                      /* OK, or the sticky error */
-    uint64_t error_position;                /* of the wrong byte, counted since open or reset */
+    vkp_resp_config config;  /* defaults filled in */
+    vkp_status status;       /* OK, or the sticky error */
+    uint64_t error_position; /* of the wrong byte, counted since open or reset */
+    bool end_known; /* the sticky error is about one value: vkp_i_skip finds the frame's end */
     char reason[VKP_I_READER_REASON_BYTES]; /* text of the sticky error, or "" */
     uint64_t consumed;                      /* bytes of whole frames since open or reset */
     size_t position;                        /* end of the complete values in the window */
@@ -170,6 +171,7 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
     va_end(arguments);
     reader->status = status;
     reader->error_position = reader->consumed + at;
+    reader->end_known = false;
     return status;
 }
 
@@ -586,11 +588,11 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     }
 }
 
-/* Whether a complete push is a message of a pub/sub channel (its text is an offset still). */
-static bool vkp_i_push_is_message(const uint8_t *window, const vkp_value *push)
+/* Whether a complete push is no element of the aggregate around it. Its text is still an offset. */
+static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
-    return vkp_i_is_message_kind((const char *)window + kind->u.i_offset, kind->len);
+    return vkp_i_is_uncounted_kind((const char *)window + kind->u.i_offset, kind->len);
 }
 
 /* The last value is complete: count it in its aggregate, and close each aggregate that it
@@ -616,9 +618,12 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_message(window, value)) {
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
+            size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
-            reader->values[top->index].i_has_nested = 1;
+            while (level > 0 && !reader->values[reader->levels[--level].index].i_has_nested) {
+                reader->values[reader->levels[level].index].i_has_nested = 1;
+            }
             return false;
         }
         if (--top->remaining > 0) {
@@ -726,6 +731,22 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
     return VKP_OK;
 }
 
+/* Whether the end of the frame can be found although a step refused the value at `position`: a
+   line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
+   an end, however deep or large it is. No end is found behind a length that is wrong or too large,
+   or behind an unknown type.                                                                  */
+static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    char mark;
+    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len) {
+        return false;
+    }
+    mark = (char)window[reader->position];
+    return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
+           : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
+                                                : false;
+}
+
 /* The path for every frame. Not inlined: vkp_resp_reader_scan would save every register, even on
    the quick path. */
 __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader *reader,
@@ -736,6 +757,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
     do {
         vkp_status status = vkp_i_reader_step(reader, window, len);
         if (status != VKP_OK) {
+            reader->end_known = vkp_i_reader_knows_end(reader, window, len);
             return status;
         }
     } while (!vkp_i_reader_end_value(reader, window));
@@ -822,7 +844,14 @@ VKP_API vkp_status vkp_resp_reader_next(vkp_resp_reader *reader, const vkp_value
 }
 
 /* ---- for the layers above ----
-   The relay gives a client with a long command a reader of its own. */
+   A link skips a reply that the reader refuses, where the end is known. The relay gives a client
+   with a long command a reader of its own. */
+
+/* Whether vkp_i_skip finds the end of the frame that the reader refused. */
+static bool vkp_i_reader_is_end_known(const vkp_resp_reader *reader)
+{
+    return reader->status != VKP_OK && reader->end_known;
+}
 
 #define VKP_I_READER_DEEP 64 /* values that are cheap to read again from the start of the frame */
 

@@ -19,6 +19,13 @@ static uint64_t vkp_i_os_clock_ns(void)
     return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
 }
 
+static uint64_t vkp_i_os_wall_ns(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * VKP_I_NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
 static uint64_t vkp_i_os_random_u64(void)
 {
     uint64_t value = 0;
@@ -671,15 +678,16 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,     vkp_i_os_random_u64,     vkp_i_os_process_id,    vkp_i_os_user_id,
-        vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,         vkp_i_os_processors,
-        vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),         VKP_I_OS(listen),
-        VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error), VKP_I_OS(prepare),
-        VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),   VKP_I_OS(resolve),
-        VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),        VKP_I_OS(close),
-        VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),        VKP_I_OS(unlink),
-        VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create), VKP_I_OS(epoll_ctl),
-        VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,   vkp_i_os_wall_ns,      vkp_i_os_random_u64,     vkp_i_os_process_id,
+        vkp_i_os_user_id,    vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,
+        vkp_i_os_processors, vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),
+        VKP_I_OS(listen),    VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error),
+        VKP_I_OS(prepare),   VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),
+        VKP_I_OS(resolve),   VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),
+        VKP_I_OS(close),     VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),
+        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create),
+        VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),
+        VKP_I_OS(fd_kind)};
     return &table;
 }
 

@@ -52,6 +52,8 @@ typedef struct vkp_file_id {
 struct vkp_sys {
     /* Now: nanoseconds of the monotonic clock. */
     uint64_t (*clock_ns)(void);
+    /* Now: nanoseconds since 1970 on the wall clock, which may jump. */
+    uint64_t (*wall_ns)(void);
     /* 64 random bits for jitter and names, not for secrets. */
     uint64_t (*random_u64)(void);
     /* The id of this process. */

@@ -31,7 +31,8 @@
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-client  >>impl-client-connection  >>impl-pushloop  >>impl-relay
+           >>impl-push  >>impl-link  >>impl-handshake  >>impl-client
+           >>impl-client-subscriptions  >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full

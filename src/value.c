@@ -16,11 +16,21 @@ static bool vkp_i_value_is_element(const vkp_value *value)
     return value->type != VKP_RESP_ATTRIBUTE && (value->flags & VKP_VALUE_OUT_OF_BAND) == 0;
 }
 
-/* Whether the kind of a push is "message", "pmessage" or "smessage". */
-static bool vkp_i_is_message_kind(const char *text, size_t len)
+/* Whether a push of this kind inside a reply is no element of it. Servers write messages and
+   invalidations when they happen, also in the midst of a reply: messages before 7.2, invalidations
+   before 7.0. The confirmation of a SUBSCRIBE inside a MULTI is an element: it is what the command
+   answers.                                                                                    */
+static bool vkp_i_is_uncounted_kind(const char *text, size_t len)
 {
-    size_t skip = len == 8 && (text[0] == 'p' || text[0] == 's') ? 1 : 0;
-    return len == 7 + skip && memcmp(text + skip, "message", 7) == 0;
+    static const char *const kinds[] = {"message", "pmessage", "smessage", "invalidate",
+                                        "tracking-redir-broken"};
+    size_t i;
+    for (i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        if (vkp_i_str_equal(vkp_i_str(text, len), vkp_str_of(kinds[i]))) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* The first element of parent at `value` or behind it, or NULL. */

@@ -46,9 +46,10 @@ typedef enum vkp_value_flags {
     VKP_VALUE_VERBATIM = 2,   /* the string was sent as =; str starts after the 4 bytes "txt:" */
     VKP_VALUE_NULL_BULK = 4,  /* the null was sent as $-1 */
     VKP_VALUE_NULL_ARRAY = 8, /* the null was sent as *-1 (with lenient also as >-1) */
-    /* A message push inside another aggregate: servers before 7.2 put such a push into the array of
-       an EXEC that publishes to its own connection. The push is no element of the aggregate:
-       vkp_value.len does not count it, vkp_value_get_first and vkp_value_get_next skip it.    */
+    /* A push inside another aggregate: a message (servers before 7.2 write it into the reply of the
+       command that publishes it, at any depth) or an invalidation (before 7.0). The push is no
+       element of the aggregate: vkp_value.len does not count it, vkp_value_get_first and
+       vkp_value_get_next skip it. A client delivers such a push by itself: replies have none. */
     VKP_VALUE_OUT_OF_BAND = 16
 } vkp_value_flags;
 
@@ -61,7 +62,7 @@ typedef struct vkp_value {
     uint16_t i_depth;      /* private */
     uint32_t span;         /* entries of the array that this value takes, with all its elements */
     uint32_t attributes;   /* entries back to this value's VKP_RESP_ATTRIBUTE; 0: none */
-    uint32_t i_has_nested; /* private: the array contains a VKP_VALUE_OUT_OF_BAND */
+    uint32_t i_has_nested; /* private: a VKP_VALUE_OUT_OF_BAND is inside */
     size_t len;            /* bytes of str; of an aggregate, the number of elements */
     union {
         const char *str; /* text of a STRING, ERROR, DOUBLE or BIGNUM; not terminated */

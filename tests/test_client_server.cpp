@@ -174,7 +174,7 @@ TEST_CASE("server: the right password lets in, the wrong one is tried until it i
     CHECK((asked == VKP_ERR_DISCONNECTED || asked == VKP_OK));
     CHECK(ask(admin, "CONFIG", "SET", "requirepass", "sesame") == "+OK\r\n");
     until_ready(loop, client);
-    CHECK(client.history() == "connected");
+    CHECK(client.history() == "connect-failed, connected");
     Question question(client, {"PING"});
     CHECK(question.text_on(loop) == "PONG");
     CHECK_FALSE(vkp_test_env_logged(&loop.test, "sesame"));
@@ -188,7 +188,8 @@ TEST_CASE("server: no password where one is needed is refused, not used", "[clie
     Client client(loop, server.config());
     vkp_test_run_until(loop, "a refusal",
                        [&] { return client.error().find("NOAUTH") != std::string::npos; });
-    CHECK(client.history().empty());
+    CHECK(client.history() == "connect-failed");
+    CHECK(client.events[0].payload.find("NOAUTH") != std::string::npos);
 }
 
 TEST_CASE("server: a user with rights of its own; a channel without the right is refused",
@@ -214,13 +215,14 @@ TEST_CASE("server: a user with rights of its own; a channel without the right is
     vkp_test_run_until(loop, "both outcomes", [&] { return good.calls == 1 && bad.calls == 1; });
     CHECK(good.status == VKP_OK);
     CHECK(bad.status == VKP_ERR_REFUSED);
-    CHECK(vkp_test_env_logged(&loop.test, "refused a subscription to secret"));
+    CHECK(vkp_test_env_logged(&loop.test, "secret is refused: NOPERM"));
     // A right given later is used when the name is wanted again.
     CHECK(ask(admin, "ACL", "SETUSER", "ann", "&secret") == "+OK\r\n");
     REQUIRE(again.subscribe(client, "secret") == VKP_OK);
     vkp_test_run_until(loop, "the outcome", [&] { return again.calls == 1; });
     CHECK(again.status == VKP_OK);
-    CHECK(client.history() == "connected, subscribed news.today, subscribed secret");
+    CHECK(client.history() ==
+          "connected, subscribed news.today, refused secret, subscribed secret");
     // A right taken away closes the connection; the rest comes back.
     CHECK(ask(admin, "ACL", "SETUSER", "ann", "resetchannels", "&news.*") == "+OK\r\n");
     vkp_test_run_until(loop, "the gap", [&] { return client.count(VKP_PUSH_GAP) == 1; });
@@ -228,6 +230,13 @@ TEST_CASE("server: a user with rights of its own; a channel without the right is
     CHECK(client.count(VKP_PUSH_RECONNECTED) == 1);
     CHECK(subscribers(admin, "news.today") == "1");
     CHECK(subscribers(admin, "secret") == "0");
+    // What is refused is not in the gap; it comes back by itself, with a gap of its own.
+    vkp_test_run_until(loop, "the refusal", [&] { return client.count(VKP_PUSH_REFUSED) == 2; });
+    CHECK(ask(admin, "ACL", "SETUSER", "ann", "&secret") == "+OK\r\n");
+    vkp_test_run_until(loop, "the second gap", [&] { return client.count(VKP_PUSH_GAP) == 2; });
+    CHECK(client.events.back().names == std::vector<std::string>{"secret"});
+    CHECK(client.count(VKP_PUSH_DISCONNECTED) == 1);
+    CHECK(subscribers(admin, "secret") == "1");
 }
 
 TEST_CASE("server: without HELLO there is RESP2, pushes included", "[client][server]")
@@ -693,6 +702,8 @@ TEST_CASE("server: killed and started again during traffic", "[client][server][t
             }
             last[event.channel] = value;
             complete[event.channel] += value >= first_after.back() ? 1 : 0;
+        } else if (event.kind == VKP_PUSH_CONNECT_FAILED) {
+            // Only if a try fell into the time without a server.
         } else if (event.kind != VKP_PUSH_SUBSCRIBED) {
             story += std::string(vkp_push_kind_str(event.kind)) + " ";
         } else {
@@ -704,6 +715,7 @@ TEST_CASE("server: killed and started again during traffic", "[client][server][t
         expected += "disconnected reconnected sssgap ";
     }
     CHECK(story == expected);
+    CHECK(client.count(VKP_PUSH_CONNECT_FAILED) <= outages);
     for (const char *channel : {"a", "b", "pq"}) {
         CHECK(last[channel] == number - 1);
         CHECK(complete[channel] == 50);
@@ -711,9 +723,9 @@ TEST_CASE("server: killed and started again during traffic", "[client][server][t
     uint64_t previous = 0;
     for (const vkp_test_event &event : client.events) {
         if (event.kind == VKP_PUSH_GAP) {
-            CHECK(event.from_ns > previous);
-            CHECK(event.to_ns > event.from_ns);
-            previous = event.to_ns;
+            CHECK(event.gap.from_ns > previous);
+            CHECK(event.gap.to_ns > event.gap.from_ns);
+            previous = event.gap.to_ns;
         }
     }
 }

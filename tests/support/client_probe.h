@@ -115,10 +115,19 @@ struct vkp_test_event {
     std::string pattern;
     std::string payload;
     std::string frame;
-    uint64_t from_ns;
-    uint64_t to_ns;
+    vkp_gap gap;                    /* without its names */
+    std::vector<std::string> names; /* of the gap; none: all */
     uint64_t missed;
 };
+
+inline std::vector<std::string> vkp_test_gap_names(const vkp_gap *gap)
+{
+    std::vector<std::string> names;
+    for (size_t i = 0; gap != nullptr && i < gap->name_count; i++) {
+        names.emplace_back(vkp_test_view(gap->names[i].name));
+    }
+    return names;
+}
 
 inline vkp_test_event vkp_test_event_of(const vkp_push &push)
 {
@@ -130,23 +139,27 @@ inline vkp_test_event vkp_test_event_of(const vkp_push &push)
             push.frame.len
                 ? std::string(reinterpret_cast<const char *>(push.frame.data), push.frame.len)
                 : std::string(),
-            push.from_ns,
-            push.to_ns,
+            push.gap != nullptr ? *push.gap : vkp_gap{},
+            vkp_test_gap_names(push.gap),
             push.missed};
 }
 
-/* "message c hi", "pmessage p* c hi", "subscribed c", "gap", ... */
+/* "message c hi", "pmessage p* c hi", "subscribed c", "gap" of all, "gap c d", ... */
 inline std::string vkp_test_line(const vkp_test_event &event)
 {
     std::string line = vkp_push_kind_str(event.kind);
     if (event.kind == VKP_PUSH_PMESSAGE) {
         line += " " + event.pattern;
     }
-    if (event.kind <= VKP_PUSH_UNSUBSCRIBED || event.kind == VKP_PUSH_OTHER) {
+    if (event.kind <= VKP_PUSH_UNSUBSCRIBED || event.kind == VKP_PUSH_OTHER ||
+        event.kind == VKP_PUSH_REFUSED || event.kind == VKP_PUSH_LOST) {
         line += " " + event.channel;
     }
     if (event.kind <= VKP_PUSH_SMESSAGE) {
         line += " " + event.payload;
+    }
+    for (const std::string &name : event.names) {
+        line += " " + name;
     }
     return line;
 }
@@ -154,7 +167,8 @@ inline std::string vkp_test_line(const vkp_test_event &event)
 /* A client that keeps a copy of each push. All of it on the loop's thread. */
 class vkp_test_client {
   public:
-    vkp_test_client(vkp_loop *loop, vkp_client_config config)
+    vkp_test_client(vkp_loop *loop, vkp_client_config config, void *given = nullptr)
+        : context(given)
     {
         config.on_push = [](void *user, const vkp_push *push) {
             auto *self = static_cast<vkp_test_client *>(user);
@@ -226,6 +240,7 @@ class vkp_test_client {
     std::vector<vkp_test_event> events;
     std::atomic<size_t> seen{0}; /* pushes, for other threads to wait for */
     std::function<void(const vkp_push &)> hook;
+    void *context; /* for a config's on_connect */
 
   private:
     vkp_client *client_ = nullptr;
@@ -398,17 +413,19 @@ struct vkp_test_sending {
 struct vkp_test_done {
     int calls = 0;
     vkp_status status = VKP_ERR_EMPTY;
+    std::string words;
     std::function<void()> hook;
 
     vkp_status subscribe(vkp_client *client, const char *name, vkp_sub_kind kind = VKP_SUB_CHANNEL)
     {
         return vkp_client_subscribe_then(client, kind, vkp_str_of(name), on_done, this);
     }
-    static void on_done(void *user, vkp_status status)
+    static void on_done(void *user, vkp_status status, vkp_str words)
     {
         auto *self = static_cast<vkp_test_done *>(user);
         self->calls++;
         self->status = status;
+        self->words = std::string(vkp_test_view(words));
         if (self->hook) {
             self->hook();
         }

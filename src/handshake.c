@@ -1,0 +1,436 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-handshake   Logging in to a server
+   ======================================================================================
+   From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
+   them; anything else that a server does ends the link, and the owner tries again:
+     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2: LOGIN.
+     HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
+                 does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
+                 sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
+     LOGIN       send AUTH, SETNAME and PING. AUTH is refused, or PING is answered NOAUTH: the end.
+                 Another answer to PING: SETUP. Some users have no right to PING.
+     SETUP       send SELECT and the commands of the config. All answered as expected: READY.
+   Replies to CLIENT SETNAME and CLIENT SETINFO are ignored: they change nothing that matters. */
+
+/* What one request of the handshake is. */
+typedef enum vkp_i_step_kind {
+    VKP_I_STEP_HELLO,
+    VKP_I_STEP_AUTH,
+    VKP_I_STEP_PING,   /* the last one of LOGIN */
+    VKP_I_STEP_SELECT, /* must be answered by OK */
+    VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
+    VKP_I_STEP_ROLE,   /* RESP2 with a role in the config: HELLO's map did not say it */
+    VKP_I_STEP_IGNORED
+} vkp_i_step_kind;
+
+typedef struct vkp_i_step {
+    vkp_i_request request;
+    vkp_i_link *link;
+    vkp_i_step_kind kind;
+    size_t index; /* SETUP: of config->setup */
+} vkp_i_step;
+
+static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame);
+
+/* Send one command of the handshake. False: not connected or no memory. */
+static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index, size_t argc,
+                            const vkp_str *argv)
+{
+    vkp_i_step *step = (vkp_i_step *)vkp_i_alloc_zero(link->env, sizeof *step);
+    if (step == NULL) {
+        return false;
+    }
+    step->request.due = 1;
+    step->request.settle = vkp_i_step_settled;
+    step->link = link;
+    step->kind = kind;
+    step->index = index;
+    if (vkp_i_request_put(&step->request, link->env, argc, argv) != VKP_OK ||
+        !vkp_i_link_start(link, &step->request)) {
+        vkp_bytes_unref(&step->request.bytes);
+        vkp_i_free(link->env, step, sizeof *step);
+        return false;
+    }
+    link->steps += kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+    return true;
+}
+
+/* Whether the reply is an error that passes by itself, or a refusal that another form of login
+   would not change. */
+static bool vkp_i_words_are_passing(vkp_str words)
+{
+    static const char *const starts[] = {"BUSY",        "LOADING",  "MASTERDOWN",
+                                         "CLUSTERDOWN", "TRYAGAIN", "ERR max number of clients"};
+    size_t i;
+    for (i = 0; i < sizeof starts / sizeof starts[0]; i++) {
+        if (vkp_i_starts_with(words, starts[i])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether an error to HELLO comes from a server that knows HELLO. */
+static bool vkp_i_words_are_final(vkp_str words)
+{
+    return vkp_i_words_are_passing(words) || vkp_i_starts_with(words, "WRONGPASS") ||
+           vkp_i_starts_with(words, "NOPERM") || vkp_i_starts_with(words, "DENIED");
+}
+
+/* Send HELLO 3. False: not connected or no memory. */
+static bool vkp_i_link_hello(vkp_i_link *link, bool auth)
+{
+    vkp_str argv[8];
+    size_t argc = 0;
+    link->stage = VKP_I_STAGE_HELLO;
+    link->protocol = 3;
+    argv[argc++] = vkp_str_of("HELLO");
+    argv[argc++] = vkp_str_of("3");
+    if (auth && link->password.ptr != NULL) {
+        argv[argc++] = vkp_str_of("AUTH");
+        argv[argc++] = link->username.ptr != NULL ? link->username : vkp_str_of("default");
+        argv[argc++] = link->password;
+    }
+    if (link->config->name.ptr != NULL) {
+        argv[argc++] = vkp_str_of("SETNAME");
+        argv[argc++] = link->config->name;
+    }
+    return vkp_i_link_step(link, VKP_I_STEP_HELLO, 0, argc, argv);
+}
+
+/* Send AUTH, if there is a password. False: not connected or no memory. */
+static bool vkp_i_link_auth(vkp_i_link *link)
+{
+    vkp_str argv[3];
+    size_t argc = 0;
+    if (link->password.ptr == NULL) {
+        return true;
+    }
+    argv[argc++] = vkp_str_of("AUTH");
+    if (link->username.ptr != NULL) {
+        argv[argc++] = link->username;
+    }
+    argv[argc++] = link->password;
+    return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
+}
+
+/* The login of RESP2. False: not connected or no memory. */
+static bool vkp_i_link_login(vkp_i_link *link)
+{
+    vkp_str argv[3];
+    link->stage = VKP_I_STAGE_LOGIN;
+    link->protocol = 2;
+    if (!vkp_i_link_auth(link)) {
+        return false;
+    }
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("SETNAME");
+    argv[2] = link->config->name;
+    if (argv[2].ptr != NULL && !vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 3, argv)) {
+        return false;
+    }
+    argv[0] = vkp_str_of("PING");
+    return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
+}
+
+/* The commands of the config, after the login. False: not connected or no memory. */
+static bool vkp_i_link_setup(vkp_i_link *link)
+{
+    const vkp_client_config *config = link->config;
+    char digits[VKP_I_DIGITS];
+    size_t from;
+    vkp_str argv[2];
+    size_t i;
+    link->stage = VKP_I_STAGE_SETUP;
+    if (config->role != VKP_CLIENT_ROLE_ANY && link->protocol == 2) {
+        argv[0] = vkp_str_of("ROLE");
+        if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
+            return false;
+        }
+    }
+    if (config->database != 0) {
+        from = vkp_i_format_u64(digits, config->database);
+        argv[0] = vkp_str_of("SELECT");
+        argv[1] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+        if (!vkp_i_link_step(link, VKP_I_STEP_SELECT, 0, 2, argv)) {
+            return false;
+        }
+    }
+    for (i = 0; i < config->setup_count; i++) {
+        const vkp_client_setup *setup = &config->setup[i];
+        if (!vkp_i_link_step(link, VKP_I_STEP_SETUP, i, setup->argc, setup->argv)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+#define VKP_I_SETINFO_MAJOR 7 /* CLIENT SETINFO exists from 7.2 on */
+#define VKP_I_SETINFO_MINOR 2
+
+/* Whether the version of HELLO's reply, "7.2.4", is at least 7.2. */
+static bool vkp_i_has_setinfo(vkp_str version)
+{
+    unsigned parts[2] = {0, 0};
+    size_t part = 0;
+    size_t i;
+    for (i = 0; i < version.len && part < 2; i++) {
+        if (version.ptr[i] == '.') {
+            part++;
+        } else if (version.ptr[i] >= '0' && version.ptr[i] <= '9' && parts[part] < 10000) {
+            parts[part] = parts[part] * 10 + (unsigned)(version.ptr[i] - '0');
+        }
+    }
+    return parts[0] > VKP_I_SETINFO_MAJOR ||
+           (parts[0] == VKP_I_SETINFO_MAJOR && parts[1] >= VKP_I_SETINFO_MINOR);
+}
+
+/* Send the server the library's name and version. False: not connected or no memory. */
+static bool vkp_i_link_introduce(vkp_i_link *link)
+{
+    static const char *const infos[2][2] = {{"LIB-NAME", "valkey_push"},
+                                            {"LIB-VER", VKP_VERSION_STR}};
+    vkp_str argv[4];
+    int i;
+    for (i = 0; i < 2; i++) {
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("SETINFO");
+        argv[2] = vkp_str_of(infos[i][0]);
+        argv[3] = vkp_str_of(infos[i][1]);
+        if (!vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 4, argv)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether the role is the wanted one; if not the link fails. */
+static bool vkp_i_link_check_role(vkp_i_link *link, vkp_str role)
+{
+    bool primary = vkp_i_str_is(role, "master") || vkp_i_str_is(role, "primary");
+    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && role.len > 0 && !primary) {
+        vkp_i_link_fail(link, "not a primary but a", role);
+        return false;
+    }
+    return true;
+}
+
+/* HELLO was answered with a map, or an array of keys and values. */
+static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const vkp_value *proto)
+{
+    const vkp_value *id = vkp_i_map_value(value, "id");
+    link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
+    link->protocol = proto->u.integer == 2 ? 2 : 3;
+    if (!vkp_i_link_check_role(link, vkp_value_get_str(vkp_i_map_value(value, "role")))) {
+        return;
+    }
+    if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
+         !vkp_i_link_introduce(link)) ||
+        !vkp_i_link_setup(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* HELLO was answered. */
+static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
+{
+    const vkp_value *proto = vkp_i_map_value(value, "proto");
+    vkp_str words = vkp_value_get_str(value);
+    bool ok;
+    if (proto != NULL && proto->type == VKP_RESP_INTEGER) {
+        vkp_i_link_greeted(link, value, proto);
+        return;
+    }
+    if (value->type == VKP_RESP_ERROR) {
+        bool no_auth = vkp_i_starts_with(words, "NOAUTH");
+        if (vkp_i_words_are_final(words) ||
+            (no_auth && (link->password.ptr == NULL || link->authenticated))) {
+            vkp_i_link_fail(link, "the server refused the handshake", words);
+            return;
+        }
+        (void)snprintf(link->hello_words, sizeof link->hello_words, "%.*s",
+                       (int)VKP_I_MIN(words.len, sizeof link->hello_words), words.ptr);
+        if (no_auth) {
+            link->authenticated = true;
+            ok = vkp_i_link_auth(link) && vkp_i_link_hello(link, false);
+            if (!ok) {
+                vkp_i_link_lose(link, "out of memory");
+            }
+            return;
+        }
+    }
+    if (!vkp_i_link_login(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* Check the reply to a command of the config. */
+static void vkp_i_link_setup_reply(vkp_i_link *link, const vkp_i_step *step, const vkp_value *value)
+{
+    static const vkp_client_setup select = {2, NULL, {"OK", 2}, false};
+    const vkp_client_setup *setup =
+        step->kind == VKP_I_STEP_SETUP ? &link->config->setup[step->index] : &select;
+    vkp_str name = step->kind == VKP_I_STEP_SETUP ? setup->argv[0] : vkp_str_of("SELECT");
+    char why[64];
+    if (setup->optional ||
+        (value->type != VKP_RESP_ERROR &&
+         (setup->expect.ptr == NULL || vkp_value_is_text(value, setup->expect)))) {
+        return;
+    }
+    (void)snprintf(why, sizeof why, "%.*s was answered", (int)VKP_I_MIN(name.len, (size_t)32),
+                   name.ptr);
+    vkp_i_link_fail(link, why,
+                    value->type == VKP_RESP_ERROR || value->type == VKP_RESP_STRING
+                        ? vkp_value_get_str(value)
+                        : vkp_str_of("otherwise than expected"));
+}
+
+/* One step of the handshake is answered. */
+static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, const vkp_value *value)
+{
+    vkp_str words = vkp_value_get_str(value);
+    bool failed = value->type == VKP_RESP_ERROR;
+    switch (step->kind) {
+    case VKP_I_STEP_HELLO:
+        vkp_i_link_hello_reply(link, value);
+        break;
+    case VKP_I_STEP_AUTH:
+        if (failed) {
+            vkp_i_link_fail(link, "the server refused the password", words);
+        }
+        break;
+    case VKP_I_STEP_PING:
+        if (failed && vkp_i_starts_with(words, "NOAUTH")) {
+            vkp_i_link_fail(link, "the server refused the handshake", words);
+        } else if (!vkp_i_link_setup(link)) {
+            vkp_i_link_lose(link, "out of memory");
+        }
+        break;
+    case VKP_I_STEP_ROLE:
+        if (!failed) {
+            (void)vkp_i_link_check_role(link, vkp_value_get_str(vkp_value_get_first(value)));
+        }
+        break;
+    case VKP_I_STEP_SELECT:
+    case VKP_I_STEP_SETUP:
+        vkp_i_link_setup_reply(link, step, value);
+        break;
+    case VKP_I_STEP_IGNORED:
+        break;
+    }
+}
+
+static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_step *step = VKP_CONTAINER(request, vkp_i_step, request);
+    vkp_i_link *link = step->link;
+    vkp_conn *conn = link->conn;
+    (void)frame;
+    if (status == VKP_ERR_LIMIT && step->kind != VKP_I_STEP_IGNORED) {
+        vkp_i_link_lose(link, "a reply over a limit in the handshake");
+    } else if (status == VKP_OK) {
+        link->steps -= step->kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+        vkp_i_link_step_reply(link, step, value);
+        if (conn != NULL && link->conn == conn && link->stage == VKP_I_STAGE_SETUP &&
+            link->steps == 0) {
+            link->stage = VKP_I_STAGE_READY;
+            link->ready_ns = link->loop->now_ns;
+            link->ops->on_ready(link);
+        }
+    }
+    vkp_bytes_unref(&step->request.bytes);
+    vkp_i_free(link->env, step, sizeof *step);
+}
+
+/* ---- connecting ---- */
+
+static void vkp_i_link_on_open(vkp_conn *conn, void *user)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    bool ok;
+    (void)conn;
+    link->ops->hold(link);
+    ok = link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
+    if (!ok) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+    link->ops->release(link);
+}
+
+/* Static text for a connection that failed or was lost. */
+static const char *vkp_i_link_why(int error)
+{
+    return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
+                                                    : "the connection was lost";
+}
+
+static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    if (conn != link->conn) { /* vkp_i_link_close closed it */
+        return;
+    }
+    if (reason == VKP_CLOSE_LOOP) {
+        return; /* the owner closes with the loop */
+    }
+    vkp_i_log(link->env, VKP_LOG_INFO, "%s: %s%s%s", link->config->address.ptr,
+              vkp_close_reason_str(reason), error != 0 ? ": " : "",
+              error != 0 ? strerror(error) : "");
+    link->ops->hold(link);
+    vkp_i_link_fail(link, vkp_i_link_why(error), vkp_str_of(link->hello_words));
+    link->ops->release(link);
+}
+
+static const vkp_conn_ops vkp_i_link_conn_ops = {
+    vkp_i_link_on_open, vkp_i_link_on_data, NULL, NULL, vkp_i_link_on_close, NULL};
+
+/* Begin to connect to the address, with these credentials (borrowed until on_down). On failure the
+   link is down, and on_down is not called.                                                    */
+static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str username,
+                                     vkp_str password)
+{
+    vkp_conn_config config;
+    memset(&config, 0, sizeof config);
+    config.ops = &vkp_i_link_conn_ops;
+    config.user = link;
+    config.loop_only = true;
+    config.input_bytes = VKP_I_BLOCK_MAX;
+    link->username = username;
+    link->password = password;
+    link->stage = VKP_I_STAGE_CONNECTING;
+    link->steps = 0;
+    link->authenticated = false;
+    link->subscribed = false;
+    link->id = 0;
+    link->hello_words[0] = '\0';
+    link->heard_ns = vkp_i_loop_now(link->loop);
+    return vkp_conn_connect(link->loop, address, &config, &link->conn);
+}
+
+/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
+static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
+                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    link->env = env;
+    link->loop = loop;
+    link->config = config;
+    link->ops = ops;
+    link->fence_task.fn = vkp_i_link_fence_task;
+    vkp_i_requests_init(&link->flight);
+    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
+                   (unsigned long long)sys->random_u64());
+    return vkp_resp_reader_open(&config->resp, &link->reader);
+}
+
+/* Free what the link has; it is closed and its flight is empty. */
+static void vkp_i_link_deinit(vkp_i_link *link)
+{
+    vkp_resp_reader_unref(link->reader);
+    vkp_i_block_unref(link->out);
+}
+
+#endif /* VKP_I_IO */

@@ -1,0 +1,619 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-link   One connection to a server, and the requests in flight on it
+   ======================================================================================
+   A link connects, lets the handshake log in (see impl-handshake), writes requests, and hands each
+   answer to the request that it belongs to. Its owner embeds it and is called by vkp_i_link_ops.
+   Loop's thread only; no lock is held. Every callback may close the link: code behind a callback
+   checks `conn`.
+   Requests wait in `flight`, oldest first, because a server answers in order. What answers a
+   request depends on what it expects:
+     REPLIES  `due` replies; the last one settles it.
+     NAMES    SUBSCRIBE: one push for each of `due` names, or one error for all.
+     LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
+              error, or with a push and an error. So none of these settles it: the fence does.
+     FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
+              HELLO, in RESP2 the link's token from PING. The link writes it behind the LEAVES.
+   An answer that fits nothing means that replies and requests are out of step. The link fails then,
+   because every later reply would reach the wrong request.                                    */
+
+typedef enum vkp_i_expect {
+    VKP_I_EXPECT_REPLIES = 0,
+    VKP_I_EXPECT_NAMES,
+    VKP_I_EXPECT_LEAVES,
+    VKP_I_EXPECT_FENCE
+} vkp_i_expect;
+
+/* What is asked of a server; a member of a larger struct. */
+typedef struct vkp_i_request {
+    struct vkp_i_request *next; /* younger request of the list that holds this one */
+    vkp_i_expect expect;        /* what answers it */
+    uint32_t due;               /* replies, or confirmations of names, still to come */
+    bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
+    uint64_t sent_ns;           /* when it was written, on the loop's clock */
+    vkp_bytes bytes;            /* the commands to write; empty once written */
+    /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
+    bool (*accept)(struct vkp_i_request *request, const vkp_push *push);
+    /* The request is out of flight; the callback owns it. OK: value and frame are the last reply,
+       or NULL when pushes or a fence settled it. REFUSED: value is the error that answered NAMES or
+       LEAVES. LIMIT: the reply was over a limit of the reader. Any other status: no answer. Value
+       and frame are valid until the callback returns.                                         */
+    void (*settle)(struct vkp_i_request *request, vkp_status status, const vkp_value *value,
+                   const vkp_bytes *frame);
+} vkp_i_request;
+
+/* A list of requests, oldest first. */
+typedef struct vkp_i_requests {
+    vkp_i_request *first; /* NULL: empty */
+    vkp_i_request **end;  /* the NULL link where the next request is appended */
+} vkp_i_requests;
+
+typedef struct vkp_i_link vkp_i_link;
+
+typedef struct vkp_i_link_ops {
+    void (*on_ready)(vkp_i_link *link);                      /* the handshake succeeded */
+    void (*on_push)(vkp_i_link *link, const vkp_push *push); /* a push that answers no request */
+    /* The connection, or the try to connect, ended, and `error` says why. The requests in flight
+       are still there: the owner settles them.                                                */
+    void (*on_down)(vkp_i_link *link);
+    void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
+    void (*release)(vkp_i_link *link); /* one reference less */
+} vkp_i_link_ops;
+
+#define VKP_I_LINK_ERROR_BYTES 160 /* text of vkp_i_link.error, terminated */
+#define VKP_I_TOKEN_BYTES 33       /* text of vkp_i_link.token, terminated */
+
+/* Where the handshake is. */
+typedef enum vkp_i_stage {
+    VKP_I_STAGE_CONNECTING = 0, /* no byte was sent */
+    VKP_I_STAGE_HELLO,          /* HELLO 3 waits for its answer */
+    VKP_I_STAGE_LOGIN,          /* RESP2: AUTH and PING wait for their answers */
+    VKP_I_STAGE_SETUP,          /* SELECT and the commands of the config wait for their answers */
+    VKP_I_STAGE_READY
+} vkp_i_stage;
+
+struct vkp_i_link {
+    const vkp_env *env;
+    vkp_loop *loop;                  /* the owner's */
+    const vkp_client_config *config; /* the owner's, defaults filled in */
+    const vkp_i_link_ops *ops;
+    vkp_conn *conn;          /* NULL: down */
+    vkp_resp_reader *reader; /* reads replies and pushes */
+    vkp_block *out;          /* small commands are gathered here: one range to write */
+    vkp_i_requests flight;   /* written requests that wait for answers, oldest first */
+    vkp_i_stage stage;
+    uint32_t protocol;  /* 2 or 3; 0 before the first handshake */
+    uint32_t steps;     /* requests of the handshake's stage that are not settled */
+    bool authenticated; /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool subscribed;    /* RESP2: an array may be a push; set by the owner */
+    bool fence_wanted;  /* LEAVES were written and no fence behind them */
+    bool fence_queued;  /* fence_task is deferred */
+    bool skipping;      /* the reader refused the reply that `skip` passes over */
+    uint32_t errors;    /* errors that answered LEAVES since the last fence */
+    uint64_t heard_ns;  /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t ready_ns;  /* when the handshake succeeded */
+    int64_t id;         /* the connection's id on the server; 0: not known */
+    vkp_str username;   /* of this try; the owner's memory */
+    vkp_str password;
+    vkp_i_task fence_task;
+    vkp_i_skip skip;
+    char hello_words[VKP_I_LINK_ERROR_BYTES]; /* HELLO's error, when the handshake went on */
+    char token[VKP_I_TOKEN_BYTES];            /* PING's argument in a fence */
+    char error[VKP_I_LINK_ERROR_BYTES]; /* what ended the last connection or try; "" at first */
+};
+
+/* ---- lists of requests ---- */
+
+static void vkp_i_requests_init(vkp_i_requests *list)
+{
+    list->first = NULL;
+    list->end = &list->first;
+}
+
+static void vkp_i_requests_append(vkp_i_requests *list, vkp_i_request *request)
+{
+    request->next = NULL;
+    *list->end = request;
+    list->end = &request->next;
+}
+
+static vkp_i_request *vkp_i_requests_pop(vkp_i_requests *list)
+{
+    vkp_i_request *first = list->first;
+    if (first != NULL) {
+        list->first = first->next;
+        if (list->first == NULL) {
+            list->end = &list->first;
+        }
+    }
+    return first;
+}
+
+/* Append all requests of `from` to `to`. */
+static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
+{
+    if (from->first != NULL) {
+        *to->end = from->first;
+        to->end = from->end;
+        vkp_i_requests_init(from);
+    }
+}
+
+/* ---- ending ---- */
+
+/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
+   requests in flight stay. */
+static void vkp_i_link_close(vkp_i_link *link)
+{
+    vkp_conn *conn = link->conn;
+    link->conn = NULL;
+    link->stage = VKP_I_STAGE_CONNECTING;
+    link->fence_wanted = false;
+    link->skipping = false;
+    link->errors = 0;
+    if (conn != NULL) {
+        vkp_conn_close(conn);
+        vkp_conn_unref(conn);
+    }
+    vkp_resp_reader_reset(link->reader);
+}
+
+/* The link failed: why is the reason, words are the server's, or of no length. */
+static void vkp_i_link_fail(vkp_i_link *link, const char *why, vkp_str words)
+{
+    int len = (int)VKP_I_MIN(words.len, sizeof link->error);
+    (void)snprintf(link->error, sizeof link->error, "%s%s%.*s", why, len > 0 ? ": " : "", len,
+                   len > 0 ? words.ptr : "");
+    vkp_i_link_close(link); /* ends the memory of words */
+    link->ops->on_down(link);
+}
+
+/* The same without words of the server. */
+static void vkp_i_link_lose(vkp_i_link *link, const char *why)
+{
+    vkp_i_link_fail(link, why, vkp_i_str(NULL, 0));
+}
+
+/* ---- writing ---- */
+
+#define VKP_I_GATHER 2048u        /* commands up to this size are copied together */
+#define VKP_I_GATHER_BLOCK 16384u /* capacity of the block that gathers small commands */
+
+/* Queue commands on the connection; small ones are copied behind each other, which makes one
+   range to write.                                                                             */
+static vkp_status vkp_i_link_write(vkp_i_link *link, const vkp_bytes *bytes)
+{
+    vkp_bytes part = *bytes;
+    vkp_block *out = link->out;
+    if (bytes->len <= VKP_I_GATHER) {
+        if (out != NULL && vkp_i_block_is_mine(out)) {
+            out->len = 0;
+        }
+        if (out == NULL || out->capacity - out->len < bytes->len) {
+            vkp_i_block_unref(out);
+            out = vkp_i_block_open(link->env, VKP_I_GATHER_BLOCK);
+            link->out = out;
+        }
+        if (out != NULL) {
+            part.data = vkp_i_block_data(out) + out->len;
+            part.block = out;
+            memcpy(vkp_i_block_data(out) + out->len, bytes->data, bytes->len);
+            out->len += bytes->len;
+        }
+    }
+    return vkp_conn_send(link->conn, &part);
+}
+
+static bool vkp_i_link_put_fence(vkp_i_link *link);
+
+/* Write a request and append it to `flight`. False: not connected or no memory; it stays the
+   caller's.                                                                                   */
+static bool vkp_i_link_start(vkp_i_link *link, vkp_i_request *request)
+{
+    if (link->conn == NULL) {
+        return false;
+    }
+    if (link->fence_wanted && request->expect != VKP_I_EXPECT_LEAVES &&
+        request->expect != VKP_I_EXPECT_FENCE && !vkp_i_link_put_fence(link)) {
+        return false;
+    }
+    if (vkp_i_link_write(link, &request->bytes) != VKP_OK) {
+        return false;
+    }
+    vkp_bytes_unref(&request->bytes);
+    request->sent_ns = link->loop->now_ns;
+    vkp_i_requests_append(&link->flight, request);
+    if (request->expect == VKP_I_EXPECT_LEAVES) {
+        link->fence_wanted = true;
+        if (!link->fence_queued) {
+            link->fence_queued = true;
+            link->ops->hold(link);
+            vkp_i_loop_defer(link->loop, &link->fence_task);
+        }
+    }
+    return true;
+}
+
+static void vkp_i_put_command(vkp_resp_writer *writer, size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, argc);
+    for (i = 0; i < argc; i++) {
+        vkp_resp_put_bulk(writer, argv[i].ptr, argv[i].len);
+    }
+}
+
+/* Put one command into the request. NOMEM, or LIMIT: 4 GiB. */
+static vkp_status vkp_i_request_put(vkp_i_request *request, const vkp_env *env, size_t argc,
+                                    const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_resp_writer_take(&writer, &request->bytes);
+}
+
+/* ---- fences ---- */
+
+/* A fence, with the environment that frees it. */
+typedef struct vkp_i_fence {
+    vkp_i_request request;
+    const vkp_env *env;
+} vkp_i_fence;
+
+static void vkp_i_fence_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                const vkp_bytes *frame)
+{
+    vkp_i_fence *fence = VKP_CONTAINER(request, vkp_i_fence, request);
+    (void)status;
+    (void)value;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(fence->env, fence, sizeof *fence);
+}
+
+/* Write a fence behind the LEAVES. False: no memory. */
+static bool vkp_i_link_put_fence(vkp_i_link *link)
+{
+    vkp_i_fence *fence = (vkp_i_fence *)vkp_i_alloc_zero(link->env, sizeof *fence);
+    vkp_str argv[2];
+    if (fence == NULL) {
+        return false;
+    }
+    fence->env = link->env;
+    fence->request.expect = VKP_I_EXPECT_FENCE;
+    fence->request.settle = vkp_i_fence_settled;
+    /* Every user may send HELLO, also while a script runs or a data set is loaded. */
+    argv[0] = vkp_str_of(link->protocol == 3 ? "HELLO" : "PING");
+    argv[1] = vkp_str_of(link->token);
+    if (vkp_i_request_put(&fence->request, link->env, link->protocol == 3 ? 1 : 2, argv) !=
+            VKP_OK ||
+        !vkp_i_link_start(link, &fence->request)) {
+        vkp_i_fence_settled(&fence->request, VKP_ERR_NOMEM, NULL, NULL);
+        return false;
+    }
+    link->fence_wanted = false;
+    return true;
+}
+
+/* The end of the round in which LEAVES were written. */
+static void vkp_i_link_fence_task(vkp_i_task *task)
+{
+    vkp_i_link *link = VKP_CONTAINER(task, vkp_i_link, fence_task);
+    link->fence_queued = false;
+    if (link->fence_wanted && link->conn != NULL && !vkp_i_link_put_fence(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+    link->ops->release(link);
+}
+
+/* The value behind a key of a map, or of an array of keys and values; NULL: there is none. */
+static const vkp_value *vkp_i_map_value(const vkp_value *map, const char *key)
+{
+    const vkp_value *at =
+        map->type == VKP_RESP_MAP || map->type == VKP_RESP_ARRAY ? vkp_value_get_first(map) : NULL;
+    while (at != NULL) {
+        const vkp_value *value = vkp_value_get_next(map, at);
+        if (vkp_value_is_text(at, vkp_str_of(key))) {
+            return value;
+        }
+        at = vkp_value_get_next(map, value);
+    }
+    return NULL;
+}
+
+/* Whether the reply is the one of the link's fence. */
+static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
+{
+    const vkp_value *last = value;
+    if (link->protocol == 3) {
+        const vkp_value *id = vkp_i_map_value(value, "id");
+        return vkp_i_map_value(value, "proto") != NULL &&
+               (link->id == 0 || (id != NULL && id->u.integer == link->id));
+    }
+    if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
+        last = vkp_value_get_next(value, vkp_value_get_first(value));
+    }
+    return last->type == VKP_RESP_STRING && vkp_value_is_text(last, vkp_str_of(link->token));
+}
+
+/* A reply while LEAVES are the oldest requests: one of their errors, or the fence. */
+static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
+{
+    vkp_conn *conn = link->conn;
+    vkp_i_request *request;
+    uint32_t leaves = 0;
+    uint32_t answered = 0;
+    for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        leaves++;
+        answered += request->answered ? 1u : 0u;
+    }
+    if (value->type == VKP_RESP_ERROR) {
+        vkp_str words = vkp_value_get_str(value);
+        if (++link->errors > leaves) {
+            vkp_i_link_lose(link, "an error that nothing can have caused");
+            return;
+        }
+        /* The oldest without a push is refused; when all have theirs, it is a second answer. */
+        request = link->flight.first;
+        while (answered < leaves && request->answered) {
+            request = request->next;
+        }
+        if (answered < leaves) {
+            request->answered = true;
+            /* Not subscribed, or not served here any more: what was asked for is so. */
+            request->due =
+                vkp_i_starts_with(words, "NOSUB") || vkp_i_starts_with(words, "MOVED") ? 1 : 0;
+        }
+        return;
+    }
+    if (request == NULL || request->expect != VKP_I_EXPECT_FENCE ||
+        !vkp_i_link_is_fence(link, value)) {
+        vkp_i_link_lose(link, "a reply where an unsubscription was due");
+        return;
+    }
+    link->errors = 0;
+    while (link->conn == conn && leaves-- > 0) {
+        request = vkp_i_requests_pop(&link->flight);
+        request->settle(request, request->due == 0 ? VKP_ERR_REFUSED : VKP_OK, NULL, NULL);
+    }
+    if (link->conn == conn) {
+        request = vkp_i_requests_pop(&link->flight);
+        request->settle(request, VKP_OK, value, NULL);
+    }
+}
+
+/* ---- reading ---- */
+
+/* A reply arrived: it belongs to the oldest request in flight. */
+static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_i_request *oldest = link->flight.first;
+    if (oldest == NULL) {
+        vkp_i_link_lose(link, "a reply that nobody asked for");
+        return;
+    }
+    switch (oldest->expect) {
+    case VKP_I_EXPECT_REPLIES:
+        if (--oldest->due == 0) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_OK, value, frame);
+        }
+        break;
+    case VKP_I_EXPECT_NAMES:
+        if (value->type == VKP_RESP_ERROR) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_ERR_REFUSED, value, frame);
+        } else {
+            vkp_i_link_lose(link, "a reply where a confirmation was due");
+        }
+        break;
+    case VKP_I_EXPECT_LEAVES:
+    case VKP_I_EXPECT_FENCE: /* without LEAVES before it never the oldest */
+        vkp_i_link_leaves_reply(link, value);
+        break;
+    }
+}
+
+/* Whether a push of the UNSUBSCRIBE family answers one of the LEAVES at the head of the flight. */
+static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
+{
+    vkp_i_request *request;
+    for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        if (!request->answered) {
+            request->answered = true; /* before accept, whose callbacks may end the request */
+            if (push->channel.ptr == NULL || request->accept(request, push)) {
+                return true;
+            }
+            request->answered = false;
+        }
+    }
+    return false;
+}
+
+/* A push arrived: it answers a request in flight, or is the owner's. */
+static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    vkp_i_request *oldest = link->flight.first;
+    vkp_push push;
+    if (vkp_push_from_value(value, &push) != VKP_OK) {
+        return; /* the reader rejects such a push */
+    }
+    push.frame = *frame;
+    if (push.kind == VKP_PUSH_SUBSCRIBED && oldest != NULL &&
+        oldest->expect == VKP_I_EXPECT_NAMES) {
+        if (!oldest->accept(oldest, &push)) {
+            vkp_i_link_lose(link, "a confirmation of another name than was due");
+        } else if (link->conn == conn && --oldest->due == 0) {
+            (void)vkp_i_requests_pop(&link->flight);
+            oldest->settle(oldest, VKP_OK, NULL, NULL);
+        }
+        return;
+    }
+    if (push.kind == VKP_PUSH_UNSUBSCRIBED && vkp_i_link_push_leaves(link, &push)) {
+        return;
+    }
+    link->ops->on_push(link, &push);
+}
+
+/* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
+   one while something is subscribed, or while a SUBSCRIBE or UNSUBSCRIBE waits for its answer. */
+static bool vkp_i_link_is_push2(const vkp_i_link *link, const vkp_value *value)
+{
+    vkp_push push;
+    const vkp_i_request *oldest = link->flight.first;
+    bool due = oldest != NULL &&
+               (oldest->expect == VKP_I_EXPECT_NAMES || oldest->expect == VKP_I_EXPECT_LEAVES);
+    return link->protocol == 2 && value->type == VKP_RESP_ARRAY && (link->subscribed || due) &&
+           vkp_push_from_value(value, &push) == VKP_OK && push.kind != VKP_PUSH_OTHER;
+}
+
+/* Read bytes that hold one whole value. */
+static const vkp_value *vkp_i_link_reread(vkp_i_link *link, const vkp_bytes *bytes)
+{
+    const vkp_value *value = NULL;
+    size_t consumed;
+    return vkp_resp_reader_scan(link->reader, bytes->data, bytes->len, &value, &consumed) == VKP_OK
+               ? value
+               : NULL;
+}
+
+/* A reply with pushes inside: each is handled as if it had arrived before the reply, with its own
+   bytes as its frame; then the reply, without them. False: no memory.                          */
+static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    vkp_bytes rest = *frame;
+    const vkp_value *value = NULL;
+    uint8_t *to;
+    size_t from = 0;
+    size_t begin;
+    size_t end;
+    rest.block = vkp_i_block_open(link->env, frame->len);
+    if (rest.block == NULL) {
+        return false;
+    }
+    rest.data = vkp_i_block_data(rest.block);
+    to = vkp_i_block_data(rest.block);
+    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
+        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
+        memcpy(to, frame->data + from, begin - from);
+        to += begin - from;
+        from = end;
+        value = vkp_i_link_reread(link, &push);
+        if (value != NULL) {
+            vkp_i_link_push(link, value, &push);
+        }
+        vkp_bytes_unref(&push);
+    }
+    memcpy(to, frame->data + from, frame->len - from);
+    to += frame->len - from;
+    rest.len = (size_t)(to - rest.data);
+    rest.block->len = rest.len;
+    if (link->conn == conn) {
+        value = vkp_i_link_reread(link, &rest);
+        if (value != NULL) {
+            vkp_i_link_reply(link, value, &rest);
+        }
+    }
+    vkp_bytes_unref(&rest);
+    return value != NULL || link->conn != conn;
+}
+
+/* One whole value arrived: a push or a reply. */
+static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
+    if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
+        vkp_i_link_push(link, value, frame);
+    } else if (value->i_has_nested == 0) {
+        vkp_i_link_reply(link, value, frame);
+    } else if (!vkp_i_link_unnest(link, frame)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+}
+
+/* The reader refused the frame that begins at data. Begin to skip it, if it is the reply of a
+   command and its end can be found; otherwise the link fails.                                 */
+static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data)
+{
+    const vkp_i_request *oldest = link->flight.first;
+    bool push = data[0] == '>' || (link->protocol == 2 && link->subscribed && data[0] == '*');
+    uint64_t position;
+    const char *reason = vkp_resp_reader_get_error(link->reader, &position);
+    if (status == VKP_ERR_NOMEM) {
+        vkp_i_link_lose(link, "out of memory");
+    } else if (vkp_i_reader_is_end_known(link->reader) && !push && oldest != NULL &&
+               oldest->expect == VKP_I_EXPECT_REPLIES) {
+        vkp_i_log(link->env, VKP_LOG_WARN, "%s: a reply is dropped: %s", link->config->address.ptr,
+                  reason);
+        memset(&link->skip, 0, sizeof link->skip);
+        link->skipping = true;
+    } else {
+        vkp_i_log(link->env, VKP_LOG_ERROR, "%s: bad reply: %s", link->config->address.ptr, reason);
+        vkp_i_link_fail(link, "the server broke the protocol", vkp_str_of(reason));
+    }
+}
+
+/* Continue behind a reply that the reader refused. Returns its bytes, or 0: more are needed. */
+static size_t vkp_i_link_skip(vkp_i_link *link, const uint8_t *data, size_t len)
+{
+    vkp_i_request *oldest = link->flight.first;
+    if (!vkp_i_skip_frame(&link->skip, data, len)) {
+        if (len > link->reader->config.max_frame_bytes) {
+            vkp_i_link_lose(link, "a reply above max_frame_bytes");
+        }
+        return 0;
+    }
+    link->skipping = false;
+    vkp_resp_reader_reset(link->reader);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
+    }
+    return link->skip.at;
+}
+
+/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
+static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    size_t used = 0;
+    uint64_t now_ns = link->loop->now_ns;
+    link->ops->hold(link); /* a callback may give the last other reference back */
+    while (link->conn == conn && used < in->len) {
+        const vkp_value *value;
+        size_t consumed;
+        vkp_bytes frame;
+        vkp_status status;
+        if (link->skipping) {
+            consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
+            if (consumed == 0) {
+                break;
+            }
+            used += consumed;
+            continue;
+        }
+        status =
+            vkp_resp_reader_scan(link->reader, in->data + used, in->len - used, &value, &consumed);
+        if (status == VKP_ERR_EMPTY) {
+            break;
+        }
+        if (status != VKP_OK) {
+            vkp_i_link_refuse(link, status, in->data + used);
+            continue;
+        }
+        frame.data = in->data + used;
+        frame.len = consumed;
+        frame.block = in->block;
+        used += consumed;
+        vkp_i_link_value(link, value, &frame);
+    }
+    link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
+    link->ops->release(link);
+    return used;
+}
+
+#endif /* VKP_I_IO */
