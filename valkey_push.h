@@ -20,10 +20,10 @@
        >>config        macros that change the build
        >>api           declarations: what people come for first
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
-           >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch  >>api-cancel
-           >>api-select  >>api-handler  >>api-resp  >>api-registry  >>api-socket  >>api-conn
-           >>api-gate  >>api-listener  >>api-health  >>api-hub  >>api-pushloop  >>api-relay
-           >>api-sys  >>api-backend  >>api-typed
+           >>api-resolver  >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch
+           >>api-cancel  >>api-select  >>api-handler  >>api-resp  >>api-registry  >>api-socket
+           >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-hub  >>api-pushloop
+           >>api-relay  >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
@@ -31,8 +31,10 @@
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-link  >>impl-handshake  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-connection  >>impl-pushloop  >>impl-relay
+           >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
+           >>impl-link-connect  >>impl-client
+           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-connection
+           >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full
@@ -127,6 +129,7 @@
        vkp_conn          calls on_close                       (the loop holds one)  any; any
        vkp_listener      accepts no new clients               closes, ends a drain  loop's; loop's
        vkp_health_check  no result follows                    closes                loop's; loop's
+       vkp_resolver      run returns, lookups fail            closes                any; any
        vkp_handler       is not called again                  closes                loop's; loop's
        vkp_mpsc_rx       senders get CLOSED                   closes, drops values  any; receiver's
        vkp_oneshot       the sender gets CLOSED               rx closes, tx abandons   each side's
@@ -314,6 +317,9 @@ typedef struct vkp_block vkp_block;
 
 /* A client of a server: one connection that many threads share. */
 typedef struct vkp_client vkp_client;
+
+/* Looks host names up, in a thread of the program. */
+typedef struct vkp_resolver vkp_resolver;
 
 /* What a server answered to a command: ref-counted, immutable. */
 typedef struct vkp_reply vkp_reply;
@@ -800,6 +806,10 @@ typedef struct vkp_client_config {
        the config says. The texts are copied when it returns. NULL: not called.                */
     void (*on_connect)(void *user, vkp_client_target *target);
 
+    /* Looks the host name of the address up, in a thread of the program: then no lookup blocks the
+       loop (shares). NULL: lookups block the loop's thread; addresses in digits need none. */
+    vkp_resolver *resolver;
+
     /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
        VKP_OFF: no limit.                                                                      */
     uint64_t connect_timeout_ms;
@@ -813,13 +823,29 @@ typedef struct vkp_client_config {
        answers the login and then hangs up is so not asked without end. 0: 5,000.              */
     uint64_t retry_reset_ms;
 
-    /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
-       VKP_OFF: never.                                                                         */
+    /* TCP: after this many milliseconds without a byte the kernel asks the peer, as
+       vkp_conn_config.keepalive_ms. 0: 30,000. VKP_OFF: never.                                */
+    uint64_t keepalive_ms;
+
+    /* TCP: bytes that the peer does not acknowledge for this many milliseconds mean that the
+       connection is lost, as vkp_conn_config.unacked_ms. 0: 20,000. VKP_OFF: never.           */
+    uint64_t unacked_ms;
+
+    /* Every so many milliseconds the client asks the server for its own count of this connection's
+       subscriptions (CLIENT INFO; where that is refused, PING), and subscribes again to what is
+       missing, which a GAP reports. 0: 15,000. VKP_OFF: never.                                */
     uint64_t heartbeat_ms;
 
-    /* After a PING, this many milliseconds without a received byte mean that the connection is
-       lost. 0: 5,000.                                                                         */
-    uint64_t heartbeat_timeout_ms;
+    /* When the oldest reply has been due for this long, the client asks over a second, short
+       connection whether the server is alive: BUSY, LOADING and a blocked connection mean that it
+       is, and the wait goes on; no answer, or a server that has nothing to do, that this connection
+       is lost. Milliseconds; 0: 5,000. VKP_OFF: replies are waited for without end.           */
+    uint64_t reply_timeout_ms;
+
+    /* A server that serves others while it keeps this connection blocked (CLIENT PAUSE, a blocking
+       command) is waited for at most so many milliseconds; then the connection is lost. 0: 60,000.
+       VKP_OFF: without end.                                                                   */
+    uint64_t blocked_timeout_ms;
 
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
@@ -840,8 +866,9 @@ typedef struct vkp_client_config {
 /* Open a client and start to connect. The client reconnects until it is closed: a server that
    does not answer is no error here. If the server refuses the password, the client closes the
    connection and tries again; it never uses a connection without authentication.
-   Owns:   borrows config (copies texts); shares loop and pushes; gives *client
-   Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
+   Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
+   Blocks: never; the loop blocks on DNS, for host names without a resolver
+   Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
    protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
    long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
@@ -868,6 +895,22 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client);
 /* Copy an English text that says what ended the last connection or try; "" if nothing did. At most
    size bytes with the NUL. Any thread.                                                        */
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
+
+/* What vkp_client_get_stats writes: how often since open. */
+typedef struct vkp_client_stats {
+    uint64_t connections; /* connections that were ready */
+    uint64_t failures;    /* tries to connect that failed */
+    uint64_t outages;     /* ready connections that were lost: DISCONNECTED */
+    uint64_t gaps;        /* times in which messages may have been lost: GAP */
+    uint64_t refusals;    /* refusals of a SUBSCRIBE; REFUSED reports only new words */
+    uint64_t losses;      /* subscriptions that the server took away: LOST */
+    uint64_t audits;      /* comparisons of the server's counts with the client's subscriptions */
+    uint64_t repairs;     /* audits that found too few subscriptions, by kind */
+    uint64_t probes;      /* questions over a second connection whether the server is alive */
+} vkp_client_stats;
+
+/* Write the client's counters to *stats. Any thread. */
+VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats);
 
 /* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
    needs one vkp_client_unsubscribe. The name is wanted until then: the client subscribes again
@@ -943,6 +986,36 @@ typedef void (*vkp_reply_fn)(void *user, vkp_status status, const vkp_value *val
 VKP_API VKP_NODISCARD vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands,
                                                  uint32_t replies, vkp_reply_fn on_reply,
                                                  void *user);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-resolver   Names without blocking
+   A lookup of a host name blocks: for seconds where the name server does not answer. A resolver
+   does lookups in a thread of the program, for all clients that share it. */
+
+/* Open a resolver. NULL env: all defaults.
+   Owns:   gives *resolver     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (resolver NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_resolver_open(const vkp_env *env, vkp_resolver **resolver);
+
+/* Look names up until vkp_resolver_close: the body of a thread. Several threads may run at once:
+   then a name that takes long delays no other. Hold a reference meanwhile. To end a program, do not
+   wait for this thread: a lookup cannot be interrupted.
+   Blocks: on DNS, and between lookups     Threads: any     In callbacks: no */
+VKP_API void vkp_resolver_run(vkp_resolver *resolver);
+
+/* End vkp_resolver_run, after its current lookup; lookups that wait, and later ones, fail.
+   Idempotent; NULL is ignored. Any thread. */
+VKP_API void vkp_resolver_close(vkp_resolver *resolver);
+
+/* One more reference to the resolver (gives). Any thread. */
+VKP_API vkp_resolver *vkp_resolver_ref(vkp_resolver *resolver);
+
+/* Give a reference back; the last one closes and frees. Clients hold references of their own. NULL
+   is ignored. Any thread. */
+VKP_API void vkp_resolver_unref(vkp_resolver *resolver);
 
 #endif /* VKP_NO_IO */
 
@@ -2262,6 +2335,15 @@ typedef struct vkp_conn_config {
     size_t input_bytes;
     /* The policy of a full queue. Default: VKP_ON_FULL_WAIT. */
     vkp_on_full on_full;
+    /* Most milliseconds for vkp_conn_connect, over all addresses of a host name: each address gets
+       an equal share of the time that is left. Default: 0, as long as the system tries. */
+    uint64_t connect_ms;
+    /* TCP: after this many milliseconds without a byte the kernel asks the peer, and closes the
+       connection (ETIMEDOUT) when three questions have no answer. Default: 0, never. */
+    uint64_t keepalive_ms;
+    /* TCP: the kernel closes the connection (ETIMEDOUT) when bytes that were written are not
+       acknowledged for this many milliseconds. Default: 0, the system's limit, many minutes. */
+    uint64_t unacked_ms;
     /* Only the loop's thread pushes: saves the inbox, about 200 bytes. Default: false. */
     bool loop_only;
 } vkp_conn_config;
@@ -2767,7 +2849,10 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop);
 
 /* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
-    vkp_str server;   /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str server; /* address of the server; default: none, a stand-alone pub/sub broker */
+    /* Looks the server's host name up in a thread of the program; shared. NULL: lookups block
+       loops[0]. */
+    vkp_resolver *resolver;
     vkp_str username; /* user name for the upstream connection; default: the default user */
     vkp_str password; /* password for the upstream connection; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -2818,7 +2903,7 @@ typedef struct vkp_relay_config {
 /* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
    connection and the listeners. config and its loops are required.
    Owns:   borrows config (copies its texts), shares the loops; gives *relay
-   Blocks: on DNS, if server has a host name     Threads: that of every loop, before the loops run
+   Blocks: never     Threads: that of every loop, before the loops run
    Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of
    2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
@@ -2962,6 +3047,9 @@ struct vkp_sys {
     int (*prepare)(int fd);
     /* Set TCP_NODELAY. */
     int (*set_nodelay)(int fd);
+    /* Notice a dead TCP peer: probes after keepalive_ms of silence, and an error when written bytes
+       are not acknowledged for unacked_ms. 0: no such limit. */
+    int (*set_liveness)(int fd, uint64_t keepalive_ms, uint64_t unacked_ms);
     /* Write the peer of a connected Unix socket to *peer. */
     int (*peer)(int fd, vkp_peer *peer);
     /* The local port of a bound TCP socket. */
@@ -4212,6 +4300,53 @@ static int vkp_i_os_set_nodelay(int fd)
     return vkp_i_os_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
 }
 
+#if defined(TCP_KEEPIDLE)
+#define VKP_I_KEEP_IDLE TCP_KEEPIDLE
+#elif defined(TCP_KEEPALIVE) /* macOS */
+#define VKP_I_KEEP_IDLE TCP_KEEPALIVE
+#endif
+#define VKP_I_MS_PER_S 1000u
+#define VKP_I_KEEP_PROBES 3 /* unanswered probes that end a connection */
+
+/* Milliseconds as seconds of an int, at least 1. */
+static int vkp_i_to_seconds(uint64_t ms)
+{
+    uint64_t seconds = ms / VKP_I_MS_PER_S;
+    return seconds == 0 ? 1 : seconds > 32767 ? 32767 : (int)seconds;
+}
+
+static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked_ms)
+{
+    int on = 1;
+    int idle = vkp_i_to_seconds(keepalive_ms);
+    int interval = vkp_i_to_seconds(keepalive_ms / VKP_I_KEEP_PROBES);
+    int probes = VKP_I_KEEP_PROBES;
+    int result = 0;
+    if (keepalive_ms > 0) {
+        result = vkp_i_os_result(setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on));
+#if defined(VKP_I_KEEP_IDLE)
+        (void)setsockopt(fd, IPPROTO_TCP, VKP_I_KEEP_IDLE, &idle, sizeof idle);
+#endif
+#if defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+#endif
+    }
+    if (unacked_ms > 0) {
+#if defined(TCP_USER_TIMEOUT)
+        unsigned ms = unacked_ms > INT_MAX ? (unsigned)INT_MAX : (unsigned)unacked_ms;
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof ms);
+#elif defined(TCP_RXT_CONNDROPTIME) /* macOS */
+        int seconds = vkp_i_to_seconds(unacked_ms);
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_RXT_CONNDROPTIME, &seconds, sizeof seconds);
+#endif
+    }
+    (void)idle;
+    (void)interval;
+    (void)probes;
+    return result;
+}
+
 static int vkp_i_os_peer(int fd, vkp_peer *peer)
 {
 #if VKP_I_LINUX
@@ -4564,16 +4699,19 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,   vkp_i_os_wall_ns,      vkp_i_os_random_u64,     vkp_i_os_process_id,
-        vkp_i_os_user_id,    vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,
-        vkp_i_os_processors, vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),
-        VKP_I_OS(listen),    VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error),
-        VKP_I_OS(prepare),   VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),
-        VKP_I_OS(resolve),   VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),
-        VKP_I_OS(close),     VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),
-        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create),
-        VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),
-        VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,      vkp_i_os_wall_ns,     vkp_i_os_random_u64,
+        vkp_i_os_process_id,    vkp_i_os_user_id,     vkp_i_os_park,
+        vkp_i_os_unpark,        vkp_i_os_yield,       vkp_i_os_processors,
+        vkp_i_os_membarrier,    VKP_I_OS(socket),     VKP_I_OS(bind),
+        VKP_I_OS(listen),       VKP_I_OS(accept),     VKP_I_OS(connect),
+        VKP_I_OS(socket_error), VKP_I_OS(prepare),    VKP_I_OS(set_nodelay),
+        VKP_I_OS(set_liveness), VKP_I_OS(peer),       VKP_I_OS(local_port),
+        VKP_I_OS(resolve),      VKP_I_OS(read),       VKP_I_OS(send),
+        VKP_I_OS(write),        VKP_I_OS(close),      VKP_I_OS(lock_file),
+        VKP_I_OS(identify),     VKP_I_OS(chmod),      VKP_I_OS(unlink),
+        VKP_I_OS(wake_pair),    VKP_I_OS(poll),       VKP_I_OS(epoll_create),
+        VKP_I_OS(epoll_ctl),    VKP_I_OS(epoll_wait), VKP_I_OS(kqueue_create),
+        VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
     return &table;
 }
 
@@ -11480,6 +11618,13 @@ static bool vkp_i_is_port(vkp_str text)
     return i > 0 && i == text.len && port <= VKP_I_PORT_MAX;
 }
 
+/* Whether the host is an address in digits, which needs no lookup. */
+static bool vkp_i_is_numeric_host(const char *host)
+{
+    struct in_addr address;
+    return strchr(host, ':') != NULL || inet_pton(AF_INET, host, &address) == 1;
+}
+
 /* The parts of an address text. */
 typedef struct vkp_i_parts {
     vkp_i_name name;             /* name of a Unix socket; text is NULL for a TCP address */
@@ -13248,6 +13393,9 @@ typedef struct vkp_i_connecting {
     vkp_address addresses[VKP_I_CONNECT_TRIES]; /* the peer's resolved addresses */
     size_t count;                               /* used elements of `addresses` */
     size_t next;                                /* index of the address to try next */
+    vkp_conn *conn;                             /* whose connect this is */
+    uint64_t deadline_ns;                       /* of the whole connect */
+    vkp_timer timer;                            /* ends the share of an address */
 } vkp_i_connecting;
 
 /* The fields that a push uses are first: they fill two cache lines instead of five. */
@@ -13657,6 +13805,16 @@ static bool vkp_i_conn_closed(const vkp_conn *conn)
     return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
 }
 
+/* Stop to connect, if it connects. */
+static void vkp_i_connecting_free(vkp_conn *conn)
+{
+    if (conn->connecting != NULL) {
+        vkp_timer_stop(&conn->connecting->timer);
+        vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+        conn->connecting = NULL;
+    }
+}
+
 /* The only way a connection ends: release everything, call on_close. A second call does nothing.
    Loop's thread.                                                                              */
 static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
@@ -13674,8 +13832,7 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_i_spans_clear(conn);
     vkp_i_block_unref(conn->input);
     conn->input = NULL;
-    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
-    conn->connecting = NULL;
+    vkp_i_connecting_free(conn);
     if (conn->inbox != NULL) {
         vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
@@ -14186,12 +14343,36 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 /* ---- connecting ---- */
 
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
+static void vkp_i_conn_share_ended(vkp_timer *timer);
+
+/* Set what the config says about the liveness of a TCP connection. */
+static void vkp_i_conn_set_liveness(vkp_conn *conn)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    if (config->keepalive_ms > 0 || config->unacked_ms > 0) {
+        (void)conn->loop->sys->set_liveness(conn->fd, config->keepalive_ms, config->unacked_ms);
+    }
+}
+
+/* Start the timer that ends the share of the address tried now. The last one has what is left. */
+static vkp_status vkp_i_conn_share_time(vkp_conn *conn)
+{
+    vkp_i_connecting *self = conn->connecting;
+    uint64_t now_ns = vkp_i_loop_now(conn->loop);
+    uint64_t left_ns = self->deadline_ns - VKP_I_MIN(now_ns, self->deadline_ns);
+    uint64_t shares = self->count - self->next + 1;
+    if (self->deadline_ns == VKP_FOREVER) {
+        return VKP_OK;
+    }
+    return vkp_timer_start(&self->timer, conn->loop, vkp_i_conn_share_ended, 0,
+                           now_ns + left_ns / shares);
+}
 
 /* Begin to connect to the next address. VKP_OK: an event reports the outcome. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
 {
     const vkp_sys *sys = conn->loop->sys;
-    int result = -ECONNREFUSED;
+    int result = conn->connecting->next > 0 ? -ETIMEDOUT : -ECONNREFUSED;
     while (conn->connecting->next < conn->connecting->count) {
         const vkp_address *address = &conn->connecting->addresses[conn->connecting->next++];
         result = sys->socket(address->family, SOCK_STREAM);
@@ -14201,14 +14382,19 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         conn->fd = result;
         if (address->family != AF_UNIX) {
             (void)sys->set_nodelay(conn->fd);
+            vkp_i_conn_set_liveness(conn);
         }
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
                 vkp_io_start(&conn->io, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
+                status = vkp_i_conn_share_time(conn);
+            }
+            if (status == VKP_OK) {
                 return VKP_OK;
             }
+            vkp_io_stop(&conn->io);
             result = status == VKP_ERR_NOMEM ? -ENOMEM : -errno;
         }
         (void)sys->close(conn->fd);
@@ -14217,28 +14403,45 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
     return vkp_i_sys_failure(result);
 }
 
+/* Give the address up that was tried, and try the next one; without one the connection ends with
+   the error. */
+static void vkp_i_conn_leave_address(vkp_conn *conn, int error)
+{
+    bool last = conn->connecting->next == conn->connecting->count;
+    vkp_io_stop(&conn->io);
+    (void)conn->loop->sys->close(conn->fd);
+    conn->fd = -1;
+    if (vkp_i_conn_try_next(conn) != VKP_OK) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, last ? error : errno);
+    }
+}
+
+/* The time of an address is over. */
+static void vkp_i_conn_share_ended(vkp_timer *timer)
+{
+    vkp_conn *conn = VKP_CONTAINER(timer, vkp_i_connecting, timer)->conn;
+    (void)vkp_conn_ref(conn);
+    vkp_i_conn_leave_address(conn, ETIMEDOUT);
+    vkp_conn_unref(conn);
+}
+
 /* An attempt to connect has ended: open the connection, or try the next address. */
 static void vkp_i_conn_connected(vkp_conn *conn)
 {
     int error = -conn->loop->sys->socket_error(conn->fd);
     const vkp_conn_ops *ops = conn->profile->config.ops;
     if (error != 0) {
-        vkp_io_stop(&conn->io);
-        (void)conn->loop->sys->close(conn->fd);
-        conn->fd = -1;
-        if (vkp_i_conn_try_next(conn) != VKP_OK) {
-            vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, conn->connecting->count > 1 ? errno : error);
-        }
+        vkp_i_conn_leave_address(conn, error);
         return;
     }
-    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
-    conn->connecting = NULL;
+    vkp_timer_stop(&conn->connecting->timer);
     conn->flags &= ~VKP_I_CONN_CONNECTING;
     vkp_i_conn_update_interest(conn);
     if (ops->on_open != NULL) {
-        ops->on_open(conn, conn->user);
+        ops->on_open(conn, conn->user); /* may ask vkp_i_conn_get_address */
     }
     if (!vkp_i_conn_closed(conn)) {
+        vkp_i_connecting_free(conn);
         vkp_i_conn_defer(conn); /* write the frames that were pushed while connecting */
     }
 }
@@ -14400,6 +14603,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
         return status;
     }
     conn->fd = fd;
+    vkp_i_conn_set_liveness(conn); /* no effect on other sockets than TCP's */
     profile->live++;
     *out = vkp_conn_ref(conn);
     return VKP_OK;
@@ -14427,18 +14631,13 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
-VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
-                                    vkp_conn **out)
+/* vkp_conn_connect to resolved addresses, at most VKP_I_CONNECT_TRIES of them. */
+static vkp_status vkp_i_conn_connect_to(vkp_loop *loop, const vkp_address *addresses, size_t count,
+                                        const vkp_conn_config *config, vkp_conn **out)
 {
-    vkp_i_profile *profile;
+    vkp_i_profile *profile = vkp_i_profile_open(loop->env, config);
     vkp_conn *conn = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
-    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    profile = vkp_i_profile_open(loop->env, config);
     if (profile == NULL) {
         return VKP_ERR_NOMEM;
     }
@@ -14449,23 +14648,41 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
     }
     conn->flags |= VKP_I_CONN_CONNECTING;
     conn->connecting = (vkp_i_connecting *)vkp_i_alloc_zero(loop->env, sizeof *conn->connecting);
-    status = conn->connecting == NULL
-                 ? VKP_ERR_NOMEM
-                 : vkp_i_parse_address(loop->env, address, conn->connecting->addresses,
-                                       VKP_I_CONNECT_TRIES, &conn->connecting->count);
-    if (status == VKP_OK) {
-        status = vkp_i_conn_try_next(conn);
+    if (conn->connecting == NULL) {
+        vkp_conn_unref(conn);
+        return VKP_ERR_NOMEM;
     }
+    memcpy(conn->connecting->addresses, addresses, count * sizeof *addresses);
+    conn->connecting->count = count;
+    conn->connecting->conn = conn;
+    conn->connecting->deadline_ns = config->connect_ms == 0
+                                        ? VKP_FOREVER
+                                        : vkp_i_after_ms(vkp_i_loop_now(loop), config->connect_ms);
+    status = vkp_i_conn_try_next(conn);
     if (status != VKP_OK) {
         int error = errno;
-        vkp_i_free(loop->env, conn->connecting, sizeof *conn->connecting);
-        conn->connecting = NULL;
+        vkp_i_connecting_free(conn);
         vkp_conn_unref(conn);
         errno = error;
         return status;
     }
     *out = vkp_conn_ref(conn);
     return VKP_OK;
+}
+
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
+                                    vkp_conn **out)
+{
+    vkp_address addresses[VKP_I_CONNECT_TRIES];
+    size_t count = 0;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    status = vkp_i_parse_address(loop->env, address, addresses, VKP_I_CONNECT_TRIES, &count);
+    return status == VKP_OK ? vkp_i_conn_connect_to(loop, addresses, count, config, out) : status;
 }
 
 /* ---- the other calls of the handle ---- */
@@ -14557,6 +14774,12 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
    the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
    vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and the functions
    below.                                                                                      */
+
+/* Inside on_open after vkp_conn_connect: the address that accepted. */
+static const vkp_address *vkp_i_conn_get_address(const vkp_conn *conn)
+{
+    return &conn->connecting->addresses[conn->connecting->next - 1];
+}
 
 /* Whether vkp_conn_drain was called: the connection reads nothing, and closes when its queues
    are written.                                                                                */
@@ -16292,6 +16515,187 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-resolver   Names without blocking
+   ======================================================================================
+   A lookup travels from the loop that asks, through a channel, to a thread in vkp_resolver_run, and
+   back as a task of the loop. The loop may lose its interest meanwhile (`done` NULL); the task
+   frees the lookup. Threads in vkp_resolver_run take lookups one at a time under the mutex, and
+   look up without it. */
+
+#define VKP_I_LOOKUP_ADDRESSES 8 /* most addresses of a name */
+
+typedef struct vkp_i_lookup {
+    vkp_i_task task; /* returns the lookup to its loop */
+    vkp_loop *loop;  /* shared */
+    const vkp_env *env;
+    vkp_i_parts parts; /* host and port */
+    vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
+    size_t count; /* 0: the name was not found, or the resolver is closed */
+    /* Called on the loop's thread, once, before the lookup is freed. NULL: no interest. */
+    void (*done)(struct vkp_i_lookup *lookup);
+    void *user; /* of done */
+} vkp_i_lookup;
+
+struct vkp_resolver {
+    const vkp_env *env;
+    size_t refs;       /* atomic */
+    VKP_I_MUTEX gate;  /* guards tx */
+    VKP_I_MUTEX mutex; /* one thread at a time receives */
+    vkp_mpsc_tx *tx;   /* of vkp_i_lookup*; NULL once closed; guarded by gate */
+    vkp_mpsc_rx *rx;   /* used under mutex */
+};
+
+static void vkp_i_lookup_free(vkp_i_lookup *lookup)
+{
+    vkp_loop_unref(lookup->loop);
+    vkp_i_free(lookup->env, lookup, sizeof *lookup);
+}
+
+/* The lookup is back on its loop. */
+static void vkp_i_lookup_return(vkp_i_task *task)
+{
+    vkp_i_lookup *lookup = VKP_CONTAINER(task, vkp_i_lookup, task);
+    if (lookup->done != NULL) {
+        lookup->done(lookup);
+    }
+    vkp_i_lookup_free(lookup);
+}
+
+/* Send the lookup back to its loop; a closed loop has no interest. */
+static void vkp_i_lookup_finish(vkp_i_lookup *lookup)
+{
+    lookup->task.fn = vkp_i_lookup_return;
+    if (!vkp_i_loop_queue(lookup->loop, &lookup->task)) {
+        vkp_i_lookup_free(lookup);
+    }
+}
+
+static void vkp_i_lookup_drop(void *user, void *item)
+{
+    (void)user;
+    vkp_i_lookup_finish(*(vkp_i_lookup **)item);
+}
+
+VKP_API vkp_status vkp_resolver_open(const vkp_env *env, vkp_resolver **out)
+{
+    vkp_resolver *resolver;
+    vkp_mpsc_config config;
+    vkp_status status;
+    VKP_I_REQUIRE(out != NULL);
+    env = vkp_i_env(env);
+    resolver = (vkp_resolver *)vkp_i_alloc_zero(env, sizeof *resolver);
+    if (resolver == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    memset(&config, 0, sizeof config);
+    config.elem_bytes = sizeof(vkp_i_lookup *);
+    config.drop = vkp_i_lookup_drop;
+    config.env = env;
+    status = vkp_mpsc_open(&config, &resolver->tx, &resolver->rx);
+    if (status != VKP_OK) {
+        vkp_i_free(env, resolver, sizeof *resolver);
+        return status;
+    }
+    resolver->env = env;
+    resolver->refs = 1;
+    VKP_I_MUTEX_INIT(&resolver->mutex);
+    VKP_I_MUTEX_INIT(&resolver->gate);
+    *out = resolver;
+    return VKP_OK;
+}
+
+VKP_API vkp_resolver *vkp_resolver_ref(vkp_resolver *resolver)
+{
+    (void)VKP_I_ADD(&resolver->refs, 1);
+    return resolver;
+}
+
+VKP_API void vkp_resolver_close(vkp_resolver *resolver)
+{
+    vkp_mpsc_tx *tx;
+    if (resolver == NULL) {
+        return;
+    }
+    VKP_I_LOCK(&resolver->gate);
+    tx = resolver->tx;
+    resolver->tx = NULL;
+    VKP_I_UNLOCK(&resolver->gate);
+    vkp_mpsc_tx_unref(tx); /* the receiver drains, then it is closed */
+}
+
+VKP_API void vkp_resolver_unref(vkp_resolver *resolver)
+{
+    if (resolver != NULL && VKP_I_UNREF(&resolver->refs) == 1) {
+        vkp_resolver_close(resolver);
+        vkp_mpsc_rx_unref(resolver->rx); /* returns the lookups that nobody took */
+        VKP_I_MUTEX_DEINIT(&resolver->mutex);
+        VKP_I_MUTEX_DEINIT(&resolver->gate);
+        vkp_i_free(resolver->env, resolver, sizeof *resolver);
+    }
+}
+
+static bool vkp_i_resolver_is_closed(vkp_resolver *resolver)
+{
+    bool closed;
+    VKP_I_LOCK(&resolver->gate);
+    closed = resolver->tx == NULL;
+    VKP_I_UNLOCK(&resolver->gate);
+    return closed;
+}
+
+VKP_API void vkp_resolver_run(vkp_resolver *resolver)
+{
+    vkp_i_lookup *lookup;
+    vkp_status status;
+    for (;;) {
+        VKP_I_LOCK(&resolver->mutex);
+        status = vkp_mpsc_recv(resolver->rx, VKP_FOREVER, &lookup);
+        VKP_I_UNLOCK(&resolver->mutex);
+        if (status != VKP_OK) {
+            return;
+        }
+        if (!vkp_i_resolver_is_closed(resolver)) {
+            int found = vkp_i_sys(resolver->env)
+                            ->resolve(lookup->parts.host, lookup->parts.port, lookup->addresses,
+                                      VKP_I_LOOKUP_ADDRESSES);
+            lookup->count = found > 0 ? (size_t)found : 0;
+        }
+        vkp_i_lookup_finish(lookup);
+    }
+}
+
+/* Look the host up for the loop; done is called on its thread, never inside this call. NULL: no
+   memory, or the resolver is closed. */
+static vkp_i_lookup *vkp_i_resolver_ask(vkp_resolver *resolver, vkp_loop *loop,
+                                        const vkp_i_parts *parts,
+                                        void (*done)(vkp_i_lookup *lookup), void *user)
+{
+    vkp_i_lookup *lookup = (vkp_i_lookup *)vkp_i_alloc_zero(resolver->env, sizeof *lookup);
+    vkp_status status = VKP_ERR_CLOSED;
+    if (lookup == NULL) {
+        return NULL;
+    }
+    lookup->env = resolver->env;
+    lookup->loop = vkp_loop_ref(loop);
+    lookup->parts = *parts;
+    lookup->done = done;
+    lookup->user = user;
+    VKP_I_LOCK(&resolver->gate);
+    if (resolver->tx != NULL) {
+        status = vkp_mpsc_try_send(resolver->tx, &lookup);
+    }
+    VKP_I_UNLOCK(&resolver->gate);
+    if (status != VKP_OK) {
+        vkp_i_lookup_free(lookup);
+        return NULL;
+    }
+    return lookup;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-link   One connection to a server, and the requests in flight on it
    ======================================================================================
    A link connects, lets the handshake log in (see impl-handshake), writes requests, and hands each
@@ -16342,12 +16746,20 @@ typedef struct vkp_i_requests {
 
 typedef struct vkp_i_link vkp_i_link;
 
+/* The addresses of the last lookup that found any. */
+typedef struct vkp_i_known {
+    vkp_i_parts parts; /* the name, and the port */
+    vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
+    size_t count;
+} vkp_i_known;
+
 typedef struct vkp_i_link_ops {
     void (*on_ready)(vkp_i_link *link);                      /* the handshake succeeded */
     void (*on_push)(vkp_i_link *link, const vkp_push *push); /* a push that answers no request */
     /* The connection, or the try to connect, ended, and `error` says why. The requests in flight
        are still there: the owner settles them.                                                */
     void (*on_down)(vkp_i_link *link);
+    void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
 } vkp_i_link_ops;
@@ -16374,18 +16786,26 @@ struct vkp_i_link {
     vkp_block *out;          /* small commands are gathered here: one range to write */
     vkp_i_requests flight;   /* written requests that wait for answers, oldest first */
     vkp_i_stage stage;
-    uint32_t protocol;  /* 2 or 3; 0 before the first handshake */
-    uint32_t steps;     /* requests of the handshake's stage that are not settled */
-    bool authenticated; /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
-    bool subscribed;    /* RESP2: an array may be a push; set by the owner */
-    bool fence_wanted;  /* LEAVES were written and no fence behind them */
-    bool fence_queued;  /* fence_task is deferred */
-    bool skipping;      /* the reader refused the reply that `skip` passes over */
-    uint32_t errors;    /* errors that answered LEAVES since the last fence */
-    uint64_t heard_ns;  /* when the last bytes arrived; before: when the connection was begun */
-    uint64_t ready_ns;  /* when the handshake succeeded */
-    int64_t id;         /* the connection's id on the server; 0: not known */
-    vkp_str username;   /* of this try; the owner's memory */
+    uint32_t protocol;      /* 2 or 3; 0 before the first handshake */
+    uint32_t steps;         /* requests of the handshake's stage that are not settled */
+    bool authenticated;     /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool subscribed;        /* RESP2: an array may be a push; set by the owner */
+    bool fence_wanted;      /* LEAVES were written and no fence behind them */
+    bool fence_queued;      /* fence_task is deferred */
+    bool skipping;          /* the reader refused the reply that `skip` passes over */
+    bool connected;         /* this try was accepted by a server's kernel */
+    bool spoke;             /* this try had a reply */
+    uint32_t errors;        /* errors that answered LEAVES since the last fence */
+    uint64_t answered_ns;   /* when an answer, or a part of one, arrived last */
+    uint64_t heard_ns;      /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t ready_ns;      /* when the handshake succeeded */
+    int64_t id;             /* the connection's id on the server; 0: not known */
+    vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
+    vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
+    vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
+    uint32_t failures;      /* tries that did not get READY, since one did */
+    vkp_address peer;       /* the address of this connection */
+    vkp_str username;       /* of this try; the owner's memory */
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
@@ -16433,12 +16853,24 @@ static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 
 /* ---- ending ---- */
 
+/* Stop to wait for the lookup, if one is under way. */
+static void vkp_i_link_end_lookup(vkp_i_link *link)
+{
+    vkp_timer_stop(&link->lookup_timer);
+    if (link->lookup != NULL) {
+        link->lookup->done = NULL;
+        link->lookup = NULL;
+    }
+}
+
 /* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
    requests in flight stay. */
 static void vkp_i_link_close(vkp_i_link *link)
 {
     vkp_conn *conn = link->conn;
     link->conn = NULL;
+    link->failures += link->stage == VKP_I_STAGE_READY ? 0u : 1u;
+    vkp_i_link_end_lookup(link);
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
@@ -16515,6 +16947,9 @@ static bool vkp_i_link_start(vkp_i_link *link, vkp_i_request *request)
     vkp_bytes_unref(&request->bytes);
     request->sent_ns = link->loop->now_ns;
     vkp_i_requests_append(&link->flight, request);
+    if (link->flight.first == request) {
+        link->ops->on_busy(link);
+    }
     if (request->expect == VKP_I_EXPECT_LEAVES) {
         link->fence_wanted = true;
         if (!link->fence_queued) {
@@ -16682,6 +17117,8 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
 static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *oldest = link->flight.first;
+    link->answered_ns = link->loop->now_ns;
+    link->spoke = true;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
@@ -16740,6 +17177,7 @@ static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_
         if (!oldest->accept(oldest, &push)) {
             vkp_i_link_lose(link, "a confirmation of another name than was due");
         } else if (link->conn == conn && --oldest->due == 0) {
+            link->answered_ns = link->loop->now_ns;
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_OK, NULL, NULL);
         }
@@ -16881,6 +17319,7 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         vkp_bytes frame;
         vkp_status status;
         if (link->skipping) {
+            link->answered_ns = now_ns;
             consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
             if (consumed == 0) {
                 break;
@@ -16891,6 +17330,7 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         status =
             vkp_resp_reader_scan(link->reader, in->data + used, in->len - used, &value, &consumed);
         if (status == VKP_ERR_EMPTY) {
+            link->answered_ns = in->data[used] != '>' ? now_ns : link->answered_ns;
             break;
         }
         if (status != VKP_OK) {
@@ -16906,6 +17346,30 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
     link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
     link->ops->release(link);
     return used;
+}
+
+/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
+static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
+                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    link->env = env;
+    link->loop = loop;
+    link->config = config;
+    link->ops = ops;
+    link->fence_task.fn = vkp_i_link_fence_task;
+    vkp_i_requests_init(&link->flight);
+    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
+                   (unsigned long long)sys->random_u64());
+    return vkp_resp_reader_open(&config->resp, &link->reader);
+}
+
+/* Free what the link has; it is closed and its flight is empty. */
+static void vkp_i_link_deinit(vkp_i_link *link)
+{
+    vkp_resp_reader_unref(link->reader);
+    vkp_i_block_unref(link->out);
+    vkp_i_free(link->env, link->known, sizeof *link->known);
 }
 
 #endif /* VKP_I_IO */
@@ -17250,6 +17714,7 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
             link->steps == 0) {
             link->stage = VKP_I_STAGE_READY;
             link->ready_ns = link->loop->now_ns;
+            link->failures = 0;
             link->ops->on_ready(link);
         }
     }
@@ -17257,26 +17722,45 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_free(link->env, step, sizeof *step);
 }
 
-/* ---- connecting ---- */
-
-static void vkp_i_link_on_open(vkp_conn *conn, void *user)
+/* The connection is established. False: not connected or no memory. */
+static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    vkp_i_link *link = (vkp_i_link *)user;
-    bool ok;
-    (void)conn;
-    link->ops->hold(link);
-    ok = link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
-    if (!ok) {
-        vkp_i_link_lose(link, "out of memory");
-    }
-    link->ops->release(link);
+    return link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-link-connect   The way of a link to its server
+   ======================================================================================
+   From an address text to a connection, on the loop's thread. A host name is looked up by the
+   resolver of the config, in its thread; without a resolver the lookup blocks this thread. When a
+   name server does not answer in time, the addresses of the last lookup of the same name serve.
+   Each try begins with another address of the name: one that accepts connections and does not
+   answer must not be the only one that is tried. Within a try each address gets a share of the time
+   (see vkp_conn_config.connect_ms). */
+
+#define VKP_I_LOOKUP_MS 1000u /* how long a lookup is waited for, where addresses are known */
 
 /* Static text for a connection that failed or was lost. */
 static const char *vkp_i_link_why(int error)
 {
     return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
+           : error == ETIMEDOUT                     ? "nobody answers there"
                                                     : "the connection was lost";
+}
+
+static void vkp_i_link_on_open(vkp_conn *conn, void *user)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    link->connected = true;
+    link->peer = *vkp_i_conn_get_address(conn);
+    link->ops->hold(link);
+    if (!vkp_i_link_begin_handshake(link)) {
+        vkp_i_link_lose(link, "out of memory");
+    }
+    link->ops->release(link);
 }
 
 static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
@@ -17299,50 +17783,137 @@ static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason rea
 static const vkp_conn_ops vkp_i_link_conn_ops = {
     vkp_i_link_on_open, vkp_i_link_on_data, NULL, NULL, vkp_i_link_on_close, NULL};
 
-/* Begin to connect to the address, with these credentials (borrowed until on_down). On failure the
-   link is down, and on_down is not called.                                                    */
-static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str username,
-                                     vkp_str password)
+/* Begin to connect to one of the addresses, the first one chosen by the number of failed tries. */
+static vkp_status vkp_i_link_dial(vkp_i_link *link, const vkp_address *addresses, size_t count)
 {
+    vkp_address turned[VKP_I_LOOKUP_ADDRESSES];
     vkp_conn_config config;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        turned[i] = addresses[(i + link->failures) % count];
+    }
     memset(&config, 0, sizeof config);
     config.ops = &vkp_i_link_conn_ops;
     config.user = link;
     config.loop_only = true;
     config.input_bytes = VKP_I_BLOCK_MAX;
+    config.connect_ms = link->config->connect_timeout_ms;
+    config.keepalive_ms = link->config->keepalive_ms == VKP_OFF ? 0 : link->config->keepalive_ms;
+    config.unacked_ms = link->config->unacked_ms == VKP_OFF ? 0 : link->config->unacked_ms;
+    return vkp_i_conn_connect_to(link->loop, turned, count, &config, &link->conn);
+}
+
+/* Connect to the addresses of the last lookup; on failure the link is lost. */
+static void vkp_i_link_dial_known(vkp_i_link *link)
+{
+    vkp_status status = vkp_i_link_dial(link, link->known->addresses, link->known->count);
+    if (status != VKP_OK) {
+        vkp_i_link_lose(link,
+                        status == VKP_ERR_SYS ? vkp_i_link_why(errno) : vkp_status_str(status));
+    }
+}
+
+/* Whether addresses of this name are known. */
+static bool vkp_i_link_knows(const vkp_i_link *link, const vkp_i_parts *parts)
+{
+    return link->known != NULL && strcmp(link->known->parts.host, parts->host) == 0 &&
+           strcmp(link->known->parts.port, parts->port) == 0;
+}
+
+/* The resolver has the outcome of the lookup. */
+static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
+{
+    vkp_i_link *link = (vkp_i_link *)lookup->user;
+    bool known = vkp_i_link_knows(link, &lookup->parts);
+    link->lookup = NULL;
+    vkp_timer_stop(&link->lookup_timer);
+    link->ops->hold(link);
+    if (lookup->count > 0 && link->known == NULL) {
+        link->known = (vkp_i_known *)vkp_i_alloc_zero(link->env, sizeof *link->known);
+    }
+    if (lookup->count > 0 && link->known != NULL) {
+        link->known->parts = lookup->parts;
+        link->known->count = lookup->count;
+        memcpy(link->known->addresses, lookup->addresses, sizeof lookup->addresses);
+        known = true;
+    }
+    if (known) {
+        vkp_i_link_dial_known(link);
+    } else {
+        vkp_i_link_lose(link, lookup->count > 0 ? "out of memory" : "the host name was not found");
+    }
+    link->ops->release(link);
+}
+
+/* The lookup takes too long: use what is known. The lookup goes on, nobody waits for it. */
+static void vkp_i_link_lookup_late(vkp_timer *timer)
+{
+    vkp_i_link *link = VKP_CONTAINER(timer, vkp_i_link, lookup_timer);
+    link->ops->hold(link);
+    vkp_i_link_end_lookup(link);
+    vkp_i_link_dial_known(link);
+    link->ops->release(link);
+}
+
+/* Ask the resolver for the addresses of the name. */
+static vkp_status vkp_i_link_look_up(vkp_i_link *link, const vkp_i_parts *parts)
+{
+    link->lookup =
+        vkp_i_resolver_ask(link->config->resolver, link->loop, parts, vkp_i_link_looked_up, link);
+    if (link->lookup == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    if (vkp_i_link_knows(link, parts)) {
+        uint64_t deadline_ns = vkp_i_after_ms(vkp_i_loop_now(link->loop), VKP_I_LOOKUP_MS);
+        return vkp_timer_start(&link->lookup_timer, link->loop, vkp_i_link_lookup_late, 0,
+                               deadline_ns);
+    }
+    return VKP_OK;
+}
+
+/* Prepare a try to connect with these credentials (borrowed until on_down). */
+static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str password)
+{
     link->username = username;
     link->password = password;
     link->stage = VKP_I_STAGE_CONNECTING;
     link->steps = 0;
+    link->connected = false;
+    link->spoke = false;
     link->authenticated = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';
     link->heard_ns = vkp_i_loop_now(link->loop);
-    return vkp_conn_connect(link->loop, address, &config, &link->conn);
+    link->answered_ns = link->heard_ns;
 }
 
-/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
-static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
-                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
+/* Begin to connect to the address of another link. On failure the link is down, and on_down is not
+   called. */
+static vkp_status vkp_i_link_connect_to(vkp_i_link *link, const vkp_address *address,
+                                        vkp_str username, vkp_str password)
 {
-    const vkp_sys *sys = vkp_i_sys(env);
-    link->env = env;
-    link->loop = loop;
-    link->config = config;
-    link->ops = ops;
-    link->fence_task.fn = vkp_i_link_fence_task;
-    vkp_i_requests_init(&link->flight);
-    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
-                   (unsigned long long)sys->random_u64());
-    return vkp_resp_reader_open(&config->resp, &link->reader);
+    vkp_i_link_begin(link, username, password);
+    return vkp_i_link_dial(link, address, 1);
 }
 
-/* Free what the link has; it is closed and its flight is empty. */
-static void vkp_i_link_deinit(vkp_i_link *link)
+/* Begin to connect to the address. On failure the link is down, and on_down is not called. */
+static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str username,
+                                     vkp_str password)
 {
-    vkp_resp_reader_unref(link->reader);
-    vkp_i_block_unref(link->out);
+    vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
+    vkp_i_parts parts;
+    size_t count = 0;
+    vkp_status status = vkp_i_split_address(link->env, address, &parts);
+    vkp_i_link_begin(link, username, password);
+    if (status == VKP_OK && link->config->resolver != NULL && parts.name.text == NULL &&
+        !vkp_i_is_numeric_host(parts.host)) {
+        return vkp_i_link_look_up(link, &parts);
+    }
+    if (status == VKP_OK) {
+        status = vkp_i_parse_address(link->env, address, addresses, VKP_I_LOOKUP_ADDRESSES, &count);
+    }
+    return status == VKP_OK ? vkp_i_link_dial(link, addresses, count) : status;
 }
 
 #endif /* VKP_I_IO */
@@ -17380,6 +17951,8 @@ typedef struct vkp_i_ask {
     vkp_status outcome;    /* of a WANT in client->reporting */
 } vkp_i_ask;
 
+typedef struct vkp_i_probe vkp_i_probe; /* see impl-client-liveness */
+
 struct vkp_reply {
     const vkp_env *env;
     size_t refs;       /* atomic */
@@ -17410,7 +17983,11 @@ struct vkp_client {
     bool ready;               /* the link is ready: requests are written */
     bool was_ready;           /* a handshake succeeded before: the next event is RECONNECTED */
     bool failure_reported;    /* CONNECT_FAILED was emitted since the client was ready */
-    bool ping_sent;           /* a heartbeat's PING waits for its reply */
+    bool beat_sent;           /* a heartbeat waits for its reply */
+    bool counts_refused;      /* the server does not answer CLIENT INFO */
+    vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
+    uint64_t heartbeat_ns;    /* time of the next heartbeat */
+    uint64_t patient_ns;      /* when a probe ended last */
     vkp_i_task task;          /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;  /* calls vkp_i_client_loop_closed */
     vkp_i_link link;          /* the connection */
@@ -17421,11 +17998,16 @@ struct vkp_client {
     bool is_reporting;        /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     size_t held;                        /* number of interests that are HELD */
+    size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
+    size_t stuck;                       /* number of interests that are STUCK */
+    size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
+    uint64_t changes;                   /* of states of interests */
     size_t resuming;                    /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;                /* when the server's counts last agreed with the table */
     uint64_t missed; /* pushes without room in config.pushes since the last LAGGED */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
-    vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
+    vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
+    vkp_client_stats stats; /* each field atomic */
 };
 
 /* Free the copies of the setup commands, the first `count` of them. */
@@ -17464,6 +18046,7 @@ static void vkp_i_client_free(vkp_client *client)
     }
     vkp_i_link_deinit(&client->link);
     vkp_mpsc_tx_unref(client->config.pushes);
+    vkp_resolver_unref(client->config.resolver);
     VKP_I_MUTEX_DEINIT(&client->mutex);
     vkp_i_free_str(env, client->config.address);
     vkp_i_free_str(env, client->config.username);
@@ -17556,6 +18139,9 @@ static void vkp_i_drop_reply(void *user, void *item)
     (void)user;
     vkp_reply_unref(*(vkp_reply **)item);
 }
+
+/* Count one more of a counter of vkp_client_stats. */
+#define VKP_I_COUNT(client, counter) ((void)VKP_I_ADD(&(client)->stats.counter, (uint64_t)1))
 
 /* ---- asks ---- */
 
@@ -18195,6 +18781,8 @@ static bool vkp_i_interest_send(vkp_i_interest *interest, bool subscribe)
     }
     interest->newest = self;
     interest->in_flight++;
+    client->subs_in_flight++;
+    client->changes++;
     vkp_i_requests_move(&interest->waiters, &self->waiters);
     return true;
 }
@@ -18207,18 +18795,30 @@ static void vkp_i_interest_open_gap(vkp_i_interest *interest, uint64_t from_ns)
     }
 }
 
+/* Change the state, and keep the client's numbers in step. */
+static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state state)
+{
+    vkp_client *client = interest->client;
+    size_t held = state == VKP_I_SUB_HELD ? 1 : 0;
+    size_t stuck = state == VKP_I_SUB_STUCK ? 1 : 0;
+    held -= interest->state == VKP_I_SUB_HELD ? 1u : 0u; /* wraps around: so does the sum */
+    stuck -= interest->state == VKP_I_SUB_STUCK ? 1u : 0u;
+    client->changes += interest->state != state ? 1u : 0u;
+    client->held += held;
+    client->held_of[interest->kind] += held;
+    client->stuck += stuck;
+    client->link.subscribed = client->held > 0;
+    interest->state = state;
+}
+
 /* An event happened to the name: change its state, and do what the rule says. False: no memory to
    do it; the caller lets the link fail, and the next connection begins anew. */
 static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
 {
     vkp_client *client = interest->client;
     vkp_i_sub_rule rule = vkp_i_sub_rules[interest->state][event];
-    bool was_held = interest->state == VKP_I_SUB_HELD;
     bool ok = true;
-    interest->state = (vkp_i_sub_state)rule.next;
-    client->held += interest->state == VKP_I_SUB_HELD ? 1u : 0u;
-    client->held -= was_held ? 1u : 0u;
-    client->link.subscribed = client->held > 0;
+    vkp_i_interest_set_state(interest, (vkp_i_sub_state)rule.next);
     if ((rule.actions & VKP_I_DO_CALM) != 0) {
         vkp_i_interest_calm(interest);
     }
@@ -18231,7 +18831,7 @@ static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
     }
     if ((rule.actions & VKP_I_DO_ASK) != 0) {
         if (!client->ready) {
-            interest->state = VKP_I_SUB_WANTED;
+            vkp_i_interest_set_state(interest, VKP_I_SUB_WANTED);
         } else {
             ok = vkp_i_interest_send(interest, true);
             if (interest->gap_ns != 0 && !interest->resuming) {
@@ -18330,6 +18930,7 @@ static void vkp_i_client_emit_gap(vkp_client *client)
     gap->from_unix_ms = vkp_i_wall_ms(client, gap->from_ns);
     gap->to_unix_ms = vkp_i_wall_ms(client, gap->to_ns);
     push.gap = gap;
+    VKP_I_COUNT(client, gaps);
     vkp_i_client_emit(client, &push);
     vkp_bytes_unref(&push.frame);
 }
@@ -18413,6 +19014,7 @@ static void vkp_i_interest_refused(vkp_i_interest *interest, vkp_str words)
         vkp_i_link_lose(&client->link, "out of memory");
         return;
     }
+    VKP_I_COUNT(client, refusals);
     if (report) {
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: %.*s is refused: %.*s",
                   client->config.address.ptr, VKP_FMT(interest->node.key), VKP_FMT(words));
@@ -18455,6 +19057,7 @@ static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const v
     bool newest = interest->newest == self;
     vkp_str words = value != NULL ? vkp_value_get_str(value) : vkp_str_of(client->link.error);
     (void)frame;
+    client->subs_in_flight--;
     vkp_i_waiters_note(client, &self->waiters, status); /* a callback may close the client */
     if (newest) {
         interest->newest = NULL;
@@ -18493,6 +19096,7 @@ static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
     }
     vkp_i_interest_hold(interest);
     if (held) {
+        VKP_I_COUNT(client, losses);
         vkp_i_interest_event(interest, VKP_PUSH_LOST,
                              vkp_str_of("the server ended the subscription"));
     }
@@ -18610,6 +19214,413 @@ static void vkp_i_client_forget(vkp_client *client)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-client-liveness   Whether the connection still does what it should
+   ======================================================================================
+   Two questions, on the loop's thread, while a link is ready:
+   Is what is due answered? A server answers in order, so the oldest request in flight decides. When
+   it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
+   own, to the same address. What the probe finds, and what follows:
+     DEAD     nobody accepts connections                         the link is lost
+     BUSY     an error such as BUSY, LOADING, too many clients   the wait goes on
+     MUTE     it accepts connections and answers nothing         the wait goes on, up to
+     BLOCKED  it lists our connection as blocked                 blocked_timeout_ms
+     STALLED  it answers the probe, and owes us nothing          the link is lost
+   Does the server have the subscriptions that the table says? With each heartbeat the client asks
+   for the server's own counts (an audit). Counts that are too low are repaired: each name of the
+   kind is asked for again, and a GAP covers them from the last audit that agreed. Counts that are
+   too high end the link: nobody can say which name it is.                                      */
+
+typedef enum vkp_i_verdict {
+    VKP_I_PROBE_DEAD,
+    VKP_I_PROBE_BUSY,
+    VKP_I_PROBE_MUTE,
+    VKP_I_PROBE_BLOCKED,
+    VKP_I_PROBE_STALLED
+} vkp_i_verdict;
+
+/* One question to the server over a connection of its own. */
+struct vkp_i_probe {
+    vkp_i_link link;
+    vkp_client *client;       /* one reference */
+    vkp_client_config config; /* of link: the client's, without name, database, setup and role */
+    size_t refs;              /* of the client's pointer, and of vkp_i_link_ops.hold */
+    uint64_t begun_ns;        /* on the loop's clock */
+    vkp_timer timer;          /* ends the wait for an answer */
+    vkp_i_request ask;        /* PING, then CLIENT LIST */
+    bool listing;             /* CLIENT LIST was sent */
+};
+
+/* ---- the probe ---- */
+
+static vkp_i_probe *vkp_i_probe_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_i_probe, link);
+}
+
+static void vkp_i_probe_hold(vkp_i_link *link)
+{
+    vkp_i_probe_of(link)->refs++;
+}
+
+static void vkp_i_probe_release(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    vkp_client *client = probe->client;
+    if (--probe->refs == 0) {
+        vkp_i_link_deinit(&probe->link);
+        vkp_i_free(client->env, probe, sizeof *probe);
+        vkp_i_client_release(client);
+    }
+}
+
+/* End the probe of the client, if one runs. */
+static void vkp_i_client_end_probe(vkp_client *client)
+{
+    vkp_i_probe *probe = client->probe;
+    vkp_i_request *request;
+    if (probe != NULL) {
+        client->probe = NULL;
+        vkp_timer_stop(&probe->timer);
+        vkp_i_link_close(&probe->link);
+        while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
+            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
+        }
+        vkp_i_probe_release(&probe->link);
+    }
+}
+
+/* When the oldest request in flight became the one that is due; 0: nothing is. */
+static uint64_t vkp_i_client_due_since(const vkp_client *client)
+{
+    const vkp_i_request *oldest = client->link.flight.first;
+    return oldest == NULL ? 0 : VKP_I_MAX(oldest->sent_ns, client->link.answered_ns);
+}
+
+/* When the oldest request in flight is overdue. */
+static uint64_t vkp_i_client_overdue_ns(const vkp_client *client)
+{
+    uint64_t since_ns = vkp_i_client_due_since(client);
+    return since_ns == 0 ? VKP_FOREVER
+                         : vkp_i_after_ms(VKP_I_MAX(since_ns, client->patient_ns),
+                                          client->config.reply_timeout_ms);
+}
+
+/* When the watch has to look again. */
+static uint64_t vkp_i_client_watch_ns(const vkp_client *client)
+{
+    uint64_t overdue_ns = client->probe != NULL ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
+    return VKP_I_MIN(client->heartbeat_ns, overdue_ns);
+}
+
+/* Start the client's timer, which has its callback already, for the next look of the watch. */
+static void vkp_i_client_start_watch(vkp_client *client)
+{
+    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
+                        vkp_i_client_watch_ns(client)) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
+    }
+}
+
+/* The probe has its answer: do what follows from it. The caller holds the probe. */
+static void vkp_i_probe_end(vkp_i_probe *probe, vkp_i_verdict verdict)
+{
+    vkp_client *client = probe->client;
+    uint64_t now_ns = vkp_i_loop_now(client->loop);
+    uint64_t due_ns = vkp_i_client_due_since(client);
+    uint64_t blocked_ms = client->config.blocked_timeout_ms;
+    bool answered = due_ns == 0 || client->link.answered_ns >= probe->begun_ns;
+    if (client->probe != probe) {
+        return; /* it has ended */
+    }
+    vkp_i_client_end_probe(client);
+    client->patient_ns = now_ns; /* the next probe comes after another reply_timeout_ms */
+    if (!client->ready) {
+        return;
+    }
+    switch (answered ? VKP_I_PROBE_BUSY : verdict) {
+    case VKP_I_PROBE_DEAD:
+        vkp_i_link_lose(&client->link, "the server does not answer");
+        break;
+    case VKP_I_PROBE_STALLED:
+        vkp_i_link_lose(&client->link, "the server answers others, and not this connection");
+        break;
+    case VKP_I_PROBE_MUTE:
+    case VKP_I_PROBE_BLOCKED:
+        if (now_ns >= vkp_i_after_ms(due_ns, blocked_ms)) {
+            vkp_i_link_lose(&client->link, verdict == VKP_I_PROBE_MUTE
+                                               ? "the server does not answer"
+                                               : "the server keeps this connection blocked");
+        }
+        break;
+    case VKP_I_PROBE_BUSY:
+        break;
+    }
+    if (client->ready) {
+        vkp_i_client_start_watch(client);
+    }
+}
+
+/* Send the probe's next question. */
+static void vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv)
+{
+    probe->ask.due = 1;
+    if (vkp_i_request_put(&probe->ask, probe->client->env, argc, argv) != VKP_OK ||
+        !vkp_i_link_start(&probe->link, &probe->ask)) {
+        vkp_bytes_unref(&probe->ask.bytes);
+        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* no memory: says nothing about the server */
+    }
+}
+
+/* The value of a field in a line of CLIENT LIST or CLIENT INFO; name is " field=". ptr NULL: there
+   is no such field. */
+static vkp_str vkp_i_info_field(vkp_str line, const char *name)
+{
+    size_t len = strlen(name);
+    size_t i;
+    for (i = 0; i + len <= line.len; i++) {
+        if (memcmp(line.ptr + i, name, len) == 0) {
+            size_t from = i + len;
+            for (i = from; i < line.len && line.ptr[i] != ' ' && line.ptr[i] != '\n'; i++) {
+            }
+            return vkp_i_str(line.ptr + from, i - from);
+        }
+    }
+    return vkp_i_str(NULL, 0);
+}
+
+/* What the line of CLIENT LIST says of the client's connection. */
+static vkp_i_verdict vkp_i_probe_judge(vkp_str line)
+{
+    vkp_str flags = vkp_i_info_field(line, " flags=");
+    return flags.ptr != NULL && memchr(flags.ptr, 'b', flags.len) != NULL ? VKP_I_PROBE_BLOCKED
+                                                                          : VKP_I_PROBE_STALLED;
+}
+
+static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                 const vkp_bytes *frame)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
+    int64_t id = probe->client->link.id;
+    char digits[VKP_I_DIGITS];
+    vkp_str argv[4];
+    size_t from;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    if (status != VKP_OK) {
+        return; /* vkp_i_client_end_probe, or a reply over a limit: the timer ends the probe */
+    }
+    if (probe->listing) {
+        vkp_i_probe_end(probe, vkp_i_probe_judge(vkp_value_get_str(value)));
+    } else if (value->type == VKP_RESP_ERROR) {
+        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
+    } else if (id == 0) { /* the server did not say who we are */
+        vkp_i_probe_end(probe, VKP_I_PROBE_STALLED);
+    } else {
+        probe->listing = true;
+        from = vkp_i_format_u64(digits, (uint64_t)id);
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("LIST");
+        argv[2] = vkp_str_of("ID");
+        argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+        vkp_i_probe_ask(probe, 4, argv);
+    }
+}
+
+static void vkp_i_probe_on_ready(vkp_i_link *link)
+{
+    vkp_str argv = vkp_str_of("PING");
+    vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv);
+}
+
+static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
+{
+    (void)link;
+    (void)push;
+}
+
+/* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
+   A connection that was established and then ended without words is what a server does that is
+   full, or that is being restarted: the next probe finds out. */
+static void vkp_i_probe_on_down(vkp_i_link *link)
+{
+    vkp_i_probe_end(vkp_i_probe_of(link),
+                    link->spoke || link->connected ? VKP_I_PROBE_BUSY : VKP_I_PROBE_DEAD);
+}
+
+static void vkp_i_probe_on_busy(vkp_i_link *link)
+{
+    (void)link;
+}
+
+static const vkp_i_link_ops vkp_i_probe_ops = {vkp_i_probe_on_ready, vkp_i_probe_on_push,
+                                               vkp_i_probe_on_down,  vkp_i_probe_on_busy,
+                                               vkp_i_probe_hold,     vkp_i_probe_release};
+
+static void vkp_i_probe_on_timer(vkp_timer *timer)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
+    vkp_i_probe_hold(&probe->link);
+    vkp_i_probe_end(probe, probe->link.connected ? VKP_I_PROBE_MUTE : VKP_I_PROBE_DEAD);
+    vkp_i_probe_release(&probe->link);
+}
+
+/* Ask the server over a connection of its own. Without memory the next watch tries again. */
+static void vkp_i_client_start_probe(vkp_client *client)
+{
+    vkp_i_probe *probe = (vkp_i_probe *)vkp_i_alloc_zero(client->env, sizeof *probe);
+    uint64_t deadline_ns;
+    vkp_status status;
+    if (probe == NULL) {
+        return;
+    }
+    probe->client = client;
+    probe->refs = 1;
+    probe->begun_ns = vkp_i_loop_now(client->loop);
+    probe->ask.settle = vkp_i_probe_answered;
+    probe->config = client->config;
+    probe->config.name = vkp_i_str(NULL, 0);
+    probe->config.database = 0;
+    probe->config.setup_count = 0;
+    probe->config.role = VKP_CLIENT_ROLE_ANY;
+    (void)VKP_I_ADD(&client->refs, 1);
+    client->probe = probe;
+    VKP_I_COUNT(client, probes);
+    deadline_ns = vkp_i_after_ms(probe->begun_ns, client->config.reply_timeout_ms);
+    status =
+        vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &vkp_i_probe_ops);
+    if (status == VKP_OK) {
+        status = vkp_timer_start(&probe->timer, client->loop, vkp_i_probe_on_timer, 0, deadline_ns);
+    }
+    if (status == VKP_OK) {
+        status = vkp_i_link_connect_to(&probe->link, &client->link.peer, client->target.username,
+                                       client->target.password);
+    }
+    if (status != VKP_OK) {
+        vkp_i_probe_hold(&probe->link);
+        vkp_i_probe_end(probe, status == VKP_ERR_SYS ? VKP_I_PROBE_DEAD : VKP_I_PROBE_BUSY);
+        vkp_i_probe_release(&probe->link);
+    }
+}
+
+/* ---- the audit ---- */
+
+/* A heartbeat: CLIENT INFO, or PING. */
+typedef struct vkp_i_beat {
+    vkp_i_request request;
+    vkp_client *client;
+    bool audit;       /* CLIENT INFO */
+    uint64_t changes; /* client->changes when it was sent */
+    uint64_t sent_ns; /* on the loop's clock */
+} vkp_i_beat;
+
+/* Ask again for every name of the kind: the server has fewer than the table says. */
+static void vkp_i_client_repair(vkp_client *client, int kind)
+{
+    vkp_i_map_node *node = NULL;
+    VKP_I_COUNT(client, repairs);
+    while (client->ready && (node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
+        vkp_i_interest_take_step(VKP_CONTAINER(node, vkp_i_interest, node), VKP_I_EVENT_MISSING);
+    }
+}
+
+/* Compare the server's counts with the table. */
+static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
+{
+    static const char *const fields[VKP_SUB_KINDS] = {" sub=", " psub=", " ssub="};
+    bool agrees = true;
+    int kind;
+    if (beat->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
+        return; /* the table changed meanwhile: the next heartbeat audits */
+    }
+    VKP_I_COUNT(client, audits);
+    for (kind = 0; kind < VKP_SUB_KINDS && client->ready; kind++) {
+        vkp_str text = vkp_i_info_field(line, fields[kind]);
+        size_t count = 0;
+        size_t i;
+        for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9'; i++) {
+            count = count * 10 + (size_t)(text.ptr[i] - '0');
+        }
+        if (text.ptr == NULL || count == client->held_of[kind]) {
+            continue; /* older servers do not count shard channels */
+        }
+        agrees = false;
+        vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
+                  client->config.address.ptr, fields[kind], count, client->held_of[kind]);
+        if (count > client->held_of[kind]) {
+            vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
+        } else {
+            vkp_i_client_repair(client, kind);
+        }
+    }
+    if (agrees) {
+        client->audited_ns = beat->sent_ns;
+    }
+}
+
+static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_beat *beat = VKP_CONTAINER(request, vkp_i_beat, request);
+    vkp_client *client = beat->client;
+    (void)frame;
+    client->beat_sent = false;
+    if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
+        vkp_i_client_audit(client, beat, vkp_value_get_str(value));
+    } else if (status == VKP_OK && beat->audit) {
+        client->counts_refused = true; /* an old server, or no right to ask */
+    }
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(client->env, beat, sizeof *beat);
+}
+
+/* Send a heartbeat. A RESP2 connection with subscriptions carries no command but PING. False: no
+   memory. */
+static bool vkp_i_client_beat(vkp_client *client)
+{
+    vkp_i_beat *beat = (vkp_i_beat *)vkp_i_alloc_zero(client->env, sizeof *beat);
+    bool audit = client->link.protocol == 3 && !client->counts_refused;
+    vkp_str argv[2];
+    if (beat == NULL) {
+        return false;
+    }
+    beat->client = client;
+    beat->audit = audit;
+    beat->changes = client->changes;
+    beat->sent_ns = client->loop->now_ns;
+    beat->request.due = 1;
+    beat->request.settle = vkp_i_beat_settled;
+    argv[0] = vkp_str_of(audit ? "CLIENT" : "PING");
+    argv[1] = vkp_str_of("INFO");
+    if (vkp_i_request_put(&beat->request, client->env, audit ? 2 : 1, argv) != VKP_OK ||
+        !vkp_i_link_start(&client->link, &beat->request)) {
+        vkp_i_beat_settled(&beat->request, VKP_ERR_NOMEM, NULL, NULL);
+        return false;
+    }
+    client->beat_sent = true;
+    return true;
+}
+
+/* ---- the watch ---- */
+
+/* Look after the connection: send a heartbeat, or a probe. */
+static void vkp_i_client_watch(vkp_client *client)
+{
+    uint64_t now_ns = client->loop->now_ns;
+    if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
+        vkp_i_client_start_probe(client);
+    }
+    if (client->ready && now_ns >= client->heartbeat_ns) {
+        client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
+        if (!client->beat_sent && !vkp_i_client_beat(client)) {
+            vkp_i_link_lose(&client->link, "out of memory");
+        }
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-client-connection   The life of a client
    ======================================================================================
    Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
@@ -18617,7 +19628,7 @@ static void vkp_i_client_forget(vkp_client *client)
      CONNECTING  the link connects and logs in; ready: READY; down, or over connect_timeout_ms:
                  WAITING
      WAITING     the timer of vkp_i_client_backoff: CONNECTING
-     READY       commands are written; the link down, or no answer to a heartbeat: WAITING
+     READY       commands are written; the link down: WAITING
      CLOSED      from every state: vkp_client_close, or the loop's close; final
    vkp_i_client_down is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
    Both collect all requests that fail before they call the first callback, because any callback
@@ -18697,7 +19708,7 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     client->ready = false;
-    client->ping_sent = false;
+    vkp_i_client_end_probe(client);
     vkp_i_requests_move(&client->link.flight, &client->failed);
     vkp_i_client_collect(client, false, true, &client->failed);
     vkp_i_client_suspend(client);
@@ -18745,7 +19756,11 @@ static void vkp_i_client_down(vkp_client *client)
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
     vkp_i_client_collect_failed(client);
     client->failure_reported = !was_ready;
+    if (!was_ready) {
+        VKP_I_COUNT(client, failures);
+    }
     if (was_ready) {
+        VKP_I_COUNT(client, outages);
         vkp_i_client_event(client, VKP_PUSH_DISCONNECTED, why);
     } else if (report) {
         vkp_i_client_event(client, VKP_PUSH_CONNECT_FAILED, why);
@@ -18768,9 +19783,14 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->ready = true;
     client->failure_reported = false;
     client->audited_ns = client->loop->now_ns;
+    client->beat_sent = false;
+    client->counts_refused = false;
+    client->patient_ns = 0;
+    client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
+    VKP_I_COUNT(client, connections);
     VKP_I_STORE(&client->protocol, link->protocol);
     vkp_i_client_set_state(client, VKP_CLIENT_READY);
-    vkp_i_client_start_timer(client, client->config.heartbeat_ms);
+    vkp_i_client_start_watch(client);
     vkp_i_client_event(client, client->was_ready ? VKP_PUSH_RECONNECTED : VKP_PUSH_CONNECTED,
                        vkp_i_str(NULL, 0));
     client->was_ready = true;
@@ -18797,6 +19817,16 @@ static void vkp_i_client_on_down(vkp_i_link *link)
     vkp_i_client_down(vkp_i_client_of(link));
 }
 
+/* The first request is in flight again: the watch must not sleep until the next heartbeat. */
+static void vkp_i_client_on_busy(vkp_i_link *link)
+{
+    vkp_client *client = vkp_i_client_of(link);
+    uint64_t overdue_ns = vkp_i_after_ms(client->loop->now_ns, client->config.reply_timeout_ms);
+    if (client->ready && client->timer.i_deadline_ns > overdue_ns) {
+        vkp_i_client_start_watch(client);
+    }
+}
+
 static void vkp_i_client_hold(vkp_i_link *link)
 {
     (void)VKP_I_ADD(&vkp_i_client_of(link)->refs, 1);
@@ -18808,8 +19838,8 @@ static void vkp_i_client_unhold(vkp_i_link *link)
 }
 
 static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready, vkp_i_client_on_push,
-                                                     vkp_i_client_on_down, vkp_i_client_hold,
-                                                     vkp_i_client_unhold};
+                                                     vkp_i_client_on_down,  vkp_i_client_on_busy,
+                                                     vkp_i_client_hold,     vkp_i_client_unhold};
 
 /* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
    False: no memory.                                                                           */
@@ -18855,63 +19885,6 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     return status;
 }
 
-/* A heartbeat's PING. */
-typedef struct vkp_i_ping {
-    vkp_i_request request;
-    vkp_client *client;
-} vkp_i_ping;
-
-static void vkp_i_ping_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
-                               const vkp_bytes *frame)
-{
-    vkp_i_ping *ping = VKP_CONTAINER(request, vkp_i_ping, request);
-    (void)status;
-    (void)value;
-    (void)frame;
-    ping->client->ping_sent = false;
-    vkp_bytes_unref(&request->bytes);
-    vkp_i_free(ping->client->env, ping, sizeof *ping);
-}
-
-/* Send a heartbeat's PING. False: no memory. */
-static bool vkp_i_client_ping(vkp_client *client)
-{
-    vkp_str argv = vkp_str_of("PING");
-    vkp_i_ping *ping = (vkp_i_ping *)vkp_i_alloc_zero(client->env, sizeof *ping);
-    if (ping == NULL) {
-        return false;
-    }
-    ping->client = client;
-    ping->request.due = 1;
-    ping->request.settle = vkp_i_ping_settled;
-    if (vkp_i_request_put(&ping->request, client->env, 1, &argv) != VKP_OK ||
-        !vkp_i_link_start(&client->link, &ping->request)) {
-        vkp_i_ping_settled(&ping->request, VKP_ERR_NOMEM, NULL, NULL);
-        return false;
-    }
-    client->ping_sent = true;
-    return true;
-}
-
-/* The timer fired while READY: send PING after heartbeat_ms without bytes, drop the connection
-   after heartbeat_timeout_ms more without bytes, otherwise wait on.                           */
-static void vkp_i_client_heartbeat(vkp_client *client)
-{
-    uint64_t idle_ms = (client->loop->now_ns - client->link.heard_ns) / VKP_I_NS_PER_MS;
-    if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
-        /* Bytes still arrive: the answer to PING is behind a long reply. */
-        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
-    } else if (client->ping_sent) {
-        vkp_i_link_lose(&client->link, "no answer to a heartbeat");
-    } else if (idle_ms < client->config.heartbeat_ms) {
-        vkp_i_client_start_timer(client, client->config.heartbeat_ms - idle_ms);
-    } else if (!vkp_i_client_ping(client)) {
-        vkp_i_link_lose(&client->link, "out of memory");
-    } else {
-        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms);
-    }
-}
-
 /* The timer's callback; what the timer means depends on the state. */
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
@@ -18930,7 +19903,10 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
         (void)!vkp_i_client_connect(client); /* on failure the next wait has begun */
         break;
     case VKP_CLIENT_READY:
-        vkp_i_client_heartbeat(client);
+        vkp_i_client_watch(client);
+        if (client->ready) {
+            vkp_i_client_start_watch(client);
+        }
         break;
     case VKP_CLIENT_CLOSED:
         break;
@@ -19050,6 +20026,19 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
     vkp_i_client_release(client);
 }
 
+VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats)
+{
+    stats->connections = VKP_I_LOAD(&client->stats.connections);
+    stats->failures = VKP_I_LOAD(&client->stats.failures);
+    stats->outages = VKP_I_LOAD(&client->stats.outages);
+    stats->gaps = VKP_I_LOAD(&client->stats.gaps);
+    stats->refusals = VKP_I_LOAD(&client->stats.refusals);
+    stats->losses = VKP_I_LOAD(&client->stats.losses);
+    stats->audits = VKP_I_LOAD(&client->stats.audits);
+    stats->repairs = VKP_I_LOAD(&client->stats.repairs);
+    stats->probes = VKP_I_LOAD(&client->stats.probes);
+}
+
 VKP_API vkp_client *vkp_client_ref(vkp_client *client)
 {
     (void)VKP_I_ADD(&client->users, 1);
@@ -19130,6 +20119,7 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     size_t i;
     *own = *config;
     own->pushes = NULL;
+    own->resolver = NULL;
     own->setup = NULL;
     own->setup_count = 0;
     texts[0] = &own->address;
@@ -19153,8 +20143,11 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(retry_min_ms, 50)
     VKP_I_DEFAULT(retry_max_ms, 5000)
     VKP_I_DEFAULT(retry_reset_ms, 5000)
+    VKP_I_DEFAULT(keepalive_ms, 30000)
+    VKP_I_DEFAULT(unacked_ms, 20000)
     VKP_I_DEFAULT(heartbeat_ms, 15000)
-    VKP_I_DEFAULT(heartbeat_timeout_ms, 5000)
+    VKP_I_DEFAULT(reply_timeout_ms, 5000)
+    VKP_I_DEFAULT(blocked_timeout_ms, 60000)
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
@@ -19219,6 +20212,9 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     if (config->pushes != NULL) {
         client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
+    }
+    if (config->resolver != NULL) {
+        client->config.resolver = vkp_resolver_ref(config->resolver);
     }
     vkp_i_loop_attach(loop, &client->attached);
     /* The first try begins in the loop's next round: no callback runs inside this call. */
@@ -22070,6 +23066,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     client.username = config->username;
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
+    client.resolver = config->resolver;
     client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;

@@ -449,9 +449,37 @@ static int serve(vkp_relay *relay, const bool *idle)
     return status == VKP_OK ? 0 : fail("event loop", strerror(errno));
 }
 
+static void *run_resolver(void *user)
+{
+    vkp_resolver_run((vkp_resolver *)user);
+    vkp_resolver_unref((vkp_resolver *)user);
+    return NULL;
+}
+
+/* A thread looks the server's host name up. Nobody waits for its end: a name server that does not
+   answer would delay the end of the program. NULL: none is needed, or none can be had; then the
+   main loop looks the name up. */
+static vkp_resolver *start_resolver(const options *opts, const vkp_env *env)
+{
+    vkp_resolver *resolver;
+    pthread_t thread;
+    if (opts->server == NULL || strncmp(opts->server, "tcp:", 4) != 0 ||
+        vkp_resolver_open(env, &resolver) != VKP_OK) {
+        return NULL;
+    }
+    if (pthread_create(&thread, NULL, run_resolver, vkp_resolver_ref(resolver)) != 0) {
+        vkp_resolver_unref(resolver);
+        vkp_resolver_unref(resolver);
+        return NULL;
+    }
+    (void)pthread_detach(thread);
+    return resolver;
+}
+
 static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop **loops, bool *idle,
                              vkp_relay **relay)
 {
+    vkp_status status;
     vkp_relay_config config = VKP_ZERO;
     config.server = vkp_str_of(opts->server);
     config.username = vkp_str_of(opts->user);
@@ -473,7 +501,10 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
         config.user = idle;
     }
     config.env = env;
-    return vkp_relay_open(&config, relay);
+    config.resolver = start_resolver(opts, env);
+    status = vkp_relay_open(&config, relay);
+    vkp_resolver_unref(config.resolver); /* the relay has its own reference */
+    return status;
 }
 
 static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
@@ -573,7 +604,7 @@ int main(int argc, char **argv)
 {
     vkp_loop *loops[MOST_THREADS];
     vkp_loop_config config = VKP_ZERO;
-    vkp_env env = VKP_ZERO;
+    static vkp_env env; /* a resolver's thread may outlive this function */
     options opts;
     size_t opened = 0;
     int code = read_options(argc, argv, &opts);

@@ -98,6 +98,13 @@ static bool vkp_i_is_port(vkp_str text)
     return i > 0 && i == text.len && port <= VKP_I_PORT_MAX;
 }
 
+/* Whether the host is an address in digits, which needs no lookup. */
+static bool vkp_i_is_numeric_host(const char *host)
+{
+    struct in_addr address;
+    return strchr(host, ':') != NULL || inet_pton(AF_INET, host, &address) == 1;
+}
+
 /* The parts of an address text. */
 typedef struct vkp_i_parts {
     vkp_i_name name;             /* name of a Unix socket; text is NULL for a TCP address */

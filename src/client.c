@@ -31,6 +31,8 @@ typedef struct vkp_i_ask {
     vkp_status outcome;    /* of a WANT in client->reporting */
 } vkp_i_ask;
 
+typedef struct vkp_i_probe vkp_i_probe; /* see impl-client-liveness */
+
 struct vkp_reply {
     const vkp_env *env;
     size_t refs;       /* atomic */
@@ -61,7 +63,11 @@ struct vkp_client {
     bool ready;               /* the link is ready: requests are written */
     bool was_ready;           /* a handshake succeeded before: the next event is RECONNECTED */
     bool failure_reported;    /* CONNECT_FAILED was emitted since the client was ready */
-    bool ping_sent;           /* a heartbeat's PING waits for its reply */
+    bool beat_sent;           /* a heartbeat waits for its reply */
+    bool counts_refused;      /* the server does not answer CLIENT INFO */
+    vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
+    uint64_t heartbeat_ns;    /* time of the next heartbeat */
+    uint64_t patient_ns;      /* when a probe ended last */
     vkp_i_task task;          /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;  /* calls vkp_i_client_loop_closed */
     vkp_i_link link;          /* the connection */
@@ -72,11 +78,16 @@ struct vkp_client {
     bool is_reporting;        /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     size_t held;                        /* number of interests that are HELD */
+    size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
+    size_t stuck;                       /* number of interests that are STUCK */
+    size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
+    uint64_t changes;                   /* of states of interests */
     size_t resuming;                    /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;                /* when the server's counts last agreed with the table */
     uint64_t missed; /* pushes without room in config.pushes since the last LAGGED */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
-    vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the heartbeat */
+    vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
+    vkp_client_stats stats; /* each field atomic */
 };
 
 /* Free the copies of the setup commands, the first `count` of them. */
@@ -115,6 +126,7 @@ static void vkp_i_client_free(vkp_client *client)
     }
     vkp_i_link_deinit(&client->link);
     vkp_mpsc_tx_unref(client->config.pushes);
+    vkp_resolver_unref(client->config.resolver);
     VKP_I_MUTEX_DEINIT(&client->mutex);
     vkp_i_free_str(env, client->config.address);
     vkp_i_free_str(env, client->config.username);
@@ -207,6 +219,9 @@ static void vkp_i_drop_reply(void *user, void *item)
     (void)user;
     vkp_reply_unref(*(vkp_reply **)item);
 }
+
+/* Count one more of a counter of vkp_client_stats. */
+#define VKP_I_COUNT(client, counter) ((void)VKP_I_ADD(&(client)->stats.counter, (uint64_t)1))
 
 /* ---- asks ---- */
 

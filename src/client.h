@@ -63,6 +63,10 @@ typedef struct vkp_client_config {
        the config says. The texts are copied when it returns. NULL: not called.                */
     void (*on_connect)(void *user, vkp_client_target *target);
 
+    /* Looks the host name of the address up, in a thread of the program: then no lookup blocks the
+       loop (shares). NULL: lookups block the loop's thread; addresses in digits need none. */
+    vkp_resolver *resolver;
+
     /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
        VKP_OFF: no limit.                                                                      */
     uint64_t connect_timeout_ms;
@@ -76,13 +80,29 @@ typedef struct vkp_client_config {
        answers the login and then hangs up is so not asked without end. 0: 5,000.              */
     uint64_t retry_reset_ms;
 
-    /* After this many milliseconds without a received byte the client sends PING. 0: 15,000.
-       VKP_OFF: never.                                                                         */
+    /* TCP: after this many milliseconds without a byte the kernel asks the peer, as
+       vkp_conn_config.keepalive_ms. 0: 30,000. VKP_OFF: never.                                */
+    uint64_t keepalive_ms;
+
+    /* TCP: bytes that the peer does not acknowledge for this many milliseconds mean that the
+       connection is lost, as vkp_conn_config.unacked_ms. 0: 20,000. VKP_OFF: never.           */
+    uint64_t unacked_ms;
+
+    /* Every so many milliseconds the client asks the server for its own count of this connection's
+       subscriptions (CLIENT INFO; where that is refused, PING), and subscribes again to what is
+       missing, which a GAP reports. 0: 15,000. VKP_OFF: never.                                */
     uint64_t heartbeat_ms;
 
-    /* After a PING, this many milliseconds without a received byte mean that the connection is
-       lost. 0: 5,000.                                                                         */
-    uint64_t heartbeat_timeout_ms;
+    /* When the oldest reply has been due for this long, the client asks over a second, short
+       connection whether the server is alive: BUSY, LOADING and a blocked connection mean that it
+       is, and the wait goes on; no answer, or a server that has nothing to do, that this connection
+       is lost. Milliseconds; 0: 5,000. VKP_OFF: replies are waited for without end.           */
+    uint64_t reply_timeout_ms;
+
+    /* A server that serves others while it keeps this connection blocked (CLIENT PAUSE, a blocking
+       command) is waited for at most so many milliseconds; then the connection is lost. 0: 60,000.
+       VKP_OFF: without end.                                                                   */
+    uint64_t blocked_timeout_ms;
 
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
@@ -103,8 +123,9 @@ typedef struct vkp_client_config {
 /* Open a client and start to connect. The client reconnects until it is closed: a server that
    does not answer is no error here. If the server refuses the password, the client closes the
    connection and tries again; it never uses a connection without authentication.
-   Owns:   borrows config (copies texts); shares loop and pushes; gives *client
-   Blocks: on DNS, for host names only     Threads: loop's     In callbacks: ok
+   Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
+   Blocks: never; the loop blocks on DNS, for host names without a resolver
+   Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
    protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
    long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
@@ -131,6 +152,22 @@ VKP_API int vkp_client_get_protocol(const vkp_client *client);
 /* Copy an English text that says what ended the last connection or try; "" if nothing did. At most
    size bytes with the NUL. Any thread.                                                        */
 VKP_API void vkp_client_get_error(vkp_client *client, char *text, size_t size);
+
+/* What vkp_client_get_stats writes: how often since open. */
+typedef struct vkp_client_stats {
+    uint64_t connections; /* connections that were ready */
+    uint64_t failures;    /* tries to connect that failed */
+    uint64_t outages;     /* ready connections that were lost: DISCONNECTED */
+    uint64_t gaps;        /* times in which messages may have been lost: GAP */
+    uint64_t refusals;    /* refusals of a SUBSCRIBE; REFUSED reports only new words */
+    uint64_t losses;      /* subscriptions that the server took away: LOST */
+    uint64_t audits;      /* comparisons of the server's counts with the client's subscriptions */
+    uint64_t repairs;     /* audits that found too few subscriptions, by kind */
+    uint64_t probes;      /* questions over a second connection whether the server is alive */
+} vkp_client_stats;
+
+/* Write the client's counters to *stats. Any thread. */
+VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats);
 
 /* Subscribe to a name. The server receives one SUBSCRIBE however many calls name it; each call
    needs one vkp_client_unsubscribe. The name is wanted until then: the client subscribes again

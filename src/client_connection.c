@@ -7,7 +7,7 @@
      CONNECTING  the link connects and logs in; ready: READY; down, or over connect_timeout_ms:
                  WAITING
      WAITING     the timer of vkp_i_client_backoff: CONNECTING
-     READY       commands are written; the link down, or no answer to a heartbeat: WAITING
+     READY       commands are written; the link down: WAITING
      CLOSED      from every state: vkp_client_close, or the loop's close; final
    vkp_i_client_down is the only way to WAITING, vkp_i_client_close_now the only way to CLOSED.
    Both collect all requests that fail before they call the first callback, because any callback
@@ -87,7 +87,7 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     client->ready = false;
-    client->ping_sent = false;
+    vkp_i_client_end_probe(client);
     vkp_i_requests_move(&client->link.flight, &client->failed);
     vkp_i_client_collect(client, false, true, &client->failed);
     vkp_i_client_suspend(client);
@@ -135,7 +135,11 @@ static void vkp_i_client_down(vkp_client *client)
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
     vkp_i_client_collect_failed(client);
     client->failure_reported = !was_ready;
+    if (!was_ready) {
+        VKP_I_COUNT(client, failures);
+    }
     if (was_ready) {
+        VKP_I_COUNT(client, outages);
         vkp_i_client_event(client, VKP_PUSH_DISCONNECTED, why);
     } else if (report) {
         vkp_i_client_event(client, VKP_PUSH_CONNECT_FAILED, why);
@@ -158,9 +162,14 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->ready = true;
     client->failure_reported = false;
     client->audited_ns = client->loop->now_ns;
+    client->beat_sent = false;
+    client->counts_refused = false;
+    client->patient_ns = 0;
+    client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
+    VKP_I_COUNT(client, connections);
     VKP_I_STORE(&client->protocol, link->protocol);
     vkp_i_client_set_state(client, VKP_CLIENT_READY);
-    vkp_i_client_start_timer(client, client->config.heartbeat_ms);
+    vkp_i_client_start_watch(client);
     vkp_i_client_event(client, client->was_ready ? VKP_PUSH_RECONNECTED : VKP_PUSH_CONNECTED,
                        vkp_i_str(NULL, 0));
     client->was_ready = true;
@@ -187,6 +196,16 @@ static void vkp_i_client_on_down(vkp_i_link *link)
     vkp_i_client_down(vkp_i_client_of(link));
 }
 
+/* The first request is in flight again: the watch must not sleep until the next heartbeat. */
+static void vkp_i_client_on_busy(vkp_i_link *link)
+{
+    vkp_client *client = vkp_i_client_of(link);
+    uint64_t overdue_ns = vkp_i_after_ms(client->loop->now_ns, client->config.reply_timeout_ms);
+    if (client->ready && client->timer.i_deadline_ns > overdue_ns) {
+        vkp_i_client_start_watch(client);
+    }
+}
+
 static void vkp_i_client_hold(vkp_i_link *link)
 {
     (void)VKP_I_ADD(&vkp_i_client_of(link)->refs, 1);
@@ -198,8 +217,8 @@ static void vkp_i_client_unhold(vkp_i_link *link)
 }
 
 static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready, vkp_i_client_on_push,
-                                                     vkp_i_client_on_down, vkp_i_client_hold,
-                                                     vkp_i_client_unhold};
+                                                     vkp_i_client_on_down,  vkp_i_client_on_busy,
+                                                     vkp_i_client_hold,     vkp_i_client_unhold};
 
 /* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
    False: no memory.                                                                           */
@@ -245,63 +264,6 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     return status;
 }
 
-/* A heartbeat's PING. */
-typedef struct vkp_i_ping {
-    vkp_i_request request;
-    vkp_client *client;
-} vkp_i_ping;
-
-static void vkp_i_ping_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
-                               const vkp_bytes *frame)
-{
-    vkp_i_ping *ping = VKP_CONTAINER(request, vkp_i_ping, request);
-    (void)status;
-    (void)value;
-    (void)frame;
-    ping->client->ping_sent = false;
-    vkp_bytes_unref(&request->bytes);
-    vkp_i_free(ping->client->env, ping, sizeof *ping);
-}
-
-/* Send a heartbeat's PING. False: no memory. */
-static bool vkp_i_client_ping(vkp_client *client)
-{
-    vkp_str argv = vkp_str_of("PING");
-    vkp_i_ping *ping = (vkp_i_ping *)vkp_i_alloc_zero(client->env, sizeof *ping);
-    if (ping == NULL) {
-        return false;
-    }
-    ping->client = client;
-    ping->request.due = 1;
-    ping->request.settle = vkp_i_ping_settled;
-    if (vkp_i_request_put(&ping->request, client->env, 1, &argv) != VKP_OK ||
-        !vkp_i_link_start(&client->link, &ping->request)) {
-        vkp_i_ping_settled(&ping->request, VKP_ERR_NOMEM, NULL, NULL);
-        return false;
-    }
-    client->ping_sent = true;
-    return true;
-}
-
-/* The timer fired while READY: send PING after heartbeat_ms without bytes, drop the connection
-   after heartbeat_timeout_ms more without bytes, otherwise wait on.                           */
-static void vkp_i_client_heartbeat(vkp_client *client)
-{
-    uint64_t idle_ms = (client->loop->now_ns - client->link.heard_ns) / VKP_I_NS_PER_MS;
-    if (client->ping_sent && idle_ms < client->config.heartbeat_timeout_ms) {
-        /* Bytes still arrive: the answer to PING is behind a long reply. */
-        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms - idle_ms);
-    } else if (client->ping_sent) {
-        vkp_i_link_lose(&client->link, "no answer to a heartbeat");
-    } else if (idle_ms < client->config.heartbeat_ms) {
-        vkp_i_client_start_timer(client, client->config.heartbeat_ms - idle_ms);
-    } else if (!vkp_i_client_ping(client)) {
-        vkp_i_link_lose(&client->link, "out of memory");
-    } else {
-        vkp_i_client_start_timer(client, client->config.heartbeat_timeout_ms);
-    }
-}
-
 /* The timer's callback; what the timer means depends on the state. */
 static void vkp_i_client_on_timer(vkp_timer *timer)
 {
@@ -320,7 +282,10 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
         (void)!vkp_i_client_connect(client); /* on failure the next wait has begun */
         break;
     case VKP_CLIENT_READY:
-        vkp_i_client_heartbeat(client);
+        vkp_i_client_watch(client);
+        if (client->ready) {
+            vkp_i_client_start_watch(client);
+        }
         break;
     case VKP_CLIENT_CLOSED:
         break;
@@ -440,6 +405,19 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
     vkp_i_client_release(client);
 }
 
+VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats)
+{
+    stats->connections = VKP_I_LOAD(&client->stats.connections);
+    stats->failures = VKP_I_LOAD(&client->stats.failures);
+    stats->outages = VKP_I_LOAD(&client->stats.outages);
+    stats->gaps = VKP_I_LOAD(&client->stats.gaps);
+    stats->refusals = VKP_I_LOAD(&client->stats.refusals);
+    stats->losses = VKP_I_LOAD(&client->stats.losses);
+    stats->audits = VKP_I_LOAD(&client->stats.audits);
+    stats->repairs = VKP_I_LOAD(&client->stats.repairs);
+    stats->probes = VKP_I_LOAD(&client->stats.probes);
+}
+
 VKP_API vkp_client *vkp_client_ref(vkp_client *client)
 {
     (void)VKP_I_ADD(&client->users, 1);
@@ -520,6 +498,7 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     size_t i;
     *own = *config;
     own->pushes = NULL;
+    own->resolver = NULL;
     own->setup = NULL;
     own->setup_count = 0;
     texts[0] = &own->address;
@@ -543,8 +522,11 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(retry_min_ms, 50)
     VKP_I_DEFAULT(retry_max_ms, 5000)
     VKP_I_DEFAULT(retry_reset_ms, 5000)
+    VKP_I_DEFAULT(keepalive_ms, 30000)
+    VKP_I_DEFAULT(unacked_ms, 20000)
     VKP_I_DEFAULT(heartbeat_ms, 15000)
-    VKP_I_DEFAULT(heartbeat_timeout_ms, 5000)
+    VKP_I_DEFAULT(reply_timeout_ms, 5000)
+    VKP_I_DEFAULT(blocked_timeout_ms, 60000)
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
@@ -609,6 +591,9 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     if (config->pushes != NULL) {
         client->config.pushes = vkp_mpsc_tx_ref(config->pushes);
+    }
+    if (config->resolver != NULL) {
+        client->config.resolver = vkp_resolver_ref(config->resolver);
     }
     vkp_i_loop_attach(loop, &client->attached);
     /* The first try begins in the loop's next round: no callback runs inside this call. */

@@ -351,6 +351,8 @@ static bool vkp_i_interest_send(vkp_i_interest *interest, bool subscribe)
     }
     interest->newest = self;
     interest->in_flight++;
+    client->subs_in_flight++;
+    client->changes++;
     vkp_i_requests_move(&interest->waiters, &self->waiters);
     return true;
 }
@@ -363,18 +365,30 @@ static void vkp_i_interest_open_gap(vkp_i_interest *interest, uint64_t from_ns)
     }
 }
 
+/* Change the state, and keep the client's numbers in step. */
+static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state state)
+{
+    vkp_client *client = interest->client;
+    size_t held = state == VKP_I_SUB_HELD ? 1 : 0;
+    size_t stuck = state == VKP_I_SUB_STUCK ? 1 : 0;
+    held -= interest->state == VKP_I_SUB_HELD ? 1u : 0u; /* wraps around: so does the sum */
+    stuck -= interest->state == VKP_I_SUB_STUCK ? 1u : 0u;
+    client->changes += interest->state != state ? 1u : 0u;
+    client->held += held;
+    client->held_of[interest->kind] += held;
+    client->stuck += stuck;
+    client->link.subscribed = client->held > 0;
+    interest->state = state;
+}
+
 /* An event happened to the name: change its state, and do what the rule says. False: no memory to
    do it; the caller lets the link fail, and the next connection begins anew. */
 static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
 {
     vkp_client *client = interest->client;
     vkp_i_sub_rule rule = vkp_i_sub_rules[interest->state][event];
-    bool was_held = interest->state == VKP_I_SUB_HELD;
     bool ok = true;
-    interest->state = (vkp_i_sub_state)rule.next;
-    client->held += interest->state == VKP_I_SUB_HELD ? 1u : 0u;
-    client->held -= was_held ? 1u : 0u;
-    client->link.subscribed = client->held > 0;
+    vkp_i_interest_set_state(interest, (vkp_i_sub_state)rule.next);
     if ((rule.actions & VKP_I_DO_CALM) != 0) {
         vkp_i_interest_calm(interest);
     }
@@ -387,7 +401,7 @@ static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
     }
     if ((rule.actions & VKP_I_DO_ASK) != 0) {
         if (!client->ready) {
-            interest->state = VKP_I_SUB_WANTED;
+            vkp_i_interest_set_state(interest, VKP_I_SUB_WANTED);
         } else {
             ok = vkp_i_interest_send(interest, true);
             if (interest->gap_ns != 0 && !interest->resuming) {
@@ -486,6 +500,7 @@ static void vkp_i_client_emit_gap(vkp_client *client)
     gap->from_unix_ms = vkp_i_wall_ms(client, gap->from_ns);
     gap->to_unix_ms = vkp_i_wall_ms(client, gap->to_ns);
     push.gap = gap;
+    VKP_I_COUNT(client, gaps);
     vkp_i_client_emit(client, &push);
     vkp_bytes_unref(&push.frame);
 }
@@ -569,6 +584,7 @@ static void vkp_i_interest_refused(vkp_i_interest *interest, vkp_str words)
         vkp_i_link_lose(&client->link, "out of memory");
         return;
     }
+    VKP_I_COUNT(client, refusals);
     if (report) {
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: %.*s is refused: %.*s",
                   client->config.address.ptr, VKP_FMT(interest->node.key), VKP_FMT(words));
@@ -611,6 +627,7 @@ static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const v
     bool newest = interest->newest == self;
     vkp_str words = value != NULL ? vkp_value_get_str(value) : vkp_str_of(client->link.error);
     (void)frame;
+    client->subs_in_flight--;
     vkp_i_waiters_note(client, &self->waiters, status); /* a callback may close the client */
     if (newest) {
         interest->newest = NULL;
@@ -649,6 +666,7 @@ static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
     }
     vkp_i_interest_hold(interest);
     if (held) {
+        VKP_I_COUNT(client, losses);
         vkp_i_interest_event(interest, VKP_PUSH_LOST,
                              vkp_str_of("the server ended the subscription"));
     }

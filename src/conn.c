@@ -54,6 +54,16 @@ static bool vkp_i_conn_closed(const vkp_conn *conn)
     return VKP_I_LOAD_ACQ(&conn->state) == VKP_I_CONN_CLOSED;
 }
 
+/* Stop to connect, if it connects. */
+static void vkp_i_connecting_free(vkp_conn *conn)
+{
+    if (conn->connecting != NULL) {
+        vkp_timer_stop(&conn->connecting->timer);
+        vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
+        conn->connecting = NULL;
+    }
+}
+
 /* The only way a connection ends: release everything, call on_close. A second call does nothing.
    Loop's thread.                                                                              */
 static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error)
@@ -71,8 +81,7 @@ static void vkp_i_conn_finish(vkp_conn *conn, vkp_close_reason reason, int error
     vkp_i_spans_clear(conn);
     vkp_i_block_unref(conn->input);
     conn->input = NULL;
-    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
-    conn->connecting = NULL;
+    vkp_i_connecting_free(conn);
     if (conn->inbox != NULL) {
         vkp_i_inbox_hold(conn->inbox);
         vkp_mpsc_close(conn->inbox->rx);
@@ -583,12 +592,36 @@ static void vkp_i_conn_readable(vkp_conn *conn)
 /* ---- connecting ---- */
 
 static void vkp_i_conn_event(vkp_io *io, uint32_t ready);
+static void vkp_i_conn_share_ended(vkp_timer *timer);
+
+/* Set what the config says about the liveness of a TCP connection. */
+static void vkp_i_conn_set_liveness(vkp_conn *conn)
+{
+    const vkp_conn_config *config = &conn->profile->config;
+    if (config->keepalive_ms > 0 || config->unacked_ms > 0) {
+        (void)conn->loop->sys->set_liveness(conn->fd, config->keepalive_ms, config->unacked_ms);
+    }
+}
+
+/* Start the timer that ends the share of the address tried now. The last one has what is left. */
+static vkp_status vkp_i_conn_share_time(vkp_conn *conn)
+{
+    vkp_i_connecting *self = conn->connecting;
+    uint64_t now_ns = vkp_i_loop_now(conn->loop);
+    uint64_t left_ns = self->deadline_ns - VKP_I_MIN(now_ns, self->deadline_ns);
+    uint64_t shares = self->count - self->next + 1;
+    if (self->deadline_ns == VKP_FOREVER) {
+        return VKP_OK;
+    }
+    return vkp_timer_start(&self->timer, conn->loop, vkp_i_conn_share_ended, 0,
+                           now_ns + left_ns / shares);
+}
 
 /* Begin to connect to the next address. VKP_OK: an event reports the outcome. */
 static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
 {
     const vkp_sys *sys = conn->loop->sys;
-    int result = -ECONNREFUSED;
+    int result = conn->connecting->next > 0 ? -ETIMEDOUT : -ECONNREFUSED;
     while (conn->connecting->next < conn->connecting->count) {
         const vkp_address *address = &conn->connecting->addresses[conn->connecting->next++];
         result = sys->socket(address->family, SOCK_STREAM);
@@ -598,14 +631,19 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
         conn->fd = result;
         if (address->family != AF_UNIX) {
             (void)sys->set_nodelay(conn->fd);
+            vkp_i_conn_set_liveness(conn);
         }
         result = sys->connect(conn->fd, address->storage.bytes, address->bytes);
         if (result == 0 || result == -EINPROGRESS || result == -EINTR) {
             vkp_status status =
                 vkp_io_start(&conn->io, conn->loop, conn->fd, VKP_IO_WRITE, vkp_i_conn_event);
             if (status == VKP_OK) {
+                status = vkp_i_conn_share_time(conn);
+            }
+            if (status == VKP_OK) {
                 return VKP_OK;
             }
+            vkp_io_stop(&conn->io);
             result = status == VKP_ERR_NOMEM ? -ENOMEM : -errno;
         }
         (void)sys->close(conn->fd);
@@ -614,28 +652,45 @@ static vkp_status vkp_i_conn_try_next(vkp_conn *conn)
     return vkp_i_sys_failure(result);
 }
 
+/* Give the address up that was tried, and try the next one; without one the connection ends with
+   the error. */
+static void vkp_i_conn_leave_address(vkp_conn *conn, int error)
+{
+    bool last = conn->connecting->next == conn->connecting->count;
+    vkp_io_stop(&conn->io);
+    (void)conn->loop->sys->close(conn->fd);
+    conn->fd = -1;
+    if (vkp_i_conn_try_next(conn) != VKP_OK) {
+        vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, last ? error : errno);
+    }
+}
+
+/* The time of an address is over. */
+static void vkp_i_conn_share_ended(vkp_timer *timer)
+{
+    vkp_conn *conn = VKP_CONTAINER(timer, vkp_i_connecting, timer)->conn;
+    (void)vkp_conn_ref(conn);
+    vkp_i_conn_leave_address(conn, ETIMEDOUT);
+    vkp_conn_unref(conn);
+}
+
 /* An attempt to connect has ended: open the connection, or try the next address. */
 static void vkp_i_conn_connected(vkp_conn *conn)
 {
     int error = -conn->loop->sys->socket_error(conn->fd);
     const vkp_conn_ops *ops = conn->profile->config.ops;
     if (error != 0) {
-        vkp_io_stop(&conn->io);
-        (void)conn->loop->sys->close(conn->fd);
-        conn->fd = -1;
-        if (vkp_i_conn_try_next(conn) != VKP_OK) {
-            vkp_i_conn_finish(conn, VKP_CLOSE_ERROR, conn->connecting->count > 1 ? errno : error);
-        }
+        vkp_i_conn_leave_address(conn, error);
         return;
     }
-    vkp_i_free(conn->loop->env, conn->connecting, sizeof *conn->connecting);
-    conn->connecting = NULL;
+    vkp_timer_stop(&conn->connecting->timer);
     conn->flags &= ~VKP_I_CONN_CONNECTING;
     vkp_i_conn_update_interest(conn);
     if (ops->on_open != NULL) {
-        ops->on_open(conn, conn->user);
+        ops->on_open(conn, conn->user); /* may ask vkp_i_conn_get_address */
     }
     if (!vkp_i_conn_closed(conn)) {
+        vkp_i_connecting_free(conn);
         vkp_i_conn_defer(conn); /* write the frames that were pushed while connecting */
     }
 }
@@ -797,6 +852,7 @@ static vkp_status vkp_i_conn_adopt(vkp_loop *loop, int fd, vkp_i_profile *profil
         return status;
     }
     conn->fd = fd;
+    vkp_i_conn_set_liveness(conn); /* no effect on other sockets than TCP's */
     profile->live++;
     *out = vkp_conn_ref(conn);
     return VKP_OK;
@@ -824,18 +880,13 @@ VKP_API vkp_status vkp_conn_open(vkp_loop *loop, int fd, const vkp_conn_config *
     return status;
 }
 
-VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
-                                    vkp_conn **out)
+/* vkp_conn_connect to resolved addresses, at most VKP_I_CONNECT_TRIES of them. */
+static vkp_status vkp_i_conn_connect_to(vkp_loop *loop, const vkp_address *addresses, size_t count,
+                                        const vkp_conn_config *config, vkp_conn **out)
 {
-    vkp_i_profile *profile;
+    vkp_i_profile *profile = vkp_i_profile_open(loop->env, config);
     vkp_conn *conn = NULL;
     vkp_status status;
-    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
-    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    profile = vkp_i_profile_open(loop->env, config);
     if (profile == NULL) {
         return VKP_ERR_NOMEM;
     }
@@ -846,23 +897,41 @@ VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_c
     }
     conn->flags |= VKP_I_CONN_CONNECTING;
     conn->connecting = (vkp_i_connecting *)vkp_i_alloc_zero(loop->env, sizeof *conn->connecting);
-    status = conn->connecting == NULL
-                 ? VKP_ERR_NOMEM
-                 : vkp_i_parse_address(loop->env, address, conn->connecting->addresses,
-                                       VKP_I_CONNECT_TRIES, &conn->connecting->count);
-    if (status == VKP_OK) {
-        status = vkp_i_conn_try_next(conn);
+    if (conn->connecting == NULL) {
+        vkp_conn_unref(conn);
+        return VKP_ERR_NOMEM;
     }
+    memcpy(conn->connecting->addresses, addresses, count * sizeof *addresses);
+    conn->connecting->count = count;
+    conn->connecting->conn = conn;
+    conn->connecting->deadline_ns = config->connect_ms == 0
+                                        ? VKP_FOREVER
+                                        : vkp_i_after_ms(vkp_i_loop_now(loop), config->connect_ms);
+    status = vkp_i_conn_try_next(conn);
     if (status != VKP_OK) {
         int error = errno;
-        vkp_i_free(loop->env, conn->connecting, sizeof *conn->connecting);
-        conn->connecting = NULL;
+        vkp_i_connecting_free(conn);
         vkp_conn_unref(conn);
         errno = error;
         return status;
     }
     *out = vkp_conn_ref(conn);
     return VKP_OK;
+}
+
+VKP_API vkp_status vkp_conn_connect(vkp_loop *loop, vkp_str address, const vkp_conn_config *config,
+                                    vkp_conn **out)
+{
+    vkp_address addresses[VKP_I_CONNECT_TRIES];
+    size_t count = 0;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && address.ptr != NULL && config != NULL && config->ops != NULL);
+    VKP_I_REQUIRE(out != NULL && vkp_i_on_loop(loop));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    status = vkp_i_parse_address(loop->env, address, addresses, VKP_I_CONNECT_TRIES, &count);
+    return status == VKP_OK ? vkp_i_conn_connect_to(loop, addresses, count, config, out) : status;
 }
 
 /* ---- the other calls of the handle ---- */
@@ -954,6 +1023,12 @@ VKP_API void vkp_conn_get_stats(const vkp_conn *conn, vkp_conn_stats *stats)
    the profile's dropped, live and when_empty; vkp_i_conn_adopt, vkp_i_conn_admit,
    vkp_i_conn_push, vkp_i_conn_flush, vkp_i_conn_finish, vkp_i_conn_close_later; and the functions
    below.                                                                                      */
+
+/* Inside on_open after vkp_conn_connect: the address that accepted. */
+static const vkp_address *vkp_i_conn_get_address(const vkp_conn *conn)
+{
+    return &conn->connecting->addresses[conn->connecting->next - 1];
+}
 
 /* Whether vkp_conn_drain was called: the connection reads nothing, and closes when its queues
    are written.                                                                                */

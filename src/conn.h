@@ -87,6 +87,15 @@ typedef struct vkp_conn_config {
     size_t input_bytes;
     /* The policy of a full queue. Default: VKP_ON_FULL_WAIT. */
     vkp_on_full on_full;
+    /* Most milliseconds for vkp_conn_connect, over all addresses of a host name: each address gets
+       an equal share of the time that is left. Default: 0, as long as the system tries. */
+    uint64_t connect_ms;
+    /* TCP: after this many milliseconds without a byte the kernel asks the peer, and closes the
+       connection (ETIMEDOUT) when three questions have no answer. Default: 0, never. */
+    uint64_t keepalive_ms;
+    /* TCP: the kernel closes the connection (ETIMEDOUT) when bytes that were written are not
+       acknowledged for this many milliseconds. Default: 0, the system's limit, many minutes. */
+    uint64_t unacked_ms;
     /* Only the loop's thread pushes: saves the inbox, about 200 bytes. Default: false. */
     bool loop_only;
 } vkp_conn_config;

@@ -72,6 +72,9 @@ typedef struct vkp_i_connecting {
     vkp_address addresses[VKP_I_CONNECT_TRIES]; /* the peer's resolved addresses */
     size_t count;                               /* used elements of `addresses` */
     size_t next;                                /* index of the address to try next */
+    vkp_conn *conn;                             /* whose connect this is */
+    uint64_t deadline_ns;                       /* of the whole connect */
+    vkp_timer timer;                            /* ends the share of an address */
 } vkp_i_connecting;
 
 /* The fields that a push uses are first: they fill two cache lines instead of five. */

@@ -13,6 +13,9 @@ typedef struct vkp_block vkp_block;
 /* A client of a server: one connection that many threads share. */
 typedef struct vkp_client vkp_client;
 
+/* Looks host names up, in a thread of the program. */
+typedef struct vkp_resolver vkp_resolver;
+
 /* What a server answered to a command: ref-counted, immutable. */
 typedef struct vkp_reply vkp_reply;
 

@@ -338,6 +338,7 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
             link->steps == 0) {
             link->stage = VKP_I_STAGE_READY;
             link->ready_ns = link->loop->now_ns;
+            link->failures = 0;
             link->ops->on_ready(link);
         }
     }
@@ -345,92 +346,10 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_free(link->env, step, sizeof *step);
 }
 
-/* ---- connecting ---- */
-
-static void vkp_i_link_on_open(vkp_conn *conn, void *user)
+/* The connection is established. False: not connected or no memory. */
+static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    vkp_i_link *link = (vkp_i_link *)user;
-    bool ok;
-    (void)conn;
-    link->ops->hold(link);
-    ok = link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
-    if (!ok) {
-        vkp_i_link_lose(link, "out of memory");
-    }
-    link->ops->release(link);
-}
-
-/* Static text for a connection that failed or was lost. */
-static const char *vkp_i_link_why(int error)
-{
-    return error == ECONNREFUSED || error == ENOENT ? "nobody accepts connections there"
-                                                    : "the connection was lost";
-}
-
-static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
-{
-    vkp_i_link *link = (vkp_i_link *)user;
-    if (conn != link->conn) { /* vkp_i_link_close closed it */
-        return;
-    }
-    if (reason == VKP_CLOSE_LOOP) {
-        return; /* the owner closes with the loop */
-    }
-    vkp_i_log(link->env, VKP_LOG_INFO, "%s: %s%s%s", link->config->address.ptr,
-              vkp_close_reason_str(reason), error != 0 ? ": " : "",
-              error != 0 ? strerror(error) : "");
-    link->ops->hold(link);
-    vkp_i_link_fail(link, vkp_i_link_why(error), vkp_str_of(link->hello_words));
-    link->ops->release(link);
-}
-
-static const vkp_conn_ops vkp_i_link_conn_ops = {
-    vkp_i_link_on_open, vkp_i_link_on_data, NULL, NULL, vkp_i_link_on_close, NULL};
-
-/* Begin to connect to the address, with these credentials (borrowed until on_down). On failure the
-   link is down, and on_down is not called.                                                    */
-static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str username,
-                                     vkp_str password)
-{
-    vkp_conn_config config;
-    memset(&config, 0, sizeof config);
-    config.ops = &vkp_i_link_conn_ops;
-    config.user = link;
-    config.loop_only = true;
-    config.input_bytes = VKP_I_BLOCK_MAX;
-    link->username = username;
-    link->password = password;
-    link->stage = VKP_I_STAGE_CONNECTING;
-    link->steps = 0;
-    link->authenticated = false;
-    link->subscribed = false;
-    link->id = 0;
-    link->hello_words[0] = '\0';
-    link->heard_ns = vkp_i_loop_now(link->loop);
-    return vkp_conn_connect(link->loop, address, &config, &link->conn);
-}
-
-/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
-static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
-                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
-{
-    const vkp_sys *sys = vkp_i_sys(env);
-    link->env = env;
-    link->loop = loop;
-    link->config = config;
-    link->ops = ops;
-    link->fence_task.fn = vkp_i_link_fence_task;
-    vkp_i_requests_init(&link->flight);
-    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
-                   (unsigned long long)sys->random_u64());
-    return vkp_resp_reader_open(&config->resp, &link->reader);
-}
-
-/* Free what the link has; it is closed and its flight is empty. */
-static void vkp_i_link_deinit(vkp_i_link *link)
-{
-    vkp_resp_reader_unref(link->reader);
-    vkp_i_block_unref(link->out);
+    return link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
 }
 
 #endif /* VKP_I_IO */

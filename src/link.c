@@ -50,12 +50,20 @@ typedef struct vkp_i_requests {
 
 typedef struct vkp_i_link vkp_i_link;
 
+/* The addresses of the last lookup that found any. */
+typedef struct vkp_i_known {
+    vkp_i_parts parts; /* the name, and the port */
+    vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
+    size_t count;
+} vkp_i_known;
+
 typedef struct vkp_i_link_ops {
     void (*on_ready)(vkp_i_link *link);                      /* the handshake succeeded */
     void (*on_push)(vkp_i_link *link, const vkp_push *push); /* a push that answers no request */
     /* The connection, or the try to connect, ended, and `error` says why. The requests in flight
        are still there: the owner settles them.                                                */
     void (*on_down)(vkp_i_link *link);
+    void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
 } vkp_i_link_ops;
@@ -82,18 +90,26 @@ struct vkp_i_link {
     vkp_block *out;          /* small commands are gathered here: one range to write */
     vkp_i_requests flight;   /* written requests that wait for answers, oldest first */
     vkp_i_stage stage;
-    uint32_t protocol;  /* 2 or 3; 0 before the first handshake */
-    uint32_t steps;     /* requests of the handshake's stage that are not settled */
-    bool authenticated; /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
-    bool subscribed;    /* RESP2: an array may be a push; set by the owner */
-    bool fence_wanted;  /* LEAVES were written and no fence behind them */
-    bool fence_queued;  /* fence_task is deferred */
-    bool skipping;      /* the reader refused the reply that `skip` passes over */
-    uint32_t errors;    /* errors that answered LEAVES since the last fence */
-    uint64_t heard_ns;  /* when the last bytes arrived; before: when the connection was begun */
-    uint64_t ready_ns;  /* when the handshake succeeded */
-    int64_t id;         /* the connection's id on the server; 0: not known */
-    vkp_str username;   /* of this try; the owner's memory */
+    uint32_t protocol;      /* 2 or 3; 0 before the first handshake */
+    uint32_t steps;         /* requests of the handshake's stage that are not settled */
+    bool authenticated;     /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool subscribed;        /* RESP2: an array may be a push; set by the owner */
+    bool fence_wanted;      /* LEAVES were written and no fence behind them */
+    bool fence_queued;      /* fence_task is deferred */
+    bool skipping;          /* the reader refused the reply that `skip` passes over */
+    bool connected;         /* this try was accepted by a server's kernel */
+    bool spoke;             /* this try had a reply */
+    uint32_t errors;        /* errors that answered LEAVES since the last fence */
+    uint64_t answered_ns;   /* when an answer, or a part of one, arrived last */
+    uint64_t heard_ns;      /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t ready_ns;      /* when the handshake succeeded */
+    int64_t id;             /* the connection's id on the server; 0: not known */
+    vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
+    vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
+    vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
+    uint32_t failures;      /* tries that did not get READY, since one did */
+    vkp_address peer;       /* the address of this connection */
+    vkp_str username;       /* of this try; the owner's memory */
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
@@ -141,12 +157,24 @@ static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 
 /* ---- ending ---- */
 
+/* Stop to wait for the lookup, if one is under way. */
+static void vkp_i_link_end_lookup(vkp_i_link *link)
+{
+    vkp_timer_stop(&link->lookup_timer);
+    if (link->lookup != NULL) {
+        link->lookup->done = NULL;
+        link->lookup = NULL;
+    }
+}
+
 /* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
    requests in flight stay. */
 static void vkp_i_link_close(vkp_i_link *link)
 {
     vkp_conn *conn = link->conn;
     link->conn = NULL;
+    link->failures += link->stage == VKP_I_STAGE_READY ? 0u : 1u;
+    vkp_i_link_end_lookup(link);
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
@@ -223,6 +251,9 @@ static bool vkp_i_link_start(vkp_i_link *link, vkp_i_request *request)
     vkp_bytes_unref(&request->bytes);
     request->sent_ns = link->loop->now_ns;
     vkp_i_requests_append(&link->flight, request);
+    if (link->flight.first == request) {
+        link->ops->on_busy(link);
+    }
     if (request->expect == VKP_I_EXPECT_LEAVES) {
         link->fence_wanted = true;
         if (!link->fence_queued) {
@@ -390,6 +421,8 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
 static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *oldest = link->flight.first;
+    link->answered_ns = link->loop->now_ns;
+    link->spoke = true;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
@@ -448,6 +481,7 @@ static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_
         if (!oldest->accept(oldest, &push)) {
             vkp_i_link_lose(link, "a confirmation of another name than was due");
         } else if (link->conn == conn && --oldest->due == 0) {
+            link->answered_ns = link->loop->now_ns;
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_OK, NULL, NULL);
         }
@@ -589,6 +623,7 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         vkp_bytes frame;
         vkp_status status;
         if (link->skipping) {
+            link->answered_ns = now_ns;
             consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
             if (consumed == 0) {
                 break;
@@ -599,6 +634,7 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         status =
             vkp_resp_reader_scan(link->reader, in->data + used, in->len - used, &value, &consumed);
         if (status == VKP_ERR_EMPTY) {
+            link->answered_ns = in->data[used] != '>' ? now_ns : link->answered_ns;
             break;
         }
         if (status != VKP_OK) {
@@ -614,6 +650,30 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
     link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
     link->ops->release(link);
     return used;
+}
+
+/* Prepare a link that is all zero; env, loop, config, ops borrowed. */
+static vkp_status vkp_i_link_init(vkp_i_link *link, const vkp_env *env, vkp_loop *loop,
+                                  const vkp_client_config *config, const vkp_i_link_ops *ops)
+{
+    const vkp_sys *sys = vkp_i_sys(env);
+    link->env = env;
+    link->loop = loop;
+    link->config = config;
+    link->ops = ops;
+    link->fence_task.fn = vkp_i_link_fence_task;
+    vkp_i_requests_init(&link->flight);
+    (void)snprintf(link->token, sizeof link->token, "vkp-fence-%016llx",
+                   (unsigned long long)sys->random_u64());
+    return vkp_resp_reader_open(&config->resp, &link->reader);
+}
+
+/* Free what the link has; it is closed and its flight is empty. */
+static void vkp_i_link_deinit(vkp_i_link *link)
+{
+    vkp_resp_reader_unref(link->reader);
+    vkp_i_block_unref(link->out);
+    vkp_i_free(link->env, link->known, sizeof *link->known);
 }
 
 #endif /* VKP_I_IO */

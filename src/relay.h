@@ -4,7 +4,10 @@
 
 /* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
-    vkp_str server;   /* address of the server; default: none, a stand-alone pub/sub broker */
+    vkp_str server; /* address of the server; default: none, a stand-alone pub/sub broker */
+    /* Looks the server's host name up in a thread of the program; shared. NULL: lookups block
+       loops[0]. */
+    vkp_resolver *resolver;
     vkp_str username; /* user name for the upstream connection; default: the default user */
     vkp_str password; /* password for the upstream connection; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -55,7 +58,7 @@ typedef struct vkp_relay_config {
 /* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
    connection and the listeners. config and its loops are required.
    Owns:   borrows config (copies its texts), shares the loops; gives *relay
-   Blocks: on DNS, if server has a host name     Threads: that of every loop, before the loops run
+   Blocks: never     Threads: that of every loop, before the loops run
    Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of
    2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);

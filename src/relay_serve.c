@@ -803,6 +803,7 @@ static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_conf
     client.username = config->username;
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
+    client.resolver = config->resolver;
     client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;

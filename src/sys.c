@@ -326,6 +326,53 @@ static int vkp_i_os_set_nodelay(int fd)
     return vkp_i_os_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
 }
 
+#if defined(TCP_KEEPIDLE)
+#define VKP_I_KEEP_IDLE TCP_KEEPIDLE
+#elif defined(TCP_KEEPALIVE) /* macOS */
+#define VKP_I_KEEP_IDLE TCP_KEEPALIVE
+#endif
+#define VKP_I_MS_PER_S 1000u
+#define VKP_I_KEEP_PROBES 3 /* unanswered probes that end a connection */
+
+/* Milliseconds as seconds of an int, at least 1. */
+static int vkp_i_to_seconds(uint64_t ms)
+{
+    uint64_t seconds = ms / VKP_I_MS_PER_S;
+    return seconds == 0 ? 1 : seconds > 32767 ? 32767 : (int)seconds;
+}
+
+static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked_ms)
+{
+    int on = 1;
+    int idle = vkp_i_to_seconds(keepalive_ms);
+    int interval = vkp_i_to_seconds(keepalive_ms / VKP_I_KEEP_PROBES);
+    int probes = VKP_I_KEEP_PROBES;
+    int result = 0;
+    if (keepalive_ms > 0) {
+        result = vkp_i_os_result(setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on));
+#if defined(VKP_I_KEEP_IDLE)
+        (void)setsockopt(fd, IPPROTO_TCP, VKP_I_KEEP_IDLE, &idle, sizeof idle);
+#endif
+#if defined(TCP_KEEPINTVL) && defined(TCP_KEEPCNT)
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+#endif
+    }
+    if (unacked_ms > 0) {
+#if defined(TCP_USER_TIMEOUT)
+        unsigned ms = unacked_ms > INT_MAX ? (unsigned)INT_MAX : (unsigned)unacked_ms;
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof ms);
+#elif defined(TCP_RXT_CONNDROPTIME) /* macOS */
+        int seconds = vkp_i_to_seconds(unacked_ms);
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_RXT_CONNDROPTIME, &seconds, sizeof seconds);
+#endif
+    }
+    (void)idle;
+    (void)interval;
+    (void)probes;
+    return result;
+}
+
 static int vkp_i_os_peer(int fd, vkp_peer *peer)
 {
 #if VKP_I_LINUX
@@ -678,16 +725,19 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,   vkp_i_os_wall_ns,      vkp_i_os_random_u64,     vkp_i_os_process_id,
-        vkp_i_os_user_id,    vkp_i_os_park,         vkp_i_os_unpark,         vkp_i_os_yield,
-        vkp_i_os_processors, vkp_i_os_membarrier,   VKP_I_OS(socket),        VKP_I_OS(bind),
-        VKP_I_OS(listen),    VKP_I_OS(accept),      VKP_I_OS(connect),       VKP_I_OS(socket_error),
-        VKP_I_OS(prepare),   VKP_I_OS(set_nodelay), VKP_I_OS(peer),          VKP_I_OS(local_port),
-        VKP_I_OS(resolve),   VKP_I_OS(read),        VKP_I_OS(send),          VKP_I_OS(write),
-        VKP_I_OS(close),     VKP_I_OS(lock_file),   VKP_I_OS(identify),      VKP_I_OS(chmod),
-        VKP_I_OS(unlink),    VKP_I_OS(wake_pair),   VKP_I_OS(poll),          VKP_I_OS(epoll_create),
-        VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),  VKP_I_OS(kqueue_create), VKP_I_OS(kevent),
-        VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,      vkp_i_os_wall_ns,     vkp_i_os_random_u64,
+        vkp_i_os_process_id,    vkp_i_os_user_id,     vkp_i_os_park,
+        vkp_i_os_unpark,        vkp_i_os_yield,       vkp_i_os_processors,
+        vkp_i_os_membarrier,    VKP_I_OS(socket),     VKP_I_OS(bind),
+        VKP_I_OS(listen),       VKP_I_OS(accept),     VKP_I_OS(connect),
+        VKP_I_OS(socket_error), VKP_I_OS(prepare),    VKP_I_OS(set_nodelay),
+        VKP_I_OS(set_liveness), VKP_I_OS(peer),       VKP_I_OS(local_port),
+        VKP_I_OS(resolve),      VKP_I_OS(read),       VKP_I_OS(send),
+        VKP_I_OS(write),        VKP_I_OS(close),      VKP_I_OS(lock_file),
+        VKP_I_OS(identify),     VKP_I_OS(chmod),      VKP_I_OS(unlink),
+        VKP_I_OS(wake_pair),    VKP_I_OS(poll),       VKP_I_OS(epoll_create),
+        VKP_I_OS(epoll_ctl),    VKP_I_OS(epoll_wait), VKP_I_OS(kqueue_create),
+        VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
     return &table;
 }
 

@@ -91,6 +91,9 @@ struct vkp_sys {
     int (*prepare)(int fd);
     /* Set TCP_NODELAY. */
     int (*set_nodelay)(int fd);
+    /* Notice a dead TCP peer: probes after keepalive_ms of silence, and an error when written bytes
+       are not acknowledged for unacked_ms. 0: no such limit. */
+    int (*set_liveness)(int fd, uint64_t keepalive_ms, uint64_t unacked_ms);
     /* Write the peer of a connected Unix socket to *peer. */
     int (*peer)(int fd, vkp_peer *peer);
     /* The local port of a bound TCP socket. */

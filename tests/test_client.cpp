@@ -1684,62 +1684,6 @@ TEST_CASE("client: the time limit covers connection and handshake, each try anew
     CHECK(client.events[0].payload == "no connection within the time limit");
 }
 
-TEST_CASE("client: silence is answered with a PING, and a PING unanswered with a new connection",
-          "[client]")
-{
-    Loop loop(&vkp_backend_null, 0);
-    FakeServer server;
-    vkp_client_config config = server.config();
-    SECTION("the defaults")
-    {
-    }
-    SECTION("times of one's own")
-    {
-        config.heartbeat_ms = 40;
-        config.heartbeat_timeout_ms = 30;
-    }
-    const uint64_t after = (config.heartbeat_ms ? config.heartbeat_ms : 15000) * ms;
-    const uint64_t within = (config.heartbeat_timeout_ms ? config.heartbeat_timeout_ms : 5000) * ms;
-    Client client(loop, config);
-    Peer peer = server.accept(loop);
-    CHECK(heard(loop, peer) == wire({"HELLO", "3"}));
-    say(peer, hello_reply);
-    while (client.state() != VKP_CLIENT_READY) {
-        loop.round(0);
-    }
-    uint64_t heard_at = loop.now();
-    for (int i = 0; i < 3; i++) {
-        // Anything that comes is a sign of life.
-        while (loop.now() < heard_at + after / 2) {
-            loop.round(heard_at + after / 2);
-        }
-        say(peer, push({"message", "c", "x"}));
-        loop.round(0);
-        REQUIRE(client.count(VKP_PUSH_MESSAGE) == static_cast<size_t>(i) + 1);
-        heard_at = loop.now();
-        size_t len = 0;
-        const char *frame = nullptr;
-        while ((frame = vkp_test_peer_try_read_frame(peer.get(), &len)) == nullptr) {
-            loop.round(VKP_FOREVER);
-        }
-        CHECK(std::string(frame, len) == wire({"PING"}));
-        CHECK(loop.now() == heard_at + after);
-        say(peer, "+PONG\r\n");
-        loop.round(0);
-        heard_at = loop.now();
-    }
-    CHECK(heard(loop, peer) == wire({"PING"}));
-    while (client.state() == VKP_CLIENT_READY) {
-        loop.round(VKP_FOREVER);
-    }
-    CHECK(loop.now() == heard_at + after + within);
-    CHECK(client.error() == "no answer to a heartbeat");
-    CHECK(client.history() == "connected, message c x, message c x, message c x, disconnected");
-    hung_up(loop, peer);
-    peer = server.greet(loop, client);
-    CHECK(client.events.back().kind == VKP_PUSH_RECONNECTED);
-}
-
 TEST_CASE("client: in RESP2 a heartbeat's answer is no push", "[client]")
 {
     Loop loop(&vkp_backend_null, 0);

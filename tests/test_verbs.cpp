@@ -125,6 +125,19 @@ struct Made<vkp_health_check> {
 };
 
 template <>
+struct Made<vkp_resolver> {
+    vkp_resolver *object = nullptr;
+    explicit Made(World &)
+    {
+        REQUIRE(vkp_resolver_open(nullptr, &object) == VKP_OK);
+    }
+    ~Made()
+    {
+        vkp_resolver_unref(object);
+    }
+};
+
+template <>
 struct Made<vkp_mpsc_rx> {
     vkp_mpsc_tx *tx = nullptr;
     vkp_mpsc_rx *object = nullptr;

@@ -1,0 +1,406 @@
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client-liveness   Whether the connection still does what it should
+   ======================================================================================
+   Two questions, on the loop's thread, while a link is ready:
+   Is what is due answered? A server answers in order, so the oldest request in flight decides. When
+   it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
+   own, to the same address. What the probe finds, and what follows:
+     DEAD     nobody accepts connections                         the link is lost
+     BUSY     an error such as BUSY, LOADING, too many clients   the wait goes on
+     MUTE     it accepts connections and answers nothing         the wait goes on, up to
+     BLOCKED  it lists our connection as blocked                 blocked_timeout_ms
+     STALLED  it answers the probe, and owes us nothing          the link is lost
+   Does the server have the subscriptions that the table says? With each heartbeat the client asks
+   for the server's own counts (an audit). Counts that are too low are repaired: each name of the
+   kind is asked for again, and a GAP covers them from the last audit that agreed. Counts that are
+   too high end the link: nobody can say which name it is.                                      */
+
+typedef enum vkp_i_verdict {
+    VKP_I_PROBE_DEAD,
+    VKP_I_PROBE_BUSY,
+    VKP_I_PROBE_MUTE,
+    VKP_I_PROBE_BLOCKED,
+    VKP_I_PROBE_STALLED
+} vkp_i_verdict;
+
+/* One question to the server over a connection of its own. */
+struct vkp_i_probe {
+    vkp_i_link link;
+    vkp_client *client;       /* one reference */
+    vkp_client_config config; /* of link: the client's, without name, database, setup and role */
+    size_t refs;              /* of the client's pointer, and of vkp_i_link_ops.hold */
+    uint64_t begun_ns;        /* on the loop's clock */
+    vkp_timer timer;          /* ends the wait for an answer */
+    vkp_i_request ask;        /* PING, then CLIENT LIST */
+    bool listing;             /* CLIENT LIST was sent */
+};
+
+/* ---- the probe ---- */
+
+static vkp_i_probe *vkp_i_probe_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_i_probe, link);
+}
+
+static void vkp_i_probe_hold(vkp_i_link *link)
+{
+    vkp_i_probe_of(link)->refs++;
+}
+
+static void vkp_i_probe_release(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    vkp_client *client = probe->client;
+    if (--probe->refs == 0) {
+        vkp_i_link_deinit(&probe->link);
+        vkp_i_free(client->env, probe, sizeof *probe);
+        vkp_i_client_release(client);
+    }
+}
+
+/* End the probe of the client, if one runs. */
+static void vkp_i_client_end_probe(vkp_client *client)
+{
+    vkp_i_probe *probe = client->probe;
+    vkp_i_request *request;
+    if (probe != NULL) {
+        client->probe = NULL;
+        vkp_timer_stop(&probe->timer);
+        vkp_i_link_close(&probe->link);
+        while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
+            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
+        }
+        vkp_i_probe_release(&probe->link);
+    }
+}
+
+/* When the oldest request in flight became the one that is due; 0: nothing is. */
+static uint64_t vkp_i_client_due_since(const vkp_client *client)
+{
+    const vkp_i_request *oldest = client->link.flight.first;
+    return oldest == NULL ? 0 : VKP_I_MAX(oldest->sent_ns, client->link.answered_ns);
+}
+
+/* When the oldest request in flight is overdue. */
+static uint64_t vkp_i_client_overdue_ns(const vkp_client *client)
+{
+    uint64_t since_ns = vkp_i_client_due_since(client);
+    return since_ns == 0 ? VKP_FOREVER
+                         : vkp_i_after_ms(VKP_I_MAX(since_ns, client->patient_ns),
+                                          client->config.reply_timeout_ms);
+}
+
+/* When the watch has to look again. */
+static uint64_t vkp_i_client_watch_ns(const vkp_client *client)
+{
+    uint64_t overdue_ns = client->probe != NULL ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
+    return VKP_I_MIN(client->heartbeat_ns, overdue_ns);
+}
+
+/* Start the client's timer, which has its callback already, for the next look of the watch. */
+static void vkp_i_client_start_watch(vkp_client *client)
+{
+    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
+                        vkp_i_client_watch_ns(client)) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
+    }
+}
+
+/* The probe has its answer: do what follows from it. The caller holds the probe. */
+static void vkp_i_probe_end(vkp_i_probe *probe, vkp_i_verdict verdict)
+{
+    vkp_client *client = probe->client;
+    uint64_t now_ns = vkp_i_loop_now(client->loop);
+    uint64_t due_ns = vkp_i_client_due_since(client);
+    uint64_t blocked_ms = client->config.blocked_timeout_ms;
+    bool answered = due_ns == 0 || client->link.answered_ns >= probe->begun_ns;
+    if (client->probe != probe) {
+        return; /* it has ended */
+    }
+    vkp_i_client_end_probe(client);
+    client->patient_ns = now_ns; /* the next probe comes after another reply_timeout_ms */
+    if (!client->ready) {
+        return;
+    }
+    switch (answered ? VKP_I_PROBE_BUSY : verdict) {
+    case VKP_I_PROBE_DEAD:
+        vkp_i_link_lose(&client->link, "the server does not answer");
+        break;
+    case VKP_I_PROBE_STALLED:
+        vkp_i_link_lose(&client->link, "the server answers others, and not this connection");
+        break;
+    case VKP_I_PROBE_MUTE:
+    case VKP_I_PROBE_BLOCKED:
+        if (now_ns >= vkp_i_after_ms(due_ns, blocked_ms)) {
+            vkp_i_link_lose(&client->link, verdict == VKP_I_PROBE_MUTE
+                                               ? "the server does not answer"
+                                               : "the server keeps this connection blocked");
+        }
+        break;
+    case VKP_I_PROBE_BUSY:
+        break;
+    }
+    if (client->ready) {
+        vkp_i_client_start_watch(client);
+    }
+}
+
+/* Send the probe's next question. */
+static void vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv)
+{
+    probe->ask.due = 1;
+    if (vkp_i_request_put(&probe->ask, probe->client->env, argc, argv) != VKP_OK ||
+        !vkp_i_link_start(&probe->link, &probe->ask)) {
+        vkp_bytes_unref(&probe->ask.bytes);
+        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* no memory: says nothing about the server */
+    }
+}
+
+/* The value of a field in a line of CLIENT LIST or CLIENT INFO; name is " field=". ptr NULL: there
+   is no such field. */
+static vkp_str vkp_i_info_field(vkp_str line, const char *name)
+{
+    size_t len = strlen(name);
+    size_t i;
+    for (i = 0; i + len <= line.len; i++) {
+        if (memcmp(line.ptr + i, name, len) == 0) {
+            size_t from = i + len;
+            for (i = from; i < line.len && line.ptr[i] != ' ' && line.ptr[i] != '\n'; i++) {
+            }
+            return vkp_i_str(line.ptr + from, i - from);
+        }
+    }
+    return vkp_i_str(NULL, 0);
+}
+
+/* What the line of CLIENT LIST says of the client's connection. */
+static vkp_i_verdict vkp_i_probe_judge(vkp_str line)
+{
+    vkp_str flags = vkp_i_info_field(line, " flags=");
+    return flags.ptr != NULL && memchr(flags.ptr, 'b', flags.len) != NULL ? VKP_I_PROBE_BLOCKED
+                                                                          : VKP_I_PROBE_STALLED;
+}
+
+static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                 const vkp_bytes *frame)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
+    int64_t id = probe->client->link.id;
+    char digits[VKP_I_DIGITS];
+    vkp_str argv[4];
+    size_t from;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    if (status != VKP_OK) {
+        return; /* vkp_i_client_end_probe, or a reply over a limit: the timer ends the probe */
+    }
+    if (probe->listing) {
+        vkp_i_probe_end(probe, vkp_i_probe_judge(vkp_value_get_str(value)));
+    } else if (value->type == VKP_RESP_ERROR) {
+        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
+    } else if (id == 0) { /* the server did not say who we are */
+        vkp_i_probe_end(probe, VKP_I_PROBE_STALLED);
+    } else {
+        probe->listing = true;
+        from = vkp_i_format_u64(digits, (uint64_t)id);
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("LIST");
+        argv[2] = vkp_str_of("ID");
+        argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+        vkp_i_probe_ask(probe, 4, argv);
+    }
+}
+
+static void vkp_i_probe_on_ready(vkp_i_link *link)
+{
+    vkp_str argv = vkp_str_of("PING");
+    vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv);
+}
+
+static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
+{
+    (void)link;
+    (void)push;
+}
+
+/* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
+   A connection that was established and then ended without words is what a server does that is
+   full, or that is being restarted: the next probe finds out. */
+static void vkp_i_probe_on_down(vkp_i_link *link)
+{
+    vkp_i_probe_end(vkp_i_probe_of(link),
+                    link->spoke || link->connected ? VKP_I_PROBE_BUSY : VKP_I_PROBE_DEAD);
+}
+
+static void vkp_i_probe_on_busy(vkp_i_link *link)
+{
+    (void)link;
+}
+
+static const vkp_i_link_ops vkp_i_probe_ops = {vkp_i_probe_on_ready, vkp_i_probe_on_push,
+                                               vkp_i_probe_on_down,  vkp_i_probe_on_busy,
+                                               vkp_i_probe_hold,     vkp_i_probe_release};
+
+static void vkp_i_probe_on_timer(vkp_timer *timer)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
+    vkp_i_probe_hold(&probe->link);
+    vkp_i_probe_end(probe, probe->link.connected ? VKP_I_PROBE_MUTE : VKP_I_PROBE_DEAD);
+    vkp_i_probe_release(&probe->link);
+}
+
+/* Ask the server over a connection of its own. Without memory the next watch tries again. */
+static void vkp_i_client_start_probe(vkp_client *client)
+{
+    vkp_i_probe *probe = (vkp_i_probe *)vkp_i_alloc_zero(client->env, sizeof *probe);
+    uint64_t deadline_ns;
+    vkp_status status;
+    if (probe == NULL) {
+        return;
+    }
+    probe->client = client;
+    probe->refs = 1;
+    probe->begun_ns = vkp_i_loop_now(client->loop);
+    probe->ask.settle = vkp_i_probe_answered;
+    probe->config = client->config;
+    probe->config.name = vkp_i_str(NULL, 0);
+    probe->config.database = 0;
+    probe->config.setup_count = 0;
+    probe->config.role = VKP_CLIENT_ROLE_ANY;
+    (void)VKP_I_ADD(&client->refs, 1);
+    client->probe = probe;
+    VKP_I_COUNT(client, probes);
+    deadline_ns = vkp_i_after_ms(probe->begun_ns, client->config.reply_timeout_ms);
+    status =
+        vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &vkp_i_probe_ops);
+    if (status == VKP_OK) {
+        status = vkp_timer_start(&probe->timer, client->loop, vkp_i_probe_on_timer, 0, deadline_ns);
+    }
+    if (status == VKP_OK) {
+        status = vkp_i_link_connect_to(&probe->link, &client->link.peer, client->target.username,
+                                       client->target.password);
+    }
+    if (status != VKP_OK) {
+        vkp_i_probe_hold(&probe->link);
+        vkp_i_probe_end(probe, status == VKP_ERR_SYS ? VKP_I_PROBE_DEAD : VKP_I_PROBE_BUSY);
+        vkp_i_probe_release(&probe->link);
+    }
+}
+
+/* ---- the audit ---- */
+
+/* A heartbeat: CLIENT INFO, or PING. */
+typedef struct vkp_i_beat {
+    vkp_i_request request;
+    vkp_client *client;
+    bool audit;       /* CLIENT INFO */
+    uint64_t changes; /* client->changes when it was sent */
+    uint64_t sent_ns; /* on the loop's clock */
+} vkp_i_beat;
+
+/* Ask again for every name of the kind: the server has fewer than the table says. */
+static void vkp_i_client_repair(vkp_client *client, int kind)
+{
+    vkp_i_map_node *node = NULL;
+    VKP_I_COUNT(client, repairs);
+    while (client->ready && (node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
+        vkp_i_interest_take_step(VKP_CONTAINER(node, vkp_i_interest, node), VKP_I_EVENT_MISSING);
+    }
+}
+
+/* Compare the server's counts with the table. */
+static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
+{
+    static const char *const fields[VKP_SUB_KINDS] = {" sub=", " psub=", " ssub="};
+    bool agrees = true;
+    int kind;
+    if (beat->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
+        return; /* the table changed meanwhile: the next heartbeat audits */
+    }
+    VKP_I_COUNT(client, audits);
+    for (kind = 0; kind < VKP_SUB_KINDS && client->ready; kind++) {
+        vkp_str text = vkp_i_info_field(line, fields[kind]);
+        size_t count = 0;
+        size_t i;
+        for (i = 0; i < text.len && text.ptr[i] >= '0' && text.ptr[i] <= '9'; i++) {
+            count = count * 10 + (size_t)(text.ptr[i] - '0');
+        }
+        if (text.ptr == NULL || count == client->held_of[kind]) {
+            continue; /* older servers do not count shard channels */
+        }
+        agrees = false;
+        vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
+                  client->config.address.ptr, fields[kind], count, client->held_of[kind]);
+        if (count > client->held_of[kind]) {
+            vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
+        } else {
+            vkp_i_client_repair(client, kind);
+        }
+    }
+    if (agrees) {
+        client->audited_ns = beat->sent_ns;
+    }
+}
+
+static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_beat *beat = VKP_CONTAINER(request, vkp_i_beat, request);
+    vkp_client *client = beat->client;
+    (void)frame;
+    client->beat_sent = false;
+    if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
+        vkp_i_client_audit(client, beat, vkp_value_get_str(value));
+    } else if (status == VKP_OK && beat->audit) {
+        client->counts_refused = true; /* an old server, or no right to ask */
+    }
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(client->env, beat, sizeof *beat);
+}
+
+/* Send a heartbeat. A RESP2 connection with subscriptions carries no command but PING. False: no
+   memory. */
+static bool vkp_i_client_beat(vkp_client *client)
+{
+    vkp_i_beat *beat = (vkp_i_beat *)vkp_i_alloc_zero(client->env, sizeof *beat);
+    bool audit = client->link.protocol == 3 && !client->counts_refused;
+    vkp_str argv[2];
+    if (beat == NULL) {
+        return false;
+    }
+    beat->client = client;
+    beat->audit = audit;
+    beat->changes = client->changes;
+    beat->sent_ns = client->loop->now_ns;
+    beat->request.due = 1;
+    beat->request.settle = vkp_i_beat_settled;
+    argv[0] = vkp_str_of(audit ? "CLIENT" : "PING");
+    argv[1] = vkp_str_of("INFO");
+    if (vkp_i_request_put(&beat->request, client->env, audit ? 2 : 1, argv) != VKP_OK ||
+        !vkp_i_link_start(&client->link, &beat->request)) {
+        vkp_i_beat_settled(&beat->request, VKP_ERR_NOMEM, NULL, NULL);
+        return false;
+    }
+    client->beat_sent = true;
+    return true;
+}
+
+/* ---- the watch ---- */
+
+/* Look after the connection: send a heartbeat, or a probe. */
+static void vkp_i_client_watch(vkp_client *client)
+{
+    uint64_t now_ns = client->loop->now_ns;
+    if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
+        vkp_i_client_start_probe(client);
+    }
+    if (client->ready && now_ns >= client->heartbeat_ns) {
+        client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
+        if (!client->beat_sent && !vkp_i_client_beat(client)) {
+            vkp_i_link_lose(&client->link, "out of memory");
+        }
+    }
+}
+
+#endif /* VKP_I_IO */
