@@ -30,13 +30,11 @@
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
-           >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
-           >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-connection
-           >>impl-pushloop  >>impl-relay
-           >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
-           >>impl-relay-serve
+           >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push
+           >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect
+           >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
+           >>impl-client-private  >>impl-client-connection  >>impl-pushloop  >>impl-relay
+           >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -847,6 +845,12 @@ typedef struct vkp_client_config {
        VKP_OFF: without end.                                                                   */
     uint64_t blocked_timeout_ms;
 
+    /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
+       BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
+       one; when all are in use it waits. Closing its slot gives the command up. Such a connection
+       is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
+    size_t private_max;
+
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
     size_t queue_bytes;
@@ -954,9 +958,10 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
    Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
    REFUSED (a command that changes the shared connection: SUBSCRIBE and UNSUBSCRIBE in all forms,
-   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, SELECT, SYNC, PSYNC, CLIENT
-   REPLY), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB), CLOSED,
-   NOMEM, INVALID (a null argument, no command)                                                */
+   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, UNWATCH, SELECT, ASKING,
+   READONLY, READWRITE, SYNC, PSYNC, REPLCONF, SCRIPT DEBUG, CLIENT REPLY; without private_max also
+   one that blocks it), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB),
+   CLOSED, NOMEM, INVALID (a null argument, no command) */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
     __attribute__((sentinel));
 
@@ -16515,6 +16520,117 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-command   Which commands can share a connection
+   ======================================================================================
+   One table for clients, whose threads share a connection, and for relays, whose clients do. A
+   command is not in it if all that it does is its reply. Arguments are parsed as a server parses
+   them. Read-only: any thread.
+   Source of the facts: the servers' command tables and t_stream.c, redis 7.0 and valkey 8.0. */
+
+/* What a command does to the connection that carries it. */
+typedef enum vkp_i_sharing {
+    VKP_I_SHARING_OK = 0, /* nothing: any number of users may share the connection */
+    VKP_I_SHARING_OWN, /* changes how the server treats the connection; replies stay as they are */
+    VKP_I_SHARING_CHANGES, /* changes what later commands mean, or ends the connection */
+    VKP_I_SHARING_BLOCKS   /* keeps all commands behind it waiting */
+} vkp_i_sharing;
+
+/* One command, or one subcommand, that is not OK. The rules are sorted by name. */
+typedef struct vkp_i_sharing_rule {
+    const char *name;
+    const char *sub; /* the first argument; NULL: any */
+    vkp_i_sharing sharing;
+} vkp_i_sharing_rule;
+
+static const vkp_i_sharing_rule vkp_i_sharing_rules[] = {
+    {"ASKING", NULL, VKP_I_SHARING_CHANGES},    {"AUTH", NULL, VKP_I_SHARING_CHANGES},
+    {"BLMOVE", NULL, VKP_I_SHARING_BLOCKS},     {"BLMPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BLPOP", NULL, VKP_I_SHARING_BLOCKS},      {"BRPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BRPOPLPUSH", NULL, VKP_I_SHARING_BLOCKS}, {"BZMPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BZPOPMAX", NULL, VKP_I_SHARING_BLOCKS},   {"BZPOPMIN", NULL, VKP_I_SHARING_BLOCKS},
+    {"CLIENT", "CACHING", VKP_I_SHARING_OWN},   {"CLIENT", "CAPA", VKP_I_SHARING_OWN},
+    {"CLIENT", "GETREDIR", VKP_I_SHARING_OWN},  {"CLIENT", "NO-EVICT", VKP_I_SHARING_OWN},
+    {"CLIENT", "NO-TOUCH", VKP_I_SHARING_OWN},  {"CLIENT", "REPLY", VKP_I_SHARING_CHANGES},
+    {"CLIENT", "TRACKING", VKP_I_SHARING_OWN},  {"CLIENT", "TRACKINGINFO", VKP_I_SHARING_OWN},
+    {"DISCARD", NULL, VKP_I_SHARING_CHANGES},   {"EXEC", NULL, VKP_I_SHARING_CHANGES},
+    {"HELLO", NULL, VKP_I_SHARING_CHANGES},     {"MONITOR", NULL, VKP_I_SHARING_CHANGES},
+    {"MULTI", NULL, VKP_I_SHARING_CHANGES},     {"PSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"PSYNC", NULL, VKP_I_SHARING_CHANGES},     {"PUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"QUIT", NULL, VKP_I_SHARING_CHANGES},      {"READONLY", NULL, VKP_I_SHARING_CHANGES},
+    {"READWRITE", NULL, VKP_I_SHARING_CHANGES}, {"REPLCONF", NULL, VKP_I_SHARING_CHANGES},
+    {"RESET", NULL, VKP_I_SHARING_CHANGES},     {"SCRIPT", "DEBUG", VKP_I_SHARING_CHANGES},
+    {"SELECT", NULL, VKP_I_SHARING_CHANGES},    {"SSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"SUBSCRIBE", NULL, VKP_I_SHARING_CHANGES}, {"SUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"SYNC", NULL, VKP_I_SHARING_CHANGES},      {"UNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"UNWATCH", NULL, VKP_I_SHARING_CHANGES},   {"WAIT", NULL, VKP_I_SHARING_BLOCKS},
+    {"WAITAOF", NULL, VKP_I_SHARING_BLOCKS},    {"WATCH", NULL, VKP_I_SHARING_CHANGES}};
+
+/* Whether an XREAD or XREADGROUP has the option BLOCK, parsed as a server does: the name of a group
+   or of a consumer is no option. */
+static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
+{
+    bool group = vkp_i_str_is(argv[0], "XREADGROUP");
+    size_t i = 1;
+    while (i < argc) {
+        if (vkp_i_str_is(argv[i], "BLOCK")) {
+            return true;
+        }
+        if (vkp_i_str_is(argv[i], "COUNT")) {
+            i += 2;
+        } else if (group && vkp_i_str_is(argv[i], "GROUP")) {
+            i += 3;
+        } else if (vkp_i_str_is(argv[i], "NOACK")) {
+            i++;
+        } else {
+            return false; /* STREAMS, or an error of syntax */
+        }
+    }
+    return false;
+}
+
+/* The order of a name and a text, without regard to case: below, equal to, or above 0. */
+static int vkp_i_command_order(vkp_str name, const char *text)
+{
+    size_t i;
+    for (i = 0; i < name.len && text[i] != '\0'; i++) {
+        int difference = vkp_i_lower(name.ptr[i]) - vkp_i_lower(text[i]);
+        if (difference != 0) {
+            return difference;
+        }
+    }
+    return i < name.len ? 1 : text[i] != '\0' ? -1 : 0;
+}
+
+/* What the command does to its connection. argc is at least 1. */
+static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
+{
+    size_t low = 0;
+    size_t high = sizeof vkp_i_sharing_rules / sizeof vkp_i_sharing_rules[0];
+    size_t count = high;
+    while (low < high) { /* the first rule whose name is not below */
+        size_t middle = (low + high) / 2;
+        if (vkp_i_command_order(argv[0], vkp_i_sharing_rules[middle].name) > 0) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    for (; low < count && vkp_i_str_is(argv[0], vkp_i_sharing_rules[low].name); low++) {
+        const vkp_i_sharing_rule *rule = &vkp_i_sharing_rules[low];
+        if (rule->sub == NULL || (argc > 1 && vkp_i_str_is(argv[1], rule->sub))) {
+            return rule->sharing;
+        }
+    }
+    return (vkp_i_str_is(argv[0], "XREAD") || vkp_i_str_is(argv[0], "XREADGROUP")) &&
+                   vkp_i_stream_read_blocks(argc, argv)
+               ? VKP_I_SHARING_BLOCKS
+               : VKP_I_SHARING_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-resolver   Names without blocking
    ======================================================================================
    A lookup travels from the loop that asks, through a channel, to a thread in vkp_resolver_run, and
@@ -16805,7 +16921,7 @@ struct vkp_i_link {
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
     vkp_address peer;       /* the address of this connection */
-    vkp_str username;       /* of this try; the owner's memory */
+    vkp_str username;       /* of this try; a copy */
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
@@ -16879,7 +16995,9 @@ static void vkp_i_link_close(vkp_i_link *link)
         vkp_conn_close(conn);
         vkp_conn_unref(conn);
     }
-    vkp_resp_reader_reset(link->reader);
+    if (link->reader != NULL) { /* otherwise vkp_i_link_init had no memory */
+        vkp_resp_reader_reset(link->reader);
+    }
 }
 
 /* The link failed: why is the reason, words are the server's, or of no length. */
@@ -17369,6 +17487,8 @@ static void vkp_i_link_deinit(vkp_i_link *link)
 {
     vkp_resp_reader_unref(link->reader);
     vkp_i_block_unref(link->out);
+    vkp_i_free_str(link->env, link->username);
+    vkp_i_free_str(link->env, link->password);
     vkp_i_free(link->env, link->known, sizeof *link->known);
 }
 
@@ -17871,11 +17991,17 @@ static vkp_status vkp_i_link_look_up(vkp_i_link *link, const vkp_i_parts *parts)
     return VKP_OK;
 }
 
-/* Prepare a try to connect with these credentials (borrowed until on_down). */
-static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str password)
+/* Replace the text by a copy of another one. False: no memory; the text is empty then. */
+static bool vkp_i_link_keep(const vkp_i_link *link, vkp_str *text, vkp_str now)
 {
-    link->username = username;
-    link->password = password;
+    vkp_i_free_str(link->env, *text);
+    *text = now;
+    return vkp_i_copy_str(link->env, text);
+}
+
+/* Prepare a try to connect with these credentials. False: no memory. */
+static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str password)
+{
     link->stage = VKP_I_STAGE_CONNECTING;
     link->steps = 0;
     link->connected = false;
@@ -17886,6 +18012,8 @@ static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->hello_words[0] = '\0';
     link->heard_ns = vkp_i_loop_now(link->loop);
     link->answered_ns = link->heard_ns;
+    return vkp_i_link_keep(link, &link->username, username) &&
+           vkp_i_link_keep(link, &link->password, password);
 }
 
 /* Begin to connect to the address of another link. On failure the link is down, and on_down is not
@@ -17893,8 +18021,8 @@ static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
 static vkp_status vkp_i_link_connect_to(vkp_i_link *link, const vkp_address *address,
                                         vkp_str username, vkp_str password)
 {
-    vkp_i_link_begin(link, username, password);
-    return vkp_i_link_dial(link, address, 1);
+    return vkp_i_link_begin(link, username, password) ? vkp_i_link_dial(link, address, 1)
+                                                      : VKP_ERR_NOMEM;
 }
 
 /* Begin to connect to the address. On failure the link is down, and on_down is not called. */
@@ -17905,7 +18033,9 @@ static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str 
     vkp_i_parts parts;
     size_t count = 0;
     vkp_status status = vkp_i_split_address(link->env, address, &parts);
-    vkp_i_link_begin(link, username, password);
+    if (status == VKP_OK && !vkp_i_link_begin(link, username, password)) {
+        status = VKP_ERR_NOMEM;
+    }
     if (status == VKP_OK && link->config->resolver != NULL && parts.name.text == NULL &&
         !vkp_i_is_numeric_host(parts.host)) {
         return vkp_i_link_look_up(link, &parts);
@@ -17948,10 +18078,12 @@ typedef struct vkp_i_ask {
     vkp_subscribe_fn done; /* called with the outcome of a WANT, or NULL */
     void *user;            /* argument of on_reply and of done */
     vkp_sub_kind sub;      /* kind of the name, for WANT and LEAVE */
+    bool blocks;           /* a COMMAND for a connection of its own */
     vkp_status outcome;    /* of a WANT in client->reporting */
 } vkp_i_ask;
 
-typedef struct vkp_i_probe vkp_i_probe; /* see impl-client-liveness */
+typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
+typedef struct vkp_i_private vkp_i_private; /* see impl-client-private */
 
 struct vkp_reply {
     const vkp_env *env;
@@ -17976,6 +18108,7 @@ struct vkp_client {
     bool ended;               /* closed: every ask gets CLOSED; guarded by the mutex */
     bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
     bool close_wanted;        /* `task` closes the client; guarded by the mutex */
+    bool sweep_wanted;        /* `task` looks for blocking commands that were given up; guarded */
     char error[VKP_I_LINK_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
     bool closed;              /* vkp_i_client_close_now ran */
@@ -17986,6 +18119,9 @@ struct vkp_client {
     bool beat_sent;           /* a heartbeat waits for its reply */
     bool counts_refused;      /* the server does not answer CLIENT INFO */
     vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_private *privates;  /* connections for blocking commands, in no order */
+    size_t private_count;     /* number of privates */
+    vkp_i_requests waiting;   /* blocking commands that wait for one of them */
     uint64_t heartbeat_ns;    /* time of the next heartbeat */
     uint64_t patient_ns;      /* when a probe ended last */
     vkp_i_task task;          /* works on `submitted`; queued by any thread */
@@ -18225,20 +18361,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
     vkp_i_ask_free(ask);
 }
 
-/* The receiver closed its one-shot: unlink it from the ask. A one-shot holds a reference of
-   the client until it is detached or has its value.                                           */
-static void vkp_i_ask_detach(vkp_oneshot *slot)
-{
-    vkp_client *client = (vkp_client *)slot->i_user;
-    VKP_I_LOCK(&client->mutex);
-    if (slot->i_owner != NULL) {
-        ((vkp_i_ask *)slot->i_owner)->slot = NULL;
-        slot->i_owner = NULL;
-    }
-    VKP_I_UNLOCK(&client->mutex);
-    vkp_i_client_release(client);
-}
-
 /* ---- submitting, from any thread ---- */
 
 /* Queue the client's task, unless it is queued. The mutex is held. */
@@ -18252,6 +18374,25 @@ static void vkp_i_client_schedule(vkp_client *client)
             (void)VKP_I_SUB(&client->refs, 1); /* not the last: the caller holds one */
         }
     }
+}
+
+/* The receiver closed its one-shot: unlink it from the ask. A one-shot holds a reference of
+   the client until it is detached or has its value.                                           */
+static void vkp_i_ask_detach(vkp_oneshot *slot)
+{
+    vkp_client *client = (vkp_client *)slot->i_user;
+    VKP_I_LOCK(&client->mutex);
+    if (slot->i_owner != NULL) {
+        vkp_i_ask *ask = (vkp_i_ask *)slot->i_owner;
+        ask->slot = NULL;
+        slot->i_owner = NULL;
+        if (ask->blocks) {
+            client->sweep_wanted = true;
+            vkp_i_client_schedule(client);
+        }
+    }
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_release(client);
 }
 
 /* Append an ask to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
@@ -18306,29 +18447,15 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Whether the command would change the connection that all users of the client share. */
-static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
-{
-    static const char *const names[] = {
-        "SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE",
-        "HELLO",     "AUTH",       "RESET",      "QUIT",        "MONITOR",      "MULTI",
-        "EXEC",      "DISCARD",    "WATCH",      "SELECT",      "SYNC",         "PSYNC"};
-    size_t i;
-    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
-        if (vkp_i_str_is(argv[0], names[i])) {
-            return true;
-        }
-    }
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
-}
-
 /* Submit one command whose reply the one-shot receives. */
 static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                    const vkp_str *argv)
 {
+    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
     vkp_i_ask *ask;
     vkp_status status;
-    if (vkp_i_command_breaks_sharing(argc, argv)) {
+    if (sharing == VKP_I_SHARING_CHANGES ||
+        (sharing == VKP_I_SHARING_BLOCKS && client->config.private_max == 0)) {
         return VKP_ERR_REFUSED;
     }
     ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
@@ -18341,6 +18468,7 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
         return status;
     }
     ask->cost = sizeof *ask + ask->request.bytes.len;
+    ask->blocks = sharing == VKP_I_SHARING_BLOCKS;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;
@@ -19621,6 +19749,280 @@ static void vkp_i_client_watch(vkp_client *client)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-client-private   Blocking commands on connections of their own
+   ======================================================================================
+   A command that blocks would keep all commands behind it waiting. With private_max each such
+   command gets a connection of its own, with the same login, database and setup; the connection is
+   kept for the next one for some seconds. When all are in use, commands wait in `waiting`, in their
+   order. A command whose one-shot is closed is given up: its connection is closed, because the
+   server would hand over, to nobody, what the command waits for. Loop's thread. */
+
+/* One connection for blocking commands. */
+struct vkp_i_private {
+    vkp_i_link link;
+    vkp_i_private *next; /* of client->privates */
+    vkp_client *client;  /* one reference */
+    size_t refs;         /* of client->privates, and of vkp_i_link_ops.hold */
+    vkp_i_ask *ask;      /* what it carries; NULL: nothing */
+    vkp_i_request carry; /* stands for the ask in the link's flight */
+    vkp_timer timer;     /* ends a try to connect, or the time without a command */
+};
+
+#define VKP_I_PRIVATE_IDLE_MS 5000u /* how long a connection is kept without a command */
+
+static vkp_i_private *vkp_i_private_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_i_private, link);
+}
+
+static void vkp_i_private_hold(vkp_i_link *link)
+{
+    vkp_i_private_of(link)->refs++;
+}
+
+static void vkp_i_private_release(vkp_i_link *link)
+{
+    vkp_i_private *self = vkp_i_private_of(link);
+    vkp_client *client = self->client;
+    if (--self->refs == 0) {
+        vkp_i_link_deinit(&self->link);
+        vkp_i_free(client->env, self, sizeof *self);
+        vkp_i_client_release(client);
+    }
+}
+
+/* End the connection, once; its command moves to `failed`. */
+static void vkp_i_private_end(vkp_i_private *self, vkp_i_requests *failed)
+{
+    vkp_client *client = self->client;
+    vkp_i_private **link = &client->privates;
+    vkp_i_request *request;
+    while (*link != NULL && *link != self) {
+        link = &(*link)->next;
+    }
+    if (*link == NULL) {
+        return; /* it has ended */
+    }
+    *link = self->next;
+    client->private_count--;
+    vkp_timer_stop(&self->timer);
+    vkp_i_link_close(&self->link);
+    if (self->ask != NULL) {
+        vkp_i_requests_append(failed, &self->ask->request);
+        self->ask = NULL;
+    }
+    while ((request = vkp_i_requests_pop(&self->link.flight)) != NULL) {
+        if (request == &self->carry) {
+            vkp_bytes_unref(&request->bytes);
+        } else {
+            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
+        }
+    }
+    vkp_i_private_release(&self->link);
+}
+
+static void vkp_i_client_serve_waiting(vkp_client *client);
+
+/* End the connection; its command gets DISCONNECTED. */
+static void vkp_i_private_lost(vkp_i_private *self)
+{
+    vkp_client *client = self->client;
+    vkp_i_requests failed;
+    vkp_i_request *request;
+    vkp_i_requests_init(&failed);
+    vkp_i_private_hold(&self->link);
+    vkp_i_private_end(self, &failed);
+    while ((request = vkp_i_requests_pop(&failed)) != NULL) {
+        request->settle(request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    }
+    if (!client->closed) {
+        vkp_i_client_serve_waiting(client);
+    }
+    vkp_i_private_release(&self->link);
+}
+
+static void vkp_i_private_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                  const vkp_bytes *frame);
+static void vkp_i_private_on_timer(vkp_timer *timer);
+
+/* Start the timer. False: no memory. */
+static bool vkp_i_private_start_timer(vkp_i_private *self, uint64_t ms)
+{
+    return vkp_timer_start(&self->timer, self->client->loop, vkp_i_private_on_timer, 0,
+                           vkp_i_after_ms(vkp_i_loop_now(self->client->loop), ms)) == VKP_OK;
+}
+
+/* Write the command that the connection carries, once it is ready. */
+static void vkp_i_private_write(vkp_i_private *self)
+{
+    if (self->ask == NULL || self->link.stage != VKP_I_STAGE_READY) {
+        return;
+    }
+    vkp_timer_stop(&self->timer);
+    memset(&self->carry, 0, sizeof self->carry);
+    self->carry.due = self->ask->request.due;
+    self->carry.bytes = vkp_bytes_ref(&self->ask->request.bytes);
+    self->carry.settle = vkp_i_private_settled;
+    if (!vkp_i_link_start(&self->link, &self->carry)) {
+        vkp_bytes_unref(&self->carry.bytes);
+        vkp_i_private_lost(self);
+    }
+}
+
+/* The command has its reply: the connection is free for the next one. */
+static void vkp_i_private_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                  const vkp_bytes *frame)
+{
+    vkp_i_private *self = VKP_CONTAINER(request, vkp_i_private, carry);
+    vkp_client *client = self->client;
+    vkp_i_ask *ask = self->ask;
+    self->ask = NULL;
+    if (!vkp_i_private_start_timer(self, VKP_I_PRIVATE_IDLE_MS)) {
+        vkp_i_private_lost(self); /* without a timer it would be kept without end */
+    }
+    ask->request.settle(&ask->request, status, value, frame);
+    if (!client->closed) {
+        vkp_i_client_serve_waiting(client);
+    }
+}
+
+static void vkp_i_private_on_ready(vkp_i_link *link)
+{
+    vkp_i_private_write(vkp_i_private_of(link));
+}
+
+static void vkp_i_private_on_push(vkp_i_link *link, const vkp_push *push)
+{
+    (void)link;
+    (void)push;
+}
+
+static void vkp_i_private_on_down(vkp_i_link *link)
+{
+    vkp_i_private_lost(vkp_i_private_of(link));
+}
+
+static void vkp_i_private_on_busy(vkp_i_link *link)
+{
+    (void)link;
+}
+
+static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready, vkp_i_private_on_push,
+                                                 vkp_i_private_on_down,  vkp_i_private_on_busy,
+                                                 vkp_i_private_hold,     vkp_i_private_release};
+
+/* The try to connect, or the time without a command, is over. */
+static void vkp_i_private_on_timer(vkp_timer *timer)
+{
+    vkp_i_private_lost(VKP_CONTAINER(timer, vkp_i_private, timer));
+}
+
+/* Open one more connection for the command. False: it cannot be opened; the ask is the caller's. */
+static bool vkp_i_private_open(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_i_private *self = (vkp_i_private *)vkp_i_alloc_zero(client->env, sizeof *self);
+    vkp_i_requests none;
+    if (self == NULL) {
+        return false;
+    }
+    self->client = client;
+    self->refs = 1;
+    self->next = client->privates;
+    client->privates = self;
+    client->private_count++;
+    (void)VKP_I_ADD(&client->refs, 1);
+    if (vkp_i_link_init(&self->link, client->env, client->loop, &client->config,
+                        &vkp_i_private_ops) != VKP_OK ||
+        !vkp_i_private_start_timer(self, client->config.connect_timeout_ms) ||
+        vkp_i_link_connect(&self->link, client->target.address, client->target.username,
+                           client->target.password) != VKP_OK) {
+        vkp_i_requests_init(&none);
+        vkp_i_private_end(self, &none);
+        return false;
+    }
+    self->ask = ask;
+    return true;
+}
+
+/* Carry a blocking command on a connection of its own, or let it wait for one. */
+static void vkp_i_client_carry(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_i_private *self = client->privates;
+    while (self != NULL && (self->ask != NULL || self->link.stage != VKP_I_STAGE_READY)) {
+        self = self->next;
+    }
+    if (self != NULL) {
+        self->ask = ask;
+        vkp_i_private_write(self);
+    } else if (client->private_count >= client->config.private_max) {
+        vkp_i_requests_append(&client->waiting, &ask->request);
+    } else if (!vkp_i_private_open(client, ask)) {
+        ask->request.settle(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
+    }
+}
+
+/* Give waiting commands the connections that are free. */
+static void vkp_i_client_serve_waiting(vkp_client *client)
+{
+    vkp_i_requests waiting;
+    vkp_i_request *request;
+    vkp_i_requests_init(&waiting);
+    vkp_i_requests_move(&client->waiting, &waiting);
+    while ((request = vkp_i_requests_pop(&waiting)) != NULL) {
+        vkp_i_client_carry(client, VKP_CONTAINER(request, vkp_i_ask, request));
+    }
+}
+
+/* Whether nobody waits for the reply any longer. */
+static bool vkp_i_ask_is_given_up(vkp_i_ask *ask)
+{
+    bool given_up;
+    VKP_I_LOCK(&ask->client->mutex);
+    given_up = ask->slot == NULL && ask->on_reply == NULL;
+    VKP_I_UNLOCK(&ask->client->mutex);
+    return given_up;
+}
+
+/* End the connections whose commands were given up, and forget such commands that wait. */
+static void vkp_i_client_sweep_privates(vkp_client *client)
+{
+    vkp_i_requests given_up;
+    vkp_i_requests waiting;
+    vkp_i_request *request;
+    vkp_i_private *self = client->privates;
+    vkp_i_requests_init(&given_up);
+    vkp_i_requests_init(&waiting);
+    while (self != NULL) {
+        vkp_i_private *next = self->next;
+        if (self->ask != NULL && vkp_i_ask_is_given_up(self->ask)) {
+            vkp_i_private_end(self, &given_up);
+        }
+        self = next;
+    }
+    vkp_i_requests_move(&client->waiting, &waiting);
+    while ((request = vkp_i_requests_pop(&waiting)) != NULL) {
+        bool gone = vkp_i_ask_is_given_up(VKP_CONTAINER(request, vkp_i_ask, request));
+        vkp_i_requests_append(gone ? &given_up : &client->waiting, request);
+    }
+    while ((request = vkp_i_requests_pop(&given_up)) != NULL) {
+        request->settle(request, VKP_ERR_CLOSED, NULL, NULL); /* calls nobody */
+    }
+    vkp_i_client_serve_waiting(client);
+}
+
+/* The client is closed: all commands on connections of their own, or waiting for one, fail. */
+static void vkp_i_client_end_privates(vkp_client *client)
+{
+    while (client->privates != NULL) {
+        vkp_i_private_end(client->privates, &client->failed);
+    }
+    vkp_i_requests_move(&client->waiting, &client->failed);
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-client-connection   The life of a client
    ======================================================================================
    Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
@@ -19956,6 +20358,8 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
         }
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
+    } else if (ask->blocks && client->ready) {
+        vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
         vkp_i_log(client->env, VKP_LOG_WARN,
                   "command refused: a RESP2 connection with subscriptions carries no commands");
@@ -19990,6 +20394,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
     vkp_i_link_close(&client->link);
+    vkp_i_client_end_privates(client);
     (void)snprintf(client->link.error, sizeof client->link.error, "closed");
     vkp_i_client_collect_failed(client);
     vkp_i_requests_move(&client->reporting, &client->failed);
@@ -20007,11 +20412,17 @@ static void vkp_i_client_run(vkp_i_task *task)
 {
     vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
     bool close_wanted;
+    bool sweep_wanted;
     VKP_I_LOCK(&client->mutex);
     client->task_queued = false;
     close_wanted = client->close_wanted;
+    sweep_wanted = client->sweep_wanted;
+    client->sweep_wanted = false;
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_client_take(client);
+    if (sweep_wanted && !client->closed) {
+        vkp_i_client_sweep_privates(client);
+    }
     if (close_wanted) {
         vkp_i_client_close_now(client);
     }
@@ -20196,6 +20607,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_i_requests_init(&client->link.flight);
     vkp_i_requests_init(&client->taken);
     vkp_i_requests_init(&client->failed);
+    vkp_i_requests_init(&client->waiting);
     vkp_i_requests_init(&client->reporting);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);
@@ -21461,9 +21873,9 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
    >>impl-relay-commands   Relay: commands
    ======================================================================================
    Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
-   the table vkp_i_commands: wait until no answer is pending, refuse (the command would block or
-   change the one upstream connection), hold for EXEC, answer here, or forward upstream. Commands
-   outside the table are forwarded, and stand-alone refused.
+   the table vkp_i_commands, and by what the command does to the connection that carries it (see
+   impl-command): wait until no answer is pending, refuse, hold for EXEC, answer here, or forward
+   upstream. Commands outside the table are forwarded, and stand-alone refused.
    Each command is answered once, in its order: at once by its vkp_i_run_* function, or later by
    an answer or a subscription under way.
    Stand-alone, PUBLISH delivers to its own shard's hub and sends the message to every other
@@ -21478,10 +21890,7 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 #define VKP_I_CMD_LOCAL 0x0200u  /* answered by the relay, with or without a server */
 #define VKP_I_CMD_ALONE 0x0400u  /* answered by a stand-alone relay, otherwise forwarded */
 #define VKP_I_CMD_SUB2 0x0800u   /* allowed to a RESP2 client with subscriptions */
-#define VKP_I_CMD_BLOCKS 0x1000u /* refused: blocks the upstream connection for all clients */
-#define VKP_I_CMD_STATE 0x2000u  /* refused: changes the state of the upstream connection */
 #define VKP_I_CMD_MULTI 0x4000u  /* executed inside MULTI, not held until EXEC */
-#define VKP_I_CMD_MAYBE 0x8000u  /* refused only with a BLOCK argument */
 
 typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
@@ -21711,21 +22120,16 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
    upstream connection refused, others forwarded.                                              */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
-                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR", "CAPA"};
     vkp_resp_writer writer;
-    size_t i;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    for (i = 0; i < sizeof refused / sizeof refused[0]; i++) {
-        if (vkp_i_str_is(argv[1], refused[i])) {
-            vkp_i_local_error(local,
-                              "ERR CLIENT %s cannot be shared: it would change the relay's "
-                              "one upstream connection",
-                              refused[i]);
-            return;
-        }
+    if (vkp_i_command_get_sharing(argc, argv) != VKP_I_SHARING_OK) {
+        vkp_i_local_error(local,
+                          "ERR CLIENT %.*s cannot be shared: it would change the relay's one "
+                          "upstream connection",
+                          VKP_I_SHORT(argv[1]));
+        return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (vkp_i_str_is(argv[1], "ID")) {
@@ -22045,16 +22449,7 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 
 /* Sorted by name for vkp_i_command_find; every other command is forwarded. */
 static const vkp_i_command vkp_i_commands[] = {
-    {"asking", NULL, VKP_I_CMD_STATE},
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
-    {"blmove", NULL, VKP_I_CMD_BLOCKS},
-    {"blmpop", NULL, VKP_I_CMD_BLOCKS},
-    {"blpop", NULL, VKP_I_CMD_BLOCKS},
-    {"brpop", NULL, VKP_I_CMD_BLOCKS},
-    {"brpoplpush", NULL, VKP_I_CMD_BLOCKS},
-    {"bzmpop", NULL, VKP_I_CMD_BLOCKS},
-    {"bzpopmax", NULL, VKP_I_CMD_BLOCKS},
-    {"bzpopmin", NULL, VKP_I_CMD_BLOCKS},
     {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
     {"command", vkp_i_run_command, VKP_I_CMD_ALONE},
     {"config", vkp_i_run_command, VKP_I_CMD_ALONE},
@@ -22067,34 +22462,23 @@ static const vkp_i_command vkp_i_commands[] = {
     {"info", vkp_i_run_info, VKP_I_CMD_ALONE},
     {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
-    {"monitor", NULL, VKP_I_CMD_STATE},
     {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
     {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
     {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
-    {"psync", NULL, VKP_I_CMD_STATE},
     {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
     {"punsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
     {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
-    {"readonly", NULL, VKP_I_CMD_STATE},
-    {"readwrite", NULL, VKP_I_CMD_STATE},
-    {"replconf", NULL, VKP_I_CMD_STATE},
     {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
-    {"select", NULL, VKP_I_CMD_STATE},
     {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
-    {"sync", NULL, VKP_I_CMD_STATE},
     {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
-    {"unwatch", NULL, VKP_I_CMD_STATE},
-    {"wait", NULL, VKP_I_CMD_BLOCKS},
-    {"waitaof", NULL, VKP_I_CMD_BLOCKS},
-    {"watch", NULL, VKP_I_CMD_STATE},
     {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
-    {"xread", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
-    {"xreadgroup", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xread", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xreadgroup", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"zdiff", NULL, VKP_I_SHAPE_FLAT},
     {"zinter", NULL, VKP_I_SHAPE_FLAT},
     {"zmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
@@ -22156,20 +22540,14 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                                const vkp_str *argv)
 {
     uint32_t flags = command != NULL ? command->flags : 0;
-    size_t i;
-    if ((flags & VKP_I_CMD_MAYBE) != 0) {
-        for (i = 1; i < argc && !vkp_i_str_is(argv[i], "STREAMS"); i++) {
-            if (vkp_i_str_is(argv[i], "BLOCK")) {
-                flags |= VKP_I_CMD_BLOCKS;
-            }
-        }
-    }
-    if ((flags & VKP_I_CMD_BLOCKS) != 0) {
+    bool local_only = command != NULL && command->run != NULL; /* never sent upstream */
+    vkp_i_sharing sharing = local_only ? VKP_I_SHARING_OK : vkp_i_command_get_sharing(argc, argv);
+    if (sharing == VKP_I_SHARING_BLOCKS) {
         vkp_i_local_error(local,
                           "ERR '%.*s' cannot be shared: it would block the relay's one "
                           "upstream connection; connect to the server itself",
                           VKP_I_SHORT(argv[0]));
-    } else if ((flags & VKP_I_CMD_STATE) != 0) {
+    } else if (sharing != VKP_I_SHARING_OK) {
         vkp_i_local_error(local,
                           "ERR '%.*s' cannot be shared: it would change the state of the "
                           "relay's one upstream connection; connect to the server itself",

@@ -28,10 +28,12 @@ typedef struct vkp_i_ask {
     vkp_subscribe_fn done; /* called with the outcome of a WANT, or NULL */
     void *user;            /* argument of on_reply and of done */
     vkp_sub_kind sub;      /* kind of the name, for WANT and LEAVE */
+    bool blocks;           /* a COMMAND for a connection of its own */
     vkp_status outcome;    /* of a WANT in client->reporting */
 } vkp_i_ask;
 
-typedef struct vkp_i_probe vkp_i_probe; /* see impl-client-liveness */
+typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
+typedef struct vkp_i_private vkp_i_private; /* see impl-client-private */
 
 struct vkp_reply {
     const vkp_env *env;
@@ -56,6 +58,7 @@ struct vkp_client {
     bool ended;               /* closed: every ask gets CLOSED; guarded by the mutex */
     bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
     bool close_wanted;        /* `task` closes the client; guarded by the mutex */
+    bool sweep_wanted;        /* `task` looks for blocking commands that were given up; guarded */
     char error[VKP_I_LINK_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
     bool closed;              /* vkp_i_client_close_now ran */
@@ -66,6 +69,9 @@ struct vkp_client {
     bool beat_sent;           /* a heartbeat waits for its reply */
     bool counts_refused;      /* the server does not answer CLIENT INFO */
     vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_private *privates;  /* connections for blocking commands, in no order */
+    size_t private_count;     /* number of privates */
+    vkp_i_requests waiting;   /* blocking commands that wait for one of them */
     uint64_t heartbeat_ns;    /* time of the next heartbeat */
     uint64_t patient_ns;      /* when a probe ended last */
     vkp_i_task task;          /* works on `submitted`; queued by any thread */
@@ -305,20 +311,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
     vkp_i_ask_free(ask);
 }
 
-/* The receiver closed its one-shot: unlink it from the ask. A one-shot holds a reference of
-   the client until it is detached or has its value.                                           */
-static void vkp_i_ask_detach(vkp_oneshot *slot)
-{
-    vkp_client *client = (vkp_client *)slot->i_user;
-    VKP_I_LOCK(&client->mutex);
-    if (slot->i_owner != NULL) {
-        ((vkp_i_ask *)slot->i_owner)->slot = NULL;
-        slot->i_owner = NULL;
-    }
-    VKP_I_UNLOCK(&client->mutex);
-    vkp_i_client_release(client);
-}
-
 /* ---- submitting, from any thread ---- */
 
 /* Queue the client's task, unless it is queued. The mutex is held. */
@@ -332,6 +324,25 @@ static void vkp_i_client_schedule(vkp_client *client)
             (void)VKP_I_SUB(&client->refs, 1); /* not the last: the caller holds one */
         }
     }
+}
+
+/* The receiver closed its one-shot: unlink it from the ask. A one-shot holds a reference of
+   the client until it is detached or has its value.                                           */
+static void vkp_i_ask_detach(vkp_oneshot *slot)
+{
+    vkp_client *client = (vkp_client *)slot->i_user;
+    VKP_I_LOCK(&client->mutex);
+    if (slot->i_owner != NULL) {
+        vkp_i_ask *ask = (vkp_i_ask *)slot->i_owner;
+        ask->slot = NULL;
+        slot->i_owner = NULL;
+        if (ask->blocks) {
+            client->sweep_wanted = true;
+            vkp_i_client_schedule(client);
+        }
+    }
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_release(client);
 }
 
 /* Append an ask to `submitted`. On failure (CLOSED, DISCONNECTED, FULL) it stays the
@@ -386,29 +397,15 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Whether the command would change the connection that all users of the client share. */
-static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
-{
-    static const char *const names[] = {
-        "SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE",
-        "HELLO",     "AUTH",       "RESET",      "QUIT",        "MONITOR",      "MULTI",
-        "EXEC",      "DISCARD",    "WATCH",      "SELECT",      "SYNC",         "PSYNC"};
-    size_t i;
-    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
-        if (vkp_i_str_is(argv[0], names[i])) {
-            return true;
-        }
-    }
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
-}
-
 /* Submit one command whose reply the one-shot receives. */
 static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                    const vkp_str *argv)
 {
+    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
     vkp_i_ask *ask;
     vkp_status status;
-    if (vkp_i_command_breaks_sharing(argc, argv)) {
+    if (sharing == VKP_I_SHARING_CHANGES ||
+        (sharing == VKP_I_SHARING_BLOCKS && client->config.private_max == 0)) {
         return VKP_ERR_REFUSED;
     }
     ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
@@ -421,6 +418,7 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
         return status;
     }
     ask->cost = sizeof *ask + ask->request.bytes.len;
+    ask->blocks = sharing == VKP_I_SHARING_BLOCKS;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;

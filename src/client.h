@@ -104,6 +104,12 @@ typedef struct vkp_client_config {
        VKP_OFF: without end.                                                                   */
     uint64_t blocked_timeout_ms;
 
+    /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
+       BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
+       one; when all are in use it waits. Closing its slot gives the command up. Such a connection
+       is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
+    size_t private_max;
+
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
     size_t queue_bytes;
@@ -211,9 +217,10 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
    Errors: DISCONNECTED (the client waits for its next try; nothing was sent), FULL (queue_bytes),
    REFUSED (a command that changes the shared connection: SUBSCRIBE and UNSUBSCRIBE in all forms,
-   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, SELECT, SYNC, PSYNC, CLIENT
-   REPLY), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB), CLOSED,
-   NOMEM, INVALID (a null argument, no command)                                                */
+   HELLO, AUTH, RESET, QUIT, MONITOR, MULTI, EXEC, DISCARD, WATCH, UNWATCH, SELECT, ASKING,
+   READONLY, READWRITE, SYNC, PSYNC, REPLCONF, SCRIPT DEBUG, CLIENT REPLY; without private_max also
+   one that blocks it), LIMIT (more than 64 arguments, which vkp_client_command_argv takes; 4 GiB),
+   CLOSED, NOMEM, INVALID (a null argument, no command) */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *reply, ...)
     __attribute__((sentinel));
 

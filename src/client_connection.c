@@ -335,6 +335,8 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
         }
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
+    } else if (ask->blocks && client->ready) {
+        vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
         vkp_i_log(client->env, VKP_LOG_WARN,
                   "command refused: a RESP2 connection with subscriptions carries no commands");
@@ -369,6 +371,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
     vkp_i_link_close(&client->link);
+    vkp_i_client_end_privates(client);
     (void)snprintf(client->link.error, sizeof client->link.error, "closed");
     vkp_i_client_collect_failed(client);
     vkp_i_requests_move(&client->reporting, &client->failed);
@@ -386,11 +389,17 @@ static void vkp_i_client_run(vkp_i_task *task)
 {
     vkp_client *client = VKP_CONTAINER(task, vkp_client, task);
     bool close_wanted;
+    bool sweep_wanted;
     VKP_I_LOCK(&client->mutex);
     client->task_queued = false;
     close_wanted = client->close_wanted;
+    sweep_wanted = client->sweep_wanted;
+    client->sweep_wanted = false;
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_client_take(client);
+    if (sweep_wanted && !client->closed) {
+        vkp_i_client_sweep_privates(client);
+    }
     if (close_wanted) {
         vkp_i_client_close_now(client);
     }
@@ -575,6 +584,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     vkp_i_requests_init(&client->link.flight);
     vkp_i_requests_init(&client->taken);
     vkp_i_requests_init(&client->failed);
+    vkp_i_requests_init(&client->waiting);
     vkp_i_requests_init(&client->reporting);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&client->interests[kind], client->env);

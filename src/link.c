@@ -109,7 +109,7 @@ struct vkp_i_link {
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
     vkp_address peer;       /* the address of this connection */
-    vkp_str username;       /* of this try; the owner's memory */
+    vkp_str username;       /* of this try; a copy */
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
@@ -183,7 +183,9 @@ static void vkp_i_link_close(vkp_i_link *link)
         vkp_conn_close(conn);
         vkp_conn_unref(conn);
     }
-    vkp_resp_reader_reset(link->reader);
+    if (link->reader != NULL) { /* otherwise vkp_i_link_init had no memory */
+        vkp_resp_reader_reset(link->reader);
+    }
 }
 
 /* The link failed: why is the reason, words are the server's, or of no length. */
@@ -673,6 +675,8 @@ static void vkp_i_link_deinit(vkp_i_link *link)
 {
     vkp_resp_reader_unref(link->reader);
     vkp_i_block_unref(link->out);
+    vkp_i_free_str(link->env, link->username);
+    vkp_i_free_str(link->env, link->password);
     vkp_i_free(link->env, link->known, sizeof *link->known);
 }
 

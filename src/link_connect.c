@@ -139,11 +139,17 @@ static vkp_status vkp_i_link_look_up(vkp_i_link *link, const vkp_i_parts *parts)
     return VKP_OK;
 }
 
-/* Prepare a try to connect with these credentials (borrowed until on_down). */
-static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str password)
+/* Replace the text by a copy of another one. False: no memory; the text is empty then. */
+static bool vkp_i_link_keep(const vkp_i_link *link, vkp_str *text, vkp_str now)
 {
-    link->username = username;
-    link->password = password;
+    vkp_i_free_str(link->env, *text);
+    *text = now;
+    return vkp_i_copy_str(link->env, text);
+}
+
+/* Prepare a try to connect with these credentials. False: no memory. */
+static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str password)
+{
     link->stage = VKP_I_STAGE_CONNECTING;
     link->steps = 0;
     link->connected = false;
@@ -154,6 +160,8 @@ static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->hello_words[0] = '\0';
     link->heard_ns = vkp_i_loop_now(link->loop);
     link->answered_ns = link->heard_ns;
+    return vkp_i_link_keep(link, &link->username, username) &&
+           vkp_i_link_keep(link, &link->password, password);
 }
 
 /* Begin to connect to the address of another link. On failure the link is down, and on_down is not
@@ -161,8 +169,8 @@ static void vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
 static vkp_status vkp_i_link_connect_to(vkp_i_link *link, const vkp_address *address,
                                         vkp_str username, vkp_str password)
 {
-    vkp_i_link_begin(link, username, password);
-    return vkp_i_link_dial(link, address, 1);
+    return vkp_i_link_begin(link, username, password) ? vkp_i_link_dial(link, address, 1)
+                                                      : VKP_ERR_NOMEM;
 }
 
 /* Begin to connect to the address. On failure the link is down, and on_down is not called. */
@@ -173,7 +181,9 @@ static vkp_status vkp_i_link_connect(vkp_i_link *link, vkp_str address, vkp_str 
     vkp_i_parts parts;
     size_t count = 0;
     vkp_status status = vkp_i_split_address(link->env, address, &parts);
-    vkp_i_link_begin(link, username, password);
+    if (status == VKP_OK && !vkp_i_link_begin(link, username, password)) {
+        status = VKP_ERR_NOMEM;
+    }
     if (status == VKP_OK && link->config->resolver != NULL && parts.name.text == NULL &&
         !vkp_i_is_numeric_host(parts.host)) {
         return vkp_i_link_look_up(link, &parts);

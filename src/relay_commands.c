@@ -3,9 +3,9 @@
    >>impl-relay-commands   Relay: commands
    ======================================================================================
    Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
-   the table vkp_i_commands: wait until no answer is pending, refuse (the command would block or
-   change the one upstream connection), hold for EXEC, answer here, or forward upstream. Commands
-   outside the table are forwarded, and stand-alone refused.
+   the table vkp_i_commands, and by what the command does to the connection that carries it (see
+   impl-command): wait until no answer is pending, refuse, hold for EXEC, answer here, or forward
+   upstream. Commands outside the table are forwarded, and stand-alone refused.
    Each command is answered once, in its order: at once by its vkp_i_run_* function, or later by
    an answer or a subscription under way.
    Stand-alone, PUBLISH delivers to its own shard's hub and sends the message to every other
@@ -20,10 +20,7 @@
 #define VKP_I_CMD_LOCAL 0x0200u  /* answered by the relay, with or without a server */
 #define VKP_I_CMD_ALONE 0x0400u  /* answered by a stand-alone relay, otherwise forwarded */
 #define VKP_I_CMD_SUB2 0x0800u   /* allowed to a RESP2 client with subscriptions */
-#define VKP_I_CMD_BLOCKS 0x1000u /* refused: blocks the upstream connection for all clients */
-#define VKP_I_CMD_STATE 0x2000u  /* refused: changes the state of the upstream connection */
 #define VKP_I_CMD_MULTI 0x4000u  /* executed inside MULTI, not held until EXEC */
-#define VKP_I_CMD_MAYBE 0x8000u  /* refused only with a BLOCK argument */
 
 typedef void (*vkp_i_command_fn)(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
@@ -253,21 +250,16 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
    upstream connection refused, others forwarded.                                              */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    static const char *const refused[] = {"REPLY",    "TRACKING",     "CACHING",  "NO-EVICT",
-                                          "NO-TOUCH", "TRACKINGINFO", "GETREDIR", "CAPA"};
     vkp_resp_writer writer;
-    size_t i;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    for (i = 0; i < sizeof refused / sizeof refused[0]; i++) {
-        if (vkp_i_str_is(argv[1], refused[i])) {
-            vkp_i_local_error(local,
-                              "ERR CLIENT %s cannot be shared: it would change the relay's "
-                              "one upstream connection",
-                              refused[i]);
-            return;
-        }
+    if (vkp_i_command_get_sharing(argc, argv) != VKP_I_SHARING_OK) {
+        vkp_i_local_error(local,
+                          "ERR CLIENT %.*s cannot be shared: it would change the relay's one "
+                          "upstream connection",
+                          VKP_I_SHORT(argv[1]));
+        return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (vkp_i_str_is(argv[1], "ID")) {
@@ -587,16 +579,7 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 
 /* Sorted by name for vkp_i_command_find; every other command is forwarded. */
 static const vkp_i_command vkp_i_commands[] = {
-    {"asking", NULL, VKP_I_CMD_STATE},
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
-    {"blmove", NULL, VKP_I_CMD_BLOCKS},
-    {"blmpop", NULL, VKP_I_CMD_BLOCKS},
-    {"blpop", NULL, VKP_I_CMD_BLOCKS},
-    {"brpop", NULL, VKP_I_CMD_BLOCKS},
-    {"brpoplpush", NULL, VKP_I_CMD_BLOCKS},
-    {"bzmpop", NULL, VKP_I_CMD_BLOCKS},
-    {"bzpopmax", NULL, VKP_I_CMD_BLOCKS},
-    {"bzpopmin", NULL, VKP_I_CMD_BLOCKS},
     {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
     {"command", vkp_i_run_command, VKP_I_CMD_ALONE},
     {"config", vkp_i_run_command, VKP_I_CMD_ALONE},
@@ -609,34 +592,23 @@ static const vkp_i_command vkp_i_commands[] = {
     {"info", vkp_i_run_info, VKP_I_CMD_ALONE},
     {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
-    {"monitor", NULL, VKP_I_CMD_STATE},
     {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
     {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
     {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
-    {"psync", NULL, VKP_I_CMD_STATE},
     {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
     {"punsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
     {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
-    {"readonly", NULL, VKP_I_CMD_STATE},
-    {"readwrite", NULL, VKP_I_CMD_STATE},
-    {"replconf", NULL, VKP_I_CMD_STATE},
     {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
-    {"select", NULL, VKP_I_CMD_STATE},
     {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
-    {"sync", NULL, VKP_I_CMD_STATE},
     {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
-    {"unwatch", NULL, VKP_I_CMD_STATE},
-    {"wait", NULL, VKP_I_CMD_BLOCKS},
-    {"waitaof", NULL, VKP_I_CMD_BLOCKS},
-    {"watch", NULL, VKP_I_CMD_STATE},
     {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
-    {"xread", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
-    {"xreadgroup", NULL, VKP_I_CMD_MAYBE | VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xread", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
+    {"xreadgroup", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"zdiff", NULL, VKP_I_SHAPE_FLAT},
     {"zinter", NULL, VKP_I_SHAPE_FLAT},
     {"zmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
@@ -698,20 +670,14 @@ static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command,
                                const vkp_str *argv)
 {
     uint32_t flags = command != NULL ? command->flags : 0;
-    size_t i;
-    if ((flags & VKP_I_CMD_MAYBE) != 0) {
-        for (i = 1; i < argc && !vkp_i_str_is(argv[i], "STREAMS"); i++) {
-            if (vkp_i_str_is(argv[i], "BLOCK")) {
-                flags |= VKP_I_CMD_BLOCKS;
-            }
-        }
-    }
-    if ((flags & VKP_I_CMD_BLOCKS) != 0) {
+    bool local_only = command != NULL && command->run != NULL; /* never sent upstream */
+    vkp_i_sharing sharing = local_only ? VKP_I_SHARING_OK : vkp_i_command_get_sharing(argc, argv);
+    if (sharing == VKP_I_SHARING_BLOCKS) {
         vkp_i_local_error(local,
                           "ERR '%.*s' cannot be shared: it would block the relay's one "
                           "upstream connection; connect to the server itself",
                           VKP_I_SHORT(argv[0]));
-    } else if ((flags & VKP_I_CMD_STATE) != 0) {
+    } else if (sharing != VKP_I_SHARING_OK) {
         vkp_i_local_error(local,
                           "ERR '%.*s' cannot be shared: it would change the state of the "
                           "relay's one upstream connection; connect to the server itself",

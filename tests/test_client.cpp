@@ -589,26 +589,47 @@ TEST_CASE("client: commands that would change the connection for all are refused
     Loop loop;
     FakeServer server;
     Client client(loop, server.config());
-    const std::vector<std::vector<const char *>> commands = {{"SUBSCRIBE", "a"},
-                                                             {"psubscribe", "a"},
-                                                             {"SSubscribe", "a"},
-                                                             {"UNSUBSCRIBE"},
-                                                             {"PUNSUBSCRIBE"},
-                                                             {"SUNSUBSCRIBE"},
-                                                             {"HELLO", "2"},
-                                                             {"AUTH", "x"},
-                                                             {"RESET"},
-                                                             {"QUIT"},
-                                                             {"MONITOR"},
-                                                             {"MULTI"},
-                                                             {"EXEC"},
-                                                             {"DISCARD"},
-                                                             {"WATCH", "k"},
-                                                             {"SELECT", "1"},
-                                                             {"SYNC"},
-                                                             {"PSYNC", "?", "-1"},
-                                                             {"CLIENT", "REPLY", "OFF"},
-                                                             {"client", "reply", "skip"}};
+    const std::vector<std::vector<const char *>> commands = {
+        {"SUBSCRIBE", "a"},
+        {"psubscribe", "a"},
+        {"SSubscribe", "a"},
+        {"UNSUBSCRIBE"},
+        {"PUNSUBSCRIBE"},
+        {"SUNSUBSCRIBE"},
+        {"HELLO", "2"},
+        {"AUTH", "x"},
+        {"RESET"},
+        {"QUIT"},
+        {"MONITOR"},
+        {"MULTI"},
+        {"EXEC"},
+        {"DISCARD"},
+        {"WATCH", "k"},
+        {"SELECT", "1"},
+        {"SYNC"},
+        {"PSYNC", "?", "-1"},
+        {"CLIENT", "REPLY", "OFF"},
+        {"client", "reply", "skip"},
+        {"UNWATCH"},
+        {"ASKING"},
+        {"READONLY"},
+        {"readwrite"},
+        {"REPLCONF", "ACK", "1"},
+        {"Script", "Debug", "yes"},
+        // FINDINGS A15
+        {"BLPOP", "l", "0"},
+        {"brpop", "l", "1"},
+        {"BRPOPLPUSH", "a", "b", "0"},
+        {"BLMOVE", "a", "b", "LEFT", "LEFT", "0"},
+        {"BLMPOP", "0", "1", "l", "LEFT"},
+        {"BZPOPMIN", "z", "0"},
+        {"BZPOPMAX", "z", "0"},
+        {"BZMPOP", "0", "1", "z", "MIN"},
+        {"WAIT", "1", "0"},
+        {"WAITAOF", "1", "1", "0"},
+        {"XREAD", "BLOCK", "0", "STREAMS", "x", "$"},
+        {"xread", "count", "1", "block", "0", "STREAMS", "x", "$"},
+        {"XREADGROUP", "GROUP", "streams", "c", "BLOCK", "0", "STREAMS", "x", ">"}};
     for (const auto &words : commands) {
         std::vector<vkp_str> argv;
         for (const char *word : words) {
@@ -620,9 +641,16 @@ TEST_CASE("client: commands that would change the connection for all are refused
     }
     Question harmless(client, {"CLIENT", "ID"});
     Question prefix(client, {"SUBSCRIBER", "a"});
+    Question named(client, {"XREADGROUP", "GROUP", "block", "block", "STREAMS", "block", ">"});
+    Question polled(client, {"XREAD", "STREAMS", "BLOCK", "0"});
+    Question script(client, {"SCRIPT", "EXISTS", "DEBUG"});
     Peer peer = server.greet(loop);
     CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
     CHECK(heard(loop, peer) == wire({"SUBSCRIBER", "a"}));
+    CHECK(heard(loop, peer) ==
+          wire({"XREADGROUP", "GROUP", "block", "block", "STREAMS", "block", ">"}));
+    CHECK(heard(loop, peer) == wire({"XREAD", "STREAMS", "BLOCK", "0"}));
+    CHECK(heard(loop, peer) == wire({"SCRIPT", "EXISTS", "DEBUG"}));
 }
 
 TEST_CASE("client: queue_bytes bounds what waits and what is in flight", "[client]")
