@@ -635,7 +635,7 @@ typedef struct vkp_resp_config {
     size_t max_bulk_bytes;  /* most bytes of one bulk string; 0: 512 MiB */
     size_t max_line_bytes;  /* most bytes of one line without its CRLF; 0: 64 KiB */
     size_t max_frame_bytes; /* most bytes of one frame; 0: 1 GiB; at most 4 GiB - 1 */
-    bool lenient;       /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
+    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,+inf ,5. ,.5 and >-1 as null */
     const vkp_env *env; /* memory; NULL: all defaults */
 } vkp_resp_config;
 
@@ -767,7 +767,9 @@ typedef enum vkp_client_state {
 /* What the server must be. */
 typedef enum vkp_client_role {
     VKP_CLIENT_ROLE_ANY = 0, /* a primary or a replica */
-    VKP_CLIENT_ROLE_PRIMARY  /* a primary; on another server the client closes and tries again */
+    /* A primary; on another server, and when a command is answered READONLY, the client closes the
+       connection and tries again. */
+    VKP_CLIENT_ROLE_PRIMARY
 } vkp_client_role;
 
 /* One command that each new connection sends before all others. */
@@ -893,6 +895,17 @@ VKP_API void vkp_client_close(vkp_client *client);
 /* The state of the client. Any thread. */
 VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client);
 
+/* A receiver of the client's states, values of vkp_client_state: for vkp_watch_changed, and with
+   vkp_case_watch_changed for a select or a handler. It has seen the current one.
+   Owns:   gives *states     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (a null argument)                                                    */
+VKP_API VKP_NODISCARD vkp_status vkp_client_watch_state(vkp_client *client, vkp_watch_rx **states);
+
+/* Wait until the client is READY.
+   Blocks: until deadline_ns     Threads: any but the loop's     In callbacks: would stall the loop
+   Errors: TIMEOUT, CLOSED (the client), NOMEM, INVALID (client NULL)                          */
+VKP_API VKP_NODISCARD vkp_status vkp_client_wait_ready(vkp_client *client, uint64_t deadline_ns);
+
 /* The protocol of the last handshake, 2 or 3; 0 before the first handshake. Any thread. */
 VKP_API int vkp_client_get_protocol(const vkp_client *client);
 
@@ -972,6 +985,15 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_ones
    Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (a null argument, argc 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
+
+/* Log in again on the connection that stands, as vkp_client_command with AUTH would. When the server
+   accepts, later connections log in with these credentials too (on_connect may change them still).
+   username.ptr NULL: AUTH with the password alone.
+   Owns:   borrows the texts, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but never REFUSED; INVALID (a null argument)                 */
+VKP_API VKP_NODISCARD vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *reply,
+                                                         vkp_str username, vkp_str password);
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
@@ -10156,7 +10178,7 @@ static double vkp_i_to_double(const char *text, size_t len)
 #define VKP_I_DOUBLE_MAX DBL_MAX
 
 /* Whether the text is a finite double of the RESP3 grammar, or "inf", "-inf" or "nan". Lenient:
-   also "nan(x)", "-nan", "5." and ".5" of old servers. */
+   also "nan(x)", "-nan", "+inf", "5." and ".5" of old servers. */
 static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
 {
     vkp_str all = vkp_i_str(text, len);
@@ -10166,6 +10188,9 @@ static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
     double value;
     if (vkp_i_str_equal(all, vkp_str_of("inf")) || vkp_i_str_equal(all, vkp_str_of("-inf")) ||
         vkp_i_str_equal(all, vkp_str_of("nan"))) {
+        return true;
+    }
+    if (lenient && vkp_i_str_equal(all, vkp_str_of("+inf"))) {
         return true;
     }
     if (lenient && len >= at + 3 && memcmp(text + at, "nan", 3) == 0) {
@@ -10212,7 +10237,7 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
     }
     at = text[0] == '-' || text[0] == '+' ? 1 : 0;
     if (text[at] == 'i') {
-        return at == 1 ? -infinity : infinity;
+        return text[0] == '-' ? -infinity : infinity;
     }
     if (text[at] == 'n') {
         return infinity - infinity;
@@ -18072,14 +18097,15 @@ typedef struct vkp_i_ask {
     vkp_i_request request; /* its bytes are the commands to write; for WANT and LEAVE the name */
     vkp_client *client;    /* no reference */
     vkp_i_ask_kind kind;
-    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
-    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
-    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
-    vkp_subscribe_fn done; /* called with the outcome of a WANT, or NULL */
-    void *user;            /* argument of on_reply and of done */
-    vkp_sub_kind sub;      /* kind of the name, for WANT and LEAVE */
-    bool blocks;           /* a COMMAND for a connection of its own */
-    vkp_status outcome;    /* of a WANT in client->reporting */
+    size_t cost;              /* bytes counted in client->queued_bytes, or 0 */
+    vkp_oneshot *slot;        /* receives the reply, or NULL; guarded by the mutex */
+    vkp_reply_fn on_reply;    /* called with the last reply, or NULL */
+    vkp_subscribe_fn done;    /* called with the outcome of a WANT, or NULL */
+    void *user;               /* argument of on_reply and of done */
+    vkp_sub_kind sub;         /* kind of the name, for WANT and LEAVE */
+    bool blocks;              /* a COMMAND for a connection of its own */
+    vkp_client_target *login; /* AUTH: the credentials to keep when it succeeds; or NULL */
+    vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
 
 typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
@@ -18100,8 +18126,9 @@ struct vkp_client {
     size_t refs;    /* atomic: one per handle, per one-shot, of the open loop, of the queued task */
     size_t users;   /* atomic: handles of the program; giving the last one back closes */
     uint32_t state; /* atomic: vkp_client_state */
-    uint32_t protocol; /* atomic: the link's protocol: 2 or 3; 0 before the first handshake */
-    VKP_I_MUTEX mutex; /* guards the fields from `submitted` to `error`, and ask->slot */
+    uint32_t protocol;    /* atomic: the link's protocol: 2 or 3; 0 before the first handshake */
+    vkp_watch_tx *states; /* of vkp_client_state: for vkp_client_watch_state */
+    VKP_I_MUTEX mutex;    /* guards the fields from `submitted` to `error`, and ask->slot */
     vkp_i_requests submitted; /* asks that the loop has not taken; guarded by the mutex */
     size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
     bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
@@ -18183,6 +18210,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_i_link_deinit(&client->link);
     vkp_mpsc_tx_unref(client->config.pushes);
     vkp_resolver_unref(client->config.resolver);
+    vkp_watch_tx_unref(client->states);
     VKP_I_MUTEX_DEINIT(&client->mutex);
     vkp_i_free_str(env, client->config.address);
     vkp_i_free_str(env, client->config.username);
@@ -18298,6 +18326,10 @@ static vkp_i_ask *vkp_i_ask_new(vkp_client *client, vkp_i_ask_kind kind)
 
 static void vkp_i_ask_free(vkp_i_ask *ask)
 {
+    if (ask->login != NULL) {
+        vkp_i_target_free(ask->client->env, ask->login);
+        vkp_i_free(ask->client->env, ask->login, sizeof *ask->login);
+    }
     vkp_bytes_unref(&ask->request.bytes);
     vkp_i_free(ask->client->env, ask, sizeof *ask);
 }
@@ -18337,12 +18369,24 @@ static void vkp_i_ask_report(vkp_i_ask *ask, vkp_status status, vkp_str words)
     vkp_i_ask_free(ask);
 }
 
+/* AUTH succeeded: later connections log in with these credentials. */
+static void vkp_i_ask_keep_login(vkp_i_ask *ask)
+{
+    vkp_client_config *config = &ask->client->config;
+    vkp_client_target old = *ask->login;
+    ask->login->username = config->username; /* freed with the ask */
+    ask->login->password = config->password;
+    config->username = old.username;
+    config->password = old.password;
+}
+
 /* The end of an ask: answer its callback or its one-shot, and free it. */
 static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
                               const vkp_bytes *frame)
 {
     vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
     vkp_client *client = ask->client;
+    bool demoted;
     if (ask->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= ask->cost;
@@ -18352,6 +18396,12 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
         vkp_i_ask_report(ask, status, vkp_str_of(client->link.error));
         return;
     }
+    if (ask->login != NULL && status == VKP_OK && value->type != VKP_RESP_ERROR) {
+        vkp_i_ask_keep_login(ask);
+    }
+    demoted = status == VKP_OK && value->type == VKP_RESP_ERROR &&
+              client->config.role == VKP_CLIENT_ROLE_PRIMARY &&
+              vkp_i_starts_with(vkp_value_get_str(value), "READONLY");
     if (ask->on_reply != NULL) {
         ask->on_reply(ask->user, status, value, frame);
     } else {
@@ -18359,6 +18409,9 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
                               status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL);
     }
     vkp_i_ask_free(ask);
+    if (demoted && client->link.conn != NULL) {
+        vkp_i_link_lose(&client->link, "the server is a replica now");
+    }
 }
 
 /* ---- submitting, from any thread ---- */
@@ -18447,28 +18500,28 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Submit one command whose reply the one-shot receives. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
+/* Submit one command whose reply the one-shot receives. Takes login, which may be NULL. */
+static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                              const vkp_str *argv, bool blocks,
+                                              vkp_client_target *login)
 {
-    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
-    vkp_i_ask *ask;
+    vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     vkp_status status;
-    if (sharing == VKP_I_SHARING_CHANGES ||
-        (sharing == VKP_I_SHARING_BLOCKS && client->config.private_max == 0)) {
-        return VKP_ERR_REFUSED;
-    }
-    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
+        if (login != NULL) {
+            vkp_i_target_free(client->env, login);
+            vkp_i_free(client->env, login, sizeof *login);
+        }
         return VKP_ERR_NOMEM;
     }
+    ask->login = login;
     status = vkp_i_request_put(&ask->request, client->env, argc, argv);
     if (status != VKP_OK) {
-        vkp_i_free(client->env, ask, sizeof *ask);
+        vkp_i_ask_free(ask);
         return status;
     }
     ask->cost = sizeof *ask + ask->request.bytes.len;
-    ask->blocks = sharing == VKP_I_SHARING_BLOCKS;
+    ask->blocks = blocks;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;
@@ -18483,6 +18536,18 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     return status;
 }
 
+/* Submit a command, if it can share the connection or have one of its own. */
+static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                   const vkp_str *argv)
+{
+    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
+    bool blocks = sharing == VKP_I_SHARING_BLOCKS;
+    if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
+        return VKP_ERR_REFUSED;
+    }
+    return vkp_i_client_submit_command(client, slot, argc, argv, blocks, NULL);
+}
+
 VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                            const vkp_str *argv)
 {
@@ -18494,6 +18559,52 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
+    }
+    return status;
+}
+
+/* The credentials that an AUTH keeps. NULL: no memory. */
+static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+{
+    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
+    if (login == NULL) {
+        return NULL;
+    }
+    login->username = username;
+    login->password = password;
+    if (!vkp_i_copy_str(env, &login->username)) {
+        login->password.ptr = NULL; /* not copied: must not be freed */
+    } else if (vkp_i_copy_str(env, &login->password)) {
+        return login;
+    }
+    vkp_i_target_free(env, login);
+    vkp_i_free(env, login, sizeof *login);
+    return NULL;
+}
+
+VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot, vkp_str username,
+                                           vkp_str password)
+{
+    vkp_client_target *login;
+    vkp_str argv[3];
+    size_t argc = 0;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
+    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    login = status == VKP_OK ? vkp_i_login_new(client->env, username, password) : NULL;
+    if (status == VKP_OK && login == NULL) {
+        status = VKP_ERR_NOMEM;
+    }
+    argv[argc++] = vkp_str_of("AUTH");
+    if (username.ptr != NULL) {
+        argv[argc++] = username;
+    }
+    argv[argc++] = password;
+    if (status == VKP_OK) {
+        status = vkp_i_client_submit_command(client, slot, argc, argv, false, login);
+    }
+    if (status != VKP_OK) {
+        vkp_oneshot_abandon(slot);
     }
     return status;
 }
@@ -20046,6 +20157,9 @@ static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
     VKP_I_LOCK(&client->mutex);
     client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY;
     VKP_I_UNLOCK(&client->mutex);
+    if (vkp_watch_replace(client->states, &state) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a state was not reported");
+    }
 }
 
 static void vkp_i_client_set_error(vkp_client *client, const char *text)
@@ -20437,6 +20551,30 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
     vkp_i_client_release(client);
 }
 
+VKP_API vkp_status vkp_client_watch_state(vkp_client *client, vkp_watch_rx **states)
+{
+    VKP_I_REQUIRE(client != NULL && states != NULL);
+    return vkp_watch_subscribe(client->states, states);
+}
+
+VKP_API vkp_status vkp_client_wait_ready(vkp_client *client, uint64_t deadline_ns)
+{
+    vkp_watch_rx *states;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL);
+    status = vkp_watch_subscribe(client->states, &states);
+    if (status != VKP_OK) {
+        return status;
+    }
+    while (status == VKP_OK && vkp_client_get_state(client) != VKP_CLIENT_READY) {
+        status = vkp_client_get_state(client) == VKP_CLIENT_CLOSED
+                     ? VKP_ERR_CLOSED
+                     : vkp_watch_changed(states, deadline_ns);
+    }
+    vkp_watch_rx_unref(states);
+    return status;
+}
+
 VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats)
 {
     stats->connections = VKP_I_LOAD(&client->stats.connections);
@@ -20583,6 +20721,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
 {
     vkp_client *client;
     vkp_i_parts parts;
+    vkp_watch_config states;
     vkp_status status;
     int kind;
     VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
@@ -20617,6 +20756,12 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     status = vkp_i_client_configure(client, config);
     if (status == VKP_OK) {
         status = vkp_i_split_address(client->env, config->address, &parts);
+    }
+    if (status == VKP_OK) {
+        memset(&states, 0, sizeof states);
+        states.elem_bytes = sizeof(vkp_client_state);
+        states.env = client->env;
+        status = vkp_watch_open(&states, &client->states);
     }
     if (status != VKP_OK) {
         vkp_i_client_free(client);

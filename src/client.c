@@ -22,14 +22,15 @@ typedef struct vkp_i_ask {
     vkp_i_request request; /* its bytes are the commands to write; for WANT and LEAVE the name */
     vkp_client *client;    /* no reference */
     vkp_i_ask_kind kind;
-    size_t cost;           /* bytes counted in client->queued_bytes, or 0 */
-    vkp_oneshot *slot;     /* receives the reply, or NULL; guarded by the mutex */
-    vkp_reply_fn on_reply; /* called with the last reply, or NULL */
-    vkp_subscribe_fn done; /* called with the outcome of a WANT, or NULL */
-    void *user;            /* argument of on_reply and of done */
-    vkp_sub_kind sub;      /* kind of the name, for WANT and LEAVE */
-    bool blocks;           /* a COMMAND for a connection of its own */
-    vkp_status outcome;    /* of a WANT in client->reporting */
+    size_t cost;              /* bytes counted in client->queued_bytes, or 0 */
+    vkp_oneshot *slot;        /* receives the reply, or NULL; guarded by the mutex */
+    vkp_reply_fn on_reply;    /* called with the last reply, or NULL */
+    vkp_subscribe_fn done;    /* called with the outcome of a WANT, or NULL */
+    void *user;               /* argument of on_reply and of done */
+    vkp_sub_kind sub;         /* kind of the name, for WANT and LEAVE */
+    bool blocks;              /* a COMMAND for a connection of its own */
+    vkp_client_target *login; /* AUTH: the credentials to keep when it succeeds; or NULL */
+    vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
 
 typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
@@ -50,8 +51,9 @@ struct vkp_client {
     size_t refs;    /* atomic: one per handle, per one-shot, of the open loop, of the queued task */
     size_t users;   /* atomic: handles of the program; giving the last one back closes */
     uint32_t state; /* atomic: vkp_client_state */
-    uint32_t protocol; /* atomic: the link's protocol: 2 or 3; 0 before the first handshake */
-    VKP_I_MUTEX mutex; /* guards the fields from `submitted` to `error`, and ask->slot */
+    uint32_t protocol;    /* atomic: the link's protocol: 2 or 3; 0 before the first handshake */
+    vkp_watch_tx *states; /* of vkp_client_state: for vkp_client_watch_state */
+    VKP_I_MUTEX mutex;    /* guards the fields from `submitted` to `error`, and ask->slot */
     vkp_i_requests submitted; /* asks that the loop has not taken; guarded by the mutex */
     size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
     bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
@@ -133,6 +135,7 @@ static void vkp_i_client_free(vkp_client *client)
     vkp_i_link_deinit(&client->link);
     vkp_mpsc_tx_unref(client->config.pushes);
     vkp_resolver_unref(client->config.resolver);
+    vkp_watch_tx_unref(client->states);
     VKP_I_MUTEX_DEINIT(&client->mutex);
     vkp_i_free_str(env, client->config.address);
     vkp_i_free_str(env, client->config.username);
@@ -248,6 +251,10 @@ static vkp_i_ask *vkp_i_ask_new(vkp_client *client, vkp_i_ask_kind kind)
 
 static void vkp_i_ask_free(vkp_i_ask *ask)
 {
+    if (ask->login != NULL) {
+        vkp_i_target_free(ask->client->env, ask->login);
+        vkp_i_free(ask->client->env, ask->login, sizeof *ask->login);
+    }
     vkp_bytes_unref(&ask->request.bytes);
     vkp_i_free(ask->client->env, ask, sizeof *ask);
 }
@@ -287,12 +294,24 @@ static void vkp_i_ask_report(vkp_i_ask *ask, vkp_status status, vkp_str words)
     vkp_i_ask_free(ask);
 }
 
+/* AUTH succeeded: later connections log in with these credentials. */
+static void vkp_i_ask_keep_login(vkp_i_ask *ask)
+{
+    vkp_client_config *config = &ask->client->config;
+    vkp_client_target old = *ask->login;
+    ask->login->username = config->username; /* freed with the ask */
+    ask->login->password = config->password;
+    config->username = old.username;
+    config->password = old.password;
+}
+
 /* The end of an ask: answer its callback or its one-shot, and free it. */
 static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
                               const vkp_bytes *frame)
 {
     vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
     vkp_client *client = ask->client;
+    bool demoted;
     if (ask->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= ask->cost;
@@ -302,6 +321,12 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
         vkp_i_ask_report(ask, status, vkp_str_of(client->link.error));
         return;
     }
+    if (ask->login != NULL && status == VKP_OK && value->type != VKP_RESP_ERROR) {
+        vkp_i_ask_keep_login(ask);
+    }
+    demoted = status == VKP_OK && value->type == VKP_RESP_ERROR &&
+              client->config.role == VKP_CLIENT_ROLE_PRIMARY &&
+              vkp_i_starts_with(vkp_value_get_str(value), "READONLY");
     if (ask->on_reply != NULL) {
         ask->on_reply(ask->user, status, value, frame);
     } else {
@@ -309,6 +334,9 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
                               status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL);
     }
     vkp_i_ask_free(ask);
+    if (demoted && client->link.conn != NULL) {
+        vkp_i_link_lose(&client->link, "the server is a replica now");
+    }
 }
 
 /* ---- submitting, from any thread ---- */
@@ -397,28 +425,28 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Submit one command whose reply the one-shot receives. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
+/* Submit one command whose reply the one-shot receives. Takes login, which may be NULL. */
+static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                              const vkp_str *argv, bool blocks,
+                                              vkp_client_target *login)
 {
-    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
-    vkp_i_ask *ask;
+    vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     vkp_status status;
-    if (sharing == VKP_I_SHARING_CHANGES ||
-        (sharing == VKP_I_SHARING_BLOCKS && client->config.private_max == 0)) {
-        return VKP_ERR_REFUSED;
-    }
-    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
+        if (login != NULL) {
+            vkp_i_target_free(client->env, login);
+            vkp_i_free(client->env, login, sizeof *login);
+        }
         return VKP_ERR_NOMEM;
     }
+    ask->login = login;
     status = vkp_i_request_put(&ask->request, client->env, argc, argv);
     if (status != VKP_OK) {
-        vkp_i_free(client->env, ask, sizeof *ask);
+        vkp_i_ask_free(ask);
         return status;
     }
     ask->cost = sizeof *ask + ask->request.bytes.len;
-    ask->blocks = sharing == VKP_I_SHARING_BLOCKS;
+    ask->blocks = blocks;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;
@@ -433,6 +461,18 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     return status;
 }
 
+/* Submit a command, if it can share the connection or have one of its own. */
+static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                   const vkp_str *argv)
+{
+    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
+    bool blocks = sharing == VKP_I_SHARING_BLOCKS;
+    if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
+        return VKP_ERR_REFUSED;
+    }
+    return vkp_i_client_submit_command(client, slot, argc, argv, blocks, NULL);
+}
+
 VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
                                            const vkp_str *argv)
 {
@@ -444,6 +484,52 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
+    }
+    return status;
+}
+
+/* The credentials that an AUTH keeps. NULL: no memory. */
+static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+{
+    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
+    if (login == NULL) {
+        return NULL;
+    }
+    login->username = username;
+    login->password = password;
+    if (!vkp_i_copy_str(env, &login->username)) {
+        login->password.ptr = NULL; /* not copied: must not be freed */
+    } else if (vkp_i_copy_str(env, &login->password)) {
+        return login;
+    }
+    vkp_i_target_free(env, login);
+    vkp_i_free(env, login, sizeof *login);
+    return NULL;
+}
+
+VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot, vkp_str username,
+                                           vkp_str password)
+{
+    vkp_client_target *login;
+    vkp_str argv[3];
+    size_t argc = 0;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
+    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    login = status == VKP_OK ? vkp_i_login_new(client->env, username, password) : NULL;
+    if (status == VKP_OK && login == NULL) {
+        status = VKP_ERR_NOMEM;
+    }
+    argv[argc++] = vkp_str_of("AUTH");
+    if (username.ptr != NULL) {
+        argv[argc++] = username;
+    }
+    argv[argc++] = password;
+    if (status == VKP_OK) {
+        status = vkp_i_client_submit_command(client, slot, argc, argv, false, login);
+    }
+    if (status != VKP_OK) {
+        vkp_oneshot_abandon(slot);
     }
     return status;
 }

@@ -26,7 +26,9 @@ typedef enum vkp_client_state {
 /* What the server must be. */
 typedef enum vkp_client_role {
     VKP_CLIENT_ROLE_ANY = 0, /* a primary or a replica */
-    VKP_CLIENT_ROLE_PRIMARY  /* a primary; on another server the client closes and tries again */
+    /* A primary; on another server, and when a command is answered READONLY, the client closes the
+       connection and tries again. */
+    VKP_CLIENT_ROLE_PRIMARY
 } vkp_client_role;
 
 /* One command that each new connection sends before all others. */
@@ -152,6 +154,17 @@ VKP_API void vkp_client_close(vkp_client *client);
 /* The state of the client. Any thread. */
 VKP_API vkp_client_state vkp_client_get_state(const vkp_client *client);
 
+/* A receiver of the client's states, values of vkp_client_state: for vkp_watch_changed, and with
+   vkp_case_watch_changed for a select or a handler. It has seen the current one.
+   Owns:   gives *states     Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, INVALID (a null argument)                                                    */
+VKP_API VKP_NODISCARD vkp_status vkp_client_watch_state(vkp_client *client, vkp_watch_rx **states);
+
+/* Wait until the client is READY.
+   Blocks: until deadline_ns     Threads: any but the loop's     In callbacks: would stall the loop
+   Errors: TIMEOUT, CLOSED (the client), NOMEM, INVALID (client NULL)                          */
+VKP_API VKP_NODISCARD vkp_status vkp_client_wait_ready(vkp_client *client, uint64_t deadline_ns);
+
 /* The protocol of the last handshake, 2 or 3; 0 before the first handshake. Any thread. */
 VKP_API int vkp_client_get_protocol(const vkp_client *client);
 
@@ -231,6 +244,15 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_ones
    Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (a null argument, argc 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
+
+/* Log in again on the connection that stands, as vkp_client_command with AUTH would. When the server
+   accepts, later connections log in with these credentials too (on_connect may change them still).
+   username.ptr NULL: AUTH with the password alone.
+   Owns:   borrows the texts, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but never REFUSED; INVALID (a null argument)                 */
+VKP_API VKP_NODISCARD vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *reply,
+                                                         vkp_str username, vkp_str password);
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and

@@ -23,6 +23,9 @@ static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
     VKP_I_LOCK(&client->mutex);
     client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY;
     VKP_I_UNLOCK(&client->mutex);
+    if (vkp_watch_replace(client->states, &state) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a state was not reported");
+    }
 }
 
 static void vkp_i_client_set_error(vkp_client *client, const char *text)
@@ -414,6 +417,30 @@ static void vkp_i_client_loop_closed(vkp_i_attached *attached)
     vkp_i_client_release(client);
 }
 
+VKP_API vkp_status vkp_client_watch_state(vkp_client *client, vkp_watch_rx **states)
+{
+    VKP_I_REQUIRE(client != NULL && states != NULL);
+    return vkp_watch_subscribe(client->states, states);
+}
+
+VKP_API vkp_status vkp_client_wait_ready(vkp_client *client, uint64_t deadline_ns)
+{
+    vkp_watch_rx *states;
+    vkp_status status;
+    VKP_I_REQUIRE(client != NULL);
+    status = vkp_watch_subscribe(client->states, &states);
+    if (status != VKP_OK) {
+        return status;
+    }
+    while (status == VKP_OK && vkp_client_get_state(client) != VKP_CLIENT_READY) {
+        status = vkp_client_get_state(client) == VKP_CLIENT_CLOSED
+                     ? VKP_ERR_CLOSED
+                     : vkp_watch_changed(states, deadline_ns);
+    }
+    vkp_watch_rx_unref(states);
+    return status;
+}
+
 VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *stats)
 {
     stats->connections = VKP_I_LOAD(&client->stats.connections);
@@ -560,6 +587,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
 {
     vkp_client *client;
     vkp_i_parts parts;
+    vkp_watch_config states;
     vkp_status status;
     int kind;
     VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
@@ -594,6 +622,12 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     status = vkp_i_client_configure(client, config);
     if (status == VKP_OK) {
         status = vkp_i_split_address(client->env, config->address, &parts);
+    }
+    if (status == VKP_OK) {
+        memset(&states, 0, sizeof states);
+        states.elem_bytes = sizeof(vkp_client_state);
+        states.env = client->env;
+        status = vkp_watch_open(&states, &client->states);
     }
     if (status != VKP_OK) {
         vkp_i_client_free(client);

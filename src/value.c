@@ -143,7 +143,7 @@ static double vkp_i_to_double(const char *text, size_t len)
 #define VKP_I_DOUBLE_MAX DBL_MAX
 
 /* Whether the text is a finite double of the RESP3 grammar, or "inf", "-inf" or "nan". Lenient:
-   also "nan(x)", "-nan", "5." and ".5" of old servers. */
+   also "nan(x)", "-nan", "+inf", "5." and ".5" of old servers. */
 static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
 {
     vkp_str all = vkp_i_str(text, len);
@@ -153,6 +153,9 @@ static bool vkp_i_double_valid(const char *text, size_t len, bool lenient)
     double value;
     if (vkp_i_str_equal(all, vkp_str_of("inf")) || vkp_i_str_equal(all, vkp_str_of("-inf")) ||
         vkp_i_str_equal(all, vkp_str_of("nan"))) {
+        return true;
+    }
+    if (lenient && vkp_i_str_equal(all, vkp_str_of("+inf"))) {
         return true;
     }
     if (lenient && len >= at + 3 && memcmp(text + at, "nan", 3) == 0) {
@@ -199,7 +202,7 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
     }
     at = text[0] == '-' || text[0] == '+' ? 1 : 0;
     if (text[at] == 'i') {
-        return at == 1 ? -infinity : infinity;
+        return text[0] == '-' ? -infinity : infinity;
     }
     if (text[at] == 'n') {
         return infinity - infinity;

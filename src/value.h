@@ -98,7 +98,7 @@ typedef struct vkp_resp_config {
     size_t max_bulk_bytes;  /* most bytes of one bulk string; 0: 512 MiB */
     size_t max_line_bytes;  /* most bytes of one line without its CRLF; 0: 64 KiB */
     size_t max_frame_bytes; /* most bytes of one frame; 0: 1 GiB; at most 4 GiB - 1 */
-    bool lenient;       /* accept what old servers send: ,nan(x) ,-nan ,5. ,.5 and >-1 as null */
+    bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,+inf ,5. ,.5 and >-1 as null */
     const vkp_env *env; /* memory; NULL: all defaults */
 } vkp_resp_config;
 

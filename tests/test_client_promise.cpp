@@ -7,6 +7,7 @@
 #include "support/fake_server.h"
 
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -673,4 +674,94 @@ TEST_CASE("promise: a server that knows it is told the library's name and versio
     CHECK(heard(loop, peer) == wire({"GET", "k"}));
     say(peer, "+v\r\n");
     CHECK(question.text_on(loop) == "v");
+}
+
+TEST_CASE("promise: READONLY from a server that was a primary is a reason to look again",
+          "[client]")
+{
+    const vkp_client_role role = GENERATE(VKP_CLIENT_ROLE_ANY, VKP_CLIENT_ROLE_PRIMARY);
+    Loop loop;
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.role = role;
+    Client client(loop, config);
+    Peer peer = server.greet(loop, client);
+    Question write(client, {"SET", "k", "v"});
+    CHECK(heard(loop, peer) == wire({"SET", "k", "v"}));
+    say(peer, "-READONLY You can't write against a read only replica.\r\n");
+    CHECK(write.text_on(loop) == "error: READONLY You can't write against a read only replica.");
+    if (role == VKP_CLIENT_ROLE_PRIMARY) {
+        hung_up(loop, peer);
+        CHECK(client.events[1].payload == "the server is a replica now");
+    } else {
+        Question next(client, {"GET", "k"});
+        CHECK(heard(loop, peer) == wire({"GET", "k"}));
+    }
+}
+
+TEST_CASE("promise: new credentials hold for the connection that stands, and for later ones",
+          "[client]")
+{
+    const bool accepted = GENERATE(true, false);
+    const bool named = GENERATE(true, false);
+    Loop loop;
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.password = vkp_str_of("old");
+    Client client(loop, config);
+    Peer peer = server.accept(loop);
+    CHECK(heard(loop, peer) == wire({"HELLO", "3", "AUTH", "default", "old"}));
+    say(peer, hello_reply);
+    until_state(loop, client, VKP_CLIENT_READY);
+    vkp_oneshot slot;
+    vkp_reply *reply = nullptr;
+    REQUIRE(vkp_client_authenticate(client, &slot, vkp_str_of(named ? "ann" : nullptr),
+                                    vkp_str_of("new")) == VKP_OK);
+    CHECK(heard(loop, peer) == (named ? wire({"AUTH", "ann", "new"}) : wire({"AUTH", "new"})));
+    say(peer, accepted ? "+OK\r\n" : "-WRONGPASS no\r\n");
+    vkp_test_run_until(loop, "the reply",
+                       [&] { return vkp_oneshot_try_recv(&slot, &reply) == VKP_OK; });
+    CHECK(vkp_test_show(vkp_reply_get_value(reply)) == (accepted ? "OK" : "error: WRONGPASS no"));
+    vkp_reply_unref(reply);
+    peer.reset();
+    peer = server.accept(loop);
+    const std::string user = accepted && named ? "ann" : "default";
+    CHECK(heard(loop, peer) == wire({"HELLO", "3", "AUTH", user, accepted ? "new" : "old"}));
+    CHECK(vkp_client_authenticate(nullptr, &slot, vkp_str_of("a"), vkp_str_of("b")) ==
+          VKP_ERR_INVALID);
+    CHECK(vkp_client_authenticate(client, &slot, vkp_str_of("a"), {nullptr, 0}) == VKP_ERR_INVALID);
+}
+
+TEST_CASE("promise: a thread waits for a ready client, and a select for any state",
+          "[client][threads]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    CHECK(vkp_client_wait_ready(nullptr, 0) == VKP_ERR_INVALID);
+    CHECK(vkp_client_watch_state(client, nullptr) == VKP_ERR_INVALID);
+    CHECK(vkp_client_wait_ready(client, vkp_now_ns()) == VKP_ERR_TIMEOUT);
+    vkp_watch_rx *states = nullptr;
+    REQUIRE(vkp_client_watch_state(client, &states) == VKP_OK);
+    vkp_client_state state = VKP_CLIENT_CLOSED;
+    REQUIRE(vkp_watch_get(states, &state) == VKP_OK);
+    CHECK(state == VKP_CLIENT_CONNECTING);
+    vkp_status waited = VKP_ERR_EMPTY;
+    std::thread thread([&] { waited = vkp_client_wait_ready(client, vkp_test_deadline()); });
+    Peer peer = server.greet(loop, client);
+    thread.join();
+    CHECK(waited == VKP_OK);
+    CHECK(vkp_client_wait_ready(client, 0) == VKP_OK);
+    vkp_case cases[] = {vkp_case_watch_changed(states)};
+    size_t chosen = 9;
+    CHECK(vkp_select(cases, 1, 0, &chosen) == VKP_OK);
+    REQUIRE(vkp_watch_get_and_update(states, &state) == VKP_OK);
+    CHECK(state == VKP_CLIENT_READY);
+    vkp_client_close(client);
+    CHECK(vkp_client_wait_ready(client, VKP_FOREVER) == VKP_ERR_CLOSED);
+    REQUIRE(vkp_watch_get_and_update(states, &state) == VKP_OK);
+    CHECK(state == VKP_CLIENT_CLOSED);
+    client.unref();
+    CHECK(vkp_watch_changed(states, vkp_test_deadline()) == VKP_ERR_CLOSED);
+    vkp_watch_rx_unref(states);
 }

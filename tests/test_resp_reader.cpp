@@ -746,6 +746,7 @@ const Refusal k_refusals[] = {
     {",.5\r\n", BAD, OK, 1, "double"},
     {",-.5\r\n", BAD, OK, 1, "double"},
     {",5.\r\n", BAD, OK, 1, "double"},
+    {",+inf\r\n", BAD, OK, 1, "double"},
     {",.\r\n", BAD, BAD, 1, "double"},
     {",-.\r\n", BAD, BAD, 1, "double"},
     {",\r\n", BAD, BAD, 1, "double"},
@@ -1847,4 +1848,20 @@ TEST_CASE("resp reader: one reader takes a hundred thousand frames without growi
         CHECK(vkp_test_env_live_bytes(&env.test) == settled);
     }
     CHECK(env.blocks() == 0);
+}
+
+TEST_CASE("resp reader: lenient, infinities have their sign")
+{
+    const std::vector<std::pair<std::string, double>> rows = {
+        {",inf\r\n", HUGE_VAL}, {",+inf\r\n", HUGE_VAL}, {",-inf\r\n", -HUGE_VAL}};
+    for (const auto &row : rows) {
+        const vkp_resp_config config = lenient_config();
+        vkp_resp_reader *reader = nullptr;
+        const vkp_value *value = nullptr;
+        REQUIRE(vkp_resp_reader_open(&config, &reader) == VKP_OK);
+        REQUIRE(vkp_resp_reader_feed(reader, row.first.data(), row.first.size()) == VKP_OK);
+        REQUIRE(vkp_resp_reader_next(reader, &value) == VKP_OK);
+        CHECK(vkp_value_get_double(value) == row.second);
+        vkp_resp_reader_unref(reader);
+    }
 }
