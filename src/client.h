@@ -245,8 +245,9 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_ones
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
 
-/* Log in again on the connection that stands, as vkp_client_command with AUTH would. When the server
-   accepts, later connections log in with these credentials too (on_connect may change them still).
+/* Log in again on the connection that stands, as vkp_client_command with AUTH would. When the
+   server accepts, later connections log in with these credentials too (on_connect may change
+   them).
    username.ptr NULL: AUTH with the password alone.
    Owns:   borrows the texts, and the slot until vkp_oneshot_recv returned or it was closed
    Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)

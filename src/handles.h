@@ -13,6 +13,9 @@ typedef struct vkp_block vkp_block;
 /* A client of a server: one connection that many threads share. */
 typedef struct vkp_client vkp_client;
 
+/* A client with a loop of its own, for programs that wait for each answer. */
+typedef struct vkp_sync vkp_sync;
+
 /* Looks host names up, in a thread of the program. */
 typedef struct vkp_resolver vkp_resolver;
 

@@ -20,10 +20,10 @@
        >>config        macros that change the build
        >>api           declarations: what people come for first
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
-           >>api-resolver  >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast  >>api-watch
-           >>api-cancel  >>api-select  >>api-handler  >>api-resp  >>api-registry  >>api-socket
-           >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-hub  >>api-pushloop
-           >>api-relay  >>api-sys  >>api-backend  >>api-typed
+           >>api-resolver  >>api-sync  >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast
+           >>api-watch  >>api-cancel  >>api-select  >>api-handler  >>api-resp  >>api-registry
+           >>api-socket  >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-hub
+           >>api-pushloop  >>api-relay  >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
@@ -33,7 +33,8 @@
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push
            >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect
            >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
-           >>impl-client-private  >>impl-client-connection  >>impl-pushloop  >>impl-relay
-           >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-client-private  >>impl-client-connection  >>impl-sync  >>impl-pushloop
+           >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
+           >>impl-relay-serve
        >>licence       the licence in full
 */

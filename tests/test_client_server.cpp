@@ -885,7 +885,8 @@ std::string read_all(int fd)
 TEST_CASE("server: the examples do what they say", "[client][server][examples]")
 {
     NEEDS_A_SERVER
-    if (!example("subscribe") || !example("commands") || !example("push_channel")) {
+    if (!example("subscribe") || !example("commands") || !example("push_channel") ||
+        !example("ask")) {
         WARN("the examples were not built: not tested");
         return;
     }
@@ -913,6 +914,13 @@ TEST_CASE("server: the examples do what they say", "[client][server][examples]")
         CHECK(text.find("thread 0: 1000 answered, 0 failed") != std::string::npos);
         CHECK(text.find("thread 1: 1000 answered, 0 failed") != std::string::npos);
         CHECK(ask(peer, "GET", "vkp:example:hits") == "$4\r\n2000\r\n");
+    }
+    SECTION("ask")
+    {
+        const char *argv[] = {example("ask"), address, "ECHO", "hello", nullptr};
+        const int pid = vkp_test_spawn(argv, &out);
+        CHECK(read_all(out) == "$5\r\nhello\r\n");
+        CHECK(vkp_test_reap(pid, 0) == 0);
     }
     SECTION("push_channel")
     {

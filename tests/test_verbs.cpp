@@ -125,6 +125,22 @@ struct Made<vkp_health_check> {
 };
 
 template <>
+struct Made<vkp_sync> {
+    vkp_sync *object = nullptr;
+    explicit Made(World &)
+    {
+        vkp_sync_config config = {};
+        config.backend = *vkp_test_backends();
+        config.client.address = vkp_str_of("unix:/nobody/is/here");
+        REQUIRE(vkp_sync_open(&config, &object) == VKP_OK);
+    }
+    ~Made()
+    {
+        vkp_sync_unref(object);
+    }
+};
+
+template <>
 struct Made<vkp_resolver> {
     vkp_resolver *object = nullptr;
     explicit Made(World &)
