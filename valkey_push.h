@@ -29,7 +29,8 @@
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
-           >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
+           >>impl-resp-writer  >>impl-format  >>impl-address  >>impl-socket  >>impl-registry
+           >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
            >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
            >>impl-link-connect  >>impl-client
@@ -245,6 +246,7 @@
 #endif
 #endif
 
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -967,6 +969,28 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_ones
    Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (a null argument, argc 0)   */
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
+
+/* vkp_client_command with one command in a format, as hiredis' redisCommand has it. Blanks of the
+   format separate arguments; what a conversion puts never does, whichever bytes it puts:
+   "SET user:%d %b" makes 3 arguments, and one of a %s that is empty is an empty argument. %s puts
+   a terminated string, %b any bytes (a pointer, then a size_t), %c the byte of an int, %% a
+   percent sign; d i o u x X (after hh h l ll j t z) and e E f F g G a A put numbers as printf does,
+   with its flags, and with width and precision in digits. A double has a point in any locale.
+   Compilers cannot check the arguments: the attribute for printf's formats refuses %b.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (client, reply or format NULL, an
+   unknown conversion, a format that ends inside one or has no command, a conversion of 32 bytes or
+   with a width above INT_MAX, NULL for a %s or for bytes of a %b)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *reply,
+                                                     const char *format, ...);
+
+/* vkp_client_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_commandf                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *reply,
+                                                      const char *format, va_list arguments);
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
@@ -1972,6 +1996,15 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
    Any thread, one at a time.                                                                  */
 VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
 
+/* Put a whole command, made from a format as vkp_client_commandf describes it: with several of them
+   in one writer vkp_client_send sends commands that stay together. Errors: INVALID (a wrong format,
+   nothing in it, NULL for a %s or for bytes of a %b). Any thread, one at a time.              */
+VKP_API void vkp_resp_put_commandf(vkp_resp_writer *writer, const char *format, ...);
+
+/* vkp_resp_put_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Any thread, one at a time.                                                                  */
+VKP_API void vkp_resp_put_vcommandf(vkp_resp_writer *writer, const char *format, va_list arguments);
+
 /* Put a whole value. protocol 3: as RESP3. Otherwise as a server writes to a RESP2 client: maps,
    sets and pushes as arrays, doubles and big numbers as bulk strings, booleans as 0 and 1, null
    as $-1 unless it was received as *-1, errors as one line, no attributes. VKP_VALUE_OUT_OF_BAND
@@ -1981,7 +2014,8 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
 /* Take the bytes, or the first error of the put functions. The writer is then empty and without an
    error, after a failure too.
    Owns:   gives *bytes     Blocks: never     Threads: any, one at a time
-   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error)     */
+   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error,
+   a format: see vkp_resp_put_commandf)                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
 
 /* Free the bytes that were not taken. The writer is then empty and may be used again. NULL is
@@ -11358,25 +11392,33 @@ VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
     vkp_i_put_header(writer, ':', value < 0, magnitude);
 }
 
+/* Make what printf made of a double the same in any locale: the decimal point, which may have
+   several bytes, becomes ".". Returns the new length.                                         */
+static size_t vkp_i_plain_double(char *text, size_t len)
+{
+    static const char others[] = "0123456789+- abcdefinpxABCDEFINPX"; /* "-0x1p+3", "INF", "nan" */
+    size_t from;
+    size_t to = 0;
+    for (from = 0; from < len; from++) {
+        if (memchr(others, text[from], sizeof others - 1) != NULL) {
+            text[to++] = text[from];
+        } else if (to == 0 || text[to - 1] != '.') {
+            text[to++] = '.';
+        }
+    }
+    return to;
+}
+
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
 {
     char text[VKP_I_DOUBLE_BYTES];
-    size_t from;
-    size_t to = 0;
     if (value != value) {
         (void)snprintf(text, sizeof text, "nan");
     } else if (value > VKP_I_DOUBLE_MAX || value < -VKP_I_DOUBLE_MAX) {
         (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
     } else {
         (void)snprintf(text, sizeof text, "%.17g", value);
-        for (from = 0; text[from] != '\0'; from++) { /* a locale's point may have several bytes */
-            if (strchr("0123456789+-e", text[from]) != NULL) {
-                text[to++] = text[from];
-            } else if (to > 0 && text[to - 1] != '.') {
-                text[to++] = '.';
-            }
-        }
-        text[to] = '\0';
+        text[vkp_i_plain_double(text, strlen(text))] = '\0';
     }
     vkp_i_put_line(writer, ',', vkp_str_of(text));
 }
@@ -11514,6 +11556,303 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
         vkp_i_block_unref(writer->i_block);
         vkp_resp_writer_init(writer, writer->i_env);
     }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-format   Commands from a format
+   ======================================================================================
+   A format is read twice. The first pass checks it and counts the command's arguments, which depend
+   on the format alone: a conversion never ends an argument, and an empty one begins one. So a wrong
+   format leaves the writer's bytes as they were. The second pass appends each argument's bytes, and
+   then moves them to make room for their header: no argument is measured before it is written.
+   Conversions of numbers are printf's own; their letters are those that hiredis accepts, and j, t
+   and z. No locks: a writer has one thread at a time.                                         */
+
+#define VKP_I_FORMAT_SPEC 32u   /* bytes of one conversion and a NUL */
+#define VKP_I_FORMAT_NUMBER 64u /* bytes that are tried first for a number */
+
+/* What a conversion takes from the arguments. */
+typedef enum vkp_i_conversion {
+    VKP_I_CONVERSION_NONE = 0, /* unknown, or the format ends inside it */
+    VKP_I_CONVERSION_PERCENT,  /* nothing */
+    VKP_I_CONVERSION_STR,      /* a terminated string */
+    VKP_I_CONVERSION_BYTES,    /* a pointer and a size_t */
+    VKP_I_CONVERSION_CHAR,     /* an int, put as one byte */
+    VKP_I_CONVERSION_INT,
+    VKP_I_CONVERSION_LONG,
+    VKP_I_CONVERSION_LONG_LONG,
+    VKP_I_CONVERSION_INTMAX,
+    VKP_I_CONVERSION_PTRDIFF,
+    VKP_I_CONVERSION_SIZE,
+    VKP_I_CONVERSION_DOUBLE
+} vkp_i_conversion;
+
+/* Where the second pass is. */
+typedef struct vkp_i_format {
+    vkp_resp_writer *writer;
+    va_list arguments; /* those that are not taken yet */
+} vkp_i_format;
+
+/* Whether the byte is one of the set; a NUL is not. */
+static bool vkp_i_is_one_of(char byte, const char *set)
+{
+    return byte != '\0' && strchr(set, byte) != NULL;
+}
+
+/* Skip the letters that say how large an integer is; returns what the conversion takes then. */
+static vkp_i_conversion vkp_i_conversion_size(const char **at)
+{
+    static const struct {
+        const char *letters;
+        vkp_i_conversion conversion;
+    } sizes[] = {{"hh", VKP_I_CONVERSION_INT},       {"h", VKP_I_CONVERSION_INT},
+                 {"ll", VKP_I_CONVERSION_LONG_LONG}, {"l", VKP_I_CONVERSION_LONG},
+                 {"j", VKP_I_CONVERSION_INTMAX},     {"t", VKP_I_CONVERSION_PTRDIFF},
+                 {"z", VKP_I_CONVERSION_SIZE}};
+    size_t i;
+    for (i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        size_t len = strlen(sizes[i].letters);
+        if (strncmp(*at, sizes[i].letters, len) == 0) {
+            *at += len;
+            return sizes[i].conversion;
+        }
+    }
+    return VKP_I_CONVERSION_INT;
+}
+
+/* The conversion that begins with the '%' at `at`; *len is the number of its bytes. */
+static vkp_i_conversion vkp_i_conversion_at(const char *at, size_t *len)
+{
+    const char *begin = at++;
+    vkp_i_conversion conversion;
+    *len = 2;
+    switch (*at) {
+    case '%':
+        return VKP_I_CONVERSION_PERCENT;
+    case 's':
+        return VKP_I_CONVERSION_STR;
+    case 'b':
+        return VKP_I_CONVERSION_BYTES;
+    case 'c':
+        return VKP_I_CONVERSION_CHAR;
+    default:
+        break;
+    }
+    at += strspn(at, "#0-+ ");
+    at += strspn(at, "0123456789");
+    if (*at == '.') {
+        at++;
+        at += strspn(at, "0123456789");
+    }
+    if (vkp_i_is_one_of(*at, "eEfFgGaA")) {
+        conversion = VKP_I_CONVERSION_DOUBLE;
+    } else {
+        conversion = vkp_i_conversion_size(&at);
+        if (!vkp_i_is_one_of(*at, "diouxX")) {
+            return VKP_I_CONVERSION_NONE;
+        }
+    }
+    *len = (size_t)(at - begin) + 1;
+    return *len < VKP_I_FORMAT_SPEC ? conversion : VKP_I_CONVERSION_NONE;
+}
+
+/* The number of the command's arguments; 0: there are none, or a conversion is wrong. */
+static size_t vkp_i_format_count(const char *format)
+{
+    size_t count = 0;
+    size_t len;
+    bool inside = false;
+    for (; *format != '\0'; format += len) {
+        bool blank = *format == ' ';
+        len = 1;
+        if (*format == '%' && vkp_i_conversion_at(format, &len) == VKP_I_CONVERSION_NONE) {
+            return 0;
+        }
+        count += !blank && !inside ? 1u : 0u;
+        inside = !blank;
+    }
+    return count;
+}
+
+static void vkp_i_format_fail(vkp_i_format *format, vkp_status status)
+{
+    if (format->writer->i_status == VKP_OK) {
+        format->writer->i_status = status;
+    }
+}
+
+/* Print the next argument without taking it; as snprintf. The conversion is checked. */
+static int vkp_i_format_print(vkp_i_format *format, const char *spec, char *text, size_t size)
+{
+    va_list copy;
+    int len;
+    va_copy(copy, format->arguments);
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+    len = vsnprintf(text, size, spec, copy);
+#pragma GCC diagnostic pop
+    va_end(copy);
+    return len;
+}
+
+/* Append the next argument as the number that spec prints, without taking it. */
+static void vkp_i_format_put_number(vkp_i_format *format, const char *spec, bool floating)
+{
+    vkp_resp_writer *writer = format->writer;
+    size_t room = VKP_I_FORMAT_NUMBER;
+    size_t used = 0;
+    char *text = NULL;
+    while (used == 0) {
+        int len;
+        vkp_i_format_fail(format, vkp_i_block_reserve(writer->i_env, &writer->i_block, room));
+        if (writer->i_status != VKP_OK) {
+            return;
+        }
+        text = (char *)vkp_i_block_data(writer->i_block) + writer->i_block->len;
+        len = vkp_i_format_print(format, spec, text, room);
+        if (len < 0) { /* a width or precision above INT_MAX */
+            vkp_i_format_fail(format, VKP_ERR_INVALID);
+            return;
+        }
+        if (len == 0) { /* "%.0d" prints no digit of 0 */
+            return;
+        }
+        used = (size_t)len < room ? (size_t)len : 0;
+        room = (size_t)len + 1;
+    }
+    writer->i_block->len += floating ? vkp_i_plain_double(text, used) : used;
+    writer->i_len = writer->i_block->len;
+}
+
+/* Take the number that was printed from the arguments. */
+static void vkp_i_format_take_number(vkp_i_format *format, vkp_i_conversion conversion)
+{
+    switch ((int)conversion) {
+    case VKP_I_CONVERSION_INT:
+        (void)va_arg(format->arguments, int);
+        break;
+    case VKP_I_CONVERSION_LONG:
+        (void)va_arg(format->arguments, long);
+        break;
+    case VKP_I_CONVERSION_LONG_LONG:
+        (void)va_arg(format->arguments, long long);
+        break;
+    case VKP_I_CONVERSION_INTMAX:
+        (void)va_arg(format->arguments, intmax_t);
+        break;
+    case VKP_I_CONVERSION_PTRDIFF:
+        (void)va_arg(format->arguments, ptrdiff_t);
+        break;
+    case VKP_I_CONVERSION_SIZE:
+        (void)va_arg(format->arguments, size_t);
+        break;
+    default:
+        (void)va_arg(format->arguments, double);
+        break;
+    }
+}
+
+/* Append what the conversion of len bytes makes of the next arguments. */
+static void vkp_i_format_put_conversion(vkp_i_format *format, const char *at, size_t len,
+                                        vkp_i_conversion conversion)
+{
+    char spec[VKP_I_FORMAT_SPEC];
+    const char *text = "%";
+    size_t size = 1;
+    char byte;
+    switch ((int)conversion) {
+    case VKP_I_CONVERSION_PERCENT:
+        break;
+    case VKP_I_CONVERSION_STR:
+        text = va_arg(format->arguments, const char *);
+        size = text != NULL ? strlen(text) : 1;
+        break;
+    case VKP_I_CONVERSION_BYTES:
+        text = va_arg(format->arguments, const char *);
+        size = va_arg(format->arguments, size_t);
+        break;
+    case VKP_I_CONVERSION_CHAR:
+        byte = (char)va_arg(format->arguments, int);
+        text = &byte;
+        break;
+    default:
+        memcpy(spec, at, len);
+        spec[len] = '\0';
+        vkp_i_format_put_number(format, spec, conversion == VKP_I_CONVERSION_DOUBLE);
+        vkp_i_format_take_number(format, conversion);
+        return;
+    }
+    if (text == NULL && size > 0) {
+        vkp_i_format_fail(format, VKP_ERR_INVALID);
+        return;
+    }
+    vkp_resp_put_raw(format->writer, text, size);
+}
+
+/* Append the bytes of the argument that begins at `at`; returns the end of the argument. */
+static const char *vkp_i_format_put_bytes(vkp_i_format *format, const char *at)
+{
+    size_t len;
+    for (; *at != '\0' && *at != ' '; at += len) {
+        if (*at == '%') {
+            vkp_i_conversion conversion = vkp_i_conversion_at(at, &len);
+            vkp_i_format_put_conversion(format, at, len, conversion);
+        } else {
+            len = strcspn(at, " %");
+            vkp_resp_put_raw(format->writer, at, len);
+        }
+    }
+    return at;
+}
+
+/* Make a bulk string of the bytes from `start` to the end. */
+static void vkp_i_format_end_argument(vkp_resp_writer *writer, size_t start)
+{
+    char header[VKP_I_HEADER_BYTES];
+    size_t len = writer->i_len - start;
+    vkp_i_put_header(writer, '$', false, len);
+    if (writer->i_status == VKP_OK) {
+        uint8_t *data = vkp_i_block_data(writer->i_block) + start;
+        size_t bytes = writer->i_len - start - len;
+        memcpy(header, data + len, bytes);
+        memmove(data + bytes, data, len);
+        memcpy(data, header, bytes);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+    }
+}
+
+VKP_API void vkp_resp_put_vcommandf(vkp_resp_writer *writer, const char *format, va_list arguments)
+{
+    vkp_i_format state;
+    size_t count = format != NULL ? vkp_i_format_count(format) : 0;
+    state.writer = writer;
+    if (count == 0) {
+        vkp_i_format_fail(&state, VKP_ERR_INVALID);
+        return;
+    }
+    va_copy(state.arguments, arguments);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
+    while (writer->i_status == VKP_OK && *format != '\0') {
+        size_t start = writer->i_len;
+        if (*format == ' ') {
+            format++;
+        } else {
+            format = vkp_i_format_put_bytes(&state, format);
+            vkp_i_format_end_argument(writer, start);
+        }
+    }
+    va_end(state.arguments);
+}
+
+VKP_API void vkp_resp_put_commandf(vkp_resp_writer *writer, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vkp_resp_put_vcommandf(writer, format, arguments);
+    va_end(arguments);
 }
 
 #endif /* VKP_I_IO */
@@ -18306,40 +18645,58 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
+/* The argument at *at of a whole command; *at moves behind it. Empty when there is none. */
+static vkp_str vkp_i_command_next(const vkp_bytes *command, size_t *at)
+{
+    const char *data = (const char *)command->data;
+    uint64_t elements;
+    size_t seen = 0;
+    size_t end = vkp_i_skip_head(command->data, command->len, *at, &seen, &elements);
+    size_t begin = *at;
+    if (end == 0) {
+        return vkp_i_str(NULL, 0);
+    }
+    *at = end;
+    begin = (size_t)((const char *)memchr(data + begin, '\n', end - begin) - data) + 1;
+    return vkp_i_str(data + begin, end - 2 - begin);
+}
+
 /* Whether the command would change the connection that all users of the client share. */
-static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
+static bool vkp_i_command_breaks_sharing(const vkp_bytes *command)
 {
     static const char *const names[] = {
         "SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE",
         "HELLO",     "AUTH",       "RESET",      "QUIT",        "MONITOR",      "MULTI",
         "EXEC",      "DISCARD",    "WATCH",      "SELECT",      "SYNC",         "PSYNC"};
+    uint64_t argc;
+    size_t seen = 0;
+    size_t at = vkp_i_skip_head(command->data, command->len, 0, &seen, &argc);
+    vkp_str name = vkp_i_command_next(command, &at);
     size_t i;
     for (i = 0; i < sizeof names / sizeof names[0]; i++) {
-        if (vkp_i_str_is(argv[0], names[i])) {
+        if (vkp_i_str_is(name, names[i])) {
             return true;
         }
     }
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+    return argc > 1 && vkp_i_str_is(name, "CLIENT") &&
+           vkp_i_str_is(vkp_i_command_next(command, &at), "REPLY");
 }
 
-/* Submit one command whose reply the one-shot receives. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
+/* Submit one command whose reply the one-shot receives. Takes the command, on failure too. */
+static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, vkp_bytes *command)
 {
     vkp_i_ask *ask;
     vkp_status status;
-    if (vkp_i_command_breaks_sharing(argc, argv)) {
+    if (vkp_i_command_breaks_sharing(command)) {
+        vkp_bytes_unref(command);
         return VKP_ERR_REFUSED;
     }
     ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
+        vkp_bytes_unref(command);
         return VKP_ERR_NOMEM;
     }
-    status = vkp_i_request_put(&ask->request, client->env, argc, argv);
-    if (status != VKP_OK) {
-        vkp_i_free(client->env, ask, sizeof *ask);
-        return status;
-    }
+    ask->request.bytes = *command;
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->slot = slot;
     slot->i_owner = ask;
@@ -18355,18 +18712,51 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     return status;
 }
 
-VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                           const vkp_str *argv)
+/* Submit the command in the writer; the one-shot, which is initialised here, receives the reply. */
+static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot,
+                                           vkp_resp_writer *writer)
 {
-    vkp_status status;
-    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
-    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    vkp_bytes command;
+    vkp_status status = vkp_resp_writer_take(writer, &command);
+    /* Cannot fail: a pointer fits in every slot. */
+    (void)!vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
     if (status == VKP_OK) {
-        status = vkp_i_client_ask(client, slot, argc, argv);
+        status = vkp_i_client_ask(client, slot, &command);
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
     }
+    return status;
+}
+
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_i_client_ask_written(client, slot, &writer);
+}
+
+VKP_API vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                        va_list arguments)
+{
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && format != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_resp_put_vcommandf(&writer, format, arguments);
+    return vkp_i_client_ask_written(client, slot, &writer);
+}
+
+VKP_API vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                       ...)
+{
+    vkp_status status;
+    va_list arguments;
+    va_start(arguments, format);
+    status = vkp_client_vcommandf(client, slot, format, arguments);
+    va_end(arguments);
     return status;
 }
 

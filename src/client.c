@@ -386,40 +386,58 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
+/* The argument at *at of a whole command; *at moves behind it. Empty when there is none. */
+static vkp_str vkp_i_command_next(const vkp_bytes *command, size_t *at)
+{
+    const char *data = (const char *)command->data;
+    uint64_t elements;
+    size_t seen = 0;
+    size_t end = vkp_i_skip_head(command->data, command->len, *at, &seen, &elements);
+    size_t begin = *at;
+    if (end == 0) {
+        return vkp_i_str(NULL, 0);
+    }
+    *at = end;
+    begin = (size_t)((const char *)memchr(data + begin, '\n', end - begin) - data) + 1;
+    return vkp_i_str(data + begin, end - 2 - begin);
+}
+
 /* Whether the command would change the connection that all users of the client share. */
-static bool vkp_i_command_breaks_sharing(size_t argc, const vkp_str *argv)
+static bool vkp_i_command_breaks_sharing(const vkp_bytes *command)
 {
     static const char *const names[] = {
         "SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE",
         "HELLO",     "AUTH",       "RESET",      "QUIT",        "MONITOR",      "MULTI",
         "EXEC",      "DISCARD",    "WATCH",      "SELECT",      "SYNC",         "PSYNC"};
+    uint64_t argc;
+    size_t seen = 0;
+    size_t at = vkp_i_skip_head(command->data, command->len, 0, &seen, &argc);
+    vkp_str name = vkp_i_command_next(command, &at);
     size_t i;
     for (i = 0; i < sizeof names / sizeof names[0]; i++) {
-        if (vkp_i_str_is(argv[0], names[i])) {
+        if (vkp_i_str_is(name, names[i])) {
             return true;
         }
     }
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+    return argc > 1 && vkp_i_str_is(name, "CLIENT") &&
+           vkp_i_str_is(vkp_i_command_next(command, &at), "REPLY");
 }
 
-/* Submit one command whose reply the one-shot receives. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
+/* Submit one command whose reply the one-shot receives. Takes the command, on failure too. */
+static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, vkp_bytes *command)
 {
     vkp_i_ask *ask;
     vkp_status status;
-    if (vkp_i_command_breaks_sharing(argc, argv)) {
+    if (vkp_i_command_breaks_sharing(command)) {
+        vkp_bytes_unref(command);
         return VKP_ERR_REFUSED;
     }
     ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
+        vkp_bytes_unref(command);
         return VKP_ERR_NOMEM;
     }
-    status = vkp_i_request_put(&ask->request, client->env, argc, argv);
-    if (status != VKP_OK) {
-        vkp_i_free(client->env, ask, sizeof *ask);
-        return status;
-    }
+    ask->request.bytes = *command;
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->slot = slot;
     slot->i_owner = ask;
@@ -435,18 +453,51 @@ static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t
     return status;
 }
 
-VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                           const vkp_str *argv)
+/* Submit the command in the writer; the one-shot, which is initialised here, receives the reply. */
+static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot,
+                                           vkp_resp_writer *writer)
 {
-    vkp_status status;
-    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
-    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    vkp_bytes command;
+    vkp_status status = vkp_resp_writer_take(writer, &command);
+    /* Cannot fail: a pointer fits in every slot. */
+    (void)!vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
     if (status == VKP_OK) {
-        status = vkp_i_client_ask(client, slot, argc, argv);
+        status = vkp_i_client_ask(client, slot, &command);
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
     }
+    return status;
+}
+
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_i_client_ask_written(client, slot, &writer);
+}
+
+VKP_API vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                        va_list arguments)
+{
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && format != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_resp_put_vcommandf(&writer, format, arguments);
+    return vkp_i_client_ask_written(client, slot, &writer);
+}
+
+VKP_API vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                       ...)
+{
+    vkp_status status;
+    va_list arguments;
+    va_start(arguments, format);
+    status = vkp_client_vcommandf(client, slot, format, arguments);
+    va_end(arguments);
     return status;
 }
 

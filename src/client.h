@@ -225,6 +225,28 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command(vkp_client *client, vkp_ones
 VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *reply,
                                                          size_t argc, const vkp_str *argv);
 
+/* vkp_client_command with one command in a format, as hiredis' redisCommand has it. Blanks of the
+   format separate arguments; what a conversion puts never does, whichever bytes it puts:
+   "SET user:%d %b" makes 3 arguments, and one of a %s that is empty is an empty argument. %s puts
+   a terminated string, %b any bytes (a pointer, then a size_t), %c the byte of an int, %% a
+   percent sign; d i o u x X (after hh h l ll j t z) and e E f F g G a A put numbers as printf does,
+   with its flags, and with width and precision in digits. A double has a point in any locale.
+   Compilers cannot check the arguments: the attribute for printf's formats refuses %b.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (client, reply or format NULL, an
+   unknown conversion, a format that ends inside one or has no command, a conversion of 32 bytes or
+   with a width above INT_MAX, NULL for a %s or for bytes of a %b)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *reply,
+                                                     const char *format, ...);
+
+/* vkp_client_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_commandf                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *reply,
+                                                      const char *format, va_list arguments);
+
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
    status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), LIMIT (the

@@ -29,7 +29,8 @@
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
-           >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
+           >>impl-resp-writer  >>impl-format  >>impl-address  >>impl-socket  >>impl-registry
+           >>impl-gate
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
            >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
            >>impl-link-connect  >>impl-client
