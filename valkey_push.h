@@ -34,8 +34,8 @@
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
            >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
            >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-connection
-           >>impl-pushloop  >>impl-relay
+           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-url
+           >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full
@@ -789,9 +789,16 @@ typedef struct vkp_client_target {
     vkp_str password; /* as vkp_client_config.password */
 } vkp_client_target;
 
-/* How a client connects, reconnects and delivers pushes. Only address is required. */
+/* How a client connects, reconnects and delivers pushes. Only address or url is required. */
 typedef struct vkp_client_config {
-    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str address; /* "tcp:HOST:PORT" or "unix:PATH"; required where url is not set */
+
+    /* In place of address, username, password and database, which must then be unset:
+       "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]" (or valkey://), with port 6379 by default
+       and an IPv6 host in brackets; "unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]". %XX stands for
+       a byte of user, password, host or path. "?protocol=2" or 3 sets protocol, which must then be
+       unset. rediss:// is UNSUPPORTED: there is no TLS. ptr NULL: the fields are used.        */
+    vkp_str url;
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
@@ -871,9 +878,10 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
-   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
-   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
+   Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
+   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
+   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
+   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
@@ -20011,6 +20019,290 @@ static void vkp_i_client_watch(vkp_client *client)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-url   Addresses and credentials from a URL
+   ======================================================================================
+   Any thread, no locks. vkp_i_url_apply sets the fields of a config that a URL stands for; their
+   texts lie in one allocation, which the caller frees after it copied them. What is wrong is logged
+   without the URL, because a URL has a password. A part that could be read in two ways is refused,
+   and not guessed: a user without a password, which other programs take as a password.        */
+
+#define VKP_I_URL_PORT "6379"
+#define VKP_I_URL_EXTRA 16u /* bytes that an address has and its URL has not: "tcp:", ":6379" */
+
+/* What the text behind "://" is. */
+typedef enum vkp_i_url_kind { VKP_I_URL_TCP, VKP_I_URL_UNIX, VKP_I_URL_TLS } vkp_i_url_kind;
+
+/* A URL that is being read. Functions that return a text return what is wrong, or NULL. */
+typedef struct vkp_i_url {
+    vkp_i_url_kind kind;
+    vkp_str rest; /* of the URL: what is not read yet */
+    char *end;    /* of the decoded texts */
+    vkp_client_config *config;
+} vkp_i_url;
+
+/* Cut what is before the first `mark` from *text. Where there is no mark that is all, and *text
+   becomes empty with ptr NULL; otherwise *text begins behind the mark.                        */
+static vkp_str vkp_i_url_cut(vkp_str *text, char mark)
+{
+    const char *at = text->len > 0 ? (const char *)memchr(text->ptr, mark, text->len) : NULL;
+    vkp_str before = *text;
+    if (at == NULL) {
+        *text = vkp_i_str(NULL, 0);
+        return before;
+    }
+    before.len = (size_t)(at - before.ptr);
+    *text = vkp_i_str(at + 1, text->len - before.len - 1);
+    return before;
+}
+
+/* Read the scheme. False: none that is known. */
+static bool vkp_i_url_scheme(vkp_i_url *url)
+{
+    static const struct {
+        const char *text;
+        vkp_i_url_kind kind;
+    } schemes[] = {{"redis://", VKP_I_URL_TCP},
+                   {"valkey://", VKP_I_URL_TCP},
+                   {"unix://", VKP_I_URL_UNIX},
+                   {"rediss://", VKP_I_URL_TLS},
+                   {"valkeys://", VKP_I_URL_TLS}};
+    size_t i;
+    for (i = 0; i < sizeof schemes / sizeof schemes[0]; i++) {
+        size_t len = strlen(schemes[i].text);
+        if (url->rest.len >= len && vkp_i_str_is(vkp_i_str(url->rest.ptr, len), schemes[i].text)) {
+            url->kind = schemes[i].kind;
+            url->rest = vkp_i_str(url->rest.ptr + len, url->rest.len - len);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The value of a hexadecimal digit; -1: it is none. */
+static int vkp_i_url_digit(char byte)
+{
+    return byte >= '0' && byte <= '9'   ? byte - '0'
+           : byte >= 'a' && byte <= 'f' ? byte - 'a' + 10
+           : byte >= 'A' && byte <= 'F' ? byte - 'A' + 10
+                                        : -1;
+}
+
+/* Append the text with each %XX as its byte. False: a percent sign without two digits. */
+static bool vkp_i_url_decode(vkp_i_url *url, vkp_str text)
+{
+    size_t i;
+    for (i = 0; i < text.len; i++) {
+        char byte = text.ptr[i];
+        if (byte == '%') {
+            int high = i + 2 < text.len ? vkp_i_url_digit(text.ptr[i + 1]) : -1;
+            int low = i + 2 < text.len ? vkp_i_url_digit(text.ptr[i + 2]) : -1;
+            if (high < 0 || low < 0) {
+                return false;
+            }
+            byte = (char)(unsigned char)(high * 16 + low);
+            i += 2;
+        }
+        *url->end++ = byte;
+    }
+    return true;
+}
+
+/* Append a text as it is. */
+static void vkp_i_url_append(vkp_i_url *url, const char *text, size_t len)
+{
+    memcpy(url->end, text, len);
+    url->end += len;
+}
+
+/* Decode the text; *out views the result. False: a wrong percent sign. */
+static bool vkp_i_url_decode_to(vkp_i_url *url, vkp_str text, vkp_str *out)
+{
+    char *begin = url->end;
+    bool decoded = vkp_i_url_decode(url, text);
+    *out = vkp_i_str(begin, (size_t)(url->end - begin));
+    return decoded;
+}
+
+/* Read "[user]:password@" at the start of *authority, if it is there. */
+static const char *vkp_i_url_credentials(vkp_i_url *url, vkp_str *authority)
+{
+    vkp_str user;
+    vkp_str password;
+    size_t at = authority->len;
+    while (at > 0 && authority->ptr[at - 1] != '@') {
+        at--;
+    }
+    if (at == 0) {
+        return NULL;
+    }
+    password = vkp_i_str(authority->ptr, at - 1);
+    *authority = vkp_i_str(authority->ptr + at, authority->len - at);
+    user = vkp_i_url_cut(&password, ':');
+    if (password.ptr == NULL) {
+        return "before the @ there is no colon, and so no password";
+    }
+    if ((user.len > 0 && !vkp_i_url_decode_to(url, user, &url->config->username)) ||
+        !vkp_i_url_decode_to(url, password, &url->config->password)) {
+        return "a percent sign without two hexadecimal digits in the user or the password";
+    }
+    return NULL;
+}
+
+/* Read "host[:port]" into the address. */
+static const char *vkp_i_url_host(vkp_i_url *url, vkp_str text)
+{
+    vkp_str port = text;
+    vkp_str host;
+    char *begin = url->end;
+    char *name;
+    bool bracketed = text.len > 0 && text.ptr[0] == '[';
+    if (bracketed) {
+        host = vkp_i_url_cut(&port, ']');
+        if (port.ptr == NULL || (port.len > 0 && port.ptr[0] != ':')) {
+            return "the brackets of the host do not end before the port";
+        }
+        host.len++;
+        port = port.len > 0 ? vkp_i_str(port.ptr + 1, port.len - 1) : vkp_i_str(NULL, 0);
+    } else {
+        host = vkp_i_url_cut(&port, ':');
+    }
+    if (host.len == 0) {
+        return "there is no host";
+    }
+    if (port.ptr != NULL && !vkp_i_is_port(port)) {
+        return "the port is not a number up to 65535 (an IPv6 host needs brackets)";
+    }
+    vkp_i_url_append(url, "tcp:", 4);
+    name = url->end;
+    if (!vkp_i_url_decode(url, host)) {
+        return "a percent sign without two hexadecimal digits in the host";
+    }
+    if ((memchr(name, ':', (size_t)(url->end - name)) != NULL) != bracketed) {
+        return "brackets are for IPv6 hosts, and only for them";
+    }
+    vkp_i_url_append(url, ":", 1);
+    port = port.ptr != NULL ? port : vkp_str_of(VKP_I_URL_PORT);
+    vkp_i_url_append(url, port.ptr, port.len);
+    url->config->address = vkp_i_str(begin, (size_t)(url->end - begin));
+    return NULL;
+}
+
+/* Read the path of a Unix socket into the address. */
+static const char *vkp_i_url_path(vkp_i_url *url, vkp_str authority, vkp_str path)
+{
+    char *begin = url->end;
+    if (authority.len > 0 || path.len == 0) {
+        return "the path of the socket must begin with a slash";
+    }
+    vkp_i_url_append(url, "unix:", 5);
+    if (!vkp_i_url_decode(url, path)) {
+        return "a percent sign without two hexadecimal digits in the path";
+    }
+    url->config->address = vkp_i_str(begin, (size_t)(url->end - begin));
+    return NULL;
+}
+
+/* Read the number of a database. False: it is none. */
+static bool vkp_i_url_database(vkp_i_url *url, vkp_str text)
+{
+    uint64_t number = 0;
+    size_t i;
+    for (i = 0; i < text.len && number <= UINT32_MAX; i++) {
+        if (text.ptr[i] < '0' || text.ptr[i] > '9') {
+            return false;
+        }
+        number = number * 10 + (uint64_t)(text.ptr[i] - '0');
+    }
+    url->config->database = (uint32_t)number;
+    return text.len > 0 && number <= UINT32_MAX;
+}
+
+/* Read "key=value&key=value". */
+static const char *vkp_i_url_query(vkp_i_url *url, vkp_str query)
+{
+    bool has_database = false;
+    while (query.len > 0) {
+        vkp_str value = vkp_i_url_cut(&query, '&');
+        vkp_str key = vkp_i_url_cut(&value, '=');
+        if (vkp_i_str_equal(key, vkp_str_of("protocol"))) {
+            bool known = value.len == 1 && (value.ptr[0] == '2' || value.ptr[0] == '3');
+            if (!known || url->config->protocol != 0) {
+                return "protocol must be 2 or 3, once, and not in the config as well";
+            }
+            url->config->protocol = value.ptr[0] - '0';
+        } else if (url->kind == VKP_I_URL_UNIX && vkp_i_str_equal(key, vkp_str_of("db"))) {
+            if (has_database || !vkp_i_url_database(url, value)) {
+                return "db must be a number, once";
+            }
+            has_database = true;
+        } else {
+            return url->kind == VKP_I_URL_UNIX ? "a key other than db and protocol behind the ?"
+                                               : "a key other than protocol behind the ?";
+        }
+    }
+    return NULL;
+}
+
+/* Read what is behind the scheme. */
+static const char *vkp_i_url_read(vkp_i_url *url)
+{
+    vkp_str query = url->rest;
+    vkp_str path = vkp_i_url_cut(&query, '?');
+    vkp_str authority = vkp_i_url_cut(&path, '/');
+    const char *wrong = vkp_i_url_credentials(url, &authority);
+    if (memchr(url->rest.ptr, '#', url->rest.len) != NULL) {
+        return "there is a #, which must be written as %23";
+    }
+    if (wrong == NULL && url->kind == VKP_I_URL_UNIX) {
+        wrong = vkp_i_url_path(url, authority,
+                               path.ptr != NULL ? vkp_i_str(path.ptr - 1, path.len + 1) : path);
+    } else if (wrong == NULL) {
+        wrong = vkp_i_url_host(url, authority);
+        if (wrong == NULL && path.len > 0 && !vkp_i_url_database(url, path)) {
+            wrong = "the database behind the slash is not a number";
+        }
+    }
+    return wrong == NULL ? vkp_i_url_query(url, query) : wrong;
+}
+
+/* Set the fields that config->url stands for, and unset url. *text and *bytes are the allocation
+   that the fields view: for the caller to free, on failure too. INVALID, UNSUPPORTED or NOMEM; the
+   cause is logged.                                                                            */
+static vkp_status vkp_i_url_apply(const vkp_env *env, vkp_client_config *config, void **text,
+                                  size_t *bytes)
+{
+    vkp_i_url url;
+    const char *wrong;
+    url.config = config;
+    url.rest = config->url;
+    *text = NULL;
+    *bytes = config->url.len + VKP_I_URL_EXTRA;
+    if (!vkp_i_url_scheme(&url)) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: it begins with none of redis://, valkey://, unix://");
+        return VKP_ERR_INVALID;
+    }
+    if (url.kind == VKP_I_URL_TLS) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: rediss:// is not supported: there is no TLS");
+        return VKP_ERR_UNSUPPORTED;
+    }
+    *text = vkp_i_alloc(env, *bytes);
+    if (*text == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    url.end = (char *)*text;
+    wrong = vkp_i_url_read(&url);
+    if (wrong != NULL) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: %s", wrong);
+        return VKP_ERR_INVALID;
+    }
+    config->url = vkp_i_str(NULL, 0);
+    return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-client-connection   The life of a client
    ======================================================================================
    Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
@@ -20557,27 +20849,19 @@ static bool vkp_i_setup_is_valid(const vkp_client_config *config)
     return true;
 }
 
-VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+/* Open a client by a config that is valid and has no URL. */
+static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *config,
                                    vkp_client **out)
 {
-    vkp_client *client;
+    const vkp_env *env = config->env != NULL ? config->env : loop->env;
+    vkp_client *client = (vkp_client *)vkp_i_alloc_zero(env, sizeof *client);
     vkp_i_parts parts;
     vkp_status status;
     int kind;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
-    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
-    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
-    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config));
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    client = (vkp_client *)vkp_i_alloc_zero(config->env != NULL ? config->env : loop->env,
-                                            sizeof *client);
     if (client == NULL) {
         return VKP_ERR_NOMEM;
     }
-    client->env = config->env != NULL ? config->env : loop->env;
+    client->env = env;
     client->loop = vkp_loop_ref(loop);
     client->refs = 2;
     client->users = 1;
@@ -20617,6 +20901,44 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     *out = client;
     return VKP_OK;
+}
+
+/* Whether the fields that a URL stands for are unset. */
+static bool vkp_i_client_has_only_url(const vkp_client_config *config)
+{
+    return config->address.ptr == NULL && config->username.ptr == NULL &&
+           config->password.ptr == NULL && config->database == 0;
+}
+
+VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                   vkp_client **out)
+{
+    vkp_client_config read;
+    const vkp_env *env;
+    void *text;
+    size_t bytes;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL);
+    VKP_I_REQUIRE(config->url.ptr != NULL ? vkp_i_client_has_only_url(config)
+                                          : config->address.ptr != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
+    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
+    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
+                  vkp_i_setup_is_valid(config));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    if (config->url.ptr == NULL) {
+        return vkp_i_client_new(loop, config, out);
+    }
+    env = config->env != NULL ? config->env : loop->env;
+    read = *config;
+    status = vkp_i_url_apply(env, &read, &text, &bytes);
+    if (status == VKP_OK) {
+        status = vkp_i_client_new(loop, &read, out);
+    }
+    vkp_i_free(env, text, bytes);
+    return status;
 }
 
 #endif /* VKP_I_IO */

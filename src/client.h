@@ -44,9 +44,16 @@ typedef struct vkp_client_target {
     vkp_str password; /* as vkp_client_config.password */
 } vkp_client_target;
 
-/* How a client connects, reconnects and delivers pushes. Only address is required. */
+/* How a client connects, reconnects and delivers pushes. Only address or url is required. */
 typedef struct vkp_client_config {
-    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str address; /* "tcp:HOST:PORT" or "unix:PATH"; required where url is not set */
+
+    /* In place of address, username, password and database, which must then be unset:
+       "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]" (or valkey://), with port 6379 by default
+       and an IPv6 host in brackets; "unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]". %XX stands for
+       a byte of user, password, host or path. "?protocol=2" or 3 sets protocol, which must then be
+       unset. rediss:// is UNSUPPORTED: there is no TLS. ptr NULL: the fields are used.        */
+    vkp_str url;
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
@@ -126,9 +133,10 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
-   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
-   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
+   Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
+   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
+   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
+   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 

@@ -34,8 +34,8 @@
            >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
            >>impl-push  >>impl-resolver  >>impl-link  >>impl-handshake
            >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-connection
-           >>impl-pushloop  >>impl-relay
+           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-url
+           >>impl-client-connection  >>impl-pushloop  >>impl-relay
            >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
            >>impl-relay-serve
        >>licence       the licence in full
