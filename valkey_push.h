@@ -29,13 +29,13 @@
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
-           >>impl-resp-writer  >>impl-address  >>impl-socket  >>impl-registry  >>impl-gate
-           >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub  >>impl-push
-           >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect
-           >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
-           >>impl-client-private  >>impl-client-connection  >>impl-sync  >>impl-pushloop
-           >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe  >>impl-relay-commands
-           >>impl-relay-serve
+           >>impl-resp-writer  >>impl-format  >>impl-address  >>impl-socket  >>impl-registry
+           >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
+           >>impl-push  >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake
+           >>impl-link-connect  >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
+           >>impl-client-private  >>impl-url  >>impl-client-connection  >>impl-sync
+           >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
+           >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -244,6 +244,7 @@
 #endif
 #endif
 
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -791,9 +792,16 @@ typedef struct vkp_client_target {
     vkp_str password; /* as vkp_client_config.password */
 } vkp_client_target;
 
-/* How a client connects, reconnects and delivers pushes. Only address is required. */
+/* How a client connects, reconnects and delivers pushes. Only address or url is required. */
 typedef struct vkp_client_config {
-    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str address; /* "tcp:HOST:PORT" or "unix:PATH"; required where url is not set */
+
+    /* In place of address, username, password and database, which must then be unset:
+       "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]" (or valkey://), with port 6379 by default
+       and an IPv6 host in brackets; "unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]". %XX stands for
+       a byte of user, password, host or path. "?protocol=2" or 3 sets protocol, which must then be
+       unset. rediss:// is UNSUPPORTED: there is no TLS. ptr NULL: the fields are used.        */
+    vkp_str url;
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
@@ -879,9 +887,10 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
-   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
-   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
+   Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
+   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
+   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
+   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
@@ -1000,6 +1009,28 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp
 VKP_API VKP_NODISCARD vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *reply,
                                                          vkp_str username, vkp_str password);
 
+/* vkp_client_command with one command in a format, as hiredis' redisCommand has it. Blanks of the
+   format separate arguments; what a conversion puts never does, whichever bytes it puts:
+   "SET user:%d %b" makes 3 arguments, and one of a %s that is empty is an empty argument. %s puts
+   a terminated string, %b any bytes (a pointer, then a size_t), %c the byte of an int, %% a
+   percent sign; d i o u x X (after hh h l ll j t z) and e E f F g G a A put numbers as printf does,
+   with its flags, and with width and precision in digits. A double has a point in any locale.
+   Compilers cannot check the arguments: the attribute for printf's formats refuses %b.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (client, reply or format NULL, an
+   unknown conversion, a format that ends inside one or has no command, a conversion of 32 bytes or
+   with a width above INT_MAX, NULL for a %s or for bytes of a %b)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *reply,
+                                                     const char *format, ...);
+
+/* vkp_client_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_commandf                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *reply,
+                                                      const char *format, va_list arguments);
+
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and
    status is DISCONNECTED (the commands may or may not have run), CLOSED (the client), LIMIT (the
@@ -1079,7 +1110,7 @@ typedef struct vkp_sync_config {
 VKP_API VKP_NODISCARD vkp_status vkp_sync_open(const vkp_sync_config *config, vkp_sync **sync);
 
 /* The client: for its state, error text, counters, and for calls that are not here. Views: valid
-   until vkp_sync_unref. */
+   until vkp_sync_unref. Any thread. */
 VKP_API vkp_client *vkp_sync_get_client(vkp_sync *sync);
 
 /* Wait until the client is READY. After TIMEOUT vkp_client_get_error says why it is not.
@@ -2099,6 +2130,15 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
    Any thread, one at a time.                                                                  */
 VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
 
+/* Put a whole command, made from a format as vkp_client_commandf describes it: with several of them
+   in one writer vkp_client_send sends commands that stay together. Errors: INVALID (a wrong format,
+   nothing in it, NULL for a %s or for bytes of a %b). Any thread, one at a time.              */
+VKP_API void vkp_resp_put_commandf(vkp_resp_writer *writer, const char *format, ...);
+
+/* vkp_resp_put_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Any thread, one at a time.                                                                  */
+VKP_API void vkp_resp_put_vcommandf(vkp_resp_writer *writer, const char *format, va_list arguments);
+
 /* Put a whole value. protocol 3: as RESP3. Otherwise as a server writes to a RESP2 client: maps,
    sets and pushes as arrays, doubles and big numbers as bulk strings, booleans as 0 and 1, null
    as $-1 unless it was received as *-1, errors as one line, no attributes. VKP_VALUE_OUT_OF_BAND
@@ -2108,7 +2148,8 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
 /* Take the bytes, or the first error of the put functions. The writer is then empty and without an
    error, after a failure too.
    Owns:   gives *bytes     Blocks: never     Threads: any, one at a time
-   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error)     */
+   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error,
+   a format: see vkp_resp_put_commandf)                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
 
 /* Free the bytes that were not taken. The writer is then empty and may be used again. NULL is
@@ -11488,25 +11529,33 @@ VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
     vkp_i_put_header(writer, ':', value < 0, magnitude);
 }
 
+/* Make what printf made of a double the same in any locale: the decimal point, which may have
+   several bytes, becomes ".". Returns the new length.                                         */
+static size_t vkp_i_plain_double(char *text, size_t len)
+{
+    static const char others[] = "0123456789+- abcdefinpxABCDEFINPX"; /* "-0x1p+3", "INF", "nan" */
+    size_t from;
+    size_t to = 0;
+    for (from = 0; from < len; from++) {
+        if (memchr(others, text[from], sizeof others - 1) != NULL) {
+            text[to++] = text[from];
+        } else if (to == 0 || text[to - 1] != '.') {
+            text[to++] = '.';
+        }
+    }
+    return to;
+}
+
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
 {
     char text[VKP_I_DOUBLE_BYTES];
-    size_t from;
-    size_t to = 0;
     if (value != value) {
         (void)snprintf(text, sizeof text, "nan");
     } else if (value > VKP_I_DOUBLE_MAX || value < -VKP_I_DOUBLE_MAX) {
         (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
     } else {
         (void)snprintf(text, sizeof text, "%.17g", value);
-        for (from = 0; text[from] != '\0'; from++) { /* a locale's point may have several bytes */
-            if (strchr("0123456789+-e", text[from]) != NULL) {
-                text[to++] = text[from];
-            } else if (to > 0 && text[to - 1] != '.') {
-                text[to++] = '.';
-            }
-        }
-        text[to] = '\0';
+        text[vkp_i_plain_double(text, strlen(text))] = '\0';
     }
     vkp_i_put_line(writer, ',', vkp_str_of(text));
 }
@@ -11644,6 +11693,303 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
         vkp_i_block_unref(writer->i_block);
         vkp_resp_writer_init(writer, writer->i_env);
     }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-format   Commands from a format
+   ======================================================================================
+   A format is read twice. The first pass checks it and counts the command's arguments, which depend
+   on the format alone: a conversion never ends an argument, and an empty one begins one. So a wrong
+   format leaves the writer's bytes as they were. The second pass appends each argument's bytes, and
+   then moves them to make room for their header: no argument is measured before it is written.
+   Conversions of numbers are printf's own; their letters are those that hiredis accepts, and j, t
+   and z. No locks: a writer has one thread at a time.                                         */
+
+#define VKP_I_FORMAT_SPEC 32u   /* bytes of one conversion and a NUL */
+#define VKP_I_FORMAT_NUMBER 64u /* bytes that are tried first for a number */
+
+/* What a conversion takes from the arguments. */
+typedef enum vkp_i_conversion {
+    VKP_I_CONVERSION_NONE = 0, /* unknown, or the format ends inside it */
+    VKP_I_CONVERSION_PERCENT,  /* nothing */
+    VKP_I_CONVERSION_STR,      /* a terminated string */
+    VKP_I_CONVERSION_BYTES,    /* a pointer and a size_t */
+    VKP_I_CONVERSION_CHAR,     /* an int, put as one byte */
+    VKP_I_CONVERSION_INT,
+    VKP_I_CONVERSION_LONG,
+    VKP_I_CONVERSION_LONG_LONG,
+    VKP_I_CONVERSION_INTMAX,
+    VKP_I_CONVERSION_PTRDIFF,
+    VKP_I_CONVERSION_SIZE,
+    VKP_I_CONVERSION_DOUBLE
+} vkp_i_conversion;
+
+/* Where the second pass is. */
+typedef struct vkp_i_format {
+    vkp_resp_writer *writer;
+    va_list arguments; /* those that are not taken yet */
+} vkp_i_format;
+
+/* Whether the byte is one of the set; a NUL is not. */
+static bool vkp_i_is_one_of(char byte, const char *set)
+{
+    return byte != '\0' && strchr(set, byte) != NULL;
+}
+
+/* Skip the letters that say how large an integer is; returns what the conversion takes then. */
+static vkp_i_conversion vkp_i_conversion_size(const char **at)
+{
+    static const struct {
+        const char *letters;
+        vkp_i_conversion conversion;
+    } sizes[] = {{"hh", VKP_I_CONVERSION_INT},       {"h", VKP_I_CONVERSION_INT},
+                 {"ll", VKP_I_CONVERSION_LONG_LONG}, {"l", VKP_I_CONVERSION_LONG},
+                 {"j", VKP_I_CONVERSION_INTMAX},     {"t", VKP_I_CONVERSION_PTRDIFF},
+                 {"z", VKP_I_CONVERSION_SIZE}};
+    size_t i;
+    for (i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        size_t len = strlen(sizes[i].letters);
+        if (strncmp(*at, sizes[i].letters, len) == 0) {
+            *at += len;
+            return sizes[i].conversion;
+        }
+    }
+    return VKP_I_CONVERSION_INT;
+}
+
+/* The conversion that begins with the '%' at `at`; *len is the number of its bytes. */
+static vkp_i_conversion vkp_i_conversion_at(const char *at, size_t *len)
+{
+    const char *begin = at++;
+    vkp_i_conversion conversion;
+    *len = 2;
+    switch (*at) {
+    case '%':
+        return VKP_I_CONVERSION_PERCENT;
+    case 's':
+        return VKP_I_CONVERSION_STR;
+    case 'b':
+        return VKP_I_CONVERSION_BYTES;
+    case 'c':
+        return VKP_I_CONVERSION_CHAR;
+    default:
+        break;
+    }
+    at += strspn(at, "#0-+ ");
+    at += strspn(at, "0123456789");
+    if (*at == '.') {
+        at++;
+        at += strspn(at, "0123456789");
+    }
+    if (vkp_i_is_one_of(*at, "eEfFgGaA")) {
+        conversion = VKP_I_CONVERSION_DOUBLE;
+    } else {
+        conversion = vkp_i_conversion_size(&at);
+        if (!vkp_i_is_one_of(*at, "diouxX")) {
+            return VKP_I_CONVERSION_NONE;
+        }
+    }
+    *len = (size_t)(at - begin) + 1;
+    return *len < VKP_I_FORMAT_SPEC ? conversion : VKP_I_CONVERSION_NONE;
+}
+
+/* The number of the command's arguments; 0: there are none, or a conversion is wrong. */
+static size_t vkp_i_format_count(const char *format)
+{
+    size_t count = 0;
+    size_t len;
+    bool inside = false;
+    for (; *format != '\0'; format += len) {
+        bool blank = *format == ' ';
+        len = 1;
+        if (*format == '%' && vkp_i_conversion_at(format, &len) == VKP_I_CONVERSION_NONE) {
+            return 0;
+        }
+        count += !blank && !inside ? 1u : 0u;
+        inside = !blank;
+    }
+    return count;
+}
+
+static void vkp_i_format_fail(vkp_i_format *format, vkp_status status)
+{
+    if (format->writer->i_status == VKP_OK) {
+        format->writer->i_status = status;
+    }
+}
+
+/* Print the next argument without taking it; as snprintf. The conversion is checked. */
+static int vkp_i_format_print(vkp_i_format *format, const char *spec, char *text, size_t size)
+{
+    va_list copy;
+    int len;
+    va_copy(copy, format->arguments);
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+    len = vsnprintf(text, size, spec, copy);
+#pragma GCC diagnostic pop
+    va_end(copy);
+    return len;
+}
+
+/* Append the next argument as the number that spec prints, without taking it. */
+static void vkp_i_format_put_number(vkp_i_format *format, const char *spec, bool floating)
+{
+    vkp_resp_writer *writer = format->writer;
+    size_t room = VKP_I_FORMAT_NUMBER;
+    size_t used = 0;
+    char *text = NULL;
+    while (used == 0) {
+        int len;
+        vkp_i_format_fail(format, vkp_i_block_reserve(writer->i_env, &writer->i_block, room));
+        if (writer->i_status != VKP_OK) {
+            return;
+        }
+        text = (char *)vkp_i_block_data(writer->i_block) + writer->i_block->len;
+        len = vkp_i_format_print(format, spec, text, room);
+        if (len < 0) { /* a width or precision above INT_MAX */
+            vkp_i_format_fail(format, VKP_ERR_INVALID);
+            return;
+        }
+        if (len == 0) { /* "%.0d" prints no digit of 0 */
+            return;
+        }
+        used = (size_t)len < room ? (size_t)len : 0;
+        room = (size_t)len + 1;
+    }
+    writer->i_block->len += floating ? vkp_i_plain_double(text, used) : used;
+    writer->i_len = writer->i_block->len;
+}
+
+/* Take the number that was printed from the arguments. */
+static void vkp_i_format_take_number(vkp_i_format *format, vkp_i_conversion conversion)
+{
+    switch ((int)conversion) {
+    case VKP_I_CONVERSION_INT:
+        (void)va_arg(format->arguments, int);
+        break;
+    case VKP_I_CONVERSION_LONG:
+        (void)va_arg(format->arguments, long);
+        break;
+    case VKP_I_CONVERSION_LONG_LONG:
+        (void)va_arg(format->arguments, long long);
+        break;
+    case VKP_I_CONVERSION_INTMAX:
+        (void)va_arg(format->arguments, intmax_t);
+        break;
+    case VKP_I_CONVERSION_PTRDIFF:
+        (void)va_arg(format->arguments, ptrdiff_t);
+        break;
+    case VKP_I_CONVERSION_SIZE:
+        (void)va_arg(format->arguments, size_t);
+        break;
+    default:
+        (void)va_arg(format->arguments, double);
+        break;
+    }
+}
+
+/* Append what the conversion of len bytes makes of the next arguments. */
+static void vkp_i_format_put_conversion(vkp_i_format *format, const char *at, size_t len,
+                                        vkp_i_conversion conversion)
+{
+    char spec[VKP_I_FORMAT_SPEC];
+    const char *text = "%";
+    size_t size = 1;
+    char byte;
+    switch ((int)conversion) {
+    case VKP_I_CONVERSION_PERCENT:
+        break;
+    case VKP_I_CONVERSION_STR:
+        text = va_arg(format->arguments, const char *);
+        size = text != NULL ? strlen(text) : 1;
+        break;
+    case VKP_I_CONVERSION_BYTES:
+        text = va_arg(format->arguments, const char *);
+        size = va_arg(format->arguments, size_t);
+        break;
+    case VKP_I_CONVERSION_CHAR:
+        byte = (char)va_arg(format->arguments, int);
+        text = &byte;
+        break;
+    default:
+        memcpy(spec, at, len);
+        spec[len] = '\0';
+        vkp_i_format_put_number(format, spec, conversion == VKP_I_CONVERSION_DOUBLE);
+        vkp_i_format_take_number(format, conversion);
+        return;
+    }
+    if (text == NULL && size > 0) {
+        vkp_i_format_fail(format, VKP_ERR_INVALID);
+        return;
+    }
+    vkp_resp_put_raw(format->writer, text, size);
+}
+
+/* Append the bytes of the argument that begins at `at`; returns the end of the argument. */
+static const char *vkp_i_format_put_bytes(vkp_i_format *format, const char *at)
+{
+    size_t len;
+    for (; *at != '\0' && *at != ' '; at += len) {
+        if (*at == '%') {
+            vkp_i_conversion conversion = vkp_i_conversion_at(at, &len);
+            vkp_i_format_put_conversion(format, at, len, conversion);
+        } else {
+            len = strcspn(at, " %");
+            vkp_resp_put_raw(format->writer, at, len);
+        }
+    }
+    return at;
+}
+
+/* Make a bulk string of the bytes from `start` to the end. */
+static void vkp_i_format_end_argument(vkp_resp_writer *writer, size_t start)
+{
+    char header[VKP_I_HEADER_BYTES];
+    size_t len = writer->i_len - start;
+    vkp_i_put_header(writer, '$', false, len);
+    if (writer->i_status == VKP_OK) {
+        uint8_t *data = vkp_i_block_data(writer->i_block) + start;
+        size_t bytes = writer->i_len - start - len;
+        memcpy(header, data + len, bytes);
+        memmove(data + bytes, data, len);
+        memcpy(data, header, bytes);
+        vkp_resp_put_raw(writer, "\r\n", 2);
+    }
+}
+
+VKP_API void vkp_resp_put_vcommandf(vkp_resp_writer *writer, const char *format, va_list arguments)
+{
+    vkp_i_format state;
+    size_t count = format != NULL ? vkp_i_format_count(format) : 0;
+    state.writer = writer;
+    if (count == 0) {
+        vkp_i_format_fail(&state, VKP_ERR_INVALID);
+        return;
+    }
+    va_copy(state.arguments, arguments);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
+    while (writer->i_status == VKP_OK && *format != '\0') {
+        size_t start = writer->i_len;
+        if (*format == ' ') {
+            format++;
+        } else {
+            format = vkp_i_format_put_bytes(&state, format);
+            vkp_i_format_end_argument(writer, start);
+        }
+    }
+    va_end(state.arguments);
+}
+
+VKP_API void vkp_resp_put_commandf(vkp_resp_writer *writer, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vkp_resp_put_vcommandf(writer, format, arguments);
+    va_end(arguments);
 }
 
 #endif /* VKP_I_IO */
@@ -18424,12 +18770,36 @@ static vkp_i_ask *vkp_i_ask_new(vkp_client *client, vkp_i_ask_kind kind)
     return ask;
 }
 
+/* Free the credentials of an AUTH; NULL is ignored. */
+static void vkp_i_login_free(const vkp_env *env, vkp_client_target *login)
+{
+    if (login != NULL) {
+        vkp_i_target_free(env, login);
+        vkp_i_free(env, login, sizeof *login);
+    }
+}
+
+/* The credentials that an AUTH keeps. NULL: no memory. */
+static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+{
+    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
+    if (login == NULL) {
+        return NULL;
+    }
+    login->username = username;
+    login->password = password;
+    if (!vkp_i_copy_str(env, &login->username)) {
+        login->password.ptr = NULL; /* not copied: must not be freed */
+    } else if (vkp_i_copy_str(env, &login->password)) {
+        return login;
+    }
+    vkp_i_login_free(env, login);
+    return NULL;
+}
+
 static void vkp_i_ask_free(vkp_i_ask *ask)
 {
-    if (ask->login != NULL) {
-        vkp_i_target_free(ask->client->env, ask->login);
-        vkp_i_free(ask->client->env, ask->login, sizeof *ask->login);
-    }
+    vkp_i_login_free(ask->client->env, ask->login);
     vkp_bytes_unref(&ask->request.bytes);
     vkp_i_free(ask->client->env, ask, sizeof *ask);
 }
@@ -18600,26 +18970,21 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Submit one command whose reply the one-shot receives. Takes login, which may be NULL. */
-static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                              const vkp_str *argv, bool blocks,
+/* Submit one command whose reply the one-shot receives. Takes the command and login, which may be
+   NULL, on failure too. */
+static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot,
+                                              vkp_bytes *command, bool blocks,
                                               vkp_client_target *login)
 {
     vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     vkp_status status;
     if (ask == NULL) {
-        if (login != NULL) {
-            vkp_i_target_free(client->env, login);
-            vkp_i_free(client->env, login, sizeof *login);
-        }
+        vkp_bytes_unref(command);
+        vkp_i_login_free(client->env, login);
         return VKP_ERR_NOMEM;
     }
+    ask->request.bytes = *command;
     ask->login = login;
-    status = vkp_i_request_put(&ask->request, client->env, argc, argv);
-    if (status != VKP_OK) {
-        vkp_i_ask_free(ask);
-        return status;
-    }
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->blocks = blocks;
     ask->slot = slot;
@@ -18636,26 +19001,31 @@ static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *s
     return status;
 }
 
-/* Submit a command, if it can share the connection or have one of its own. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
-{
-    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
-    bool blocks = sharing == VKP_I_SHARING_BLOCKS;
-    if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
-        return VKP_ERR_REFUSED;
-    }
-    return vkp_i_client_submit_command(client, slot, argc, argv, blocks, NULL);
-}
-
-VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+/* Submit the command in the writer; the one-shot, which is initialised here, receives the reply.
+   argv are its arguments, or the first ones. */
+static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot,
+                                           vkp_resp_writer *writer, size_t argc,
                                            const vkp_str *argv)
 {
-    vkp_status status;
-    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
-    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    vkp_i_sharing sharing;
+    bool blocks;
+    vkp_bytes command;
+    vkp_status status =
+        vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    if (status != VKP_OK) {
+        vkp_resp_writer_deinit(writer);
+        return status;
+    }
+    status = vkp_resp_writer_take(writer, &command);
     if (status == VKP_OK) {
-        status = vkp_i_client_ask(client, slot, argc, argv);
+        sharing = argc > 0 ? vkp_i_command_get_sharing(argc, argv) : VKP_I_SHARING_OK;
+        blocks = sharing == VKP_I_SHARING_BLOCKS;
+        if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
+            vkp_bytes_unref(&command);
+            status = VKP_ERR_REFUSED;
+        } else {
+            status = vkp_i_client_submit_command(client, slot, &command, blocks, NULL);
+        }
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
@@ -18663,45 +19033,47 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
     return status;
 }
 
-/* The credentials that an AUTH keeps. NULL: no memory. */
-static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
 {
-    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
-    if (login == NULL) {
-        return NULL;
-    }
-    login->username = username;
-    login->password = password;
-    if (!vkp_i_copy_str(env, &login->username)) {
-        login->password.ptr = NULL; /* not copied: must not be freed */
-    } else if (vkp_i_copy_str(env, &login->password)) {
-        return login;
-    }
-    vkp_i_target_free(env, login);
-    vkp_i_free(env, login, sizeof *login);
-    return NULL;
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_i_client_ask_written(client, slot, &writer, argc, argv);
 }
 
 VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot, vkp_str username,
                                            vkp_str password)
 {
+    vkp_resp_writer writer;
+    vkp_bytes command;
     vkp_client_target *login;
     vkp_str argv[3];
     size_t argc = 0;
     vkp_status status;
     VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
     status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
-    login = status == VKP_OK ? vkp_i_login_new(client->env, username, password) : NULL;
-    if (status == VKP_OK && login == NULL) {
-        status = VKP_ERR_NOMEM;
+    if (status != VKP_OK) {
+        return status;
     }
     argv[argc++] = vkp_str_of("AUTH");
     if (username.ptr != NULL) {
         argv[argc++] = username;
     }
     argv[argc++] = password;
-    if (status == VKP_OK) {
-        status = vkp_i_client_submit_command(client, slot, argc, argv, false, login);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    login = vkp_i_login_new(client->env, username, password);
+    status = vkp_resp_writer_take(&writer, &command);
+    if (status == VKP_OK && login != NULL) {
+        status = vkp_i_client_submit_command(client, slot, &command, false, login);
+    } else {
+        vkp_i_login_free(client->env, login);
+        if (status == VKP_OK) {
+            vkp_bytes_unref(&command);
+            status = VKP_ERR_NOMEM;
+        }
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot);
@@ -18710,6 +19082,53 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
 }
 
 #define VKP_I_COMMAND_ARGS 64 /* most arguments of vkp_client_command */
+
+/* The first arguments of a whole command, at most VKP_I_COMMAND_ARGS; returns how many. */
+static size_t vkp_i_command_parse(const vkp_resp_writer *writer, vkp_str *argv)
+{
+    const uint8_t *data = writer->i_block != NULL ? vkp_i_block_data(writer->i_block) : NULL;
+    uint64_t count = 0;
+    size_t seen = 0;
+    size_t at = data != NULL ? vkp_i_skip_head(data, writer->i_len, 0, &seen, &count) : 0;
+    size_t argc = 0;
+    while (at > 0 && argc < count && argc < VKP_I_COMMAND_ARGS) {
+        uint64_t none;
+        size_t end;
+        const uint8_t *text;
+        seen = 0;
+        end = vkp_i_skip_head(data, writer->i_len, at, &seen, &none);
+        if (end == 0) {
+            break;
+        }
+        text = (const uint8_t *)memchr(data + at, '\n', end - at) + 1;
+        argv[argc++] = vkp_i_str(text, (size_t)(data + end - 2 - text));
+        at = end;
+    }
+    return argc;
+}
+
+VKP_API vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                        va_list arguments)
+{
+    vkp_resp_writer writer;
+    vkp_str argv[VKP_I_COMMAND_ARGS];
+    VKP_I_REQUIRE(client != NULL && slot != NULL && format != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_resp_put_vcommandf(&writer, format, arguments);
+    return vkp_i_client_ask_written(client, slot, &writer, vkp_i_command_parse(&writer, argv),
+                                    argv);
+}
+
+VKP_API vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                       ...)
+{
+    vkp_status status;
+    va_list arguments;
+    va_start(arguments, format);
+    status = vkp_client_vcommandf(client, slot, format, arguments);
+    va_end(arguments);
+    return status;
+}
 
 VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...)
 {
@@ -20234,6 +20653,290 @@ static void vkp_i_client_end_privates(vkp_client *client)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-url   Addresses and credentials from a URL
+   ======================================================================================
+   Any thread, no locks. vkp_i_url_apply sets the fields of a config that a URL stands for; their
+   texts lie in one allocation, which the caller frees after it copied them. What is wrong is logged
+   without the URL, because a URL has a password. A part that could be read in two ways is refused,
+   and not guessed: a user without a password, which other programs take as a password.        */
+
+#define VKP_I_URL_PORT "6379"
+#define VKP_I_URL_EXTRA 16u /* bytes that an address has and its URL has not: "tcp:", ":6379" */
+
+/* What the text behind "://" is. */
+typedef enum vkp_i_url_kind { VKP_I_URL_TCP, VKP_I_URL_UNIX, VKP_I_URL_TLS } vkp_i_url_kind;
+
+/* A URL that is being read. Functions that return a text return what is wrong, or NULL. */
+typedef struct vkp_i_url {
+    vkp_i_url_kind kind;
+    vkp_str rest; /* of the URL: what is not read yet */
+    char *end;    /* of the decoded texts */
+    vkp_client_config *config;
+} vkp_i_url;
+
+/* Cut what is before the first `mark` from *text. Where there is no mark that is all, and *text
+   becomes empty with ptr NULL; otherwise *text begins behind the mark.                        */
+static vkp_str vkp_i_url_cut(vkp_str *text, char mark)
+{
+    const char *at = text->len > 0 ? (const char *)memchr(text->ptr, mark, text->len) : NULL;
+    vkp_str before = *text;
+    if (at == NULL) {
+        *text = vkp_i_str(NULL, 0);
+        return before;
+    }
+    before.len = (size_t)(at - before.ptr);
+    *text = vkp_i_str(at + 1, text->len - before.len - 1);
+    return before;
+}
+
+/* Read the scheme. False: none that is known. */
+static bool vkp_i_url_scheme(vkp_i_url *url)
+{
+    static const struct {
+        const char *text;
+        vkp_i_url_kind kind;
+    } schemes[] = {{"redis://", VKP_I_URL_TCP},
+                   {"valkey://", VKP_I_URL_TCP},
+                   {"unix://", VKP_I_URL_UNIX},
+                   {"rediss://", VKP_I_URL_TLS},
+                   {"valkeys://", VKP_I_URL_TLS}};
+    size_t i;
+    for (i = 0; i < sizeof schemes / sizeof schemes[0]; i++) {
+        size_t len = strlen(schemes[i].text);
+        if (url->rest.len >= len && vkp_i_str_is(vkp_i_str(url->rest.ptr, len), schemes[i].text)) {
+            url->kind = schemes[i].kind;
+            url->rest = vkp_i_str(url->rest.ptr + len, url->rest.len - len);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The value of a hexadecimal digit; -1: it is none. */
+static int vkp_i_url_digit(char byte)
+{
+    return byte >= '0' && byte <= '9'   ? byte - '0'
+           : byte >= 'a' && byte <= 'f' ? byte - 'a' + 10
+           : byte >= 'A' && byte <= 'F' ? byte - 'A' + 10
+                                        : -1;
+}
+
+/* Append the text with each %XX as its byte. False: a percent sign without two digits. */
+static bool vkp_i_url_decode(vkp_i_url *url, vkp_str text)
+{
+    size_t i;
+    for (i = 0; i < text.len; i++) {
+        char byte = text.ptr[i];
+        if (byte == '%') {
+            int high = i + 2 < text.len ? vkp_i_url_digit(text.ptr[i + 1]) : -1;
+            int low = i + 2 < text.len ? vkp_i_url_digit(text.ptr[i + 2]) : -1;
+            if (high < 0 || low < 0) {
+                return false;
+            }
+            byte = (char)(unsigned char)(high * 16 + low);
+            i += 2;
+        }
+        *url->end++ = byte;
+    }
+    return true;
+}
+
+/* Append a text as it is. */
+static void vkp_i_url_append(vkp_i_url *url, const char *text, size_t len)
+{
+    memcpy(url->end, text, len);
+    url->end += len;
+}
+
+/* Decode the text; *out views the result. False: a wrong percent sign. */
+static bool vkp_i_url_decode_to(vkp_i_url *url, vkp_str text, vkp_str *out)
+{
+    char *begin = url->end;
+    bool decoded = vkp_i_url_decode(url, text);
+    *out = vkp_i_str(begin, (size_t)(url->end - begin));
+    return decoded;
+}
+
+/* Read "[user]:password@" at the start of *authority, if it is there. */
+static const char *vkp_i_url_credentials(vkp_i_url *url, vkp_str *authority)
+{
+    vkp_str user;
+    vkp_str password;
+    size_t at = authority->len;
+    while (at > 0 && authority->ptr[at - 1] != '@') {
+        at--;
+    }
+    if (at == 0) {
+        return NULL;
+    }
+    password = vkp_i_str(authority->ptr, at - 1);
+    *authority = vkp_i_str(authority->ptr + at, authority->len - at);
+    user = vkp_i_url_cut(&password, ':');
+    if (password.ptr == NULL) {
+        return "before the @ there is no colon, and so no password";
+    }
+    if ((user.len > 0 && !vkp_i_url_decode_to(url, user, &url->config->username)) ||
+        !vkp_i_url_decode_to(url, password, &url->config->password)) {
+        return "a percent sign without two hexadecimal digits in the user or the password";
+    }
+    return NULL;
+}
+
+/* Read "host[:port]" into the address. */
+static const char *vkp_i_url_host(vkp_i_url *url, vkp_str text)
+{
+    vkp_str port = text;
+    vkp_str host;
+    char *begin = url->end;
+    char *name;
+    bool bracketed = text.len > 0 && text.ptr[0] == '[';
+    if (bracketed) {
+        host = vkp_i_url_cut(&port, ']');
+        if (port.ptr == NULL || (port.len > 0 && port.ptr[0] != ':')) {
+            return "the brackets of the host do not end before the port";
+        }
+        host.len++;
+        port = port.len > 0 ? vkp_i_str(port.ptr + 1, port.len - 1) : vkp_i_str(NULL, 0);
+    } else {
+        host = vkp_i_url_cut(&port, ':');
+    }
+    if (host.len == 0) {
+        return "there is no host";
+    }
+    if (port.ptr != NULL && !vkp_i_is_port(port)) {
+        return "the port is not a number up to 65535 (an IPv6 host needs brackets)";
+    }
+    vkp_i_url_append(url, "tcp:", 4);
+    name = url->end;
+    if (!vkp_i_url_decode(url, host)) {
+        return "a percent sign without two hexadecimal digits in the host";
+    }
+    if ((memchr(name, ':', (size_t)(url->end - name)) != NULL) != bracketed) {
+        return "brackets are for IPv6 hosts, and only for them";
+    }
+    vkp_i_url_append(url, ":", 1);
+    port = port.ptr != NULL ? port : vkp_str_of(VKP_I_URL_PORT);
+    vkp_i_url_append(url, port.ptr, port.len);
+    url->config->address = vkp_i_str(begin, (size_t)(url->end - begin));
+    return NULL;
+}
+
+/* Read the path of a Unix socket into the address. */
+static const char *vkp_i_url_path(vkp_i_url *url, vkp_str authority, vkp_str path)
+{
+    char *begin = url->end;
+    if (authority.len > 0 || path.len == 0) {
+        return "the path of the socket must begin with a slash";
+    }
+    vkp_i_url_append(url, "unix:", 5);
+    if (!vkp_i_url_decode(url, path)) {
+        return "a percent sign without two hexadecimal digits in the path";
+    }
+    url->config->address = vkp_i_str(begin, (size_t)(url->end - begin));
+    return NULL;
+}
+
+/* Read the number of a database. False: it is none. */
+static bool vkp_i_url_database(vkp_i_url *url, vkp_str text)
+{
+    uint64_t number = 0;
+    size_t i;
+    for (i = 0; i < text.len && number <= UINT32_MAX; i++) {
+        if (text.ptr[i] < '0' || text.ptr[i] > '9') {
+            return false;
+        }
+        number = number * 10 + (uint64_t)(text.ptr[i] - '0');
+    }
+    url->config->database = (uint32_t)number;
+    return text.len > 0 && number <= UINT32_MAX;
+}
+
+/* Read "key=value&key=value". */
+static const char *vkp_i_url_query(vkp_i_url *url, vkp_str query)
+{
+    bool has_database = false;
+    while (query.len > 0) {
+        vkp_str value = vkp_i_url_cut(&query, '&');
+        vkp_str key = vkp_i_url_cut(&value, '=');
+        if (vkp_i_str_equal(key, vkp_str_of("protocol"))) {
+            bool known = value.len == 1 && (value.ptr[0] == '2' || value.ptr[0] == '3');
+            if (!known || url->config->protocol != 0) {
+                return "protocol must be 2 or 3, once, and not in the config as well";
+            }
+            url->config->protocol = value.ptr[0] - '0';
+        } else if (url->kind == VKP_I_URL_UNIX && vkp_i_str_equal(key, vkp_str_of("db"))) {
+            if (has_database || !vkp_i_url_database(url, value)) {
+                return "db must be a number, once";
+            }
+            has_database = true;
+        } else {
+            return url->kind == VKP_I_URL_UNIX ? "a key other than db and protocol behind the ?"
+                                               : "a key other than protocol behind the ?";
+        }
+    }
+    return NULL;
+}
+
+/* Read what is behind the scheme. */
+static const char *vkp_i_url_read(vkp_i_url *url)
+{
+    vkp_str query = url->rest;
+    vkp_str path = vkp_i_url_cut(&query, '?');
+    vkp_str authority = vkp_i_url_cut(&path, '/');
+    const char *wrong = vkp_i_url_credentials(url, &authority);
+    if (memchr(url->rest.ptr, '#', url->rest.len) != NULL) {
+        return "there is a #, which must be written as %23";
+    }
+    if (wrong == NULL && url->kind == VKP_I_URL_UNIX) {
+        wrong = vkp_i_url_path(url, authority,
+                               path.ptr != NULL ? vkp_i_str(path.ptr - 1, path.len + 1) : path);
+    } else if (wrong == NULL) {
+        wrong = vkp_i_url_host(url, authority);
+        if (wrong == NULL && path.len > 0 && !vkp_i_url_database(url, path)) {
+            wrong = "the database behind the slash is not a number";
+        }
+    }
+    return wrong == NULL ? vkp_i_url_query(url, query) : wrong;
+}
+
+/* Set the fields that config->url stands for, and unset url. *text and *bytes are the allocation
+   that the fields view: for the caller to free, on failure too. INVALID, UNSUPPORTED or NOMEM; the
+   cause is logged.                                                                            */
+static vkp_status vkp_i_url_apply(const vkp_env *env, vkp_client_config *config, void **text,
+                                  size_t *bytes)
+{
+    vkp_i_url url;
+    const char *wrong;
+    url.config = config;
+    url.rest = config->url;
+    *text = NULL;
+    *bytes = config->url.len + VKP_I_URL_EXTRA;
+    if (!vkp_i_url_scheme(&url)) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: it begins with none of redis://, valkey://, unix://");
+        return VKP_ERR_INVALID;
+    }
+    if (url.kind == VKP_I_URL_TLS) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: rediss:// is not supported: there is no TLS");
+        return VKP_ERR_UNSUPPORTED;
+    }
+    *text = vkp_i_alloc(env, *bytes);
+    if (*text == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    url.end = (char *)*text;
+    wrong = vkp_i_url_read(&url);
+    if (wrong != NULL) {
+        vkp_i_log(env, VKP_LOG_ERROR, "url: %s", wrong);
+        return VKP_ERR_INVALID;
+    }
+    config->url = vkp_i_str(NULL, 0);
+    return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-client-connection   The life of a client
    ======================================================================================
    Everything here runs on the loop's thread, except vkp_client_ref, _unref, _close and the
@@ -20816,28 +21519,20 @@ static bool vkp_i_setup_is_valid(const vkp_client_config *config)
     return true;
 }
 
-VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+/* Open a client by a config that is valid and has no URL. */
+static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *config,
                                    vkp_client **out)
 {
-    vkp_client *client;
+    const vkp_env *env = config->env != NULL ? config->env : loop->env;
+    vkp_client *client = (vkp_client *)vkp_i_alloc_zero(env, sizeof *client);
     vkp_i_parts parts;
     vkp_watch_config states;
     vkp_status status;
     int kind;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
-    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
-    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
-    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config));
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    client = (vkp_client *)vkp_i_alloc_zero(config->env != NULL ? config->env : loop->env,
-                                            sizeof *client);
     if (client == NULL) {
         return VKP_ERR_NOMEM;
     }
-    client->env = config->env != NULL ? config->env : loop->env;
+    client->env = env;
     client->loop = vkp_loop_ref(loop);
     client->refs = 2;
     client->users = 1;
@@ -20884,6 +21579,44 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     *out = client;
     return VKP_OK;
+}
+
+/* Whether the fields that a URL stands for are unset. */
+static bool vkp_i_client_has_only_url(const vkp_client_config *config)
+{
+    return config->address.ptr == NULL && config->username.ptr == NULL &&
+           config->password.ptr == NULL && config->database == 0;
+}
+
+VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                   vkp_client **out)
+{
+    vkp_client_config read;
+    const vkp_env *env;
+    void *text;
+    size_t bytes;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL);
+    VKP_I_REQUIRE(config->url.ptr != NULL ? vkp_i_client_has_only_url(config)
+                                          : config->address.ptr != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
+    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
+    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
+                  vkp_i_setup_is_valid(config));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    if (config->url.ptr == NULL) {
+        return vkp_i_client_new(loop, config, out);
+    }
+    env = config->env != NULL ? config->env : loop->env;
+    read = *config;
+    status = vkp_i_url_apply(env, &read, &text, &bytes);
+    if (status == VKP_OK) {
+        status = vkp_i_client_new(loop, &read, out);
+    }
+    vkp_i_free(env, text, bytes);
+    return status;
 }
 
 #endif /* VKP_I_IO */

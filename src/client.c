@@ -249,12 +249,36 @@ static vkp_i_ask *vkp_i_ask_new(vkp_client *client, vkp_i_ask_kind kind)
     return ask;
 }
 
+/* Free the credentials of an AUTH; NULL is ignored. */
+static void vkp_i_login_free(const vkp_env *env, vkp_client_target *login)
+{
+    if (login != NULL) {
+        vkp_i_target_free(env, login);
+        vkp_i_free(env, login, sizeof *login);
+    }
+}
+
+/* The credentials that an AUTH keeps. NULL: no memory. */
+static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+{
+    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
+    if (login == NULL) {
+        return NULL;
+    }
+    login->username = username;
+    login->password = password;
+    if (!vkp_i_copy_str(env, &login->username)) {
+        login->password.ptr = NULL; /* not copied: must not be freed */
+    } else if (vkp_i_copy_str(env, &login->password)) {
+        return login;
+    }
+    vkp_i_login_free(env, login);
+    return NULL;
+}
+
 static void vkp_i_ask_free(vkp_i_ask *ask)
 {
-    if (ask->login != NULL) {
-        vkp_i_target_free(ask->client->env, ask->login);
-        vkp_i_free(ask->client->env, ask->login, sizeof *ask->login);
-    }
+    vkp_i_login_free(ask->client->env, ask->login);
     vkp_bytes_unref(&ask->request.bytes);
     vkp_i_free(ask->client->env, ask, sizeof *ask);
 }
@@ -425,26 +449,21 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
     return vkp_i_client_submit_or_free(client, ask);
 }
 
-/* Submit one command whose reply the one-shot receives. Takes login, which may be NULL. */
-static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                              const vkp_str *argv, bool blocks,
+/* Submit one command whose reply the one-shot receives. Takes the command and login, which may be
+   NULL, on failure too. */
+static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot,
+                                              vkp_bytes *command, bool blocks,
                                               vkp_client_target *login)
 {
     vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     vkp_status status;
     if (ask == NULL) {
-        if (login != NULL) {
-            vkp_i_target_free(client->env, login);
-            vkp_i_free(client->env, login, sizeof *login);
-        }
+        vkp_bytes_unref(command);
+        vkp_i_login_free(client->env, login);
         return VKP_ERR_NOMEM;
     }
+    ask->request.bytes = *command;
     ask->login = login;
-    status = vkp_i_request_put(&ask->request, client->env, argc, argv);
-    if (status != VKP_OK) {
-        vkp_i_ask_free(ask);
-        return status;
-    }
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->blocks = blocks;
     ask->slot = slot;
@@ -461,26 +480,31 @@ static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *s
     return status;
 }
 
-/* Submit a command, if it can share the connection or have one of its own. */
-static vkp_status vkp_i_client_ask(vkp_client *client, vkp_oneshot *slot, size_t argc,
-                                   const vkp_str *argv)
-{
-    vkp_i_sharing sharing = vkp_i_command_get_sharing(argc, argv);
-    bool blocks = sharing == VKP_I_SHARING_BLOCKS;
-    if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
-        return VKP_ERR_REFUSED;
-    }
-    return vkp_i_client_submit_command(client, slot, argc, argv, blocks, NULL);
-}
-
-VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+/* Submit the command in the writer; the one-shot, which is initialised here, receives the reply.
+   argv are its arguments, or the first ones. */
+static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot,
+                                           vkp_resp_writer *writer, size_t argc,
                                            const vkp_str *argv)
 {
-    vkp_status status;
-    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
-    status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    vkp_i_sharing sharing;
+    bool blocks;
+    vkp_bytes command;
+    vkp_status status =
+        vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
+    if (status != VKP_OK) {
+        vkp_resp_writer_deinit(writer);
+        return status;
+    }
+    status = vkp_resp_writer_take(writer, &command);
     if (status == VKP_OK) {
-        status = vkp_i_client_ask(client, slot, argc, argv);
+        sharing = argc > 0 ? vkp_i_command_get_sharing(argc, argv) : VKP_I_SHARING_OK;
+        blocks = sharing == VKP_I_SHARING_BLOCKS;
+        if (sharing == VKP_I_SHARING_CHANGES || (blocks && client->config.private_max == 0)) {
+            vkp_bytes_unref(&command);
+            status = VKP_ERR_REFUSED;
+        } else {
+            status = vkp_i_client_submit_command(client, slot, &command, blocks, NULL);
+        }
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot); /* a receiver that waits on it gets CLOSED */
@@ -488,45 +512,47 @@ VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot
     return status;
 }
 
-/* The credentials that an AUTH keeps. NULL: no memory. */
-static vkp_client_target *vkp_i_login_new(const vkp_env *env, vkp_str username, vkp_str password)
+VKP_API vkp_status vkp_client_command_argv(vkp_client *client, vkp_oneshot *slot, size_t argc,
+                                           const vkp_str *argv)
 {
-    vkp_client_target *login = (vkp_client_target *)vkp_i_alloc_zero(env, sizeof *login);
-    if (login == NULL) {
-        return NULL;
-    }
-    login->username = username;
-    login->password = password;
-    if (!vkp_i_copy_str(env, &login->username)) {
-        login->password.ptr = NULL; /* not copied: must not be freed */
-    } else if (vkp_i_copy_str(env, &login->password)) {
-        return login;
-    }
-    vkp_i_target_free(env, login);
-    vkp_i_free(env, login, sizeof *login);
-    return NULL;
+    vkp_resp_writer writer;
+    VKP_I_REQUIRE(client != NULL && slot != NULL && argc > 0 && argv != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    return vkp_i_client_ask_written(client, slot, &writer, argc, argv);
 }
 
 VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot, vkp_str username,
                                            vkp_str password)
 {
+    vkp_resp_writer writer;
+    vkp_bytes command;
     vkp_client_target *login;
     vkp_str argv[3];
     size_t argc = 0;
     vkp_status status;
     VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
     status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
-    login = status == VKP_OK ? vkp_i_login_new(client->env, username, password) : NULL;
-    if (status == VKP_OK && login == NULL) {
-        status = VKP_ERR_NOMEM;
+    if (status != VKP_OK) {
+        return status;
     }
     argv[argc++] = vkp_str_of("AUTH");
     if (username.ptr != NULL) {
         argv[argc++] = username;
     }
     argv[argc++] = password;
-    if (status == VKP_OK) {
-        status = vkp_i_client_submit_command(client, slot, argc, argv, false, login);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_i_put_command(&writer, argc, argv);
+    login = vkp_i_login_new(client->env, username, password);
+    status = vkp_resp_writer_take(&writer, &command);
+    if (status == VKP_OK && login != NULL) {
+        status = vkp_i_client_submit_command(client, slot, &command, false, login);
+    } else {
+        vkp_i_login_free(client->env, login);
+        if (status == VKP_OK) {
+            vkp_bytes_unref(&command);
+            status = VKP_ERR_NOMEM;
+        }
     }
     if (status != VKP_OK) {
         vkp_oneshot_abandon(slot);
@@ -535,6 +561,53 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
 }
 
 #define VKP_I_COMMAND_ARGS 64 /* most arguments of vkp_client_command */
+
+/* The first arguments of a whole command, at most VKP_I_COMMAND_ARGS; returns how many. */
+static size_t vkp_i_command_parse(const vkp_resp_writer *writer, vkp_str *argv)
+{
+    const uint8_t *data = writer->i_block != NULL ? vkp_i_block_data(writer->i_block) : NULL;
+    uint64_t count = 0;
+    size_t seen = 0;
+    size_t at = data != NULL ? vkp_i_skip_head(data, writer->i_len, 0, &seen, &count) : 0;
+    size_t argc = 0;
+    while (at > 0 && argc < count && argc < VKP_I_COMMAND_ARGS) {
+        uint64_t none;
+        size_t end;
+        const uint8_t *text;
+        seen = 0;
+        end = vkp_i_skip_head(data, writer->i_len, at, &seen, &none);
+        if (end == 0) {
+            break;
+        }
+        text = (const uint8_t *)memchr(data + at, '\n', end - at) + 1;
+        argv[argc++] = vkp_i_str(text, (size_t)(data + end - 2 - text));
+        at = end;
+    }
+    return argc;
+}
+
+VKP_API vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                        va_list arguments)
+{
+    vkp_resp_writer writer;
+    vkp_str argv[VKP_I_COMMAND_ARGS];
+    VKP_I_REQUIRE(client != NULL && slot != NULL && format != NULL);
+    vkp_resp_writer_init(&writer, client->env);
+    vkp_resp_put_vcommandf(&writer, format, arguments);
+    return vkp_i_client_ask_written(client, slot, &writer, vkp_i_command_parse(&writer, argv),
+                                    argv);
+}
+
+VKP_API vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *slot, const char *format,
+                                       ...)
+{
+    vkp_status status;
+    va_list arguments;
+    va_start(arguments, format);
+    status = vkp_client_vcommandf(client, slot, format, arguments);
+    va_end(arguments);
+    return status;
+}
 
 VKP_API vkp_status vkp_client_command(vkp_client *client, vkp_oneshot *slot, ...)
 {

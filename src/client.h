@@ -46,9 +46,16 @@ typedef struct vkp_client_target {
     vkp_str password; /* as vkp_client_config.password */
 } vkp_client_target;
 
-/* How a client connects, reconnects and delivers pushes. Only address is required. */
+/* How a client connects, reconnects and delivers pushes. Only address or url is required. */
 typedef struct vkp_client_config {
-    vkp_str address;  /* required: "tcp:HOST:PORT" or "unix:PATH" */
+    vkp_str address; /* "tcp:HOST:PORT" or "unix:PATH"; required where url is not set */
+
+    /* In place of address, username, password and database, which must then be unset:
+       "redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]" (or valkey://), with port 6379 by default
+       and an IPv6 host in brackets; "unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]". %XX stands for
+       a byte of user, password, host or path. "?protocol=2" or 3 sets protocol, which must then be
+       unset. rediss:// is UNSUPPORTED: there is no TLS. ptr NULL: the fields are used.        */
+    vkp_str url;
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
@@ -134,9 +141,10 @@ typedef struct vkp_client_config {
    Owns:   borrows config (copies texts); shares loop, pushes and resolver; gives *client
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
-   Errors: INVALID (a null argument, no address or a malformed one, another thread, an unknown
-   protocol, both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too
-   long for the system), UNSUPPORTED (unix:@NAME outside Linux), NOMEM, CLOSED (loop)          */
+   Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
+   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
+   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
+   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
@@ -254,6 +262,28 @@ VKP_API VKP_NODISCARD vkp_status vkp_client_command_argv(vkp_client *client, vkp
    Errors: as vkp_client_command, but never REFUSED; INVALID (a null argument)                 */
 VKP_API VKP_NODISCARD vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *reply,
                                                          vkp_str username, vkp_str password);
+
+/* vkp_client_command with one command in a format, as hiredis' redisCommand has it. Blanks of the
+   format separate arguments; what a conversion puts never does, whichever bytes it puts:
+   "SET user:%d %b" makes 3 arguments, and one of a %s that is empty is an empty argument. %s puts
+   a terminated string, %b any bytes (a pointer, then a size_t), %c the byte of an int, %% a
+   percent sign; d i o u x X (after hh h l ll j t z) and e E f F g G a A put numbers as printf does,
+   with its flags, and with width and precision in digits. A double has a point in any locale.
+   Compilers cannot check the arguments: the attribute for printf's formats refuses %b.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_command, but LIMIT only at 4 GiB; INVALID (client, reply or format NULL, an
+   unknown conversion, a format that ends inside one or has no command, a conversion of 32 bytes or
+   with a width above INT_MAX, NULL for a %s or for bytes of a %b)                             */
+VKP_API VKP_NODISCARD vkp_status vkp_client_commandf(vkp_client *client, vkp_oneshot *reply,
+                                                     const char *format, ...);
+
+/* vkp_client_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments, and the slot until vkp_oneshot_recv returned or it was closed
+   Blocks: never     Threads: any     In callbacks: ok (take the reply with vkp_oneshot_try_recv)
+   Errors: as vkp_client_commandf                                                              */
+VKP_API VKP_NODISCARD vkp_status vkp_client_vcommandf(vkp_client *client, vkp_oneshot *reply,
+                                                      const char *format, va_list arguments);
 
 /* Receives the outcome of vkp_client_send, once, on the loop's thread. status OK: value and frame
    are the last reply, valid until the function returns. Otherwise value and frame are NULL, and

@@ -582,28 +582,20 @@ static bool vkp_i_setup_is_valid(const vkp_client_config *config)
     return true;
 }
 
-VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+/* Open a client by a config that is valid and has no URL. */
+static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *config,
                                    vkp_client **out)
 {
-    vkp_client *client;
+    const vkp_env *env = config->env != NULL ? config->env : loop->env;
+    vkp_client *client = (vkp_client *)vkp_i_alloc_zero(env, sizeof *client);
     vkp_i_parts parts;
     vkp_watch_config states;
     vkp_status status;
     int kind;
-    VKP_I_REQUIRE(loop != NULL && config != NULL && config->address.ptr != NULL && out != NULL);
-    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
-    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
-    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config));
-    if (loop->closed) {
-        return VKP_ERR_CLOSED;
-    }
-    client = (vkp_client *)vkp_i_alloc_zero(config->env != NULL ? config->env : loop->env,
-                                            sizeof *client);
     if (client == NULL) {
         return VKP_ERR_NOMEM;
     }
-    client->env = config->env != NULL ? config->env : loop->env;
+    client->env = env;
     client->loop = vkp_loop_ref(loop);
     client->refs = 2;
     client->users = 1;
@@ -650,6 +642,44 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     }
     *out = client;
     return VKP_OK;
+}
+
+/* Whether the fields that a URL stands for are unset. */
+static bool vkp_i_client_has_only_url(const vkp_client_config *config)
+{
+    return config->address.ptr == NULL && config->username.ptr == NULL &&
+           config->password.ptr == NULL && config->database == 0;
+}
+
+VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
+                                   vkp_client **out)
+{
+    vkp_client_config read;
+    const vkp_env *env;
+    void *text;
+    size_t bytes;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL);
+    VKP_I_REQUIRE(config->url.ptr != NULL ? vkp_i_client_has_only_url(config)
+                                          : config->address.ptr != NULL);
+    VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
+    VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
+    VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
+                  vkp_i_setup_is_valid(config));
+    if (loop->closed) {
+        return VKP_ERR_CLOSED;
+    }
+    if (config->url.ptr == NULL) {
+        return vkp_i_client_new(loop, config, out);
+    }
+    env = config->env != NULL ? config->env : loop->env;
+    read = *config;
+    status = vkp_i_url_apply(env, &read, &text, &bytes);
+    if (status == VKP_OK) {
+        status = vkp_i_client_new(loop, &read, out);
+    }
+    vkp_i_free(env, text, bytes);
+    return status;
 }
 
 #endif /* VKP_I_IO */

@@ -98,6 +98,15 @@ VKP_API void vkp_resp_put_null(vkp_resp_writer *writer);
    Any thread, one at a time.                                                                  */
 VKP_API void vkp_resp_put_raw(vkp_resp_writer *writer, const void *data, size_t len);
 
+/* Put a whole command, made from a format as vkp_client_commandf describes it: with several of them
+   in one writer vkp_client_send sends commands that stay together. Errors: INVALID (a wrong format,
+   nothing in it, NULL for a %s or for bytes of a %b). Any thread, one at a time.              */
+VKP_API void vkp_resp_put_commandf(vkp_resp_writer *writer, const char *format, ...);
+
+/* vkp_resp_put_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Any thread, one at a time.                                                                  */
+VKP_API void vkp_resp_put_vcommandf(vkp_resp_writer *writer, const char *format, va_list arguments);
+
 /* Put a whole value. protocol 3: as RESP3. Otherwise as a server writes to a RESP2 client: maps,
    sets and pushes as arrays, doubles and big numbers as bulk strings, booleans as 0 and 1, null
    as $-1 unless it was received as *-1, errors as one line, no attributes. VKP_VALUE_OUT_OF_BAND
@@ -107,7 +116,8 @@ VKP_API void vkp_resp_put_value(vkp_resp_writer *writer, const vkp_value *value,
 /* Take the bytes, or the first error of the put functions. The writer is then empty and without an
    error, after a failure too.
    Owns:   gives *bytes     Blocks: never     Threads: any, one at a time
-   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error)     */
+   Errors: NOMEM, LIMIT (above 4 GiB - 1), INVALID (a CR or LF in put_simple or put_error,
+   a format: see vkp_resp_put_commandf)                                                       */
 VKP_API VKP_NODISCARD vkp_status vkp_resp_writer_take(vkp_resp_writer *writer, vkp_bytes *bytes);
 
 /* Free the bytes that were not taken. The writer is then empty and may be used again. NULL is

@@ -109,25 +109,33 @@ VKP_API void vkp_resp_put_integer(vkp_resp_writer *writer, int64_t value)
     vkp_i_put_header(writer, ':', value < 0, magnitude);
 }
 
+/* Make what printf made of a double the same in any locale: the decimal point, which may have
+   several bytes, becomes ".". Returns the new length.                                         */
+static size_t vkp_i_plain_double(char *text, size_t len)
+{
+    static const char others[] = "0123456789+- abcdefinpxABCDEFINPX"; /* "-0x1p+3", "INF", "nan" */
+    size_t from;
+    size_t to = 0;
+    for (from = 0; from < len; from++) {
+        if (memchr(others, text[from], sizeof others - 1) != NULL) {
+            text[to++] = text[from];
+        } else if (to == 0 || text[to - 1] != '.') {
+            text[to++] = '.';
+        }
+    }
+    return to;
+}
+
 VKP_API void vkp_resp_put_double(vkp_resp_writer *writer, double value)
 {
     char text[VKP_I_DOUBLE_BYTES];
-    size_t from;
-    size_t to = 0;
     if (value != value) {
         (void)snprintf(text, sizeof text, "nan");
     } else if (value > VKP_I_DOUBLE_MAX || value < -VKP_I_DOUBLE_MAX) {
         (void)snprintf(text, sizeof text, value > 0 ? "inf" : "-inf");
     } else {
         (void)snprintf(text, sizeof text, "%.17g", value);
-        for (from = 0; text[from] != '\0'; from++) { /* a locale's point may have several bytes */
-            if (strchr("0123456789+-e", text[from]) != NULL) {
-                text[to++] = text[from];
-            } else if (to > 0 && text[to - 1] != '.') {
-                text[to++] = '.';
-            }
-        }
-        text[to] = '\0';
+        text[vkp_i_plain_double(text, strlen(text))] = '\0';
     }
     vkp_i_put_line(writer, ',', vkp_str_of(text));
 }

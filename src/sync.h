@@ -26,7 +26,7 @@ typedef struct vkp_sync_config {
 VKP_API VKP_NODISCARD vkp_status vkp_sync_open(const vkp_sync_config *config, vkp_sync **sync);
 
 /* The client: for its state, error text, counters, and for calls that are not here. Views: valid
-   until vkp_sync_unref. */
+   until vkp_sync_unref. Any thread. */
 VKP_API vkp_client *vkp_sync_get_client(vkp_sync *sync);
 
 /* Wait until the client is READY. After TIMEOUT vkp_client_get_error says why it is not.

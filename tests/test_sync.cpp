@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// A client without an event loop of one's own: each call waits for its answer. Against a real server,
-// and against nobody.
+// A client without an event loop of one's own: each call waits for its answer. Against a real
+// server, and against nobody.
 #include "support/catch.hpp"
 #include "support/client_probe.h"
 

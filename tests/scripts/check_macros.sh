@@ -1,13 +1,13 @@
 #!/bin/sh
 # Including the header's declarations defines no macros but VKP_*, VALKEY_PUSH_H, and those of the
-# three standard headers it needs, and reads no other file; private macros (VKP_I_*) are gone again:
+# four standard headers it needs, and reads no other file; private macros (VKP_I_*) are gone again:
 # check_macros.sh ROOT WORK
 set -eu
 root=$1 work=$2
 cc=${CC:-cc}
 
 mkdir -p "$work"
-standard='#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n'
+standard='#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n#include <stdarg.h>\n'
 printf "$standard" >"$work/without.c"
 printf "$standard"'#include "valkey_push.h"\n' >"$work/with.c"
 
