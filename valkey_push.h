@@ -29,13 +29,13 @@
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
-           >>impl-resp-writer  >>impl-format  >>impl-address  >>impl-socket  >>impl-registry
-           >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake
-           >>impl-link-connect  >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
-           >>impl-client-private  >>impl-url  >>impl-client-connection  >>impl-sync
-           >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
-           >>impl-relay-commands  >>impl-relay-serve
+           >>impl-resp-writer  >>impl-value-text  >>impl-format  >>impl-address  >>impl-socket
+           >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
+           >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
+           >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
+           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-private  >>impl-url
+           >>impl-client-connection  >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
+           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -48,7 +48,9 @@
    START HERE
    - To react to what a server pushes: vkp_loop_open, vkp_client_open, vkp_client_subscribe,
      vkp_loop_run. Pushes arrive in on_push, or in a channel that a thread of yours receives from.
-   - To send commands from any thread: vkp_client_command, and vkp_oneshot_recv for the reply.
+   - To send commands from any thread: vkp_client_command (or vkp_client_commandf, with a format as
+     hiredis has it), and vkp_oneshot_recv for the reply.
+   - To keep a cache: CLIENT TRACKING in vkp_client_config.setup, and vkp_push_get_key.
    - To pass values between threads: sections api-mpsc, api-oneshot, api-broadcast, api-watch.
    - To serve local clients: vkp_listener_open, or a whole relay with vkp_relay_open.
    - To run inside a loop that the program has already: docs/embedding.md.
@@ -632,6 +634,16 @@ VKP_API double vkp_value_get_double(const vkp_value *value);
    whose ptr is NULL. Any thread.                                                              */
 VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text);
 
+/* Write the value as a text for people; as snprintf, at most size bytes with the NUL, and returns
+   the bytes of the whole text without the NUL: from size on, the text was cut. A string is its
+   bytes, a number its digits; others are null, true, false and (error) ERR why. Aggregates are
+   [1, "a"], sets ~[1], pushes >["kind", 1], maps {"key": 1}: strings in them have quotation marks,
+   and \" \\ \n \r \t \xNN for bytes that are not printable ASCII. What vkp_value_get_first and
+   vkp_value_get_next skip is left out; value itself may be an attribute, |{"key": 1}. Allocates
+   nothing, and takes 17 KiB of the stack at any depth. value NULL gives no text; text may be NULL
+   with size 0. Any thread.                                                                    */
+VKP_API size_t vkp_value_get_text(const vkp_value *value, char *text, size_t size);
+
 /* The limits of a reader. */
 typedef struct vkp_resp_config {
     uint32_t max_depth; /* most levels of nested aggregates; 0: 128; at most 65,000 */
@@ -670,9 +682,10 @@ typedef enum vkp_push_kind {
        the name in channel.                                                                    */
     VKP_PUSH_SUBSCRIBED,
     VKP_PUSH_UNSUBSCRIBED, /* the last unsubscribe of a name is done: sub, the name in channel */
-    VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
-    VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
-    VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    /* Cached keys became invalid: vkp_push_get_key reads them; all keys: vkp_push_is_flush. */
+    VKP_PUSH_INVALIDATE,
+    VKP_PUSH_OTHER,     /* a push of another kind: frame; the name of the kind in channel */
+    VKP_PUSH_CONNECTED, /* once: the first connection of the client is ready */
     /* Once per outage, and at the start: the first try to connect has failed, and tries go on;
        payload says why, with the server's words.                                              */
     VKP_PUSH_CONNECT_FAILED,
@@ -698,8 +711,9 @@ typedef struct vkp_sub_name {
     vkp_str name;      /* of the channel, or the pattern */
 } vkp_sub_name;
 
-/* What a GAP covers. from: the last moment at which the subscriptions were known to be good, which
-   is when the last byte before the loss arrived. to: the confirmation of the last name.       */
+/* What a GAP covers. from: the last moment at which the subscriptions were known to be good: when
+   the last request was sent that the server answered before the loss, at worst heartbeat_ms and
+   reply_timeout_ms before. to: the confirmation of the last name.                             */
 typedef struct vkp_gap {
     uint64_t from_ns;          /* on the clock of vkp_now_ns */
     uint64_t to_ns;            /* on the clock of vkp_now_ns */
@@ -741,6 +755,18 @@ VKP_API void vkp_push_unref(vkp_push *push);
    Blocks: never     Threads: any     In callbacks: ok
    Errors: INVALID (a null argument, no PUSH or ARRAY, the first element is no string)         */
 VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
+
+/* Whether the push says that all keys became invalid, as after FLUSHALL: then it has no keys. False
+   for pushes of other kinds. Any thread.                                                      */
+VKP_API bool vkp_push_is_flush(const vkp_push *push);
+
+/* Read the next key that became invalid; *cursor is 0 before the first one, and the call's own
+   afterwards. True: *key views the frame of the push. False: no key is left, and *key is unchanged.
+   For an INVALIDATE, and for a MESSAGE of the channel __redis__:invalidate, which RESP2 clients
+   subscribe to; pushes of other kinds or without a frame (vkp_push_from_value) have no keys.
+   Allocates nothing. After DISCONNECTED a server no longer knows what was read from it: drop all
+   cached keys then. Any thread.                                                               */
+VKP_API bool vkp_push_get_key(const vkp_push *push, size_t *cursor, vkp_str *key);
 
 #endif /* VKP_NO_IO */
 
@@ -4116,6 +4142,19 @@ static void vkp_i_free_text(const vkp_env *env, char *text)
     if (text != NULL) {
         vkp_i_free(env, text, strlen(text) + 1);
     }
+}
+
+/* Whether the text has the terminated part in it. */
+static bool vkp_i_contains(vkp_str text, const char *part)
+{
+    size_t len = strlen(part);
+    size_t i;
+    for (i = 0; i + len <= text.len; i++) {
+        if (memcmp(text.ptr + i, part, len) == 0) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static bool vkp_i_starts_with(vkp_str text, const char *start)
@@ -10429,6 +10468,7 @@ struct vkp_resp_reader {
     bool whole;        /* the last scan returned a frame: the next scan starts a new one */
     bool quick;        /* the limits allow vkp_i_reader_quick */
     bool quick_values; /* values[0] to values[3] have the constant fields of a message */
+    bool nested;       /* the frame has a VKP_VALUE_OUT_OF_BAND */
     size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
     vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
@@ -10517,7 +10557,7 @@ VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
     }
 }
 
-/* Prepare for a new frame. */
+/* Prepare for a new frame. The values of the last one stay until they are overwritten. */
 static void vkp_i_reader_start(vkp_resp_reader *reader)
 {
     reader->whole = false;
@@ -10526,9 +10566,7 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->attribute = 0;
     reader->count = 0;
     reader->depth = 0;
-    if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte or more */
-        vkp_i_reader_trim(reader);
-    }
+    reader->nested = false;
 }
 
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
@@ -11011,6 +11049,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
             size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
+            reader->nested = true;
             while (level > 0 && !reader->values[reader->levels[--level].index].i_has_nested) {
                 reader->values[reader->levels[level].index].i_has_nested = 1;
             }
@@ -11144,6 +11183,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                                                  const vkp_value **value,
                                                                  size_t *consumed)
 {
+    vkp_value *root;
     do {
         vkp_status status = vkp_i_reader_step(reader, window, len);
         if (status != VKP_OK) {
@@ -11157,10 +11197,12 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                  reader->config.max_frame_bytes);
     }
     vkp_i_reader_point(reader, window);
-    *value = &reader->values[0];
-    while ((*value)->type == VKP_RESP_ATTRIBUTE) {
-        *value += (*value)->span;
+    root = &reader->values[0];
+    while (root->type == VKP_RESP_ATTRIBUTE) {
+        root += root->span;
     }
+    root->i_has_nested = reader->nested ? 1 : 0; /* also of a push in its attributes */
+    *value = root;
     *consumed = reader->position;
     reader->consumed += reader->position;
     reader->whole = true;
@@ -11181,6 +11223,9 @@ VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *dat
     }
     if (reader->whole) {
         vkp_i_reader_start(reader);
+        if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte */
+            vkp_i_reader_trim(reader);
+        }
     }
     if (reader->position == 0) {
         vkp_status status = vkp_i_reader_quick(reader, window, len, consumed);
@@ -11355,7 +11400,7 @@ static bool vkp_i_skip_value(vkp_i_skip *skip, const uint8_t *data, size_t len)
         }
         if (skip->inside && data[skip->at] == '|') {
             counts = false;
-        } else if (skip->inside && data[skip->at] == '>') {
+        } else if (skip->inside && data[skip->at] == '>' && elements > 0) {
             if (vkp_i_skip_head(data, len, body, &seen, &none) == 0) { /* the kind decides */
                 return false;
             }
@@ -11405,7 +11450,8 @@ static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *
         if (body == 0) {
             return false; /* not the case in a whole frame */
         }
-        if (from > 0 && data[from] == '>' && vkp_i_skip_is_uncounted(data, len, body)) {
+        if (from > 0 && data[from] == '>' && elements > 0 &&
+            vkp_i_skip_is_uncounted(data, len, body)) {
             vkp_i_skip skip = VKP_ZERO;
             *begin = from;
             *end = vkp_i_skip_value(&skip, data + from, len - from) ? from + skip.at : len;
@@ -11693,6 +11739,199 @@ VKP_API void vkp_resp_writer_deinit(vkp_resp_writer *writer)
         vkp_i_block_unref(writer->i_block);
         vkp_resp_writer_init(writer, writer->i_env);
     }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-value-text   A value as text
+   ======================================================================================
+   Any thread, no locks, no allocation, no recursion: the tree is one array, which is read from its
+   start to its end. The depth of an entry says which aggregates end before it. For each open
+   aggregate two bits are enough: what its closing bracket is, and whether a key or a value is next.
+   They take 16 KiB of the stack, for the largest depth that vkp_value.i_depth can hold. Bytes that
+   find no room are counted, as snprintf does.                                                 */
+
+#define VKP_I_TEXT_LEVELS 65536u /* depths that 16 bits can hold */
+#define VKP_I_TEXT_MAP 1u        /* bit of a level: it is a map, and ends with a brace */
+#define VKP_I_TEXT_VALUE 2u      /* bit of a level: the value of a key is next */
+
+/* A text that is being written. */
+typedef struct vkp_i_text {
+    char *text;
+    size_t size;                           /* bytes of text, the NUL included */
+    size_t used;                           /* bytes that the whole text has; saturates */
+    size_t depth;                          /* number of open aggregates */
+    bool opened;                           /* nothing was written since the last opening bracket */
+    uint8_t levels[VKP_I_TEXT_LEVELS / 4]; /* bits of each open aggregate, 2 each */
+} vkp_i_text;
+
+static void vkp_i_text_put(vkp_i_text *out, const char *text, size_t len)
+{
+    if (out->used < out->size && len > 0) {
+        memcpy(out->text + out->used, text, VKP_I_MIN(len, out->size - out->used));
+    }
+    out->used = len > SIZE_MAX - out->used ? SIZE_MAX : out->used + len;
+}
+
+/* The bits of the innermost open aggregate. */
+static unsigned vkp_i_text_get_level(const vkp_i_text *out)
+{
+    size_t level = out->depth - 1;
+    return (unsigned)out->levels[level / 4] >> (level % 4 * 2) & 3u;
+}
+
+static void vkp_i_text_set_level(vkp_i_text *out, unsigned bits)
+{
+    size_t level = out->depth - 1;
+    unsigned shift = (unsigned)(level % 4 * 2);
+    unsigned others = out->levels[level / 4] & ~(3u << shift);
+    out->levels[level / 4] = (uint8_t)(others | bits << shift);
+}
+
+/* Put the bytes between quotation marks. */
+static void vkp_i_text_quote(vkp_i_text *out, vkp_str text)
+{
+    static const char hex[] = "0123456789abcdef";
+    size_t from = 0;
+    size_t i;
+    vkp_i_text_put(out, "\"", 1);
+    for (i = 0; i < text.len; i++) {
+        unsigned byte = (unsigned char)text.ptr[i];
+        char escape[4] = {'\\', 'x', '0', '0'};
+        size_t len = 2;
+        if (byte >= 0x20 && byte < 0x7f && byte != '"' && byte != '\\') {
+            continue;
+        }
+        if (byte == '"' || byte == '\\') {
+            escape[1] = (char)byte;
+        } else if (byte == '\n' || byte == '\r' || byte == '\t') {
+            escape[1] = byte == '\n' ? 'n' : byte == '\r' ? 'r' : 't';
+        } else {
+            escape[2] = hex[byte >> 4];
+            escape[3] = hex[byte & 15u];
+            len = 4;
+        }
+        vkp_i_text_put(out, text.ptr + from, i - from);
+        vkp_i_text_put(out, escape, len);
+        from = i + 1;
+    }
+    vkp_i_text_put(out, text.ptr + from, text.len - from);
+    vkp_i_text_put(out, "\"", 1);
+}
+
+static void vkp_i_text_put_integer(vkp_i_text *out, int64_t value)
+{
+    char digits[VKP_I_DIGITS];
+    size_t from = vkp_i_format_u64(digits, value < 0 ? 0 - (uint64_t)value : (uint64_t)value);
+    if (value < 0) {
+        digits[--from] = '-';
+    }
+    vkp_i_text_put(out, digits + from, VKP_I_DIGITS - from);
+}
+
+/* Put a scalar. */
+static void vkp_i_text_put_scalar(vkp_i_text *out, const vkp_value *value)
+{
+    vkp_str text = vkp_value_get_str(value);
+    switch ((int)value->type) {
+    case VKP_RESP_NULL:
+        text = vkp_str_of("null");
+        break;
+    case VKP_RESP_BOOL:
+        text = vkp_str_of(value->u.integer != 0 ? "true" : "false");
+        break;
+    case VKP_RESP_INTEGER:
+        vkp_i_text_put_integer(out, value->u.integer);
+        return;
+    case VKP_RESP_ERROR:
+        vkp_i_text_put(out, "(error) ", 8);
+        break;
+    default:
+        break;
+    }
+    if (out->depth > 0 && (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR)) {
+        vkp_i_text_quote(out, text);
+    } else {
+        vkp_i_text_put(out, text.ptr, text.len);
+    }
+}
+
+/* Put what stands between the value before and the next one, in the innermost open aggregate. */
+static void vkp_i_text_separate(vkp_i_text *out)
+{
+    unsigned bits;
+    if (out->depth == 0) {
+        return;
+    }
+    bits = vkp_i_text_get_level(out);
+    if (!out->opened) {
+        vkp_i_text_put(out, (bits & VKP_I_TEXT_VALUE) != 0 ? ": " : ", ", 2);
+    }
+    if ((bits & VKP_I_TEXT_MAP) != 0) {
+        vkp_i_text_set_level(out, bits ^ VKP_I_TEXT_VALUE);
+    }
+    out->opened = false;
+}
+
+/* Open an aggregate. */
+static void vkp_i_text_open(vkp_i_text *out, vkp_resp_type type)
+{
+    bool paired = type == VKP_RESP_MAP || type == VKP_RESP_ATTRIBUTE;
+    const char *opening = type == VKP_RESP_MAP         ? "{"
+                          : type == VKP_RESP_ATTRIBUTE ? "|{"
+                          : type == VKP_RESP_SET       ? "~["
+                          : type == VKP_RESP_PUSH      ? ">["
+                                                       : "[";
+    vkp_i_text_put(out, opening, strlen(opening));
+    if (out->depth % 4 == 0) { /* the first level of a byte */
+        out->levels[out->depth / 4] = 0;
+    }
+    out->depth++;
+    vkp_i_text_set_level(out, paired ? VKP_I_TEXT_MAP : 0);
+    out->opened = true;
+}
+
+/* Close aggregates until `depth` are open. */
+static void vkp_i_text_close_to(vkp_i_text *out, size_t depth)
+{
+    while (out->depth > depth) {
+        vkp_i_text_put(out, (vkp_i_text_get_level(out) & VKP_I_TEXT_MAP) != 0 ? "}" : "]", 1);
+        out->depth--;
+        out->opened = false;
+    }
+}
+
+VKP_API size_t vkp_value_get_text(const vkp_value *value, char *text, size_t size)
+{
+    const vkp_value *root = value;
+    const vkp_value *end = value != NULL ? value + value->span : NULL;
+    vkp_i_text out;
+    out.text = text;
+    out.size = size;
+    out.used = 0;
+    out.depth = 0;
+    out.opened = false;
+    while (value < end) {
+        if (value != root && !vkp_i_value_is_element(value)) {
+            value += value->span;
+            continue;
+        }
+        vkp_i_text_close_to(&out, (size_t)value->i_depth - root->i_depth);
+        vkp_i_text_separate(&out);
+        if (value->type < VKP_RESP_ARRAY) {
+            vkp_i_text_put_scalar(&out, value);
+        } else {
+            vkp_i_text_open(&out, (vkp_resp_type)value->type);
+        }
+        value++;
+    }
+    vkp_i_text_close_to(&out, 0);
+    if (size > 0) {
+        text[VKP_I_MIN(out.used, size - 1)] = '\0';
+    }
+    return out.used;
 }
 
 #endif /* VKP_I_IO */
@@ -14970,6 +15209,19 @@ static void vkp_i_conn_discard_input(vkp_conn *conn)
     }
 }
 
+#define VKP_I_LAST_READS 64 /* most reads of what a peer wrote before it closed */
+
+/* A write failed because the peer closed: deliver what the peer wrote before, often the reason. */
+static void vkp_i_conn_read_last(vkp_conn *conn)
+{
+    const uint32_t silent = VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING;
+    int i;
+    for (i = 0; i < VKP_I_LAST_READS && !vkp_i_conn_closed(conn) && (conn->flags & silent) == 0;
+         i++) {
+        vkp_i_conn_readable(conn); /* the end of the input closes the connection */
+    }
+}
+
 /* The deferred task, at the end of a round: deliver kept input after a resume, write once, pull
    a held inbox, then close if the connection is drained or marked.                            */
 static void vkp_i_conn_task(vkp_i_task *task)
@@ -14988,6 +15240,10 @@ static void vkp_i_conn_task(vkp_i_task *task)
         if (vkp_i_conn_is_drained(conn)) {
             vkp_i_conn_discard_input(conn);
             vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
+        }
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0 &&
+            (conn->closes_error == EPIPE || conn->closes_error == ECONNRESET)) {
+            vkp_i_conn_read_last(conn);
         }
         if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
             vkp_i_conn_finish(conn, conn->closes_reason, conn->closes_error);
@@ -16991,6 +17247,130 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-push-keys   The keys of an invalidation
+   ======================================================================================
+   Reads the frame of a push, whose bytes a reader accepted before: no allocation, no lock, any
+   thread. A cursor is an offset into the frame, behind the key that was read last; the keys end
+   with the frame, because they are its last element. Every offset is checked all the same: a frame
+   may be made by a program, and a cursor may be of another push.
+   A server sends RESP3 clients a push of its own, ">2 invalidate KEYS", and RESP2 clients a message
+   of the channel __redis__:invalidate. KEYS is an array, or a null for all keys.              */
+
+/* The offset behind the value at `at`; the frame's length when the value is incomplete. */
+static size_t vkp_i_push_skip(const vkp_bytes *frame, size_t at)
+{
+    vkp_i_skip skip = VKP_ZERO;
+    return at < frame->len && vkp_i_skip_value(&skip, frame->data + at, frame->len - at)
+               ? at + skip.at
+               : frame->len;
+}
+
+/* The offset of the first element at `at` or behind it: attributes are skipped, and pushes that
+   are no elements. The frame's length: there is none.                                         */
+static size_t vkp_i_push_element(const vkp_bytes *frame, size_t at)
+{
+    while (at < frame->len) {
+        uint8_t mark = frame->data[at];
+        if (mark == '>') {
+            uint64_t elements;
+            size_t seen = 0;
+            size_t body = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
+            if (body == 0 || !vkp_i_skip_is_uncounted(frame->data, frame->len, body)) {
+                return body == 0 ? frame->len : at;
+            }
+        } else if (mark != '|') {
+            return at;
+        }
+        at = vkp_i_push_skip(frame, at);
+    }
+    return frame->len;
+}
+
+/* The offset of the element that is the array of keys or the null; 0: the push has none. */
+static size_t vkp_i_push_keys_at(const vkp_push *push)
+{
+    const vkp_bytes *frame = &push->frame;
+    bool message = push->kind == VKP_PUSH_MESSAGE &&
+                   vkp_i_str_equal(push->channel, vkp_str_of("__redis__:invalidate"));
+    uint64_t elements;
+    size_t seen = 0;
+    size_t at = 0;
+    if (push->kind != VKP_PUSH_INVALIDATE && !message) {
+        return 0;
+    }
+    while (at < frame->len && frame->data[at] == '|') { /* before the push */
+        at = vkp_i_push_skip(frame, at);
+    }
+    at = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
+    if (at == 0) {
+        return 0;
+    }
+    at = vkp_i_push_skip(frame, vkp_i_push_element(frame, at)); /* the kind */
+    if (message) {
+        at = vkp_i_push_skip(frame, vkp_i_push_element(frame, at)); /* the channel */
+    }
+    at = vkp_i_push_element(frame, at);
+    return at < frame->len ? at : 0;
+}
+
+VKP_API bool vkp_push_is_flush(const vkp_push *push)
+{
+    size_t at = vkp_i_push_keys_at(push);
+    const uint8_t *data = push->frame.data;
+    return at > 0 && (data[at] == '_' || ((data[at] == '*' || data[at] == '$') &&
+                                          at + 1 < push->frame.len && data[at + 1] == '-'));
+}
+
+/* The text of the string at [at, end) of the frame; ptr NULL: it is none. */
+static vkp_str vkp_i_push_text(const vkp_bytes *frame, size_t at, size_t end)
+{
+    const char *data = (const char *)frame->data;
+    size_t begin = at + 1;
+    if ((data[at] != '$' && data[at] != '+') || end < at + 3 ||
+        (data[at] == '$' && data[at + 1] == '-')) {
+        return vkp_i_str(NULL, 0);
+    }
+    if (data[at] == '$') {
+        const char *lf = (const char *)memchr(data + at, '\n', end - at);
+        begin = lf != NULL ? (size_t)(lf - data) + 1 : end;
+    }
+    return begin <= end - 2 ? vkp_i_str(data + begin, end - 2 - begin) : vkp_i_str(NULL, 0);
+}
+
+VKP_API bool vkp_push_get_key(const vkp_push *push, size_t *cursor, vkp_str *key)
+{
+    const vkp_bytes *frame = &push->frame;
+    size_t at = *cursor;
+    if (at == 0) {
+        uint64_t elements;
+        size_t seen = 0;
+        at = vkp_i_push_keys_at(push);
+        if (at == 0 || frame->data[at] != '*') {
+            return false;
+        }
+        at = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
+        if (at == 0) {
+            return false;
+        }
+    }
+    while ((at = vkp_i_push_element(frame, at)) < frame->len) {
+        size_t end = vkp_i_push_skip(frame, at);
+        vkp_str text = vkp_i_push_text(frame, at, end);
+        *cursor = end;
+        at = end;
+        if (text.ptr != NULL) {
+            *key = text;
+            return true;
+        }
+    }
+    *cursor = frame->len;
+    return false;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-command   Which commands can share a connection
    ======================================================================================
    One table for clients, whose threads share a connection, and for relays, whose clients do. A
@@ -17296,7 +17676,7 @@ static vkp_i_lookup *vkp_i_resolver_ask(vkp_resolver *resolver, vkp_loop *loop,
      LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
               error, or with a push and an error. So none of these settles it: the fence does.
      FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
-              HELLO, in RESP2 the link's token from PING. The link writes it behind the LEAVES.
+              HELLO 3, in RESP2 the link's token. The link writes it behind the LEAVES.
    An answer that fits nothing means that replies and requests are out of step. The link fails then,
    because every later reply would reach the wrong request.                                    */
 
@@ -17313,6 +17693,8 @@ typedef struct vkp_i_request {
     vkp_i_expect expect;        /* what answers it */
     uint32_t due;               /* replies, or confirmations of names, still to come */
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
+    bool moved;                 /* LEAVES: a MOVED followed its push */
+    bool by_error;              /* LEAVES: an error was its answer */
     uint64_t sent_ns;           /* when it was written, on the loop's clock */
     vkp_bytes bytes;            /* the commands to write; empty once written */
     /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
@@ -17376,15 +17758,18 @@ struct vkp_i_link {
     uint32_t protocol;      /* 2 or 3; 0 before the first handshake */
     uint32_t steps;         /* requests of the handshake's stage that are not settled */
     bool authenticated;     /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool role_known;        /* the server said its role */
     bool subscribed;        /* RESP2: an array may be a push; set by the owner */
     bool fence_wanted;      /* LEAVES were written and no fence behind them */
     bool fence_queued;      /* fence_task is deferred */
     bool skipping;          /* the reader refused the reply that `skip` passes over */
+    bool ping_refused;      /* RESP2: the server answers PING with an error */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
     uint64_t answered_ns;   /* when an answer, or a part of one, arrived last */
-    uint64_t heard_ns;      /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t known_ns;      /* the server had this connection then: see vkp_i_link_answered */
+    uint64_t heard_ns;      /* when bytes arrived last */
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
@@ -17593,17 +17978,23 @@ static bool vkp_i_link_put_fence(vkp_i_link *link)
 {
     vkp_i_fence *fence = (vkp_i_fence *)vkp_i_alloc_zero(link->env, sizeof *fence);
     vkp_str argv[2];
+    size_t argc = 0;
     if (fence == NULL) {
         return false;
     }
     fence->env = link->env;
     fence->request.expect = VKP_I_EXPECT_FENCE;
     fence->request.settle = vkp_i_fence_settled;
-    /* Every user may send HELLO, also while a script runs or a data set is loaded. */
-    argv[0] = vkp_str_of(link->protocol == 3 ? "HELLO" : "PING");
-    argv[1] = vkp_str_of(link->token);
-    if (vkp_i_request_put(&fence->request, link->env, link->protocol == 3 ? 1 : 2, argv) !=
-            VKP_OK ||
+    if (link->protocol == 3) { /* every user may, also while a script runs or a data set loads */
+        argv[argc++] = vkp_str_of("HELLO");
+        argv[argc++] = vkp_str_of("3");
+    } else {
+        if (!link->ping_refused) {
+            argv[argc++] = vkp_str_of("PING");
+        }
+        argv[argc++] = vkp_str_of(link->token); /* alone: an unknown command, whose error says it */
+    }
+    if (vkp_i_request_put(&fence->request, link->env, argc, argv) != VKP_OK ||
         !vkp_i_link_start(link, &fence->request)) {
         vkp_i_fence_settled(&fence->request, VKP_ERR_NOMEM, NULL, NULL);
         return false;
@@ -17650,7 +18041,52 @@ static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
     if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
         last = vkp_value_get_next(value, vkp_value_get_first(value));
     }
-    return last->type == VKP_RESP_STRING && vkp_value_is_text(last, vkp_str_of(link->token));
+    if (link->ping_refused) {
+        return value->type == VKP_RESP_ERROR &&
+               vkp_i_contains(vkp_value_get_str(value), link->token);
+    }
+    return last != NULL && last->type == VKP_RESP_STRING &&
+           vkp_value_is_text(last, vkp_str_of(link->token));
+}
+
+/* The request was answered. When it was sent is the latest moment at which the server is known to
+   have had this connection: bytes that arrive now may have been on their way for long, and what
+   was published since they were written may be lost. */
+static void vkp_i_link_answered(vkp_i_link *link, const vkp_i_request *request)
+{
+    link->answered_ns = link->loop->now_ns;
+    link->known_ns = VKP_I_MAX(link->known_ns, request->sent_ns);
+}
+
+/* An error that answers LEAVES: a MOVED may follow a push, another one answers the oldest that has
+   no answer. */
+static void vkp_i_link_leaves_error(vkp_i_link *link, vkp_str words)
+{
+    bool moved = vkp_i_starts_with(words, "MOVED");
+    bool done = moved || vkp_i_starts_with(words, "NOSUB");
+    vkp_i_request *request = link->flight.first;
+    while (request != NULL && request->expect == VKP_I_EXPECT_LEAVES) {
+        if (moved && request->answered && !request->moved && request->next != NULL &&
+            !request->next->answered) {
+            request->moved = true; /* the last one with a push */
+            return;
+        }
+        if (!request->answered) {
+            request->answered = true;
+            request->moved = moved;
+            request->by_error = true;
+            /* Not subscribed, or not served here any more: what was asked for is so. */
+            request->due = done ? 1 : 0;
+            return;
+        }
+        request = request->next;
+    }
+    /* One more error than it seemed: it is not known whose it is, so those are left again. */
+    for (request = link->flight.first;
+         !done && request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        request->due = request->by_error ? 0 : request->due;
+    }
 }
 
 /* A reply while LEAVES are the oldest requests: one of their errors, or the fence. */
@@ -17659,29 +18095,18 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
     vkp_conn *conn = link->conn;
     vkp_i_request *request;
     uint32_t leaves = 0;
-    uint32_t answered = 0;
     for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
          request = request->next) {
         leaves++;
-        answered += request->answered ? 1u : 0u;
     }
-    if (value->type == VKP_RESP_ERROR) {
+    if (value->type == VKP_RESP_ERROR && !vkp_i_link_is_fence(link, value)) {
         vkp_str words = vkp_value_get_str(value);
         if (++link->errors > leaves) {
             vkp_i_link_lose(link, "an error that nothing can have caused");
             return;
         }
-        /* The oldest without a push is refused; when all have theirs, it is a second answer. */
-        request = link->flight.first;
-        while (answered < leaves && request->answered) {
-            request = request->next;
-        }
-        if (answered < leaves) {
-            request->answered = true;
-            /* Not subscribed, or not served here any more: what was asked for is so. */
-            request->due =
-                vkp_i_starts_with(words, "NOSUB") || vkp_i_starts_with(words, "MOVED") ? 1 : 0;
-        }
+        link->answered_ns = link->loop->now_ns;
+        vkp_i_link_leaves_error(link, words);
         return;
     }
     if (request == NULL || request->expect != VKP_I_EXPECT_FENCE ||
@@ -17696,6 +18121,7 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
     }
     if (link->conn == conn) {
         request = vkp_i_requests_pop(&link->flight);
+        vkp_i_link_answered(link, request);
         request->settle(request, VKP_OK, value, NULL);
     }
 }
@@ -17706,11 +18132,13 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
 static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *oldest = link->flight.first;
-    link->answered_ns = link->loop->now_ns;
     link->spoke = true;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
+    }
+    if (oldest->expect == VKP_I_EXPECT_REPLIES || oldest->expect == VKP_I_EXPECT_NAMES) {
+        vkp_i_link_answered(link, oldest);
     }
     switch (oldest->expect) {
     case VKP_I_EXPECT_REPLIES:
@@ -17766,7 +18194,7 @@ static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_
         if (!oldest->accept(oldest, &push)) {
             vkp_i_link_lose(link, "a confirmation of another name than was due");
         } else if (link->conn == conn && --oldest->due == 0) {
-            link->answered_ns = link->loop->now_ns;
+            vkp_i_link_answered(link, oldest);
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_OK, NULL, NULL);
         }
@@ -17800,46 +18228,61 @@ static const vkp_value *vkp_i_link_reread(vkp_i_link *link, const vkp_bytes *byt
                : NULL;
 }
 
-/* A reply with pushes inside: each is handled as if it had arrived before the reply, with its own
-   bytes as its frame; then the reply, without them. False: no memory.                          */
-static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+/* Deliver the pushes inside a reply, each as if it had arrived before the reply, with its own bytes
+   as its frame. `rest`, which may be NULL, becomes the reply without them. False: no memory. */
+static bool vkp_i_link_deliver_nested(vkp_i_link *link, const vkp_bytes *frame, vkp_bytes *rest)
 {
     vkp_conn *conn = link->conn;
-    vkp_bytes rest = *frame;
-    const vkp_value *value = NULL;
-    uint8_t *to;
     size_t from = 0;
     size_t begin;
     size_t end;
+    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
+        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
+        const vkp_value *value = vkp_i_link_reread(link, &push);
+        if (rest != NULL) {
+            memcpy(vkp_i_block_data(rest->block) + rest->len, frame->data + from, begin - from);
+            rest->len += begin - from;
+        }
+        from = end;
+        if (value != NULL) {
+            vkp_i_link_push(link, value, &push);
+        }
+        vkp_bytes_unref(&push);
+        if (value == NULL) {
+            return false;
+        }
+    }
+    if (rest != NULL) {
+        memcpy(vkp_i_block_data(rest->block) + rest->len, frame->data + from, frame->len - from);
+        rest->len += frame->len - from;
+    }
+    return true;
+}
+
+/* Handle the pushes inside a reply, then the reply without them. False: no memory. */
+static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    const vkp_value *value = NULL;
+    vkp_bytes rest;
+    bool ok;
     rest.block = vkp_i_block_open(link->env, frame->len);
     if (rest.block == NULL) {
         return false;
     }
     rest.data = vkp_i_block_data(rest.block);
-    to = vkp_i_block_data(rest.block);
-    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
-        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
-        memcpy(to, frame->data + from, begin - from);
-        to += begin - from;
-        from = end;
-        value = vkp_i_link_reread(link, &push);
-        if (value != NULL) {
-            vkp_i_link_push(link, value, &push);
-        }
-        vkp_bytes_unref(&push);
-    }
-    memcpy(to, frame->data + from, frame->len - from);
-    to += frame->len - from;
-    rest.len = (size_t)(to - rest.data);
+    rest.len = 0;
+    ok = vkp_i_link_deliver_nested(link, frame, &rest);
     rest.block->len = rest.len;
-    if (link->conn == conn) {
+    if (ok && link->conn == conn) {
         value = vkp_i_link_reread(link, &rest);
-        if (value != NULL) {
-            vkp_i_link_reply(link, value, &rest);
-        }
+        ok = value != NULL;
+    }
+    if (ok && link->conn == conn) {
+        vkp_i_link_reply(link, value, &rest);
     }
     vkp_bytes_unref(&rest);
-    return value != NULL || link->conn != conn;
+    return ok;
 }
 
 /* One whole value arrived: a push or a reply. */
@@ -17847,6 +18290,8 @@ static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp
 {
     if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
         vkp_i_link_push(link, value, frame);
+    } else if (frame->data[0] == '>') {
+        /* ">-1": old servers send a push that says nothing */
     } else if (value->i_has_nested == 0) {
         vkp_i_link_reply(link, value, frame);
     } else if (!vkp_i_link_unnest(link, frame)) {
@@ -17854,12 +18299,28 @@ static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp
     }
 }
 
+/* The type byte of the frame's value, behind its attributes; 0: it has not arrived. */
+static uint8_t vkp_i_frame_type(const uint8_t *data, size_t len)
+{
+    size_t at = 0;
+    while (at < len && data[at] == '|') {
+        vkp_i_skip skip = VKP_ZERO;
+        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
+            return 0;
+        }
+        at += skip.at;
+    }
+    return at < len ? data[at] : 0;
+}
+
 /* The reader refused the frame that begins at data. Begin to skip it, if it is the reply of a
    command and its end can be found; otherwise the link fails.                                 */
-static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data)
+static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data, size_t len)
 {
     const vkp_i_request *oldest = link->flight.first;
-    bool push = data[0] == '>' || (link->protocol == 2 && link->subscribed && data[0] == '*');
+    uint8_t type = vkp_i_frame_type(data, len);
+    bool push =
+        type == 0 || type == '>' || (link->protocol == 2 && link->subscribed && type == '*');
     uint64_t position;
     const char *reason = vkp_resp_reader_get_error(link->reader, &position);
     if (status == VKP_ERR_NOMEM) {
@@ -17876,23 +18337,34 @@ static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t
     }
 }
 
-/* Continue behind a reply that the reader refused. Returns its bytes, or 0: more are needed. */
-static size_t vkp_i_link_skip(vkp_i_link *link, const uint8_t *data, size_t len)
+/* Continue behind a reply that the reader refused; its bytes are at the start of `in`. The pushes
+   inside it are delivered. Returns its bytes, or 0: more are needed, or the link failed. */
+static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 {
+    vkp_conn *conn = link->conn;
     vkp_i_request *oldest = link->flight.first;
-    if (!vkp_i_skip_frame(&link->skip, data, len)) {
-        if (len > link->reader->config.max_frame_bytes) {
+    vkp_bytes frame = *in;
+    if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        if (in->len > link->reader->config.max_frame_bytes) {
             vkp_i_link_lose(link, "a reply above max_frame_bytes");
         }
         return 0;
     }
     link->skipping = false;
     vkp_resp_reader_reset(link->reader);
+    frame.len = link->skip.at;
+    if (!vkp_i_link_deliver_nested(link, &frame, NULL)) {
+        vkp_i_link_lose(link, "a push in a reply that is over a limit");
+    }
+    if (link->conn != conn) {
+        return 0;
+    }
+    vkp_i_link_answered(link, oldest);
     if (--oldest->due == 0) {
         (void)vkp_i_requests_pop(&link->flight);
         oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
     }
-    return link->skip.at;
+    return frame.len;
 }
 
 /* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
@@ -17901,15 +18373,19 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
     vkp_i_link *link = (vkp_i_link *)user;
     size_t used = 0;
     uint64_t now_ns = link->loop->now_ns;
+    link->heard_ns = now_ns;
     link->ops->hold(link); /* a callback may give the last other reference back */
     while (link->conn == conn && used < in->len) {
         const vkp_value *value;
         size_t consumed;
         vkp_bytes frame;
         vkp_status status;
+        frame.data = in->data + used;
+        frame.len = in->len - used;
+        frame.block = in->block;
         if (link->skipping) {
             link->answered_ns = now_ns;
-            consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
+            consumed = vkp_i_link_skip(link, &frame);
             if (consumed == 0) {
                 break;
             }
@@ -17923,16 +18399,13 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
             break;
         }
         if (status != VKP_OK) {
-            vkp_i_link_refuse(link, status, in->data + used);
+            vkp_i_link_refuse(link, status, in->data + used, in->len - used);
             continue;
         }
-        frame.data = in->data + used;
         frame.len = consumed;
-        frame.block = in->block;
         used += consumed;
         vkp_i_link_value(link, value, &frame);
     }
-    link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
     link->ops->release(link);
     return used;
 }
@@ -17987,7 +18460,7 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_PING,   /* the last one of LOGIN */
     VKP_I_STEP_SELECT, /* must be answered by OK */
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
-    VKP_I_STEP_ROLE,   /* RESP2 with a role in the config: HELLO's map did not say it */
+    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -18111,7 +18584,7 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     vkp_str argv[2];
     size_t i;
     link->stage = VKP_I_STAGE_SETUP;
-    if (config->role != VKP_CLIENT_ROLE_ANY && link->protocol == 2) {
+    if (config->role != VKP_CLIENT_ROLE_ANY && !link->role_known) {
         argv[0] = vkp_str_of("ROLE");
         if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
             return false;
@@ -18177,20 +18650,32 @@ static bool vkp_i_link_introduce(vkp_i_link *link)
 static bool vkp_i_link_check_role(vkp_i_link *link, vkp_str role)
 {
     bool primary = vkp_i_str_is(role, "master") || vkp_i_str_is(role, "primary");
-    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && role.len > 0 && !primary) {
+    link->role_known = true;
+    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && !primary) {
         vkp_i_link_fail(link, "not a primary but a", role);
         return false;
     }
     return true;
 }
 
+/* The protocol that a value says, as a number or as text: 2 or 3; 0: neither. */
+static int64_t vkp_i_to_protocol(const vkp_value *value)
+{
+    int64_t number = value->type == VKP_RESP_INTEGER             ? value->u.integer
+                     : vkp_value_is_text(value, vkp_str_of("3")) ? 3
+                     : vkp_value_is_text(value, vkp_str_of("2")) ? 2
+                                                                 : 0;
+    return number == 2 || number == 3 ? number : 0;
+}
+
 /* HELLO was answered with a map, or an array of keys and values. */
 static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const vkp_value *proto)
 {
     const vkp_value *id = vkp_i_map_value(value, "id");
+    vkp_str role = vkp_value_get_str(vkp_i_map_value(value, "role"));
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
-    link->protocol = proto->u.integer == 2 ? 2 : 3;
-    if (!vkp_i_link_check_role(link, vkp_value_get_str(vkp_i_map_value(value, "role")))) {
+    link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
+    if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
     if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
@@ -18206,7 +18691,7 @@ static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
     const vkp_value *proto = vkp_i_map_value(value, "proto");
     vkp_str words = vkp_value_get_str(value);
     bool ok;
-    if (proto != NULL && proto->type == VKP_RESP_INTEGER) {
+    if (proto != NULL && vkp_i_to_protocol(proto) != 0) {
         vkp_i_link_greeted(link, value, proto);
         return;
     }
@@ -18269,6 +18754,7 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_PING:
+        link->ping_refused = failed;
         if (failed && vkp_i_starts_with(words, "NOAUTH")) {
             vkp_i_link_fail(link, "the server refused the handshake", words);
         } else if (!vkp_i_link_setup(link)) {
@@ -18276,9 +18762,8 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_ROLE:
-        if (!failed) {
-            (void)vkp_i_link_check_role(link, vkp_value_get_str(vkp_value_get_first(value)));
-        }
+        (void)vkp_i_link_check_role(link,
+                                    failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
         break;
     case VKP_I_STEP_SELECT:
     case VKP_I_STEP_SETUP:
@@ -18478,11 +18963,13 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->connected = false;
     link->spoke = false;
     link->authenticated = false;
+    link->role_known = false;
+    link->ping_refused = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';
-    link->heard_ns = vkp_i_loop_now(link->loop);
-    link->answered_ns = link->heard_ns;
+    link->answered_ns = vkp_i_loop_now(link->loop);
+    link->known_ns = link->answered_ns;
     return vkp_i_link_keep(link, &link->username, username) &&
            vkp_i_link_keep(link, &link->password, password);
 }
@@ -18584,29 +19071,33 @@ struct vkp_client {
     bool sweep_wanted;        /* `task` looks for blocking commands that were given up; guarded */
     char error[VKP_I_LINK_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
-    bool closed;              /* vkp_i_client_close_now ran */
-    bool begun;               /* the first try to connect has begun */
-    bool ready;               /* the link is ready: requests are written */
-    bool was_ready;           /* a handshake succeeded before: the next event is RECONNECTED */
-    bool failure_reported;    /* CONNECT_FAILED was emitted since the client was ready */
-    bool beat_sent;           /* a heartbeat waits for its reply */
-    bool counts_refused;      /* the server does not answer CLIENT INFO */
-    vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
-    vkp_i_private *privates;  /* connections for blocking commands, in no order */
-    size_t private_count;     /* number of privates */
-    vkp_i_requests waiting;   /* blocking commands that wait for one of them */
-    uint64_t heartbeat_ns;    /* time of the next heartbeat */
-    uint64_t patient_ns;      /* when a probe ended last */
-    vkp_i_task task;          /* works on `submitted`; queued by any thread */
-    vkp_i_attached attached;  /* calls vkp_i_client_loop_closed */
-    vkp_i_link link;          /* the connection */
-    vkp_client_target target; /* copies: where the link connects to, and as whom */
-    vkp_i_requests taken;     /* asks taken from `submitted`, not started */
-    vkp_i_requests failed;    /* requests that failed and are not settled yet */
-    vkp_i_requests reporting; /* WANTs whose outcome is known and not reported yet */
-    bool is_reporting;        /* vkp_i_waiters_report runs */
+    bool closed;             /* vkp_i_client_close_now ran */
+    bool begun;              /* the first try to connect has begun */
+    bool ready;              /* the link is ready: requests are written */
+    bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
+    bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
+    bool beat_sent;          /* a heartbeat waits for its reply */
+    bool counts_refused;     /* the server does not answer CLIENT INFO */
+    vkp_i_probe *probe;      /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_private *privates; /* connections for blocking commands, in no order */
+    size_t private_count;    /* number of privates */
+    vkp_i_requests waiting;  /* blocking commands that wait for one of them */
+    uint64_t heartbeat_ns;   /* time of the next heartbeat */
+    uint64_t patient_ns;     /* when a probe ended last */
+    size_t unsent;           /* bytes that waited to be written at the last look of the watch */
+    uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
+    vkp_i_task task;                    /* works on `submitted`; queued by any thread */
+    vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
+    vkp_i_link link;                    /* the connection */
+    vkp_client_target target;           /* copies: where the link connects to, and as whom */
+    vkp_i_requests taken;               /* asks taken from `submitted`, not started */
+    vkp_i_requests failed;              /* requests that failed and are not settled yet */
+    vkp_i_requests reporting;           /* WANTs whose outcome is known and not reported yet */
+    bool is_reporting;                  /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     size_t held;                        /* number of interests that are HELD */
+    size_t live;                        /* number of interests that are not GONE */
+    size_t kept;                        /* number of interests that the server has */
     size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
     size_t stuck;                       /* number of interests that are STUCK */
     size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
@@ -19222,19 +19713,20 @@ typedef enum vkp_i_sub_state {
 #define VKP_I_SUB_STATES 7
 
 typedef enum vkp_i_sub_event {
-    VKP_I_EVENT_WANT = 0,  /* a vkp_client_subscribe */
-    VKP_I_EVENT_LEAVE,     /* the vkp_client_unsubscribe that takes the last one back */
-    VKP_I_EVENT_READY,     /* the link is ready */
-    VKP_I_EVENT_CONFIRMED, /* the newest command, a SUBSCRIBE, is confirmed */
-    VKP_I_EVENT_REFUSED,   /* ... is refused */
-    VKP_I_EVENT_LEFT,      /* the newest command, an UNSUBSCRIBE, is done */
-    VKP_I_EVENT_STUCK,     /* ... is refused */
-    VKP_I_EVENT_TAKEN,     /* the server ended the subscription, unasked */
-    VKP_I_EVENT_MISSING,   /* an audit found that the server may not have it */
-    VKP_I_EVENT_RETRY,     /* the timer of a refusal ended */
-    VKP_I_EVENT_DOWN       /* the link is down */
+    VKP_I_EVENT_WANT = 0,   /* a vkp_client_subscribe */
+    VKP_I_EVENT_LEAVE,      /* the vkp_client_unsubscribe that takes the last one back */
+    VKP_I_EVENT_LEAVE_KEPT, /* the same, while the server has the name */
+    VKP_I_EVENT_READY,      /* the link is ready */
+    VKP_I_EVENT_CONFIRMED,  /* the newest command, a SUBSCRIBE, is confirmed */
+    VKP_I_EVENT_REFUSED,    /* ... is refused */
+    VKP_I_EVENT_LEFT,       /* the newest command, an UNSUBSCRIBE, is done */
+    VKP_I_EVENT_STUCK,      /* ... is refused */
+    VKP_I_EVENT_TAKEN,      /* the server ended the subscription, unasked */
+    VKP_I_EVENT_MISSING,    /* an audit found that the server may not have it */
+    VKP_I_EVENT_RETRY,      /* the timer of a refusal ended */
+    VKP_I_EVENT_DOWN        /* the link is down */
 } vkp_i_sub_event;
-#define VKP_I_SUB_EVENTS 11
+#define VKP_I_SUB_EVENTS 12
 
 /* The actions of a rule, done in this order, after the state has changed. */
 #define VKP_I_DO_CALM 1u  /* stop the timer of the refusal, and forget the refusal */
@@ -19257,39 +19749,40 @@ typedef struct vkp_i_sub_rule {
         VKP_I_SUB_##state, (uint8_t)(actions) \
     }
 
-/* By state and event: WANT, LEAVE, READY, CONFIRMED, REFUSED, LEFT, STUCK, TAKEN, MISSING, RETRY,
-   DOWN.                                                                                       */
+/* By state and event: WANT, LEAVE, LEAVE_KEPT, READY, CONFIRMED, REFUSED, LEFT, STUCK, TAKEN,
+   MISSING, RETRY, DOWN. */
 static const vkp_i_sub_rule vkp_i_sub_rules[VKP_I_SUB_STATES][VKP_I_SUB_EVENTS] = {
     /* GONE */
     {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
      VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
-     VKP_I_STAY(GONE), VKP_I_STAY(GONE)},
+     VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE)},
     /* WANTED */
-    {VKP_I_STAY(WANTED), VKP_I_GO(GONE, 0), VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(WANTED),
+    {VKP_I_STAY(WANTED), VKP_I_GO(GONE, 0), VKP_I_GO(GONE, 0), VKP_I_GO(ASKED, VKP_I_DO_ASK),
      VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED),
-     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED)},
+     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED)},
     /* ASKED */
-    {VKP_I_STAY(ASKED), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(ASKED),
-     VKP_I_GO(HELD, VKP_I_DO_CALM), VKP_I_GO(REFUSED, VKP_I_DO_WAIT), VKP_I_STAY(ASKED),
-     VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED),
+    {VKP_I_STAY(ASKED), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_GO(LEAVING, VKP_I_DO_PART),
+     VKP_I_STAY(ASKED), VKP_I_GO(HELD, VKP_I_DO_CALM), VKP_I_GO(REFUSED, VKP_I_DO_WAIT),
+     VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED),
      VKP_I_GO(WANTED, VKP_I_DO_CALM)},
     /* HELD */
-    {VKP_I_STAY(HELD), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
-     VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
+    {VKP_I_STAY(HELD), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_GO(LEAVING, VKP_I_DO_PART),
+     VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
      VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK), VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK),
      VKP_I_STAY(HELD), VKP_I_GO(WANTED, VKP_I_DO_GAP)},
     /* REFUSED */
-    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(REFUSED),
+    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(GONE, VKP_I_DO_CALM),
+     VKP_I_GO(LEAVING, VKP_I_DO_CALM | VKP_I_DO_PART), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED),
      VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED),
-     VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_GO(ASKED, VKP_I_DO_ASK),
-     VKP_I_GO(WANTED, VKP_I_DO_CALM)},
+     VKP_I_STAY(REFUSED), VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(WANTED, VKP_I_DO_CALM)},
     /* LEAVING */
-    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
-     VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_GO(STUCK, VKP_I_DO_WAIT),
-     VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM)},
+    {VKP_I_GO(ASKED, VKP_I_DO_CALM | VKP_I_DO_ASK), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
+     VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM),
+     VKP_I_GO(STUCK, VKP_I_DO_WAIT), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
+     VKP_I_GO(GONE, VKP_I_DO_CALM)},
     /* STUCK */
     {VKP_I_GO(ASKED, VKP_I_DO_CALM | VKP_I_DO_ASK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
-     VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
+     VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
      VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(STUCK), VKP_I_GO(LEAVING, VKP_I_DO_PART),
      VKP_I_GO(GONE, VKP_I_DO_CALM)}};
 
@@ -19315,6 +19808,7 @@ struct vkp_i_interest {
     struct vkp_i_sub_request *newest; /* the newest command in flight; NULL: none */
     vkp_i_refusal *refusal;           /* NULL: the server did not refuse it */
     uint64_t gap_ns;                  /* messages may be missing from then on; 0: none are */
+    bool kept;                        /* the server has it, as far as the client knows */
     bool resuming;                    /* counted in client->resuming */
     vkp_i_requests waiters;           /* WANTs that wait until the name can be asked for */
 };
@@ -19324,7 +19818,8 @@ typedef struct vkp_i_sub_request {
     vkp_i_request request; /* expects NAMES or LEAVES */
     vkp_client *client;
     vkp_i_interest *interest;
-    bool reported;          /* UNSUBSCRIBE: the server's push was emitted */
+    bool confirmed;         /* UNSUBSCRIBE: the server's push arrived */
+    vkp_push push;          /* UNSUBSCRIBE: that push, kept for the fence */
     vkp_i_requests waiters; /* SUBSCRIBE: WANTs that wait for this answer */
 } vkp_i_sub_request;
 
@@ -19553,6 +20048,16 @@ static void vkp_i_interest_open_gap(vkp_i_interest *interest, uint64_t from_ns)
     }
 }
 
+/* Note whether the server has the name: messages may arrive, and in RESP2 an array may be one. */
+static void vkp_i_interest_set_kept(vkp_i_interest *interest, bool kept)
+{
+    vkp_client *client = interest->client;
+    client->kept += kept ? 1u : 0u;
+    client->kept -= interest->kept ? 1u : 0u;
+    interest->kept = kept;
+    client->link.subscribed = client->kept > 0;
+}
+
 /* Change the state, and keep the client's numbers in step. */
 static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state state)
 {
@@ -19562,10 +20067,11 @@ static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state s
     held -= interest->state == VKP_I_SUB_HELD ? 1u : 0u; /* wraps around: so does the sum */
     stuck -= interest->state == VKP_I_SUB_STUCK ? 1u : 0u;
     client->changes += interest->state != state ? 1u : 0u;
+    client->live += (state != VKP_I_SUB_GONE ? 1u : 0u);
+    client->live -= (interest->state != VKP_I_SUB_GONE ? 1u : 0u);
     client->held += held;
     client->held_of[interest->kind] += held;
     client->stuck += stuck;
-    client->link.subscribed = client->held > 0;
     interest->state = state;
 }
 
@@ -19577,12 +20083,15 @@ static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
     vkp_i_sub_rule rule = vkp_i_sub_rules[interest->state][event];
     bool ok = true;
     vkp_i_interest_set_state(interest, (vkp_i_sub_state)rule.next);
+    if (event == VKP_I_EVENT_TAKEN || event == VKP_I_EVENT_DOWN) {
+        vkp_i_interest_set_kept(interest, false);
+    }
     if ((rule.actions & VKP_I_DO_CALM) != 0) {
         vkp_i_interest_calm(interest);
     }
     if ((rule.actions & VKP_I_DO_GAP) != 0) {
         vkp_i_interest_open_gap(interest, event == VKP_I_EVENT_MISSING ? client->audited_ns
-                                                                       : client->link.heard_ns);
+                                                                       : client->link.known_ns);
     }
     if ((rule.actions & VKP_I_DO_WAIT) != 0) {
         ok = vkp_i_interest_wait(interest);
@@ -19716,13 +20225,21 @@ static bool vkp_i_sub_accept(vkp_i_request *request, const vkp_push *push)
     if (push->sub != interest->kind || !vkp_i_str_equal(push->channel, interest->node.key)) {
         return false;
     }
+    if (push->kind == VKP_PUSH_SUBSCRIBED) {
+        vkp_i_interest_set_kept(interest, true);
+    }
     if (push->kind == VKP_PUSH_SUBSCRIBED && interest->newest == self) {
         interest->newest = NULL;
         (void)!vkp_i_interest_step(interest, VKP_I_EVENT_CONFIRMED); /* needs no memory */
     }
-    self->reported = true;
+    if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
+        self->confirmed = true;
+        self->push = *push;
+        self->push.frame = vkp_bytes_ref(&push->frame);
+        return true;
+    }
     vkp_i_client_emit(client, push);
-    if (push->kind == VKP_PUSH_SUBSCRIBED && !client->closed && client->ready) {
+    if (!client->closed && client->ready) {
         vkp_i_interest_resumed(interest);
     }
     return true;
@@ -19745,7 +20262,7 @@ static void vkp_i_waiters_report(vkp_client *client, vkp_i_requests *waiters, vk
 {
     vkp_i_request *request;
     vkp_i_waiters_note(client, waiters, status);
-    if (client->is_reporting) {
+    if (client->is_reporting && !client->closed) {
         return; /* inside a callback of the call that goes on */
     }
     client->is_reporting = true;
@@ -19796,12 +20313,16 @@ static void vkp_i_interest_stuck(vkp_i_interest *interest)
     }
 }
 
-/* The name is unsubscribed. reported: the server's push was emitted; if not, the event is ours. */
-static void vkp_i_interest_left(vkp_i_interest *interest, bool reported)
+/* A name was left. The event is the server's push; without one it is ours. */
+static void vkp_i_sub_report_left(vkp_i_sub_request *self)
 {
-    (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEFT); /* needs no memory */
-    if (!reported) {
-        vkp_i_interest_event(interest, VKP_PUSH_UNSUBSCRIBED, vkp_i_str(NULL, 0));
+    if (self->client->closed) {
+        return;
+    }
+    if (self->confirmed) {
+        vkp_i_client_emit(self->client, &self->push);
+    } else if (self->interest->state == VKP_I_SUB_GONE) {
+        vkp_i_interest_event(self->interest, VKP_PUSH_UNSUBSCRIBED, vkp_i_str(NULL, 0));
     }
 }
 
@@ -19820,13 +20341,20 @@ static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const v
     if (newest) {
         interest->newest = NULL;
     }
+    if (request->expect == VKP_I_EXPECT_LEAVES && status == VKP_OK) {
+        vkp_i_interest_set_kept(interest, false);
+    }
     if (newest && request->expect == VKP_I_EXPECT_NAMES && status == VKP_ERR_REFUSED) {
         vkp_i_interest_refused(interest, words);
     } else if (newest && status == VKP_ERR_REFUSED) {
         vkp_i_interest_stuck(interest);
     } else if (newest && status == VKP_OK) {
-        vkp_i_interest_left(interest, self->reported);
+        (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEFT); /* needs no memory */
     }
+    if (request->expect == VKP_I_EXPECT_LEAVES && status != VKP_ERR_REFUSED) {
+        vkp_i_sub_report_left(self); /* also when the link went down: it is left */
+    }
+    vkp_bytes_unref(&self->push.frame);
     vkp_i_interest_release(interest);
     vkp_i_waiters_report(client, &self->waiters, status, words);
     vkp_bytes_unref(&self->request.bytes);
@@ -19848,8 +20376,10 @@ static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
 {
     vkp_i_interest *interest = vkp_i_interest_find(client, push->sub, push->channel);
     bool held = interest != NULL && interest->state == VKP_I_SUB_HELD;
-    if (interest == NULL) {
+    if (interest == NULL || interest->state == VKP_I_SUB_STUCK) {
         vkp_i_client_emit(client, push);
+    }
+    if (interest == NULL || client->closed || !client->ready) {
         return;
     }
     vkp_i_interest_hold(interest);
@@ -19907,7 +20437,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_ask *ask)
     }
     vkp_i_interest_hold(interest);
     resumed = interest->resuming;
-    vkp_i_interest_take_step(interest, VKP_I_EVENT_LEAVE);
+    vkp_i_interest_take_step(interest, interest->kept ? VKP_I_EVENT_LEAVE_KEPT : VKP_I_EVENT_LEAVE);
     vkp_i_waiters_report(client, &interest->waiters, VKP_ERR_DISCONNECTED,
                          vkp_str_of(client->link.error));
     if (resumed && !client->closed && client->ready && client->resuming == 0) {
@@ -19979,9 +20509,11 @@ static void vkp_i_client_forget(vkp_client *client)
    it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
    own, to the same address. What the probe finds, and what follows:
      DEAD     nobody accepts connections                         the link is lost
-     BUSY     an error such as BUSY, LOADING, too many clients   the wait goes on
+     BUSY     an error such as BUSY, LOADING, too many clients,  the wait goes on
+              or output for us that still arrives
      MUTE     it accepts connections and answers nothing         the wait goes on, up to
-     BLOCKED  it lists our connection as blocked                 blocked_timeout_ms
+     BLOCKED  it lists our connection as blocked, has a part     blocked_timeout_ms
+              of a request, or does not say
      STALLED  it answers the probe, and owes us nothing          the link is lost
    Does the server have the subscriptions that the table says? With each heartbeat the client asks
    for the server's own counts (an audit). Counts that are too low are repaired: each name of the
@@ -20146,12 +20678,29 @@ static vkp_str vkp_i_info_field(vkp_str line, const char *name)
     return vkp_i_str(NULL, 0);
 }
 
-/* What the line of CLIENT LIST says of the client's connection. */
-static vkp_i_verdict vkp_i_probe_judge(vkp_str line)
+/* Whether the field of the line is there and not 0. */
+static bool vkp_i_info_counts(vkp_str line, const char *name)
 {
+    vkp_str text = vkp_i_info_field(line, name);
+    return text.len > 0 && !vkp_i_str_equal(text, vkp_str_of("0"));
+}
+
+/* What the reply to CLIENT LIST says of the client's connection. */
+static vkp_i_verdict vkp_i_probe_judge(const vkp_i_probe *probe, const vkp_value *value)
+{
+    vkp_str line = vkp_value_get_str(value);
     vkp_str flags = vkp_i_info_field(line, " flags=");
-    return flags.ptr != NULL && memchr(flags.ptr, 'b', flags.len) != NULL ? VKP_I_PROBE_BLOCKED
-                                                                          : VKP_I_PROBE_STALLED;
+    const vkp_i_link *link = &probe->client->link;
+    bool unsent = vkp_i_info_counts(line, " oll=") || vkp_i_info_counts(line, " obl=");
+    if (unsent && link->heard_ns >= probe->begun_ns) {
+        return VKP_I_PROBE_BUSY; /* the reply is behind what still arrives */
+    }
+    if (value->type == VKP_RESP_ERROR ||
+        (flags.len > 0 && memchr(flags.ptr, 'b', flags.len) != NULL) ||
+        vkp_i_info_counts(line, " qbuf=") || vkp_i_conn_get_queued_bytes(link->conn) > 0) {
+        return VKP_I_PROBE_BLOCKED; /* or half of a request is there, or nobody may say */
+    }
+    return VKP_I_PROBE_STALLED;
 }
 
 static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
@@ -20168,7 +20717,8 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
         return; /* vkp_i_client_end_probe, or a reply over a limit: the timer ends the probe */
     }
     if (probe->listing) {
-        vkp_i_probe_end(probe, vkp_i_probe_judge(vkp_value_get_str(value)));
+        vkp_i_probe_end(probe, probe->client->link.conn != NULL ? vkp_i_probe_judge(probe, value)
+                                                                : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
     } else if (id == 0) { /* the server did not say who we are */
@@ -20197,12 +20747,12 @@ static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
 }
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
-   A connection that was established and then ended without words is what a server does that is
-   full, or that is being restarted: the next probe finds out. */
+   One that accepts connections and closes them without words may stand before a dead server. */
 static void vkp_i_probe_on_down(vkp_i_link *link)
 {
-    vkp_i_probe_end(vkp_i_probe_of(link),
-                    link->spoke || link->connected ? VKP_I_PROBE_BUSY : VKP_I_PROBE_DEAD);
+    vkp_i_probe_end(vkp_i_probe_of(link), link->spoke       ? VKP_I_PROBE_BUSY
+                                          : link->connected ? VKP_I_PROBE_MUTE
+                                                            : VKP_I_PROBE_DEAD);
 }
 
 static void vkp_i_probe_on_busy(vkp_i_link *link)
@@ -20229,6 +20779,7 @@ static void vkp_i_client_start_probe(vkp_client *client)
     uint64_t deadline_ns;
     vkp_status status;
     if (probe == NULL) {
+        client->patient_ns = client->loop->now_ns;
         return;
     }
     probe->client = client;
@@ -20281,6 +20832,8 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
     }
 }
 
+#define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
+
 /* Compare the server's counts with the table. */
 static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
 {
@@ -20299,14 +20852,20 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_s
             count = count * 10 + (size_t)(text.ptr[i] - '0');
         }
         if (text.ptr == NULL || count == client->held_of[kind]) {
+            client->repaired[kind] = 0;
             continue; /* older servers do not count shard channels */
         }
         agrees = false;
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
                   client->config.address.ptr, fields[kind], count, client->held_of[kind]);
-        if (count > client->held_of[kind]) {
+        if (client->repaired[kind] >=
+            VKP_I_MOST_REPAIRS) { /* it does not count them, or loses all */
+            vkp_i_log(client->env, VKP_LOG_WARN, "%s: no more audits", client->config.address.ptr);
+            client->counts_refused = true;
+        } else if (count > client->held_of[kind]) {
             vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
         } else {
+            client->repaired[kind]++;
             vkp_i_client_repair(client, kind);
         }
     }
@@ -20324,7 +20883,8 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
     client->beat_sent = false;
     if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
         vkp_i_client_audit(client, beat, vkp_value_get_str(value));
-    } else if (status == VKP_OK && beat->audit) {
+    } else if (status == VKP_OK && beat->audit &&
+               !vkp_i_words_are_passing(vkp_value_get_str(value))) {
         client->counts_refused = true; /* an old server, or no right to ask */
     }
     vkp_bytes_unref(&request->bytes);
@@ -20360,10 +20920,16 @@ static bool vkp_i_client_beat(vkp_client *client)
 
 /* ---- the watch ---- */
 
-/* Look after the connection: send a heartbeat, or a probe. */
+/* Look after the connection: send a heartbeat, or a probe. A request that is still being written is
+   not due while the server takes bytes of it. */
 static void vkp_i_client_watch(vkp_client *client)
 {
     uint64_t now_ns = client->loop->now_ns;
+    size_t unsent = vkp_i_conn_get_queued_bytes(client->link.conn);
+    if (unsent > 0 && unsent < client->unsent) {
+        client->patient_ns = now_ns;
+    }
+    client->unsent = unsent;
     if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
         vkp_i_client_start_probe(client);
     }
@@ -20989,7 +21555,7 @@ static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
     }
 }
 
-static bool vkp_i_request_is_interest(const vkp_i_request *request)
+static bool vkp_i_request_is_interest(vkp_i_request *request)
 {
     return VKP_CONTAINER(request, vkp_i_ask, request)->kind != VKP_I_ASK_COMMAND;
 }
@@ -21104,6 +21670,8 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->audited_ns = client->loop->now_ns;
     client->beat_sent = false;
     client->counts_refused = false;
+    client->unsent = 0;
+    memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;
     client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
     VKP_I_COUNT(client, connections);
@@ -21191,6 +21759,7 @@ static bool vkp_i_client_aim(vkp_client *client)
 static vkp_status vkp_i_client_connect(vkp_client *client)
 {
     vkp_status status = VKP_ERR_NOMEM;
+    client->begun = true;
     vkp_i_client_set_state(client, VKP_CLIENT_CONNECTING);
     vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
     if (vkp_i_client_aim(client) && !client->closed) {
@@ -21212,7 +21781,6 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
     switch (vkp_client_get_state(client)) {
     case VKP_CLIENT_CONNECTING:
         if (!client->begun) {
-            client->begun = true;
             (void)!vkp_i_client_connect(client); /* on failure the wait has begun */
             break;
         }
@@ -21239,19 +21807,23 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
    subscribed.                                                                                 */
 static bool vkp_i_client_must_refuse(const vkp_client *client)
 {
-    return client->link.protocol == 2 &&
-           client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
+    return client->link.protocol == 2 && client->live > 0;
 }
 
-/* No memory for a new name: put the ask, and all asks behind it, back to `submitted` for the next
-   connection, and let this connection fail. The ask's callback is called now, because the next
-   connection may be far away.                                                                 */
+/* No memory for a new name: report that, because the next connection may be far away; then put the
+   ask, and all asks behind it, back to `submitted` for the next connection; this one fails. */
 static void vkp_i_client_lost_memory(vkp_client *client, vkp_i_ask *ask)
 {
     vkp_i_requests all;
     vkp_subscribe_fn done = ask->done;
-    void *user = ask->user;
     ask->done = NULL;
+    if (done != NULL) {
+        done(ask->user, VKP_ERR_DISCONNECTED, vkp_str_of("out of memory"));
+    }
+    if (client->closed) {
+        vkp_i_ask_free(ask);
+        return;
+    }
     vkp_i_requests_init(&all);
     vkp_i_requests_append(&all, &ask->request);
     vkp_i_requests_move(&client->taken, &all);
@@ -21260,10 +21832,6 @@ static void vkp_i_client_lost_memory(vkp_client *client, vkp_i_ask *ask)
     vkp_i_requests_move(&all, &client->submitted);
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_link_lose(&client->link, "out of memory");
-    if (done != NULL) {
-        done(user, client->closed ? VKP_ERR_CLOSED : VKP_ERR_DISCONNECTED,
-             vkp_str_of("out of memory"));
-    }
 }
 
 /* Start one ask that was taken from `submitted`. */

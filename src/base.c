@@ -327,6 +327,19 @@ static void vkp_i_free_text(const vkp_env *env, char *text)
     }
 }
 
+/* Whether the text has the terminated part in it. */
+static bool vkp_i_contains(vkp_str text, const char *part)
+{
+    size_t len = strlen(part);
+    size_t i;
+    for (i = 0; i + len <= text.len; i++) {
+        if (memcmp(text.ptr + i, part, len) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static bool vkp_i_starts_with(vkp_str text, const char *start)
 {
     size_t len = strlen(start);

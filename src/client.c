@@ -63,29 +63,33 @@ struct vkp_client {
     bool sweep_wanted;        /* `task` looks for blocking commands that were given up; guarded */
     char error[VKP_I_LINK_ERROR_BYTES]; /* for vkp_client_get_error; guarded by the mutex */
 
-    bool closed;              /* vkp_i_client_close_now ran */
-    bool begun;               /* the first try to connect has begun */
-    bool ready;               /* the link is ready: requests are written */
-    bool was_ready;           /* a handshake succeeded before: the next event is RECONNECTED */
-    bool failure_reported;    /* CONNECT_FAILED was emitted since the client was ready */
-    bool beat_sent;           /* a heartbeat waits for its reply */
-    bool counts_refused;      /* the server does not answer CLIENT INFO */
-    vkp_i_probe *probe;       /* asks whether the server is alive; NULL: none is under way */
-    vkp_i_private *privates;  /* connections for blocking commands, in no order */
-    size_t private_count;     /* number of privates */
-    vkp_i_requests waiting;   /* blocking commands that wait for one of them */
-    uint64_t heartbeat_ns;    /* time of the next heartbeat */
-    uint64_t patient_ns;      /* when a probe ended last */
-    vkp_i_task task;          /* works on `submitted`; queued by any thread */
-    vkp_i_attached attached;  /* calls vkp_i_client_loop_closed */
-    vkp_i_link link;          /* the connection */
-    vkp_client_target target; /* copies: where the link connects to, and as whom */
-    vkp_i_requests taken;     /* asks taken from `submitted`, not started */
-    vkp_i_requests failed;    /* requests that failed and are not settled yet */
-    vkp_i_requests reporting; /* WANTs whose outcome is known and not reported yet */
-    bool is_reporting;        /* vkp_i_waiters_report runs */
+    bool closed;             /* vkp_i_client_close_now ran */
+    bool begun;              /* the first try to connect has begun */
+    bool ready;              /* the link is ready: requests are written */
+    bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
+    bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
+    bool beat_sent;          /* a heartbeat waits for its reply */
+    bool counts_refused;     /* the server does not answer CLIENT INFO */
+    vkp_i_probe *probe;      /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_private *privates; /* connections for blocking commands, in no order */
+    size_t private_count;    /* number of privates */
+    vkp_i_requests waiting;  /* blocking commands that wait for one of them */
+    uint64_t heartbeat_ns;   /* time of the next heartbeat */
+    uint64_t patient_ns;     /* when a probe ended last */
+    size_t unsent;           /* bytes that waited to be written at the last look of the watch */
+    uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
+    vkp_i_task task;                    /* works on `submitted`; queued by any thread */
+    vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
+    vkp_i_link link;                    /* the connection */
+    vkp_client_target target;           /* copies: where the link connects to, and as whom */
+    vkp_i_requests taken;               /* asks taken from `submitted`, not started */
+    vkp_i_requests failed;              /* requests that failed and are not settled yet */
+    vkp_i_requests reporting;           /* WANTs whose outcome is known and not reported yet */
+    bool is_reporting;                  /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     size_t held;                        /* number of interests that are HELD */
+    size_t live;                        /* number of interests that are not GONE */
+    size_t kept;                        /* number of interests that the server has */
     size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
     size_t stuck;                       /* number of interests that are STUCK */
     size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */

@@ -52,7 +52,7 @@ static void vkp_i_client_start_timer(vkp_client *client, uint64_t ms)
     }
 }
 
-static bool vkp_i_request_is_interest(const vkp_i_request *request)
+static bool vkp_i_request_is_interest(vkp_i_request *request)
 {
     return VKP_CONTAINER(request, vkp_i_ask, request)->kind != VKP_I_ASK_COMMAND;
 }
@@ -167,6 +167,8 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->audited_ns = client->loop->now_ns;
     client->beat_sent = false;
     client->counts_refused = false;
+    client->unsent = 0;
+    memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;
     client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
     VKP_I_COUNT(client, connections);
@@ -254,6 +256,7 @@ static bool vkp_i_client_aim(vkp_client *client)
 static vkp_status vkp_i_client_connect(vkp_client *client)
 {
     vkp_status status = VKP_ERR_NOMEM;
+    client->begun = true;
     vkp_i_client_set_state(client, VKP_CLIENT_CONNECTING);
     vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
     if (vkp_i_client_aim(client) && !client->closed) {
@@ -275,7 +278,6 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
     switch (vkp_client_get_state(client)) {
     case VKP_CLIENT_CONNECTING:
         if (!client->begun) {
-            client->begun = true;
             (void)!vkp_i_client_connect(client); /* on failure the wait has begun */
             break;
         }
@@ -302,19 +304,23 @@ static void vkp_i_client_on_timer(vkp_timer *timer)
    subscribed.                                                                                 */
 static bool vkp_i_client_must_refuse(const vkp_client *client)
 {
-    return client->link.protocol == 2 &&
-           client->interests[0].count + client->interests[1].count + client->interests[2].count > 0;
+    return client->link.protocol == 2 && client->live > 0;
 }
 
-/* No memory for a new name: put the ask, and all asks behind it, back to `submitted` for the next
-   connection, and let this connection fail. The ask's callback is called now, because the next
-   connection may be far away.                                                                 */
+/* No memory for a new name: report that, because the next connection may be far away; then put the
+   ask, and all asks behind it, back to `submitted` for the next connection; this one fails. */
 static void vkp_i_client_lost_memory(vkp_client *client, vkp_i_ask *ask)
 {
     vkp_i_requests all;
     vkp_subscribe_fn done = ask->done;
-    void *user = ask->user;
     ask->done = NULL;
+    if (done != NULL) {
+        done(ask->user, VKP_ERR_DISCONNECTED, vkp_str_of("out of memory"));
+    }
+    if (client->closed) {
+        vkp_i_ask_free(ask);
+        return;
+    }
     vkp_i_requests_init(&all);
     vkp_i_requests_append(&all, &ask->request);
     vkp_i_requests_move(&client->taken, &all);
@@ -323,10 +329,6 @@ static void vkp_i_client_lost_memory(vkp_client *client, vkp_i_ask *ask)
     vkp_i_requests_move(&all, &client->submitted);
     VKP_I_UNLOCK(&client->mutex);
     vkp_i_link_lose(&client->link, "out of memory");
-    if (done != NULL) {
-        done(user, client->closed ? VKP_ERR_CLOSED : VKP_ERR_DISCONNECTED,
-             vkp_str_of("out of memory"));
-    }
 }
 
 /* Start one ask that was taken from `submitted`. */

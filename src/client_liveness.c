@@ -7,9 +7,11 @@
    it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
    own, to the same address. What the probe finds, and what follows:
      DEAD     nobody accepts connections                         the link is lost
-     BUSY     an error such as BUSY, LOADING, too many clients   the wait goes on
+     BUSY     an error such as BUSY, LOADING, too many clients,  the wait goes on
+              or output for us that still arrives
      MUTE     it accepts connections and answers nothing         the wait goes on, up to
-     BLOCKED  it lists our connection as blocked                 blocked_timeout_ms
+     BLOCKED  it lists our connection as blocked, has a part     blocked_timeout_ms
+              of a request, or does not say
      STALLED  it answers the probe, and owes us nothing          the link is lost
    Does the server have the subscriptions that the table says? With each heartbeat the client asks
    for the server's own counts (an audit). Counts that are too low are repaired: each name of the
@@ -174,12 +176,29 @@ static vkp_str vkp_i_info_field(vkp_str line, const char *name)
     return vkp_i_str(NULL, 0);
 }
 
-/* What the line of CLIENT LIST says of the client's connection. */
-static vkp_i_verdict vkp_i_probe_judge(vkp_str line)
+/* Whether the field of the line is there and not 0. */
+static bool vkp_i_info_counts(vkp_str line, const char *name)
 {
+    vkp_str text = vkp_i_info_field(line, name);
+    return text.len > 0 && !vkp_i_str_equal(text, vkp_str_of("0"));
+}
+
+/* What the reply to CLIENT LIST says of the client's connection. */
+static vkp_i_verdict vkp_i_probe_judge(const vkp_i_probe *probe, const vkp_value *value)
+{
+    vkp_str line = vkp_value_get_str(value);
     vkp_str flags = vkp_i_info_field(line, " flags=");
-    return flags.ptr != NULL && memchr(flags.ptr, 'b', flags.len) != NULL ? VKP_I_PROBE_BLOCKED
-                                                                          : VKP_I_PROBE_STALLED;
+    const vkp_i_link *link = &probe->client->link;
+    bool unsent = vkp_i_info_counts(line, " oll=") || vkp_i_info_counts(line, " obl=");
+    if (unsent && link->heard_ns >= probe->begun_ns) {
+        return VKP_I_PROBE_BUSY; /* the reply is behind what still arrives */
+    }
+    if (value->type == VKP_RESP_ERROR ||
+        (flags.len > 0 && memchr(flags.ptr, 'b', flags.len) != NULL) ||
+        vkp_i_info_counts(line, " qbuf=") || vkp_i_conn_get_queued_bytes(link->conn) > 0) {
+        return VKP_I_PROBE_BLOCKED; /* or half of a request is there, or nobody may say */
+    }
+    return VKP_I_PROBE_STALLED;
 }
 
 static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
@@ -196,7 +215,8 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
         return; /* vkp_i_client_end_probe, or a reply over a limit: the timer ends the probe */
     }
     if (probe->listing) {
-        vkp_i_probe_end(probe, vkp_i_probe_judge(vkp_value_get_str(value)));
+        vkp_i_probe_end(probe, probe->client->link.conn != NULL ? vkp_i_probe_judge(probe, value)
+                                                                : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
     } else if (id == 0) { /* the server did not say who we are */
@@ -225,12 +245,12 @@ static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
 }
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
-   A connection that was established and then ended without words is what a server does that is
-   full, or that is being restarted: the next probe finds out. */
+   One that accepts connections and closes them without words may stand before a dead server. */
 static void vkp_i_probe_on_down(vkp_i_link *link)
 {
-    vkp_i_probe_end(vkp_i_probe_of(link),
-                    link->spoke || link->connected ? VKP_I_PROBE_BUSY : VKP_I_PROBE_DEAD);
+    vkp_i_probe_end(vkp_i_probe_of(link), link->spoke       ? VKP_I_PROBE_BUSY
+                                          : link->connected ? VKP_I_PROBE_MUTE
+                                                            : VKP_I_PROBE_DEAD);
 }
 
 static void vkp_i_probe_on_busy(vkp_i_link *link)
@@ -257,6 +277,7 @@ static void vkp_i_client_start_probe(vkp_client *client)
     uint64_t deadline_ns;
     vkp_status status;
     if (probe == NULL) {
+        client->patient_ns = client->loop->now_ns;
         return;
     }
     probe->client = client;
@@ -309,6 +330,8 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
     }
 }
 
+#define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
+
 /* Compare the server's counts with the table. */
 static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
 {
@@ -327,14 +350,20 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_s
             count = count * 10 + (size_t)(text.ptr[i] - '0');
         }
         if (text.ptr == NULL || count == client->held_of[kind]) {
+            client->repaired[kind] = 0;
             continue; /* older servers do not count shard channels */
         }
         agrees = false;
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
                   client->config.address.ptr, fields[kind], count, client->held_of[kind]);
-        if (count > client->held_of[kind]) {
+        if (client->repaired[kind] >=
+            VKP_I_MOST_REPAIRS) { /* it does not count them, or loses all */
+            vkp_i_log(client->env, VKP_LOG_WARN, "%s: no more audits", client->config.address.ptr);
+            client->counts_refused = true;
+        } else if (count > client->held_of[kind]) {
             vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
         } else {
+            client->repaired[kind]++;
             vkp_i_client_repair(client, kind);
         }
     }
@@ -352,7 +381,8 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
     client->beat_sent = false;
     if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
         vkp_i_client_audit(client, beat, vkp_value_get_str(value));
-    } else if (status == VKP_OK && beat->audit) {
+    } else if (status == VKP_OK && beat->audit &&
+               !vkp_i_words_are_passing(vkp_value_get_str(value))) {
         client->counts_refused = true; /* an old server, or no right to ask */
     }
     vkp_bytes_unref(&request->bytes);
@@ -388,10 +418,16 @@ static bool vkp_i_client_beat(vkp_client *client)
 
 /* ---- the watch ---- */
 
-/* Look after the connection: send a heartbeat, or a probe. */
+/* Look after the connection: send a heartbeat, or a probe. A request that is still being written is
+   not due while the server takes bytes of it. */
 static void vkp_i_client_watch(vkp_client *client)
 {
     uint64_t now_ns = client->loop->now_ns;
+    size_t unsent = vkp_i_conn_get_queued_bytes(client->link.conn);
+    if (unsent > 0 && unsent < client->unsent) {
+        client->patient_ns = now_ns;
+    }
+    client->unsent = unsent;
     if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
         vkp_i_client_start_probe(client);
     }

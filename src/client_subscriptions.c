@@ -34,19 +34,20 @@ typedef enum vkp_i_sub_state {
 #define VKP_I_SUB_STATES 7
 
 typedef enum vkp_i_sub_event {
-    VKP_I_EVENT_WANT = 0,  /* a vkp_client_subscribe */
-    VKP_I_EVENT_LEAVE,     /* the vkp_client_unsubscribe that takes the last one back */
-    VKP_I_EVENT_READY,     /* the link is ready */
-    VKP_I_EVENT_CONFIRMED, /* the newest command, a SUBSCRIBE, is confirmed */
-    VKP_I_EVENT_REFUSED,   /* ... is refused */
-    VKP_I_EVENT_LEFT,      /* the newest command, an UNSUBSCRIBE, is done */
-    VKP_I_EVENT_STUCK,     /* ... is refused */
-    VKP_I_EVENT_TAKEN,     /* the server ended the subscription, unasked */
-    VKP_I_EVENT_MISSING,   /* an audit found that the server may not have it */
-    VKP_I_EVENT_RETRY,     /* the timer of a refusal ended */
-    VKP_I_EVENT_DOWN       /* the link is down */
+    VKP_I_EVENT_WANT = 0,   /* a vkp_client_subscribe */
+    VKP_I_EVENT_LEAVE,      /* the vkp_client_unsubscribe that takes the last one back */
+    VKP_I_EVENT_LEAVE_KEPT, /* the same, while the server has the name */
+    VKP_I_EVENT_READY,      /* the link is ready */
+    VKP_I_EVENT_CONFIRMED,  /* the newest command, a SUBSCRIBE, is confirmed */
+    VKP_I_EVENT_REFUSED,    /* ... is refused */
+    VKP_I_EVENT_LEFT,       /* the newest command, an UNSUBSCRIBE, is done */
+    VKP_I_EVENT_STUCK,      /* ... is refused */
+    VKP_I_EVENT_TAKEN,      /* the server ended the subscription, unasked */
+    VKP_I_EVENT_MISSING,    /* an audit found that the server may not have it */
+    VKP_I_EVENT_RETRY,      /* the timer of a refusal ended */
+    VKP_I_EVENT_DOWN        /* the link is down */
 } vkp_i_sub_event;
-#define VKP_I_SUB_EVENTS 11
+#define VKP_I_SUB_EVENTS 12
 
 /* The actions of a rule, done in this order, after the state has changed. */
 #define VKP_I_DO_CALM 1u  /* stop the timer of the refusal, and forget the refusal */
@@ -69,39 +70,40 @@ typedef struct vkp_i_sub_rule {
         VKP_I_SUB_##state, (uint8_t)(actions) \
     }
 
-/* By state and event: WANT, LEAVE, READY, CONFIRMED, REFUSED, LEFT, STUCK, TAKEN, MISSING, RETRY,
-   DOWN.                                                                                       */
+/* By state and event: WANT, LEAVE, LEAVE_KEPT, READY, CONFIRMED, REFUSED, LEFT, STUCK, TAKEN,
+   MISSING, RETRY, DOWN. */
 static const vkp_i_sub_rule vkp_i_sub_rules[VKP_I_SUB_STATES][VKP_I_SUB_EVENTS] = {
     /* GONE */
     {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
      VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE),
-     VKP_I_STAY(GONE), VKP_I_STAY(GONE)},
+     VKP_I_STAY(GONE), VKP_I_STAY(GONE), VKP_I_STAY(GONE)},
     /* WANTED */
-    {VKP_I_STAY(WANTED), VKP_I_GO(GONE, 0), VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(WANTED),
+    {VKP_I_STAY(WANTED), VKP_I_GO(GONE, 0), VKP_I_GO(GONE, 0), VKP_I_GO(ASKED, VKP_I_DO_ASK),
      VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED),
-     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED)},
+     VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED), VKP_I_STAY(WANTED)},
     /* ASKED */
-    {VKP_I_STAY(ASKED), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(ASKED),
-     VKP_I_GO(HELD, VKP_I_DO_CALM), VKP_I_GO(REFUSED, VKP_I_DO_WAIT), VKP_I_STAY(ASKED),
-     VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED),
+    {VKP_I_STAY(ASKED), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_GO(LEAVING, VKP_I_DO_PART),
+     VKP_I_STAY(ASKED), VKP_I_GO(HELD, VKP_I_DO_CALM), VKP_I_GO(REFUSED, VKP_I_DO_WAIT),
+     VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED), VKP_I_STAY(ASKED),
      VKP_I_GO(WANTED, VKP_I_DO_CALM)},
     /* HELD */
-    {VKP_I_STAY(HELD), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
-     VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
+    {VKP_I_STAY(HELD), VKP_I_GO(LEAVING, VKP_I_DO_PART), VKP_I_GO(LEAVING, VKP_I_DO_PART),
+     VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD), VKP_I_STAY(HELD),
      VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK), VKP_I_GO(ASKED, VKP_I_DO_GAP | VKP_I_DO_ASK),
      VKP_I_STAY(HELD), VKP_I_GO(WANTED, VKP_I_DO_GAP)},
     /* REFUSED */
-    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(REFUSED),
+    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(GONE, VKP_I_DO_CALM),
+     VKP_I_GO(LEAVING, VKP_I_DO_CALM | VKP_I_DO_PART), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED),
      VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED),
-     VKP_I_STAY(REFUSED), VKP_I_STAY(REFUSED), VKP_I_GO(ASKED, VKP_I_DO_ASK),
-     VKP_I_GO(WANTED, VKP_I_DO_CALM)},
+     VKP_I_STAY(REFUSED), VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_GO(WANTED, VKP_I_DO_CALM)},
     /* LEAVING */
-    {VKP_I_GO(ASKED, VKP_I_DO_ASK), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
-     VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_GO(STUCK, VKP_I_DO_WAIT),
-     VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM)},
+    {VKP_I_GO(ASKED, VKP_I_DO_CALM | VKP_I_DO_ASK), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
+     VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_GO(GONE, VKP_I_DO_CALM),
+     VKP_I_GO(STUCK, VKP_I_DO_WAIT), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING), VKP_I_STAY(LEAVING),
+     VKP_I_GO(GONE, VKP_I_DO_CALM)},
     /* STUCK */
     {VKP_I_GO(ASKED, VKP_I_DO_CALM | VKP_I_DO_ASK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
-     VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
+     VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK), VKP_I_STAY(STUCK),
      VKP_I_GO(GONE, VKP_I_DO_CALM), VKP_I_STAY(STUCK), VKP_I_GO(LEAVING, VKP_I_DO_PART),
      VKP_I_GO(GONE, VKP_I_DO_CALM)}};
 
@@ -127,6 +129,7 @@ struct vkp_i_interest {
     struct vkp_i_sub_request *newest; /* the newest command in flight; NULL: none */
     vkp_i_refusal *refusal;           /* NULL: the server did not refuse it */
     uint64_t gap_ns;                  /* messages may be missing from then on; 0: none are */
+    bool kept;                        /* the server has it, as far as the client knows */
     bool resuming;                    /* counted in client->resuming */
     vkp_i_requests waiters;           /* WANTs that wait until the name can be asked for */
 };
@@ -136,7 +139,8 @@ typedef struct vkp_i_sub_request {
     vkp_i_request request; /* expects NAMES or LEAVES */
     vkp_client *client;
     vkp_i_interest *interest;
-    bool reported;          /* UNSUBSCRIBE: the server's push was emitted */
+    bool confirmed;         /* UNSUBSCRIBE: the server's push arrived */
+    vkp_push push;          /* UNSUBSCRIBE: that push, kept for the fence */
     vkp_i_requests waiters; /* SUBSCRIBE: WANTs that wait for this answer */
 } vkp_i_sub_request;
 
@@ -365,6 +369,16 @@ static void vkp_i_interest_open_gap(vkp_i_interest *interest, uint64_t from_ns)
     }
 }
 
+/* Note whether the server has the name: messages may arrive, and in RESP2 an array may be one. */
+static void vkp_i_interest_set_kept(vkp_i_interest *interest, bool kept)
+{
+    vkp_client *client = interest->client;
+    client->kept += kept ? 1u : 0u;
+    client->kept -= interest->kept ? 1u : 0u;
+    interest->kept = kept;
+    client->link.subscribed = client->kept > 0;
+}
+
 /* Change the state, and keep the client's numbers in step. */
 static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state state)
 {
@@ -374,10 +388,11 @@ static void vkp_i_interest_set_state(vkp_i_interest *interest, vkp_i_sub_state s
     held -= interest->state == VKP_I_SUB_HELD ? 1u : 0u; /* wraps around: so does the sum */
     stuck -= interest->state == VKP_I_SUB_STUCK ? 1u : 0u;
     client->changes += interest->state != state ? 1u : 0u;
+    client->live += (state != VKP_I_SUB_GONE ? 1u : 0u);
+    client->live -= (interest->state != VKP_I_SUB_GONE ? 1u : 0u);
     client->held += held;
     client->held_of[interest->kind] += held;
     client->stuck += stuck;
-    client->link.subscribed = client->held > 0;
     interest->state = state;
 }
 
@@ -389,12 +404,15 @@ static bool vkp_i_interest_step(vkp_i_interest *interest, vkp_i_sub_event event)
     vkp_i_sub_rule rule = vkp_i_sub_rules[interest->state][event];
     bool ok = true;
     vkp_i_interest_set_state(interest, (vkp_i_sub_state)rule.next);
+    if (event == VKP_I_EVENT_TAKEN || event == VKP_I_EVENT_DOWN) {
+        vkp_i_interest_set_kept(interest, false);
+    }
     if ((rule.actions & VKP_I_DO_CALM) != 0) {
         vkp_i_interest_calm(interest);
     }
     if ((rule.actions & VKP_I_DO_GAP) != 0) {
         vkp_i_interest_open_gap(interest, event == VKP_I_EVENT_MISSING ? client->audited_ns
-                                                                       : client->link.heard_ns);
+                                                                       : client->link.known_ns);
     }
     if ((rule.actions & VKP_I_DO_WAIT) != 0) {
         ok = vkp_i_interest_wait(interest);
@@ -528,13 +546,21 @@ static bool vkp_i_sub_accept(vkp_i_request *request, const vkp_push *push)
     if (push->sub != interest->kind || !vkp_i_str_equal(push->channel, interest->node.key)) {
         return false;
     }
+    if (push->kind == VKP_PUSH_SUBSCRIBED) {
+        vkp_i_interest_set_kept(interest, true);
+    }
     if (push->kind == VKP_PUSH_SUBSCRIBED && interest->newest == self) {
         interest->newest = NULL;
         (void)!vkp_i_interest_step(interest, VKP_I_EVENT_CONFIRMED); /* needs no memory */
     }
-    self->reported = true;
+    if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
+        self->confirmed = true;
+        self->push = *push;
+        self->push.frame = vkp_bytes_ref(&push->frame);
+        return true;
+    }
     vkp_i_client_emit(client, push);
-    if (push->kind == VKP_PUSH_SUBSCRIBED && !client->closed && client->ready) {
+    if (!client->closed && client->ready) {
         vkp_i_interest_resumed(interest);
     }
     return true;
@@ -557,7 +583,7 @@ static void vkp_i_waiters_report(vkp_client *client, vkp_i_requests *waiters, vk
 {
     vkp_i_request *request;
     vkp_i_waiters_note(client, waiters, status);
-    if (client->is_reporting) {
+    if (client->is_reporting && !client->closed) {
         return; /* inside a callback of the call that goes on */
     }
     client->is_reporting = true;
@@ -608,12 +634,16 @@ static void vkp_i_interest_stuck(vkp_i_interest *interest)
     }
 }
 
-/* The name is unsubscribed. reported: the server's push was emitted; if not, the event is ours. */
-static void vkp_i_interest_left(vkp_i_interest *interest, bool reported)
+/* A name was left. The event is the server's push; without one it is ours. */
+static void vkp_i_sub_report_left(vkp_i_sub_request *self)
 {
-    (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEFT); /* needs no memory */
-    if (!reported) {
-        vkp_i_interest_event(interest, VKP_PUSH_UNSUBSCRIBED, vkp_i_str(NULL, 0));
+    if (self->client->closed) {
+        return;
+    }
+    if (self->confirmed) {
+        vkp_i_client_emit(self->client, &self->push);
+    } else if (self->interest->state == VKP_I_SUB_GONE) {
+        vkp_i_interest_event(self->interest, VKP_PUSH_UNSUBSCRIBED, vkp_i_str(NULL, 0));
     }
 }
 
@@ -632,13 +662,20 @@ static void vkp_i_sub_settled(vkp_i_request *request, vkp_status status, const v
     if (newest) {
         interest->newest = NULL;
     }
+    if (request->expect == VKP_I_EXPECT_LEAVES && status == VKP_OK) {
+        vkp_i_interest_set_kept(interest, false);
+    }
     if (newest && request->expect == VKP_I_EXPECT_NAMES && status == VKP_ERR_REFUSED) {
         vkp_i_interest_refused(interest, words);
     } else if (newest && status == VKP_ERR_REFUSED) {
         vkp_i_interest_stuck(interest);
     } else if (newest && status == VKP_OK) {
-        vkp_i_interest_left(interest, self->reported);
+        (void)!vkp_i_interest_step(interest, VKP_I_EVENT_LEFT); /* needs no memory */
     }
+    if (request->expect == VKP_I_EXPECT_LEAVES && status != VKP_ERR_REFUSED) {
+        vkp_i_sub_report_left(self); /* also when the link went down: it is left */
+    }
+    vkp_bytes_unref(&self->push.frame);
     vkp_i_interest_release(interest);
     vkp_i_waiters_report(client, &self->waiters, status, words);
     vkp_bytes_unref(&self->request.bytes);
@@ -660,8 +697,10 @@ static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
 {
     vkp_i_interest *interest = vkp_i_interest_find(client, push->sub, push->channel);
     bool held = interest != NULL && interest->state == VKP_I_SUB_HELD;
-    if (interest == NULL) {
+    if (interest == NULL || interest->state == VKP_I_SUB_STUCK) {
         vkp_i_client_emit(client, push);
+    }
+    if (interest == NULL || client->closed || !client->ready) {
         return;
     }
     vkp_i_interest_hold(interest);
@@ -719,7 +758,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_ask *ask)
     }
     vkp_i_interest_hold(interest);
     resumed = interest->resuming;
-    vkp_i_interest_take_step(interest, VKP_I_EVENT_LEAVE);
+    vkp_i_interest_take_step(interest, interest->kept ? VKP_I_EVENT_LEAVE_KEPT : VKP_I_EVENT_LEAVE);
     vkp_i_waiters_report(client, &interest->waiters, VKP_ERR_DISCONNECTED,
                          vkp_str_of(client->link.error));
     if (resumed && !client->closed && client->ready && client->resuming == 0) {

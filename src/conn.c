@@ -743,6 +743,19 @@ static void vkp_i_conn_discard_input(vkp_conn *conn)
     }
 }
 
+#define VKP_I_LAST_READS 64 /* most reads of what a peer wrote before it closed */
+
+/* A write failed because the peer closed: deliver what the peer wrote before, often the reason. */
+static void vkp_i_conn_read_last(vkp_conn *conn)
+{
+    const uint32_t silent = VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING;
+    int i;
+    for (i = 0; i < VKP_I_LAST_READS && !vkp_i_conn_closed(conn) && (conn->flags & silent) == 0;
+         i++) {
+        vkp_i_conn_readable(conn); /* the end of the input closes the connection */
+    }
+}
+
 /* The deferred task, at the end of a round: deliver kept input after a resume, write once, pull
    a held inbox, then close if the connection is drained or marked.                            */
 static void vkp_i_conn_task(vkp_i_task *task)
@@ -761,6 +774,10 @@ static void vkp_i_conn_task(vkp_i_task *task)
         if (vkp_i_conn_is_drained(conn)) {
             vkp_i_conn_discard_input(conn);
             vkp_i_conn_close_later(conn, VKP_CLOSE_LOCAL, 0);
+        }
+        if ((conn->flags & VKP_I_CONN_CLOSES) != 0 &&
+            (conn->closes_error == EPIPE || conn->closes_error == ECONNRESET)) {
+            vkp_i_conn_read_last(conn);
         }
         if ((conn->flags & VKP_I_CONN_CLOSES) != 0) {
             vkp_i_conn_finish(conn, conn->closes_reason, conn->closes_error);

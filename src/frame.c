@@ -94,7 +94,7 @@ static bool vkp_i_skip_value(vkp_i_skip *skip, const uint8_t *data, size_t len)
         }
         if (skip->inside && data[skip->at] == '|') {
             counts = false;
-        } else if (skip->inside && data[skip->at] == '>') {
+        } else if (skip->inside && data[skip->at] == '>' && elements > 0) {
             if (vkp_i_skip_head(data, len, body, &seen, &none) == 0) { /* the kind decides */
                 return false;
             }
@@ -144,7 +144,8 @@ static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *
         if (body == 0) {
             return false; /* not the case in a whole frame */
         }
-        if (from > 0 && data[from] == '>' && vkp_i_skip_is_uncounted(data, len, body)) {
+        if (from > 0 && data[from] == '>' && elements > 0 &&
+            vkp_i_skip_is_uncounted(data, len, body)) {
             vkp_i_skip skip = VKP_ZERO;
             *begin = from;
             *end = vkp_i_skip_value(&skip, data + from, len - from) ? from + skip.at : len;

@@ -20,7 +20,7 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_PING,   /* the last one of LOGIN */
     VKP_I_STEP_SELECT, /* must be answered by OK */
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
-    VKP_I_STEP_ROLE,   /* RESP2 with a role in the config: HELLO's map did not say it */
+    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -144,7 +144,7 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     vkp_str argv[2];
     size_t i;
     link->stage = VKP_I_STAGE_SETUP;
-    if (config->role != VKP_CLIENT_ROLE_ANY && link->protocol == 2) {
+    if (config->role != VKP_CLIENT_ROLE_ANY && !link->role_known) {
         argv[0] = vkp_str_of("ROLE");
         if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
             return false;
@@ -210,20 +210,32 @@ static bool vkp_i_link_introduce(vkp_i_link *link)
 static bool vkp_i_link_check_role(vkp_i_link *link, vkp_str role)
 {
     bool primary = vkp_i_str_is(role, "master") || vkp_i_str_is(role, "primary");
-    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && role.len > 0 && !primary) {
+    link->role_known = true;
+    if (link->config->role == VKP_CLIENT_ROLE_PRIMARY && !primary) {
         vkp_i_link_fail(link, "not a primary but a", role);
         return false;
     }
     return true;
 }
 
+/* The protocol that a value says, as a number or as text: 2 or 3; 0: neither. */
+static int64_t vkp_i_to_protocol(const vkp_value *value)
+{
+    int64_t number = value->type == VKP_RESP_INTEGER             ? value->u.integer
+                     : vkp_value_is_text(value, vkp_str_of("3")) ? 3
+                     : vkp_value_is_text(value, vkp_str_of("2")) ? 2
+                                                                 : 0;
+    return number == 2 || number == 3 ? number : 0;
+}
+
 /* HELLO was answered with a map, or an array of keys and values. */
 static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const vkp_value *proto)
 {
     const vkp_value *id = vkp_i_map_value(value, "id");
+    vkp_str role = vkp_value_get_str(vkp_i_map_value(value, "role"));
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
-    link->protocol = proto->u.integer == 2 ? 2 : 3;
-    if (!vkp_i_link_check_role(link, vkp_value_get_str(vkp_i_map_value(value, "role")))) {
+    link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
+    if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
     if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
@@ -239,7 +251,7 @@ static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
     const vkp_value *proto = vkp_i_map_value(value, "proto");
     vkp_str words = vkp_value_get_str(value);
     bool ok;
-    if (proto != NULL && proto->type == VKP_RESP_INTEGER) {
+    if (proto != NULL && vkp_i_to_protocol(proto) != 0) {
         vkp_i_link_greeted(link, value, proto);
         return;
     }
@@ -302,6 +314,7 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_PING:
+        link->ping_refused = failed;
         if (failed && vkp_i_starts_with(words, "NOAUTH")) {
             vkp_i_link_fail(link, "the server refused the handshake", words);
         } else if (!vkp_i_link_setup(link)) {
@@ -309,9 +322,8 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_ROLE:
-        if (!failed) {
-            (void)vkp_i_link_check_role(link, vkp_value_get_str(vkp_value_get_first(value)));
-        }
+        (void)vkp_i_link_check_role(link,
+                                    failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
         break;
     case VKP_I_STEP_SELECT:
     case VKP_I_STEP_SETUP:

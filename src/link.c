@@ -13,7 +13,7 @@
      LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
               error, or with a push and an error. So none of these settles it: the fence does.
      FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
-              HELLO, in RESP2 the link's token from PING. The link writes it behind the LEAVES.
+              HELLO 3, in RESP2 the link's token. The link writes it behind the LEAVES.
    An answer that fits nothing means that replies and requests are out of step. The link fails then,
    because every later reply would reach the wrong request.                                    */
 
@@ -30,6 +30,8 @@ typedef struct vkp_i_request {
     vkp_i_expect expect;        /* what answers it */
     uint32_t due;               /* replies, or confirmations of names, still to come */
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
+    bool moved;                 /* LEAVES: a MOVED followed its push */
+    bool by_error;              /* LEAVES: an error was its answer */
     uint64_t sent_ns;           /* when it was written, on the loop's clock */
     vkp_bytes bytes;            /* the commands to write; empty once written */
     /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
@@ -93,15 +95,18 @@ struct vkp_i_link {
     uint32_t protocol;      /* 2 or 3; 0 before the first handshake */
     uint32_t steps;         /* requests of the handshake's stage that are not settled */
     bool authenticated;     /* NOAUTH was answered to HELLO, AUTH was sent, HELLO asked again */
+    bool role_known;        /* the server said its role */
     bool subscribed;        /* RESP2: an array may be a push; set by the owner */
     bool fence_wanted;      /* LEAVES were written and no fence behind them */
     bool fence_queued;      /* fence_task is deferred */
     bool skipping;          /* the reader refused the reply that `skip` passes over */
+    bool ping_refused;      /* RESP2: the server answers PING with an error */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
     uint64_t answered_ns;   /* when an answer, or a part of one, arrived last */
-    uint64_t heard_ns;      /* when the last bytes arrived; before: when the connection was begun */
+    uint64_t known_ns;      /* the server had this connection then: see vkp_i_link_answered */
+    uint64_t heard_ns;      /* when bytes arrived last */
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
@@ -310,17 +315,23 @@ static bool vkp_i_link_put_fence(vkp_i_link *link)
 {
     vkp_i_fence *fence = (vkp_i_fence *)vkp_i_alloc_zero(link->env, sizeof *fence);
     vkp_str argv[2];
+    size_t argc = 0;
     if (fence == NULL) {
         return false;
     }
     fence->env = link->env;
     fence->request.expect = VKP_I_EXPECT_FENCE;
     fence->request.settle = vkp_i_fence_settled;
-    /* Every user may send HELLO, also while a script runs or a data set is loaded. */
-    argv[0] = vkp_str_of(link->protocol == 3 ? "HELLO" : "PING");
-    argv[1] = vkp_str_of(link->token);
-    if (vkp_i_request_put(&fence->request, link->env, link->protocol == 3 ? 1 : 2, argv) !=
-            VKP_OK ||
+    if (link->protocol == 3) { /* every user may, also while a script runs or a data set loads */
+        argv[argc++] = vkp_str_of("HELLO");
+        argv[argc++] = vkp_str_of("3");
+    } else {
+        if (!link->ping_refused) {
+            argv[argc++] = vkp_str_of("PING");
+        }
+        argv[argc++] = vkp_str_of(link->token); /* alone: an unknown command, whose error says it */
+    }
+    if (vkp_i_request_put(&fence->request, link->env, argc, argv) != VKP_OK ||
         !vkp_i_link_start(link, &fence->request)) {
         vkp_i_fence_settled(&fence->request, VKP_ERR_NOMEM, NULL, NULL);
         return false;
@@ -367,7 +378,52 @@ static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
     if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
         last = vkp_value_get_next(value, vkp_value_get_first(value));
     }
-    return last->type == VKP_RESP_STRING && vkp_value_is_text(last, vkp_str_of(link->token));
+    if (link->ping_refused) {
+        return value->type == VKP_RESP_ERROR &&
+               vkp_i_contains(vkp_value_get_str(value), link->token);
+    }
+    return last != NULL && last->type == VKP_RESP_STRING &&
+           vkp_value_is_text(last, vkp_str_of(link->token));
+}
+
+/* The request was answered. When it was sent is the latest moment at which the server is known to
+   have had this connection: bytes that arrive now may have been on their way for long, and what
+   was published since they were written may be lost. */
+static void vkp_i_link_answered(vkp_i_link *link, const vkp_i_request *request)
+{
+    link->answered_ns = link->loop->now_ns;
+    link->known_ns = VKP_I_MAX(link->known_ns, request->sent_ns);
+}
+
+/* An error that answers LEAVES: a MOVED may follow a push, another one answers the oldest that has
+   no answer. */
+static void vkp_i_link_leaves_error(vkp_i_link *link, vkp_str words)
+{
+    bool moved = vkp_i_starts_with(words, "MOVED");
+    bool done = moved || vkp_i_starts_with(words, "NOSUB");
+    vkp_i_request *request = link->flight.first;
+    while (request != NULL && request->expect == VKP_I_EXPECT_LEAVES) {
+        if (moved && request->answered && !request->moved && request->next != NULL &&
+            !request->next->answered) {
+            request->moved = true; /* the last one with a push */
+            return;
+        }
+        if (!request->answered) {
+            request->answered = true;
+            request->moved = moved;
+            request->by_error = true;
+            /* Not subscribed, or not served here any more: what was asked for is so. */
+            request->due = done ? 1 : 0;
+            return;
+        }
+        request = request->next;
+    }
+    /* One more error than it seemed: it is not known whose it is, so those are left again. */
+    for (request = link->flight.first;
+         !done && request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
+         request = request->next) {
+        request->due = request->by_error ? 0 : request->due;
+    }
 }
 
 /* A reply while LEAVES are the oldest requests: one of their errors, or the fence. */
@@ -376,29 +432,18 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
     vkp_conn *conn = link->conn;
     vkp_i_request *request;
     uint32_t leaves = 0;
-    uint32_t answered = 0;
     for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
          request = request->next) {
         leaves++;
-        answered += request->answered ? 1u : 0u;
     }
-    if (value->type == VKP_RESP_ERROR) {
+    if (value->type == VKP_RESP_ERROR && !vkp_i_link_is_fence(link, value)) {
         vkp_str words = vkp_value_get_str(value);
         if (++link->errors > leaves) {
             vkp_i_link_lose(link, "an error that nothing can have caused");
             return;
         }
-        /* The oldest without a push is refused; when all have theirs, it is a second answer. */
-        request = link->flight.first;
-        while (answered < leaves && request->answered) {
-            request = request->next;
-        }
-        if (answered < leaves) {
-            request->answered = true;
-            /* Not subscribed, or not served here any more: what was asked for is so. */
-            request->due =
-                vkp_i_starts_with(words, "NOSUB") || vkp_i_starts_with(words, "MOVED") ? 1 : 0;
-        }
+        link->answered_ns = link->loop->now_ns;
+        vkp_i_link_leaves_error(link, words);
         return;
     }
     if (request == NULL || request->expect != VKP_I_EXPECT_FENCE ||
@@ -413,6 +458,7 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
     }
     if (link->conn == conn) {
         request = vkp_i_requests_pop(&link->flight);
+        vkp_i_link_answered(link, request);
         request->settle(request, VKP_OK, value, NULL);
     }
 }
@@ -423,11 +469,13 @@ static void vkp_i_link_leaves_reply(vkp_i_link *link, const vkp_value *value)
 static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
     vkp_i_request *oldest = link->flight.first;
-    link->answered_ns = link->loop->now_ns;
     link->spoke = true;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
+    }
+    if (oldest->expect == VKP_I_EXPECT_REPLIES || oldest->expect == VKP_I_EXPECT_NAMES) {
+        vkp_i_link_answered(link, oldest);
     }
     switch (oldest->expect) {
     case VKP_I_EXPECT_REPLIES:
@@ -483,7 +531,7 @@ static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_
         if (!oldest->accept(oldest, &push)) {
             vkp_i_link_lose(link, "a confirmation of another name than was due");
         } else if (link->conn == conn && --oldest->due == 0) {
-            link->answered_ns = link->loop->now_ns;
+            vkp_i_link_answered(link, oldest);
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_OK, NULL, NULL);
         }
@@ -517,46 +565,61 @@ static const vkp_value *vkp_i_link_reread(vkp_i_link *link, const vkp_bytes *byt
                : NULL;
 }
 
-/* A reply with pushes inside: each is handled as if it had arrived before the reply, with its own
-   bytes as its frame; then the reply, without them. False: no memory.                          */
-static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+/* Deliver the pushes inside a reply, each as if it had arrived before the reply, with its own bytes
+   as its frame. `rest`, which may be NULL, becomes the reply without them. False: no memory. */
+static bool vkp_i_link_deliver_nested(vkp_i_link *link, const vkp_bytes *frame, vkp_bytes *rest)
 {
     vkp_conn *conn = link->conn;
-    vkp_bytes rest = *frame;
-    const vkp_value *value = NULL;
-    uint8_t *to;
     size_t from = 0;
     size_t begin;
     size_t end;
+    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
+        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
+        const vkp_value *value = vkp_i_link_reread(link, &push);
+        if (rest != NULL) {
+            memcpy(vkp_i_block_data(rest->block) + rest->len, frame->data + from, begin - from);
+            rest->len += begin - from;
+        }
+        from = end;
+        if (value != NULL) {
+            vkp_i_link_push(link, value, &push);
+        }
+        vkp_bytes_unref(&push);
+        if (value == NULL) {
+            return false;
+        }
+    }
+    if (rest != NULL) {
+        memcpy(vkp_i_block_data(rest->block) + rest->len, frame->data + from, frame->len - from);
+        rest->len += frame->len - from;
+    }
+    return true;
+}
+
+/* Handle the pushes inside a reply, then the reply without them. False: no memory. */
+static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
+{
+    vkp_conn *conn = link->conn;
+    const vkp_value *value = NULL;
+    vkp_bytes rest;
+    bool ok;
     rest.block = vkp_i_block_open(link->env, frame->len);
     if (rest.block == NULL) {
         return false;
     }
     rest.data = vkp_i_block_data(rest.block);
-    to = vkp_i_block_data(rest.block);
-    while (link->conn == conn && vkp_i_frame_get_nested(frame, from, &begin, &end)) {
-        vkp_bytes push = vkp_bytes_slice(frame, begin, end - begin);
-        memcpy(to, frame->data + from, begin - from);
-        to += begin - from;
-        from = end;
-        value = vkp_i_link_reread(link, &push);
-        if (value != NULL) {
-            vkp_i_link_push(link, value, &push);
-        }
-        vkp_bytes_unref(&push);
-    }
-    memcpy(to, frame->data + from, frame->len - from);
-    to += frame->len - from;
-    rest.len = (size_t)(to - rest.data);
+    rest.len = 0;
+    ok = vkp_i_link_deliver_nested(link, frame, &rest);
     rest.block->len = rest.len;
-    if (link->conn == conn) {
+    if (ok && link->conn == conn) {
         value = vkp_i_link_reread(link, &rest);
-        if (value != NULL) {
-            vkp_i_link_reply(link, value, &rest);
-        }
+        ok = value != NULL;
+    }
+    if (ok && link->conn == conn) {
+        vkp_i_link_reply(link, value, &rest);
     }
     vkp_bytes_unref(&rest);
-    return value != NULL || link->conn != conn;
+    return ok;
 }
 
 /* One whole value arrived: a push or a reply. */
@@ -564,6 +627,8 @@ static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp
 {
     if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
         vkp_i_link_push(link, value, frame);
+    } else if (frame->data[0] == '>') {
+        /* ">-1": old servers send a push that says nothing */
     } else if (value->i_has_nested == 0) {
         vkp_i_link_reply(link, value, frame);
     } else if (!vkp_i_link_unnest(link, frame)) {
@@ -571,12 +636,28 @@ static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp
     }
 }
 
+/* The type byte of the frame's value, behind its attributes; 0: it has not arrived. */
+static uint8_t vkp_i_frame_type(const uint8_t *data, size_t len)
+{
+    size_t at = 0;
+    while (at < len && data[at] == '|') {
+        vkp_i_skip skip = VKP_ZERO;
+        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
+            return 0;
+        }
+        at += skip.at;
+    }
+    return at < len ? data[at] : 0;
+}
+
 /* The reader refused the frame that begins at data. Begin to skip it, if it is the reply of a
    command and its end can be found; otherwise the link fails.                                 */
-static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data)
+static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t *data, size_t len)
 {
     const vkp_i_request *oldest = link->flight.first;
-    bool push = data[0] == '>' || (link->protocol == 2 && link->subscribed && data[0] == '*');
+    uint8_t type = vkp_i_frame_type(data, len);
+    bool push =
+        type == 0 || type == '>' || (link->protocol == 2 && link->subscribed && type == '*');
     uint64_t position;
     const char *reason = vkp_resp_reader_get_error(link->reader, &position);
     if (status == VKP_ERR_NOMEM) {
@@ -593,23 +674,34 @@ static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t
     }
 }
 
-/* Continue behind a reply that the reader refused. Returns its bytes, or 0: more are needed. */
-static size_t vkp_i_link_skip(vkp_i_link *link, const uint8_t *data, size_t len)
+/* Continue behind a reply that the reader refused; its bytes are at the start of `in`. The pushes
+   inside it are delivered. Returns its bytes, or 0: more are needed, or the link failed. */
+static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 {
+    vkp_conn *conn = link->conn;
     vkp_i_request *oldest = link->flight.first;
-    if (!vkp_i_skip_frame(&link->skip, data, len)) {
-        if (len > link->reader->config.max_frame_bytes) {
+    vkp_bytes frame = *in;
+    if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        if (in->len > link->reader->config.max_frame_bytes) {
             vkp_i_link_lose(link, "a reply above max_frame_bytes");
         }
         return 0;
     }
     link->skipping = false;
     vkp_resp_reader_reset(link->reader);
+    frame.len = link->skip.at;
+    if (!vkp_i_link_deliver_nested(link, &frame, NULL)) {
+        vkp_i_link_lose(link, "a push in a reply that is over a limit");
+    }
+    if (link->conn != conn) {
+        return 0;
+    }
+    vkp_i_link_answered(link, oldest);
     if (--oldest->due == 0) {
         (void)vkp_i_requests_pop(&link->flight);
         oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
     }
-    return link->skip.at;
+    return frame.len;
 }
 
 /* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
@@ -618,15 +710,19 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
     vkp_i_link *link = (vkp_i_link *)user;
     size_t used = 0;
     uint64_t now_ns = link->loop->now_ns;
+    link->heard_ns = now_ns;
     link->ops->hold(link); /* a callback may give the last other reference back */
     while (link->conn == conn && used < in->len) {
         const vkp_value *value;
         size_t consumed;
         vkp_bytes frame;
         vkp_status status;
+        frame.data = in->data + used;
+        frame.len = in->len - used;
+        frame.block = in->block;
         if (link->skipping) {
             link->answered_ns = now_ns;
-            consumed = vkp_i_link_skip(link, in->data + used, in->len - used);
+            consumed = vkp_i_link_skip(link, &frame);
             if (consumed == 0) {
                 break;
             }
@@ -640,16 +736,13 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
             break;
         }
         if (status != VKP_OK) {
-            vkp_i_link_refuse(link, status, in->data + used);
+            vkp_i_link_refuse(link, status, in->data + used, in->len - used);
             continue;
         }
-        frame.data = in->data + used;
         frame.len = consumed;
-        frame.block = in->block;
         used += consumed;
         vkp_i_link_value(link, value, &frame);
     }
-    link->heard_ns = now_ns; /* not before: what is lost now was good until the bytes before */
     link->ops->release(link);
     return used;
 }

@@ -155,11 +155,13 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->connected = false;
     link->spoke = false;
     link->authenticated = false;
+    link->role_known = false;
+    link->ping_refused = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';
-    link->heard_ns = vkp_i_loop_now(link->loop);
-    link->answered_ns = link->heard_ns;
+    link->answered_ns = vkp_i_loop_now(link->loop);
+    link->known_ns = link->answered_ns;
     return vkp_i_link_keep(link, &link->username, username) &&
            vkp_i_link_keep(link, &link->password, password);
 }

@@ -4,7 +4,9 @@
    START HERE
    - To react to what a server pushes: vkp_loop_open, vkp_client_open, vkp_client_subscribe,
      vkp_loop_run. Pushes arrive in on_push, or in a channel that a thread of yours receives from.
-   - To send commands from any thread: vkp_client_command, and vkp_oneshot_recv for the reply.
+   - To send commands from any thread: vkp_client_command (or vkp_client_commandf, with a format as
+     hiredis has it), and vkp_oneshot_recv for the reply.
+   - To keep a cache: CLIENT TRACKING in vkp_client_config.setup, and vkp_push_get_key.
    - To pass values between threads: sections api-mpsc, api-oneshot, api-broadcast, api-watch.
    - To serve local clients: vkp_listener_open, or a whole relay with vkp_relay_open.
    - To run inside a loop that the program has already: docs/embedding.md.

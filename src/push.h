@@ -22,9 +22,10 @@ typedef enum vkp_push_kind {
        the name in channel.                                                                    */
     VKP_PUSH_SUBSCRIBED,
     VKP_PUSH_UNSUBSCRIBED, /* the last unsubscribe of a name is done: sub, the name in channel */
-    VKP_PUSH_INVALIDATE, /* cached keys became invalid: frame holds them, or a null for all keys */
-    VKP_PUSH_OTHER,      /* a push of another kind: frame; the name of the kind in channel */
-    VKP_PUSH_CONNECTED,  /* once: the first connection of the client is ready */
+    /* Cached keys became invalid: vkp_push_get_key reads them; all keys: vkp_push_is_flush. */
+    VKP_PUSH_INVALIDATE,
+    VKP_PUSH_OTHER,     /* a push of another kind: frame; the name of the kind in channel */
+    VKP_PUSH_CONNECTED, /* once: the first connection of the client is ready */
     /* Once per outage, and at the start: the first try to connect has failed, and tries go on;
        payload says why, with the server's words.                                              */
     VKP_PUSH_CONNECT_FAILED,
@@ -50,8 +51,9 @@ typedef struct vkp_sub_name {
     vkp_str name;      /* of the channel, or the pattern */
 } vkp_sub_name;
 
-/* What a GAP covers. from: the last moment at which the subscriptions were known to be good, which
-   is when the last byte before the loss arrived. to: the confirmation of the last name.       */
+/* What a GAP covers. from: the last moment at which the subscriptions were known to be good: when
+   the last request was sent that the server answered before the loss, at worst heartbeat_ms and
+   reply_timeout_ms before. to: the confirmation of the last name.                             */
 typedef struct vkp_gap {
     uint64_t from_ns;          /* on the clock of vkp_now_ns */
     uint64_t to_ns;            /* on the clock of vkp_now_ns */
@@ -93,5 +95,17 @@ VKP_API void vkp_push_unref(vkp_push *push);
    Blocks: never     Threads: any     In callbacks: ok
    Errors: INVALID (a null argument, no PUSH or ARRAY, the first element is no string)         */
 VKP_API VKP_NODISCARD vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push);
+
+/* Whether the push says that all keys became invalid, as after FLUSHALL: then it has no keys. False
+   for pushes of other kinds. Any thread.                                                      */
+VKP_API bool vkp_push_is_flush(const vkp_push *push);
+
+/* Read the next key that became invalid; *cursor is 0 before the first one, and the call's own
+   afterwards. True: *key views the frame of the push. False: no key is left, and *key is unchanged.
+   For an INVALIDATE, and for a MESSAGE of the channel __redis__:invalidate, which RESP2 clients
+   subscribe to; pushes of other kinds or without a frame (vkp_push_from_value) have no keys.
+   Allocates nothing. After DISCONNECTED a server no longer knows what was read from it: drop all
+   cached keys then. Any thread.                                                               */
+VKP_API bool vkp_push_get_key(const vkp_push *push, size_t *cursor, vkp_str *key);
 
 #endif /* VKP_NO_IO */

@@ -39,6 +39,7 @@ struct vkp_resp_reader {
     bool whole;        /* the last scan returned a frame: the next scan starts a new one */
     bool quick;        /* the limits allow vkp_i_reader_quick */
     bool quick_values; /* values[0] to values[3] have the constant fields of a message */
+    bool nested;       /* the frame has a VKP_VALUE_OUT_OF_BAND */
     size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
     vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
@@ -127,7 +128,7 @@ VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
     }
 }
 
-/* Prepare for a new frame. */
+/* Prepare for a new frame. The values of the last one stay until they are overwritten. */
 static void vkp_i_reader_start(vkp_resp_reader *reader)
 {
     reader->whole = false;
@@ -136,9 +137,7 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->attribute = 0;
     reader->count = 0;
     reader->depth = 0;
-    if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte or more */
-        vkp_i_reader_trim(reader);
-    }
+    reader->nested = false;
 }
 
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
@@ -621,6 +620,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
             size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
+            reader->nested = true;
             while (level > 0 && !reader->values[reader->levels[--level].index].i_has_nested) {
                 reader->values[reader->levels[level].index].i_has_nested = 1;
             }
@@ -754,6 +754,7 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                                                  const vkp_value **value,
                                                                  size_t *consumed)
 {
+    vkp_value *root;
     do {
         vkp_status status = vkp_i_reader_step(reader, window, len);
         if (status != VKP_OK) {
@@ -767,10 +768,12 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                  reader->config.max_frame_bytes);
     }
     vkp_i_reader_point(reader, window);
-    *value = &reader->values[0];
-    while ((*value)->type == VKP_RESP_ATTRIBUTE) {
-        *value += (*value)->span;
+    root = &reader->values[0];
+    while (root->type == VKP_RESP_ATTRIBUTE) {
+        root += root->span;
     }
+    root->i_has_nested = reader->nested ? 1 : 0; /* also of a push in its attributes */
+    *value = root;
     *consumed = reader->position;
     reader->consumed += reader->position;
     reader->whole = true;
@@ -791,6 +794,9 @@ VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *dat
     }
     if (reader->whole) {
         vkp_i_reader_start(reader);
+        if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte */
+            vkp_i_reader_trim(reader);
+        }
     }
     if (reader->position == 0) {
         vkp_status status = vkp_i_reader_quick(reader, window, len, consumed);

@@ -29,12 +29,12 @@
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
            >>impl-receivers  >>impl-broadcast  >>impl-watch  >>impl-select  >>impl-loop
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
-           >>impl-resp-writer  >>impl-format  >>impl-address  >>impl-socket  >>impl-registry
-           >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener  >>impl-health  >>impl-hub
-           >>impl-push  >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake
-           >>impl-link-connect  >>impl-client  >>impl-client-subscriptions  >>impl-client-liveness
-           >>impl-client-private  >>impl-url  >>impl-client-connection  >>impl-sync
-           >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
-           >>impl-relay-commands  >>impl-relay-serve
+           >>impl-resp-writer  >>impl-value-text  >>impl-format  >>impl-address  >>impl-socket
+           >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
+           >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
+           >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
+           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-private  >>impl-url
+           >>impl-client-connection  >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
+           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */

@@ -90,6 +90,16 @@ VKP_API double vkp_value_get_double(const vkp_value *value);
    whose ptr is NULL. Any thread.                                                              */
 VKP_API bool vkp_value_is_text(const vkp_value *value, vkp_str text);
 
+/* Write the value as a text for people; as snprintf, at most size bytes with the NUL, and returns
+   the bytes of the whole text without the NUL: from size on, the text was cut. A string is its
+   bytes, a number its digits; others are null, true, false and (error) ERR why. Aggregates are
+   [1, "a"], sets ~[1], pushes >["kind", 1], maps {"key": 1}: strings in them have quotation marks,
+   and \" \\ \n \r \t \xNN for bytes that are not printable ASCII. What vkp_value_get_first and
+   vkp_value_get_next skip is left out; value itself may be an attribute, |{"key": 1}. Allocates
+   nothing, and takes 17 KiB of the stack at any depth. value NULL gives no text; text may be NULL
+   with size 0. Any thread.                                                                    */
+VKP_API size_t vkp_value_get_text(const vkp_value *value, char *text, size_t size);
+
 /* The limits of a reader. */
 typedef struct vkp_resp_config {
     uint32_t max_depth; /* most levels of nested aggregates; 0: 128; at most 65,000 */

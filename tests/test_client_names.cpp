@@ -187,7 +187,7 @@ vkp_client_config by_name(vkp_resolver *resolver)
 TEST_CASE("names: an address that swallows SYNs has its share of the time, then the next is tried",
           "[client]")
 {
-    // FINDINGS A7. The null backend's clock jumps to the end of the share.
+    // The null backend's clock jumps to the end of the share.
     Named loop(&vkp_backend_null);
     BlackHole hole;
     FakeServer server;
@@ -250,7 +250,6 @@ TEST_CASE("names: a resolver's lookups do not run in the loop's thread", "[clien
 
 TEST_CASE("names: a name server that does not answer delays nobody else", "[client][threads]")
 {
-    // FINDINGS A8.
     Named loop;
     FakeServer server;
     loop.table.silent = true;

@@ -86,6 +86,7 @@ TEST_CASE("format: blanks of the format separate arguments, and nothing else doe
     CHECK(made("SET key value") == "*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$5\r\nvalue\r\n");
     CHECK(made("  SET   key  v  ") == wire({"SET", "key", "v"}));
     CHECK(made("SET\tk\nv\r") == wire({"SET\tk\nv\r"}));
+    CHECK(made("\tSET \n \t") == wire({"\tSET", "\n", "\t"}));
     CHECK(made("SET %s %s", "a b", " c ") == wire({"SET", "a b", " c "}));
     CHECK(made("SET \"a b\" 'c'") == wire({"SET", "\"a", "b\"", "'c'"}));
     CHECK(made("%s", "PING PONG") == wire({"PING PONG"}));
