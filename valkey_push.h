@@ -17776,6 +17776,7 @@ struct vkp_i_link {
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
+    uint32_t hung_up;       /* tries in a row in which the server hung up at HELLO */
     vkp_address peer;       /* the address of this connection */
     vkp_str username;       /* of this try; a copy */
     vkp_str password;
@@ -18133,6 +18134,7 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
 {
     vkp_i_request *oldest = link->flight.first;
     link->spoke = true;
+    link->hung_up = 0;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
@@ -18444,7 +18446,8 @@ static void vkp_i_link_deinit(vkp_i_link *link)
    ======================================================================================
    From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
    them; anything else that a server does ends the link, and the owner tries again:
-     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2: LOGIN.
+     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
+                 the server hung up at HELLO three times: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
                  does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
                  sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
@@ -18798,10 +18801,15 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_free(link->env, step, sizeof *step);
 }
 
-/* The connection is established. False: not connected or no memory. */
+#define VKP_I_MOST_HUNG_UP 3u /* hang-ups at HELLO that may be chance: a server restarts */
+
+/* The connection is established. A server that hangs up at HELLO again and again may not know it:
+   then every second try begins without. False: not connected or no memory. */
 static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    return link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
+    bool without = link->hung_up >= VKP_I_MOST_HUNG_UP && link->failures % 2 == 1;
+    return link->config->protocol == 2 || without ? vkp_i_link_login(link)
+                                                  : vkp_i_link_hello(link, true);
 }
 
 #endif /* VKP_I_IO */
@@ -18851,6 +18859,9 @@ static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason rea
     vkp_i_log(link->env, VKP_LOG_INFO, "%s: %s%s%s", link->config->address.ptr,
               vkp_close_reason_str(reason), error != 0 ? ": " : "",
               error != 0 ? strerror(error) : "");
+    if (link->stage == VKP_I_STAGE_HELLO && !link->spoke) {
+        link->hung_up++;
+    }
     link->ops->hold(link);
     vkp_i_link_fail(link, vkp_i_link_why(error), vkp_str_of(link->hello_words));
     link->ops->release(link);
@@ -22095,6 +22106,7 @@ static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *conf
     vkp_client *client = (vkp_client *)vkp_i_alloc_zero(env, sizeof *client);
     vkp_i_parts parts;
     vkp_watch_config states;
+    vkp_client_state first = VKP_CLIENT_CONNECTING;
     vkp_status status;
     int kind;
     if (client == NULL) {
@@ -22125,6 +22137,9 @@ static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *conf
         states.elem_bytes = sizeof(vkp_client_state);
         states.env = client->env;
         status = vkp_watch_open(&states, &client->states);
+    }
+    if (status == VKP_OK) { /* later ones find the memory that the first one took */
+        status = vkp_watch_replace(client->states, &first);
     }
     if (status != VKP_OK) {
         vkp_i_client_free(client);
@@ -23269,8 +23284,9 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_REFUSED
                            ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
-                       : status == VKP_ERR_NOMEM
-                           ? "ERR the relay is out of memory"
+                       : status == VKP_ERR_NOMEM ? "ERR the relay is out of memory"
+                       : status == VKP_ERR_LIMIT
+                           ? "ERR the reply is nested too deeply, or has a line that is too long"
                            : "ERR the upstream connection was lost; the command may have run");
         answer->bytes = vkp_i_error_bytes(env, text);
     }

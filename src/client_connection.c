@@ -592,6 +592,7 @@ static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *conf
     vkp_client *client = (vkp_client *)vkp_i_alloc_zero(env, sizeof *client);
     vkp_i_parts parts;
     vkp_watch_config states;
+    vkp_client_state first = VKP_CLIENT_CONNECTING;
     vkp_status status;
     int kind;
     if (client == NULL) {
@@ -622,6 +623,9 @@ static vkp_status vkp_i_client_new(vkp_loop *loop, const vkp_client_config *conf
         states.elem_bytes = sizeof(vkp_client_state);
         states.env = client->env;
         status = vkp_watch_open(&states, &client->states);
+    }
+    if (status == VKP_OK) { /* later ones find the memory that the first one took */
+        status = vkp_watch_replace(client->states, &first);
     }
     if (status != VKP_OK) {
         vkp_i_client_free(client);

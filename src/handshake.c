@@ -4,7 +4,8 @@
    ======================================================================================
    From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
    them; anything else that a server does ends the link, and the owner tries again:
-     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2: LOGIN.
+     CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
+                 the server hung up at HELLO three times: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
                  does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
                  sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
@@ -358,10 +359,15 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_free(link->env, step, sizeof *step);
 }
 
-/* The connection is established. False: not connected or no memory. */
+#define VKP_I_MOST_HUNG_UP 3u /* hang-ups at HELLO that may be chance: a server restarts */
+
+/* The connection is established. A server that hangs up at HELLO again and again may not know it:
+   then every second try begins without. False: not connected or no memory. */
 static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    return link->config->protocol == 2 ? vkp_i_link_login(link) : vkp_i_link_hello(link, true);
+    bool without = link->hung_up >= VKP_I_MOST_HUNG_UP && link->failures % 2 == 1;
+    return link->config->protocol == 2 || without ? vkp_i_link_login(link)
+                                                  : vkp_i_link_hello(link, true);
 }
 
 #endif /* VKP_I_IO */

@@ -113,6 +113,7 @@ struct vkp_i_link {
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
+    uint32_t hung_up;       /* tries in a row in which the server hung up at HELLO */
     vkp_address peer;       /* the address of this connection */
     vkp_str username;       /* of this try; a copy */
     vkp_str password;
@@ -470,6 +471,7 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
 {
     vkp_i_request *oldest = link->flight.first;
     link->spoke = true;
+    link->hung_up = 0;
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;

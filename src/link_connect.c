@@ -43,6 +43,9 @@ static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason rea
     vkp_i_log(link->env, VKP_LOG_INFO, "%s: %s%s%s", link->config->address.ptr,
               vkp_close_reason_str(reason), error != 0 ? ": " : "",
               error != 0 ? strerror(error) : "");
+    if (link->stage == VKP_I_STAGE_HELLO && !link->spoke) {
+        link->hung_up++;
+    }
     link->ops->hold(link);
     vkp_i_link_fail(link, vkp_i_link_why(error), vkp_str_of(link->hello_words));
     link->ops->release(link);

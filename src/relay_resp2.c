@@ -176,8 +176,9 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_REFUSED
                            ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
-                       : status == VKP_ERR_NOMEM
-                           ? "ERR the relay is out of memory"
+                       : status == VKP_ERR_NOMEM ? "ERR the relay is out of memory"
+                       : status == VKP_ERR_LIMIT
+                           ? "ERR the reply is nested too deeply, or has a line that is too long"
                            : "ERR the upstream connection was lost; the command may have run");
         answer->bytes = vkp_i_error_bytes(env, text);
     }

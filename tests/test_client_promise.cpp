@@ -507,6 +507,28 @@ TEST_CASE("promise: whatever a server without HELLO says, RESP2 is spoken", "[cl
     CHECK(vkp_client_get_protocol(client) == 2);
 }
 
+TEST_CASE("promise: where HELLO is answered by hanging up, RESP2 is tried too", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    int hellos = 0;
+    for (;;) {
+        Peer peer = server.accept(loop);
+        const std::string first = heard(loop, peer);
+        if (first == wire({"PING"})) {
+            say(peer, "+PONG\r\n");
+            until_state(loop, client, VKP_CLIENT_READY);
+            break;
+        }
+        CHECK(first == wire({"HELLO", "3"}));
+        REQUIRE(++hellos <= 4);
+    }
+    CHECK(hellos >= 3); // once or twice a server may just be restarting
+    CHECK(vkp_client_get_protocol(client) == 2);
+    CHECK(client.history() == "connect-failed, connected");
+}
+
 TEST_CASE("promise: HELLO's answer says the protocol", "[client]")
 {
     struct Form {

@@ -192,6 +192,7 @@ TEST_CASE("weather: a script of many heartbeats costs nothing but the wait", "[c
         loop.round(loop.now() + 10000000);
     }
     CHECK(ask(admin, "SCRIPT", "KILL") == "+OK\r\n");
+    vkp_test_wait_until("the end of it", [&] { return ask(admin, "GET", "k").find("-BUSY") != 0; });
     Question after(client, {"PING"});
     CHECK(after.text_on(loop) == "PONG");
     CHECK(client.history() == "connected, subscribed c");

@@ -1056,6 +1056,25 @@ TEST_CASE("transactions of several clients at once stay whole")
     CHECK(ask(relay.client(), "GET", "n") == bulk("400"));
 }
 
+TEST_CASE("a reply whose shape is over a limit is an error of its own command alone")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Server server = start_server();
+    Relay relay(setup, upstream_of(vkp_test_server_unix(server.get())));
+    Peer peer = relay.connected_client();
+    Peer other = relay.client();
+    const std::string deep = "local t = {1} for i = 1, 130 do t = {t} end return t";
+    const std::string line = "return redis.status_reply(string.rep('x', 70000))";
+    for (const std::string &script : {deep, line}) {
+        std::string reply = ask(peer, "EVAL", script, "0");
+        CHECK(starts_with(reply, "-ERR the reply is"));
+        CHECK(ask(other, "PING") == "+PONG\r\n");
+        CHECK(ask(other, "SET", "k", "v") == "+OK\r\n");
+        CHECK(ask(peer, "GET", "k") == bulk("v"));
+    }
+}
+
 TEST_CASE("what cannot be shared is refused with its reason, and changes nothing")
 {
     NEEDS_SERVER();
