@@ -6,9 +6,9 @@
        's' 'p' 'd' the program subscribes to a channel, a pattern, a shard channel
        'u' 'q' 'e' the program unsubscribes     'c' sends a command        't' lets time pass
        'S' 'P' 'D' 'U' 'Q' 'E' the server confirms that                    'f' says 0xff
-   Whatever the server says: each command and each subscription has one outcome, a push has the bytes
-   of one frame, and at the end nothing is left. Sockets come from socketpair through a table of
-   system calls of our own.
+   Whatever the server says: each command and each subscription has one outcome, a push has the
+   bytes of one frame, and at the end nothing is left. Sockets come from socketpair through a table
+   of system calls of our own.
    SPDX-License-Identifier: MIT                                                                  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1
