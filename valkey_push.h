@@ -18447,7 +18447,7 @@ static void vkp_i_link_deinit(vkp_i_link *link)
    From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
    them; anything else that a server does ends the link, and the owner tries again:
      CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
-                 the server hung up at HELLO three times: LOGIN.
+                 the server hung up at HELLO ten times: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
                  does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
                  sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
@@ -18801,7 +18801,7 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_free(link->env, step, sizeof *step);
 }
 
-#define VKP_I_MOST_HUNG_UP 3u /* hang-ups at HELLO that may be chance: a server restarts */
+#define VKP_I_MOST_HUNG_UP 10u /* hang-ups at HELLO in a row that may be chance */
 
 /* The connection is established. A server that hangs up at HELLO again and again may not know it:
    then every second try begins without. False: not connected or no memory. */

@@ -522,9 +522,9 @@ TEST_CASE("promise: where HELLO is answered by hanging up, RESP2 is tried too", 
             break;
         }
         CHECK(first == wire({"HELLO", "3"}));
-        REQUIRE(++hellos <= 4);
+        REQUIRE(++hellos <= 11);
     }
-    CHECK(hellos >= 3); // once or twice a server may just be restarting
+    CHECK(hellos >= 10); // before, it may be chance: a server that restarts
     CHECK(vkp_client_get_protocol(client) == 2);
     CHECK(client.history() == "connect-failed, connected");
 }
