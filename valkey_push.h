@@ -33,9 +33,10 @@
            >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
            >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
            >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-private  >>impl-url
-           >>impl-client-connection  >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
-           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
+           >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
+           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
+           >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -885,6 +886,14 @@ typedef struct vkp_client_config {
        VKP_OFF: without end.                                                                   */
     uint64_t blocked_timeout_ms;
 
+    /* Every so many milliseconds, while something is subscribed, the client publishes a message to
+       a channel of its own, "vkp:delivery:" and a random number, over a second, short connection,
+       and is subscribed to it; its program sees nothing of that. A message that does not arrive
+       within reply_timeout_ms means that the connection is lost, with a GAP from the last one that
+       did. For ways to a server that may lose what they carry, such as proxies that answer CLIENT
+       INFO themselves. 0 or VKP_OFF: never.                                                   */
+    uint64_t delivery_ms;
+
     /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
        one; when all are in use it waits. Closing its slot gives the command up. Such a connection
@@ -963,6 +972,7 @@ typedef struct vkp_client_stats {
     uint64_t audits;      /* comparisons of the server's counts with the client's subscriptions */
     uint64_t repairs;     /* audits that found too few subscriptions, by kind */
     uint64_t probes;      /* questions over a second connection whether the server is alive */
+    uint64_t deliveries;  /* messages of delivery_ms that arrived */
 } vkp_client_stats;
 
 /* Write the client's counters to *stats. Any thread. */
@@ -19052,7 +19062,7 @@ typedef struct vkp_i_ask {
     vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
 
-typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
+typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-probe */
 typedef struct vkp_i_private vkp_i_private; /* see impl-client-private */
 
 struct vkp_reply {
@@ -19062,6 +19072,8 @@ struct vkp_reply {
     vkp_bytes frame;   /* the raw bytes: a copy in this allocation, or shares the read block */
     vkp_value *values; /* the tree, behind the struct */
 };
+
+#define VKP_I_OWN_BYTES 46 /* "vkp:delivery:", 32 digits and a NUL */
 
 struct vkp_client {
     const vkp_env *env;
@@ -19089,11 +19101,13 @@ struct vkp_client {
     bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
     bool beat_sent;          /* a heartbeat waits for its reply */
     bool counts_refused;     /* the server does not answer CLIENT INFO */
-    vkp_i_probe *probe;      /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_probe *probe;      /* a second connection with a question; NULL: none is under way */
     vkp_i_private *privates; /* connections for blocking commands, in no order */
     size_t private_count;    /* number of privates */
     vkp_i_requests waiting;  /* blocking commands that wait for one of them */
     uint64_t heartbeat_ns;   /* time of the next heartbeat */
+    uint64_t delivery_ns;    /* time of the next delivery probe */
+    uint64_t delivered_ns;   /* when the last message that arrived of one was published */
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
     uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
@@ -19106,16 +19120,20 @@ struct vkp_client {
     vkp_i_requests reporting;           /* WANTs whose outcome is known and not reported yet */
     bool is_reporting;                  /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
-    size_t held;                        /* number of interests that are HELD */
-    size_t live;                        /* number of interests that are not GONE */
-    size_t kept;                        /* number of interests that the server has */
-    size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
-    size_t stuck;                       /* number of interests that are STUCK */
-    size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
-    uint64_t changes;                   /* of states of interests */
-    size_t resuming;                    /* number of interests with a gap whose answer is due */
-    uint64_t audited_ns;                /* when the server's counts last agreed with the table */
-    uint64_t missed; /* pushes without room in config.pushes since the last LAGGED */
+    size_t names_wanted;                /* number of names that the program wants */
+    vkp_str own; /* channel of the delivery probe, in own_text; of no length: none */
+    char own_text[VKP_I_OWN_BYTES];
+    bool own_wanted;               /* the client wants it */
+    size_t held;                   /* number of interests that are HELD */
+    size_t live;                   /* number of interests that are not GONE */
+    size_t kept;                   /* number of interests that the server has */
+    size_t held_of[VKP_SUB_KINDS]; /* the same, by kind */
+    size_t stuck;                  /* number of interests that are STUCK */
+    size_t subs_in_flight;         /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
+    uint64_t changes;              /* of states of interests */
+    size_t resuming;               /* number of interests with a gap whose answer is due */
+    uint64_t audited_ns;           /* when the server's counts last agreed with the table */
+    uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
     vkp_client_stats stats; /* each field atomic */
@@ -19836,11 +19854,20 @@ typedef struct vkp_i_sub_request {
 
 /* ---- events ---- */
 
-/* Give a push or an event to on_push or to the channel config.pushes. A push without room counts
-   in `missed`; a LAGGED event precedes the next push that has room.                           */
+/* Whether the name is the channel of the delivery probe. */
+static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
+{
+    return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
+}
+
+/* Give a push or an event to on_push or to the channel config.pushes, but one of the own channel. A
+   push without room counts in `missed`; a LAGGED event precedes the next push that has room. */
 static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
+    if (vkp_i_client_is_own(client, push->channel)) {
+        return;
+    }
     if (client->config.on_push != NULL) {
         client->config.on_push(client->config.user, push);
         return;
@@ -20145,18 +20172,22 @@ static uint64_t vkp_i_wall_ms(const vkp_client *client, uint64_t then_ns)
 }
 
 /* Fill the gap and the names behind it from the interests that are back; clears their gap_ns. With
-   gap NULL nothing is changed: returns how many are back, and the bytes of their names.       */
+   gap NULL nothing is changed: returns how many are back, with the bytes of their names, and how
+   many others are HELD.                                                                       */
 static size_t vkp_i_client_collect_gap(vkp_client *client, vkp_gap *gap, vkp_sub_name *names,
-                                       char *texts, size_t *bytes)
+                                       char *texts, size_t *bytes, size_t *others)
 {
     size_t count = 0;
     int kind;
     *bytes = 0;
+    *others = 0;
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_node *node = NULL;
         while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            if (interest->gap_ns == 0 || interest->state != VKP_I_SUB_HELD) {
+            bool own = vkp_i_client_is_own(client, node->key);
+            *others += !own && interest->state == VKP_I_SUB_HELD && interest->gap_ns == 0 ? 1u : 0u;
+            if (own || interest->gap_ns == 0 || interest->state != VKP_I_SUB_HELD) {
                 continue;
             }
             if (gap != NULL) {
@@ -20181,8 +20212,9 @@ static void vkp_i_client_emit_gap(vkp_client *client)
     vkp_gap *gap;
     vkp_sub_name *names = NULL;
     size_t bytes;
-    size_t count = vkp_i_client_collect_gap(client, NULL, NULL, NULL, &bytes);
-    bool all = count == client->held;
+    size_t others;
+    size_t count = vkp_i_client_collect_gap(client, NULL, NULL, NULL, &bytes, &others);
+    bool all = others == 0;
     if (count == 0) {
         return;
     }
@@ -20203,8 +20235,8 @@ static void vkp_i_client_emit_gap(vkp_client *client)
         gap->names = names;
         gap->name_count = count;
     }
-    (void)vkp_i_client_collect_gap(client, gap, names, all ? NULL : (char *)(names + count),
-                                   &bytes);
+    (void)vkp_i_client_collect_gap(client, gap, names, all ? NULL : (char *)(names + count), &bytes,
+                                   &others);
     gap->from_unix_ms = vkp_i_wall_ms(client, gap->from_ns);
     gap->to_unix_ms = vkp_i_wall_ms(client, gap->to_ns);
     push.gap = gap;
@@ -20419,7 +20451,7 @@ static bool vkp_i_client_want(vkp_client *client, vkp_i_ask *ask)
     if (interest == NULL) {
         return false;
     }
-    interest->wanted++;
+    client->names_wanted += interest->wanted++ == 0 ? 1u : 0u;
     vkp_i_requests_append(&interest->waiters, &ask->request);
     vkp_i_interest_hold(interest);
     if (!vkp_i_interest_step(interest, VKP_I_EVENT_WANT)) {
@@ -20446,6 +20478,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_ask *ask)
     if (interest == NULL || interest->wanted == 0 || --interest->wanted > 0) {
         return;
     }
+    client->names_wanted--;
     vkp_i_interest_hold(interest);
     resumed = interest->resuming;
     vkp_i_interest_take_step(interest, interest->kept ? VKP_I_EVENT_LEAVE_KEPT : VKP_I_EVENT_LEAVE);
@@ -20513,9 +20546,304 @@ static void vkp_i_client_forget(vkp_client *client)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-client-probe   A second, short connection of a client, for a question
+   ======================================================================================
+   Loop's thread. A client has at most one, and only while its own connection is ready. It goes to
+   the same address, with the same credentials, and without what the program set up. Who starts it
+   brings its callbacks; those may end it at any time.                                         */
+
+/* What a probe is for. */
+typedef struct vkp_i_probe_kind {
+    vkp_i_link_ops ops;
+    void (*on_timer)(vkp_timer *timer); /* reply_timeout_ms after the start */
+    /* The answer to vkp_i_probe_ask. */
+    void (*answered)(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                     const vkp_bytes *frame);
+} vkp_i_probe_kind;
+
+struct vkp_i_probe {
+    vkp_i_link link;
+    const vkp_i_probe_kind *kind;
+    vkp_client *client;       /* one reference */
+    vkp_client_config config; /* of link: the client's, without name, database, setup and role */
+    size_t refs;              /* of the client's pointer, and of vkp_i_link_ops.hold */
+    uint64_t begun_ns;        /* on the loop's clock */
+    vkp_timer timer;          /* ends the wait for an answer */
+    vkp_i_request ask;        /* the question under way */
+    bool listing;             /* of liveness: CLIENT LIST was sent */
+    uint64_t published_ns;    /* of delivery: PUBLISH was answered; 0: not yet */
+};
+
+static vkp_i_probe *vkp_i_probe_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_i_probe, link);
+}
+
+static void vkp_i_probe_hold(vkp_i_link *link)
+{
+    vkp_i_probe_of(link)->refs++;
+}
+
+static void vkp_i_probe_release(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    vkp_client *client = probe->client;
+    if (--probe->refs == 0) {
+        vkp_i_link_deinit(&probe->link);
+        vkp_i_free(client->env, probe, sizeof *probe);
+        vkp_i_client_release(client);
+    }
+}
+
+static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
+{
+    (void)link;
+    (void)push;
+}
+
+static void vkp_i_probe_on_busy(vkp_i_link *link)
+{
+    (void)link;
+}
+
+/* End the probe of the client, if one runs. */
+static void vkp_i_client_end_probe(vkp_client *client)
+{
+    vkp_i_probe *probe = client->probe;
+    vkp_i_request *request;
+    if (probe != NULL) {
+        client->probe = NULL;
+        vkp_timer_stop(&probe->timer);
+        vkp_i_link_close(&probe->link);
+        while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
+            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
+        }
+        vkp_i_probe_release(&probe->link);
+    }
+}
+
+/* Send the probe's next question. False: no memory. */
+static bool vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv)
+{
+    probe->ask.due = 1;
+    probe->ask.settle = probe->kind->answered;
+    if (vkp_i_request_put(&probe->ask, probe->client->env, argc, argv) == VKP_OK &&
+        vkp_i_link_start(&probe->link, &probe->ask)) {
+        return true;
+    }
+    vkp_bytes_unref(&probe->ask.bytes);
+    return false;
+}
+
+/* Start the probe's timer, reply_timeout_ms from now. False: no memory. */
+static bool vkp_i_probe_start_timer(vkp_i_probe *probe)
+{
+    vkp_client *client = probe->client;
+    uint64_t deadline_ns =
+        vkp_i_after_ms(vkp_i_loop_now(client->loop), client->config.reply_timeout_ms);
+    return vkp_timer_start(&probe->timer, client->loop, probe->kind->on_timer, 0, deadline_ns) ==
+           VKP_OK;
+}
+
+/* Start a probe of the client, which has none. On failure client->probe may be there: the caller
+   ends it. */
+static vkp_status vkp_i_client_start_probe(vkp_client *client, const vkp_i_probe_kind *kind)
+{
+    vkp_i_probe *probe = (vkp_i_probe *)vkp_i_alloc_zero(client->env, sizeof *probe);
+    vkp_status status;
+    if (probe == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    probe->kind = kind;
+    probe->client = client;
+    probe->refs = 1;
+    probe->begun_ns = vkp_i_loop_now(client->loop);
+    probe->config = client->config;
+    probe->config.name = vkp_i_str(NULL, 0);
+    probe->config.database = 0;
+    probe->config.setup_count = 0;
+    probe->config.role = VKP_CLIENT_ROLE_ANY;
+    (void)VKP_I_ADD(&client->refs, 1);
+    client->probe = probe;
+    status = vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &kind->ops);
+    if (status == VKP_OK && !vkp_i_probe_start_timer(probe)) {
+        status = VKP_ERR_NOMEM;
+    }
+    if (status == VKP_OK) {
+        status = vkp_i_link_connect_to(&probe->link, &client->link.peer, client->target.username,
+                                       client->target.password);
+    }
+    return status;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-client-delivery   Whether a published message arrives
+   ======================================================================================
+   With config.delivery_ms, while the program wants a name, the client also subscribes to a channel
+   of its own: an interest of the table like any other, but for events, gaps and messages, which the
+   program does not see. Every delivery_ms a probe publishes to that channel. A message that is not
+   there reply_timeout_ms after PUBLISH was answered, although this connection answered something
+   that was sent later, will not come: the connection is lost, with a GAP from the last time that
+   one did. Without such an answer the connection is overdue, which liveness judges.           */
+
+/* Make the name of the client's own channel: one that nobody else has. */
+static void vkp_i_client_name_own(vkp_client *client)
+{
+    const vkp_sys *sys = vkp_i_sys(client->env);
+    uint64_t high = sys->random_u64();
+    uint64_t low = sys->random_u64();
+    int len = snprintf(client->own_text, sizeof client->own_text, "vkp:delivery:%016llx%016llx",
+                       (unsigned long long)high, (unsigned long long)low);
+    client->own = vkp_i_str(client->own_text, (size_t)len);
+}
+
+/* The client's own interest. NULL: there is none. */
+static vkp_i_interest *vkp_i_client_get_own(vkp_client *client)
+{
+    return client->own.len > 0 ? vkp_i_interest_find(client, VKP_SUB_CHANNEL, client->own) : NULL;
+}
+
+/* Want the own channel while the program wants a name, and leave it with the last one: a RESP2
+   connection with a subscription carries no commands. Without memory the next call tries again. */
+static void vkp_i_client_keep_own(vkp_client *client)
+{
+    bool wanted = client->names_wanted > 0;
+    vkp_i_interest *own = vkp_i_client_get_own(client);
+    if (client->own.len == 0 || client->own_wanted == wanted || client->closed) {
+        return;
+    }
+    if (own == NULL && wanted) {
+        own = vkp_i_interest_new(client, VKP_SUB_CHANNEL, client->own);
+    }
+    if (own != NULL) {
+        client->own_wanted = wanted;
+        vkp_i_interest_hold(own);
+        vkp_i_interest_take_step(own, wanted      ? VKP_I_EVENT_WANT
+                                      : own->kept ? VKP_I_EVENT_LEAVE_KEPT
+                                                  : VKP_I_EVENT_LEAVE);
+        vkp_i_interest_release(own);
+    }
+}
+
+/* Let the watch look now, and send a heartbeat. */
+static void vkp_i_client_beat_now(vkp_client *client)
+{
+    client->heartbeat_ns = client->loop->now_ns;
+    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
+                        client->heartbeat_ns) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
+    }
+}
+
+/* Send PUBLISH; its payload is the time at which the probe began. */
+static void vkp_i_delivery_on_ready(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    char digits[VKP_I_DIGITS];
+    size_t from = vkp_i_format_u64(digits, probe->begun_ns);
+    vkp_str argv[3];
+    argv[0] = vkp_str_of("PUBLISH");
+    argv[1] = probe->client->own;
+    argv[2] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+    if (!vkp_i_probe_ask(probe, 3, argv)) {
+        vkp_i_client_end_probe(probe->client); /* the next one asks again */
+    }
+}
+
+/* PUBLISH was answered: from now on an answer on the client's connection follows the message. */
+static void vkp_i_delivery_answered(vkp_i_request *request, vkp_status status,
+                                    const vkp_value *value, const vkp_bytes *frame)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
+    vkp_client *client = probe->client;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    if (status != VKP_OK) {
+        return; /* the probe ended, or its timer ends it */
+    }
+    if (value->type != VKP_RESP_ERROR) {
+        probe->published_ns = client->loop->now_ns;
+        vkp_i_client_beat_now(client);
+        return;
+    }
+    if (!vkp_i_words_are_passing(vkp_value_get_str(value))) {
+        vkp_i_log(client->env, VKP_LOG_WARN, "%s: no delivery probes on this connection: %.*s",
+                  client->config.address.ptr, VKP_FMT(vkp_value_get_str(value)));
+        client->delivery_ns = VKP_FOREVER;
+    }
+    vkp_i_client_end_probe(client);
+}
+
+/* The probe's connection ended: that says nothing about the other one. */
+static void vkp_i_delivery_on_down(vkp_i_link *link)
+{
+    vkp_i_client_end_probe(vkp_i_probe_of(link)->client);
+}
+
+static void vkp_i_delivery_on_timer(vkp_timer *timer)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
+    vkp_client *client = probe->client;
+    vkp_i_probe_hold(&probe->link);
+    if (probe->published_ns == 0) {
+        vkp_i_client_end_probe(client);
+    } else if (client->link.known_ns >= probe->published_ns) {
+        client->link.known_ns = client->delivered_ns;
+        vkp_i_link_lose(&client->link, "a published message did not arrive");
+    } else if (vkp_i_probe_start_timer(probe)) {
+        vkp_i_client_beat_now(client);
+    } else {
+        vkp_i_client_end_probe(client);
+    }
+    vkp_i_probe_release(&probe->link);
+}
+
+static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
+                                                      vkp_i_delivery_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                     vkp_i_delivery_on_timer,
+                                                     vkp_i_delivery_answered};
+
+/* A message of the own channel ends the probe that published it. */
+static void vkp_i_client_take_own(vkp_client *client, const vkp_push *push)
+{
+    vkp_i_probe *probe = client->probe;
+    char digits[VKP_I_DIGITS];
+    size_t from;
+    if (probe == NULL || probe->kind != &vkp_i_delivery_kind) {
+        return;
+    }
+    from = vkp_i_format_u64(digits, probe->begun_ns);
+    if (vkp_i_str_equal(push->payload, vkp_i_str(digits + from, VKP_I_DIGITS - from))) {
+        client->delivered_ns = probe->begun_ns;
+        VKP_I_COUNT(client, deliveries);
+        vkp_i_client_end_probe(client);
+    }
+}
+
+/* It is time for a delivery probe: start one, unless the own channel is not subscribed or another
+   probe runs. */
+static void vkp_i_client_probe_delivery(vkp_client *client)
+{
+    vkp_i_interest *own = vkp_i_client_get_own(client);
+    client->delivery_ns = vkp_i_after_ms(client->loop->now_ns, client->config.delivery_ms);
+    if (own != NULL && own->state == VKP_I_SUB_HELD && client->probe == NULL &&
+        vkp_i_client_start_probe(client, &vkp_i_delivery_kind) != VKP_OK) {
+        vkp_i_client_end_probe(client);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-client-liveness   Whether the connection still does what it should
    ======================================================================================
-   Two questions, on the loop's thread, while a link is ready:
+   Two questions, on the loop's thread, while a link is ready; a third one, whether a published
+   message arrives, is impl-client-delivery's.
    Is what is due answered? A server answers in order, so the oldest request in flight decides. When
    it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
    own, to the same address. What the probe finds, and what follows:
@@ -20539,57 +20867,6 @@ typedef enum vkp_i_verdict {
     VKP_I_PROBE_STALLED
 } vkp_i_verdict;
 
-/* One question to the server over a connection of its own. */
-struct vkp_i_probe {
-    vkp_i_link link;
-    vkp_client *client;       /* one reference */
-    vkp_client_config config; /* of link: the client's, without name, database, setup and role */
-    size_t refs;              /* of the client's pointer, and of vkp_i_link_ops.hold */
-    uint64_t begun_ns;        /* on the loop's clock */
-    vkp_timer timer;          /* ends the wait for an answer */
-    vkp_i_request ask;        /* PING, then CLIENT LIST */
-    bool listing;             /* CLIENT LIST was sent */
-};
-
-/* ---- the probe ---- */
-
-static vkp_i_probe *vkp_i_probe_of(vkp_i_link *link)
-{
-    return VKP_CONTAINER(link, vkp_i_probe, link);
-}
-
-static void vkp_i_probe_hold(vkp_i_link *link)
-{
-    vkp_i_probe_of(link)->refs++;
-}
-
-static void vkp_i_probe_release(vkp_i_link *link)
-{
-    vkp_i_probe *probe = vkp_i_probe_of(link);
-    vkp_client *client = probe->client;
-    if (--probe->refs == 0) {
-        vkp_i_link_deinit(&probe->link);
-        vkp_i_free(client->env, probe, sizeof *probe);
-        vkp_i_client_release(client);
-    }
-}
-
-/* End the probe of the client, if one runs. */
-static void vkp_i_client_end_probe(vkp_client *client)
-{
-    vkp_i_probe *probe = client->probe;
-    vkp_i_request *request;
-    if (probe != NULL) {
-        client->probe = NULL;
-        vkp_timer_stop(&probe->timer);
-        vkp_i_link_close(&probe->link);
-        while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
-            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
-        }
-        vkp_i_probe_release(&probe->link);
-    }
-}
-
 /* When the oldest request in flight became the one that is due; 0: nothing is. */
 static uint64_t vkp_i_client_due_since(const vkp_client *client)
 {
@@ -20606,11 +20883,14 @@ static uint64_t vkp_i_client_overdue_ns(const vkp_client *client)
                                           client->config.reply_timeout_ms);
 }
 
+static bool vkp_i_client_is_asking(const vkp_client *client);
+
 /* When the watch has to look again. */
 static uint64_t vkp_i_client_watch_ns(const vkp_client *client)
 {
-    uint64_t overdue_ns = client->probe != NULL ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
-    return VKP_I_MIN(client->heartbeat_ns, overdue_ns);
+    uint64_t overdue_ns =
+        vkp_i_client_is_asking(client) ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
+    return VKP_I_MIN(VKP_I_MIN(client->heartbeat_ns, client->delivery_ns), overdue_ns);
 }
 
 /* Start the client's timer, which has its callback already, for the next look of the watch. */
@@ -20658,17 +20938,6 @@ static void vkp_i_probe_end(vkp_i_probe *probe, vkp_i_verdict verdict)
     }
     if (client->ready) {
         vkp_i_client_start_watch(client);
-    }
-}
-
-/* Send the probe's next question. */
-static void vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv)
-{
-    probe->ask.due = 1;
-    if (vkp_i_request_put(&probe->ask, probe->client->env, argc, argv) != VKP_OK ||
-        !vkp_i_link_start(&probe->link, &probe->ask)) {
-        vkp_bytes_unref(&probe->ask.bytes);
-        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* no memory: says nothing about the server */
     }
 }
 
@@ -20741,20 +21010,18 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
         argv[1] = vkp_str_of("LIST");
         argv[2] = vkp_str_of("ID");
         argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
-        vkp_i_probe_ask(probe, 4, argv);
+        if (!vkp_i_probe_ask(probe, 4, argv)) {
+            vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* says nothing about the server */
+        }
     }
 }
 
 static void vkp_i_probe_on_ready(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("PING");
-    vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv);
-}
-
-static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
-{
-    (void)link;
-    (void)push;
+    if (!vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv)) {
+        vkp_i_probe_end(vkp_i_probe_of(link), VKP_I_PROBE_BUSY); /* says nothing about the server */
+    }
 }
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
@@ -20766,15 +21033,6 @@ static void vkp_i_probe_on_down(vkp_i_link *link)
                                                             : VKP_I_PROBE_DEAD);
 }
 
-static void vkp_i_probe_on_busy(vkp_i_link *link)
-{
-    (void)link;
-}
-
-static const vkp_i_link_ops vkp_i_probe_ops = {vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                               vkp_i_probe_on_down,  vkp_i_probe_on_busy,
-                                               vkp_i_probe_hold,     vkp_i_probe_release};
-
 static void vkp_i_probe_on_timer(vkp_timer *timer)
 {
     vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
@@ -20783,39 +21041,32 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-/* Ask the server over a connection of its own. Without memory the next watch tries again. */
-static void vkp_i_client_start_probe(vkp_client *client)
+static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
+                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                     vkp_i_probe_on_timer,
+                                                     vkp_i_probe_answered};
+
+/* Whether a probe asks whether the server is alive. */
+static bool vkp_i_client_is_asking(const vkp_client *client)
 {
-    vkp_i_probe *probe = (vkp_i_probe *)vkp_i_alloc_zero(client->env, sizeof *probe);
-    uint64_t deadline_ns;
+    return client->probe != NULL && client->probe->kind == &vkp_i_liveness_kind;
+}
+
+/* Ask the server whether it is alive; a delivery probe gives way. Without memory the next watch
+   tries again. */
+static void vkp_i_client_ask_server(vkp_client *client)
+{
     vkp_status status;
-    if (probe == NULL) {
+    vkp_i_client_end_probe(client);
+    status = vkp_i_client_start_probe(client, &vkp_i_liveness_kind);
+    if (client->probe == NULL) {
         client->patient_ns = client->loop->now_ns;
         return;
     }
-    probe->client = client;
-    probe->refs = 1;
-    probe->begun_ns = vkp_i_loop_now(client->loop);
-    probe->ask.settle = vkp_i_probe_answered;
-    probe->config = client->config;
-    probe->config.name = vkp_i_str(NULL, 0);
-    probe->config.database = 0;
-    probe->config.setup_count = 0;
-    probe->config.role = VKP_CLIENT_ROLE_ANY;
-    (void)VKP_I_ADD(&client->refs, 1);
-    client->probe = probe;
     VKP_I_COUNT(client, probes);
-    deadline_ns = vkp_i_after_ms(probe->begun_ns, client->config.reply_timeout_ms);
-    status =
-        vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &vkp_i_probe_ops);
-    if (status == VKP_OK) {
-        status = vkp_timer_start(&probe->timer, client->loop, vkp_i_probe_on_timer, 0, deadline_ns);
-    }
-    if (status == VKP_OK) {
-        status = vkp_i_link_connect_to(&probe->link, &client->link.peer, client->target.username,
-                                       client->target.password);
-    }
     if (status != VKP_OK) {
+        vkp_i_probe *probe = client->probe;
         vkp_i_probe_hold(&probe->link);
         vkp_i_probe_end(probe, status == VKP_ERR_SYS ? VKP_I_PROBE_DEAD : VKP_I_PROBE_BUSY);
         vkp_i_probe_release(&probe->link);
@@ -20941,14 +21192,17 @@ static void vkp_i_client_watch(vkp_client *client)
         client->patient_ns = now_ns;
     }
     client->unsent = unsent;
-    if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
-        vkp_i_client_start_probe(client);
+    if (!vkp_i_client_is_asking(client) && now_ns >= vkp_i_client_overdue_ns(client)) {
+        vkp_i_client_ask_server(client);
     }
     if (client->ready && now_ns >= client->heartbeat_ns) {
         client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
         if (!client->beat_sent && !vkp_i_client_beat(client)) {
             vkp_i_link_lose(&client->link, "out of memory");
         }
+    }
+    if (client->ready && now_ns >= client->delivery_ns) {
+        vkp_i_client_probe_delivery(client);
     }
 }
 
@@ -21685,6 +21939,8 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;
     client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
+    client->delivery_ns = vkp_i_after_ms(client->loop->now_ns, client->config.delivery_ms);
+    client->delivered_ns = client->loop->now_ns;
     VKP_I_COUNT(client, connections);
     VKP_I_STORE(&client->protocol, link->protocol);
     vkp_i_client_set_state(client, VKP_CLIENT_READY);
@@ -21705,6 +21961,8 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     vkp_client *client = vkp_i_client_of(link);
     if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
         vkp_i_client_taken(client, push);
+    } else if (push->kind == VKP_PUSH_MESSAGE && vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_take_own(client, push);
     } else {
         vkp_i_client_emit(client, push);
     }
@@ -21852,8 +22110,10 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
         if (!vkp_i_client_want(client, ask)) {
             vkp_i_client_lost_memory(client, ask);
         }
+        vkp_i_client_keep_own(client);
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
+        vkp_i_client_keep_own(client);
     } else if (ask->blocks && client->ready) {
         vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
@@ -21968,6 +22228,7 @@ VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *st
     stats->audits = VKP_I_LOAD(&client->stats.audits);
     stats->repairs = VKP_I_LOAD(&client->stats.repairs);
     stats->probes = VKP_I_LOAD(&client->stats.probes);
+    stats->deliveries = VKP_I_LOAD(&client->stats.deliveries);
 }
 
 VKP_API vkp_client *vkp_client_ref(vkp_client *client)
@@ -22079,10 +22340,14 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(heartbeat_ms, 15000)
     VKP_I_DEFAULT(reply_timeout_ms, 5000)
     VKP_I_DEFAULT(blocked_timeout_ms, 60000)
+    VKP_I_DEFAULT(delivery_ms, VKP_OFF)
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
+    if (own->delivery_ms != VKP_OFF) {
+        vkp_i_client_name_own(client);
+    }
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 

@@ -33,7 +33,7 @@ typedef struct vkp_i_ask {
     vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
 
-typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-liveness */
+typedef struct vkp_i_probe vkp_i_probe;     /* see impl-client-probe */
 typedef struct vkp_i_private vkp_i_private; /* see impl-client-private */
 
 struct vkp_reply {
@@ -43,6 +43,8 @@ struct vkp_reply {
     vkp_bytes frame;   /* the raw bytes: a copy in this allocation, or shares the read block */
     vkp_value *values; /* the tree, behind the struct */
 };
+
+#define VKP_I_OWN_BYTES 46 /* "vkp:delivery:", 32 digits and a NUL */
 
 struct vkp_client {
     const vkp_env *env;
@@ -70,11 +72,13 @@ struct vkp_client {
     bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
     bool beat_sent;          /* a heartbeat waits for its reply */
     bool counts_refused;     /* the server does not answer CLIENT INFO */
-    vkp_i_probe *probe;      /* asks whether the server is alive; NULL: none is under way */
+    vkp_i_probe *probe;      /* a second connection with a question; NULL: none is under way */
     vkp_i_private *privates; /* connections for blocking commands, in no order */
     size_t private_count;    /* number of privates */
     vkp_i_requests waiting;  /* blocking commands that wait for one of them */
     uint64_t heartbeat_ns;   /* time of the next heartbeat */
+    uint64_t delivery_ns;    /* time of the next delivery probe */
+    uint64_t delivered_ns;   /* when the last message that arrived of one was published */
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
     uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
@@ -87,16 +91,20 @@ struct vkp_client {
     vkp_i_requests reporting;           /* WANTs whose outcome is known and not reported yet */
     bool is_reporting;                  /* vkp_i_waiters_report runs */
     vkp_i_map interests[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
-    size_t held;                        /* number of interests that are HELD */
-    size_t live;                        /* number of interests that are not GONE */
-    size_t kept;                        /* number of interests that the server has */
-    size_t held_of[VKP_SUB_KINDS];      /* the same, by kind */
-    size_t stuck;                       /* number of interests that are STUCK */
-    size_t subs_in_flight;              /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
-    uint64_t changes;                   /* of states of interests */
-    size_t resuming;                    /* number of interests with a gap whose answer is due */
-    uint64_t audited_ns;                /* when the server's counts last agreed with the table */
-    uint64_t missed; /* pushes without room in config.pushes since the last LAGGED */
+    size_t names_wanted;                /* number of names that the program wants */
+    vkp_str own; /* channel of the delivery probe, in own_text; of no length: none */
+    char own_text[VKP_I_OWN_BYTES];
+    bool own_wanted;               /* the client wants it */
+    size_t held;                   /* number of interests that are HELD */
+    size_t live;                   /* number of interests that are not GONE */
+    size_t kept;                   /* number of interests that the server has */
+    size_t held_of[VKP_SUB_KINDS]; /* the same, by kind */
+    size_t stuck;                  /* number of interests that are STUCK */
+    size_t subs_in_flight;         /* SUBSCRIBEs and UNSUBSCRIBEs without an answer */
+    uint64_t changes;              /* of states of interests */
+    size_t resuming;               /* number of interests with a gap whose answer is due */
+    uint64_t audited_ns;           /* when the server's counts last agreed with the table */
+    uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
     vkp_client_stats stats; /* each field atomic */

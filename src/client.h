@@ -113,6 +113,14 @@ typedef struct vkp_client_config {
        VKP_OFF: without end.                                                                   */
     uint64_t blocked_timeout_ms;
 
+    /* Every so many milliseconds, while something is subscribed, the client publishes a message to
+       a channel of its own, "vkp:delivery:" and a random number, over a second, short connection,
+       and is subscribed to it; its program sees nothing of that. A message that does not arrive
+       within reply_timeout_ms means that the connection is lost, with a GAP from the last one that
+       did. For ways to a server that may lose what they carry, such as proxies that answer CLIENT
+       INFO themselves. 0 or VKP_OFF: never.                                                   */
+    uint64_t delivery_ms;
+
     /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
        one; when all are in use it waits. Closing its slot gives the command up. Such a connection
@@ -191,6 +199,7 @@ typedef struct vkp_client_stats {
     uint64_t audits;      /* comparisons of the server's counts with the client's subscriptions */
     uint64_t repairs;     /* audits that found too few subscriptions, by kind */
     uint64_t probes;      /* questions over a second connection whether the server is alive */
+    uint64_t deliveries;  /* messages of delivery_ms that arrived */
 } vkp_client_stats;
 
 /* Write the client's counters to *stats. Any thread. */

@@ -171,6 +171,8 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;
     client->heartbeat_ns = vkp_i_after_ms(client->loop->now_ns, client->config.heartbeat_ms);
+    client->delivery_ns = vkp_i_after_ms(client->loop->now_ns, client->config.delivery_ms);
+    client->delivered_ns = client->loop->now_ns;
     VKP_I_COUNT(client, connections);
     VKP_I_STORE(&client->protocol, link->protocol);
     vkp_i_client_set_state(client, VKP_CLIENT_READY);
@@ -191,6 +193,8 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     vkp_client *client = vkp_i_client_of(link);
     if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
         vkp_i_client_taken(client, push);
+    } else if (push->kind == VKP_PUSH_MESSAGE && vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_take_own(client, push);
     } else {
         vkp_i_client_emit(client, push);
     }
@@ -338,8 +342,10 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
         if (!vkp_i_client_want(client, ask)) {
             vkp_i_client_lost_memory(client, ask);
         }
+        vkp_i_client_keep_own(client);
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
+        vkp_i_client_keep_own(client);
     } else if (ask->blocks && client->ready) {
         vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
@@ -454,6 +460,7 @@ VKP_API void vkp_client_get_stats(const vkp_client *client, vkp_client_stats *st
     stats->audits = VKP_I_LOAD(&client->stats.audits);
     stats->repairs = VKP_I_LOAD(&client->stats.repairs);
     stats->probes = VKP_I_LOAD(&client->stats.probes);
+    stats->deliveries = VKP_I_LOAD(&client->stats.deliveries);
 }
 
 VKP_API vkp_client *vkp_client_ref(vkp_client *client)
@@ -565,10 +572,14 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(heartbeat_ms, 15000)
     VKP_I_DEFAULT(reply_timeout_ms, 5000)
     VKP_I_DEFAULT(blocked_timeout_ms, 60000)
+    VKP_I_DEFAULT(delivery_ms, VKP_OFF)
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
     own->resp.env = client->env;
+    if (own->delivery_ms != VKP_OFF) {
+        vkp_i_client_name_own(client);
+    }
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 

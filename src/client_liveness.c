@@ -2,7 +2,8 @@
 /* ======================================================================================
    >>impl-client-liveness   Whether the connection still does what it should
    ======================================================================================
-   Two questions, on the loop's thread, while a link is ready:
+   Two questions, on the loop's thread, while a link is ready; a third one, whether a published
+   message arrives, is impl-client-delivery's.
    Is what is due answered? A server answers in order, so the oldest request in flight decides. When
    it has been due for reply_timeout_ms without any progress, a probe asks over a connection of its
    own, to the same address. What the probe finds, and what follows:
@@ -26,57 +27,6 @@ typedef enum vkp_i_verdict {
     VKP_I_PROBE_STALLED
 } vkp_i_verdict;
 
-/* One question to the server over a connection of its own. */
-struct vkp_i_probe {
-    vkp_i_link link;
-    vkp_client *client;       /* one reference */
-    vkp_client_config config; /* of link: the client's, without name, database, setup and role */
-    size_t refs;              /* of the client's pointer, and of vkp_i_link_ops.hold */
-    uint64_t begun_ns;        /* on the loop's clock */
-    vkp_timer timer;          /* ends the wait for an answer */
-    vkp_i_request ask;        /* PING, then CLIENT LIST */
-    bool listing;             /* CLIENT LIST was sent */
-};
-
-/* ---- the probe ---- */
-
-static vkp_i_probe *vkp_i_probe_of(vkp_i_link *link)
-{
-    return VKP_CONTAINER(link, vkp_i_probe, link);
-}
-
-static void vkp_i_probe_hold(vkp_i_link *link)
-{
-    vkp_i_probe_of(link)->refs++;
-}
-
-static void vkp_i_probe_release(vkp_i_link *link)
-{
-    vkp_i_probe *probe = vkp_i_probe_of(link);
-    vkp_client *client = probe->client;
-    if (--probe->refs == 0) {
-        vkp_i_link_deinit(&probe->link);
-        vkp_i_free(client->env, probe, sizeof *probe);
-        vkp_i_client_release(client);
-    }
-}
-
-/* End the probe of the client, if one runs. */
-static void vkp_i_client_end_probe(vkp_client *client)
-{
-    vkp_i_probe *probe = client->probe;
-    vkp_i_request *request;
-    if (probe != NULL) {
-        client->probe = NULL;
-        vkp_timer_stop(&probe->timer);
-        vkp_i_link_close(&probe->link);
-        while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
-            request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
-        }
-        vkp_i_probe_release(&probe->link);
-    }
-}
-
 /* When the oldest request in flight became the one that is due; 0: nothing is. */
 static uint64_t vkp_i_client_due_since(const vkp_client *client)
 {
@@ -93,11 +43,14 @@ static uint64_t vkp_i_client_overdue_ns(const vkp_client *client)
                                           client->config.reply_timeout_ms);
 }
 
+static bool vkp_i_client_is_asking(const vkp_client *client);
+
 /* When the watch has to look again. */
 static uint64_t vkp_i_client_watch_ns(const vkp_client *client)
 {
-    uint64_t overdue_ns = client->probe != NULL ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
-    return VKP_I_MIN(client->heartbeat_ns, overdue_ns);
+    uint64_t overdue_ns =
+        vkp_i_client_is_asking(client) ? VKP_FOREVER : vkp_i_client_overdue_ns(client);
+    return VKP_I_MIN(VKP_I_MIN(client->heartbeat_ns, client->delivery_ns), overdue_ns);
 }
 
 /* Start the client's timer, which has its callback already, for the next look of the watch. */
@@ -145,17 +98,6 @@ static void vkp_i_probe_end(vkp_i_probe *probe, vkp_i_verdict verdict)
     }
     if (client->ready) {
         vkp_i_client_start_watch(client);
-    }
-}
-
-/* Send the probe's next question. */
-static void vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv)
-{
-    probe->ask.due = 1;
-    if (vkp_i_request_put(&probe->ask, probe->client->env, argc, argv) != VKP_OK ||
-        !vkp_i_link_start(&probe->link, &probe->ask)) {
-        vkp_bytes_unref(&probe->ask.bytes);
-        vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* no memory: says nothing about the server */
     }
 }
 
@@ -228,20 +170,18 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
         argv[1] = vkp_str_of("LIST");
         argv[2] = vkp_str_of("ID");
         argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
-        vkp_i_probe_ask(probe, 4, argv);
+        if (!vkp_i_probe_ask(probe, 4, argv)) {
+            vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* says nothing about the server */
+        }
     }
 }
 
 static void vkp_i_probe_on_ready(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("PING");
-    vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv);
-}
-
-static void vkp_i_probe_on_push(vkp_i_link *link, const vkp_push *push)
-{
-    (void)link;
-    (void)push;
+    if (!vkp_i_probe_ask(vkp_i_probe_of(link), 1, &argv)) {
+        vkp_i_probe_end(vkp_i_probe_of(link), VKP_I_PROBE_BUSY); /* says nothing about the server */
+    }
 }
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
@@ -253,15 +193,6 @@ static void vkp_i_probe_on_down(vkp_i_link *link)
                                                             : VKP_I_PROBE_DEAD);
 }
 
-static void vkp_i_probe_on_busy(vkp_i_link *link)
-{
-    (void)link;
-}
-
-static const vkp_i_link_ops vkp_i_probe_ops = {vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                               vkp_i_probe_on_down,  vkp_i_probe_on_busy,
-                                               vkp_i_probe_hold,     vkp_i_probe_release};
-
 static void vkp_i_probe_on_timer(vkp_timer *timer)
 {
     vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
@@ -270,39 +201,32 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-/* Ask the server over a connection of its own. Without memory the next watch tries again. */
-static void vkp_i_client_start_probe(vkp_client *client)
+static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
+                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                     vkp_i_probe_on_timer,
+                                                     vkp_i_probe_answered};
+
+/* Whether a probe asks whether the server is alive. */
+static bool vkp_i_client_is_asking(const vkp_client *client)
 {
-    vkp_i_probe *probe = (vkp_i_probe *)vkp_i_alloc_zero(client->env, sizeof *probe);
-    uint64_t deadline_ns;
+    return client->probe != NULL && client->probe->kind == &vkp_i_liveness_kind;
+}
+
+/* Ask the server whether it is alive; a delivery probe gives way. Without memory the next watch
+   tries again. */
+static void vkp_i_client_ask_server(vkp_client *client)
+{
     vkp_status status;
-    if (probe == NULL) {
+    vkp_i_client_end_probe(client);
+    status = vkp_i_client_start_probe(client, &vkp_i_liveness_kind);
+    if (client->probe == NULL) {
         client->patient_ns = client->loop->now_ns;
         return;
     }
-    probe->client = client;
-    probe->refs = 1;
-    probe->begun_ns = vkp_i_loop_now(client->loop);
-    probe->ask.settle = vkp_i_probe_answered;
-    probe->config = client->config;
-    probe->config.name = vkp_i_str(NULL, 0);
-    probe->config.database = 0;
-    probe->config.setup_count = 0;
-    probe->config.role = VKP_CLIENT_ROLE_ANY;
-    (void)VKP_I_ADD(&client->refs, 1);
-    client->probe = probe;
     VKP_I_COUNT(client, probes);
-    deadline_ns = vkp_i_after_ms(probe->begun_ns, client->config.reply_timeout_ms);
-    status =
-        vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &vkp_i_probe_ops);
-    if (status == VKP_OK) {
-        status = vkp_timer_start(&probe->timer, client->loop, vkp_i_probe_on_timer, 0, deadline_ns);
-    }
-    if (status == VKP_OK) {
-        status = vkp_i_link_connect_to(&probe->link, &client->link.peer, client->target.username,
-                                       client->target.password);
-    }
     if (status != VKP_OK) {
+        vkp_i_probe *probe = client->probe;
         vkp_i_probe_hold(&probe->link);
         vkp_i_probe_end(probe, status == VKP_ERR_SYS ? VKP_I_PROBE_DEAD : VKP_I_PROBE_BUSY);
         vkp_i_probe_release(&probe->link);
@@ -428,14 +352,17 @@ static void vkp_i_client_watch(vkp_client *client)
         client->patient_ns = now_ns;
     }
     client->unsent = unsent;
-    if (client->probe == NULL && now_ns >= vkp_i_client_overdue_ns(client)) {
-        vkp_i_client_start_probe(client);
+    if (!vkp_i_client_is_asking(client) && now_ns >= vkp_i_client_overdue_ns(client)) {
+        vkp_i_client_ask_server(client);
     }
     if (client->ready && now_ns >= client->heartbeat_ns) {
         client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
         if (!client->beat_sent && !vkp_i_client_beat(client)) {
             vkp_i_link_lose(&client->link, "out of memory");
         }
+    }
+    if (client->ready && now_ns >= client->delivery_ns) {
+        vkp_i_client_probe_delivery(client);
     }
 }
 

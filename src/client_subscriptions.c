@@ -146,11 +146,20 @@ typedef struct vkp_i_sub_request {
 
 /* ---- events ---- */
 
-/* Give a push or an event to on_push or to the channel config.pushes. A push without room counts
-   in `missed`; a LAGGED event precedes the next push that has room.                           */
+/* Whether the name is the channel of the delivery probe. */
+static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
+{
+    return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
+}
+
+/* Give a push or an event to on_push or to the channel config.pushes, but one of the own channel. A
+   push without room counts in `missed`; a LAGGED event precedes the next push that has room. */
 static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
+    if (vkp_i_client_is_own(client, push->channel)) {
+        return;
+    }
     if (client->config.on_push != NULL) {
         client->config.on_push(client->config.user, push);
         return;
@@ -455,18 +464,22 @@ static uint64_t vkp_i_wall_ms(const vkp_client *client, uint64_t then_ns)
 }
 
 /* Fill the gap and the names behind it from the interests that are back; clears their gap_ns. With
-   gap NULL nothing is changed: returns how many are back, and the bytes of their names.       */
+   gap NULL nothing is changed: returns how many are back, with the bytes of their names, and how
+   many others are HELD.                                                                       */
 static size_t vkp_i_client_collect_gap(vkp_client *client, vkp_gap *gap, vkp_sub_name *names,
-                                       char *texts, size_t *bytes)
+                                       char *texts, size_t *bytes, size_t *others)
 {
     size_t count = 0;
     int kind;
     *bytes = 0;
+    *others = 0;
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_node *node = NULL;
         while ((node = vkp_i_map_get_next(&client->interests[kind], node)) != NULL) {
             vkp_i_interest *interest = VKP_CONTAINER(node, vkp_i_interest, node);
-            if (interest->gap_ns == 0 || interest->state != VKP_I_SUB_HELD) {
+            bool own = vkp_i_client_is_own(client, node->key);
+            *others += !own && interest->state == VKP_I_SUB_HELD && interest->gap_ns == 0 ? 1u : 0u;
+            if (own || interest->gap_ns == 0 || interest->state != VKP_I_SUB_HELD) {
                 continue;
             }
             if (gap != NULL) {
@@ -491,8 +504,9 @@ static void vkp_i_client_emit_gap(vkp_client *client)
     vkp_gap *gap;
     vkp_sub_name *names = NULL;
     size_t bytes;
-    size_t count = vkp_i_client_collect_gap(client, NULL, NULL, NULL, &bytes);
-    bool all = count == client->held;
+    size_t others;
+    size_t count = vkp_i_client_collect_gap(client, NULL, NULL, NULL, &bytes, &others);
+    bool all = others == 0;
     if (count == 0) {
         return;
     }
@@ -513,8 +527,8 @@ static void vkp_i_client_emit_gap(vkp_client *client)
         gap->names = names;
         gap->name_count = count;
     }
-    (void)vkp_i_client_collect_gap(client, gap, names, all ? NULL : (char *)(names + count),
-                                   &bytes);
+    (void)vkp_i_client_collect_gap(client, gap, names, all ? NULL : (char *)(names + count), &bytes,
+                                   &others);
     gap->from_unix_ms = vkp_i_wall_ms(client, gap->from_ns);
     gap->to_unix_ms = vkp_i_wall_ms(client, gap->to_ns);
     push.gap = gap;
@@ -729,7 +743,7 @@ static bool vkp_i_client_want(vkp_client *client, vkp_i_ask *ask)
     if (interest == NULL) {
         return false;
     }
-    interest->wanted++;
+    client->names_wanted += interest->wanted++ == 0 ? 1u : 0u;
     vkp_i_requests_append(&interest->waiters, &ask->request);
     vkp_i_interest_hold(interest);
     if (!vkp_i_interest_step(interest, VKP_I_EVENT_WANT)) {
@@ -756,6 +770,7 @@ static void vkp_i_client_leave(vkp_client *client, vkp_i_ask *ask)
     if (interest == NULL || interest->wanted == 0 || --interest->wanted > 0) {
         return;
     }
+    client->names_wanted--;
     vkp_i_interest_hold(interest);
     resumed = interest->resuming;
     vkp_i_interest_take_step(interest, interest->kept ? VKP_I_EVENT_LEAVE_KEPT : VKP_I_EVENT_LEAVE);

@@ -33,8 +33,9 @@
            >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
            >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
            >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-liveness  >>impl-client-private  >>impl-url
-           >>impl-client-connection  >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2
-           >>impl-relay-subscribe  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
+           >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
+           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
+           >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */

@@ -836,3 +836,30 @@ TEST_CASE("server: the examples do what they say", "[client][server][examples]")
     }
     close(out);
 }
+
+TEST_CASE("server: the messages of the delivery probe arrive", "[client][server]")
+{
+    const int protocol = GENERATE(3, 2);
+    Loop loop;
+    Server server;
+    vkp_client_config config = server.config();
+    config.protocol = protocol;
+    config.delivery_ms = 1;
+    Client client(loop, config);
+    client.subscribe("c");
+    vkp_client_stats stats;
+    vkp_test_run_until(loop, "messages of the probe", [&] {
+        vkp_client_get_stats(client, &stats);
+        return stats.deliveries >= 20;
+    });
+    CHECK(client.history() == "connected, subscribed c");
+    client.unsubscribe("c");
+    Question question;
+    vkp_test_run_until(loop, "a command", [&] { return client.events.size() == 3; });
+    vkp_test_run_until(loop, "a connection without subscriptions", [&] {
+        CHECK(question.send(client, {"PING"}) == VKP_OK);
+        return question.recv_on(loop) == VKP_OK;
+    });
+    CHECK(question.text() == "PONG");
+    CHECK(client.history() == "connected, subscribed c, unsubscribed c");
+}
