@@ -3049,7 +3049,7 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *push_loop);
 
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-relay   Serve local Valkey clients over one upstream connection, or none */
+   >>api-relay   Serve local Valkey clients over few upstream connections, or none */
 
 /* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
@@ -3057,8 +3057,11 @@ typedef struct vkp_relay_config {
     /* Looks the server's host name up in a thread of the program; shared. NULL: lookups block
        loops[0]. */
     vkp_resolver *resolver;
-    vkp_str username; /* user name for the upstream connection; default: the default user */
-    vkp_str password; /* password for the upstream connection; default: none */
+    /* How many connections share the clients' commands; all commands of a client go over the same
+       one. Subscriptions have a connection of their own. Default: 1. */
+    size_t upstreams;
+    vkp_str username; /* user name for the server; default: the default user */
+    vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
        loop in turn. Required; each loop is shared. */
     vkp_loop *const *loops;
@@ -3105,7 +3108,7 @@ typedef struct vkp_relay_config {
 } vkp_relay_config;
 
 /* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
-   connection and the listeners. config and its loops are required.
+   connections and the listeners. config and its loops are required.
    Owns:   borrows config (copies its texts), shares the loops; gives *relay
    Blocks: never     Threads: that of every loop, before the loops run
    Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of
@@ -22907,21 +22910,23 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-relay   Serve local Valkey clients over one upstream connection, or none
+   >>impl-relay   Serve local Valkey clients over few upstream connections, or none
    ======================================================================================
    One shard per loop: a hub, a request reader and the local clients given to that loop. Loop 0
-   (shard 0's) also carries the listeners and the upstream client.
+   (shard 0's) also carries the listeners and the upstream clients: one for all subscriptions, and
+   one or more that share the commands. Nothing that happens to one of them touches the other.
    How a command travels: the local client's loop parses it (vkp_i_local_on_data) and appends an
-   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it
-   upstream. The reply arrives on loop 0 (vkp_i_answer_on_reply), which converts it to the local
-   client's protocol and returns the answer to the client's loop as a task (vkp_i_answer_return).
-   There every finished answer at the head of local->answers is sent, so replies leave in the
-   order of their commands.
+   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it to the
+   shared connection of this local client, always the same one. The reply arrives on loop 0
+   (vkp_i_answer_on_reply), which converts it to the local client's protocol and returns the answer
+   to the client's loop as a task (vkp_i_answer_return). There every finished answer at the head of
+   local->answers is sent, so replies leave in the order of their commands.
    SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
    pending they are not executed, the connection pauses, and on_data gets their bytes again
    later. So there is never a queue of commands.
-   A topic of a shard's hub holds one interest of the upstream client. SUBSCRIBE is confirmed to
-   the local client when the server confirmed it, or immediately when the server is disconnected.
+   A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
+   confirmed to the local client when the server confirmed it, or immediately when the server is
+   disconnected.
    Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
    PUBLISH.
    References: one of the relay for its owner, for each local client and for each task between
@@ -23032,7 +23037,10 @@ struct vkp_relay {
     size_t max_request_bytes; /* limit of one command, and of one MULTI block */
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
-    vkp_client *client;       /* the upstream client; NULL: stand-alone */
+    vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
+    vkp_client **shared;      /* the connections of commands; each carries those of many clients */
+    size_t shared_count;      /* number of `shared`; 0: stand-alone */
+    size_t shared_capacity;   /* allocated elements of `shared` */
     vkp_listener **listeners; /* loop 0's thread */
     size_t listener_count;    /* used places of `listeners` */
     size_t listener_capacity; /* allocated places of `listeners` */
@@ -23084,6 +23092,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_i_free_str(env, relay->notice);
     vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
     vkp_i_free(env, relay, sizeof *relay);
 }
@@ -23094,6 +23103,12 @@ static void vkp_i_relay_release(vkp_relay *relay)
     if (VKP_I_UNREF(&relay->refs) == 1) {
         vkp_i_relay_free(relay);
     }
+}
+
+/* Whether the relay has a server; otherwise it stands alone. */
+static bool vkp_i_relay_has_server(const vkp_relay *relay)
+{
+    return relay->push != NULL;
 }
 
 static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
@@ -23580,7 +23595,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
     vkp_i_local_throttle(local);
-    status = vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
+    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
+                             vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
@@ -23730,8 +23746,7 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
 /* Give one interest of the upstream client back. */
 static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
-    if (relay->client != NULL &&
-        vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
+    if (relay->push != NULL && vkp_client_unsubscribe(relay->push, kind, name) == VKP_ERR_NOMEM) {
         vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a name stays subscribed upstream");
     }
 }
@@ -23754,7 +23769,8 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && relay->client == NULL && !vkp_i_subscribers_add(relay, kind, name, true)) {
+    if (added && !vkp_i_relay_has_server(relay) &&
+        !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
@@ -23766,7 +23782,8 @@ static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_st
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (relay->client == NULL) { /* before the unsubscribe: name may be memory of the topic */
+        if (!vkp_i_relay_has_server(
+                relay)) { /* before the unsubscribe: name may be memory of the topic */
             (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
@@ -23922,7 +23939,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
     }
     /* If one name must wait for the server, every name takes an interest: the members that a name
        has now may leave before the items return, and the topic's interest would end with them. */
-    for (i = 0; i < count && relay->client != NULL; i++) {
+    for (i = 0; i < count && vkp_i_relay_has_server(relay); i++) {
         ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
     }
     vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
@@ -23936,7 +23953,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         item->upstream = true;
         self->waiting++;
         status =
-            vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
+            vkp_client_subscribe_then(relay->push, kind, item->name, vkp_i_sub_item_done, item);
         if (status != VKP_OK) { /* on OK loop 0 owns the item: it may have returned already */
             item->status = status;
             item->upstream = false;
@@ -24261,7 +24278,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO")) {
         vkp_i_local_client_info(local);
-    } else if (local->shard->relay->client != NULL) {
+    } else if (vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_local_forward_command(local, argc, argv, 0);
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
@@ -24450,7 +24467,7 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
 {
     const vkp_env *env = local->shard->relay->env;
     vkp_str verb = vkp_str_of("MULTI");
-    if (local->shard->relay->client == NULL) {
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_local_error(local, "ERR MULTI needs an upstream server: this relay stands alone");
         return;
     }
@@ -24721,8 +24738,8 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
     const vkp_i_command *command = vkp_i_command_find(argv[0]);
     uint32_t flags = command != NULL ? command->flags : 0;
     uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    bool here =
-        (flags & VKP_I_CMD_LOCAL) != 0 || ((flags & VKP_I_CMD_ALONE) != 0 && relay->client == NULL);
+    bool here = (flags & VKP_I_CMD_LOCAL) != 0 ||
+                ((flags & VKP_I_CMD_ALONE) != 0 && !vkp_i_relay_has_server(relay));
     if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;
@@ -24734,7 +24751,7 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
         vkp_i_multi_append(local, argc, argv, shape);
     } else if (here) {
         command->run(local, argc, argv);
-    } else if (relay->client == NULL) {
+    } else if (!vkp_i_relay_has_server(relay)) {
         vkp_i_local_error(local,
                           "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
                           "broker without a server",
@@ -25290,7 +25307,7 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
     vkp_relay *relay = shard->relay;
-    size_t count = relay->client != NULL
+    size_t count = vkp_i_relay_has_server(relay)
                        ? vkp_hub_deliver(shard->hub, push)
                        : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
@@ -25323,9 +25340,11 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 static void vkp_i_relay_end(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
+    size_t i;
     vkp_timer_stop(&relay->drain_timer);
-    if (relay->client != NULL) {
-        vkp_client_close(relay->client);
+    vkp_client_close(relay->push);
+    for (i = 0; i < relay->shared_count; i++) {
+        vkp_client_close(relay->shared[i]);
     }
     if (relay->on_end != NULL) {
         relay->on_end(relay->end_user);
@@ -25469,10 +25488,15 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->push_loop = NULL;
         shard->pushes = NULL;
     }
-    if (relay->client != NULL) {
-        vkp_i_client_close_now(relay->client); /* pending answers return now */
-        vkp_client_unref(relay->client);
-        relay->client = NULL;
+    for (i = 0; i < relay->shared_count; i++) {
+        vkp_i_client_close_now(relay->shared[i]); /* pending answers return now */
+        vkp_client_unref(relay->shared[i]);
+    }
+    relay->shared_count = 0;
+    if (relay->push != NULL) {
+        vkp_i_client_close_now(relay->push); /* the same for subscriptions under way */
+        vkp_client_unref(relay->push);
+        relay->push = NULL;
     }
     vkp_i_relay_release(relay);
 }
@@ -25546,19 +25570,34 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     return status;
 }
 
-static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_config *config)
+/* Open the upstream connections. */
+static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_config *config)
 {
+    vkp_loop *loop = relay->shards[0].loop;
+    size_t count = config->upstreams > 0 ? config->upstreams : 1;
     vkp_client_config client;
+    vkp_status status;
     memset(&client, 0, sizeof client);
     client.address = config->server;
     client.username = config->username;
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
     client.resolver = config->resolver;
-    client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;
-    return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
+    client.on_push = vkp_i_relay_on_push;
+    status = vkp_client_open(loop, &client, &relay->push);
+    if (status == VKP_OK) {
+        relay->shared = (vkp_client **)vkp_i_alloc_zero(relay->env, count * sizeof *relay->shared);
+        status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
+        relay->shared_capacity = relay->shared != NULL ? count : 0;
+    }
+    client.on_push = NULL;
+    while (status == VKP_OK && relay->shared_count < count) {
+        status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
+        relay->shared_count += status == VKP_OK ? 1u : 0u;
+    }
+    return status;
 }
 
 /* The registry noticed that a socket's file changed. */
@@ -25669,7 +25708,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         status = vkp_i_relay_open_gate(relay, config);
     }
     if (status == VKP_OK && config->server.ptr != NULL) {
-        status = vkp_i_relay_open_client(relay, config);
+        status = vkp_i_relay_open_clients(relay, config);
     }
     if (status != VKP_OK) {
         vkp_relay_unref(relay);

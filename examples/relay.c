@@ -2,7 +2,7 @@
    cc -O2 -I. examples/relay.c backends/v*_[ekp]*.c -pthread -o build/valkey-push-relay
    SPDX-License-Identifier: MIT
 
-   valkey-push-relay: any number of local clients share one connection to a Valkey server; without
+   valkey-push-relay: any number of local clients share few connections to a Valkey server; without
    --server it is a pub/sub broker. vkp_relay does the work; this file reads the options, starts the
    threads and handles the signals.                                                            */
 #define VKP_IMPLEMENTATION
@@ -20,6 +20,8 @@
 /* The usage text and option_values repeat these numbers. */
 #define MOST_LISTENERS 16
 #define MOST_THREADS 64
+#define MOST_UPSTREAMS 64
+#define MOST_UPSTREAMS 64
 #define MOST_UIDS 64
 #define DRAIN_MS 5000
 #define NO_LINGER SIZE_MAX
@@ -33,6 +35,7 @@
 typedef struct options {
     const char *check;
     const char *server;
+    size_t upstreams;
     const char *user;
     const char *password;
     const char *listen[MOST_LISTENERS];
@@ -56,6 +59,8 @@ static const char usage[] =
     "usage: valkey-push-relay [options]\n"
     "  --server ADDR        the server to connect to, tcp:HOST:PORT or unix:PATH;\n"
     "                       default: none, the relay is a pub/sub broker without a server\n"
+    "  --upstreams N        how many connections to the server share the clients' commands, 1 to\n"
+    "                       64; subscriptions have one more; default: 1\n"
     "  --user NAME          user name for the server; needs --pass-env\n"
     "  --pass-env VAR       the environment variable that holds the password for the server\n"
     "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
@@ -183,6 +188,7 @@ typedef struct number_option {
 static bool read_number_option(options *opts, const char *name, const char *text, bool *known)
 {
     const number_option all[] = {
+        {"--upstreams", &opts->upstreams, 1, MOST_UPSTREAMS},
         {"--threads", &opts->threads, 1, MOST_THREADS},
         {"--queue-frames", &opts->queue_frames, 1, SIZE_MAX},
         {"--queue-bytes", &opts->queue_bytes, 1, SIZE_MAX},
@@ -257,6 +263,7 @@ typedef struct option_value {
 
 static const option_value option_values[] = {
     {"--server", "tcp:HOST:PORT or unix:PATH"},
+    {"--upstreams", "a number from 1 to 64"},
     {"--user", "a user name"},
     {"--pass-env", "the name of an environment variable that is set"},
     {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times"},
@@ -482,6 +489,7 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     vkp_status status;
     vkp_relay_config config = VKP_ZERO;
     config.server = vkp_str_of(opts->server);
+    config.upstreams = opts->upstreams;
     config.username = vkp_str_of(opts->user);
     config.password = vkp_str_of(opts->password);
     config.loops = loops;

@@ -1,20 +1,22 @@
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-relay   Serve local Valkey clients over one upstream connection, or none
+   >>impl-relay   Serve local Valkey clients over few upstream connections, or none
    ======================================================================================
    One shard per loop: a hub, a request reader and the local clients given to that loop. Loop 0
-   (shard 0's) also carries the listeners and the upstream client.
+   (shard 0's) also carries the listeners and the upstream clients: one for all subscriptions, and
+   one or more that share the commands. Nothing that happens to one of them touches the other.
    How a command travels: the local client's loop parses it (vkp_i_local_on_data) and appends an
-   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it
-   upstream. The reply arrives on loop 0 (vkp_i_answer_on_reply), which converts it to the local
-   client's protocol and returns the answer to the client's loop as a task (vkp_i_answer_return).
-   There every finished answer at the head of local->answers is sent, so replies leave in the
-   order of their commands.
+   answer to local->answers. vkp_client_send queues the command for loop 0, which writes it to the
+   shared connection of this local client, always the same one. The reply arrives on loop 0
+   (vkp_i_answer_on_reply), which converts it to the local client's protocol and returns the answer
+   to the client's loop as a task (vkp_i_answer_return). There every finished answer at the head of
+   local->answers is sent, so replies leave in the order of their commands.
    SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
    pending they are not executed, the connection pauses, and on_data gets their bytes again
    later. So there is never a queue of commands.
-   A topic of a shard's hub holds one interest of the upstream client. SUBSCRIBE is confirmed to
-   the local client when the server confirmed it, or immediately when the server is disconnected.
+   A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
+   confirmed to the local client when the server confirmed it, or immediately when the server is
+   disconnected.
    Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
    PUBLISH.
    References: one of the relay for its owner, for each local client and for each task between
@@ -125,7 +127,10 @@ struct vkp_relay {
     size_t max_request_bytes; /* limit of one command, and of one MULTI block */
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
-    vkp_client *client;       /* the upstream client; NULL: stand-alone */
+    vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
+    vkp_client **shared;      /* the connections of commands; each carries those of many clients */
+    size_t shared_count;      /* number of `shared`; 0: stand-alone */
+    size_t shared_capacity;   /* allocated elements of `shared` */
     vkp_listener **listeners; /* loop 0's thread */
     size_t listener_count;    /* used places of `listeners` */
     size_t listener_capacity; /* allocated places of `listeners` */
@@ -177,6 +182,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_i_free_str(env, relay->notice);
     vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
     vkp_i_free(env, relay, sizeof *relay);
 }
@@ -187,6 +193,12 @@ static void vkp_i_relay_release(vkp_relay *relay)
     if (VKP_I_UNREF(&relay->refs) == 1) {
         vkp_i_relay_free(relay);
     }
+}
+
+/* Whether the relay has a server; otherwise it stands alone. */
+static bool vkp_i_relay_has_server(const vkp_relay *relay)
+{
+    return relay->push != NULL;
 }
 
 static size_t vkp_i_relay_count_clients(const vkp_relay *relay)

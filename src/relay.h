@@ -1,6 +1,6 @@
 #ifndef VKP_NO_IO
 /* --------------------------------------------------------------------------------------
-   >>api-relay   Serve local Valkey clients over one upstream connection, or none */
+   >>api-relay   Serve local Valkey clients over few upstream connections, or none */
 
 /* The config of vkp_relay_open. */
 typedef struct vkp_relay_config {
@@ -8,8 +8,11 @@ typedef struct vkp_relay_config {
     /* Looks the server's host name up in a thread of the program; shared. NULL: lookups block
        loops[0]. */
     vkp_resolver *resolver;
-    vkp_str username; /* user name for the upstream connection; default: the default user */
-    vkp_str password; /* password for the upstream connection; default: none */
+    /* How many connections share the clients' commands; all commands of a client go over the same
+       one. Subscriptions have a connection of their own. Default: 1. */
+    size_t upstreams;
+    vkp_str username; /* user name for the server; default: the default user */
+    vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
        loop in turn. Required; each loop is shared. */
     vkp_loop *const *loops;
@@ -56,7 +59,7 @@ typedef struct vkp_relay_config {
 } vkp_relay_config;
 
 /* Open a relay on loops that the caller runs, each in its own thread. loops[0] carries the upstream
-   connection and the listeners. config and its loops are required.
+   connections and the listeners. config and its loops are required.
    Owns:   borrows config (copies its texts), shares the loops; gives *relay
    Blocks: never     Threads: that of every loop, before the loops run
    Errors: NOMEM, INVALID (a null argument, no loops, on_full WAIT or ERROR, max_request_bytes of

@@ -281,7 +281,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO")) {
         vkp_i_local_client_info(local);
-    } else if (local->shard->relay->client != NULL) {
+    } else if (vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_local_forward_command(local, argc, argv, 0);
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
@@ -470,7 +470,7 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
 {
     const vkp_env *env = local->shard->relay->env;
     vkp_str verb = vkp_str_of("MULTI");
-    if (local->shard->relay->client == NULL) {
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_local_error(local, "ERR MULTI needs an upstream server: this relay stands alone");
         return;
     }
@@ -741,8 +741,8 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
     const vkp_i_command *command = vkp_i_command_find(argv[0]);
     uint32_t flags = command != NULL ? command->flags : 0;
     uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    bool here =
-        (flags & VKP_I_CMD_LOCAL) != 0 || ((flags & VKP_I_CMD_ALONE) != 0 && relay->client == NULL);
+    bool here = (flags & VKP_I_CMD_LOCAL) != 0 ||
+                ((flags & VKP_I_CMD_ALONE) != 0 && !vkp_i_relay_has_server(relay));
     if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;
@@ -754,7 +754,7 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
         vkp_i_multi_append(local, argc, argv, shape);
     } else if (here) {
         command->run(local, argc, argv);
-    } else if (relay->client == NULL) {
+    } else if (!vkp_i_relay_has_server(relay)) {
         vkp_i_local_error(local,
                           "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
                           "broker without a server",

@@ -207,7 +207,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
     vkp_i_local_throttle(local);
-    status = vkp_client_send(relay->client, commands, replies, vkp_i_answer_on_reply, answer);
+    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
+                             vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"

@@ -539,7 +539,7 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
     vkp_relay *relay = shard->relay;
-    size_t count = relay->client != NULL
+    size_t count = vkp_i_relay_has_server(relay)
                        ? vkp_hub_deliver(shard->hub, push)
                        : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
@@ -572,9 +572,11 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
 static void vkp_i_relay_end(vkp_i_task *task)
 {
     vkp_relay *relay = VKP_CONTAINER(task, vkp_relay, end_task);
+    size_t i;
     vkp_timer_stop(&relay->drain_timer);
-    if (relay->client != NULL) {
-        vkp_client_close(relay->client);
+    vkp_client_close(relay->push);
+    for (i = 0; i < relay->shared_count; i++) {
+        vkp_client_close(relay->shared[i]);
     }
     if (relay->on_end != NULL) {
         relay->on_end(relay->end_user);
@@ -718,10 +720,15 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         shard->push_loop = NULL;
         shard->pushes = NULL;
     }
-    if (relay->client != NULL) {
-        vkp_i_client_close_now(relay->client); /* pending answers return now */
-        vkp_client_unref(relay->client);
-        relay->client = NULL;
+    for (i = 0; i < relay->shared_count; i++) {
+        vkp_i_client_close_now(relay->shared[i]); /* pending answers return now */
+        vkp_client_unref(relay->shared[i]);
+    }
+    relay->shared_count = 0;
+    if (relay->push != NULL) {
+        vkp_i_client_close_now(relay->push); /* the same for subscriptions under way */
+        vkp_client_unref(relay->push);
+        relay->push = NULL;
     }
     vkp_i_relay_release(relay);
 }
@@ -795,19 +802,34 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     return status;
 }
 
-static vkp_status vkp_i_relay_open_client(vkp_relay *relay, const vkp_relay_config *config)
+/* Open the upstream connections. */
+static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_config *config)
 {
+    vkp_loop *loop = relay->shards[0].loop;
+    size_t count = config->upstreams > 0 ? config->upstreams : 1;
     vkp_client_config client;
+    vkp_status status;
     memset(&client, 0, sizeof client);
     client.address = config->server;
     client.username = config->username;
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
     client.resolver = config->resolver;
-    client.on_push = vkp_i_relay_on_push;
     client.user = relay;
     client.env = relay->env;
-    return vkp_client_open(relay->shards[0].loop, &client, &relay->client);
+    client.on_push = vkp_i_relay_on_push;
+    status = vkp_client_open(loop, &client, &relay->push);
+    if (status == VKP_OK) {
+        relay->shared = (vkp_client **)vkp_i_alloc_zero(relay->env, count * sizeof *relay->shared);
+        status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
+        relay->shared_capacity = relay->shared != NULL ? count : 0;
+    }
+    client.on_push = NULL;
+    while (status == VKP_OK && relay->shared_count < count) {
+        status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
+        relay->shared_count += status == VKP_OK ? 1u : 0u;
+    }
+    return status;
 }
 
 /* The registry noticed that a socket's file changed. */
@@ -918,7 +940,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         status = vkp_i_relay_open_gate(relay, config);
     }
     if (status == VKP_OK && config->server.ptr != NULL) {
-        status = vkp_i_relay_open_client(relay, config);
+        status = vkp_i_relay_open_clients(relay, config);
     }
     if (status != VKP_OK) {
         vkp_relay_unref(relay);

@@ -134,8 +134,7 @@ static void vkp_i_put_confirmation(vkp_resp_writer *writer, const vkp_i_local *l
 /* Give one interest of the upstream client back. */
 static void vkp_i_relay_drop_interest(vkp_relay *relay, vkp_sub_kind kind, vkp_str name)
 {
-    if (relay->client != NULL &&
-        vkp_client_unsubscribe(relay->client, kind, name) == VKP_ERR_NOMEM) {
+    if (relay->push != NULL && vkp_client_unsubscribe(relay->push, kind, name) == VKP_ERR_NOMEM) {
         vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a name stays subscribed upstream");
     }
 }
@@ -158,7 +157,8 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && relay->client == NULL && !vkp_i_subscribers_add(relay, kind, name, true)) {
+    if (added && !vkp_i_relay_has_server(relay) &&
+        !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
@@ -170,7 +170,8 @@ static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_st
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (relay->client == NULL) { /* before the unsubscribe: name may be memory of the topic */
+        if (!vkp_i_relay_has_server(
+                relay)) { /* before the unsubscribe: name may be memory of the topic */
             (void)vkp_i_subscribers_add(relay, kind, name, false);
         }
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
@@ -326,7 +327,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
     }
     /* If one name must wait for the server, every name takes an interest: the members that a name
        has now may leave before the items return, and the topic's interest would end with them. */
-    for (i = 0; i < count && relay->client != NULL; i++) {
+    for (i = 0; i < count && vkp_i_relay_has_server(relay); i++) {
         ask = ask || vkp_hub_get_members(local->shard->hub, kind, names[i]) == 0;
     }
     vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
@@ -340,7 +341,7 @@ static void vkp_i_local_subscribe(vkp_i_local *local, vkp_sub_kind kind, size_t 
         item->upstream = true;
         self->waiting++;
         status =
-            vkp_client_subscribe_then(relay->client, kind, item->name, vkp_i_sub_item_done, item);
+            vkp_client_subscribe_then(relay->push, kind, item->name, vkp_i_sub_item_done, item);
         if (status != VKP_OK) { /* on OK loop 0 owns the item: it may have returned already */
             item->status = status;
             item->upstream = false;

@@ -313,6 +313,18 @@ size_t numsub(const Peer &direct, const std::string &name)
     return std::stoul(reply.substr(reply.rfind(':') + 1));
 }
 
+// How many connections of a relay the server has.
+size_t relay_connections(const Peer &direct)
+{
+    const std::string list = ask(direct, "CLIENT", "LIST");
+    size_t count = 0;
+    for (size_t at = list.find("name=valkey-push-relay "); at != std::string::npos;
+         at = list.find("name=valkey-push-relay ", at + 1)) {
+        count++;
+    }
+    return count;
+}
+
 void until_numsub(const Peer &direct, const std::string &name, size_t count)
 {
     vkp_test_wait_until("the server's count of subscribers",
@@ -794,6 +806,64 @@ TEST_CASE("the SUBSCRIBE family answers byte for byte as the server")
     std::string many = vkp_test_wire(names);
     names[0] = "UNSUBSCRIBE";
     differential.run_both(many + vkp_test_wire(names));
+}
+
+TEST_CASE("subscriptions and commands do not share a fate")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Server server = start_server();
+    vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
+    config.upstreams = 2;
+    Relay relay(setup, config);
+    Peer first = relay.connected_client();
+    Peer second = relay.connected_client();
+    Peer subscriber = relay.client();
+    say(subscriber, vkp_test_wire({"SUBSCRIBE", "c"}));
+    CHECK(hear(subscriber) == confirmation(2, "subscribe", "c", 1));
+    Peer direct = open(vkp_test_server_unix(server.get()));
+    CHECK(relay_connections(direct) == 3);
+    SECTION("the server kills a connection of commands")
+    {
+        // Each message arrives: none may be missing around the kill, and nobody reconnects.
+        for (int i = 0; i < 20; i++) {
+            const std::string number = std::to_string(i);
+            if (i == 10) {
+                CHECK(ask(direct, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") == ":2\r\n");
+            }
+            CHECK(ask(direct, "PUBLISH", "c", number) == ":1\r\n");
+            CHECK(hear(subscriber) == message(2, "c", number));
+        }
+        Relay::until_connected(first);
+        Relay::until_connected(second);
+    }
+    SECTION("the server kills the connection of subscriptions")
+    {
+        CHECK(ask(direct, "CLIENT", "KILL", "TYPE", "pubsub") == ":1\r\n");
+        for (int i = 0; i < 20; i++) { // no command fails
+            CHECK(ask(first, "ECHO", "a") == bulk("a"));
+            CHECK(ask(second, "ECHO", "b") == bulk("b"));
+        }
+        until_numsub(direct, "c", 1);
+        CHECK(ask(direct, "PUBLISH", "c", "back") == ":1\r\n");
+        CHECK(hear(subscriber) == message(2, "c", "back"));
+    }
+    SECTION("replies pile up beyond the limit of subscribers")
+    {
+        ask(direct, "CONFIG", "SET", "client-output-buffer-limit", "pubsub 1mb 1mb 1");
+        ask(direct, "SET", "k", std::string(100000, 'x'));
+        std::string script;
+        for (int i = 0; i < 1000; i++) {
+            script += vkp_test_wire({"GET", "k"});
+        }
+        say(first, script);
+        for (int i = 0; i < 1000; i++) {
+            REQUIRE(hear(first).size() == 100000 + 11);
+        }
+        CHECK(ask(direct, "PUBLISH", "c", "there") == ":1\r\n");
+        CHECK(hear(subscriber) == message(2, "c", "there"));
+        CHECK(!vkp_test_env_logged(&relay.test, "disconnected"));
+    }
 }
 
 TEST_CASE("commands that break the protocol end that client, not the connection they would share")

@@ -237,6 +237,7 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
     CHECK(help.reap() == 0);
     CHECK(help.errors().empty());
     for (const char *option : {"--server",
+                               "--upstreams",
                                "--user",
                                "--pass-env",
                                "--listen",
@@ -278,8 +279,8 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
     const Strings bad = GENERATE(
         Strings{"--nosuch"}, Strings{"--nosuch", "value"}, Strings{"argument"}, Strings{"--server"},
         Strings{"--backend", "kernel"}, Strings{"--threads", "0"}, Strings{"--threads", "-1"},
-        Strings{"--threads", "many"}, Strings{"--threads", "1000000"}, Strings{"--threads"},
-        Strings{"--queue-frames", "0"}, Strings{"--queue-bytes", "12x"},
+        Strings{"--threads", "many"}, Strings{"--upstreams", "0"}, Strings{"--threads", "1000000"},
+        Strings{"--threads"}, Strings{"--queue-frames", "0"}, Strings{"--queue-bytes", "12x"},
         Strings{"--queue-bytes", ""}, Strings{"--queue-bytes", "99999999999999999999999"},
         Strings{"--on-full", "wait"}, Strings{"--on-full", "DISCONNECT"},
         Strings{"--max-clients", "0"}, Strings{"--log", "loud"},
