@@ -17389,7 +17389,7 @@ VKP_API bool vkp_push_get_key(const vkp_push *push, size_t *cursor, vkp_str *key
    One table for clients, whose threads share a connection, and for relays, whose clients do. A
    command is not in it if all that it does is its reply. Arguments are parsed as a server parses
    them. Read-only: any thread.
-   Source of the facts: the servers' command tables and t_stream.c, redis 7.0 and valkey 8.0. */
+   Source of the facts: the servers' command tables and t_stream.c, redis 7.0 and valkey 8.1. */
 
 /* What a command does to the connection that carries it. */
 typedef enum vkp_i_sharing {
@@ -17407,27 +17407,28 @@ typedef struct vkp_i_sharing_rule {
 } vkp_i_sharing_rule;
 
 static const vkp_i_sharing_rule vkp_i_sharing_rules[] = {
-    {"ASKING", NULL, VKP_I_SHARING_CHANGES},    {"AUTH", NULL, VKP_I_SHARING_CHANGES},
-    {"BLMOVE", NULL, VKP_I_SHARING_BLOCKS},     {"BLMPOP", NULL, VKP_I_SHARING_BLOCKS},
-    {"BLPOP", NULL, VKP_I_SHARING_BLOCKS},      {"BRPOP", NULL, VKP_I_SHARING_BLOCKS},
-    {"BRPOPLPUSH", NULL, VKP_I_SHARING_BLOCKS}, {"BZMPOP", NULL, VKP_I_SHARING_BLOCKS},
-    {"BZPOPMAX", NULL, VKP_I_SHARING_BLOCKS},   {"BZPOPMIN", NULL, VKP_I_SHARING_BLOCKS},
-    {"CLIENT", "CACHING", VKP_I_SHARING_OWN},   {"CLIENT", "CAPA", VKP_I_SHARING_OWN},
-    {"CLIENT", "GETREDIR", VKP_I_SHARING_OWN},  {"CLIENT", "NO-EVICT", VKP_I_SHARING_OWN},
-    {"CLIENT", "NO-TOUCH", VKP_I_SHARING_OWN},  {"CLIENT", "REPLY", VKP_I_SHARING_CHANGES},
-    {"CLIENT", "TRACKING", VKP_I_SHARING_OWN},  {"CLIENT", "TRACKINGINFO", VKP_I_SHARING_OWN},
-    {"DISCARD", NULL, VKP_I_SHARING_CHANGES},   {"EXEC", NULL, VKP_I_SHARING_CHANGES},
-    {"HELLO", NULL, VKP_I_SHARING_CHANGES},     {"MONITOR", NULL, VKP_I_SHARING_CHANGES},
-    {"MULTI", NULL, VKP_I_SHARING_CHANGES},     {"PSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
-    {"PSYNC", NULL, VKP_I_SHARING_CHANGES},     {"PUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
-    {"QUIT", NULL, VKP_I_SHARING_CHANGES},      {"READONLY", NULL, VKP_I_SHARING_CHANGES},
-    {"READWRITE", NULL, VKP_I_SHARING_CHANGES}, {"REPLCONF", NULL, VKP_I_SHARING_CHANGES},
-    {"RESET", NULL, VKP_I_SHARING_CHANGES},     {"SCRIPT", "DEBUG", VKP_I_SHARING_CHANGES},
-    {"SELECT", NULL, VKP_I_SHARING_CHANGES},    {"SSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
-    {"SUBSCRIBE", NULL, VKP_I_SHARING_CHANGES}, {"SUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
-    {"SYNC", NULL, VKP_I_SHARING_CHANGES},      {"UNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
-    {"UNWATCH", NULL, VKP_I_SHARING_CHANGES},   {"WAIT", NULL, VKP_I_SHARING_BLOCKS},
-    {"WAITAOF", NULL, VKP_I_SHARING_BLOCKS},    {"WATCH", NULL, VKP_I_SHARING_CHANGES}};
+    {"ASKING", NULL, VKP_I_SHARING_CHANGES},       {"AUTH", NULL, VKP_I_SHARING_CHANGES},
+    {"BLMOVE", NULL, VKP_I_SHARING_BLOCKS},        {"BLMPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BLPOP", NULL, VKP_I_SHARING_BLOCKS},         {"BRPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BRPOPLPUSH", NULL, VKP_I_SHARING_BLOCKS},    {"BZMPOP", NULL, VKP_I_SHARING_BLOCKS},
+    {"BZPOPMAX", NULL, VKP_I_SHARING_BLOCKS},      {"BZPOPMIN", NULL, VKP_I_SHARING_BLOCKS},
+    {"CLIENT", "CACHING", VKP_I_SHARING_OWN},      {"CLIENT", "CAPA", VKP_I_SHARING_OWN},
+    {"CLIENT", "GETREDIR", VKP_I_SHARING_OWN},     {"CLIENT", "IMPORT-SOURCE", VKP_I_SHARING_OWN},
+    {"CLIENT", "NO-EVICT", VKP_I_SHARING_OWN},     {"CLIENT", "NO-TOUCH", VKP_I_SHARING_OWN},
+    {"CLIENT", "REPLY", VKP_I_SHARING_CHANGES},    {"CLIENT", "TRACKING", VKP_I_SHARING_OWN},
+    {"CLIENT", "TRACKINGINFO", VKP_I_SHARING_OWN}, {"DISCARD", NULL, VKP_I_SHARING_CHANGES},
+    {"EXEC", NULL, VKP_I_SHARING_CHANGES},         {"HELLO", NULL, VKP_I_SHARING_CHANGES},
+    {"MONITOR", NULL, VKP_I_SHARING_CHANGES},      {"MULTI", NULL, VKP_I_SHARING_CHANGES},
+    {"PSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},   {"PSYNC", NULL, VKP_I_SHARING_CHANGES},
+    {"PUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES}, {"QUIT", NULL, VKP_I_SHARING_CHANGES},
+    {"READONLY", NULL, VKP_I_SHARING_CHANGES},     {"READWRITE", NULL, VKP_I_SHARING_CHANGES},
+    {"REPLCONF", NULL, VKP_I_SHARING_CHANGES},     {"RESET", NULL, VKP_I_SHARING_CHANGES},
+    {"SCRIPT", "DEBUG", VKP_I_SHARING_CHANGES},    {"SELECT", NULL, VKP_I_SHARING_CHANGES},
+    {"SSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},   {"SUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},
+    {"SUNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES}, {"SYNC", NULL, VKP_I_SHARING_CHANGES},
+    {"UNSUBSCRIBE", NULL, VKP_I_SHARING_CHANGES},  {"UNWATCH", NULL, VKP_I_SHARING_CHANGES},
+    {"WAIT", NULL, VKP_I_SHARING_BLOCKS},          {"WAITAOF", NULL, VKP_I_SHARING_BLOCKS},
+    {"WATCH", NULL, VKP_I_SHARING_CHANGES}};
 
 /* Whether an XREAD or XREADGROUP has the option BLOCK, parsed as a server does: the name of a group
    or of a consumer is no option. */
@@ -17689,7 +17690,8 @@ static vkp_i_lookup *vkp_i_resolver_ask(vkp_resolver *resolver, vkp_loop *loop,
      LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
               error, or with a push and an error. So none of these settles it: the fence does.
      FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
-              HELLO 3, in RESP2 the link's token. The link writes it behind the LEAVES.
+              HELLO 3, in RESP2 the link's token, and where neither HELLO nor PING may be allowed
+              the error of an unknown command, the token. The link writes it behind the LEAVES.
    An answer that fits nothing means that replies and requests are out of step. The link fails then,
    because every later reply would reach the wrong request.                                    */
 
@@ -17777,6 +17779,7 @@ struct vkp_i_link {
     bool fence_queued;      /* fence_task is deferred */
     bool skipping;          /* the reader refused the reply that `skip` passes over */
     bool ping_refused;      /* RESP2: the server answers PING with an error */
+    bool hello_restricted;  /* RESP3 of redis 6.0: only users with the right to HELLO may */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
@@ -17999,11 +18002,12 @@ static bool vkp_i_link_put_fence(vkp_i_link *link)
     fence->env = link->env;
     fence->request.expect = VKP_I_EXPECT_FENCE;
     fence->request.settle = vkp_i_fence_settled;
-    if (link->protocol == 3) { /* every user may, also while a script runs or a data set loads */
+    if (link->protocol == 3 && !link->hello_restricted) {
+        /* Every user may, also while a script runs or a data set loads. */
         argv[argc++] = vkp_str_of("HELLO");
         argv[argc++] = vkp_str_of("3");
     } else {
-        if (!link->ping_refused) {
+        if (link->protocol == 2 && !link->ping_refused) {
             argv[argc++] = vkp_str_of("PING");
         }
         argv[argc++] = vkp_str_of(link->token); /* alone: an unknown command, whose error says it */
@@ -18047,7 +18051,7 @@ static const vkp_value *vkp_i_map_value(const vkp_value *map, const char *key)
 static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
 {
     const vkp_value *last = value;
-    if (link->protocol == 3) {
+    if (link->protocol == 3 && !link->hello_restricted) {
         const vkp_value *id = vkp_i_map_value(value, "id");
         return vkp_i_map_value(value, "proto") != NULL &&
                (link->id == 0 || (id != NULL && id->u.integer == link->id));
@@ -18055,7 +18059,7 @@ static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
     if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
         last = vkp_value_get_next(value, vkp_value_get_first(value));
     }
-    if (link->ping_refused) {
+    if (link->protocol == 3 || link->ping_refused) {
         return value->type == VKP_RESP_ERROR &&
                vkp_i_contains(vkp_value_get_str(value), link->token);
     }
@@ -18462,8 +18466,10 @@ static void vkp_i_link_deinit(vkp_i_link *link)
      CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
                  the server hung up at HELLO ten times: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
-                 does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
-                 sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
+                 does not know HELLO, in whatever words: LOGIN. NOAUTH or NOPERM although a password
+                 was sent: AUTH, then HELLO again, once. Redis 6.0 asks for the default user's right
+                 to HELLO before it reads the AUTH in it; NOPERM without a password, or again:
+                 LOGIN. Another error of a server that does: the end.
      LOGIN       send AUTH, SETNAME and PING. AUTH is refused, or PING is answered NOAUTH: the end.
                  Another answer to PING: SETUP. Some users have no right to PING.
      SETUP       send SELECT and the commands of the config. All answered as expected: READY.
@@ -18532,7 +18538,7 @@ static bool vkp_i_words_are_passing(vkp_str words)
 static bool vkp_i_words_are_final(vkp_str words)
 {
     return vkp_i_words_are_passing(words) || vkp_i_starts_with(words, "WRONGPASS") ||
-           vkp_i_starts_with(words, "NOPERM") || vkp_i_starts_with(words, "DENIED");
+           vkp_i_starts_with(words, "DENIED");
 }
 
 /* Send HELLO 3. False: not connected or no memory. */
@@ -18623,11 +18629,10 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     return true;
 }
 
-#define VKP_I_SETINFO_MAJOR 7 /* CLIENT SETINFO exists from 7.2 on */
-#define VKP_I_SETINFO_MINOR 2
+#define VKP_I_VERSION(major, minor) ((major)*10000u + (minor))
 
-/* Whether the version of HELLO's reply, "7.2.4", is at least 7.2. */
-static bool vkp_i_has_setinfo(vkp_str version)
+/* The version of HELLO's reply, "7.2.4", as a VKP_I_VERSION; 0: none. */
+static unsigned vkp_i_version_of(vkp_str version)
 {
     unsigned parts[2] = {0, 0};
     size_t part = 0;
@@ -18639,8 +18644,7 @@ static bool vkp_i_has_setinfo(vkp_str version)
             parts[part] = parts[part] * 10 + (unsigned)(version.ptr[i] - '0');
         }
     }
-    return parts[0] > VKP_I_SETINFO_MAJOR ||
-           (parts[0] == VKP_I_SETINFO_MAJOR && parts[1] >= VKP_I_SETINFO_MINOR);
+    return VKP_I_VERSION(VKP_I_MIN(parts[0], 9999u), VKP_I_MIN(parts[1], 9999u));
 }
 
 /* Send the server the library's name and version. False: not connected or no memory. */
@@ -18689,13 +18693,14 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
 {
     const vkp_value *id = vkp_i_map_value(value, "id");
     vkp_str role = vkp_value_get_str(vkp_i_map_value(value, "role"));
+    unsigned version = vkp_i_version_of(vkp_value_get_str(vkp_i_map_value(value, "version")));
+    link->hello_restricted = version >= VKP_I_VERSION(6, 0) && version < VKP_I_VERSION(6, 2);
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
     link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
-    if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
-         !vkp_i_link_introduce(link)) ||
+    if ((version >= VKP_I_VERSION(7, 2) && !vkp_i_link_introduce(link)) || /* CLIENT SETINFO */
         !vkp_i_link_setup(link)) {
         vkp_i_link_lose(link, "out of memory");
     }
@@ -18713,14 +18718,15 @@ static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
     }
     if (value->type == VKP_RESP_ERROR) {
         bool no_auth = vkp_i_starts_with(words, "NOAUTH");
-        if (vkp_i_words_are_final(words) ||
-            (no_auth && (link->password.ptr == NULL || link->authenticated))) {
+        bool retry = (no_auth || vkp_i_starts_with(words, "NOPERM")) &&
+                     link->password.ptr != NULL && !link->authenticated;
+        if (vkp_i_words_are_final(words) || (no_auth && !retry)) {
             vkp_i_link_fail(link, "the server refused the handshake", words);
             return;
         }
         (void)snprintf(link->hello_words, sizeof link->hello_words, "%.*s",
                        (int)VKP_I_MIN(words.len, sizeof link->hello_words), words.ptr);
-        if (no_auth) {
+        if (retry) {
             link->authenticated = true;
             ok = vkp_i_link_auth(link) && vkp_i_link_hello(link, false);
             if (!ok) {
@@ -18807,6 +18813,7 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
             link->stage = VKP_I_STAGE_READY;
             link->ready_ns = link->loop->now_ns;
             link->failures = 0;
+            link->hello_words[0] = '\0'; /* not why a connection that works ends */
             link->ops->on_ready(link);
         }
     }
@@ -18989,6 +18996,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->authenticated = false;
     link->role_known = false;
     link->ping_refused = false;
+    link->hello_restricted = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';

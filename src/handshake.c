@@ -7,8 +7,10 @@
      CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
                  the server hung up at HELLO ten times: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
-                 does not know HELLO, in whatever words: LOGIN. NOAUTH although a password was
-                 sent: AUTH, then HELLO again, once. Another error of a server that does: the end.
+                 does not know HELLO, in whatever words: LOGIN. NOAUTH or NOPERM although a password
+                 was sent: AUTH, then HELLO again, once. Redis 6.0 asks for the default user's right
+                 to HELLO before it reads the AUTH in it; NOPERM without a password, or again:
+                 LOGIN. Another error of a server that does: the end.
      LOGIN       send AUTH, SETNAME and PING. AUTH is refused, or PING is answered NOAUTH: the end.
                  Another answer to PING: SETUP. Some users have no right to PING.
      SETUP       send SELECT and the commands of the config. All answered as expected: READY.
@@ -77,7 +79,7 @@ static bool vkp_i_words_are_passing(vkp_str words)
 static bool vkp_i_words_are_final(vkp_str words)
 {
     return vkp_i_words_are_passing(words) || vkp_i_starts_with(words, "WRONGPASS") ||
-           vkp_i_starts_with(words, "NOPERM") || vkp_i_starts_with(words, "DENIED");
+           vkp_i_starts_with(words, "DENIED");
 }
 
 /* Send HELLO 3. False: not connected or no memory. */
@@ -168,11 +170,10 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     return true;
 }
 
-#define VKP_I_SETINFO_MAJOR 7 /* CLIENT SETINFO exists from 7.2 on */
-#define VKP_I_SETINFO_MINOR 2
+#define VKP_I_VERSION(major, minor) ((major)*10000u + (minor))
 
-/* Whether the version of HELLO's reply, "7.2.4", is at least 7.2. */
-static bool vkp_i_has_setinfo(vkp_str version)
+/* The version of HELLO's reply, "7.2.4", as a VKP_I_VERSION; 0: none. */
+static unsigned vkp_i_version_of(vkp_str version)
 {
     unsigned parts[2] = {0, 0};
     size_t part = 0;
@@ -184,8 +185,7 @@ static bool vkp_i_has_setinfo(vkp_str version)
             parts[part] = parts[part] * 10 + (unsigned)(version.ptr[i] - '0');
         }
     }
-    return parts[0] > VKP_I_SETINFO_MAJOR ||
-           (parts[0] == VKP_I_SETINFO_MAJOR && parts[1] >= VKP_I_SETINFO_MINOR);
+    return VKP_I_VERSION(VKP_I_MIN(parts[0], 9999u), VKP_I_MIN(parts[1], 9999u));
 }
 
 /* Send the server the library's name and version. False: not connected or no memory. */
@@ -234,13 +234,14 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
 {
     const vkp_value *id = vkp_i_map_value(value, "id");
     vkp_str role = vkp_value_get_str(vkp_i_map_value(value, "role"));
+    unsigned version = vkp_i_version_of(vkp_value_get_str(vkp_i_map_value(value, "version")));
+    link->hello_restricted = version >= VKP_I_VERSION(6, 0) && version < VKP_I_VERSION(6, 2);
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
     link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
-    if ((vkp_i_has_setinfo(vkp_value_get_str(vkp_i_map_value(value, "version"))) &&
-         !vkp_i_link_introduce(link)) ||
+    if ((version >= VKP_I_VERSION(7, 2) && !vkp_i_link_introduce(link)) || /* CLIENT SETINFO */
         !vkp_i_link_setup(link)) {
         vkp_i_link_lose(link, "out of memory");
     }
@@ -258,14 +259,15 @@ static void vkp_i_link_hello_reply(vkp_i_link *link, const vkp_value *value)
     }
     if (value->type == VKP_RESP_ERROR) {
         bool no_auth = vkp_i_starts_with(words, "NOAUTH");
-        if (vkp_i_words_are_final(words) ||
-            (no_auth && (link->password.ptr == NULL || link->authenticated))) {
+        bool retry = (no_auth || vkp_i_starts_with(words, "NOPERM")) &&
+                     link->password.ptr != NULL && !link->authenticated;
+        if (vkp_i_words_are_final(words) || (no_auth && !retry)) {
             vkp_i_link_fail(link, "the server refused the handshake", words);
             return;
         }
         (void)snprintf(link->hello_words, sizeof link->hello_words, "%.*s",
                        (int)VKP_I_MIN(words.len, sizeof link->hello_words), words.ptr);
-        if (no_auth) {
+        if (retry) {
             link->authenticated = true;
             ok = vkp_i_link_auth(link) && vkp_i_link_hello(link, false);
             if (!ok) {
@@ -352,6 +354,7 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
             link->stage = VKP_I_STAGE_READY;
             link->ready_ns = link->loop->now_ns;
             link->failures = 0;
+            link->hello_words[0] = '\0'; /* not why a connection that works ends */
             link->ops->on_ready(link);
         }
     }

@@ -13,7 +13,8 @@
      LEAVES   UNSUBSCRIBE: servers answer with a push for the name, with a push for no name, with an
               error, or with a push and an error. So none of these settles it: the fence does.
      FENCE    settles the LEAVES before it by a reply that nothing else has: in RESP3 the map of
-              HELLO 3, in RESP2 the link's token. The link writes it behind the LEAVES.
+              HELLO 3, in RESP2 the link's token, and where neither HELLO nor PING may be allowed
+              the error of an unknown command, the token. The link writes it behind the LEAVES.
    An answer that fits nothing means that replies and requests are out of step. The link fails then,
    because every later reply would reach the wrong request.                                    */
 
@@ -101,6 +102,7 @@ struct vkp_i_link {
     bool fence_queued;      /* fence_task is deferred */
     bool skipping;          /* the reader refused the reply that `skip` passes over */
     bool ping_refused;      /* RESP2: the server answers PING with an error */
+    bool hello_restricted;  /* RESP3 of redis 6.0: only users with the right to HELLO may */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
@@ -323,11 +325,12 @@ static bool vkp_i_link_put_fence(vkp_i_link *link)
     fence->env = link->env;
     fence->request.expect = VKP_I_EXPECT_FENCE;
     fence->request.settle = vkp_i_fence_settled;
-    if (link->protocol == 3) { /* every user may, also while a script runs or a data set loads */
+    if (link->protocol == 3 && !link->hello_restricted) {
+        /* Every user may, also while a script runs or a data set loads. */
         argv[argc++] = vkp_str_of("HELLO");
         argv[argc++] = vkp_str_of("3");
     } else {
-        if (!link->ping_refused) {
+        if (link->protocol == 2 && !link->ping_refused) {
             argv[argc++] = vkp_str_of("PING");
         }
         argv[argc++] = vkp_str_of(link->token); /* alone: an unknown command, whose error says it */
@@ -371,7 +374,7 @@ static const vkp_value *vkp_i_map_value(const vkp_value *map, const char *key)
 static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
 {
     const vkp_value *last = value;
-    if (link->protocol == 3) {
+    if (link->protocol == 3 && !link->hello_restricted) {
         const vkp_value *id = vkp_i_map_value(value, "id");
         return vkp_i_map_value(value, "proto") != NULL &&
                (link->id == 0 || (id != NULL && id->u.integer == link->id));
@@ -379,7 +382,7 @@ static bool vkp_i_link_is_fence(const vkp_i_link *link, const vkp_value *value)
     if (value->type == VKP_RESP_ARRAY && value->len == 2) { /* something is subscribed still */
         last = vkp_value_get_next(value, vkp_value_get_first(value));
     }
-    if (link->ping_refused) {
+    if (link->protocol == 3 || link->ping_refused) {
         return value->type == VKP_RESP_ERROR &&
                vkp_i_contains(vkp_value_get_str(value), link->token);
     }

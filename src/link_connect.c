@@ -160,6 +160,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->authenticated = false;
     link->role_known = false;
     link->ping_refused = false;
+    link->hello_restricted = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';

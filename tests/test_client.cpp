@@ -212,7 +212,7 @@ TEST_CASE("client: a HELLO refused for another reason is no RESP2, and is tried 
 {
     const std::string refusal = GENERATE(
         "-WRONGPASS invalid username-password pair or user is disabled.\r\n",
-        "-LOADING the dataset is in memory soon\r\n", "-NOPERM no rights\r\n",
+        "-LOADING the dataset is in memory soon\r\n",
         "-DENIED Redis is running in protected mode\r\n", "-ERR max number of clients reached\r\n");
     Loop loop;
     FakeServer server;

@@ -142,6 +142,79 @@ TEST_CASE("corner: the fence is understood by a server that wants an argument to
     CHECK(client.count(VKP_PUSH_DISCONNECTED) == 0);
 }
 
+TEST_CASE("corner: redis 6.0 asks the default user's rights about HELLO: AUTH goes first",
+          "[client]")
+{
+    const bool user_may = GENERATE(true, false);
+    const std::string refusal =
+        "-NOPERM this user has no permissions to run the 'hello' command\r\n";
+    Loop loop;
+    FakeServer server;
+    auto c = server.config();
+    c.username = vkp_str_of("ann");
+    c.password = vkp_str_of("pw");
+    Client client(loop, c);
+    Peer peer = server.accept(loop);
+    CHECK(heard(loop, peer) == wire({"HELLO", "3", "AUTH", "ann", "pw"}));
+    say(peer, refusal);
+    CHECK(heard(loop, peer) == wire({"AUTH", "ann", "pw"}));
+    CHECK(heard(loop, peer) == wire({"HELLO", "3"}));
+    say(peer, "+OK\r\n" + (user_may ? hello_reply : refusal));
+    if (!user_may) {
+        CHECK(heard(loop, peer) == wire({"AUTH", "ann", "pw"}));
+        CHECK(heard(loop, peer) == wire({"PING"}));
+        say(peer, "+OK\r\n-NOPERM no ping\r\n");
+    }
+    until_state(loop, client, VKP_CLIENT_READY);
+    CHECK(vkp_client_get_protocol(client) == (user_may ? 3 : 2));
+    CHECK(client.history() == "connected");
+}
+
+TEST_CASE("corner: redis 6.0: a name is left where HELLO is refused", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    Peer peer = server.accept(loop);
+    (void)heard(loop, peer);
+    say(peer, "%3\r\n$7\r\nversion\r\n$6\r\n6.0.16\r\n$5\r\nproto\r\n:3\r\n"
+              "$2\r\nid\r\n:7\r\n");
+    client.subscribe("c");
+    CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
+    say(peer, confirm("subscribe", "c"));
+    until_events(loop, client, 2);
+    client.unsubscribe("c");
+    CHECK(heard(loop, peer) == wire({"UNSUBSCRIBE", "c"}));
+    const std::string fence = heard(loop, peer);
+    CHECK(fence.find("HELLO") == std::string::npos);
+    const std::string token = fence.substr(fence.find("vkp-fence"), 26);
+    say(peer, confirm("unsubscribe", "c", 0) + "-ERR unknown command `" + token +
+                  "`, with args beginning with: \r\n");
+    until_events(loop, client, 3);
+    Question q(client, {"GET", "k"});
+    CHECK(heard(loop, peer) == wire({"GET", "k"}));
+    say(peer, "+v\r\n");
+    CHECK(q.text_on(loop) == "v");
+    CHECK(client.history() == "connected, subscribed c, unsubscribed c");
+}
+
+TEST_CASE("corner: an error to HELLO is not why a connection that worked ends", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    Peer peer = server.accept(loop);
+    (void)heard(loop, peer);
+    say(peer, "-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n");
+    CHECK(heard(loop, peer) == wire({"PING"}));
+    say(peer, "+PONG\r\n");
+    until_state(loop, client, VKP_CLIENT_READY);
+    peer.reset();
+    until_events(loop, client, 2);
+    CHECK(client.history() == "connected, disconnected");
+    CHECK(client.events[1].payload == "the connection was lost");
+}
+
 TEST_CASE("corner: RESP2: a name is left where PING is refused", "[client]")
 {
     Loop loop;

@@ -625,7 +625,9 @@ TEST_CASE("server: killed and started again during traffic", "[client][server][t
     uint64_t previous = 0;
     for (const vkp_test_event &event : client.events) {
         if (event.kind == VKP_PUSH_GAP) {
-            CHECK(event.gap.from_ns > previous);
+            // A gap begins when something was sent that was answered. If a connection ends before
+            // anything that was sent after the last gap is answered, both overlap.
+            CHECK(event.gap.to_ns > previous);
             CHECK(event.gap.to_ns > event.gap.from_ns);
             previous = event.gap.to_ns;
         }

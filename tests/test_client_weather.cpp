@@ -398,9 +398,10 @@ TEST_CASE("weather: a subscriber that is cut for its output buffer", "[client][s
     until_subscribed(loop, client, 2);
     // Nobody reads: the server cuts the connection in the midst of a frame.
     const std::string filler(20000, 'x');
-    for (int i = 0; i < 60; i++) {
+    // Servers that refer to a payload instead of copying it (valkey 9) count little of it.
+    for (int i = 0, cut = 0; i < 60 || (cut == 0 && i < 5000); i++) {
         publisher.publish("c");
-        (void)ask(admin, "PUBLISH", "filler", filler);
+        cut += ask(admin, "PUBLISH", "filler", filler) == ":0\r\n" ? 1 : 0;
     }
     client.hook = nullptr;
     until_gap(loop, client);

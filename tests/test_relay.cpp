@@ -341,6 +341,10 @@ std::string normalised(const std::string &frame)
         return frame.substr(0, frame.find('\r')) + " hello" +
                frame.substr(frame.find("proto") + 5, 6);
     }
+    if (frame == "-ERR Command not allowed inside a transaction\r\n" ||         // valkey 8
+        frame == "-ERR Command 'multi' not allowed inside a transaction\r\n") { // valkey 9
+        return "-ERR MULTI calls can not be nested\r\n";
+    }
     return frame;
 }
 
@@ -367,10 +371,17 @@ std::string excerpt(const std::string &text, size_t at)
     return text.substr(at < 60 ? 0 : at - 60, 100);
 }
 
+// valkey 8.0 has an error where all others confirm that nothing was left.
+bool is_same(const std::string &server, const std::string &relay)
+{
+    return server == relay ||
+           (starts_with(server, "-NOSUB ") && contains(relay, "unsubscribe\r\n"));
+}
+
 void compare(const Strings &server, const Strings &relay)
 {
     size_t i = 0;
-    while (i < std::min(server.size(), relay.size()) && server[i] == relay[i]) {
+    while (i < std::min(server.size(), relay.size()) && is_same(server[i], relay[i])) {
         i++;
     }
     if (i < server.size() && i < relay.size()) {
@@ -401,6 +412,12 @@ class Differential {
         flush();
         Strings relayed = transcript(relay_.address, script, std::min(piece, script.size()));
         compare(direct, relayed);
+    }
+    // Whether the server's first reply begins with this: what servers do not agree on.
+    bool answers(const std::string &script, const char *begin) const
+    {
+        const Strings frames = transcript(vkp_test_server_unix(server_.get()), script, SIZE_MAX);
+        return !frames.empty() && starts_with(frames[0], begin);
     }
     // In both protocols.
     void run_both(const std::string &script, size_t piece = SIZE_MAX)
@@ -459,7 +476,7 @@ const Strings strings_and_keys = {"SET k v",
                                   "SCRIPT EXISTS 0000000000000000000000000000000000000000",
                                   "ECHO hello",
                                   "DBSIZE",
-                                  "LOLWUT VERSION 9",
+                                  "LOLWUT VERSION 5 20 1 1",
                                   "CONFIG GET maxmemory",
                                   "CONFIG GET max*-entries",
                                   "CONFIG GET nosuch",
@@ -725,7 +742,10 @@ TEST_CASE("what is answered locally is answered as the server does")
     differential.run(wires(script), 7);
     differential.run(wires({"PING", "MULTI", "QUIT", "PING"}));
     // Empty commands are no commands.
-    differential.run("\r\n*0\r\n*-1\r\n \r\n" + wire("PING"));
+    differential.run("\r\n*0\r\n*-1\r\n" + wire("PING"));
+    if (differential.answers(" \r\n" + wire("PING"), "+PONG")) { // valkey 8 takes *1 for a command
+        differential.run("\r\n*0\r\n*-1\r\n \r\n" + wire("PING"));
+    }
 }
 
 TEST_CASE("inline commands, quoted or not")
@@ -739,7 +759,9 @@ TEST_CASE("inline commands, quoted or not")
         "SET\tk\ttabs\r\nGET k\r\nECHO a\"b c\"\r\nECHO a'b'\r\n"
         "ECHO \"\\a\\b\"\r\nECHO \\n\r\nget K\r\nSUBSCRIBE 'a b' c\r\nUNSUBSCRIBE \"a b\"\r\n");
     for (const char *broken : {"ECHO \"a\r\n", "ECHO 'a\r\n", "ECHO \"a\"b\r\n", "ECHO 'a'b\r\n"}) {
-        differential.run(wire("PING") + broken);
+        if (differential.answers(broken, "-ERR Protocol error")) { // valkey 9 takes "a"b
+            differential.run(wire("PING") + broken);
+        }
     }
     differential.run_both("PING\r\nECHO one\r\n" + wire("ECHO two") + "ECHO three\r\n", 3);
 }
