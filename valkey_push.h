@@ -654,6 +654,11 @@ typedef struct vkp_resp_config {
     size_t max_line_bytes;  /* most bytes of one line without its CRLF; 0: 64 KiB */
     size_t max_frame_bytes; /* most bytes of one frame; 0: 1 GiB; at most 4 GiB - 1 */
     bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,+inf ,5. ,.5 and >-1 as null */
+    /* Read streamed types, whose length is not known at their start: strings ($?), arrays, sets and
+       maps (*? ~? %?), as RESP3 has them. They become the values that their counted forms are. The
+       chunks of a string are copied together; max_bulk_bytes is for the whole string, max_elements
+       for the elements that come. No server is known that sends them. false: they are refused. */
+    bool streamed;
     const vkp_env *env; /* memory; NULL: all defaults */
 } vkp_resp_config;
 
@@ -903,7 +908,7 @@ typedef struct vkp_client_config {
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
     size_t queue_bytes;
-    vkp_resp_config resp; /* limits of the client's reader; lenient and env are ignored */
+    vkp_resp_config resp; /* limits of the client's reader; its other fields are ignored */
 
     /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
        both be set; with neither, pushes are dropped.                                          */
@@ -10450,21 +10455,30 @@ VKP_API double vkp_value_get_double(const vkp_value *value)
    Values of an incomplete frame hold offsets into the window; they become pointers when the frame
    is complete, so the window may move between two scans. Open aggregates are a stack of counters:
    no recursion, and nothing is allocated for an announced count.
+   A streamed value is a level too, which ends with ";0" or "." in place of a count: the elements of
+   a streamed string are its chunks, which are copied to `text` one behind the other.
    Each step grows its arrays before it changes anything else, so NOMEM can be retried. */
 
 #define VKP_I_READER_MOST_DEPTH 65000u  /* highest max_depth: vkp_value.i_depth has 16 bits */
 #define VKP_I_READER_REASON_BYTES 160   /* bytes of an error text, its NUL included */
 #define VKP_I_READER_KEPT_VALUES 32768u /* larger value arrays are freed after their frame */
+#define VKP_I_READER_KEPT_TEXT 1048576u /* a larger `text` is freed after its frame */
 #define VKP_I_QUICK_VALUES 4u           /* values of a message: push, kind, channel, payload */
 #define VKP_I_QUICK_DIGITS 8u           /* longest length that the quick path reads */
 #define VKP_I_KIND_LEN 7u               /* bytes of "message" */
 #define VKP_I_TLS_ALERT 0x15            /* first byte of a TLS record: an alert */
 #define VKP_I_TLS_HANDSHAKE 0x16        /* first byte of a TLS record: a handshake */
 
-/* An aggregate that is not complete yet. */
+#define VKP_I_STREAMED INT64_MIN        /* the length or count of a streamed value: "?" */
+#define VKP_I_ENDLESS UINT64_MAX        /* `remaining` at the start of a streamed value */
+#define VKP_I_COUNTED_MOST (1ull << 33) /* largest `remaining` of an aggregate with a count */
+#define VKP_I_VALUE_GATHERED 128u       /* private bit of flags: i_offset is that in `text` */
+
+/* An aggregate, or a streamed string, that is not complete yet. */
 typedef struct vkp_i_level {
-    size_t index;       /* index of the aggregate in reader->values */
-    uint64_t remaining; /* elements of the aggregate that are not complete yet */
+    size_t index;       /* index of the value in reader->values */
+    uint64_t remaining; /* elements that are not complete yet; streamed: VKP_I_ENDLESS less those
+                           that are, and 0 at the end                                          */
     size_t attribute;   /* index + 1 of the attribute before the next element; 0: none */
 } vkp_i_level;
 
@@ -10482,6 +10496,7 @@ struct vkp_resp_reader {
     bool quick;        /* the limits allow vkp_i_reader_quick */
     bool quick_values; /* values[0] to values[3] have the constant fields of a message */
     bool nested;       /* the frame has a VKP_VALUE_OUT_OF_BAND */
+    size_t streamed;   /* number of streamed values in the frame */
     size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
     vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
@@ -10489,6 +10504,9 @@ struct vkp_resp_reader {
     vkp_i_level *levels; /* stack of the open aggregates */
     size_t depth;        /* number of open aggregates */
     size_t level_capacity;
+    char *text; /* the streamed strings of the frame */
+    size_t text_len;
+    size_t text_capacity;
     uint8_t *buffer; /* bytes that feed copied */
     size_t begin;    /* offset of the first unread byte in buffer */
     size_t end;      /* offset behind the last byte in buffer */
@@ -10550,7 +10568,7 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     return VKP_OK;
 }
 
-/* Free the arrays of values and levels. */
+/* Free the arrays of values and levels, and the texts. */
 static void vkp_i_reader_trim(vkp_resp_reader *reader)
 {
     vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
@@ -10559,6 +10577,9 @@ static void vkp_i_reader_trim(vkp_resp_reader *reader)
     reader->capacity = 0;
     reader->levels = NULL;
     reader->level_capacity = 0;
+    vkp_i_free(reader->env, reader->text, reader->text_capacity);
+    reader->text = NULL;
+    reader->text_capacity = 0;
 }
 
 VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
@@ -10580,6 +10601,8 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->count = 0;
     reader->depth = 0;
     reader->nested = false;
+    reader->streamed = 0;
+    reader->text_len = 0;
 }
 
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
@@ -10620,8 +10643,43 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
 #define VKP_I_NUM_PLUS 1u      /* "+5" is allowed */
 #define VKP_I_NUM_NEGATIVE 2u  /* every "-n" is allowed */
 #define VKP_I_NUM_MINUS_ONE 4u /* "-1" is the only allowed negative number */
+#define VKP_I_NUM_STREAMED 8u  /* "?" is allowed, with vkp_resp_config.streamed */
 
-/* Read digits and CRLF at `at`; *after is the offset behind the LF. EMPTY: bytes are missing. */
+/* Check that a CRLF is at `at`. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_crlf(vkp_resp_reader *reader, const uint8_t *window, size_t len, size_t at)
+{
+    if (len > at && window[at] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "CRLF expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    if (len < at + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + 1, "CR without LF");
+    }
+    return VKP_OK;
+}
+
+/* A byte at `at` that is no digit where a number begins: a "?" and CRLF is the length or count of a
+   streamed value, VKP_I_STREAMED.                                                             */
+__attribute__((noinline)) static vkp_status vkp_i_reader_no_digit(vkp_resp_reader *reader,
+                                                                  const uint8_t *window, size_t len,
+                                                                  size_t at, uint32_t allowed,
+                                                                  int64_t *number, size_t *after)
+{
+    if (window[at] != '?' || (allowed & VKP_I_NUM_STREAMED) == 0 || !reader->config.streamed) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    *number = VKP_I_STREAMED;
+    *after = at + 3;
+    return vkp_i_reader_crlf(reader, window, len, at + 1);
+}
+
+/* Read digits and CRLF at `at`; *after is the offset behind the LF. The number of "?" is
+   VKP_I_STREAMED. EMPTY: bytes are missing. */
 static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                       size_t at, uint32_t allowed, int64_t *number, size_t *after)
 {
@@ -10638,6 +10696,7 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
                                      window[at]);
         }
         most += negative ? 1u : 0u;
+        allowed &= ~VKP_I_NUM_STREAMED;
         at++;
     }
     first = at;
@@ -10655,8 +10714,7 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
         return VKP_ERR_EMPTY;
     }
     if (digits == 0) {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
-                                 window[at]);
+        return vkp_i_reader_no_digit(reader, window, len, at, allowed, number, after);
     }
     if (window[at] != '\r') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
@@ -10763,6 +10821,75 @@ static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type typ
     return VKP_OK;
 }
 
+/* Append an aggregate or a streamed string, and push its level. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type, uint64_t elements,
+                        size_t after)
+{
+    vkp_value *value;
+    vkp_i_level *level;
+    void *levels = reader->levels;
+    if (reader->depth >= reader->config.max_depth && type != VKP_RESP_STRING) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "nested deeper than max_depth (%u)",
+                                 (unsigned)reader->config.max_depth);
+    }
+    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
+                    sizeof *reader->levels)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->levels = (vkp_i_level *)levels;
+    value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->len = (size_t)elements;
+    level = &reader->levels[reader->depth++];
+    level->index = reader->count - 1;
+    level->remaining = elements;
+    level->attribute = 0;
+    reader->position = after;
+    return VKP_OK;
+}
+
+/* Append a streamed value of no bytes or elements yet, and push its level. */
+__attribute__((noinline)) static vkp_status
+vkp_i_reader_open_streamed(vkp_resp_reader *reader, vkp_resp_type type, size_t after)
+{
+    vkp_status status;
+    if (type == VKP_RESP_PUSH || type == VKP_RESP_ATTRIBUTE) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                 "%s cannot be streamed",
+                                 type == VKP_RESP_PUSH ? "a push" : "an attribute");
+    }
+    status = vkp_i_reader_open_level(reader, type, VKP_I_ENDLESS, after);
+    if (status == VKP_OK) {
+        reader->values[reader->count - 1].len = 0;
+        reader->streamed++;
+    }
+    return status;
+}
+
+/* Check that `size` bytes and their CRLF are at `from`, for the header at `position`. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_payload(vkp_resp_reader *reader, const uint8_t *window, size_t len, size_t from,
+                     size_t size)
+{
+    if (from + size + 2 > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (len < from || len - from < size + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[from + size] != '\r' || window[from + size + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, from + size,
+                                 "bulk of %zu bytes is not followed by CRLF", size);
+    }
+    return VKP_OK;
+}
+
 /* A value whose header announces its length: $ (string or null), ! (error), = (verbatim). */
 static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     uint8_t mark)
@@ -10773,13 +10900,16 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     size_t after = 0;
     size_t size;
     size_t prefix = mark == '=' ? VKP_I_VERBATIM_PREFIX : 0;
-    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
-                                            mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    vkp_status status = vkp_i_reader_number(
+        reader, window, len, at + 1, mark == '$' ? VKP_I_NUM_MINUS_ONE | VKP_I_NUM_STREAMED : 0,
+        &number, &after);
     if (status != VKP_OK) {
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
+        return number == VKP_I_STREAMED
+                   ? vkp_i_reader_open_streamed(reader, VKP_RESP_STRING, after)
+                   : vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
     }
     if ((uint64_t)number > most) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -10790,16 +10920,9 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     if (size < prefix) {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "verbatim string below 4 bytes");
     }
-    if (after + size + 2 > reader->config.max_frame_bytes) {
-        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at, "frame above max_frame_bytes (%zu)",
-                                 reader->config.max_frame_bytes);
-    }
-    if (len < after || len - after < size + 2) {
-        return VKP_ERR_EMPTY;
-    }
-    if (window[after + size] != '\r' || window[after + size + 1] != '\n') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
-                                 "bulk of %zu bytes is not followed by CRLF", size);
+    status = vkp_i_reader_payload(reader, window, len, after, size);
+    if (status != VKP_OK) {
+        return status;
     }
     if (prefix != 0 && window[after + prefix - 1] != ':') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + prefix - 1,
@@ -10848,54 +10971,19 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
 {
     size_t at = reader->position + 1;
     size_t body = mark == '#' ? 1 : 0;
+    vkp_status status;
     if (len < at + body) {
         return VKP_ERR_EMPTY;
     }
     if (body == 1 && window[at] != 't' && window[at] != 'f') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "boolean is neither #t nor #f");
     }
-    if (len > at + body && window[at + body] != '\r') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body,
-                                 "CRLF expected, byte 0x%02x found", window[at + body]);
-    }
-    if (len < at + body + 2) {
-        return VKP_ERR_EMPTY;
-    }
-    if (window[at + body + 1] != '\n') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
+    status = vkp_i_reader_crlf(reader, window, len, at + body);
+    if (status != VKP_OK) {
+        return status;
     }
     return vkp_i_reader_scalar(reader, body == 1 ? VKP_RESP_BOOL : VKP_RESP_NULL, 0,
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
-}
-
-/* Append an aggregate, and push its level. */
-static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
-                                          uint64_t elements, size_t after)
-{
-    vkp_value *value;
-    vkp_i_level *level;
-    void *levels = reader->levels;
-    if (reader->depth >= reader->config.max_depth) {
-        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
-                                 "nested deeper than max_depth (%u)",
-                                 (unsigned)reader->config.max_depth);
-    }
-    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
-                    sizeof *reader->levels)) {
-        return VKP_ERR_NOMEM;
-    }
-    reader->levels = (vkp_i_level *)levels;
-    value = vkp_i_reader_add(reader, type);
-    if (value == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    value->len = (size_t)elements;
-    level = &reader->levels[reader->depth++];
-    level->index = reader->count - 1;
-    level->remaining = elements;
-    level->attribute = 0;
-    reader->position = after;
-    return VKP_OK;
 }
 
 /* The header of an aggregate: * ~ > % |, or a null as *-1 (lenient: also >-1). */
@@ -10909,17 +10997,18 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
                          : mark == '>' ? VKP_RESP_PUSH
                          : mark == '%' ? VKP_RESP_MAP
                                        : VKP_RESP_ATTRIBUTE;
+    uint32_t allowed = VKP_I_NUM_STREAMED | (mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0);
     int64_t number = 0;
     size_t after = 0;
     uint64_t elements;
-    vkp_status status =
-        vkp_i_reader_number(reader, window, len, at + 1,
-                            mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1, allowed, &number, &after);
     if (status != VKP_OK) {
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
+        return number == VKP_I_STREAMED
+                   ? vkp_i_reader_open_streamed(reader, type, after)
+                   : vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
     }
     if ((uint64_t)number > reader->config.max_elements) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -10931,6 +11020,131 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     }
     elements = (uint64_t)number * (type == VKP_RESP_MAP || type == VKP_RESP_ATTRIBUTE ? 2u : 1u);
     return vkp_i_reader_open_level(reader, type, elements, after);
+}
+
+/* The innermost open value if it is streamed, or NULL. */
+static vkp_i_level *vkp_i_reader_get_streamed(const vkp_resp_reader *reader)
+{
+    vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+    return top != NULL && top->remaining > VKP_I_COUNTED_MOST ? top : NULL;
+}
+
+/* Whether a streamed string is open: a chunk must follow. */
+static bool vkp_i_reader_is_in_string(const vkp_resp_reader *reader)
+{
+    const vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    return top != NULL && reader->values[top->index].type == VKP_RESP_STRING;
+}
+
+/* Whether a value that begins with `mark` is an element too many of a streamed aggregate. An
+   attribute is no element, and a push is one only if its kind says so: when it is complete. */
+static bool vkp_i_reader_is_full(const vkp_resp_reader *reader, uint8_t mark)
+{
+    const vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    bool pairs = top != NULL && reader->values[top->index].type == VKP_RESP_MAP;
+    uint64_t most = (uint64_t)reader->config.max_elements * (pairs ? 2u : 1u);
+    uint64_t come = top != NULL ? VKP_I_ENDLESS - top->remaining : 0;
+    return top != NULL && !vkp_i_reader_is_in_string(reader) &&
+           (come > most || (come == most && mark != '.' && mark != '|' && mark != '>'));
+}
+
+/* Whether a value that begins with `mark` may follow in the streamed value that is open. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_check_streamed(vkp_resp_reader *reader,
+                                                                        uint8_t mark)
+{
+    if (vkp_i_reader_is_in_string(reader)) {
+        return mark == ';' ? VKP_OK
+                           : vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                               "chunk of a streamed string expected, "
+                                               "byte 0x%02x found",
+                                               mark);
+    }
+    return !vkp_i_reader_is_full(reader, mark)
+               ? VKP_OK
+               : vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                   "streamed aggregate of more elements than max_elements (%u)",
+                                   (unsigned)reader->config.max_elements);
+}
+
+/* The end of a streamed aggregate: "." */
+__attribute__((noinline)) static vkp_status
+vkp_i_reader_end_streamed(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    vkp_value *value = top != NULL ? &reader->values[top->index] : NULL;
+    uint64_t elements = top != NULL ? VKP_I_ENDLESS - top->remaining : 0;
+    vkp_status status;
+    if (top == NULL) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "end (.) outside of a streamed aggregate");
+    }
+    if (top->attribute != 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "streamed aggregate ends behind an attribute");
+    }
+    if (value->type == VKP_RESP_MAP && elements % 2 != 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "streamed map ends behind a key without a value");
+    }
+    status = vkp_i_reader_crlf(reader, window, len, at + 1);
+    if (status != VKP_OK) {
+        return status;
+    }
+    value->len = (size_t)elements;
+    top->remaining = 0;
+    reader->position = at + 3;
+    return VKP_OK;
+}
+
+/* One chunk of a streamed string, which is copied behind the chunks before; ";0" is the end. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_chunk(vkp_resp_reader *reader,
+                                                               const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    vkp_value *value = top != NULL ? &reader->values[top->index] : NULL;
+    void *text = reader->text;
+    int64_t number = 0;
+    size_t after = 0;
+    size_t size;
+    vkp_status status;
+    if (!vkp_i_reader_is_in_string(reader)) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "chunk (;) outside of a streamed string");
+    }
+    status = vkp_i_reader_number(reader, window, len, at + 1, 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if ((uint64_t)number > reader->config.max_bulk_bytes - value->len) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "streamed string above max_bulk_bytes (%zu)",
+                                 reader->config.max_bulk_bytes);
+    }
+    size = (size_t)number;
+    if (size == 0) {
+        top->remaining = 0;
+        reader->position = after;
+        return VKP_OK;
+    }
+    status = vkp_i_reader_payload(reader, window, len, after, size);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (!vkp_i_grow(reader->env, &text, &reader->text_capacity, reader->text_len + size, 1)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->text = (char *)text;
+    memcpy(reader->text + reader->text_len, window + after, size);
+    if (value->len == 0) {
+        value->flags = (uint8_t)(value->flags | VKP_I_VALUE_GATHERED);
+        value->u.i_offset = reader->text_len;
+    }
+    value->len += size;
+    reader->text_len += size;
+    reader->position = after + size + 2;
+    return VKP_OK;
 }
 
 /* The error for an unknown type byte, with a guess at what the peer speaks. */
@@ -10972,7 +11186,8 @@ static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
            top->remaining == reader->values[top->index].len;
 }
 
-/* Read one value, or the header of one aggregate, at `position`. EMPTY: more bytes are needed. */
+/* Read one value, the header of one aggregate, or one part of a streamed value, at `position`.
+   EMPTY: more bytes are needed. */
 static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -10989,6 +11204,12 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
         return VKP_ERR_EMPTY;
     }
     mark = window[reader->position];
+    if (reader->streamed > 0) {
+        status = vkp_i_reader_check_streamed(reader, mark);
+        if (status != VKP_OK) {
+            return status;
+        }
+    }
     kind = vkp_i_reader_wants_kind(reader);
     if (kind && mark != '$' && mark != '+' && mark != '=') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
@@ -11024,16 +11245,31 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     case '%':
     case '|':
         return vkp_i_reader_aggregate(reader, window, len, mark);
+    case ';':
+    case '.':
+        return !reader->config.streamed ? vkp_i_reader_unknown(reader, window, len)
+               : mark == ';'            ? vkp_i_reader_chunk(reader, window, len)
+                                        : vkp_i_reader_end_streamed(reader, window, len);
     default:
         return vkp_i_reader_unknown(reader, window, len);
     }
 }
 
-/* Whether a complete push is no element of the aggregate around it. Its text is still an offset. */
-static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push)
+/* The text of a value of an incomplete frame, whose text is still an offset. */
+static const char *vkp_i_reader_text_at(const vkp_resp_reader *reader, const uint8_t *window,
+                                        const vkp_value *value)
+{
+    const char *from =
+        (value->flags & VKP_I_VALUE_GATHERED) != 0 ? reader->text : (const char *)window;
+    return from + value->u.i_offset;
+}
+
+/* Whether a complete push is no element of the aggregate around it. */
+static bool vkp_i_push_is_uncounted(const vkp_resp_reader *reader, const uint8_t *window,
+                                    const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
-    return vkp_i_is_uncounted_kind((const char *)window + kind->u.i_offset, kind->len);
+    return vkp_i_is_uncounted_kind(vkp_i_reader_text_at(reader, window, kind), kind->len);
 }
 
 /* The last value is complete: count it in its aggregate, and close each aggregate that it
@@ -11041,10 +11277,14 @@ static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push
 static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
+    if (reader->streamed > 0) {
+        const vkp_i_level *open = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+        index = open != NULL && open->remaining == 0 ? open->index : index; /* behind its "." */
+    }
     for (;;) {
         vkp_value *value = &reader->values[index];
         vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-        if (top != NULL && top->index == index) { /* the header of an aggregate */
+        if (top != NULL && top->index == index) { /* an open value */
             if (top->remaining > 0) {
                 return false;
             }
@@ -11059,7 +11299,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(reader, window, value)) {
             size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
             reader->nested = true;
@@ -11077,14 +11317,17 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
 }
 
 /* Turn the offsets of a complete frame into pointers. */
-static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
+__attribute__((always_inline)) static inline void
+vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window, bool gathered)
 {
     size_t i;
     for (i = 0; i < reader->count; i++) {
         vkp_value *value = &reader->values[i];
         if (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
             value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE) {
-            value->u.str = (const char *)window + value->u.i_offset;
+            value->u.str = gathered ? vkp_i_reader_text_at(reader, window, value)
+                                    : (const char *)window + value->u.i_offset;
+            value->flags = (uint8_t)(value->flags & (gathered ? ~VKP_I_VALUE_GATHERED : ~0u));
         }
     }
 }
@@ -11175,15 +11418,19 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
 
 /* Whether the end of the frame can be found although a step refused the value at `position`: a
    line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
-   an end, however deep or large it is. No end is found behind a length that is wrong or too large,
-   or behind an unknown type.                                                                  */
+   an end, however deep or large it is, as a streamed one has. No end is found behind a length that
+   is wrong or too large, within a streamed string, or behind an unknown type.                 */
 static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
-    char mark;
-    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len) {
+    uint8_t mark;
+    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len ||
+        vkp_i_reader_is_in_string(reader)) {
         return false;
     }
-    mark = (char)window[reader->position];
+    mark = window[reader->position];
+    if (vkp_i_reader_is_full(reader, mark)) {
+        return true;
+    }
     return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
            : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
                                                 : false;
@@ -11209,7 +11456,11 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                  "frame above max_frame_bytes (%zu)",
                                  reader->config.max_frame_bytes);
     }
-    vkp_i_reader_point(reader, window);
+    if (reader->text_len > 0) {
+        vkp_i_reader_point(reader, window, true);
+    } else {
+        vkp_i_reader_point(reader, window, false);
+    }
     root = &reader->values[0];
     while (root->type == VKP_RESP_ATTRIBUTE) {
         root += root->span;
@@ -11236,7 +11487,8 @@ VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *dat
     }
     if (reader->whole) {
         vkp_i_reader_start(reader);
-        if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte */
+        if (reader->capacity > VKP_I_READER_KEPT_VALUES ||
+            reader->text_capacity > VKP_I_READER_KEPT_TEXT) { /* one huge frame: free a megabyte */
             vkp_i_reader_trim(reader);
         }
     }
@@ -11324,6 +11576,8 @@ static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_res
    Finds the end of a frame without building values: no allocation, no recursion, any thread. Only
    bounds are checked here, not the grammar: the input passed a strict reader before, or a reader
    refused one of its values, whose end can be found all the same.
+   The elements of a streamed value are not counted: headers and ends of streamed values are, and
+   the value is complete when as many of them ended as began.
    A vkp_i_skip continues where it stopped when more bytes have arrived, so that a long frame in
    many pieces costs each byte once.                                                           */
 
@@ -11331,14 +11585,32 @@ static vkp_status vkp_i_reader_open_alike(const vkp_resp_reader *reader, vkp_res
 typedef struct vkp_i_skip {
     size_t at;          /* offset of the next header; at the end: behind the frame */
     size_t line_seen;   /* bytes behind `at` that hold no LF */
-    uint64_t remaining; /* values that are not complete, the root included */
+    uint64_t remaining; /* values that are not complete, the root included; values inside a streamed
+                           value are not counted                                               */
+    uint64_t streamed;  /* streamed values that are not complete */
     bool inside;        /* `at` is behind the header of the value */
     bool attribute;     /* the value is an attribute: the frame goes on behind it */
 } vkp_i_skip;
 
+#define VKP_I_KIND_ROOM 24u /* bytes of a streamed kind that decide: the longest has 21 */
+
+/* Whether the whole header at `at` is that of a streamed value. */
+static bool vkp_i_skip_is_streamed(const uint8_t *data, size_t at)
+{
+    return data[at + 1] == '?' &&
+           (data[at] == '$' || data[at] == '*' || data[at] == '~' || data[at] == '%');
+}
+
+/* Whether the whole header at `at` is the end of a streamed value. */
+static bool vkp_i_skip_is_end(const uint8_t *data, size_t at)
+{
+    return data[at] == '.' || (data[at] == ';' && data[at + 1] == '0');
+}
+
 /* Skip the header at `at` and the bytes that belong to the value itself; the first *seen bytes hold
-   no LF. *elements is the number of elements that follow. Returns the offset behind. 0: incomplete,
-   and *seen grows while the LF is missing.                                                    */
+   no LF. *elements is the number of elements that follow, 0 for a streamed value. A chunk and the
+   end of a streamed value are skipped as values are. Returns the offset behind. 0: incomplete, and
+   *seen grows while the LF is missing.                                                        */
 static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, size_t *seen,
                               uint64_t *elements)
 {
@@ -11359,7 +11631,8 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, size_t
     case '$':
     case '!':
     case '=':
-        if (data[at + 1] == '-') {
+    case ';':
+        if (data[at + 1] == '-' || data[at + 1] == '?' || vkp_i_skip_is_end(data, at)) {
             return body;
         }
         return number > len || len - body < (size_t)number + 2 ? 0 : body + (size_t)number + 2;
@@ -11377,22 +11650,80 @@ static size_t vkp_i_skip_head(const uint8_t *data, size_t len, size_t at, size_t
     }
 }
 
-/* Whether the push whose elements start at `at` is no element of the aggregate around it. The kind
-   must be complete.                                                                           */
-static bool vkp_i_skip_is_uncounted(const uint8_t *data, size_t len, size_t at)
+/* The text of the string at `at`; of a streamed string the first bytes, copied to room, which are
+   enough to know a kind. False: more bytes are needed.                                        */
+static bool vkp_i_skip_text(const uint8_t *data, size_t len, size_t at, char *room, vkp_str *text)
 {
     uint64_t elements;
     size_t seen = 0;
     size_t end = vkp_i_skip_head(data, len, at, &seen, &elements);
-    size_t text;
-    if (end < at + 3) {
-        return false;
+    bool streamed = end != 0 && vkp_i_skip_is_streamed(data, at);
+    size_t begin;
+    *text = vkp_i_str(room, 0);
+    while (streamed && end != 0 && text->len < VKP_I_KIND_ROOM) {
+        size_t size;
+        at = end;
+        seen = 0;
+        end = vkp_i_skip_head(data, len, at, &seen, &elements);
+        if (end != 0) {
+            begin = (size_t)((const uint8_t *)memchr(data + at, '\n', end - at) - data) + 1;
+            size = data[at] == ';' && end > begin + 2 ? end - 2 - begin : 0;
+            if (size == 0) { /* the end */
+                return true;
+            }
+            size = VKP_I_MIN(size, VKP_I_KIND_ROOM - text->len);
+            memcpy(room + text->len, data + begin, size);
+            text->len += size;
+        }
     }
-    text = data[at] == '+'
-               ? at + 1
-               : (size_t)((const uint8_t *)memchr(data + at, '\n', end - at) - data) + 1;
-    text += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
-    return text < end - 2 && vkp_i_is_uncounted_kind((const char *)data + text, end - 2 - text);
+    if (end == 0 || streamed) {
+        return end != 0;
+    }
+    begin = data[at] == '+'
+                ? at + 1
+                : (size_t)((const uint8_t *)memchr(data + at, '\n', end - at) - data) + 1;
+    begin += data[at] == '=' ? VKP_I_VERBATIM_PREFIX : 0;
+    if (begin + 2 < end) {
+        *text = vkp_i_str((const char *)data + begin, end - 2 - begin);
+    }
+    return true;
+}
+
+/* Whether the push whose elements start at `at` is no element of the aggregate around it. False too
+   when its kind is incomplete, and *complete is false then.                                   */
+static bool vkp_i_skip_is_uncounted(const uint8_t *data, size_t len, size_t at, bool *complete)
+{
+    char room[VKP_I_KIND_ROOM];
+    vkp_str kind;
+    *complete = vkp_i_skip_text(data, len, at, room, &kind);
+    return *complete && vkp_i_is_uncounted_kind(kind.ptr, kind.len);
+}
+
+/* Count the value whose header is at skip->at and whose elements start at `body`. False: more bytes
+   are needed to know whether it counts.                                                       */
+static bool vkp_i_skip_count(vkp_i_skip *skip, const uint8_t *data, size_t len, size_t body,
+                             uint64_t elements)
+{
+    bool counts = true;
+    bool complete = true;
+    if (vkp_i_skip_is_streamed(data, skip->at)) {
+        skip->streamed++;
+    } else if (skip->streamed > 0) {
+        if (vkp_i_skip_is_end(data, skip->at) && --skip->streamed == 0) {
+            skip->remaining--;
+        }
+    } else {
+        if (skip->inside && data[skip->at] == '|') {
+            counts = false;
+        } else if (skip->inside && data[skip->at] == '>' && elements > 0) { /* the kind decides */
+            counts = !vkp_i_skip_is_uncounted(data, len, body, &complete);
+        }
+        if (complete) {
+            skip->remaining += elements;
+            skip->remaining -= counts ? 1u : 0u;
+        }
+    }
+    return complete;
 }
 
 /* Continue to the end of the value at the start of data; an attribute before an element is not
@@ -11404,23 +11735,10 @@ static bool vkp_i_skip_value(vkp_i_skip *skip, const uint8_t *data, size_t len)
     }
     while (skip->remaining > 0) {
         uint64_t elements;
-        uint64_t none;
-        size_t seen = 0;
-        bool counts = true;
         size_t body = vkp_i_skip_head(data, len, skip->at, &skip->line_seen, &elements);
-        if (body == 0) {
+        if (body == 0 || !vkp_i_skip_count(skip, data, len, body, elements)) {
             return false;
         }
-        if (skip->inside && data[skip->at] == '|') {
-            counts = false;
-        } else if (skip->inside && data[skip->at] == '>' && elements > 0) {
-            if (vkp_i_skip_head(data, len, body, &seen, &none) == 0) { /* the kind decides */
-                return false;
-            }
-            counts = !vkp_i_skip_is_uncounted(data, len, body);
-        }
-        skip->remaining += elements;
-        skip->remaining -= counts ? 1u : 0u;
         skip->inside = true;
         skip->line_seen = 0;
         skip->at = body;
@@ -11458,13 +11776,14 @@ static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *
     size_t len = frame->len;
     while (from < len) {
         uint64_t elements;
+        bool complete;
         size_t seen = 0;
         size_t body = vkp_i_skip_head(data, len, from, &seen, &elements);
         if (body == 0) {
             return false; /* not the case in a whole frame */
         }
         if (from > 0 && data[from] == '>' && elements > 0 &&
-            vkp_i_skip_is_uncounted(data, len, body)) {
+            vkp_i_skip_is_uncounted(data, len, body, &complete)) {
             vkp_i_skip skip = VKP_ZERO;
             *begin = from;
             *end = vkp_i_skip_value(&skip, data + from, len - from) ? from + skip.at : len;
@@ -17286,9 +17605,10 @@ static size_t vkp_i_push_element(const vkp_bytes *frame, size_t at)
         uint8_t mark = frame->data[at];
         if (mark == '>') {
             uint64_t elements;
+            bool complete;
             size_t seen = 0;
             size_t body = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
-            if (body == 0 || !vkp_i_skip_is_uncounted(frame->data, frame->len, body)) {
+            if (body == 0 || !vkp_i_skip_is_uncounted(frame->data, frame->len, body, &complete)) {
                 return body == 0 ? frame->len : at;
             }
         } else if (mark != '|') {
@@ -17340,7 +17660,7 @@ static vkp_str vkp_i_push_text(const vkp_bytes *frame, size_t at, size_t end)
     const char *data = (const char *)frame->data;
     size_t begin = at + 1;
     if ((data[at] != '$' && data[at] != '+') || end < at + 3 ||
-        (data[at] == '$' && data[at + 1] == '-')) {
+        (data[at] == '$' && (data[at + 1] == '-' || data[at + 1] == '?'))) {
         return vkp_i_str(NULL, 0);
     }
     if (data[at] == '$') {
@@ -22355,6 +22675,7 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
+    own->resp.streamed = false;
     own->resp.env = client->env;
     if (own->delivery_ms != VKP_OFF) {
         vkp_i_client_name_own(client);

@@ -130,7 +130,7 @@ typedef struct vkp_client_config {
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
     size_t queue_bytes;
-    vkp_resp_config resp; /* limits of the client's reader; lenient and env are ignored */
+    vkp_resp_config resp; /* limits of the client's reader; its other fields are ignored */
 
     /* Called with each push on the loop's thread; the push is borrowed. on_push and pushes must not
        both be set; with neither, pushes are dropped.                                          */

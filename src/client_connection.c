@@ -576,6 +576,7 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     VKP_I_DEFAULT(queue_bytes, (size_t)64 << 20)
 #undef VKP_I_DEFAULT
     own->resp.lenient = true;
+    own->resp.streamed = false;
     own->resp.env = client->env;
     if (own->delivery_ms != VKP_OFF) {
         vkp_i_client_name_own(client);

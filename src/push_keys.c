@@ -26,9 +26,10 @@ static size_t vkp_i_push_element(const vkp_bytes *frame, size_t at)
         uint8_t mark = frame->data[at];
         if (mark == '>') {
             uint64_t elements;
+            bool complete;
             size_t seen = 0;
             size_t body = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
-            if (body == 0 || !vkp_i_skip_is_uncounted(frame->data, frame->len, body)) {
+            if (body == 0 || !vkp_i_skip_is_uncounted(frame->data, frame->len, body, &complete)) {
                 return body == 0 ? frame->len : at;
             }
         } else if (mark != '|') {
@@ -80,7 +81,7 @@ static vkp_str vkp_i_push_text(const vkp_bytes *frame, size_t at, size_t end)
     const char *data = (const char *)frame->data;
     size_t begin = at + 1;
     if ((data[at] != '$' && data[at] != '+') || end < at + 3 ||
-        (data[at] == '$' && data[at + 1] == '-')) {
+        (data[at] == '$' && (data[at + 1] == '-' || data[at + 1] == '?'))) {
         return vkp_i_str(NULL, 0);
     }
     if (data[at] == '$') {

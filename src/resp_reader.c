@@ -8,21 +8,30 @@
    Values of an incomplete frame hold offsets into the window; they become pointers when the frame
    is complete, so the window may move between two scans. Open aggregates are a stack of counters:
    no recursion, and nothing is allocated for an announced count.
+   A streamed value is a level too, which ends with ";0" or "." in place of a count: the elements of
+   a streamed string are its chunks, which are copied to `text` one behind the other.
    Each step grows its arrays before it changes anything else, so NOMEM can be retried. */
 
 #define VKP_I_READER_MOST_DEPTH 65000u  /* highest max_depth: vkp_value.i_depth has 16 bits */
 #define VKP_I_READER_REASON_BYTES 160   /* bytes of an error text, its NUL included */
 #define VKP_I_READER_KEPT_VALUES 32768u /* larger value arrays are freed after their frame */
+#define VKP_I_READER_KEPT_TEXT 1048576u /* a larger `text` is freed after its frame */
 #define VKP_I_QUICK_VALUES 4u           /* values of a message: push, kind, channel, payload */
 #define VKP_I_QUICK_DIGITS 8u           /* longest length that the quick path reads */
 #define VKP_I_KIND_LEN 7u               /* bytes of "message" */
 #define VKP_I_TLS_ALERT 0x15            /* first byte of a TLS record: an alert */
 #define VKP_I_TLS_HANDSHAKE 0x16        /* first byte of a TLS record: a handshake */
 
-/* An aggregate that is not complete yet. */
+#define VKP_I_STREAMED INT64_MIN        /* the length or count of a streamed value: "?" */
+#define VKP_I_ENDLESS UINT64_MAX        /* `remaining` at the start of a streamed value */
+#define VKP_I_COUNTED_MOST (1ull << 33) /* largest `remaining` of an aggregate with a count */
+#define VKP_I_VALUE_GATHERED 128u       /* private bit of flags: i_offset is that in `text` */
+
+/* An aggregate, or a streamed string, that is not complete yet. */
 typedef struct vkp_i_level {
-    size_t index;       /* index of the aggregate in reader->values */
-    uint64_t remaining; /* elements of the aggregate that are not complete yet */
+    size_t index;       /* index of the value in reader->values */
+    uint64_t remaining; /* elements that are not complete yet; streamed: VKP_I_ENDLESS less those
+                           that are, and 0 at the end                                          */
     size_t attribute;   /* index + 1 of the attribute before the next element; 0: none */
 } vkp_i_level;
 
@@ -40,6 +49,7 @@ struct vkp_resp_reader {
     bool quick;        /* the limits allow vkp_i_reader_quick */
     bool quick_values; /* values[0] to values[3] have the constant fields of a message */
     bool nested;       /* the frame has a VKP_VALUE_OUT_OF_BAND */
+    size_t streamed;   /* number of streamed values in the frame */
     size_t attribute;  /* index + 1 of the attribute before the root value; 0: none */
     vkp_value *values; /* the values of the frame, in reading order */
     size_t count;
@@ -47,6 +57,9 @@ struct vkp_resp_reader {
     vkp_i_level *levels; /* stack of the open aggregates */
     size_t depth;        /* number of open aggregates */
     size_t level_capacity;
+    char *text; /* the streamed strings of the frame */
+    size_t text_len;
+    size_t text_capacity;
     uint8_t *buffer; /* bytes that feed copied */
     size_t begin;    /* offset of the first unread byte in buffer */
     size_t end;      /* offset behind the last byte in buffer */
@@ -108,7 +121,7 @@ VKP_API vkp_status vkp_resp_reader_open(const vkp_resp_config *config, vkp_resp_
     return VKP_OK;
 }
 
-/* Free the arrays of values and levels. */
+/* Free the arrays of values and levels, and the texts. */
 static void vkp_i_reader_trim(vkp_resp_reader *reader)
 {
     vkp_i_free(reader->env, reader->values, reader->capacity * sizeof *reader->values);
@@ -117,6 +130,9 @@ static void vkp_i_reader_trim(vkp_resp_reader *reader)
     reader->capacity = 0;
     reader->levels = NULL;
     reader->level_capacity = 0;
+    vkp_i_free(reader->env, reader->text, reader->text_capacity);
+    reader->text = NULL;
+    reader->text_capacity = 0;
 }
 
 VKP_API void vkp_resp_reader_unref(vkp_resp_reader *reader)
@@ -138,6 +154,8 @@ static void vkp_i_reader_start(vkp_resp_reader *reader)
     reader->count = 0;
     reader->depth = 0;
     reader->nested = false;
+    reader->streamed = 0;
+    reader->text_len = 0;
 }
 
 VKP_API void vkp_resp_reader_reset(vkp_resp_reader *reader)
@@ -178,8 +196,43 @@ vkp_i_reader_fail(vkp_resp_reader *reader, vkp_status status, size_t at, const c
 #define VKP_I_NUM_PLUS 1u      /* "+5" is allowed */
 #define VKP_I_NUM_NEGATIVE 2u  /* every "-n" is allowed */
 #define VKP_I_NUM_MINUS_ONE 4u /* "-1" is the only allowed negative number */
+#define VKP_I_NUM_STREAMED 8u  /* "?" is allowed, with vkp_resp_config.streamed */
 
-/* Read digits and CRLF at `at`; *after is the offset behind the LF. EMPTY: bytes are missing. */
+/* Check that a CRLF is at `at`. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_crlf(vkp_resp_reader *reader, const uint8_t *window, size_t len, size_t at)
+{
+    if (len > at && window[at] != '\r') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "CRLF expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    if (len < at + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[at + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + 1, "CR without LF");
+    }
+    return VKP_OK;
+}
+
+/* A byte at `at` that is no digit where a number begins: a "?" and CRLF is the length or count of a
+   streamed value, VKP_I_STREAMED.                                                             */
+__attribute__((noinline)) static vkp_status vkp_i_reader_no_digit(vkp_resp_reader *reader,
+                                                                  const uint8_t *window, size_t len,
+                                                                  size_t at, uint32_t allowed,
+                                                                  int64_t *number, size_t *after)
+{
+    if (window[at] != '?' || (allowed & VKP_I_NUM_STREAMED) == 0 || !reader->config.streamed) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
+                                 window[at]);
+    }
+    *number = VKP_I_STREAMED;
+    *after = at + 3;
+    return vkp_i_reader_crlf(reader, window, len, at + 1);
+}
+
+/* Read digits and CRLF at `at`; *after is the offset behind the LF. The number of "?" is
+   VKP_I_STREAMED. EMPTY: bytes are missing. */
 static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                       size_t at, uint32_t allowed, int64_t *number, size_t *after)
 {
@@ -196,6 +249,7 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
                                      window[at]);
         }
         most += negative ? 1u : 0u;
+        allowed &= ~VKP_I_NUM_STREAMED;
         at++;
     }
     first = at;
@@ -213,8 +267,7 @@ static vkp_status vkp_i_reader_number(vkp_resp_reader *reader, const uint8_t *wi
         return VKP_ERR_EMPTY;
     }
     if (digits == 0) {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "digit expected, byte 0x%02x found",
-                                 window[at]);
+        return vkp_i_reader_no_digit(reader, window, len, at, allowed, number, after);
     }
     if (window[at] != '\r') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
@@ -321,6 +374,75 @@ static vkp_status vkp_i_reader_scalar(vkp_resp_reader *reader, vkp_resp_type typ
     return VKP_OK;
 }
 
+/* Append an aggregate or a streamed string, and push its level. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type, uint64_t elements,
+                        size_t after)
+{
+    vkp_value *value;
+    vkp_i_level *level;
+    void *levels = reader->levels;
+    if (reader->depth >= reader->config.max_depth && type != VKP_RESP_STRING) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "nested deeper than max_depth (%u)",
+                                 (unsigned)reader->config.max_depth);
+    }
+    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
+                    sizeof *reader->levels)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->levels = (vkp_i_level *)levels;
+    value = vkp_i_reader_add(reader, type);
+    if (value == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    value->len = (size_t)elements;
+    level = &reader->levels[reader->depth++];
+    level->index = reader->count - 1;
+    level->remaining = elements;
+    level->attribute = 0;
+    reader->position = after;
+    return VKP_OK;
+}
+
+/* Append a streamed value of no bytes or elements yet, and push its level. */
+__attribute__((noinline)) static vkp_status
+vkp_i_reader_open_streamed(vkp_resp_reader *reader, vkp_resp_type type, size_t after)
+{
+    vkp_status status;
+    if (type == VKP_RESP_PUSH || type == VKP_RESP_ATTRIBUTE) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                 "%s cannot be streamed",
+                                 type == VKP_RESP_PUSH ? "a push" : "an attribute");
+    }
+    status = vkp_i_reader_open_level(reader, type, VKP_I_ENDLESS, after);
+    if (status == VKP_OK) {
+        reader->values[reader->count - 1].len = 0;
+        reader->streamed++;
+    }
+    return status;
+}
+
+/* Check that `size` bytes and their CRLF are at `from`, for the header at `position`. */
+__attribute__((always_inline)) static inline vkp_status
+vkp_i_reader_payload(vkp_resp_reader *reader, const uint8_t *window, size_t len, size_t from,
+                     size_t size)
+{
+    if (from + size + 2 > reader->config.max_frame_bytes) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                 "frame above max_frame_bytes (%zu)",
+                                 reader->config.max_frame_bytes);
+    }
+    if (len < from || len - from < size + 2) {
+        return VKP_ERR_EMPTY;
+    }
+    if (window[from + size] != '\r' || window[from + size + 1] != '\n') {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, from + size,
+                                 "bulk of %zu bytes is not followed by CRLF", size);
+    }
+    return VKP_OK;
+}
+
 /* A value whose header announces its length: $ (string or null), ! (error), = (verbatim). */
 static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *window, size_t len,
                                     uint8_t mark)
@@ -331,13 +453,16 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     size_t after = 0;
     size_t size;
     size_t prefix = mark == '=' ? VKP_I_VERBATIM_PREFIX : 0;
-    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1,
-                                            mark == '$' ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    vkp_status status = vkp_i_reader_number(
+        reader, window, len, at + 1, mark == '$' ? VKP_I_NUM_MINUS_ONE | VKP_I_NUM_STREAMED : 0,
+        &number, &after);
     if (status != VKP_OK) {
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
+        return number == VKP_I_STREAMED
+                   ? vkp_i_reader_open_streamed(reader, VKP_RESP_STRING, after)
+                   : vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_BULK, 0, after);
     }
     if ((uint64_t)number > most) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -348,16 +473,9 @@ static vkp_status vkp_i_reader_bulk(vkp_resp_reader *reader, const uint8_t *wind
     if (size < prefix) {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "verbatim string below 4 bytes");
     }
-    if (after + size + 2 > reader->config.max_frame_bytes) {
-        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at, "frame above max_frame_bytes (%zu)",
-                                 reader->config.max_frame_bytes);
-    }
-    if (len < after || len - after < size + 2) {
-        return VKP_ERR_EMPTY;
-    }
-    if (window[after + size] != '\r' || window[after + size + 1] != '\n') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + size,
-                                 "bulk of %zu bytes is not followed by CRLF", size);
+    status = vkp_i_reader_payload(reader, window, len, after, size);
+    if (status != VKP_OK) {
+        return status;
     }
     if (prefix != 0 && window[after + prefix - 1] != ':') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, after + prefix - 1,
@@ -406,54 +524,19 @@ static vkp_status vkp_i_reader_constant(vkp_resp_reader *reader, const uint8_t *
 {
     size_t at = reader->position + 1;
     size_t body = mark == '#' ? 1 : 0;
+    vkp_status status;
     if (len < at + body) {
         return VKP_ERR_EMPTY;
     }
     if (body == 1 && window[at] != 't' && window[at] != 'f') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at, "boolean is neither #t nor #f");
     }
-    if (len > at + body && window[at + body] != '\r') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body,
-                                 "CRLF expected, byte 0x%02x found", window[at + body]);
-    }
-    if (len < at + body + 2) {
-        return VKP_ERR_EMPTY;
-    }
-    if (window[at + body + 1] != '\n') {
-        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at + body + 1, "CR without LF");
+    status = vkp_i_reader_crlf(reader, window, len, at + body);
+    if (status != VKP_OK) {
+        return status;
     }
     return vkp_i_reader_scalar(reader, body == 1 ? VKP_RESP_BOOL : VKP_RESP_NULL, 0,
                                body == 1 && window[at] == 't' ? 1 : 0, at + body + 2);
-}
-
-/* Append an aggregate, and push its level. */
-static vkp_status vkp_i_reader_open_level(vkp_resp_reader *reader, vkp_resp_type type,
-                                          uint64_t elements, size_t after)
-{
-    vkp_value *value;
-    vkp_i_level *level;
-    void *levels = reader->levels;
-    if (reader->depth >= reader->config.max_depth) {
-        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
-                                 "nested deeper than max_depth (%u)",
-                                 (unsigned)reader->config.max_depth);
-    }
-    if (!vkp_i_grow(reader->env, &levels, &reader->level_capacity, reader->depth + 1,
-                    sizeof *reader->levels)) {
-        return VKP_ERR_NOMEM;
-    }
-    reader->levels = (vkp_i_level *)levels;
-    value = vkp_i_reader_add(reader, type);
-    if (value == NULL) {
-        return VKP_ERR_NOMEM;
-    }
-    value->len = (size_t)elements;
-    level = &reader->levels[reader->depth++];
-    level->index = reader->count - 1;
-    level->remaining = elements;
-    level->attribute = 0;
-    reader->position = after;
-    return VKP_OK;
 }
 
 /* The header of an aggregate: * ~ > % |, or a null as *-1 (lenient: also >-1). */
@@ -467,17 +550,18 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
                          : mark == '>' ? VKP_RESP_PUSH
                          : mark == '%' ? VKP_RESP_MAP
                                        : VKP_RESP_ATTRIBUTE;
+    uint32_t allowed = VKP_I_NUM_STREAMED | (mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0);
     int64_t number = 0;
     size_t after = 0;
     uint64_t elements;
-    vkp_status status =
-        vkp_i_reader_number(reader, window, len, at + 1,
-                            mark == '*' || lenient_null ? VKP_I_NUM_MINUS_ONE : 0, &number, &after);
+    vkp_status status = vkp_i_reader_number(reader, window, len, at + 1, allowed, &number, &after);
     if (status != VKP_OK) {
         return status;
     }
     if (number < 0) {
-        return vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
+        return number == VKP_I_STREAMED
+                   ? vkp_i_reader_open_streamed(reader, type, after)
+                   : vkp_i_reader_scalar(reader, VKP_RESP_NULL, VKP_VALUE_NULL_ARRAY, 0, after);
     }
     if ((uint64_t)number > reader->config.max_elements) {
         return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
@@ -489,6 +573,131 @@ static vkp_status vkp_i_reader_aggregate(vkp_resp_reader *reader, const uint8_t 
     }
     elements = (uint64_t)number * (type == VKP_RESP_MAP || type == VKP_RESP_ATTRIBUTE ? 2u : 1u);
     return vkp_i_reader_open_level(reader, type, elements, after);
+}
+
+/* The innermost open value if it is streamed, or NULL. */
+static vkp_i_level *vkp_i_reader_get_streamed(const vkp_resp_reader *reader)
+{
+    vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+    return top != NULL && top->remaining > VKP_I_COUNTED_MOST ? top : NULL;
+}
+
+/* Whether a streamed string is open: a chunk must follow. */
+static bool vkp_i_reader_is_in_string(const vkp_resp_reader *reader)
+{
+    const vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    return top != NULL && reader->values[top->index].type == VKP_RESP_STRING;
+}
+
+/* Whether a value that begins with `mark` is an element too many of a streamed aggregate. An
+   attribute is no element, and a push is one only if its kind says so: when it is complete. */
+static bool vkp_i_reader_is_full(const vkp_resp_reader *reader, uint8_t mark)
+{
+    const vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    bool pairs = top != NULL && reader->values[top->index].type == VKP_RESP_MAP;
+    uint64_t most = (uint64_t)reader->config.max_elements * (pairs ? 2u : 1u);
+    uint64_t come = top != NULL ? VKP_I_ENDLESS - top->remaining : 0;
+    return top != NULL && !vkp_i_reader_is_in_string(reader) &&
+           (come > most || (come == most && mark != '.' && mark != '|' && mark != '>'));
+}
+
+/* Whether a value that begins with `mark` may follow in the streamed value that is open. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_check_streamed(vkp_resp_reader *reader,
+                                                                        uint8_t mark)
+{
+    if (vkp_i_reader_is_in_string(reader)) {
+        return mark == ';' ? VKP_OK
+                           : vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
+                                               "chunk of a streamed string expected, "
+                                               "byte 0x%02x found",
+                                               mark);
+    }
+    return !vkp_i_reader_is_full(reader, mark)
+               ? VKP_OK
+               : vkp_i_reader_fail(reader, VKP_ERR_LIMIT, reader->position,
+                                   "streamed aggregate of more elements than max_elements (%u)",
+                                   (unsigned)reader->config.max_elements);
+}
+
+/* The end of a streamed aggregate: "." */
+__attribute__((noinline)) static vkp_status
+vkp_i_reader_end_streamed(vkp_resp_reader *reader, const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    vkp_value *value = top != NULL ? &reader->values[top->index] : NULL;
+    uint64_t elements = top != NULL ? VKP_I_ENDLESS - top->remaining : 0;
+    vkp_status status;
+    if (top == NULL) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "end (.) outside of a streamed aggregate");
+    }
+    if (top->attribute != 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "streamed aggregate ends behind an attribute");
+    }
+    if (value->type == VKP_RESP_MAP && elements % 2 != 0) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "streamed map ends behind a key without a value");
+    }
+    status = vkp_i_reader_crlf(reader, window, len, at + 1);
+    if (status != VKP_OK) {
+        return status;
+    }
+    value->len = (size_t)elements;
+    top->remaining = 0;
+    reader->position = at + 3;
+    return VKP_OK;
+}
+
+/* One chunk of a streamed string, which is copied behind the chunks before; ";0" is the end. */
+__attribute__((noinline)) static vkp_status vkp_i_reader_chunk(vkp_resp_reader *reader,
+                                                               const uint8_t *window, size_t len)
+{
+    size_t at = reader->position;
+    vkp_i_level *top = vkp_i_reader_get_streamed(reader);
+    vkp_value *value = top != NULL ? &reader->values[top->index] : NULL;
+    void *text = reader->text;
+    int64_t number = 0;
+    size_t after = 0;
+    size_t size;
+    vkp_status status;
+    if (!vkp_i_reader_is_in_string(reader)) {
+        return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, at,
+                                 "chunk (;) outside of a streamed string");
+    }
+    status = vkp_i_reader_number(reader, window, len, at + 1, 0, &number, &after);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if ((uint64_t)number > reader->config.max_bulk_bytes - value->len) {
+        return vkp_i_reader_fail(reader, VKP_ERR_LIMIT, at,
+                                 "streamed string above max_bulk_bytes (%zu)",
+                                 reader->config.max_bulk_bytes);
+    }
+    size = (size_t)number;
+    if (size == 0) {
+        top->remaining = 0;
+        reader->position = after;
+        return VKP_OK;
+    }
+    status = vkp_i_reader_payload(reader, window, len, after, size);
+    if (status != VKP_OK) {
+        return status;
+    }
+    if (!vkp_i_grow(reader->env, &text, &reader->text_capacity, reader->text_len + size, 1)) {
+        return VKP_ERR_NOMEM;
+    }
+    reader->text = (char *)text;
+    memcpy(reader->text + reader->text_len, window + after, size);
+    if (value->len == 0) {
+        value->flags = (uint8_t)(value->flags | VKP_I_VALUE_GATHERED);
+        value->u.i_offset = reader->text_len;
+    }
+    value->len += size;
+    reader->text_len += size;
+    reader->position = after + size + 2;
+    return VKP_OK;
 }
 
 /* The error for an unknown type byte, with a guess at what the peer speaks. */
@@ -530,7 +739,8 @@ static bool vkp_i_reader_wants_kind(const vkp_resp_reader *reader)
            top->remaining == reader->values[top->index].len;
 }
 
-/* Read one value, or the header of one aggregate, at `position`. EMPTY: more bytes are needed. */
+/* Read one value, the header of one aggregate, or one part of a streamed value, at `position`.
+   EMPTY: more bytes are needed. */
 static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -547,6 +757,12 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
         return VKP_ERR_EMPTY;
     }
     mark = window[reader->position];
+    if (reader->streamed > 0) {
+        status = vkp_i_reader_check_streamed(reader, mark);
+        if (status != VKP_OK) {
+            return status;
+        }
+    }
     kind = vkp_i_reader_wants_kind(reader);
     if (kind && mark != '$' && mark != '+' && mark != '=') {
         return vkp_i_reader_fail(reader, VKP_ERR_PROTOCOL, reader->position,
@@ -582,16 +798,31 @@ static vkp_status vkp_i_reader_step(vkp_resp_reader *reader, const uint8_t *wind
     case '%':
     case '|':
         return vkp_i_reader_aggregate(reader, window, len, mark);
+    case ';':
+    case '.':
+        return !reader->config.streamed ? vkp_i_reader_unknown(reader, window, len)
+               : mark == ';'            ? vkp_i_reader_chunk(reader, window, len)
+                                        : vkp_i_reader_end_streamed(reader, window, len);
     default:
         return vkp_i_reader_unknown(reader, window, len);
     }
 }
 
-/* Whether a complete push is no element of the aggregate around it. Its text is still an offset. */
-static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push)
+/* The text of a value of an incomplete frame, whose text is still an offset. */
+static const char *vkp_i_reader_text_at(const vkp_resp_reader *reader, const uint8_t *window,
+                                        const vkp_value *value)
+{
+    const char *from =
+        (value->flags & VKP_I_VALUE_GATHERED) != 0 ? reader->text : (const char *)window;
+    return from + value->u.i_offset;
+}
+
+/* Whether a complete push is no element of the aggregate around it. */
+static bool vkp_i_push_is_uncounted(const vkp_resp_reader *reader, const uint8_t *window,
+                                    const vkp_value *push)
 {
     const vkp_value *kind = push + 1;
-    return vkp_i_is_uncounted_kind((const char *)window + kind->u.i_offset, kind->len);
+    return vkp_i_is_uncounted_kind(vkp_i_reader_text_at(reader, window, kind), kind->len);
 }
 
 /* The last value is complete: count it in its aggregate, and close each aggregate that it
@@ -599,10 +830,14 @@ static bool vkp_i_push_is_uncounted(const uint8_t *window, const vkp_value *push
 static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *window)
 {
     size_t index = reader->count - 1;
+    if (reader->streamed > 0) {
+        const vkp_i_level *open = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
+        index = open != NULL && open->remaining == 0 ? open->index : index; /* behind its "." */
+    }
     for (;;) {
         vkp_value *value = &reader->values[index];
         vkp_i_level *top = reader->depth > 0 ? &reader->levels[reader->depth - 1] : NULL;
-        if (top != NULL && top->index == index) { /* the header of an aggregate */
+        if (top != NULL && top->index == index) { /* an open value */
             if (top->remaining > 0) {
                 return false;
             }
@@ -617,7 +852,7 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
         if (top == NULL) {
             return true;
         }
-        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(window, value)) {
+        if (value->type == VKP_RESP_PUSH && vkp_i_push_is_uncounted(reader, window, value)) {
             size_t level = reader->depth;
             value->flags = (uint8_t)(value->flags | VKP_VALUE_OUT_OF_BAND);
             reader->nested = true;
@@ -635,14 +870,17 @@ static bool vkp_i_reader_end_value(vkp_resp_reader *reader, const uint8_t *windo
 }
 
 /* Turn the offsets of a complete frame into pointers. */
-static void vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window)
+__attribute__((always_inline)) static inline void
+vkp_i_reader_point(vkp_resp_reader *reader, const uint8_t *window, bool gathered)
 {
     size_t i;
     for (i = 0; i < reader->count; i++) {
         vkp_value *value = &reader->values[i];
         if (value->type == VKP_RESP_STRING || value->type == VKP_RESP_ERROR ||
             value->type == VKP_RESP_BIGNUM || value->type == VKP_RESP_DOUBLE) {
-            value->u.str = (const char *)window + value->u.i_offset;
+            value->u.str = gathered ? vkp_i_reader_text_at(reader, window, value)
+                                    : (const char *)window + value->u.i_offset;
+            value->flags = (uint8_t)(value->flags & (gathered ? ~VKP_I_VALUE_GATHERED : ~0u));
         }
     }
 }
@@ -733,15 +971,19 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
 
 /* Whether the end of the frame can be found although a step refused the value at `position`: a
    line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
-   an end, however deep or large it is. No end is found behind a length that is wrong or too large,
-   or behind an unknown type.                                                                  */
+   an end, however deep or large it is, as a streamed one has. No end is found behind a length that
+   is wrong or too large, within a streamed string, or behind an unknown type.                 */
 static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
-    char mark;
-    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len) {
+    uint8_t mark;
+    if (reader->position >= reader->config.max_frame_bytes || reader->position >= len ||
+        vkp_i_reader_is_in_string(reader)) {
         return false;
     }
-    mark = (char)window[reader->position];
+    mark = window[reader->position];
+    if (vkp_i_reader_is_full(reader, mark)) {
+        return true;
+    }
     return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
            : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
                                                 : false;
@@ -767,7 +1009,11 @@ __attribute__((noinline)) static vkp_status vkp_i_reader_general(vkp_resp_reader
                                  "frame above max_frame_bytes (%zu)",
                                  reader->config.max_frame_bytes);
     }
-    vkp_i_reader_point(reader, window);
+    if (reader->text_len > 0) {
+        vkp_i_reader_point(reader, window, true);
+    } else {
+        vkp_i_reader_point(reader, window, false);
+    }
     root = &reader->values[0];
     while (root->type == VKP_RESP_ATTRIBUTE) {
         root += root->span;
@@ -794,7 +1040,8 @@ VKP_API vkp_status vkp_resp_reader_scan(vkp_resp_reader *reader, const void *dat
     }
     if (reader->whole) {
         vkp_i_reader_start(reader);
-        if (reader->capacity > VKP_I_READER_KEPT_VALUES) { /* one huge frame: free a megabyte */
+        if (reader->capacity > VKP_I_READER_KEPT_VALUES ||
+            reader->text_capacity > VKP_I_READER_KEPT_TEXT) { /* one huge frame: free a megabyte */
             vkp_i_reader_trim(reader);
         }
     }

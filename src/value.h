@@ -109,6 +109,11 @@ typedef struct vkp_resp_config {
     size_t max_line_bytes;  /* most bytes of one line without its CRLF; 0: 64 KiB */
     size_t max_frame_bytes; /* most bytes of one frame; 0: 1 GiB; at most 4 GiB - 1 */
     bool lenient; /* accept what old servers send: ,nan(x) ,-nan ,+inf ,5. ,.5 and >-1 as null */
+    /* Read streamed types, whose length is not known at their start: strings ($?), arrays, sets and
+       maps (*? ~? %?), as RESP3 has them. They become the values that their counted forms are. The
+       chunks of a string are copied together; max_bulk_bytes is for the whole string, max_elements
+       for the elements that come. No server is known that sends them. false: they are refused. */
+    bool streamed;
     const vkp_env *env; /* memory; NULL: all defaults */
 } vkp_resp_config;
 

@@ -4,6 +4,7 @@
 // together: however the bytes arrive, the values, the verdict and its position are the same.
 #include "support/catch.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -545,11 +546,12 @@ namespace {
 // Random trees together with what the reader must say of them.
 class Generator {
   public:
-    explicit Generator(unsigned seed) : random_(seed)
+    explicit Generator(unsigned seed) : random_(seed), streaming_(seed)
     {
     }
 
     std::string bytes;
+    std::string streamed; // the same value with some of its types streamed
     std::vector<std::string> places;
 
     void value(int depth, uint32_t attributes)
@@ -580,7 +582,7 @@ class Generator {
         case 8:
             return leaf("!" + counted(text), "error(" + text + ")", attributes);
         case 9:
-            return leaf(bulk(text), "string(" + text + ")", attributes);
+            return string(text, attributes);
         case 10:
             return leaf("=" + counted("txt:" + text), "string/2(" + text + ")", attributes);
         case 11:
@@ -596,7 +598,24 @@ class Generator {
 
   private:
     std::mt19937 random_;
+    std::mt19937 streaming_;
 
+    void string(const std::string &text, uint32_t attributes)
+    {
+        std::string wire = bulk(text);
+        if (streaming_() % 2 == 0) {
+            wire = "$?\r\n";
+            for (size_t at = 0; at < text.size();) {
+                const std::string chunk = text.substr(at, 1 + streaming_() % 4);
+                wire += ";" + counted(chunk);
+                at += chunk.size();
+            }
+            wire += ";0\r\n";
+        }
+        const std::string before = streamed;
+        leaf(bulk(text), "string(" + text + ")", attributes);
+        streamed = before + wire;
+    }
     static std::string counted(const std::string &text)
     {
         return std::to_string(text.size()) + "\r\n" + text + "\r\n";
@@ -604,6 +623,7 @@ class Generator {
     void leaf(const std::string &wire, const std::string &expected, uint32_t attributes)
     {
         bytes += wire;
+        streamed += wire;
         place(expected, 1, attributes, places.size());
     }
     void place(const std::string &text, size_t span, uint32_t attributes, size_t at)
@@ -626,15 +646,18 @@ class Generator {
         const size_t at = places.size();
         const size_t n = random_() % 4 + (mark == '>' ? 1 : 0);
         const size_t elements = mark == '%' || mark == '|' ? 2 * n : n;
+        const bool endless = (mark == '*' || mark == '~' || mark == '%') && streaming_() % 2 == 0;
         bytes += mark + std::to_string(n) + "\r\n";
+        streamed += mark + (endless ? "?" : std::to_string(n)) + "\r\n";
         places.emplace_back();
         for (size_t i = 0; i < elements; i++) {
             if (i == 0 && mark == '>') {
-                leaf(bulk("kind"), "string(kind)", 0);
+                string("kind", 0);
             } else {
                 value(depth + 1, 0);
             }
         }
+        streamed += endless ? ".\r\n" : "";
         place(name + ("[" + std::to_string(elements) + "]"), places.size() - at, attributes, at);
     }
     uint32_t attribute(int depth, uint32_t attributes)
@@ -1775,4 +1798,491 @@ TEST_CASE("resp reader: lenient, infinities have their sign")
         CHECK(vkp_value_get_double(value) == row.second);
         vkp_resp_reader_unref(reader);
     }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Streamed types
+
+namespace {
+
+vkp_resp_config streamed_config()
+{
+    vkp_resp_config config = VKP_ZERO;
+    config.streamed = true;
+    return config;
+}
+
+struct Pair {
+    const char *streamed;
+    const char *counted;
+};
+
+const Pair k_streamed[] = {
+    {"$?\r\n;4\r\nHell\r\n;1\r\no\r\n;0\r\n", "$5\r\nHello\r\n"},
+    {"$?\r\n;0\r\n", "$0\r\n\r\n"},
+    {"$?\r\n;4\r\n\r\n;0\r\n;0\r\n", "$4\r\n\r\n;0\r\n"},
+    {"$?\r\n;3\r\n.\r\n\r\n;0\r\n", "$3\r\n.\r\n\r\n"},
+    {"$?\r\n;12\r\nabcdefghijkl\r\n;2\r\n\r\n\r\n;0\r\n", "$14\r\nabcdefghijkl\r\n\r\n"},
+    {"*?\r\n.\r\n", "*0\r\n"},
+    {"~?\r\n.\r\n", "~0\r\n"},
+    {"%?\r\n.\r\n", "%0\r\n"},
+    {"*?\r\n:1\r\n.\r\n", "*1\r\n:1\r\n"},
+    {"*?\r\n:1\r\n_\r\n#t\r\n,1.5\r\n(12\r\n+a\r\n-b\r\n$1\r\nc\r\n!1\r\nd\r\n=5\r\ntxt:e\r\n.\r\n",
+     "*10\r\n:1\r\n_\r\n#t\r\n,1.5\r\n(12\r\n+a\r\n-b\r\n$1\r\nc\r\n!1\r\nd\r\n=5\r\ntxt:e\r\n"},
+    {"~?\r\n+a\r\n$-1\r\n*-1\r\n.\r\n", "~3\r\n+a\r\n$-1\r\n*-1\r\n"},
+    {"%?\r\n+a\r\n:1\r\n+b\r\n:2\r\n.\r\n", "%2\r\n+a\r\n:1\r\n+b\r\n:2\r\n"},
+    // Nested, in each other and in counted ones, at the start, in the midst and at the end.
+    {"*?\r\n*?\r\n*?\r\n.\r\n.\r\n.\r\n", "*1\r\n*1\r\n*0\r\n"},
+    {"*?\r\n*?\r\n:1\r\n.\r\n*2\r\n:2\r\n:3\r\n*0\r\n.\r\n",
+     "*3\r\n*1\r\n:1\r\n*2\r\n:2\r\n:3\r\n*0\r\n"},
+    {"*2\r\n*?\r\n*2\r\n~?\r\n:1\r\n.\r\n:2\r\n.\r\n:3\r\n",
+     "*2\r\n*1\r\n*2\r\n~1\r\n:1\r\n:2\r\n:3\r\n"},
+    {"%?\r\n$?\r\n;1\r\nk\r\n;0\r\n%?\r\n*?\r\n.\r\n$?\r\n;1\r\nv\r\n;1\r\nw\r\n;0\r\n.\r\n.\r\n",
+     "%1\r\n$1\r\nk\r\n%1\r\n*0\r\n$2\r\nvw\r\n"},
+    {"*3\r\n$?\r\n;1\r\na\r\n;0\r\n$?\r\n;0\r\n$?\r\n;1\r\nb\r\n;1\r\nc\r\n;0\r\n",
+     "*3\r\n$1\r\na\r\n$0\r\n\r\n$2\r\nbc\r\n"},
+    // Attributes are counted, what they hold and what they stand before may be streamed.
+    {"|1\r\n+k\r\n*?\r\n.\r\n$?\r\n;1\r\na\r\n;0\r\n", "|1\r\n+k\r\n*0\r\n$1\r\na\r\n"},
+    {"*?\r\n|1\r\n+k\r\n+v\r\n:1\r\n|0\r\n*?\r\n.\r\n.\r\n",
+     "*2\r\n|1\r\n+k\r\n+v\r\n:1\r\n|0\r\n*0\r\n"},
+    // Pushes are counted, what they hold may be streamed, their kind too.
+    {">3\r\n$7\r\nmessage\r\n$?\r\n;1\r\nc\r\n;0\r\n$?\r\n;1\r\nh\r\n;1\r\ni\r\n;0\r\n",
+     ">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n"},
+    {">2\r\n$?\r\n;3\r\ninv\r\n;7\r\nalidate\r\n;0\r\n*?\r\n$?\r\n;1\r\nk\r\n;0\r\n.\r\n",
+     ">2\r\n$10\r\ninvalidate\r\n*1\r\n$1\r\nk\r\n"},
+    {"*?\r\n>3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$?\r\n;1\r\nm\r\n;0\r\n:1\r\n.\r\n",
+     "*1\r\n>3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nm\r\n:1\r\n"},
+    {"*2\r\n*?\r\n.\r\n>3\r\n$?\r\n;4\r\nmess\r\n;3\r\nage\r\n;0\r\n+c\r\n*?\r\n:1\r\n.\r\n:2\r\n",
+     "*2\r\n*0\r\n>3\r\n$7\r\nmessage\r\n+c\r\n*1\r\n:1\r\n:2\r\n"},
+    {"*2\r\n>1\r\n$?\r\n;7\r\nmessage\r\n;15\r\n-of-the-weather\r\n;0\r\n:2\r\n",
+     "*2\r\n>1\r\n$22\r\nmessage-of-the-weather\r\n:2\r\n"},
+    {"*1\r\n>1\r\n$?\r\n;9\r\ntracking-\r\n;12\r\nredir-broken\r\n;0\r\n:2\r\n",
+     "*1\r\n>1\r\n$21\r\ntracking-redir-broken\r\n:2\r\n"},
+    {"*2\r\n>1\r\n$?\r\n;21\r\ntracking-redir-broken\r\n;4\r\n!!!!\r\n;0\r\n:2\r\n",
+     "*2\r\n>1\r\n$25\r\ntracking-redir-broken!!!!\r\n:2\r\n"},
+    {"*?\r\n>3\r\n$9\r\nsubscribe\r\n+c\r\n:1\r\n.\r\n",
+     "*1\r\n>3\r\n$9\r\nsubscribe\r\n+c\r\n:1\r\n"},
+};
+
+size_t frame_len(const std::string &text)
+{
+    // Of the exact size: a byte past the end is caught by a sanitizer.
+    const std::vector<uint8_t> copy(text.begin(), text.end());
+    return vkp_resp_get_frame_len(copy.data(), copy.size());
+}
+
+// The value written, by the writer and as text: in RESP2, in RESP3, for people.
+std::string rewritten(const std::string &bytes, const vkp_resp_config &config)
+{
+    Reader reader(config);
+    const vkp_value *value = nullptr;
+    REQUIRE(reader.feed(bytes) == VKP_OK);
+    REQUIRE(reader.next(&value) == VKP_OK);
+    std::string out;
+    for (int protocol : {2, 3}) {
+        vkp_resp_writer writer;
+        vkp_bytes written = VKP_ZERO;
+        vkp_resp_writer_init(&writer, nullptr);
+        vkp_resp_put_value(&writer, value, protocol);
+        REQUIRE(vkp_resp_writer_take(&writer, &written) == VKP_OK);
+        out += std::string(reinterpret_cast<const char *>(written.data), written.len) + "|";
+        vkp_bytes_unref(&written);
+    }
+    std::vector<char> text(vkp_value_get_text(value, nullptr, 0) + 1);
+    (void)vkp_value_get_text(value, text.data(), text.size());
+    return out + text.data();
+}
+
+void check_streamed(const std::string &streamed, const std::string &counted)
+{
+    INFO(streamed);
+    const Outcome expected = read_fed(counted, {}, plain_config());
+    REQUIRE(expected.frames.size() == 1);
+    const Outcome whole = read_fed(streamed, {}, streamed_config());
+    REQUIRE(whole.frames == expected.frames);
+    REQUIRE(whole.status == VKP_ERR_EMPTY);
+    REQUIRE(whole.sound);
+    REQUIRE(read_fed(streamed, every_byte(streamed), streamed_config()).same(whole));
+    REQUIRE(read_scanned(streamed, every_byte(streamed), streamed_config()).same(whole));
+    REQUIRE(rewritten(streamed, streamed_config()) == rewritten(counted, plain_config()));
+    REQUIRE(frame_len(streamed) == streamed.size());
+}
+
+} // namespace
+
+TEST_CASE("streamed: the values are those of the counted forms", "[resp][streamed]")
+{
+    for (const Pair &pair : k_streamed) {
+        check_streamed(pair.streamed, pair.counted);
+    }
+}
+
+TEST_CASE("streamed: the result is the same however the input is split", "[resp][streamed][split]")
+{
+    std::string all;
+    for (const Pair &pair : k_streamed) {
+        INFO(pair.streamed);
+        std::string example;
+        const size_t differing = differing_splits(pair.streamed, streamed_config(), &example);
+        INFO(example);
+        CHECK(differing == 0);
+        all += pair.streamed;
+        all += pair.counted; // counted ones are read with the flag too
+    }
+    const Outcome whole = read_fed(all, {}, streamed_config());
+    CHECK(whole.frames.size() == 2 * sizeof k_streamed / sizeof k_streamed[0]);
+    CHECK(read_fed(all, every_byte(all), streamed_config()).same(whole));
+    CHECK(read_scanned(all, every_byte(all), streamed_config()).same(whole));
+}
+
+TEST_CASE("streamed: nothing behind the last byte is needed, and nothing less is enough",
+          "[resp][streamed][split]")
+{
+    for (const Pair &pair : k_streamed) {
+        const std::string bytes = pair.streamed;
+        Reader reader(streamed_config());
+        const vkp_value *value = nullptr;
+        for (size_t i = 0; i < bytes.size(); i++) {
+            INFO(bytes << " at " << i);
+            REQUIRE(reader.next(&value) == VKP_ERR_EMPTY);
+            REQUIRE(reader.feed(bytes.substr(i, 1)) == VKP_OK);
+            REQUIRE(frame_len(bytes.substr(0, i)) == 0);
+        }
+        CHECK(reader.next(&value) == VKP_OK);
+        CHECK(reader.next(&value) == VKP_ERR_EMPTY);
+        CHECK(frame_len(bytes + ":1\r\n") == bytes.size());
+        CHECK(frame_len(bytes + ".\r\n") == bytes.size());
+    }
+}
+
+TEST_CASE("streamed: random trees are those that they are counted", "[resp][streamed][split]")
+{
+    for (unsigned seed = 0; seed < 300; seed++) {
+        Generator generator(seed);
+        generator.value(0, 0);
+        INFO("seed " << seed);
+        check_streamed(generator.streamed, generator.bytes);
+    }
+}
+
+TEST_CASE("streamed: without the flag all of them are refused", "[resp][streamed][refusals]")
+{
+    for (const Pair &pair : k_streamed) {
+        INFO(pair.streamed);
+        for (const vkp_resp_config &config : {plain_config(), lenient_config()}) {
+            const Outcome outcome = read_fed(pair.streamed, {}, config);
+            CHECK(outcome.frames.empty());
+            CHECK(outcome.status == VKP_ERR_PROTOCOL);
+            CHECK(outcome.reason == (contains(pair.streamed, "?\r\n")
+                                         ? "digit expected, byte 0x3f found"
+                                         : outcome.reason));
+        }
+    }
+    Reader reader;
+    CHECK(reader.verdict(";1\r\n") == VKP_ERR_PROTOCOL);
+    CHECK(reader.reason() == "unknown type byte ';': streamed types are not supported");
+}
+
+TEST_CASE("streamed: what must be refused, where, and why", "[resp][streamed][refusals]")
+{
+    const Refusal rows[] = {
+        // Ends and chunks where none is open.
+        {".\r\n", BAD, BAD, 0, "end (.) outside"},
+        {";1\r\na\r\n", BAD, BAD, 0, "chunk (;) outside"},
+        {";0\r\n", BAD, BAD, 0, "chunk (;) outside"},
+        {"*1\r\n.\r\n", BAD, BAD, 4, "end (.) outside"},
+        {"*?\r\n*1\r\n.\r\n", BAD, BAD, 8, "end (.) outside"},
+        {"*?\r\n;1\r\na\r\n", BAD, BAD, 4, "chunk (;) outside"},
+        {"*?\r\n.\r\n.\r\n", BAD, BAD, 7, "end (.) outside"},
+        {"$?\r\n;0\r\n;0\r\n", BAD, BAD, 8, "chunk (;) outside"},
+        // Something else than a chunk in a string.
+        {"$?\r\n.\r\n", BAD, BAD, 4, "chunk of a streamed string expected, byte 0x2e"},
+        {"$?\r\n:1\r\n", BAD, BAD, 4, "chunk of a streamed string expected, byte 0x3a"},
+        {"$?\r\n;1\r\na\r\n$1\r\nb\r\n", BAD, BAD, 11, "chunk of a streamed string expected"},
+        {"*?\r\n$?\r\n;1\r\na\r\n.\r\n", BAD, BAD, 15, "chunk of a streamed string expected"},
+        {"$?\r\n|1\r\n", BAD, BAD, 4, "chunk of a streamed string expected"},
+        // Lengths of chunks, and what follows them.
+        {"$?\r\n;-1\r\n", BAD, BAD, 5, "sign"},
+        {"$?\r\n;+1\r\n", BAD, BAD, 5, "sign"},
+        {"$?\r\n;01\r\n", BAD, BAD, 5, "zero"},
+        {"$?\r\n;00\r\n", BAD, BAD, 5, "zero"},
+        {"$?\r\n;\r\n", BAD, BAD, 5, "digit"},
+        {"$?\r\n;?\r\n", BAD, BAD, 5, "digit"},
+        {"$?\r\n;1\r\nabc\r\n", BAD, BAD, 9, "CRLF"},
+        {"$?\r\n;2\r\na\r\n;0\r\n", BAD, BAD, 10, "CRLF"},
+        {"$?\r\n;0\n", BAD, BAD, 6, "CRLF"},
+        {"$?\r\n;0\rx", BAD, BAD, 7, "LF"},
+        // The headers and the end.
+        {"$?x\r\n", BAD, BAD, 2, "CRLF"},
+        {"$?\n", BAD, BAD, 2, "CRLF"},
+        {"*?\rx", BAD, BAD, 3, "LF"},
+        {"*?1\r\n", BAD, BAD, 2, "CRLF"},
+        {"*??\r\n", BAD, BAD, 2, "CRLF"},
+        {"$-?\r\n", BAD, BAD, 2, "digit"},
+        {"*-?\r\n", BAD, BAD, 2, "digit"},
+        {"$1?\r\n", BAD, BAD, 2, "CRLF"},
+        {"*?\r\n.x", BAD, BAD, 5, "CRLF"},
+        {"*?\r\n.\n", BAD, BAD, 5, "CRLF"},
+        {"*?\r\n.\rx", BAD, BAD, 6, "LF"},
+        // A key without a value, an attribute without one.
+        {"%?\r\n+k\r\n.\r\n", BAD, BAD, 8, "key without a value"},
+        {"%?\r\n+k\r\n+v\r\n+k\r\n.\r\n", BAD, BAD, 16, "key without a value"},
+        {"*?\r\n|1\r\n+k\r\n+v\r\n.\r\n", BAD, BAD, 16, "behind an attribute"},
+        {"%?\r\n+k\r\n|0\r\n.\r\n", BAD, BAD, 12, "behind an attribute"},
+        // The specification streams strings, arrays, sets and maps alone.
+        {">?\r\n+kind\r\n.\r\n", BAD, BAD, 0, "a push cannot be streamed"},
+        {"|?\r\n+k\r\n+v\r\n.\r\n", BAD, BAD, 0, "an attribute cannot be streamed"},
+        {"!?\r\n;0\r\n", BAD, BAD, 1, "digit"},
+        {"=?\r\n;0\r\n", BAD, BAD, 1, "digit"},
+        {":?\r\n", BAD, BAD, 1, "digit"},
+        // The kind of a push is a string, streamed or not.
+        {">1\r\n*?\r\n+kind\r\n.\r\n", BAD, BAD, 4, "kind"},
+        {"*?\r\n>1\r\n.\r\n", BAD, BAD, 8, "kind"},
+        {">1\r\n;1\r\na\r\n", BAD, BAD, 4, "kind"},
+    };
+    for (const Refusal &row : rows) {
+        INFO(row.bytes);
+        vkp_resp_config lenient = streamed_config();
+        lenient.lenient = true;
+        for (const vkp_resp_config &config : {streamed_config(), lenient}) {
+            const Outcome outcome = read_fed(row.bytes, {}, config);
+            CHECK(outcome.status == row.strict);
+            CHECK(outcome.position == row.position);
+            INFO(outcome.reason);
+            CHECK(contains(outcome.reason, row.word));
+            std::string example;
+            const size_t differing = differing_splits(row.bytes, config, &example);
+            INFO(example);
+            CHECK(differing == 0);
+        }
+    }
+}
+
+TEST_CASE("streamed: the bulk limit is that of the whole string", "[resp][streamed][limits]")
+{
+    vkp_resp_config config = streamed_config();
+    config.max_bulk_bytes = 10;
+    const std::string ten = "$?\r\n;4\r\nabcd\r\n;6\r\nefghij\r\n";
+    CHECK(read_fed(ten + ";0\r\n", {}, config).frames ==
+          std::vector<std::string>{"string(abcdefghij)"});
+    std::string example;
+    for (const std::string &over :
+         {ten + ";1\r\n", std::string("$?\r\n;11\r\n"), ten + ";9223372036854775807\r\n"}) {
+        const Outcome outcome = read_fed(over, {}, config);
+        CHECK(outcome.status == VKP_ERR_LIMIT);
+        CHECK(outcome.position == over.find_last_of(';')); // its bytes are not waited for
+        CHECK(outcome.reason == "streamed string above max_bulk_bytes (10)");
+        CHECK(differing_splits(over, config, &example) == 0);
+    }
+    // Each string has the whole limit.
+    CHECK(read_fed("*?\r\n" + ten + ";0\r\n" + ten + ";0\r\n.\r\n", {}, config).frames.size() == 1);
+}
+
+TEST_CASE("streamed: the limit of elements is enforced before the element that is too many",
+          "[resp][streamed][limits]")
+{
+    vkp_resp_config config = streamed_config();
+    config.max_elements = 2;
+    const std::string attribute = "|1\r\n+k\r\n+v\r\n";
+    const std::string message = ">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nm\r\n";
+    const std::string confirmation = ">2\r\n$9\r\nsubscribe\r\n+c\r\n";
+    vkp_resp_config for_pushes = config;
+    for_pushes.max_elements = 3;
+    std::string example;
+    for (const std::string &fits :
+         {std::string("*?\r\n:1\r\n:2\r\n.\r\n"), std::string("~?\r\n:1\r\n:2\r\n.\r\n"),
+          std::string("%?\r\n:1\r\n:2\r\n:3\r\n:4\r\n.\r\n"),
+          "*?\r\n" + attribute + ":1\r\n" + attribute + ":2\r\n.\r\n",
+          std::string("*?\r\n*?\r\n:1\r\n:2\r\n.\r\n*?\r\n:1\r\n:2\r\n.\r\n.\r\n")}) {
+        INFO(fits);
+        CHECK(read_fed(fits, {}, config).frames.size() == 1);
+    }
+    CHECK(read_fed("*?\r\n:1\r\n:2\r\n:3\r\n" + message + ".\r\n", {}, for_pushes).frames.size() ==
+          1);
+    struct Row {
+        std::string bytes;
+        uint64_t position;
+        bool pushes;
+    };
+    for (const Row &row :
+         {Row{"*?\r\n:1\r\n:2\r\n$", 12, false}, Row{"~?\r\n:1\r\n:2\r\n*", 12, false},
+          Row{"%?\r\n:1\r\n:2\r\n:3\r\n:4\r\n:", 20, false},
+          Row{"*?\r\n:1\r\n:2\r\n$?\r\n", 12, false},
+          Row{"*?\r\n:1\r\n:2\r\n" + attribute + ":", 24, false},
+          Row{"*?\r\n:1\r\n:2\r\n:3\r\n" + message + ":", 47, true},
+          // Whether it is an element is known when it is complete.
+          Row{"*?\r\n:1\r\n:2\r\n:3\r\n" + confirmation + ".", 39, true}}) {
+        INFO(row.bytes);
+        const vkp_resp_config &limits = row.pushes ? for_pushes : config;
+        const Outcome outcome = read_fed(row.bytes, {}, limits);
+        CHECK(outcome.status == VKP_ERR_LIMIT);
+        CHECK(outcome.position == row.position);
+        CHECK(outcome.reason == "streamed aggregate of more elements than max_elements (" +
+                                    std::to_string(limits.max_elements) + ")");
+        CHECK(differing_splits(row.bytes, limits, &example) == 0);
+    }
+}
+
+TEST_CASE("streamed: the limits of depth and of the frame", "[resp][streamed][limits]")
+{
+    vkp_resp_config config = streamed_config();
+    config.max_depth = 3;
+    // A string is no level.
+    CHECK(read_fed("*?\r\n*?\r\n*?\r\n$?\r\n;1\r\na\r\n;0\r\n.\r\n.\r\n.\r\n", {}, config)
+              .frames.size() == 1);
+    const Outcome deep = read_fed(repeat("*?\r\n", 4), {}, config);
+    CHECK(deep.status == VKP_ERR_LIMIT);
+    CHECK(deep.position == 12);
+    // After an end a level is free again.
+    CHECK(read_fed("*?\r\n" + repeat("*?\r\n~?\r\n.\r\n.\r\n", 50) + ".\r\n", {}, config)
+              .frames.size() == 1);
+
+    std::string example;
+    for (const Pair &pair : k_streamed) {
+        const std::string bytes = pair.streamed;
+        INFO(bytes);
+        config = streamed_config();
+        config.max_frame_bytes = bytes.size();
+        CHECK(read_fed(bytes + bytes, {}, config).frames.size() == 2);
+        CHECK(differing_splits(bytes + bytes, config, &example) == 0);
+        for (size_t most = 1; most < bytes.size(); most++) {
+            config.max_frame_bytes = most;
+            REQUIRE(read_fed(bytes, {}, config).status == VKP_ERR_LIMIT);
+            REQUIRE(read_fed(bytes, every_byte(bytes), config).status == VKP_ERR_LIMIT);
+        }
+    }
+}
+
+TEST_CASE("streamed: memory grows with the bytes received", "[resp][streamed][limits]")
+{
+    for (const std::string &bytes :
+         {std::string("$?\r\n;536870912\r\n"), "*?\r\n" + repeat("_\r\n", 20000),
+          repeat("*?\r\n", 128), "*?\r\n" + repeat("*?\r\n.\r\n", 20000),
+          "*?\r\n" + repeat("$?\r\n;0\r\n", 20000), "$?\r\n" + repeat(";1\r\na\r\n", 20000)}) {
+        INFO(bytes.substr(0, 40));
+        Env env;
+        vkp_resp_config config = streamed_config();
+        config.env = &env.test.env;
+        {
+            Reader reader(config);
+            CHECK(reader.verdict(bytes) == VKP_ERR_EMPTY);
+            CHECK(vkp_test_env_peak_bytes(&env.test) <= 2048 + 64 * bytes.size());
+        }
+        CHECK(env.blocks() == 0);
+    }
+}
+
+TEST_CASE("streamed: a string of a million chunks is copied once, and its memory is given back",
+          "[resp][streamed][limits]")
+{
+    Env env;
+    vkp_resp_config config = streamed_config();
+    config.env = &env.test.env;
+    const size_t chunks = 1500000;
+    const std::string bytes = "$?\r\n" + repeat(";1\r\na\r\n", chunks) + ";0\r\n";
+    {
+        Reader reader(config);
+        const vkp_value *value = nullptr;
+        size_t consumed = 0;
+        const uint64_t before = vkp_test_env_calls(&env.test);
+        vkp_status status = VKP_ERR_EMPTY;
+        // In windows that grow: the bytes before are not read again.
+        for (size_t len = 0; status == VKP_ERR_EMPTY && len < bytes.size();) {
+            len = std::min(bytes.size(), len + 64);
+            status = vkp_resp_reader_scan(reader.get(), bytes.data(), len, &value, &consumed);
+        }
+        REQUIRE(status == VKP_OK);
+        CHECK(consumed == bytes.size());
+        CHECK(std::string(value->u.str, value->len) == std::string(chunks, 'a'));
+        CHECK(vkp_test_env_calls(&env.test) - before < 40); // a doubling each, no more
+        CHECK(vkp_test_env_live_bytes(&env.test) >= chunks);
+        REQUIRE(vkp_resp_reader_scan(reader.get(), ":1\r\n", 4, &value, &consumed) == VKP_OK);
+        CHECK(vkp_test_env_live_bytes(&env.test) < 8192);
+    }
+    CHECK(env.blocks() == 0);
+}
+
+TEST_CASE("streamed: one reader takes frames without growing, and begins each anew",
+          "[resp][streamed]")
+{
+    Env env;
+    vkp_resp_config config = streamed_config();
+    config.env = &env.test.env;
+    {
+        Reader reader(config);
+        const vkp_value *value = nullptr;
+        const std::string message = ">3\r\n$7\r\nmessage\r\n$2\r\nc1\r\n$2\r\nhi\r\n";
+        size_t settled = 0;
+        for (int i = 0; i < 5000; i++) {
+            for (const Pair &pair : k_streamed) {
+                REQUIRE(reader.feed(pair.streamed + message) == VKP_OK);
+                REQUIRE(reader.next(&value) == VKP_OK);
+                REQUIRE(reader.next(&value) == VKP_OK);
+                REQUIRE(tree_text(value) == "push[3]+4 string(message) string(c1) string(hi)");
+            }
+            settled = i == 10 ? vkp_test_env_live_bytes(&env.test) : settled;
+        }
+        CHECK(vkp_test_env_live_bytes(&env.test) == settled);
+    }
+    CHECK(env.blocks() == 0);
+}
+
+TEST_CASE("streamed: reset in the midst of a frame forgets it", "[resp][streamed]")
+{
+    for (const Pair &pair : k_streamed) {
+        const std::string bytes = pair.streamed;
+        for (size_t cut = 0; cut < bytes.size(); cut++) {
+            Reader reader(streamed_config());
+            const vkp_value *value = nullptr;
+            REQUIRE(reader.feed(bytes.substr(0, cut)) == VKP_OK);
+            REQUIRE(reader.next(&value) == VKP_ERR_EMPTY);
+            vkp_resp_reader_reset(reader.get());
+            REQUIRE(reader.feed("$?\r\n;3\r\nnew\r\n;0\r\n.") == VKP_OK);
+            REQUIRE(reader.next(&value) == VKP_OK);
+            REQUIRE(tree_text(value) == "string(new)");
+            REQUIRE(reader.next(&value) == VKP_ERR_PROTOCOL);
+            REQUIRE(reader.position() == 17);
+        }
+    }
+}
+
+TEST_CASE("streamed: memory may fail at every allocation; the reader goes on",
+          "[resp][streamed][faults]")
+{
+    std::string bytes = repeat("*?\r\n", 100);
+    bytes += "$?\r\n" + repeat(";9\r\n123456789\r\n", 300) + ";0\r\n" + repeat(".\r\n", 100);
+    for (const Pair &pair : k_streamed) {
+        bytes += pair.streamed;
+    }
+    const Outcome expected = read_fed(bytes, {}, streamed_config());
+    REQUIRE(expected.frames.size() == 1 + sizeof k_streamed / sizeof k_streamed[0]);
+    Env env;
+    vkp_resp_config config = streamed_config();
+    config.env = &env.test.env;
+    bool met = true;
+    for (uint64_t k = 1; met; k++) {
+        INFO("k " << k);
+        Reader reader(config);
+        Outcome outcome;
+        vkp_test_env_fault(&env.test, VKP_TEST_FAULT_ONCE, k);
+        met = false;
+        size_t at = 0;
+        vkp_status status = VKP_OK;
+        while (status == VKP_OK || status == VKP_ERR_NOMEM) {
+            const vkp_value *value = nullptr;
+            size_t consumed = 0;
+            status = vkp_resp_reader_scan(reader.get(), bytes.data() + at, bytes.size() - at,
+                                          &value, &consumed);
+            met = met || status == VKP_ERR_NOMEM;
+            if (status == VKP_OK) {
+                note(outcome, value);
+                at += consumed;
+            }
+        }
+        vkp_test_env_fault(&env.test, VKP_TEST_FAULT_NONE, 0);
+        finish(outcome, reader.get(), status);
+        CHECK(outcome.same(expected));
+        CHECK((met || k > 10));
+    }
+    CHECK(env.blocks() == 0);
 }

@@ -2,8 +2,10 @@
        0     bit 0: small limits; bits 1 and up: 0, or every n-th allocation fails and is retried
        1..5  the lengths, less one, of the pieces in which the stream arrives, over and over
    The stream is read whole, in pieces, and by scan over windows that move, each strictly and
-   leniently: values, verdict, position and reason must be the same. What was read is walked,
-   measured, written and read again.
+   leniently, without and with streamed types: values, verdict, position and reason must be the
+   same. What was read is walked, measured, written and read again. A frame with streamed types has
+   the values of its counted form, and a counted frame those of its streamed form, which a model
+   makes that shares nothing with the reader; limits refuse one as they refuse the other.
    SPDX-License-Identifier: MIT                                                                  */
 #include "valkey_push.h"
 
@@ -315,6 +317,245 @@ static void close_reader(vkp_resp_reader *reader, const memory *mem, size_t size
     require(mem->peak_bytes <= 16384 + 64 * size, "memory out of proportion to the input");
 }
 
+/* ---- streamed types: a model that writes one form as the other ---- */
+
+/* A whole, right frame, and what it becomes. */
+typedef struct model {
+    const uint8_t *data;
+    size_t at;
+    trace out;
+    bool to_streamed;       /* otherwise to counted */
+    const uint8_t *choices; /* to_streamed: which types, and the lengths of chunks */
+    size_t chosen;
+} model;
+
+static unsigned model_choose(model *self)
+{
+    return (unsigned)self->choices[1 + self->chosen++ % (HEAD - 1)] + (unsigned)self->chosen;
+}
+
+/* Takes a line without its CRLF; returns its length. */
+static size_t model_line(model *self)
+{
+    size_t start = self->at;
+    while (self->data[self->at] != '\n') {
+        self->at++;
+    }
+    return self->at++ - 1 - start;
+}
+
+static void model_header(trace *out, char mark, size_t count)
+{
+    char line[32];
+    trace_add(out, line, (size_t)snprintf(line, sizeof line, "%c%zu\r\n", mark, count));
+}
+
+static void model_string(model *self, size_t size)
+{
+    const uint8_t *text = self->data + self->at;
+    self->at += size + 2;
+    if (!self->to_streamed || model_choose(self) % 2 == 0) {
+        model_header(&self->out, '$', size);
+        trace_add(&self->out, text, size);
+        trace_add(&self->out, "\r\n", 2);
+        return;
+    }
+    trace_add(&self->out, "$?\r\n", 4);
+    while (size > 0) {
+        size_t chunk = 1 + model_choose(self) % 7;
+        chunk = chunk < size ? chunk : size;
+        model_header(&self->out, ';', chunk);
+        trace_add(&self->out, text, chunk);
+        trace_add(&self->out, "\r\n", 2);
+        text += chunk;
+        size -= chunk;
+    }
+    trace_add(&self->out, ";0\r\n", 4);
+}
+
+static void model_chunks(model *self)
+{
+    trace text = {NULL, 0, 0};
+    for (;;) {
+        size_t size = strtoul((const char *)self->data + self->at + 1, NULL, 10);
+        (void)model_line(self);
+        if (size == 0) {
+            break;
+        }
+        trace_add(&text, self->data + self->at, size);
+        self->at += size + 2;
+    }
+    model_header(&self->out, '$', text.len);
+    trace_add(&self->out, text.bytes, text.len);
+    trace_add(&self->out, "\r\n", 2);
+    trace_free(&text);
+}
+
+static void model_value(model *self);
+
+/* An attribute and the value behind it are two values here, and one element. */
+static void model_element(model *self)
+{
+    while (self->data[self->at] == '|') {
+        model_value(self);
+    }
+    model_value(self);
+}
+
+/* Whether the push at `at` is no element of what is around it. */
+static bool model_is_uncounted(const model *push)
+{
+    static const char *const kinds[] = {"message", "pmessage", "smessage", "invalidate",
+                                        "tracking-redir-broken"};
+    model kind = *push;
+    const char *text;
+    size_t size;
+    bool uncounted = false;
+    size_t i;
+    memset(&kind.out, 0, sizeof kind.out);
+    kind.to_streamed = false;
+    (void)model_line(&kind);
+    model_value(&kind);
+    text = (const char *)memchr(kind.out.bytes, '\n', kind.out.len) + 1;
+    size = (size_t)((const char *)kind.out.bytes + kind.out.len - 2 - text);
+    if (kind.out.bytes[0] == '+') {
+        text = (const char *)kind.out.bytes + 1;
+        size = kind.out.len - 3;
+    } else if (kind.out.bytes[0] == '=') {
+        text += 4;
+        size -= 4;
+    }
+    for (i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        uncounted = uncounted || (strlen(kinds[i]) == size && memcmp(kinds[i], text, size) == 0);
+    }
+    trace_free(&kind.out);
+    return uncounted;
+}
+
+/* The elements of an aggregate: `count`, or those up to the end. Returns how many. */
+static size_t model_elements(model *self, size_t count, bool endless)
+{
+    size_t done = 0;
+    while (endless ? self->data[self->at] != '.' : done < count) {
+        bool push = self->data[self->at] == '>' && self->data[self->at + 1] != '-';
+        done += push && model_is_uncounted(self) ? 0 : 1;
+        model_element(self);
+    }
+    if (endless) {
+        (void)model_line(self);
+    }
+    return done;
+}
+
+static void model_aggregate(model *self, char mark, size_t count, bool endless)
+{
+    size_t factor = mark == '%' || mark == '|' ? 2 : 1;
+    bool may = mark == '*' || mark == '~' || mark == '%';
+    trace before = self->out;
+    if (self->to_streamed && may && model_choose(self) % 2 == 0) {
+        char line[4] = {mark, '?', '\r', '\n'};
+        trace_add(&self->out, line, 4);
+        (void)model_elements(self, count * factor, endless);
+        trace_add(&self->out, ".\r\n", 3);
+        return;
+    }
+    memset(&self->out, 0, sizeof self->out);
+    count = model_elements(self, count * factor, endless) / factor;
+    model_header(&before, mark, count);
+    trace_add(&before, self->out.bytes, self->out.len);
+    trace_free(&self->out);
+    self->out = before;
+}
+
+static void model_value(model *self)
+{
+    const uint8_t *header = self->data + self->at;
+    size_t start = self->at;
+    size_t size = model_line(self);
+    size_t count = strtoul((const char *)header + 1, NULL, 10);
+    bool endless = header[1] == '?';
+    if (header[1] == '-' || strchr("$*~%|>!=", header[0]) == NULL) {
+        trace_add(&self->out, header, size + 2);
+    } else if (header[0] == '$' && endless) {
+        model_chunks(self);
+    } else if (header[0] == '$') {
+        model_string(self, count);
+    } else if (header[0] == '!' || header[0] == '=') {
+        self->at += count + 2;
+        trace_add(&self->out, header, self->at - start);
+    } else {
+        model_aggregate(self, (char)header[0], count, endless);
+    }
+}
+
+/* The other form of a whole frame. */
+static trace model_of(const uint8_t *frame, const uint8_t *choices)
+{
+    model self;
+    memset(&self, 0, sizeof self);
+    self.data = frame;
+    self.to_streamed = choices != NULL;
+    self.choices = choices;
+    model_element(&self);
+    return self.out;
+}
+
+/* What a reader of the config makes of a whole frame: OK and its values, or its verdict. */
+static vkp_status read_whole(vkp_resp_config config, const trace *frame, trace *seen)
+{
+    vkp_resp_reader *reader = NULL;
+    const vkp_value *value;
+    size_t consumed = 0;
+    vkp_status status;
+    config.env = NULL;
+    require(vkp_resp_reader_open(&config, &reader) == VKP_OK, "a reader was refused");
+    status = vkp_resp_reader_scan(reader, frame->bytes, frame->len, &value, &consumed);
+    if (status == VKP_OK) {
+        require(consumed == frame->len, "the other form is more than one value");
+        trace_tree(seen, value);
+    }
+    vkp_resp_reader_unref(reader);
+    return status;
+}
+
+/* A frame that a reader of streamed types returned, against its other forms. */
+static void check_forms(const uint8_t *frame, size_t len, bool lenient, const uint8_t *head)
+{
+    vkp_resp_config wide = VKP_ZERO;
+    vkp_resp_config narrow = VKP_ZERO;
+    trace same = {NULL, 0, 0};
+    trace counted = model_of(frame, NULL);
+    trace streamed = model_of(counted.bytes, head);
+    trace seen[3] = {{NULL, 0, 0}, {NULL, 0, 0}, {NULL, 0, 0}};
+    vkp_status verdicts[3];
+    int i;
+    trace_add(&same, frame, len);
+    wide.lenient = lenient;
+    wide.max_depth = 65000;
+    require(read_whole(wide, &counted, &seen[1]) == VKP_OK, "the counted form is refused");
+    wide.streamed = true;
+    require(read_whole(wide, &same, &seen[0]) == VKP_OK, "a frame is refused when it comes again");
+    require(read_whole(wide, &streamed, &seen[2]) == VKP_OK, "the streamed form is refused");
+    require(trace_equal(&seen[0], &seen[1]), "streamed types, and not the values of counted ones");
+    require(trace_equal(&seen[1], &seen[2]), "counted types, and not the values of streamed ones");
+    require(vkp_resp_get_frame_len(streamed.bytes, streamed.len) == streamed.len || lenient,
+            "frame_len of the streamed form");
+    narrow = wide;
+    narrow.max_depth = 3;
+    narrow.max_elements = 4;
+    narrow.max_bulk_bytes = 12;
+    for (i = 0; i < 3; i++) {
+        trace ignored = {NULL, 0, 0};
+        verdicts[i] = read_whole(narrow, i == 0 ? &same : i == 1 ? &counted : &streamed, &ignored);
+        trace_free(&ignored);
+        trace_free(&seen[i]);
+    }
+    require(verdicts[0] == verdicts[1] && verdicts[1] == verdicts[2], "limits differ by the form");
+    trace_free(&same);
+    trace_free(&counted);
+    trace_free(&streamed);
+}
+
 /* By feed: whole when head is NULL, else in its pieces. */
 static trace read_fed(vkp_resp_config config, const uint8_t *head, const uint8_t *stream,
                       size_t size, size_t fail_every)
@@ -392,6 +633,9 @@ static trace read_scanned(vkp_resp_config config, const uint8_t *head, const uin
             if (!config.lenient) {
                 check_length(window, end - begin, consumed);
             }
+            if (config.streamed) {
+                check_forms(window, consumed, config.lenient, head);
+            }
             begin += consumed;
         }
         free(window);
@@ -415,7 +659,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     vkp_resp_config config = VKP_ZERO;
     uint8_t *stream;
     size_t fail_every;
-    int lenient;
+    int mode;
     if (size < HEAD) {
         return 0;
     }
@@ -433,9 +677,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     require(stream != NULL, "the machine has no memory");
     memcpy(stream, data + HEAD, size);
     require(vkp_resp_get_frame_len(stream, size) <= size, "a frame longer than its bytes");
-    for (lenient = 0; lenient <= 1; lenient++) {
+    for (mode = 0; mode < 4; mode++) {
         trace whole;
-        config.lenient = lenient != 0;
+        config.lenient = (mode & 1) != 0;
+        config.streamed = (mode & 2) != 0;
         whole = read_fed(config, NULL, stream, size, 0);
         compare(whole, read_fed(config, data, stream, size, fail_every), "fed in pieces");
         compare(whole, read_scanned(config, data, stream, size, fail_every), "scanned in windows");
