@@ -74,7 +74,7 @@ class Soak {
     {
         return faults_.text();
     }
-    void report(double for_seconds, uint64_t seed) const;
+    void report(uint64_t seed) const;
     void check(double for_seconds) const;
     size_t live_bytes_before = 0;
     size_t live_bytes_after = 0;
@@ -101,6 +101,7 @@ class Soak {
     std::vector<std::unique_ptr<Weather>> weather_;
     std::vector<std::unique_ptr<Player>> players_;
     Tick tick_ = {{}, this};
+    uint64_t begun_ns_ = vkp_now_ns();
     std::unique_ptr<vkp_test_loop_thread> thread_;
     std::vector<vkp_client_stats> stats_; // of the players, at the end
 };
@@ -164,16 +165,19 @@ void Soak::cast_scripted(uint64_t seed)
 void Soak::cast_real(Weather &weather, const std::string &name, bool tcp, uint64_t seed)
 {
     const size_t before = players_.size();
-    const auto role = [&](const char *what, const std::vector<Subscription> &names, bool asks,
+    const auto role = [&](const char *what, std::vector<Subscription> names, bool asks,
                           int protocol) {
+        names.push_back({VKP_SUB_CHANNEL, filler});
         return Role{name + what, weather.ledger, hasty(weather.config(tcp), protocol),
                     names,       asks,           false};
     };
+    Role asker = role(" asker", {}, true, 2);
+    asker.names.clear(); // in RESP2 a connection has either names or commands
     players_.push_back(
         std::make_unique<Caller>(stage_, role(" resp3", everything, true, 3), seed + 1));
     players_.push_back(
         std::make_unique<Caller>(stage_, role(" resp2", others, false, 2), seed + 2));
-    players_.push_back(std::make_unique<Caller>(stage_, role(" asker", {}, true, 2), seed + 3));
+    players_.push_back(std::make_unique<Caller>(stage_, asker, seed + 3));
     players_.push_back(std::make_unique<Receiver>(stage_, role(" channel", everything, true, 3)));
     if (!tcp) {
         players_.push_back(std::make_unique<Waiter>(stage_, role(" sync", others, true, 3)));
@@ -268,6 +272,7 @@ bool Soak::settle()
     stage_.asks = false;
     for (const std::unique_ptr<Weather> &each : weather_) {
         each->stop();
+        each->rest();
     }
     ok = ok && until("everything published", [&] {
              return all([](Player &each) {
@@ -288,7 +293,11 @@ bool Soak::run(double for_seconds)
     thread_ = std::make_unique<vkp_test_loop_thread>(loop_);
     const auto whole = [](Player &each) { return each.account.is_whole(); };
     bool ok = until("all names at first", [&] { return all(whole); });
+    for (const std::unique_ptr<Weather> &each : weather_) {
+        each->rest();
+    }
     live_bytes_before = vkp_test_env_live_bytes(&loop_.test);
+    const int descriptors = vkp_test_fd_count();
     for (const std::unique_ptr<Weather> &each : weather_) {
         each->start();
     }
@@ -298,6 +307,8 @@ bool Soak::run(double for_seconds)
         adversity(vkp_now_ns() + static_cast<uint64_t>(for_seconds * 1e9));
     }
     ok = ok && settle();
+    ok = ok && until("the descriptors of the beginning",
+                     [&] { return vkp_test_fd_count() == descriptors; });
     live_bytes_after = vkp_test_env_live_bytes(&loop_.test);
     for (const std::unique_ptr<Player> &each : players_) {
         stats_.emplace_back();
@@ -338,8 +349,9 @@ Account::Totals Soak::totals() const
     return all;
 }
 
-void Soak::report(double for_seconds, uint64_t seed) const
+void Soak::report(uint64_t seed) const
 {
+    const double for_seconds = static_cast<double>(vkp_now_ns() - begun_ns_) / 1e9;
     const Account::Totals all = totals();
     uint64_t commands = 0;
     uint64_t published = scripted_.ledger.taken();
@@ -406,7 +418,7 @@ TEST_CASE("soak: the books balance, and memory and descriptors are back", "[clie
     {
         Soak soak(chosen); // at its end no block is left, or it aborts
         const bool ok = soak.run(for_seconds);
-        soak.report(for_seconds, chosen);
+        soak.report(chosen);
         INFO(soak.faults());
         REQUIRE(ok);
         soak.check(for_seconds);

@@ -28,7 +28,7 @@ struct Stream {
 };
 constexpr Stream streams[] = {{"a0", false}, {"a1", false}, {"b0", false}, {"s0", true}};
 constexpr uint64_t stream_count = sizeof streams / sizeof *streams;
-constexpr const char *filler = "fill"; // a channel whose messages nobody counts
+constexpr const char *filler = "fill"; // a channel without numbers, to be subscribed too
 
 // Whether a subscription receives the messages of the stream. Patterns end in their only star.
 inline bool matches(vkp_sub_kind kind, const std::string &name, const Stream &stream)

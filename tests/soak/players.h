@@ -101,7 +101,7 @@ class Player {
   public:
     Player(Stage &stage, const Role &role)
         : account(role.who, role.ledger, stage.faults), replies(role, account), stage_(stage),
-          asks_(role.asks), scripted_(role.scripted)
+          asks_(role.asks)
     {
         for (const Subscription &each : role.names) {
             account.add(each.kind, each.name);
@@ -141,14 +141,9 @@ class Player {
         for (size_t i = 0; i < account.count(); i++) {
             want(client, i);
         }
-        if (!scripted_ && account.count() > 0 &&
-            vkp_client_subscribe(client, VKP_SUB_CHANNEL, vkp_str_of(filler)) != VKP_OK) {
-            account.wrong("no subscription to the filler");
-        }
     }
     Stage &stage_;
     const bool asks_;
-    const bool scripted_;
 
   private:
     struct Want {

@@ -121,6 +121,7 @@ class Scripted {
         int audits = -1;      // after FORGET: those since a name is back; -1: none is
         bool unasked = false; // the next misdeed
         uint64_t misdeed_ns = 0;
+        uint64_t spared = 0;  // so many commands have their answers before the next misdeed
         uint64_t read_ns = 0; // SLOW: commands are read again then
         std::vector<Held> held;
     };
@@ -224,6 +225,11 @@ inline void Scripted::accept()
             connections_.back().asks = door.asks;
             connections_.back().id = ++ids_;
             schedule(connections_.back());
+            if (random_.one_in(3)) { // in the handshake, or while names come back
+                connections_.back().unasked = false;
+                connections_.back().misdeed_ns = 0;
+                connections_.back().spared = random_.below(10);
+            }
         }
     }
 }
@@ -428,7 +434,8 @@ inline std::string Scripted::list(const std::string &id) const
 
 inline void Scripted::answer(Connection &with, const Words &words)
 {
-    const bool due = !with.unasked && vkp_now_ns() >= with.misdeed_ns;
+    const bool due = !with.unasked && vkp_now_ns() >= with.misdeed_ns && with.spared == 0;
+    with.spared -= with.spared > 0 ? 1 : 0;
     const Misdeed *misdeed = due ? choose(with, words[0]) : nullptr;
     if (misdeed != nullptr) {
         misbehave(with, *misdeed, words);

@@ -68,6 +68,11 @@ class Weather {
     {
         accounts_.push_back(account);
     }
+    // No connection of the adversary is left.
+    void rest()
+    {
+        admin_.reset();
+    }
     // The publisher.
     void start()
     {
