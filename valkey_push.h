@@ -18476,11 +18476,9 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
     }
-    if (oldest->expect == VKP_I_EXPECT_REPLIES || oldest->expect == VKP_I_EXPECT_NAMES) {
-        vkp_i_link_answered(link, oldest);
-    }
     switch (oldest->expect) {
     case VKP_I_EXPECT_REPLIES:
+        vkp_i_link_answered(link, oldest);
         if (--oldest->due == 0) {
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_OK, value, frame);
@@ -18488,6 +18486,7 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
         break;
     case VKP_I_EXPECT_NAMES:
         if (value->type == VKP_RESP_ERROR) {
+            vkp_i_link_answered(link, oldest);
             (void)vkp_i_requests_pop(&link->flight);
             oldest->settle(oldest, VKP_ERR_REFUSED, value, frame);
         } else {

@@ -14,11 +14,12 @@ sh tests/run.sh [options]
                           without them those tests are skipped
   --nightly               --all, and what takes hours: each compiler in every dialect, every
                           program on every processor, wider bounds of the models, sanitizers of
-                          gcc and clang, fuzzing for 600 seconds, the suite repeated in other orders
+                          gcc and clang, fuzzing for 600 seconds, the suite repeated in other
+                          orders, the client's soak for 20 minutes
   --fuzz-seconds N        each libFuzzer target for N seconds (needs clang; 0 = none)
   --build-dir DIR         instead of build, build-clang, build-thread, ...
   --label LABELS          only tests with one of these labels: feature, compile, script, corpus,
-                          model, packaging, fuzz, nested, repeat; several as 'model|fuzz'.
+                          model, packaging, fuzz, nested, repeat, soak; several as 'model|fuzz'.
                           Builds nothing that they do not need
   --no-install            fail instead of installing
 END

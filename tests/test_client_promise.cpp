@@ -392,6 +392,26 @@ TEST_CASE("promise: a gap begins when the last request was sent that was answere
     CHECK(with.client.events.back().gap.to_ns == loop.now());
 }
 
+TEST_CASE("promise: a reply that does not fit is no proof that the connection was good", "[client]")
+{
+    // It was written before the request that it seems to answer, and what follows it is not read.
+    Loop loop(&vkp_backend_null, 0);
+    Subscribed with(loop, {"c"});
+    const uint64_t good = loop.now();
+    loop.round(good + 1000 * ms);
+    with.client.subscribe("d");
+    CHECK(heard(loop, with.peer) == wire({"SUBSCRIBE", "d"}));
+    say(with.peer, "+OK\r\n" + push({"message", "c", "of long ago"}));
+    vkp_test_run_until(loop, "the loss",
+                       [&] { return with.client.count(VKP_PUSH_DISCONNECTED) == 1; });
+    CHECK(with.client.count(VKP_PUSH_MESSAGE) == 0);
+    Peer peer = with.server.greet(loop);
+    (void)confirm_asked(loop, peer);
+    (void)confirm_asked(loop, peer);
+    vkp_test_run_until(loop, "the gap", [&] { return with.client.count(VKP_PUSH_GAP) == 1; });
+    CHECK(with.client.events.back().gap.from_ns == good);
+}
+
 TEST_CASE("promise: leaving the name that a gap waits for tells the gap of the others", "[client]")
 {
     Loop loop;

@@ -14,18 +14,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "support/sanitized.h"
 #include "support/support.h"
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0
-#endif
 
 namespace {
 
@@ -74,7 +64,7 @@ bool gets(int fd, const std::string &expected)
 
 TEST_CASE("10,000 clients subscribe to one name on one loop: each gets every one of 1,000 messages")
 {
-    if (SANITIZED) {
+    if (VKP_TEST_SANITIZED) {
         WARN("left out: under a sanitizer this takes minutes and the machine's memory");
         return;
     }

@@ -419,12 +419,17 @@ int vkp_test_server_pid(const vkp_test_server *server)
     return server->pid;
 }
 
-void vkp_test_server_kill(vkp_test_server *server)
+void vkp_test_server_stop(vkp_test_server *server, int signal_number)
 {
     if (server->pid) {
-        vkp_test_reap(server->pid, SIGKILL);
+        vkp_test_reap(server->pid, signal_number);
     }
     server->pid = 0;
+}
+
+void vkp_test_server_kill(vkp_test_server *server)
+{
+    vkp_test_server_stop(server, SIGKILL);
 }
 
 void vkp_test_server_restart(vkp_test_server *server)

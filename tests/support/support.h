@@ -153,7 +153,11 @@ const char *vkp_test_server_unix(const vkp_test_server *server); /* "unix:PATH" 
 int vkp_test_server_port(const vkp_test_server *server);
 int vkp_test_server_pid(const vkp_test_server *server); /* 0 while it is down */
 
-/* SIGKILL; on return the process is gone and its port refuses. Nothing if it is down. */
+/* Send the signal, which must end it; on return the process is gone and its port refuses. Nothing
+   if it is down.                                                                                */
+void vkp_test_server_stop(vkp_test_server *server, int signal_number);
+
+/* The same with SIGKILL. */
 void vkp_test_server_kill(vkp_test_server *server);
 
 /* Start it again, with the same port, path and options, and wait until it answers. */
