@@ -17544,6 +17544,30 @@ static bool vkp_i_push_own_texts(const vkp_env *env, vkp_push *event)
     return true;
 }
 
+/* Read a plain message, the push of a channel of most messages: no attributes and no aggregates
+   inside. False: it is none, and *push is unchanged. Each field is written, because clearing the
+   struct first costs more than the rest.                                                      */
+static inline bool vkp_i_push_from_message(const vkp_value *value, vkp_push *push)
+{
+    if (value->span != 4 || value->len != 3 || value[1].type != VKP_RESP_STRING ||
+        value[1].len != 7 || memcmp(value[1].u.str, "message", 7) != 0 ||
+        value[2].type != VKP_RESP_STRING || value[3].type != VKP_RESP_STRING) {
+        return false;
+    }
+    push->kind = VKP_PUSH_MESSAGE;
+    push->sub = VKP_SUB_CHANNEL;
+    push->frame.data = NULL;
+    push->frame.len = 0;
+    push->frame.block = NULL;
+    push->channel = vkp_i_str(value[2].u.str, value[2].len);
+    push->pattern.ptr = NULL;
+    push->pattern.len = 0;
+    push->payload = vkp_i_str(value[3].u.str, value[3].len);
+    push->gap = NULL;
+    push->missed = 0;
+    return true;
+}
+
 VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 {
     size_t i;
@@ -17552,16 +17576,10 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
         value[1].type != VKP_RESP_STRING) {
         return VKP_ERR_INVALID;
     }
-    memset(push, 0, sizeof *push);
-    /* A fast path for plain messages. Span 4 with length 3: no attributes and no aggregates inside.
-       The memset above set kind to VKP_PUSH_MESSAGE and sub to VKP_SUB_CHANNEL, which are 0.  */
-    if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
-        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
-        value[3].type == VKP_RESP_STRING) {
-        push->channel = vkp_i_str(value[2].u.str, value[2].len);
-        push->payload = vkp_i_str(value[3].u.str, value[3].len);
+    if (vkp_i_push_from_message(value, push)) {
         return VKP_OK;
     }
+    memset(push, 0, sizeof *push);
     for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
         const vkp_i_push_form *form = &vkp_i_push_forms[i];
         if (value->len == form->elements &&
@@ -18501,7 +18519,7 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
 }
 
 /* Whether a push of the UNSUBSCRIBE family answers one of the LEAVES at the head of the flight. */
-static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
+__attribute__((noinline)) static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
 {
     vkp_i_request *request;
     for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
@@ -18517,31 +18535,34 @@ static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
     return false;
 }
 
-/* A push arrived: it answers a request in flight, or is the owner's. */
-static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+/* A confirmation while the oldest request waits for some. */
+__attribute__((noinline)) static void vkp_i_link_confirmed(vkp_i_link *link, const vkp_push *push)
 {
     vkp_conn *conn = link->conn;
     vkp_i_request *oldest = link->flight.first;
+    if (!oldest->accept(oldest, push)) {
+        vkp_i_link_lose(link, "a confirmation of another name than was due");
+    } else if (link->conn == conn && --oldest->due == 0) {
+        vkp_i_link_answered(link, oldest);
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_OK, NULL, NULL);
+    }
+}
+
+/* A push arrived: it answers a request in flight, or is the owner's. */
+static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
     vkp_push push;
-    if (vkp_push_from_value(value, &push) != VKP_OK) {
+    if (!vkp_i_push_from_message(value, &push) && vkp_push_from_value(value, &push) != VKP_OK) {
         return; /* the reader rejects such a push */
     }
     push.frame = *frame;
-    if (push.kind == VKP_PUSH_SUBSCRIBED && oldest != NULL &&
-        oldest->expect == VKP_I_EXPECT_NAMES) {
-        if (!oldest->accept(oldest, &push)) {
-            vkp_i_link_lose(link, "a confirmation of another name than was due");
-        } else if (link->conn == conn && --oldest->due == 0) {
-            vkp_i_link_answered(link, oldest);
-            (void)vkp_i_requests_pop(&link->flight);
-            oldest->settle(oldest, VKP_OK, NULL, NULL);
-        }
-        return;
+    if (push.kind == VKP_PUSH_SUBSCRIBED && link->flight.first != NULL &&
+        link->flight.first->expect == VKP_I_EXPECT_NAMES) {
+        vkp_i_link_confirmed(link, &push);
+    } else if (push.kind != VKP_PUSH_UNSUBSCRIBED || !vkp_i_link_push_leaves(link, &push)) {
+        link->ops->on_push(link, &push);
     }
-    if (push.kind == VKP_PUSH_UNSUBSCRIBED && vkp_i_link_push_leaves(link, &push)) {
-        return;
-    }
-    link->ops->on_push(link, &push);
 }
 
 /* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is
@@ -20190,21 +20211,11 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
     return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
 }
 
-/* Give a push or an event to on_push or to the channel config.pushes, but one of the own channel. A
-   push without room counts in `missed`; a LAGGED event precedes the next push that has room. */
-static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
+/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
+   LAGGED event precedes the next push that has room.                                          */
+static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
-    if (vkp_i_client_is_own(client, push->channel)) {
-        return;
-    }
-    if (client->config.on_push != NULL) {
-        client->config.on_push(client->config.user, push);
-        return;
-    }
-    if (client->config.pushes == NULL) {
-        return;
-    }
     if (client->missed > 0) {
         memset(&item, 0, sizeof item);
         item.kind = VKP_PUSH_LAGGED;
@@ -20218,6 +20229,24 @@ static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
     if (client->missed > 0 || vkp_mpsc_try_send(client->config.pushes, &item) != VKP_OK) {
         client->missed++;
         vkp_bytes_unref(&item.frame);
+    }
+}
+
+/* Give a push or an event to on_push or to the channel config.pushes. */
+static void vkp_i_client_hand(vkp_client *client, const vkp_push *push)
+{
+    if (client->config.on_push != NULL) {
+        client->config.on_push(client->config.user, push);
+    } else if (client->config.pushes != NULL) {
+        vkp_i_client_queue_push(client, push);
+    }
+}
+
+/* The same for an event that may be about the own channel, which the program knows nothing of. */
+static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
+{
+    if (!vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_hand(client, push);
     }
 }
 
@@ -20745,7 +20774,7 @@ static void vkp_i_interest_on_timer(vkp_timer *timer)
 }
 
 /* The server ended a subscription that nobody asked it to end: it no longer serves the slot. */
-static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
+__attribute__((noinline)) static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
 {
     vkp_i_interest *interest = vkp_i_interest_find(client, push->sub, push->channel);
     bool held = interest != NULL && interest->state == VKP_I_SUB_HELD;
@@ -21138,7 +21167,8 @@ static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, v
                                                      vkp_i_delivery_answered};
 
 /* A message of the own channel ends the probe that published it. */
-static void vkp_i_client_take_own(vkp_client *client, const vkp_push *push)
+__attribute__((noinline)) static void vkp_i_client_take_own(vkp_client *client,
+                                                            const vkp_push *push)
 {
     vkp_i_probe *probe = client->probe;
     char digits[VKP_I_DIGITS];
@@ -22291,10 +22321,10 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     vkp_client *client = vkp_i_client_of(link);
     if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
         vkp_i_client_taken(client, push);
-    } else if (push->kind == VKP_PUSH_MESSAGE && vkp_i_client_is_own(client, push->channel)) {
+    } else if (!vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_hand(client, push);
+    } else if (push->kind == VKP_PUSH_MESSAGE) {
         vkp_i_client_take_own(client, push);
-    } else {
-        vkp_i_client_emit(client, push);
     }
 }
 

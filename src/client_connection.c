@@ -193,10 +193,10 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     vkp_client *client = vkp_i_client_of(link);
     if (push->kind == VKP_PUSH_UNSUBSCRIBED) {
         vkp_i_client_taken(client, push);
-    } else if (push->kind == VKP_PUSH_MESSAGE && vkp_i_client_is_own(client, push->channel)) {
+    } else if (!vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_hand(client, push);
+    } else if (push->kind == VKP_PUSH_MESSAGE) {
         vkp_i_client_take_own(client, push);
-    } else {
-        vkp_i_client_emit(client, push);
     }
 }
 

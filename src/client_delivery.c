@@ -128,7 +128,8 @@ static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, v
                                                      vkp_i_delivery_answered};
 
 /* A message of the own channel ends the probe that published it. */
-static void vkp_i_client_take_own(vkp_client *client, const vkp_push *push)
+__attribute__((noinline)) static void vkp_i_client_take_own(vkp_client *client,
+                                                            const vkp_push *push)
 {
     vkp_i_probe *probe = client->probe;
     char digits[VKP_I_DIGITS];

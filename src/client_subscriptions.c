@@ -152,21 +152,11 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
     return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
 }
 
-/* Give a push or an event to on_push or to the channel config.pushes, but one of the own channel. A
-   push without room counts in `missed`; a LAGGED event precedes the next push that has room. */
-static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
+/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
+   LAGGED event precedes the next push that has room.                                          */
+static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
 {
     vkp_push item;
-    if (vkp_i_client_is_own(client, push->channel)) {
-        return;
-    }
-    if (client->config.on_push != NULL) {
-        client->config.on_push(client->config.user, push);
-        return;
-    }
-    if (client->config.pushes == NULL) {
-        return;
-    }
     if (client->missed > 0) {
         memset(&item, 0, sizeof item);
         item.kind = VKP_PUSH_LAGGED;
@@ -180,6 +170,24 @@ static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
     if (client->missed > 0 || vkp_mpsc_try_send(client->config.pushes, &item) != VKP_OK) {
         client->missed++;
         vkp_bytes_unref(&item.frame);
+    }
+}
+
+/* Give a push or an event to on_push or to the channel config.pushes. */
+static void vkp_i_client_hand(vkp_client *client, const vkp_push *push)
+{
+    if (client->config.on_push != NULL) {
+        client->config.on_push(client->config.user, push);
+    } else if (client->config.pushes != NULL) {
+        vkp_i_client_queue_push(client, push);
+    }
+}
+
+/* The same for an event that may be about the own channel, which the program knows nothing of. */
+static void vkp_i_client_emit(vkp_client *client, const vkp_push *push)
+{
+    if (!vkp_i_client_is_own(client, push->channel)) {
+        vkp_i_client_hand(client, push);
     }
 }
 
@@ -707,7 +715,7 @@ static void vkp_i_interest_on_timer(vkp_timer *timer)
 }
 
 /* The server ended a subscription that nobody asked it to end: it no longer serves the slot. */
-static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
+__attribute__((noinline)) static void vkp_i_client_taken(vkp_client *client, const vkp_push *push)
 {
     vkp_i_interest *interest = vkp_i_interest_find(client, push->sub, push->channel);
     bool held = interest != NULL && interest->state == VKP_I_SUB_HELD;

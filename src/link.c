@@ -504,7 +504,7 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
 }
 
 /* Whether a push of the UNSUBSCRIBE family answers one of the LEAVES at the head of the flight. */
-static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
+__attribute__((noinline)) static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
 {
     vkp_i_request *request;
     for (request = link->flight.first; request != NULL && request->expect == VKP_I_EXPECT_LEAVES;
@@ -520,31 +520,34 @@ static bool vkp_i_link_push_leaves(vkp_i_link *link, const vkp_push *push)
     return false;
 }
 
-/* A push arrived: it answers a request in flight, or is the owner's. */
-static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+/* A confirmation while the oldest request waits for some. */
+__attribute__((noinline)) static void vkp_i_link_confirmed(vkp_i_link *link, const vkp_push *push)
 {
     vkp_conn *conn = link->conn;
     vkp_i_request *oldest = link->flight.first;
+    if (!oldest->accept(oldest, push)) {
+        vkp_i_link_lose(link, "a confirmation of another name than was due");
+    } else if (link->conn == conn && --oldest->due == 0) {
+        vkp_i_link_answered(link, oldest);
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_OK, NULL, NULL);
+    }
+}
+
+/* A push arrived: it answers a request in flight, or is the owner's. */
+static void vkp_i_link_push(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
+{
     vkp_push push;
-    if (vkp_push_from_value(value, &push) != VKP_OK) {
+    if (!vkp_i_push_from_message(value, &push) && vkp_push_from_value(value, &push) != VKP_OK) {
         return; /* the reader rejects such a push */
     }
     push.frame = *frame;
-    if (push.kind == VKP_PUSH_SUBSCRIBED && oldest != NULL &&
-        oldest->expect == VKP_I_EXPECT_NAMES) {
-        if (!oldest->accept(oldest, &push)) {
-            vkp_i_link_lose(link, "a confirmation of another name than was due");
-        } else if (link->conn == conn && --oldest->due == 0) {
-            vkp_i_link_answered(link, oldest);
-            (void)vkp_i_requests_pop(&link->flight);
-            oldest->settle(oldest, VKP_OK, NULL, NULL);
-        }
-        return;
+    if (push.kind == VKP_PUSH_SUBSCRIBED && link->flight.first != NULL &&
+        link->flight.first->expect == VKP_I_EXPECT_NAMES) {
+        vkp_i_link_confirmed(link, &push);
+    } else if (push.kind != VKP_PUSH_UNSUBSCRIBED || !vkp_i_link_push_leaves(link, &push)) {
+        link->ops->on_push(link, &push);
     }
-    if (push.kind == VKP_PUSH_UNSUBSCRIBED && vkp_i_link_push_leaves(link, &push)) {
-        return;
-    }
-    link->ops->on_push(link, &push);
 }
 
 /* Whether a RESP2 array is a push. RESP2 has no type for pushes: an array of a push's form is

@@ -144,6 +144,30 @@ static bool vkp_i_push_own_texts(const vkp_env *env, vkp_push *event)
     return true;
 }
 
+/* Read a plain message, the push of a channel of most messages: no attributes and no aggregates
+   inside. False: it is none, and *push is unchanged. Each field is written, because clearing the
+   struct first costs more than the rest.                                                      */
+static inline bool vkp_i_push_from_message(const vkp_value *value, vkp_push *push)
+{
+    if (value->span != 4 || value->len != 3 || value[1].type != VKP_RESP_STRING ||
+        value[1].len != 7 || memcmp(value[1].u.str, "message", 7) != 0 ||
+        value[2].type != VKP_RESP_STRING || value[3].type != VKP_RESP_STRING) {
+        return false;
+    }
+    push->kind = VKP_PUSH_MESSAGE;
+    push->sub = VKP_SUB_CHANNEL;
+    push->frame.data = NULL;
+    push->frame.len = 0;
+    push->frame.block = NULL;
+    push->channel = vkp_i_str(value[2].u.str, value[2].len);
+    push->pattern.ptr = NULL;
+    push->pattern.len = 0;
+    push->payload = vkp_i_str(value[3].u.str, value[3].len);
+    push->gap = NULL;
+    push->missed = 0;
+    return true;
+}
+
 VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
 {
     size_t i;
@@ -152,16 +176,10 @@ VKP_API vkp_status vkp_push_from_value(const vkp_value *value, vkp_push *push)
         value[1].type != VKP_RESP_STRING) {
         return VKP_ERR_INVALID;
     }
-    memset(push, 0, sizeof *push);
-    /* A fast path for plain messages. Span 4 with length 3: no attributes and no aggregates inside.
-       The memset above set kind to VKP_PUSH_MESSAGE and sub to VKP_SUB_CHANNEL, which are 0.  */
-    if (value->span == 4 && value->len == 3 && value[1].len == 7 &&
-        memcmp(value[1].u.str, "message", 7) == 0 && value[2].type == VKP_RESP_STRING &&
-        value[3].type == VKP_RESP_STRING) {
-        push->channel = vkp_i_str(value[2].u.str, value[2].len);
-        push->payload = vkp_i_str(value[3].u.str, value[3].len);
+    if (vkp_i_push_from_message(value, push)) {
         return VKP_OK;
     }
+    memset(push, 0, sizeof *push);
     for (i = 0; i < sizeof vkp_i_push_forms / sizeof vkp_i_push_forms[0]; i++) {
         const vkp_i_push_form *form = &vkp_i_push_forms[i];
         if (value->len == form->elements &&
