@@ -36,7 +36,7 @@
            >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
-           >>impl-relay-commands  >>impl-relay-serve
+           >>impl-relay-identity  >>impl-relay-session  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -3065,6 +3065,12 @@ typedef struct vkp_relay_config {
     /* How many connections share the clients' commands; all commands of a client go over the same
        one. Subscriptions have a connection of their own. Default: 1. */
     size_t upstreams;
+    /* Most connections to the server that carry one client each, while it blocks, watches keys,
+       uses another database, tracks keys or logs in. Default: 1,024. VKP_UNLIMITED: none is refused
+       for their number. */
+    size_t private_max;
+    /* Commands that need such a connection are refused. Default: false. */
+    bool shared_only;
     vkp_str username; /* user name for the server; default: the default user */
     vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -3151,6 +3157,9 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
+    size_t privates;          /* connections to the server that carry one client, or wait for one */
+    uint64_t privates_opened; /* such connections opened */
+    uint64_t privates_refused; /* commands refused because there were private_max */
 } vkp_relay_stats;
 
 /* Write the relay's counters to *stats. Any thread. */
@@ -15859,6 +15868,12 @@ static bool vkp_i_conn_is_serving(const vkp_conn *conn)
     return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
 }
 
+/* Between vkp_conn_pause and vkp_conn_resume. */
+static bool vkp_i_conn_is_paused(const vkp_conn *conn)
+{
+    return (conn->flags & VKP_I_CONN_PAUSED) != 0;
+}
+
 /* Bytes in the outbox, pushes and response stream, that the kernel has not accepted. */
 static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
 {
@@ -17830,6 +17845,260 @@ static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
                : VKP_I_SHARING_OK;
 }
 
+/* The commands whose effect is their reply, upper case, sorted. What is not in the list may do
+   something to its connection: commands of modules, and of servers that are younger than this. */
+static const char *const vkp_i_harmless[] = {"ACL",
+                                             "APPEND",
+                                             "BGREWRITEAOF",
+                                             "BGSAVE",
+                                             "BITCOUNT",
+                                             "BITFIELD",
+                                             "BITFIELD_RO",
+                                             "BITOP",
+                                             "BITPOS",
+                                             "CLIENT",
+                                             "CLUSTER",
+                                             "COMMAND",
+                                             "COMMANDLOG",
+                                             "CONFIG",
+                                             "COPY",
+                                             "DBSIZE",
+                                             "DECR",
+                                             "DECRBY",
+                                             "DEL",
+                                             "DELEX",
+                                             "DELIFEQ",
+                                             "DIGEST",
+                                             "DUMP",
+                                             "ECHO",
+                                             "EVAL",
+                                             "EVAL_RO",
+                                             "EVALSHA",
+                                             "EVALSHA_RO",
+                                             "EXISTS",
+                                             "EXPIRE",
+                                             "EXPIREAT",
+                                             "EXPIRETIME",
+                                             "FCALL",
+                                             "FCALL_RO",
+                                             "FLUSHALL",
+                                             "FLUSHDB",
+                                             "FUNCTION",
+                                             "GEOADD",
+                                             "GEODIST",
+                                             "GEOHASH",
+                                             "GEOPOS",
+                                             "GEORADIUS",
+                                             "GEORADIUS_RO",
+                                             "GEORADIUSBYMEMBER",
+                                             "GEORADIUSBYMEMBER_RO",
+                                             "GEOSEARCH",
+                                             "GEOSEARCHSTORE",
+                                             "GET",
+                                             "GETBIT",
+                                             "GETDEL",
+                                             "GETEX",
+                                             "GETRANGE",
+                                             "GETSET",
+                                             "HDEL",
+                                             "HEXISTS",
+                                             "HEXPIRE",
+                                             "HEXPIREAT",
+                                             "HEXPIRETIME",
+                                             "HGET",
+                                             "HGETALL",
+                                             "HGETDEL",
+                                             "HGETEX",
+                                             "HINCRBY",
+                                             "HINCRBYFLOAT",
+                                             "HKEYS",
+                                             "HLEN",
+                                             "HMGET",
+                                             "HMSET",
+                                             "HPERSIST",
+                                             "HPEXPIRE",
+                                             "HPEXPIREAT",
+                                             "HPEXPIRETIME",
+                                             "HPTTL",
+                                             "HRANDFIELD",
+                                             "HSCAN",
+                                             "HSET",
+                                             "HSETEX",
+                                             "HSETNX",
+                                             "HSTRLEN",
+                                             "HTTL",
+                                             "HVALS",
+                                             "INCR",
+                                             "INCRBY",
+                                             "INCRBYFLOAT",
+                                             "INFO",
+                                             "KEYS",
+                                             "LASTSAVE",
+                                             "LATENCY",
+                                             "LCS",
+                                             "LINDEX",
+                                             "LINSERT",
+                                             "LLEN",
+                                             "LMOVE",
+                                             "LMPOP",
+                                             "LOLWUT",
+                                             "LPOP",
+                                             "LPOS",
+                                             "LPUSH",
+                                             "LPUSHX",
+                                             "LRANGE",
+                                             "LREM",
+                                             "LSET",
+                                             "LTRIM",
+                                             "MEMORY",
+                                             "MGET",
+                                             "MOVE",
+                                             "MSET",
+                                             "MSETEX",
+                                             "MSETNX",
+                                             "OBJECT",
+                                             "PERSIST",
+                                             "PEXPIRE",
+                                             "PEXPIREAT",
+                                             "PEXPIRETIME",
+                                             "PFADD",
+                                             "PFCOUNT",
+                                             "PFMERGE",
+                                             "PING",
+                                             "PSETEX",
+                                             "PTTL",
+                                             "PUBLISH",
+                                             "PUBSUB",
+                                             "RANDOMKEY",
+                                             "RENAME",
+                                             "RENAMENX",
+                                             "RESTORE",
+                                             "ROLE",
+                                             "RPOP",
+                                             "RPOPLPUSH",
+                                             "RPUSH",
+                                             "RPUSHX",
+                                             "SADD",
+                                             "SAVE",
+                                             "SCAN",
+                                             "SCARD",
+                                             "SCRIPT",
+                                             "SDIFF",
+                                             "SDIFFSTORE",
+                                             "SET",
+                                             "SETBIT",
+                                             "SETEX",
+                                             "SETNX",
+                                             "SETRANGE",
+                                             "SINTER",
+                                             "SINTERCARD",
+                                             "SINTERSTORE",
+                                             "SISMEMBER",
+                                             "SLOWLOG",
+                                             "SMEMBERS",
+                                             "SMISMEMBER",
+                                             "SMOVE",
+                                             "SORT",
+                                             "SORT_RO",
+                                             "SPOP",
+                                             "SPUBLISH",
+                                             "SRANDMEMBER",
+                                             "SREM",
+                                             "SSCAN",
+                                             "STRLEN",
+                                             "SUBSTR",
+                                             "SUNION",
+                                             "SUNIONSTORE",
+                                             "SWAPDB",
+                                             "TIME",
+                                             "TOUCH",
+                                             "TTL",
+                                             "TYPE",
+                                             "UNLINK",
+                                             "XACK",
+                                             "XACKDEL",
+                                             "XADD",
+                                             "XAUTOCLAIM",
+                                             "XCLAIM",
+                                             "XDEL",
+                                             "XDELEX",
+                                             "XGROUP",
+                                             "XINFO",
+                                             "XLEN",
+                                             "XPENDING",
+                                             "XRANGE",
+                                             "XREAD",
+                                             "XREADGROUP",
+                                             "XREVRANGE",
+                                             "XSETID",
+                                             "XTRIM",
+                                             "ZADD",
+                                             "ZCARD",
+                                             "ZCOUNT",
+                                             "ZDIFF",
+                                             "ZDIFFSTORE",
+                                             "ZINCRBY",
+                                             "ZINTER",
+                                             "ZINTERCARD",
+                                             "ZINTERSTORE",
+                                             "ZLEXCOUNT",
+                                             "ZMPOP",
+                                             "ZMSCORE",
+                                             "ZPOPMAX",
+                                             "ZPOPMIN",
+                                             "ZRANDMEMBER",
+                                             "ZRANGE",
+                                             "ZRANGEBYLEX",
+                                             "ZRANGEBYSCORE",
+                                             "ZRANGESTORE",
+                                             "ZRANK",
+                                             "ZREM",
+                                             "ZREMRANGEBYLEX",
+                                             "ZREMRANGEBYRANK",
+                                             "ZREMRANGEBYSCORE",
+                                             "ZREVRANGE",
+                                             "ZREVRANGEBYLEX",
+                                             "ZREVRANGEBYSCORE",
+                                             "ZREVRANK",
+                                             "ZSCAN",
+                                             "ZSCORE",
+                                             "ZUNION",
+                                             "ZUNIONSTORE"};
+
+/* Words that make a harmless command one that is of use only if it does not wait behind others. */
+static const char *const vkp_i_urgent[][2] = {
+    {"CLIENT", "UNPAUSE"}, {"FUNCTION", "KILL"}, {"SCRIPT", "KILL"}};
+
+/* Whether the command may go over a connection that others use too. argc is at least 1. */
+static bool vkp_i_command_is_harmless(size_t argc, const vkp_str *argv)
+{
+    size_t low = 0;
+    size_t high = sizeof vkp_i_harmless / sizeof vkp_i_harmless[0];
+    size_t i;
+    for (i = 0; i < sizeof vkp_i_urgent / sizeof vkp_i_urgent[0] && argc > 1; i++) {
+        if (vkp_i_str_is(argv[0], vkp_i_urgent[i][0]) &&
+            vkp_i_str_is(argv[1], vkp_i_urgent[i][1])) {
+            return false;
+        }
+    }
+    if (vkp_i_command_get_sharing(argc, argv) != VKP_I_SHARING_OK) {
+        return false;
+    }
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = vkp_i_command_order(argv[0], vkp_i_harmless[middle]);
+        if (order == 0) {
+            return true;
+        }
+        if (order < 0) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return false;
+}
+
 #endif /* VKP_I_IO */
 
 #if VKP_I_IO
@@ -18084,6 +18353,9 @@ typedef struct vkp_i_link_ops {
     void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
+    /* NULL, or what reads all bytes behind the handshake's replies; returns how many it used, and
+       gets the others again with those that follow.                                           */
+    size_t (*on_bytes)(vkp_i_link *link, const vkp_bytes *in);
 } vkp_i_link_ops;
 
 #define VKP_I_LINK_ERROR_BYTES 160 /* text of vkp_i_link.error, terminated */
@@ -18727,14 +18999,23 @@ static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 }
 
 /* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
+/* Whether the owner reads the bytes itself from here on. */
+static bool vkp_i_link_is_raw(const vkp_i_link *link)
+{
+    return link->ops->on_bytes != NULL && link->stage == VKP_I_STAGE_READY &&
+           link->flight.first == NULL;
+}
+
 static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_i_link *link = (vkp_i_link *)user;
     size_t used = 0;
+    bool raw = vkp_i_link_is_raw(link);
+    bool has_reader = link->ops->on_bytes != NULL;
     uint64_t now_ns = link->loop->now_ns;
     link->heard_ns = now_ns;
     link->ops->hold(link); /* a callback may give the last other reference back */
-    while (link->conn == conn && used < in->len) {
+    while (link->conn == conn && used < in->len && !raw) {
         const vkp_value *value;
         size_t consumed;
         vkp_bytes frame;
@@ -18764,6 +19045,14 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         frame.len = consumed;
         used += consumed;
         vkp_i_link_value(link, value, &frame);
+        raw = has_reader && vkp_i_link_is_raw(link);
+    }
+    if (raw && link->conn == conn && used < in->len) {
+        vkp_bytes rest;
+        rest.data = in->data + used;
+        rest.len = in->len - used;
+        rest.block = in->block;
+        used += link->ops->on_bytes(link, &rest);
     }
     link->ops->release(link);
     return used;
@@ -20055,6 +20344,18 @@ VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
     return vkp_i_client_interest(client, VKP_I_ASK_LEAVE, kind, name, NULL, NULL);
 }
 
+/* For the layers above: what another connection to the same server needs, in this protocol. The
+   texts are the client's.                                                                     */
+static void vkp_i_client_copy_config(const vkp_client *client, int protocol,
+                                     vkp_client_config *config)
+{
+    *config = client->config;
+    config->protocol = protocol;
+    config->name = vkp_i_str(NULL, 0);
+    config->on_push = NULL;
+    config->pushes = NULL;
+}
+
 #endif /* VKP_I_IO */
 
 #if VKP_I_IO
@@ -21162,7 +21463,7 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
 
 static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
                                                       vkp_i_delivery_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_delivery_on_timer,
                                                      vkp_i_delivery_answered};
 
@@ -21403,7 +21704,7 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
 
 static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
                                                       vkp_i_probe_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_probe_on_timer,
                                                      vkp_i_probe_answered};
 
@@ -21728,9 +22029,13 @@ static void vkp_i_private_on_busy(vkp_i_link *link)
     (void)link;
 }
 
-static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready, vkp_i_private_on_push,
-                                                 vkp_i_private_on_down,  vkp_i_private_on_busy,
-                                                 vkp_i_private_hold,     vkp_i_private_release};
+static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready,
+                                                 vkp_i_private_on_push,
+                                                 vkp_i_private_on_down,
+                                                 vkp_i_private_on_busy,
+                                                 vkp_i_private_hold,
+                                                 vkp_i_private_release,
+                                                 NULL};
 
 /* The try to connect, or the time without a command, is over. */
 static void vkp_i_private_on_timer(vkp_timer *timer)
@@ -22353,9 +22658,13 @@ static void vkp_i_client_unhold(vkp_i_link *link)
     vkp_i_client_release(vkp_i_client_of(link));
 }
 
-static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready, vkp_i_client_on_push,
-                                                     vkp_i_client_on_down,  vkp_i_client_on_busy,
-                                                     vkp_i_client_hold,     vkp_i_client_unhold};
+static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
+                                                     vkp_i_client_on_push,
+                                                     vkp_i_client_on_down,
+                                                     vkp_i_client_on_busy,
+                                                     vkp_i_client_hold,
+                                                     vkp_i_client_unhold,
+                                                     NULL};
 
 /* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
    False: no memory.                                                                           */
@@ -23281,7 +23590,8 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
    local->answers is sent, so replies leave in the order of their commands.
    SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
    pending they are not executed, the connection pauses, and on_data gets their bytes again
-   later. So there is never a queue of commands.
+   later. So there is never a queue of commands. In the same way the first command that cannot be
+   shared waits for its client's session (see impl-relay-session).
    A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
    confirmed to the local client when the server confirmed it, or immediately when the server is
    disconnected.
@@ -23295,6 +23605,7 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
 
 typedef struct vkp_i_shard vkp_i_shard;
 typedef struct vkp_i_local vkp_i_local;
+typedef struct vkp_i_session vkp_i_session;
 
 /* Bits of a shape: how a command's RESP2 reply differs from its RESP3 reply, beyond the types. */
 #define VKP_I_SHAPE_NULL_ARRAY 1u    /* a null reply is *-1 in RESP2 */
@@ -23327,12 +23638,15 @@ typedef struct vkp_i_multi {
 } vkp_i_multi;
 
 /* Bits of vkp_i_local.flags. */
-#define VKP_I_LOCAL_BUSY 1u    /* paused: a SUBSCRIBE waits for the server */
-#define VKP_I_LOCAL_ORDER 2u   /* paused until no answer is pending */
-#define VKP_I_LOCAL_FULL 4u    /* paused: too many pending answers, or too many bytes queued */
-#define VKP_I_LOCAL_LEAVING 8u /* drains when no answer and no SUBSCRIBE is pending */
-#define VKP_I_LOCAL_CLOSED 16u /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_BUSY 1u     /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u    /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
+#define VKP_I_LOCAL_PAUSED \
+    (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
@@ -23346,10 +23660,11 @@ struct vkp_i_local {
     uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
     vkp_i_answer *answers; /* pending answers, oldest first */
     vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
-    uint32_t answer_count;      /* number of pending answers */
+    uint32_t answer_count;      /* number of `answers`, and of the session's calls */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
     size_t held_bytes;          /* bytes of finished replies that wait for an older one */
-    vkp_i_multi *multi;         /* NULL: no MULTI under way */
+    vkp_i_multi *multi;         /* NULL: no MULTI is held; a session has its own */
+    vkp_i_session *session;     /* the client's own connection to the server; NULL: it shares */
     vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
     char *name;                 /* by SETNAME, terminated; or NULL */
 };
@@ -23368,6 +23683,8 @@ struct vkp_i_shard {
     size_t inline_capacity;  /* allocated bytes of `inline_text` */
     vkp_i_local *locals;     /* local clients, newest first */
     size_t local_count;      /* number of `locals` */
+    vkp_i_session *pool;     /* connections of former clients, for the next ones */
+    size_t pool_count;       /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */
@@ -23399,11 +23716,14 @@ struct vkp_relay {
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */
     size_t shared_count;      /* number of `shared`; 0: stand-alone */
     size_t shared_capacity;   /* allocated elements of `shared` */
-    vkp_listener **listeners; /* loop 0's thread */
-    size_t listener_count;    /* used places of `listeners` */
-    size_t listener_capacity; /* allocated places of `listeners` */
-    uint64_t next_id;         /* atomic: the last number given to a local client */
-    VKP_I_MUTEX mutex;        /* guards `subscribers` and the shards' `handovers` */
+    vkp_client_config session_configs[2]; /* of sessions in RESP2 and RESP3; texts are of `push` */
+    size_t private_max;                   /* most sessions */
+    size_t private_count;                 /* atomic: sessions, those without a client included */
+    vkp_listener **listeners;             /* loop 0's thread */
+    size_t listener_count;                /* used places of `listeners` */
+    size_t listener_capacity;             /* allocated places of `listeners` */
+    uint64_t next_id;                     /* atomic: the last number given to a local client */
+    VKP_I_MUTEX mutex;                    /* guards `subscribers` and the shards' `handovers` */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
     bool draining;               /* vkp_relay_drain was called; loop 0's thread */
@@ -23424,6 +23744,8 @@ struct vkp_relay {
     uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
     uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
     uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
+    uint64_t privates_opened;    /* atomic: sessions opened */
+    uint64_t privates_refused;   /* atomic: commands refused because of private_max */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -23555,7 +23877,7 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
         return;
     }
-    if (local->answers == NULL) {
+    if (local->answer_count == 0) {
         local->flags &= ~VKP_I_LOCAL_ORDER;
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
@@ -23568,11 +23890,11 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
         vkp_i_conn_get_queued_bytes(local->member.conn) <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
-    if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
+    if ((local->flags & VKP_I_LOCAL_PAUSED) != 0) {
         return;
     }
     if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
-        if (local->answers == NULL) { /* unread input is no whole command */
+        if (local->answer_count == 0) { /* unread input is no whole command */
             vkp_i_local_leave(local);
         }
         return;
@@ -24355,6 +24677,886 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-relay-identity   Relay: what a local client sees of itself
+   ======================================================================================
+   Names, the answer to HELLO, CLIENT INFO. The relay answers these itself: a local client is a
+   client of the relay, whatever connections carry its commands. Loop's thread.                */
+
+/* Set the client's name: printable bytes without blanks, as servers require; empty removes it.
+   False: an error was answered, or no memory.                                                 */
+static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
+{
+    const vkp_env *env = local->shard->relay->env;
+    char *copy = NULL;
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
+                                     "characters.");
+            return false;
+        }
+    }
+    if (name.len > 0) {
+        copy = (char *)vkp_i_alloc(env, name.len + 1);
+        if (copy == NULL) {
+            vkp_i_local_fail(local);
+            return false;
+        }
+        memcpy(copy, name.ptr, name.len);
+        copy[name.len] = '\0';
+    }
+    vkp_i_free_text(env, local->name);
+    local->name = copy;
+    return true;
+}
+
+/* Begin a map; in RESP2 an array of twice the elements. */
+static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
+{
+    if (protocol == 3) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_MAP, pairs);
+    } else {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, pairs * 2);
+    }
+}
+
+static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
+{
+    vkp_resp_put_bulk(writer, text, strlen(text));
+}
+
+/* Answer HELLO. */
+static void vkp_i_local_greet(vkp_i_local *local)
+{
+    vkp_resp_writer writer;
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_map(&writer, local->member.protocol, 7);
+    vkp_i_put_text(&writer, "server");
+    vkp_i_put_text(&writer, "valkey-push-relay");
+    vkp_i_put_text(&writer, "version");
+    vkp_i_put_text(&writer, VKP_VERSION_STR);
+    vkp_i_put_text(&writer, "proto");
+    vkp_resp_put_integer(&writer, local->member.protocol);
+    vkp_i_put_text(&writer, "id");
+    vkp_resp_put_integer(&writer, (int64_t)local->id);
+    vkp_i_put_text(&writer, "mode");
+    vkp_i_put_text(&writer, "standalone");
+    vkp_i_put_text(&writer, "role");
+    vkp_i_put_text(&writer, "master");
+    vkp_i_put_text(&writer, "modules");
+    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
+
+/* Answer CLIENT INFO. */
+static void vkp_i_local_client_info(vkp_i_local *local)
+{
+    char text[VKP_I_INFO_TEXT];
+    vkp_resp_writer writer;
+    const uint32_t *counts = local->member.counts;
+    (void)snprintf(text, sizeof text,
+                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
+                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
+                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
+                   (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
+                   local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_text(&writer, text);
+    vkp_i_local_answer_writer(local, &writer);
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-session   Relay: connections to the server that carry one client
+   ======================================================================================
+   What a command does to its connection must not reach other clients, and what blocks a connection
+   must not keep them waiting. Such a command gets a session: a connection of its own, on the loop
+   of its client and in the client's protocol, so that what the server sends passes as bytes; only
+   the ends of frames are looked for. While a session lasts all commands of the client go that way
+   but those that the relay answers itself.
+   The states of a session, and what ends them:
+     OPENING  the link logs in, the client is paused. Ready: SERVING, and the client's bytes are
+              read again. Down: the next try, until VKP_I_SESSION_HOLD_MS have passed; then the
+              client is closed.
+     SERVING  each command has a call; a frame that is no push answers the oldest one, and says by
+              vkp_i_effects what is left of the connection's state. Nothing is in flight and no
+              state is left for VKP_I_SESSION_IDLE_MS: POOLED, and the client shares again. Down:
+              the client is closed, as the server's death would.
+     TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all bytes
+              pass in both directions until one side closes.
+     POOLED   without a client, for the next one of this loop. Down: the end.
+   The relay counts the sessions of all loops in private_count. Everything else is the loop's
+   thread's.                                                                                   */
+
+#define VKP_I_SESSION_IDLE_MS 5000u /* how long a client keeps a session that it does not need */
+#define VKP_I_SESSION_HOLD_MS 1000u /* how long a client waits for a server that is not there */
+#define VKP_I_SESSION_RETRY_MS 20u  /* between two tries to connect */
+#define VKP_I_SESSION_POOL 8u       /* most sessions that one loop keeps without a client */
+
+/* bytes that a server may leave unread before the client is closed; no command is larger */
+#define VKP_I_SESSION_MOST_UNSENT VKP_I_BLOCK_MAX
+
+/* Bits of vkp_i_session.state: what the server's connection has that outlives a command. */
+#define VKP_I_STATE_MULTI 1u
+#define VKP_I_STATE_WATCH 2u
+#define VKP_I_STATE_DATABASE 4u /* another one than 0 */
+#define VKP_I_STATE_TRACKING 8u
+#define VKP_I_STATE_STAYS 16u /* ends with the connection only: a login, flags */
+
+/* Bits of vkp_i_call.flags. */
+#define VKP_I_CALL_HIDDEN 1u  /* the relay's own command: the reply is not passed on */
+#define VKP_I_CALL_MUST 2u    /* HIDDEN: an error ends the session */
+#define VKP_I_CALL_BLOCKS 4u  /* may be answered late, or never */
+#define VKP_I_CALL_ALWAYS 8u  /* the effect does not depend on the reply */
+#define VKP_I_CALL_TUNNEL 16u /* TUNNEL follows */
+#define VKP_I_CALL_LOGIN 32u  /* HELLO with AUTH: the relay greets in place of the server */
+
+/* One command in flight. */
+typedef struct vkp_i_call {
+    uint32_t bytes; /* of the command */
+    uint8_t set;    /* VKP_I_STATE_* that a reply without an error sets */
+    uint8_t clear;  /* and clears */
+    uint8_t flags;  /* VKP_I_CALL_* */
+} vkp_i_call;
+
+/* What a command does to its connection. */
+typedef struct vkp_i_effect {
+    const char *name;
+    const char *sub;  /* the second word; NULL: any */
+    const char *word; /* the third word for this row, or the second one without `sub`; NULL: any */
+    uint8_t set;
+    uint8_t clear;
+    uint8_t flags; /* VKP_I_CALL_* */
+} vkp_i_effect;
+
+/* The first row that fits counts. */
+static const vkp_i_effect vkp_i_effects[] = {
+    {"MULTI", NULL, NULL, VKP_I_STATE_MULTI, 0, 0},
+    {"EXEC", NULL, NULL, 0, VKP_I_STATE_MULTI | VKP_I_STATE_WATCH, VKP_I_CALL_ALWAYS},
+    {"DISCARD", NULL, NULL, 0, VKP_I_STATE_MULTI | VKP_I_STATE_WATCH, 0},
+    {"WATCH", NULL, NULL, VKP_I_STATE_WATCH, 0, 0},
+    {"UNWATCH", NULL, NULL, 0, VKP_I_STATE_WATCH, 0},
+    {"SELECT", NULL, "0", 0, VKP_I_STATE_DATABASE, 0},
+    {"SELECT", NULL, NULL, VKP_I_STATE_DATABASE, 0, 0},
+    {"AUTH", NULL, NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"ASKING", NULL, NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"READONLY", NULL, NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"READWRITE", NULL, NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"MONITOR", NULL, NULL, VKP_I_STATE_STAYS, 0, VKP_I_CALL_TUNNEL},
+    {"SCRIPT", "DEBUG", "NO", 0, 0, 0},
+    {"SCRIPT", "DEBUG", NULL, VKP_I_STATE_STAYS, 0, VKP_I_CALL_TUNNEL},
+    {"CLIENT", "TRACKING", "OFF", 0, VKP_I_STATE_TRACKING, 0},
+    {"CLIENT", "TRACKING", NULL, VKP_I_STATE_TRACKING, 0, 0},
+    {"CLIENT", "REPLY", "ON", 0, 0, 0},
+    {"CLIENT", "CAPA", NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"CLIENT", "IMPORT-SOURCE", NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"CLIENT", "NO-EVICT", NULL, VKP_I_STATE_STAYS, 0, 0},
+    {"CLIENT", "NO-TOUCH", NULL, VKP_I_STATE_STAYS, 0, 0}};
+
+typedef enum vkp_i_session_stage {
+    VKP_I_SESSION_OPENING,
+    VKP_I_SESSION_SERVING,
+    VKP_I_SESSION_TUNNEL,
+    VKP_I_SESSION_POOLED
+} vkp_i_session_stage;
+
+struct vkp_i_session {
+    vkp_i_link link;
+    vkp_i_shard *shard;
+    vkp_i_local *local;  /* no reference; NULL: POOLED, or ended */
+    vkp_i_session *next; /* of shard->pool */
+    size_t refs;         /* of the client or the pool, and of vkp_i_link_ops.hold */
+    vkp_i_session_stage stage;
+    uint8_t state;        /* VKP_I_STATE_* */
+    bool used;            /* has had a state that no command ends */
+    bool named;           /* has a name on the server */
+    bool multi_sent;      /* MULTI was sent, and neither EXEC nor DISCARD behind it */
+    uint8_t protocol;     /* 2 or 3; what the server was asked for */
+    uint32_t blocking;    /* BLOCKS calls in flight */
+    vkp_i_call *calls;    /* a ring: commands in flight, oldest first */
+    size_t call_capacity; /* a power of two, or 0 */
+    size_t call_first;    /* index of the oldest */
+    size_t call_count;
+    vkp_i_skip skip;      /* in the frame that arrives */
+    vkp_timer timer;      /* OPENING: the next try, or the end; SERVING: the end of idling */
+    uint64_t deadline_ns; /* OPENING: the last try; SERVING: when idling ends */
+    int login_protocol;   /* of the HELLO with AUTH that is in flight */
+};
+
+static vkp_i_session *vkp_i_session_of(vkp_i_link *link)
+{
+    return VKP_CONTAINER(link, vkp_i_session, link);
+}
+
+static void vkp_i_session_hold(vkp_i_link *link)
+{
+    vkp_i_session_of(link)->refs++;
+}
+
+static void vkp_i_session_release(vkp_i_link *link)
+{
+    vkp_i_session *session = vkp_i_session_of(link);
+    vkp_relay *relay = session->shard->relay;
+    if (--session->refs == 0) {
+        vkp_i_link_deinit(&session->link);
+        vkp_i_free(relay->env, session->calls, session->call_capacity * sizeof *session->calls);
+        vkp_i_free(relay->env, session, sizeof *session);
+        vkp_i_relay_release(relay);
+    }
+}
+
+/* Nobody waits for the replies of the calls any more. */
+static void vkp_i_session_forget_calls(vkp_i_session *session)
+{
+    while (session->call_count > 0) {
+        session->local->asked_bytes -= session->calls[session->call_first].bytes;
+        session->local->answer_count--;
+        session->call_first = (session->call_first + 1) & (session->call_capacity - 1);
+        session->call_count--;
+    }
+    session->blocking = 0;
+}
+
+/* Take the session from its client. */
+static void vkp_i_session_detach(vkp_i_session *session)
+{
+    if (session->local != NULL) {
+        vkp_i_session_forget_calls(session);
+        session->local->flags &= ~VKP_I_LOCAL_OPENING;
+        session->local->session = NULL;
+        session->local = NULL;
+    }
+}
+
+/* All bytes pass from here on. */
+static void vkp_i_session_tunnel(vkp_i_session *session)
+{
+    vkp_i_session_forget_calls(session);
+    session->used = true;
+    session->stage = VKP_I_SESSION_TUNNEL;
+}
+
+/* Take the session from the pool, if it is there. */
+static void vkp_i_session_unpool(vkp_i_session *session)
+{
+    vkp_i_session **at = &session->shard->pool;
+    if (session->stage != VKP_I_SESSION_POOLED) {
+        return;
+    }
+    while (*at != session) {
+        at = &(*at)->next;
+    }
+    *at = session->next;
+    session->shard->pool_count--;
+}
+
+/* End the session: it has no client and is not in the pool afterwards. */
+static void vkp_i_session_end(vkp_i_session *session)
+{
+    vkp_i_request *request;
+    vkp_i_session_detach(session);
+    vkp_i_session_unpool(session);
+    session->stage = VKP_I_SESSION_OPENING;
+    vkp_timer_stop(&session->timer);
+    vkp_i_link_close(&session->link);
+    while ((request = vkp_i_requests_pop(&session->link.flight)) != NULL) {
+        request->settle(request, VKP_ERR_CLOSED, NULL, NULL); /* of the handshake */
+    }
+    (void)VKP_I_SUB(&session->shard->relay->private_count, (size_t)1);
+    vkp_i_session_release(&session->link);
+}
+
+/* Whether nothing of the client is left on the session's connection. */
+static bool vkp_i_session_is_clean(const vkp_i_session *session)
+{
+    return session->stage == VKP_I_SESSION_SERVING && session->call_count == 0 &&
+           session->state == 0 && !session->used && session->skip.at == 0 && !session->skip.inside;
+}
+
+/* The client no longer needs the session, or is gone: keep it for another one, or end it. */
+static void vkp_i_session_give_back(vkp_i_session *session)
+{
+    vkp_i_shard *shard = session->shard;
+    if (!vkp_i_session_is_clean(session) || shard->draining ||
+        shard->pool_count >= VKP_I_SESSION_POOL) {
+        vkp_i_session_end(session);
+        return;
+    }
+    vkp_i_session_detach(session);
+    vkp_timer_stop(&session->timer);
+    session->stage = VKP_I_SESSION_POOLED;
+    session->next = shard->pool;
+    shard->pool = session;
+    shard->pool_count++;
+}
+
+/* End what a loop keeps without clients. */
+static void vkp_i_shard_end_pool(vkp_i_shard *shard)
+{
+    while (shard->pool != NULL) {
+        vkp_i_session_end(shard->pool);
+    }
+}
+
+/* The local client has no session any more. */
+static void vkp_i_local_end_session(vkp_i_local *local)
+{
+    if (local->session != NULL) {
+        vkp_i_session_give_back(local->session);
+    }
+}
+
+/* Close the client as the server's death would: what it has is written first. */
+static void vkp_i_session_close_client(vkp_i_session *session)
+{
+    vkp_i_local *local = session->local;
+    vkp_i_session_end(session);
+    if (local != NULL) {
+        vkp_conn_drain(local->member.conn);
+    }
+}
+
+/* ---- sending ---- */
+
+/* Append a call. False: no memory. */
+static bool vkp_i_session_put_call(vkp_i_session *session, vkp_i_call call)
+{
+    const vkp_env *env = session->shard->relay->env;
+    size_t capacity = session->call_capacity;
+    size_t i;
+    if (session->call_count == capacity) {
+        size_t larger = capacity > 0 ? capacity * 2 : 8;
+        vkp_i_call *calls = (vkp_i_call *)vkp_i_alloc(env, larger * sizeof *calls);
+        if (calls == NULL) {
+            return false;
+        }
+        for (i = 0; i < session->call_count; i++) {
+            calls[i] = session->calls[(session->call_first + i) & (capacity - 1)];
+        }
+        vkp_i_free(env, session->calls, capacity * sizeof *calls);
+        session->calls = calls;
+        session->call_capacity = larger;
+        session->call_first = 0;
+    }
+    i = (session->call_first + session->call_count++) & (session->call_capacity - 1);
+    session->calls[i] = call;
+    return true;
+}
+
+/* Send the bytes of one command. On failure the client closes later. */
+static void vkp_i_session_send(vkp_i_session *session, vkp_i_call call, const vkp_bytes *bytes)
+{
+    vkp_i_local *local = session->local;
+    call.bytes = (uint32_t)bytes->len; /* max_request_bytes is below 2 GiB */
+    if (session->stage != VKP_I_SESSION_TUNNEL) {
+        if (!vkp_i_session_put_call(session, call)) {
+            vkp_i_local_fail(local);
+            return;
+        }
+        session->blocking += (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
+        local->answer_count++;
+        local->asked_bytes += bytes->len;
+        if (local->answer_count >= VKP_I_MOST_ANSWERS || local->asked_bytes > VKP_I_MOST_ASKED) {
+            vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+        }
+    }
+    if (vkp_conn_send(session->link.conn, bytes) == VKP_ERR_NOMEM) {
+        vkp_i_local_fail(local);
+    } else if (vkp_i_conn_get_queued_bytes(session->link.conn) > VKP_I_SESSION_MOST_UNSENT) {
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0); /* only in a TUNNEL */
+    }
+}
+
+/* Send a command of the relay itself. */
+static void vkp_i_session_tell(vkp_i_session *session, uint32_t flags, size_t argc,
+                               const vkp_str *argv)
+{
+    vkp_resp_writer writer;
+    vkp_bytes bytes;
+    vkp_i_call call = VKP_ZERO;
+    call.flags = (uint8_t)(VKP_I_CALL_HIDDEN | flags);
+    vkp_resp_writer_init(&writer, session->shard->relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &bytes) != VKP_OK) {
+        vkp_i_local_fail(session->local);
+        return;
+    }
+    vkp_i_session_send(session, call, &bytes);
+    vkp_bytes_unref(&bytes);
+}
+
+/* Give the server's connection the client's name, if it has another one. */
+static void vkp_i_session_name(vkp_i_session *session)
+{
+    const char *name = session->local->name;
+    vkp_str argv[3];
+    if (name != NULL || session->named) {
+        argv[0] = vkp_str_of("CLIENT");
+        argv[1] = vkp_str_of("SETNAME");
+        argv[2] = vkp_str_of(name != NULL ? name : "");
+        session->named = name != NULL;
+        vkp_i_session_tell(session, 0, 3, argv);
+    }
+}
+
+/* The row of the command, or NULL. */
+static const vkp_i_effect *vkp_i_effect_find(size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    for (i = 0; i < sizeof vkp_i_effects / sizeof vkp_i_effects[0]; i++) {
+        const vkp_i_effect *row = &vkp_i_effects[i];
+        size_t word = row->sub != NULL ? 2 : 1;
+        if (vkp_i_str_is(argv[0], row->name) &&
+            (row->sub == NULL || (argc > 1 && vkp_i_str_is(argv[1], row->sub))) &&
+            (row->word == NULL || (argc > word && vkp_i_str_is(argv[word], row->word)))) {
+            return row;
+        }
+    }
+    return NULL;
+}
+
+/* Whether what follows the command depends on it: when it is refused, nothing may follow. */
+static bool vkp_i_command_is_state(size_t argc, const vkp_str *argv)
+{
+    const vkp_i_effect *effect = vkp_i_effect_find(argc, argv);
+    return (effect != NULL && (effect->set != 0 || (effect->flags & VKP_I_CALL_TUNNEL) != 0)) ||
+           (vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY"));
+}
+
+/* WAIT is about the writes of its connection, and the client's went over another one. A message
+   that goes to the replicas too is behind all of them.                                        */
+static void vkp_i_session_catch_up(vkp_i_session *session)
+{
+    vkp_str argv[3];
+    argv[0] = vkp_str_of("PUBLISH");
+    argv[1] = vkp_str_of("valkey-push:wait");
+    argv[2] = vkp_str_of("");
+    if (!session->multi_sent) {
+        vkp_i_session_tell(session, 0, 3, argv);
+    }
+}
+
+/* Send a command of the client. */
+static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
+                              const vkp_bytes *bytes)
+{
+    const vkp_i_effect *effect = vkp_i_effect_find(argc, argv);
+    vkp_i_call call = VKP_ZERO;
+    if (vkp_i_command_get_sharing(argc, argv) == VKP_I_SHARING_BLOCKS) {
+        call.flags = VKP_I_CALL_BLOCKS;
+    }
+    if (effect != NULL) {
+        call.set = effect->set;
+        call.clear = effect->clear;
+        call.flags |= effect->flags;
+    }
+    if ((call.set & VKP_I_STATE_MULTI) != 0) {
+        session->multi_sent = true;
+    } else if ((call.clear & VKP_I_STATE_MULTI) != 0) {
+        session->multi_sent = false;
+    } else if (session->multi_sent) { /* takes effect at EXEC, if at all */
+        session->used = session->used || call.set != 0;
+        session->state |= call.set != 0 ? VKP_I_STATE_STAYS : 0u;
+        call.set = 0;
+        call.clear = 0;
+        call.flags = 0;
+    }
+    if (vkp_i_str_is(argv[0], "WAIT") || vkp_i_str_is(argv[0], "WAITAOF")) {
+        vkp_i_session_catch_up(session);
+    }
+    vkp_i_session_send(session, call, bytes);
+    if (vkp_i_str_is(argv[0], "CLIENT") && argc > 2 && vkp_i_str_is(argv[1], "REPLY") &&
+        !vkp_i_str_is(argv[2], "ON")) {
+        vkp_i_session_tunnel(session); /* no reply says so */
+    }
+}
+
+/* The client says HELLO, perhaps with a name, which it has already: so does the relay to the
+   server. login: user and password, or NULL.                                                  */
+static void vkp_i_session_greet(vkp_i_session *session, int protocol, const vkp_str *login)
+{
+    vkp_str argv[5];
+    argv[0] = vkp_str_of("HELLO");
+    argv[1] = vkp_str_of(protocol == 3 ? "3" : "2");
+    if (login != NULL) {
+        vkp_resp_writer writer;
+        vkp_bytes bytes;
+        vkp_i_call call = VKP_ZERO;
+        call.set = VKP_I_STATE_STAYS;
+        call.flags = VKP_I_CALL_LOGIN;
+        argv[2] = vkp_str_of("AUTH");
+        argv[3] = login[0];
+        argv[4] = login[1];
+        session->login_protocol = protocol;
+        vkp_resp_writer_init(&writer, session->shard->relay->env);
+        vkp_i_put_command(&writer, 5, argv);
+        if (vkp_resp_writer_take(&writer, &bytes) != VKP_OK) {
+            vkp_i_local_fail(session->local);
+            return;
+        }
+        vkp_i_session_send(session, call, &bytes);
+        vkp_bytes_unref(&bytes);
+    } else if (protocol != session->protocol) {
+        session->protocol = (uint8_t)protocol;
+        vkp_i_session_tell(session, VKP_I_CALL_MUST, 2, argv);
+    }
+    vkp_i_session_name(session);
+}
+
+/* Begin a transaction of which the client has the answers: MULTI and the commands behind it,
+   `count` in all.                                                                             */
+static void vkp_i_session_begin_multi(vkp_i_session *session, const vkp_bytes *block, size_t count)
+{
+    vkp_i_call call = VKP_ZERO;
+    call.set = VKP_I_STATE_MULTI;
+    call.flags = VKP_I_CALL_HIDDEN;
+    session->multi_sent = true;
+    vkp_i_session_send(session, call, block);
+    for (call.set = 0, call.bytes = 0; count > 1; count--) {
+        if (!vkp_i_session_put_call(session, call)) {
+            vkp_i_local_fail(session->local);
+            return;
+        }
+        session->local->answer_count++;
+    }
+}
+
+/* A command in the transaction was refused: a command that the server refuses makes EXEC fail. */
+static void vkp_i_session_fail_multi(vkp_i_session *session)
+{
+    vkp_str verb = vkp_str_of("valkey-push-refused");
+    if (session->multi_sent) {
+        vkp_i_session_tell(session, 0, 1, &verb);
+    }
+}
+
+/* Whether the session's server may be silent for long: the client's end must not wait for it. */
+static bool vkp_i_session_may_wait(const vkp_i_session *session)
+{
+    return session->blocking > 0 || session->stage != VKP_I_SESSION_SERVING;
+}
+
+/* ---- receiving ---- */
+
+/* The client took what it had: read the server again. */
+static void vkp_i_session_resume(vkp_i_session *session)
+{
+    vkp_conn_resume(session->link.conn);
+}
+
+/* Pass bytes on to the client; a client that does not read stops the server. */
+static void vkp_i_session_pass(vkp_i_session *session, const vkp_bytes *bytes)
+{
+    vkp_i_local *local = session->local;
+    vkp_i_local_send(local, bytes);
+    if (vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD) {
+        vkp_i_conn_flush(local->member.conn);
+    }
+    if (vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD) {
+        vkp_conn_pause(session->link.conn);
+    }
+}
+
+/* HELLO with AUTH was answered. */
+static void vkp_i_session_logged_in(vkp_i_session *session)
+{
+    vkp_i_local *local = session->local;
+    session->protocol = (uint8_t)session->login_protocol;
+    local->member.protocol = session->login_protocol;
+    vkp_i_local_greet(local);
+}
+
+/* A frame that answers the oldest call. */
+static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, bool error)
+{
+    vkp_i_local *local = session->local;
+    vkp_i_call call = session->calls[session->call_first];
+    session->call_first = (session->call_first + 1) & (session->call_capacity - 1);
+    session->call_count--;
+    session->blocking -= (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
+    local->answer_count--;
+    local->asked_bytes -= call.bytes;
+    if (error && (call.flags & VKP_I_CALL_MUST) != 0) {
+        vkp_i_session_close_client(session);
+        return;
+    }
+    if (!error || (call.flags & VKP_I_CALL_ALWAYS) != 0) {
+        session->state = (uint8_t)((session->state | call.set) & ~call.clear);
+        session->used =
+            session->used || (session->state & (VKP_I_STATE_STAYS | VKP_I_STATE_TRACKING)) != 0;
+        if ((call.flags & VKP_I_CALL_TUNNEL) != 0) {
+            vkp_i_session_tunnel(session);
+        }
+    }
+    if ((call.flags & VKP_I_CALL_LOGIN) != 0 && !error) {
+        vkp_i_session_logged_in(session);
+    } else if ((call.flags & VKP_I_CALL_HIDDEN) == 0) {
+        vkp_i_session_pass(session, frame);
+    }
+}
+
+static void vkp_i_session_on_timer(vkp_timer *timer);
+
+/* Start the timer. False: no memory; the client is closed, since its session would have no end. */
+static bool vkp_i_session_start_timer(vkp_i_session *session, uint64_t deadline_ns)
+{
+    if (vkp_timer_start(&session->timer, session->shard->loop, vkp_i_session_on_timer, 0,
+                        deadline_ns) != VKP_OK) {
+        vkp_i_local_fail(session->local);
+        return false;
+    }
+    return true;
+}
+
+/* Nothing is in flight: the client shares again when this stays so. */
+static void vkp_i_session_idles(vkp_i_session *session)
+{
+    session->deadline_ns = vkp_i_after_ms(session->shard->loop->now_ns, VKP_I_SESSION_IDLE_MS);
+    if (session->state == 0 && session->timer.i_index == 0) {
+        (void)vkp_i_session_start_timer(session, session->deadline_ns);
+    }
+}
+
+/* Read whole frames. Returns the bytes used. */
+static size_t vkp_i_session_read(vkp_i_session *session, const vkp_bytes *in)
+{
+    size_t used = 0;
+    while (used < in->len && session->stage == VKP_I_SESSION_SERVING &&
+           !vkp_i_conn_is_paused(session->link.conn) &&
+           vkp_i_skip_frame(&session->skip, in->data + used, in->len - used)) {
+        vkp_bytes frame;
+        uint8_t type;
+        frame.data = in->data + used;
+        frame.len = session->skip.at;
+        frame.block = in->block;
+        used += frame.len;
+        memset(&session->skip, 0, sizeof session->skip);
+        type = vkp_i_frame_type(frame.data, frame.len);
+        if (type == '>') {
+            vkp_i_session_pass(session, &frame);
+        } else if (session->call_count > 0) {
+            vkp_i_session_reply(session, &frame, type == '-' || type == '!');
+        } else {
+            vkp_i_log(session->shard->relay->env, VKP_LOG_WARN,
+                      "client %llu: a reply that nobody asked for on its own connection",
+                      (unsigned long long)session->local->id);
+            vkp_i_session_pass(session, &frame); /* a server that says why it closes */
+        }
+    }
+    return used;
+}
+
+static size_t vkp_i_session_on_bytes(vkp_i_link *link, const vkp_bytes *in)
+{
+    vkp_i_session *session = vkp_i_session_of(link);
+    vkp_i_local *local = session->local;
+    vkp_bytes rest = *in;
+    size_t used = 0;
+    if (session->stage == VKP_I_SESSION_POOLED) {
+        vkp_i_session_end(session); /* nothing was asked for */
+        return in->len;
+    }
+    used = vkp_i_session_read(session, in);
+    if (session->stage == VKP_I_SESSION_TUNNEL && session->local != NULL && used < in->len) {
+        rest.data += used;
+        rest.len -= used;
+        vkp_i_session_pass(session, &rest);
+        used = in->len;
+    }
+    if (session->local != NULL) {
+        if (session->call_count == 0) {
+            vkp_i_session_idles(session);
+        }
+        vkp_i_local_maybe_resume(local);
+    }
+    return used;
+}
+
+/* ---- opening ---- */
+
+/* No connection can be had: the client is closed, with the server's words if it had any. */
+static void vkp_i_session_give_up(vkp_i_session *session)
+{
+    vkp_i_local *local = session->local;
+    const vkp_i_link *link = &session->link;
+    vkp_i_log(session->shard->relay->env, VKP_LOG_INFO, "client %llu: no connection of its own: %s",
+              (unsigned long long)local->id, link->error);
+    if (link->spoke) {
+        vkp_i_local_error(local, "DENIED the relay cannot log in for this client: %s", link->error);
+    }
+    vkp_i_session_close_client(session);
+}
+
+/* A try failed: another one follows, or none. */
+static void vkp_i_session_failed(vkp_i_session *session)
+{
+    uint64_t next_ns = vkp_i_after_ms(vkp_i_loop_now(session->shard->loop), VKP_I_SESSION_RETRY_MS);
+    if (next_ns < session->deadline_ns) {
+        (void)vkp_i_session_start_timer(session, next_ns);
+    } else {
+        vkp_i_session_give_up(session);
+    }
+}
+
+/* Try to connect. */
+static void vkp_i_session_try(vkp_i_session *session)
+{
+    const vkp_client_config *config = session->link.config;
+    if (vkp_i_link_connect(&session->link, config->address, config->username, config->password) !=
+        VKP_OK) {
+        vkp_i_session_failed(session);
+    }
+}
+
+/* OPENING: the time for the next try. SERVING: perhaps it is no longer needed. */
+static void vkp_i_session_on_timer(vkp_timer *timer)
+{
+    vkp_i_session *session = VKP_CONTAINER(timer, vkp_i_session, timer);
+    if (session->stage == VKP_I_SESSION_OPENING) {
+        vkp_i_session_hold(&session->link);
+        vkp_i_session_try(session);
+        vkp_i_session_release(&session->link);
+    } else if (session->call_count > 0 || session->state != 0) {
+        return; /* starts again when nothing is in flight */
+    } else if (session->shard->loop->now_ns < session->deadline_ns) {
+        (void)vkp_i_session_start_timer(session, session->deadline_ns);
+    } else {
+        vkp_i_session_give_back(session);
+    }
+}
+
+/* Let the client use the session that is logged in. */
+static void vkp_i_session_serve(vkp_i_session *session)
+{
+    session->stage = VKP_I_SESSION_SERVING;
+    vkp_timer_stop(&session->timer);
+    vkp_i_session_name(session);
+    vkp_i_session_idles(session);
+}
+
+static void vkp_i_session_on_ready(vkp_i_link *link)
+{
+    vkp_i_session *session = vkp_i_session_of(link);
+    vkp_i_local *local = session->local;
+    if (link->protocol != session->protocol) {
+        vkp_i_local_error(local, "DENIED the server speaks RESP2 only");
+        vkp_i_session_close_client(session);
+        return;
+    }
+    vkp_i_block_unref(link->out); /* an idle session is small */
+    link->out = NULL;
+    vkp_i_session_serve(session);
+    local->flags &= ~VKP_I_LOCAL_OPENING;
+    vkp_i_local_maybe_resume(local);
+}
+
+static void vkp_i_session_on_down(vkp_i_link *link)
+{
+    vkp_i_session *session = vkp_i_session_of(link);
+    vkp_i_request *request;
+    if (session->stage != VKP_I_SESSION_OPENING) {
+        vkp_i_session_close_client(session);
+        return;
+    }
+    while ((request = vkp_i_requests_pop(&link->flight)) != NULL) {
+        request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
+    }
+    vkp_i_session_failed(session);
+}
+
+static void vkp_i_session_on_push(vkp_i_link *link, const vkp_push *push)
+{
+    (void)link; /* none can come before the client asked for something */
+    (void)push;
+}
+
+static void vkp_i_session_on_busy(vkp_i_link *link)
+{
+    (void)link;
+}
+
+static const vkp_i_link_ops vkp_i_session_ops = {
+    vkp_i_session_on_ready, vkp_i_session_on_push, vkp_i_session_on_down, vkp_i_session_on_busy,
+    vkp_i_session_hold,     vkp_i_session_release, vkp_i_session_on_bytes};
+
+/* A session of the pool with the protocol; NULL: there is none. */
+static vkp_i_session *vkp_i_shard_take_pooled(vkp_i_shard *shard, int protocol)
+{
+    vkp_i_session *session = shard->pool;
+    while (session != NULL && session->protocol != protocol) {
+        session = session->next;
+    }
+    if (session != NULL) {
+        vkp_i_session_unpool(session);
+    }
+    return session;
+}
+
+/* Count one session more. False: there are private_max. */
+static bool vkp_i_relay_count_session(vkp_i_shard *shard)
+{
+    vkp_relay *relay = shard->relay;
+    if (VKP_I_LOAD(&relay->private_count) >= relay->private_max && shard->pool != NULL) {
+        vkp_i_session_end(shard->pool); /* of the other protocol */
+    }
+    if (VKP_I_ADD(&relay->private_count, (size_t)1) < relay->private_max) {
+        return true;
+    }
+    (void)VKP_I_SUB(&relay->private_count, (size_t)1);
+    return false;
+}
+
+/* Give the client a session. OK: it has one and is paused while it opens, or it will be closed.
+   FULL: there are too many. NOMEM.                                                            */
+static vkp_status vkp_i_local_open_session(vkp_i_local *local)
+{
+    vkp_i_shard *shard = local->shard;
+    vkp_relay *relay = shard->relay;
+    int protocol = local->member.protocol;
+    vkp_i_session *session = vkp_i_shard_take_pooled(shard, protocol);
+    if (session != NULL) {
+        session->local = local;
+        local->session = session;
+        vkp_i_session_serve(session);
+        return VKP_OK;
+    }
+    if (!vkp_i_relay_count_session(shard)) {
+        return VKP_ERR_FULL;
+    }
+    session = (vkp_i_session *)vkp_i_alloc_zero(relay->env, sizeof *session);
+    if (session == NULL) {
+        (void)VKP_I_SUB(&relay->private_count, (size_t)1);
+        return VKP_ERR_NOMEM;
+    }
+    (void)VKP_I_ADD(&relay->refs, 1);
+    (void)VKP_I_ADD(&relay->privates_opened, (uint64_t)1);
+    session->shard = shard;
+    session->refs = 1;
+    session->protocol = (uint8_t)protocol;
+    session->local = local;
+    local->session = session;
+    session->deadline_ns = vkp_i_after_ms(vkp_i_loop_now(shard->loop), VKP_I_SESSION_HOLD_MS);
+    vkp_i_local_pause(local, VKP_I_LOCAL_OPENING);
+    if (vkp_i_link_init(&session->link, relay->env, shard->loop,
+                        &relay->session_configs[protocol == 3 ? 1 : 0],
+                        &vkp_i_session_ops) != VKP_OK) {
+        vkp_i_session_end(session);
+        return VKP_ERR_NOMEM;
+    }
+    vkp_i_session_hold(&session->link);
+    vkp_i_session_try(session);
+    vkp_i_session_release(&session->link);
+    return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-relay-commands   Relay: commands
    ======================================================================================
    Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
@@ -24430,113 +25632,79 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
     }
 }
 
-/* Set the client's name: printable bytes without blanks, as servers require; empty removes it.
-   False: an error was answered, or no memory.                                                 */
-static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
-{
-    const vkp_env *env = local->shard->relay->env;
-    char *copy = NULL;
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
-                                     "characters.");
-            return false;
-        }
-    }
-    if (name.len > 0) {
-        copy = (char *)vkp_i_alloc(env, name.len + 1);
-        if (copy == NULL) {
-            vkp_i_local_fail(local);
-            return false;
-        }
-        memcpy(copy, name.ptr, name.len);
-        copy[name.len] = '\0';
-    }
-    vkp_i_free_text(env, local->name);
-    local->name = copy;
-    return true;
-}
-
-/* Begin a map; in RESP2 an array of twice the elements. */
-static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
-{
-    if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, VKP_RESP_MAP, pairs);
-    } else {
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, pairs * 2);
-    }
-}
-
-static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
-{
-    vkp_resp_put_bulk(writer, text, strlen(text));
-}
-
-/* Answer HELLO. */
-static void vkp_i_local_greet(vkp_i_local *local)
-{
-    vkp_resp_writer writer;
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_map(&writer, local->member.protocol, 7);
-    vkp_i_put_text(&writer, "server");
-    vkp_i_put_text(&writer, "valkey-push-relay");
-    vkp_i_put_text(&writer, "version");
-    vkp_i_put_text(&writer, VKP_VERSION_STR);
-    vkp_i_put_text(&writer, "proto");
-    vkp_resp_put_integer(&writer, local->member.protocol);
-    vkp_i_put_text(&writer, "id");
-    vkp_resp_put_integer(&writer, (int64_t)local->id);
-    vkp_i_put_text(&writer, "mode");
-    vkp_i_put_text(&writer, "standalone");
-    vkp_i_put_text(&writer, "role");
-    vkp_i_put_text(&writer, "master");
-    vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
-    vkp_i_local_answer_writer(local, &writer);
-}
-
 #define VKP_I_PROTOCOL_DIGITS 19 /* HELLO's version is an integer only with fewer digits */
 
 static const char vkp_i_no_auth[] =
-    "ERR the relay takes no passwords: its socket's permissions decide who may connect";
+    "ERR this relay stands alone and takes no passwords: its socket's permissions decide who may "
+    "connect";
 
-/* HELLO [protocol [AUTH user password] [SETNAME name]]: answered here, never forwarded. */
+/* Whether HELLO has the option AUTH, its options read as a server reads them. */
+static bool vkp_i_hello_logs_in(size_t argc, const vkp_str *argv)
+{
+    size_t i = 2;
+    while (i + 1 < argc && vkp_i_str_is(argv[i], "SETNAME")) {
+        i += 2;
+    }
+    return i + 2 < argc && vkp_i_str_is(argv[i], "AUTH");
+}
+
+/* Read HELLO's version into *protocol, which is unchanged without one. False: an error was
+   answered.                                                                                   */
+static bool vkp_i_hello_version(vkp_i_local *local, size_t argc, const vkp_str *argv, int *protocol)
+{
+    bool number;
+    size_t i;
+    if (argc < 2) {
+        return true;
+    }
+    if (argv[1].len == 1 && (argv[1].ptr[0] == '2' || argv[1].ptr[0] == '3')) {
+        *protocol = argv[1].ptr[0] - '0';
+        return true;
+    }
+    number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
+    for (i = 0; i < argv[1].len; i++) {
+        number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
+    }
+    vkp_i_local_error(local, "%s",
+                      number ? "NOPROTO unsupported protocol version"
+                             : "ERR Protocol version is not an integer or out of range");
+    return false;
+}
+
+/* HELLO [protocol [AUTH user password] [SETNAME name]]: the relay greets. A login goes to the
+   server over the client's own connection first.                                              */
 static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     int protocol = local->member.protocol;
     vkp_str name = vkp_i_str(NULL, 0);
+    const vkp_str *login = NULL;
     size_t i = 2;
-    if (argc > 1) {
-        if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
-            bool number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
-            for (i = 0; i < argv[1].len; i++) {
-                number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
-            }
-            vkp_i_local_error(local, "%s",
-                              number ? "NOPROTO unsupported protocol version"
-                                     : "ERR Protocol version is not an integer or "
-                                       "out of range");
-            return;
-        }
-        protocol = argv[1].ptr[0] - '0';
+    if (!vkp_i_hello_version(local, argc, argv, &protocol)) {
+        return;
     }
     while (i < argc) {
         if (vkp_i_str_is(argv[i], "SETNAME") && i + 1 < argc) {
             name = argv[i + 1];
             i += 2;
         } else if (vkp_i_str_is(argv[i], "AUTH") && i + 2 < argc) {
-            vkp_i_local_error(local, "%s", vkp_i_no_auth);
-            return;
+            login = &argv[i + 1];
+            i += 3;
         } else {
             vkp_i_local_error(local, "ERR Syntax error in HELLO option '%.*s'",
                               VKP_I_SHORT(argv[i]));
             return;
         }
     }
-    if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
-        local->member.protocol = protocol;
-        vkp_i_local_greet(local);
+    if (login != NULL && local->session == NULL) {
+        vkp_i_local_error(local, "%s", vkp_i_no_auth);
+    } else if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
+        if (local->session != NULL) {
+            vkp_i_session_greet(local->session, protocol, login);
+        }
+        if (login == NULL) {
+            local->member.protocol = protocol;
+            vkp_i_local_greet(local);
+        }
     }
 }
 
@@ -24545,6 +25713,14 @@ static void vkp_i_run_auth(vkp_i_local *local, size_t argc, const vkp_str *argv)
     (void)argc;
     (void)argv;
     vkp_i_local_error(local, "%s", vkp_i_no_auth);
+}
+
+/* SELECT 0 and UNWATCH of a client that shares: its connection is in this state. */
+static void vkp_i_run_nothing(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_answer_static(local, "+OK\r\n");
 }
 
 static void vkp_i_multi_free(vkp_i_local *local)
@@ -24559,13 +25735,24 @@ static void vkp_i_multi_free(vkp_i_local *local)
     }
 }
 
-/* RESET: forget MULTI, subscriptions, name and protocol of this client. */
+/* A command was refused: the transaction, if there is one, must not be executed without it. */
+static void vkp_i_multi_fail(vkp_i_local *local)
+{
+    if (local->multi != NULL) {
+        local->multi->failed = true;
+    } else if (local->session != NULL) {
+        vkp_i_session_fail_multi(local->session);
+    }
+}
+
+/* RESET: forget MULTI, subscriptions, name, protocol and connection of this client. */
 static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     (void)argc;
     (void)argv;
     vkp_i_multi_free(local);
     vkp_i_local_leave_all(local);
+    vkp_i_local_end_session(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
     vkp_i_local_answer_static(local, "+RESET\r\n");
@@ -24579,52 +25766,41 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_conn_drain(local->member.conn);
 }
 
-#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
-
-/* Answer CLIENT INFO. */
-static void vkp_i_local_client_info(vkp_i_local *local)
-{
-    char text[VKP_I_INFO_TEXT];
-    vkp_resp_writer writer;
-    const uint32_t *counts = local->member.counts;
-    (void)snprintf(text, sizeof text,
-                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
-                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
-                   (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
-                   local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_text(&writer, text);
-    vkp_i_local_answer_writer(local, &writer);
-}
-
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
-/* CLIENT: subcommands about this connection are answered here, those that would change the
-   upstream connection refused, others forwarded.                                              */
+/* Whether CLIENT's subcommand is about the local client itself. */
+static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
+{
+    static const char *const own[] = {"ID", "SETNAME", "GETNAME", "SETINFO", "INFO"};
+    size_t i;
+    for (i = 0; i < sizeof own / sizeof own[0] && argc > 1; i++) {
+        if (vkp_i_str_is(argv[1], own[i])) {
+            return true;
+        }
+    }
+    return argc < 2;
+}
+
+/* CLIENT with a subcommand about the local client itself; stand-alone with any. */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    if (vkp_i_command_get_sharing(argc, argv) != VKP_I_SHARING_OK) {
-        vkp_i_local_error(local,
-                          "ERR CLIENT %.*s cannot be shared: it would change the relay's one "
-                          "upstream connection",
-                          VKP_I_SHORT(argv[1]));
-        return;
-    }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
-    if (vkp_i_str_is(argv[1], "ID")) {
+    if (vkp_i_str_is(argv[1], "ID") && argc == 2) {
         vkp_resp_put_integer(&writer, (int64_t)local->id);
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
         if (vkp_i_local_set_name(local, argv[2])) {
+            if (local->session != NULL) {
+                vkp_i_session_name(local->session);
+            }
             vkp_i_local_answer_static(local, "+OK\r\n");
         }
-    } else if (vkp_i_str_is(argv[1], "GETNAME")) {
+    } else if (vkp_i_str_is(argv[1], "GETNAME") && argc == 2) {
         if (local->name != NULL) {
             vkp_i_put_text(&writer, local->name);
         } else {
@@ -24634,10 +25810,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
-    } else if (vkp_i_str_is(argv[1], "INFO")) {
+    } else if (vkp_i_str_is(argv[1], "INFO") && argc == 2) {
         vkp_i_local_client_info(local);
-    } else if (vkp_i_relay_has_server(local->shard->relay)) {
-        vkp_i_local_forward_command(local, argc, argv, 0);
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
                           VKP_I_SHORT(argv[1]));
@@ -24830,6 +26004,7 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
         return;
     }
     if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
         return;
     }
     if (local->multi != NULL) {
@@ -24848,8 +26023,10 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
 
 static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    (void)argc;
-    (void)argv;
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
+        return;
+    }
     if (local->multi == NULL) {
         vkp_i_local_error(local, "ERR DISCARD without MULTI");
         return;
@@ -24867,8 +26044,10 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_i_answer *answer;
     vkp_bytes block;
     uint32_t replies;
-    (void)argc;
-    (void)argv;
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
+        return;
+    }
     if (multi == NULL) {
         vkp_i_local_error(local, "ERR EXEC without MULTI");
         return;
@@ -24932,7 +26111,7 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 /* Flags of DISCARD, QUIT and RESET, which end a MULTI. */
 #define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
 
-/* Sorted by name for vkp_i_command_find; every other command is forwarded. */
+/* Sorted by name for vkp_i_command_find; every other command is the server's. */
 static const vkp_i_command vkp_i_commands[] = {
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
     {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
@@ -24956,11 +26135,13 @@ static const vkp_i_command vkp_i_commands[] = {
     {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"select", vkp_i_run_nothing, VKP_I_CMD_LOCAL},
     {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
     {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"unwatch", vkp_i_run_nothing, VKP_I_CMD_LOCAL},
     {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
     {"xread", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"xreadgroup", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
@@ -25019,46 +26200,144 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
-/* Refuse a command that clients cannot share or that is not allowed now. True: the error with
-   the reason is answered.                                                                     */
-static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+/* What a relay refuses: it would end or stop the server for everybody, or make the relay a
+   replica.                                                                                    */
+static const char *const vkp_i_denied[][2] = {
+    {"CLIENT", "PAUSE"}, {"DEBUG", "SLEEP"}, {"FAILOVER", NULL}, {"PSYNC", NULL},
+    {"REPLCONF", NULL},  {"SHUTDOWN", NULL}, {"SYNC", NULL}};
+
+static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    for (i = 0; i < sizeof vkp_i_denied / sizeof vkp_i_denied[0]; i++) {
+        if (vkp_i_str_is(argv[0], vkp_i_denied[i][0]) &&
+            (vkp_i_denied[i][1] == NULL ||
+             (argc > 1 && vkp_i_str_is(argv[1], vkp_i_denied[i][1])))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether the client is in a transaction. */
+static bool vkp_i_local_in_multi(const vkp_i_local *local)
+{
+    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
+}
+
+/* Whether the client may only change its subscriptions: as servers have it in RESP2. */
+static bool vkp_i_local_only_subscribes(const vkp_i_local *local)
+{
+    return local->member.protocol == 2 &&
+           vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] > 0;
+}
+
+static bool vkp_i_local_has_names(const vkp_i_local *local)
+{
+    const uint32_t *counts = local->member.counts;
+    return counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN] + counts[VKP_SUB_SHARD] > 0;
+}
+
+/* Where a command goes. */
+typedef enum vkp_i_route {
+    VKP_I_ROUTE_HERE,    /* the relay answers */
+    VKP_I_ROUTE_DENIED,  /* an error: not through a relay */
+    VKP_I_ROUTE_SUB2,    /* an error: the client has subscriptions in RESP2 */
+    VKP_I_ROUTE_MULTI,   /* an error: not in a transaction through a relay */
+    VKP_I_ROUTE_UNKNOWN, /* an error: there is no server */
+    VKP_I_ROUTE_HELD,    /* in a transaction: waits for EXEC */
+    VKP_I_ROUTE_SHARED,  /* over a connection with the commands of others */
+    VKP_I_ROUTE_PRIVATE  /* over the client's own one */
+} vkp_i_route;
+
+/* Whether the relay itself answers the command. */
+static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command *command,
+                                  size_t argc, const vkp_str *argv)
+{
+    bool shares = local->session == NULL;
+    if (command == NULL || command->run == NULL) {
+        return false;
+    }
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
+        return command->run != vkp_i_run_nothing;
+    }
+    if ((command->flags & VKP_I_CMD_LOCAL) == 0 || command->run == vkp_i_run_auth) {
+        return false;
+    }
+    if (command->run == vkp_i_run_client) {
+        return vkp_i_client_runs_here(argc, argv);
+    }
+    if (command->run == vkp_i_run_ping) {
+        return shares || vkp_i_local_only_subscribes(local);
+    }
+    if (command->run == vkp_i_run_nothing) {
+        return shares && local->multi == NULL &&
+               (argc == 1 ? vkp_i_str_is(argv[0], "UNWATCH")
+                          : argc == 2 && vkp_i_str_is(argv[1], "0"));
+    }
+    return shares || (command->run != vkp_i_run_multi && command->run != vkp_i_run_exec &&
+                      command->run != vkp_i_run_discard);
+}
+
+static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
+                                     size_t argc, const vkp_str *argv)
+{
+    const vkp_i_session *session = local->session;
+    uint32_t flags = command != NULL ? command->flags : 0;
+    bool subs = (flags & VKP_I_CMD_SUB2) != 0;
+    if (session != NULL && session->stage == VKP_I_SESSION_TUNNEL &&
+        !(subs && vkp_i_local_has_names(local))) {
+        return VKP_I_ROUTE_PRIVATE;
+    }
+    if (vkp_i_relay_has_server(local->shard->relay) && vkp_i_command_is_denied(argc, argv)) {
+        return VKP_I_ROUTE_DENIED;
+    }
+    if (!subs && vkp_i_local_only_subscribes(local)) {
+        return VKP_I_ROUTE_SUB2;
+    }
+    if (vkp_i_local_runs_here(local, command, argc, argv)) {
+        return !vkp_i_local_in_multi(local) || (flags & VKP_I_CMD_MULTI) != 0 ? VKP_I_ROUTE_HERE
+               : command->run == vkp_i_run_ping                               ? VKP_I_ROUTE_HELD
+                                                                              : VKP_I_ROUTE_MULTI;
+    }
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
+        return VKP_I_ROUTE_UNKNOWN;
+    }
+    if (session != NULL ||
+        !((flags & VKP_I_CMD_MULTI) != 0 || vkp_i_command_is_harmless(argc, argv))) {
+        return local->multi != NULL && local->multi->failed ? VKP_I_ROUTE_HELD
+                                                            : VKP_I_ROUTE_PRIVATE;
+    }
+    return local->multi != NULL ? VKP_I_ROUTE_HELD : VKP_I_ROUTE_SHARED;
+}
+
+/* Answer the error of a route. */
+static void vkp_i_local_refuse(vkp_i_local *local, vkp_i_route route, size_t argc,
                                const vkp_str *argv)
 {
-    uint32_t flags = command != NULL ? command->flags : 0;
-    bool local_only = command != NULL && command->run != NULL; /* never sent upstream */
-    vkp_i_sharing sharing = local_only ? VKP_I_SHARING_OK : vkp_i_command_get_sharing(argc, argv);
-    if (sharing == VKP_I_SHARING_BLOCKS) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' cannot be shared: it would block the relay's one "
-                          "upstream connection; connect to the server itself",
-                          VKP_I_SHORT(argv[0]));
-    } else if (sharing != VKP_I_SHARING_OK) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' cannot be shared: it would change the state of the "
-                          "relay's one upstream connection; connect to the server itself",
-                          VKP_I_SHORT(argv[0]));
-    } else if (local->multi != NULL && (flags & VKP_I_CMD_LOCAL) != 0 &&
-               (flags & VKP_I_CMD_MULTI) == 0 && command->run != vkp_i_run_ping) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' inside MULTI cannot be shared: it belongs to this "
-                          "connection, not to the relay's",
-                          VKP_I_SHORT(argv[0]));
-    } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
-               vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] >
-                   0) {
+    if (route == VKP_I_ROUTE_SUB2) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
                           "context",
                           vkp_i_verb_of(argv[0]).text);
-        return true; /* as servers do: this error alone does not fail a MULTI */
+        return; /* as servers do: this error alone does not fail a MULTI */
+    }
+    if (route == VKP_I_ROUTE_UNKNOWN) {
+        vkp_i_local_error(local,
+                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
+                          "broker without a server",
+                          VKP_I_SHORT(argv[0]));
+    } else if (route == VKP_I_ROUTE_MULTI) {
+        vkp_i_local_error(local, "DENIED '%.*s' inside MULTI: the relay answers it, not the server",
+                          VKP_I_SHORT(argv[0]));
     } else {
-        return false;
+        vkp_i_local_error(local, "DENIED '%.*s%s%.*s' is not for clients of a relay",
+                          VKP_I_SHORT(argv[0]), argc > 1 ? " " : "",
+                          (int)(argc > 1 ? VKP_I_MIN(argv[1].len, (size_t)VKP_I_SHORT_BYTES) : 0),
+                          argc > 1 ? argv[1].ptr : "");
     }
-    if (local->multi != NULL) {
-        local->multi->failed = true;
-    }
-    return true;
+    vkp_i_multi_fail(local);
 }
 
 /* Forward the bytes of one command upstream. */
@@ -25087,37 +26366,159 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
+/* Move a transaction that is held here to the client's own connection; the client has the answers
+   already.                                                                                    */
+static void vkp_i_local_move_multi(vkp_i_local *local)
+{
+    vkp_i_multi *multi = local->multi;
+    vkp_bytes block;
+    size_t count = multi->count + 1;
+    if (vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
+        vkp_i_local_fail(local);
+    } else {
+        vkp_i_session_begin_multi(local->session, &block, count);
+        vkp_bytes_unref(&block);
+    }
+    vkp_i_multi_free(local);
+}
+
+/* There is no session for the command: an error; what depends on the command must not run. */
+static void vkp_i_local_refuse_private(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    (void)VKP_I_ADD(&relay->privates_refused, (uint64_t)1);
+    vkp_i_local_error(local, "DENIED '%.*s' needs a connection of its own, and %s",
+                      VKP_I_SHORT(argv[0]),
+                      relay->private_max == 0 ? "this relay opens none"
+                                              : "all that this relay may open are in use");
+    vkp_i_multi_fail(local);
+    if (vkp_i_command_is_state(argc, argv) || vkp_i_str_is(argv[0], "HELLO")) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
+        vkp_i_local_maybe_resume(local);
+    }
+}
+
+/* What vkp_i_local_need_session says. */
+typedef enum vkp_i_need {
+    VKP_I_NEED_MET,    /* local->session is logged in */
+    VKP_I_NEED_WAITS,  /* it opens, or the client closes: on_data must get the bytes again */
+    VKP_I_NEED_REFUSED /* an error was answered */
+} vkp_i_need;
+
+/* The command needs a session. */
+static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_status status = VKP_OK;
+    if (local->session == NULL && local->answer_count > 0) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER); /* replies of both must not cross */
+        return VKP_I_NEED_WAITS;
+    }
+    if (local->session == NULL) {
+        status = vkp_i_local_open_session(local);
+    }
+    if (status == VKP_ERR_FULL) {
+        vkp_i_local_refuse_private(local, argc, argv);
+        return VKP_I_NEED_REFUSED;
+    }
+    if (status != VKP_OK) {
+        vkp_i_local_fail(local);
+    }
+    return local->session != NULL && local->session->stage != VKP_I_SESSION_OPENING
+               ? VKP_I_NEED_MET
+               : VKP_I_NEED_WAITS;
+}
+
+/* Send a command over the client's own connection. False: not now. */
+static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        const vkp_bytes *request)
+{
+    vkp_resp_writer writer;
+    vkp_bytes copy;
+    vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
+    if (need != VKP_I_NEED_MET) {
+        return need == VKP_I_NEED_REFUSED;
+    }
+    if (local->multi != NULL) {
+        vkp_i_local_move_multi(local);
+    }
+    if (request != NULL) {
+        vkp_i_session_ask(local->session, argc, argv, request);
+        return true;
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &copy) != VKP_OK) {
+        vkp_i_local_fail(local);
+        return true;
+    }
+    vkp_i_session_ask(local->session, argc, argv, &copy);
+    vkp_bytes_unref(&copy);
+    return true;
+}
+
+/* Answer a command here. False: not now. */
+static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+                                     const vkp_str *argv)
+{
+    if (command->run == vkp_i_run_hello && vkp_i_hello_logs_in(argc, argv) &&
+        vkp_i_relay_has_server(local->shard->relay)) {
+        vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
+        if (need != VKP_I_NEED_MET) {
+            return need == VKP_I_NEED_REFUSED;
+        }
+    }
+    command->run(local, argc, argv);
+    return true;
+}
+
+/* Whether the command has to wait until no answer is pending: what the relay answers by itself must
+   not overtake what a server answers, and some commands change what later answers look like.  */
+static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, uint32_t flags,
+                                  size_t argc, const vkp_str *argv)
+{
+    if (local->answer_count == 0) {
+        return false;
+    }
+    if (route == VKP_I_ROUTE_PRIVATE) { /* the tunnel begins with no reply under way */
+        return vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY");
+    }
+    return local->session != NULL || (flags & VKP_I_CMD_ORDER) != 0;
+}
+
 /* Execute one command. request: its bytes if it arrived as a RESP array, otherwise NULL. False:
    not now; the client is paused, and on_data must get the bytes again.                        */
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {
-    vkp_relay *relay = local->shard->relay;
     const vkp_i_command *command = vkp_i_command_find(argv[0]);
     uint32_t flags = command != NULL ? command->flags : 0;
     uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    bool here = (flags & VKP_I_CMD_LOCAL) != 0 ||
-                ((flags & VKP_I_CMD_ALONE) != 0 && !vkp_i_relay_has_server(relay));
-    if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
+    vkp_i_route route = vkp_i_local_route(local, command, argc, argv);
+    if (vkp_i_local_must_wait(local, route, flags, argc, argv)) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;
     }
-    if (vkp_i_local_refuse(local, command, argc, argv)) {
-        return true;
-    }
-    if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
+    switch (route) {
+    case VKP_I_ROUTE_HERE:
+        return vkp_i_local_execute_here(local, command, argc, argv);
+    case VKP_I_ROUTE_HELD:
         vkp_i_multi_append(local, argc, argv, shape);
-    } else if (here) {
-        command->run(local, argc, argv);
-    } else if (!vkp_i_relay_has_server(relay)) {
-        vkp_i_local_error(local,
-                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
-                          "broker without a server",
-                          VKP_I_SHORT(argv[0]));
-    } else if (request != NULL) {
-        vkp_i_local_forward_bytes(local, request, shape);
-    } else {
-        vkp_i_local_forward_command(local, argc, argv, shape);
+        break;
+    case VKP_I_ROUTE_SHARED:
+        if (request != NULL) {
+            vkp_i_local_forward_bytes(local, request, shape);
+        } else {
+            vkp_i_local_forward_command(local, argc, argv, shape);
+        }
+        break;
+    case VKP_I_ROUTE_PRIVATE:
+        return vkp_i_local_execute_private(local, argc, argv, request);
+    case VKP_I_ROUTE_DENIED:
+    case VKP_I_ROUTE_SUB2:
+    case VKP_I_ROUTE_MULTI:
+    case VKP_I_ROUTE_UNKNOWN:
+        vkp_i_local_refuse(local, route, argc, argv);
+        break;
     }
     return true;
 }
@@ -25150,6 +26551,10 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
 {
     char text[VKP_I_PROTOCOL_TEXT];
     va_list arguments;
+    if (local->session != NULL && local->answer_count > 0) { /* comes again, behind the replies */
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+        return;
+    }
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
@@ -25376,8 +26781,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 {
     vkp_i_local *local = (vkp_i_local *)user;
     size_t used = 0;
-    uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
-                    VKP_I_LOCAL_FAILED;
+    uint32_t stop = VKP_I_LOCAL_PAUSED | VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_FAILED;
     local->refs++;
     while (used < in->len && (local->flags & stop) == 0 && vkp_i_conn_is_serving(conn)) {
         size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
@@ -25393,22 +26797,30 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 
 /* ---- local clients ---- */
 
-/* The local client sends nothing more: answer its commands, then drain. */
+/* The local client sends nothing more: answer its commands, then drain. It does not wait for what a
+   server may answer late, or never.                                                           */
 static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 {
     vkp_i_local *local = (vkp_i_local *)user;
+    if (local->session != NULL && vkp_i_session_may_wait(local->session)) {
+        return false;
+    }
     local->flags |= VKP_I_LOCAL_LEAVING;
-    if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+    if (local->answer_count == 0 && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
         vkp_conn_drain(conn);
     }
     return true;
 }
 
-/* The outbox is empty: a client that was paused for it is read again. */
+/* The outbox is empty: a client that was paused for it is read again, and so is its session. */
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
+    vkp_i_local *local = (vkp_i_local *)user;
     (void)conn;
-    vkp_i_local_maybe_resume((vkp_i_local *)user);
+    if (local->session != NULL) {
+        vkp_i_session_resume(local->session);
+    }
+    vkp_i_local_maybe_resume(local);
 }
 
 static void vkp_i_shard_drained(vkp_i_shard *shard);
@@ -25429,6 +26841,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     local->flags |= VKP_I_LOCAL_CLOSED;
     vkp_i_local_leave_all(local);
     vkp_i_multi_free(local);
+    vkp_i_local_end_session(local);
     if (local->prev != NULL) {
         local->prev->next = local->next;
     } else {
@@ -25718,6 +27131,7 @@ static void vkp_i_shard_drained(vkp_i_shard *shard)
         return;
     }
     shard->gone = true;
+    vkp_i_shard_end_pool(shard);
     if (VKP_I_UNREF(&relay->live_shards) == 1) {
         relay->end_task.fn = vkp_i_relay_end;
         (void)VKP_I_ADD(&relay->refs, 1);
@@ -25737,7 +27151,8 @@ static void vkp_i_shard_drain(vkp_i_task *task)
     while (local != NULL) {
         vkp_i_local *next = local->next;
         local->flags |= VKP_I_LOCAL_LEAVING;
-        if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+        if ((local->answer_count == 0 && (local->flags & VKP_I_LOCAL_BUSY) == 0) ||
+            (local->session != NULL && vkp_i_session_may_wait(local->session))) {
             vkp_i_local_leave(local);
         } else {
             vkp_conn_pause(local->member.conn); /* execute no new commands */
@@ -25840,6 +27255,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         while (shard->locals != NULL) { /* no loop runs: this thread may use all of them */
             vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
+        vkp_i_shard_end_pool(shard);
         vkp_i_shard_drop_handovers(relay, shard);
         vkp_push_loop_unref(shard->push_loop);
         vkp_mpsc_tx_unref(shard->pushes);
@@ -25928,6 +27344,8 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     return status;
 }
 
+#define VKP_I_RELAY_PRIVATES 1024u /* default of vkp_relay_config.private_max */
+
 /* Open the upstream connections. */
 static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_config *config)
 {
@@ -25954,6 +27372,13 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     while (status == VKP_OK && relay->shared_count < count) {
         status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
         relay->shared_count += status == VKP_OK ? 1u : 0u;
+    }
+    if (status == VKP_OK) {
+        relay->private_max = config->shared_only        ? 0
+                             : config->private_max != 0 ? config->private_max
+                                                        : VKP_I_RELAY_PRIVATES;
+        vkp_i_client_copy_config(relay->push, 2, &relay->session_configs[0]);
+        vkp_i_client_copy_config(relay->push, 3, &relay->session_configs[1]);
     }
     return status;
 }
@@ -26094,6 +27519,9 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->privates = VKP_I_LOAD(&relay->private_count);
+    stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
+    stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
     stats->dropped_frames = 0;
     for (i = 0; i < relay->shard_count; i++) {
         stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);

@@ -24,6 +24,7 @@
 #define MOST_UPSTREAMS 64
 #define MOST_UIDS 64
 #define DRAIN_MS 5000
+#define DEFAULT_PRIVATES 1024
 #define NO_LINGER SIZE_MAX
 
 #ifdef __linux__
@@ -36,6 +37,7 @@ typedef struct options {
     const char *check;
     const char *server;
     size_t upstreams;
+    size_t privates;
     const char *user;
     const char *password;
     const char *listen[MOST_LISTENERS];
@@ -61,6 +63,9 @@ static const char usage[] =
     "                       default: none, the relay is a pub/sub broker without a server\n"
     "  --upstreams N        how many connections to the server share the clients' commands, 1 to\n"
     "                       64; subscriptions have one more; default: 1\n"
+    "  --private N          most connections to the server that carry one client each, while it\n"
+    "                       blocks, uses another database, watches or tracks keys, or logs in;\n"
+    "                       0: what needs one is refused; default: 1024\n"
     "  --user NAME          user name for the server; needs --pass-env\n"
     "  --pass-env VAR       the environment variable that holds the password for the server\n"
     "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
@@ -189,6 +194,7 @@ static bool read_number_option(options *opts, const char *name, const char *text
 {
     const number_option all[] = {
         {"--upstreams", &opts->upstreams, 1, MOST_UPSTREAMS},
+        {"--private", &opts->privates, 0, SIZE_MAX},
         {"--threads", &opts->threads, 1, MOST_THREADS},
         {"--queue-frames", &opts->queue_frames, 1, SIZE_MAX},
         {"--queue-bytes", &opts->queue_bytes, 1, SIZE_MAX},
@@ -264,6 +270,7 @@ typedef struct option_value {
 static const option_value option_values[] = {
     {"--server", "tcp:HOST:PORT or unix:PATH"},
     {"--upstreams", "a number from 1 to 64"},
+    {"--private", "a number of connections"},
     {"--user", "a user name"},
     {"--pass-env", "the name of an environment variable that is set"},
     {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times"},
@@ -308,6 +315,7 @@ static int read_options(int argc, char **argv, options *opts)
     memset(opts, 0, sizeof *opts);
     (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the default */
     opts->threads = 1;
+    opts->privates = DEFAULT_PRIVATES;
     opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
     for (i = 1; i < argc; i += 2) {
@@ -389,6 +397,9 @@ static void print_relay_metrics(vkp_relay *relay)
     print_metric("slow_closed", stats.slow_closed);
     print_metric("lagged", stats.lagged);
     print_metric("protocol_errors", stats.protocol_errors);
+    print_metric("privates", stats.privates);
+    print_metric("privates_opened", stats.privates_opened);
+    print_metric("privates_refused", stats.privates_refused);
 }
 
 static void print_socket_metrics(vkp_relay *relay)
@@ -490,6 +501,8 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     vkp_relay_config config = VKP_ZERO;
     config.server = vkp_str_of(opts->server);
     config.upstreams = opts->upstreams;
+    config.private_max = opts->privates;
+    config.shared_only = opts->privates == 0;
     config.username = vkp_str_of(opts->user);
     config.password = vkp_str_of(opts->password);
     config.loops = loops;

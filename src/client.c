@@ -675,4 +675,16 @@ VKP_API vkp_status vkp_client_unsubscribe(vkp_client *client, vkp_sub_kind kind,
     return vkp_i_client_interest(client, VKP_I_ASK_LEAVE, kind, name, NULL, NULL);
 }
 
+/* For the layers above: what another connection to the same server needs, in this protocol. The
+   texts are the client's.                                                                     */
+static void vkp_i_client_copy_config(const vkp_client *client, int protocol,
+                                     vkp_client_config *config)
+{
+    *config = client->config;
+    config->protocol = protocol;
+    config->name = vkp_i_str(NULL, 0);
+    config->on_push = NULL;
+    config->pushes = NULL;
+}
+
 #endif /* VKP_I_IO */

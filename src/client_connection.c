@@ -225,9 +225,13 @@ static void vkp_i_client_unhold(vkp_i_link *link)
     vkp_i_client_release(vkp_i_client_of(link));
 }
 
-static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready, vkp_i_client_on_push,
-                                                     vkp_i_client_on_down,  vkp_i_client_on_busy,
-                                                     vkp_i_client_hold,     vkp_i_client_unhold};
+static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
+                                                     vkp_i_client_on_push,
+                                                     vkp_i_client_on_down,
+                                                     vkp_i_client_on_busy,
+                                                     vkp_i_client_hold,
+                                                     vkp_i_client_unhold,
+                                                     NULL};
 
 /* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
    False: no memory.                                                                           */

@@ -203,7 +203,7 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
 
 static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
                                                       vkp_i_probe_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release},
+                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_probe_on_timer,
                                                      vkp_i_probe_answered};
 

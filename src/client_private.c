@@ -158,9 +158,13 @@ static void vkp_i_private_on_busy(vkp_i_link *link)
     (void)link;
 }
 
-static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready, vkp_i_private_on_push,
-                                                 vkp_i_private_on_down,  vkp_i_private_on_busy,
-                                                 vkp_i_private_hold,     vkp_i_private_release};
+static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready,
+                                                 vkp_i_private_on_push,
+                                                 vkp_i_private_on_down,
+                                                 vkp_i_private_on_busy,
+                                                 vkp_i_private_hold,
+                                                 vkp_i_private_release,
+                                                 NULL};
 
 /* The try to connect, or the time without a command, is over. */
 static void vkp_i_private_on_timer(vkp_timer *timer)

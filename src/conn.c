@@ -1061,6 +1061,12 @@ static bool vkp_i_conn_is_serving(const vkp_conn *conn)
     return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
 }
 
+/* Between vkp_conn_pause and vkp_conn_resume. */
+static bool vkp_i_conn_is_paused(const vkp_conn *conn)
+{
+    return (conn->flags & VKP_I_CONN_PAUSED) != 0;
+}
+
 /* Bytes in the outbox, pushes and response stream, that the kernel has not accepted. */
 static size_t vkp_i_conn_get_queued_bytes(const vkp_conn *conn)
 {

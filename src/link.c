@@ -69,6 +69,9 @@ typedef struct vkp_i_link_ops {
     void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
+    /* NULL, or what reads all bytes behind the handshake's replies; returns how many it used, and
+       gets the others again with those that follow.                                           */
+    size_t (*on_bytes)(vkp_i_link *link, const vkp_bytes *in);
 } vkp_i_link_ops;
 
 #define VKP_I_LINK_ERROR_BYTES 160 /* text of vkp_i_link.error, terminated */
@@ -712,14 +715,23 @@ static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 }
 
 /* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
+/* Whether the owner reads the bytes itself from here on. */
+static bool vkp_i_link_is_raw(const vkp_i_link *link)
+{
+    return link->ops->on_bytes != NULL && link->stage == VKP_I_STAGE_READY &&
+           link->flight.first == NULL;
+}
+
 static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
 {
     vkp_i_link *link = (vkp_i_link *)user;
     size_t used = 0;
+    bool raw = vkp_i_link_is_raw(link);
+    bool has_reader = link->ops->on_bytes != NULL;
     uint64_t now_ns = link->loop->now_ns;
     link->heard_ns = now_ns;
     link->ops->hold(link); /* a callback may give the last other reference back */
-    while (link->conn == conn && used < in->len) {
+    while (link->conn == conn && used < in->len && !raw) {
         const vkp_value *value;
         size_t consumed;
         vkp_bytes frame;
@@ -749,6 +761,14 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         frame.len = consumed;
         used += consumed;
         vkp_i_link_value(link, value, &frame);
+        raw = has_reader && vkp_i_link_is_raw(link);
+    }
+    if (raw && link->conn == conn && used < in->len) {
+        vkp_bytes rest;
+        rest.data = in->data + used;
+        rest.len = in->len - used;
+        rest.block = in->block;
+        used += link->ops->on_bytes(link, &rest);
     }
     link->ops->release(link);
     return used;

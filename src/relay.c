@@ -13,7 +13,8 @@
    local->answers is sent, so replies leave in the order of their commands.
    SUBSCRIBE and its family, HELLO, RESET and QUIT depend on that order: while answers are
    pending they are not executed, the connection pauses, and on_data gets their bytes again
-   later. So there is never a queue of commands.
+   later. So there is never a queue of commands. In the same way the first command that cannot be
+   shared waits for its client's session (see impl-relay-session).
    A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
    confirmed to the local client when the server confirmed it, or immediately when the server is
    disconnected.
@@ -27,6 +28,7 @@
 
 typedef struct vkp_i_shard vkp_i_shard;
 typedef struct vkp_i_local vkp_i_local;
+typedef struct vkp_i_session vkp_i_session;
 
 /* Bits of a shape: how a command's RESP2 reply differs from its RESP3 reply, beyond the types. */
 #define VKP_I_SHAPE_NULL_ARRAY 1u    /* a null reply is *-1 in RESP2 */
@@ -59,12 +61,15 @@ typedef struct vkp_i_multi {
 } vkp_i_multi;
 
 /* Bits of vkp_i_local.flags. */
-#define VKP_I_LOCAL_BUSY 1u    /* paused: a SUBSCRIBE waits for the server */
-#define VKP_I_LOCAL_ORDER 2u   /* paused until no answer is pending */
-#define VKP_I_LOCAL_FULL 4u    /* paused: too many pending answers, or too many bytes queued */
-#define VKP_I_LOCAL_LEAVING 8u /* drains when no answer and no SUBSCRIBE is pending */
-#define VKP_I_LOCAL_CLOSED 16u /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_BUSY 1u     /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u    /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
+#define VKP_I_LOCAL_PAUSED \
+    (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
@@ -78,10 +83,11 @@ struct vkp_i_local {
     uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
     vkp_i_answer *answers; /* pending answers, oldest first */
     vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
-    uint32_t answer_count;      /* number of pending answers */
+    uint32_t answer_count;      /* number of `answers`, and of the session's calls */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
     size_t held_bytes;          /* bytes of finished replies that wait for an older one */
-    vkp_i_multi *multi;         /* NULL: no MULTI under way */
+    vkp_i_multi *multi;         /* NULL: no MULTI is held; a session has its own */
+    vkp_i_session *session;     /* the client's own connection to the server; NULL: it shares */
     vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
     char *name;                 /* by SETNAME, terminated; or NULL */
 };
@@ -100,6 +106,8 @@ struct vkp_i_shard {
     size_t inline_capacity;  /* allocated bytes of `inline_text` */
     vkp_i_local *locals;     /* local clients, newest first */
     size_t local_count;      /* number of `locals` */
+    vkp_i_session *pool;     /* connections of former clients, for the next ones */
+    size_t pool_count;       /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */
@@ -131,11 +139,14 @@ struct vkp_relay {
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */
     size_t shared_count;      /* number of `shared`; 0: stand-alone */
     size_t shared_capacity;   /* allocated elements of `shared` */
-    vkp_listener **listeners; /* loop 0's thread */
-    size_t listener_count;    /* used places of `listeners` */
-    size_t listener_capacity; /* allocated places of `listeners` */
-    uint64_t next_id;         /* atomic: the last number given to a local client */
-    VKP_I_MUTEX mutex;        /* guards `subscribers` and the shards' `handovers` */
+    vkp_client_config session_configs[2]; /* of sessions in RESP2 and RESP3; texts are of `push` */
+    size_t private_max;                   /* most sessions */
+    size_t private_count;                 /* atomic: sessions, those without a client included */
+    vkp_listener **listeners;             /* loop 0's thread */
+    size_t listener_count;                /* used places of `listeners` */
+    size_t listener_capacity;             /* allocated places of `listeners` */
+    uint64_t next_id;                     /* atomic: the last number given to a local client */
+    VKP_I_MUTEX mutex;                    /* guards `subscribers` and the shards' `handovers` */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
     bool draining;               /* vkp_relay_drain was called; loop 0's thread */
@@ -156,6 +167,8 @@ struct vkp_relay {
     uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
     uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
     uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
+    uint64_t privates_opened;    /* atomic: sessions opened */
+    uint64_t privates_refused;   /* atomic: commands refused because of private_max */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -287,7 +300,7 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
         return;
     }
-    if (local->answers == NULL) {
+    if (local->answer_count == 0) {
         local->flags &= ~VKP_I_LOCAL_ORDER;
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
@@ -300,11 +313,11 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
         vkp_i_conn_get_queued_bytes(local->member.conn) <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
-    if ((local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL)) != 0) {
+    if ((local->flags & VKP_I_LOCAL_PAUSED) != 0) {
         return;
     }
     if ((local->flags & (VKP_I_LOCAL_FAILED | VKP_I_LOCAL_LEAVING)) != 0) {
-        if (local->answers == NULL) { /* unread input is no whole command */
+        if (local->answer_count == 0) { /* unread input is no whole command */
             vkp_i_local_leave(local);
         }
         return;

@@ -11,6 +11,12 @@ typedef struct vkp_relay_config {
     /* How many connections share the clients' commands; all commands of a client go over the same
        one. Subscriptions have a connection of their own. Default: 1. */
     size_t upstreams;
+    /* Most connections to the server that carry one client each, while it blocks, watches keys,
+       uses another database, tracks keys or logs in. Default: 1,024. VKP_UNLIMITED: none is refused
+       for their number. */
+    size_t private_max;
+    /* Commands that need such a connection are refused. Default: false. */
+    bool shared_only;
     vkp_str username; /* user name for the server; default: the default user */
     vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -97,6 +103,9 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
+    size_t privates;          /* connections to the server that carry one client, or wait for one */
+    uint64_t privates_opened; /* such connections opened */
+    uint64_t privates_refused; /* commands refused because there were private_max */
 } vkp_relay_stats;
 
 /* Write the relay's counters to *stats. Any thread. */

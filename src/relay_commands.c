@@ -75,113 +75,79 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
     }
 }
 
-/* Set the client's name: printable bytes without blanks, as servers require; empty removes it.
-   False: an error was answered, or no memory.                                                 */
-static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
-{
-    const vkp_env *env = local->shard->relay->env;
-    char *copy = NULL;
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
-                                     "characters.");
-            return false;
-        }
-    }
-    if (name.len > 0) {
-        copy = (char *)vkp_i_alloc(env, name.len + 1);
-        if (copy == NULL) {
-            vkp_i_local_fail(local);
-            return false;
-        }
-        memcpy(copy, name.ptr, name.len);
-        copy[name.len] = '\0';
-    }
-    vkp_i_free_text(env, local->name);
-    local->name = copy;
-    return true;
-}
-
-/* Begin a map; in RESP2 an array of twice the elements. */
-static void vkp_i_put_map(vkp_resp_writer *writer, int protocol, size_t pairs)
-{
-    if (protocol == 3) {
-        vkp_resp_put_aggregate(writer, VKP_RESP_MAP, pairs);
-    } else {
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, pairs * 2);
-    }
-}
-
-static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
-{
-    vkp_resp_put_bulk(writer, text, strlen(text));
-}
-
-/* Answer HELLO. */
-static void vkp_i_local_greet(vkp_i_local *local)
-{
-    vkp_resp_writer writer;
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_map(&writer, local->member.protocol, 7);
-    vkp_i_put_text(&writer, "server");
-    vkp_i_put_text(&writer, "valkey-push-relay");
-    vkp_i_put_text(&writer, "version");
-    vkp_i_put_text(&writer, VKP_VERSION_STR);
-    vkp_i_put_text(&writer, "proto");
-    vkp_resp_put_integer(&writer, local->member.protocol);
-    vkp_i_put_text(&writer, "id");
-    vkp_resp_put_integer(&writer, (int64_t)local->id);
-    vkp_i_put_text(&writer, "mode");
-    vkp_i_put_text(&writer, "standalone");
-    vkp_i_put_text(&writer, "role");
-    vkp_i_put_text(&writer, "master");
-    vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
-    vkp_i_local_answer_writer(local, &writer);
-}
-
 #define VKP_I_PROTOCOL_DIGITS 19 /* HELLO's version is an integer only with fewer digits */
 
 static const char vkp_i_no_auth[] =
-    "ERR the relay takes no passwords: its socket's permissions decide who may connect";
+    "ERR this relay stands alone and takes no passwords: its socket's permissions decide who may "
+    "connect";
 
-/* HELLO [protocol [AUTH user password] [SETNAME name]]: answered here, never forwarded. */
+/* Whether HELLO has the option AUTH, its options read as a server reads them. */
+static bool vkp_i_hello_logs_in(size_t argc, const vkp_str *argv)
+{
+    size_t i = 2;
+    while (i + 1 < argc && vkp_i_str_is(argv[i], "SETNAME")) {
+        i += 2;
+    }
+    return i + 2 < argc && vkp_i_str_is(argv[i], "AUTH");
+}
+
+/* Read HELLO's version into *protocol, which is unchanged without one. False: an error was
+   answered.                                                                                   */
+static bool vkp_i_hello_version(vkp_i_local *local, size_t argc, const vkp_str *argv, int *protocol)
+{
+    bool number;
+    size_t i;
+    if (argc < 2) {
+        return true;
+    }
+    if (argv[1].len == 1 && (argv[1].ptr[0] == '2' || argv[1].ptr[0] == '3')) {
+        *protocol = argv[1].ptr[0] - '0';
+        return true;
+    }
+    number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
+    for (i = 0; i < argv[1].len; i++) {
+        number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
+    }
+    vkp_i_local_error(local, "%s",
+                      number ? "NOPROTO unsupported protocol version"
+                             : "ERR Protocol version is not an integer or out of range");
+    return false;
+}
+
+/* HELLO [protocol [AUTH user password] [SETNAME name]]: the relay greets. A login goes to the
+   server over the client's own connection first.                                              */
 static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     int protocol = local->member.protocol;
     vkp_str name = vkp_i_str(NULL, 0);
+    const vkp_str *login = NULL;
     size_t i = 2;
-    if (argc > 1) {
-        if (argv[1].len != 1 || (argv[1].ptr[0] != '2' && argv[1].ptr[0] != '3')) {
-            bool number = argv[1].len > 0 && argv[1].len < VKP_I_PROTOCOL_DIGITS;
-            for (i = 0; i < argv[1].len; i++) {
-                number = number && argv[1].ptr[i] >= '0' && argv[1].ptr[i] <= '9';
-            }
-            vkp_i_local_error(local, "%s",
-                              number ? "NOPROTO unsupported protocol version"
-                                     : "ERR Protocol version is not an integer or "
-                                       "out of range");
-            return;
-        }
-        protocol = argv[1].ptr[0] - '0';
+    if (!vkp_i_hello_version(local, argc, argv, &protocol)) {
+        return;
     }
     while (i < argc) {
         if (vkp_i_str_is(argv[i], "SETNAME") && i + 1 < argc) {
             name = argv[i + 1];
             i += 2;
         } else if (vkp_i_str_is(argv[i], "AUTH") && i + 2 < argc) {
-            vkp_i_local_error(local, "%s", vkp_i_no_auth);
-            return;
+            login = &argv[i + 1];
+            i += 3;
         } else {
             vkp_i_local_error(local, "ERR Syntax error in HELLO option '%.*s'",
                               VKP_I_SHORT(argv[i]));
             return;
         }
     }
-    if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
-        local->member.protocol = protocol;
-        vkp_i_local_greet(local);
+    if (login != NULL && local->session == NULL) {
+        vkp_i_local_error(local, "%s", vkp_i_no_auth);
+    } else if (name.ptr == NULL || vkp_i_local_set_name(local, name)) {
+        if (local->session != NULL) {
+            vkp_i_session_greet(local->session, protocol, login);
+        }
+        if (login == NULL) {
+            local->member.protocol = protocol;
+            vkp_i_local_greet(local);
+        }
     }
 }
 
@@ -190,6 +156,14 @@ static void vkp_i_run_auth(vkp_i_local *local, size_t argc, const vkp_str *argv)
     (void)argc;
     (void)argv;
     vkp_i_local_error(local, "%s", vkp_i_no_auth);
+}
+
+/* SELECT 0 and UNWATCH of a client that shares: its connection is in this state. */
+static void vkp_i_run_nothing(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    (void)argc;
+    (void)argv;
+    vkp_i_local_answer_static(local, "+OK\r\n");
 }
 
 static void vkp_i_multi_free(vkp_i_local *local)
@@ -204,13 +178,24 @@ static void vkp_i_multi_free(vkp_i_local *local)
     }
 }
 
-/* RESET: forget MULTI, subscriptions, name and protocol of this client. */
+/* A command was refused: the transaction, if there is one, must not be executed without it. */
+static void vkp_i_multi_fail(vkp_i_local *local)
+{
+    if (local->multi != NULL) {
+        local->multi->failed = true;
+    } else if (local->session != NULL) {
+        vkp_i_session_fail_multi(local->session);
+    }
+}
+
+/* RESET: forget MULTI, subscriptions, name, protocol and connection of this client. */
 static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     (void)argc;
     (void)argv;
     vkp_i_multi_free(local);
     vkp_i_local_leave_all(local);
+    vkp_i_local_end_session(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
     vkp_i_local_answer_static(local, "+RESET\r\n");
@@ -224,52 +209,41 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_conn_drain(local->member.conn);
 }
 
-#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
-
-/* Answer CLIENT INFO. */
-static void vkp_i_local_client_info(vkp_i_local *local)
-{
-    char text[VKP_I_INFO_TEXT];
-    vkp_resp_writer writer;
-    const uint32_t *counts = local->member.counts;
-    (void)snprintf(text, sizeof text,
-                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
-                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
-                   (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
-                   local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_text(&writer, text);
-    vkp_i_local_answer_writer(local, &writer);
-}
-
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
-/* CLIENT: subcommands about this connection are answered here, those that would change the
-   upstream connection refused, others forwarded.                                              */
+/* Whether CLIENT's subcommand is about the local client itself. */
+static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
+{
+    static const char *const own[] = {"ID", "SETNAME", "GETNAME", "SETINFO", "INFO"};
+    size_t i;
+    for (i = 0; i < sizeof own / sizeof own[0] && argc > 1; i++) {
+        if (vkp_i_str_is(argv[1], own[i])) {
+            return true;
+        }
+    }
+    return argc < 2;
+}
+
+/* CLIENT with a subcommand about the local client itself; stand-alone with any. */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
-    if (vkp_i_command_get_sharing(argc, argv) != VKP_I_SHARING_OK) {
-        vkp_i_local_error(local,
-                          "ERR CLIENT %.*s cannot be shared: it would change the relay's one "
-                          "upstream connection",
-                          VKP_I_SHORT(argv[1]));
-        return;
-    }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
-    if (vkp_i_str_is(argv[1], "ID")) {
+    if (vkp_i_str_is(argv[1], "ID") && argc == 2) {
         vkp_resp_put_integer(&writer, (int64_t)local->id);
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
         if (vkp_i_local_set_name(local, argv[2])) {
+            if (local->session != NULL) {
+                vkp_i_session_name(local->session);
+            }
             vkp_i_local_answer_static(local, "+OK\r\n");
         }
-    } else if (vkp_i_str_is(argv[1], "GETNAME")) {
+    } else if (vkp_i_str_is(argv[1], "GETNAME") && argc == 2) {
         if (local->name != NULL) {
             vkp_i_put_text(&writer, local->name);
         } else {
@@ -279,10 +253,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
-    } else if (vkp_i_str_is(argv[1], "INFO")) {
+    } else if (vkp_i_str_is(argv[1], "INFO") && argc == 2) {
         vkp_i_local_client_info(local);
-    } else if (vkp_i_relay_has_server(local->shard->relay)) {
-        vkp_i_local_forward_command(local, argc, argv, 0);
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
                           VKP_I_SHORT(argv[1]));
@@ -475,6 +447,7 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
         return;
     }
     if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
         return;
     }
     if (local->multi != NULL) {
@@ -493,8 +466,10 @@ static void vkp_i_run_multi(vkp_i_local *local, size_t argc, const vkp_str *argv
 
 static void vkp_i_run_discard(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    (void)argc;
-    (void)argv;
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
+        return;
+    }
     if (local->multi == NULL) {
         vkp_i_local_error(local, "ERR DISCARD without MULTI");
         return;
@@ -512,8 +487,10 @@ static void vkp_i_run_exec(vkp_i_local *local, size_t argc, const vkp_str *argv)
     vkp_i_answer *answer;
     vkp_bytes block;
     uint32_t replies;
-    (void)argc;
-    (void)argv;
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
+        return;
+    }
     if (multi == NULL) {
         vkp_i_local_error(local, "ERR EXEC without MULTI");
         return;
@@ -577,7 +554,7 @@ static void vkp_i_multi_append(vkp_i_local *local, size_t argc, const vkp_str *a
 /* Flags of DISCARD, QUIT and RESET, which end a MULTI. */
 #define VKP_I_HERE (VKP_I_CMD_LOCAL | VKP_I_CMD_ORDER | VKP_I_CMD_MULTI)
 
-/* Sorted by name for vkp_i_command_find; every other command is forwarded. */
+/* Sorted by name for vkp_i_command_find; every other command is the server's. */
 static const vkp_i_command vkp_i_commands[] = {
     {"auth", vkp_i_run_auth, VKP_I_CMD_LOCAL},
     {"client", vkp_i_run_client, VKP_I_CMD_LOCAL},
@@ -601,11 +578,13 @@ static const vkp_i_command vkp_i_commands[] = {
     {"quit", vkp_i_run_quit, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"reset", vkp_i_run_reset, VKP_I_HERE | VKP_I_CMD_SUB2},
     {"rpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
+    {"select", vkp_i_run_nothing, VKP_I_CMD_LOCAL},
     {"spublish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"ssubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"subscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"sunsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
     {"unsubscribe", vkp_i_run_unsubscribe, VKP_I_SUBS},
+    {"unwatch", vkp_i_run_nothing, VKP_I_CMD_LOCAL},
     {"xpending", NULL, VKP_I_SHAPE_NULL_LAST},
     {"xread", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
     {"xreadgroup", NULL, VKP_I_SHAPE_PAIRS | VKP_I_SHAPE_NULL_ARRAY},
@@ -664,46 +643,144 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
-/* Refuse a command that clients cannot share or that is not allowed now. True: the error with
-   the reason is answered.                                                                     */
-static bool vkp_i_local_refuse(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+/* What a relay refuses: it would end or stop the server for everybody, or make the relay a
+   replica.                                                                                    */
+static const char *const vkp_i_denied[][2] = {
+    {"CLIENT", "PAUSE"}, {"DEBUG", "SLEEP"}, {"FAILOVER", NULL}, {"PSYNC", NULL},
+    {"REPLCONF", NULL},  {"SHUTDOWN", NULL}, {"SYNC", NULL}};
+
+static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
+{
+    size_t i;
+    for (i = 0; i < sizeof vkp_i_denied / sizeof vkp_i_denied[0]; i++) {
+        if (vkp_i_str_is(argv[0], vkp_i_denied[i][0]) &&
+            (vkp_i_denied[i][1] == NULL ||
+             (argc > 1 && vkp_i_str_is(argv[1], vkp_i_denied[i][1])))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether the client is in a transaction. */
+static bool vkp_i_local_in_multi(const vkp_i_local *local)
+{
+    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
+}
+
+/* Whether the client may only change its subscriptions: as servers have it in RESP2. */
+static bool vkp_i_local_only_subscribes(const vkp_i_local *local)
+{
+    return local->member.protocol == 2 &&
+           vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] > 0;
+}
+
+static bool vkp_i_local_has_names(const vkp_i_local *local)
+{
+    const uint32_t *counts = local->member.counts;
+    return counts[VKP_SUB_CHANNEL] + counts[VKP_SUB_PATTERN] + counts[VKP_SUB_SHARD] > 0;
+}
+
+/* Where a command goes. */
+typedef enum vkp_i_route {
+    VKP_I_ROUTE_HERE,    /* the relay answers */
+    VKP_I_ROUTE_DENIED,  /* an error: not through a relay */
+    VKP_I_ROUTE_SUB2,    /* an error: the client has subscriptions in RESP2 */
+    VKP_I_ROUTE_MULTI,   /* an error: not in a transaction through a relay */
+    VKP_I_ROUTE_UNKNOWN, /* an error: there is no server */
+    VKP_I_ROUTE_HELD,    /* in a transaction: waits for EXEC */
+    VKP_I_ROUTE_SHARED,  /* over a connection with the commands of others */
+    VKP_I_ROUTE_PRIVATE  /* over the client's own one */
+} vkp_i_route;
+
+/* Whether the relay itself answers the command. */
+static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command *command,
+                                  size_t argc, const vkp_str *argv)
+{
+    bool shares = local->session == NULL;
+    if (command == NULL || command->run == NULL) {
+        return false;
+    }
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
+        return command->run != vkp_i_run_nothing;
+    }
+    if ((command->flags & VKP_I_CMD_LOCAL) == 0 || command->run == vkp_i_run_auth) {
+        return false;
+    }
+    if (command->run == vkp_i_run_client) {
+        return vkp_i_client_runs_here(argc, argv);
+    }
+    if (command->run == vkp_i_run_ping) {
+        return shares || vkp_i_local_only_subscribes(local);
+    }
+    if (command->run == vkp_i_run_nothing) {
+        return shares && local->multi == NULL &&
+               (argc == 1 ? vkp_i_str_is(argv[0], "UNWATCH")
+                          : argc == 2 && vkp_i_str_is(argv[1], "0"));
+    }
+    return shares || (command->run != vkp_i_run_multi && command->run != vkp_i_run_exec &&
+                      command->run != vkp_i_run_discard);
+}
+
+static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
+                                     size_t argc, const vkp_str *argv)
+{
+    const vkp_i_session *session = local->session;
+    uint32_t flags = command != NULL ? command->flags : 0;
+    bool subs = (flags & VKP_I_CMD_SUB2) != 0;
+    if (session != NULL && session->stage == VKP_I_SESSION_TUNNEL &&
+        !(subs && vkp_i_local_has_names(local))) {
+        return VKP_I_ROUTE_PRIVATE;
+    }
+    if (vkp_i_relay_has_server(local->shard->relay) && vkp_i_command_is_denied(argc, argv)) {
+        return VKP_I_ROUTE_DENIED;
+    }
+    if (!subs && vkp_i_local_only_subscribes(local)) {
+        return VKP_I_ROUTE_SUB2;
+    }
+    if (vkp_i_local_runs_here(local, command, argc, argv)) {
+        return !vkp_i_local_in_multi(local) || (flags & VKP_I_CMD_MULTI) != 0 ? VKP_I_ROUTE_HERE
+               : command->run == vkp_i_run_ping                               ? VKP_I_ROUTE_HELD
+                                                                              : VKP_I_ROUTE_MULTI;
+    }
+    if (!vkp_i_relay_has_server(local->shard->relay)) {
+        return VKP_I_ROUTE_UNKNOWN;
+    }
+    if (session != NULL ||
+        !((flags & VKP_I_CMD_MULTI) != 0 || vkp_i_command_is_harmless(argc, argv))) {
+        return local->multi != NULL && local->multi->failed ? VKP_I_ROUTE_HELD
+                                                            : VKP_I_ROUTE_PRIVATE;
+    }
+    return local->multi != NULL ? VKP_I_ROUTE_HELD : VKP_I_ROUTE_SHARED;
+}
+
+/* Answer the error of a route. */
+static void vkp_i_local_refuse(vkp_i_local *local, vkp_i_route route, size_t argc,
                                const vkp_str *argv)
 {
-    uint32_t flags = command != NULL ? command->flags : 0;
-    bool local_only = command != NULL && command->run != NULL; /* never sent upstream */
-    vkp_i_sharing sharing = local_only ? VKP_I_SHARING_OK : vkp_i_command_get_sharing(argc, argv);
-    if (sharing == VKP_I_SHARING_BLOCKS) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' cannot be shared: it would block the relay's one "
-                          "upstream connection; connect to the server itself",
-                          VKP_I_SHORT(argv[0]));
-    } else if (sharing != VKP_I_SHARING_OK) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' cannot be shared: it would change the state of the "
-                          "relay's one upstream connection; connect to the server itself",
-                          VKP_I_SHORT(argv[0]));
-    } else if (local->multi != NULL && (flags & VKP_I_CMD_LOCAL) != 0 &&
-               (flags & VKP_I_CMD_MULTI) == 0 && command->run != vkp_i_run_ping) {
-        vkp_i_local_error(local,
-                          "ERR '%.*s' inside MULTI cannot be shared: it belongs to this "
-                          "connection, not to the relay's",
-                          VKP_I_SHORT(argv[0]));
-    } else if (local->member.protocol == 2 && (flags & VKP_I_CMD_SUB2) == 0 &&
-               vkp_i_local_sub_count(local, VKP_SUB_CHANNEL) + local->member.counts[VKP_SUB_SHARD] >
-                   0) {
+    if (route == VKP_I_ROUTE_SUB2) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "
                           "(P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this "
                           "context",
                           vkp_i_verb_of(argv[0]).text);
-        return true; /* as servers do: this error alone does not fail a MULTI */
+        return; /* as servers do: this error alone does not fail a MULTI */
+    }
+    if (route == VKP_I_ROUTE_UNKNOWN) {
+        vkp_i_local_error(local,
+                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
+                          "broker without a server",
+                          VKP_I_SHORT(argv[0]));
+    } else if (route == VKP_I_ROUTE_MULTI) {
+        vkp_i_local_error(local, "DENIED '%.*s' inside MULTI: the relay answers it, not the server",
+                          VKP_I_SHORT(argv[0]));
     } else {
-        return false;
+        vkp_i_local_error(local, "DENIED '%.*s%s%.*s' is not for clients of a relay",
+                          VKP_I_SHORT(argv[0]), argc > 1 ? " " : "",
+                          (int)(argc > 1 ? VKP_I_MIN(argv[1].len, (size_t)VKP_I_SHORT_BYTES) : 0),
+                          argc > 1 ? argv[1].ptr : "");
     }
-    if (local->multi != NULL) {
-        local->multi->failed = true;
-    }
-    return true;
+    vkp_i_multi_fail(local);
 }
 
 /* Forward the bytes of one command upstream. */
@@ -732,37 +809,159 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
+/* Move a transaction that is held here to the client's own connection; the client has the answers
+   already.                                                                                    */
+static void vkp_i_local_move_multi(vkp_i_local *local)
+{
+    vkp_i_multi *multi = local->multi;
+    vkp_bytes block;
+    size_t count = multi->count + 1;
+    if (vkp_resp_writer_take(&multi->block, &block) != VKP_OK) {
+        vkp_i_local_fail(local);
+    } else {
+        vkp_i_session_begin_multi(local->session, &block, count);
+        vkp_bytes_unref(&block);
+    }
+    vkp_i_multi_free(local);
+}
+
+/* There is no session for the command: an error; what depends on the command must not run. */
+static void vkp_i_local_refuse_private(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_relay *relay = local->shard->relay;
+    (void)VKP_I_ADD(&relay->privates_refused, (uint64_t)1);
+    vkp_i_local_error(local, "DENIED '%.*s' needs a connection of its own, and %s",
+                      VKP_I_SHORT(argv[0]),
+                      relay->private_max == 0 ? "this relay opens none"
+                                              : "all that this relay may open are in use");
+    vkp_i_multi_fail(local);
+    if (vkp_i_command_is_state(argc, argv) || vkp_i_str_is(argv[0], "HELLO")) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
+        vkp_i_local_maybe_resume(local);
+    }
+}
+
+/* What vkp_i_local_need_session says. */
+typedef enum vkp_i_need {
+    VKP_I_NEED_MET,    /* local->session is logged in */
+    VKP_I_NEED_WAITS,  /* it opens, or the client closes: on_data must get the bytes again */
+    VKP_I_NEED_REFUSED /* an error was answered */
+} vkp_i_need;
+
+/* The command needs a session. */
+static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_status status = VKP_OK;
+    if (local->session == NULL && local->answer_count > 0) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER); /* replies of both must not cross */
+        return VKP_I_NEED_WAITS;
+    }
+    if (local->session == NULL) {
+        status = vkp_i_local_open_session(local);
+    }
+    if (status == VKP_ERR_FULL) {
+        vkp_i_local_refuse_private(local, argc, argv);
+        return VKP_I_NEED_REFUSED;
+    }
+    if (status != VKP_OK) {
+        vkp_i_local_fail(local);
+    }
+    return local->session != NULL && local->session->stage != VKP_I_SESSION_OPENING
+               ? VKP_I_NEED_MET
+               : VKP_I_NEED_WAITS;
+}
+
+/* Send a command over the client's own connection. False: not now. */
+static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                        const vkp_bytes *request)
+{
+    vkp_resp_writer writer;
+    vkp_bytes copy;
+    vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
+    if (need != VKP_I_NEED_MET) {
+        return need == VKP_I_NEED_REFUSED;
+    }
+    if (local->multi != NULL) {
+        vkp_i_local_move_multi(local);
+    }
+    if (request != NULL) {
+        vkp_i_session_ask(local->session, argc, argv, request);
+        return true;
+    }
+    vkp_resp_writer_init(&writer, local->shard->relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &copy) != VKP_OK) {
+        vkp_i_local_fail(local);
+        return true;
+    }
+    vkp_i_session_ask(local->session, argc, argv, &copy);
+    vkp_bytes_unref(&copy);
+    return true;
+}
+
+/* Answer a command here. False: not now. */
+static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *command, size_t argc,
+                                     const vkp_str *argv)
+{
+    if (command->run == vkp_i_run_hello && vkp_i_hello_logs_in(argc, argv) &&
+        vkp_i_relay_has_server(local->shard->relay)) {
+        vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
+        if (need != VKP_I_NEED_MET) {
+            return need == VKP_I_NEED_REFUSED;
+        }
+    }
+    command->run(local, argc, argv);
+    return true;
+}
+
+/* Whether the command has to wait until no answer is pending: what the relay answers by itself must
+   not overtake what a server answers, and some commands change what later answers look like.  */
+static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, uint32_t flags,
+                                  size_t argc, const vkp_str *argv)
+{
+    if (local->answer_count == 0) {
+        return false;
+    }
+    if (route == VKP_I_ROUTE_PRIVATE) { /* the tunnel begins with no reply under way */
+        return vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY");
+    }
+    return local->session != NULL || (flags & VKP_I_CMD_ORDER) != 0;
+}
+
 /* Execute one command. request: its bytes if it arrived as a RESP array, otherwise NULL. False:
    not now; the client is paused, and on_data must get the bytes again.                        */
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {
-    vkp_relay *relay = local->shard->relay;
     const vkp_i_command *command = vkp_i_command_find(argv[0]);
     uint32_t flags = command != NULL ? command->flags : 0;
     uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    bool here = (flags & VKP_I_CMD_LOCAL) != 0 ||
-                ((flags & VKP_I_CMD_ALONE) != 0 && !vkp_i_relay_has_server(relay));
-    if ((flags & VKP_I_CMD_ORDER) != 0 && local->answers != NULL) {
+    vkp_i_route route = vkp_i_local_route(local, command, argc, argv);
+    if (vkp_i_local_must_wait(local, route, flags, argc, argv)) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;
     }
-    if (vkp_i_local_refuse(local, command, argc, argv)) {
-        return true;
-    }
-    if (local->multi != NULL && (flags & VKP_I_CMD_MULTI) == 0) {
+    switch (route) {
+    case VKP_I_ROUTE_HERE:
+        return vkp_i_local_execute_here(local, command, argc, argv);
+    case VKP_I_ROUTE_HELD:
         vkp_i_multi_append(local, argc, argv, shape);
-    } else if (here) {
-        command->run(local, argc, argv);
-    } else if (!vkp_i_relay_has_server(relay)) {
-        vkp_i_local_error(local,
-                          "ERR unknown command '%.*s': this relay stands alone, a pub/sub "
-                          "broker without a server",
-                          VKP_I_SHORT(argv[0]));
-    } else if (request != NULL) {
-        vkp_i_local_forward_bytes(local, request, shape);
-    } else {
-        vkp_i_local_forward_command(local, argc, argv, shape);
+        break;
+    case VKP_I_ROUTE_SHARED:
+        if (request != NULL) {
+            vkp_i_local_forward_bytes(local, request, shape);
+        } else {
+            vkp_i_local_forward_command(local, argc, argv, shape);
+        }
+        break;
+    case VKP_I_ROUTE_PRIVATE:
+        return vkp_i_local_execute_private(local, argc, argv, request);
+    case VKP_I_ROUTE_DENIED:
+    case VKP_I_ROUTE_SUB2:
+    case VKP_I_ROUTE_MULTI:
+    case VKP_I_ROUTE_UNKNOWN:
+        vkp_i_local_refuse(local, route, argc, argv);
+        break;
     }
     return true;
 }

@@ -24,6 +24,10 @@ vkp_i_local_protocol_error(vkp_i_local *local, const char *format, ...)
 {
     char text[VKP_I_PROTOCOL_TEXT];
     va_list arguments;
+    if (local->session != NULL && local->answer_count > 0) { /* comes again, behind the replies */
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+        return;
+    }
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
@@ -250,8 +254,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 {
     vkp_i_local *local = (vkp_i_local *)user;
     size_t used = 0;
-    uint32_t stop = VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_CLOSED |
-                    VKP_I_LOCAL_FAILED;
+    uint32_t stop = VKP_I_LOCAL_PAUSED | VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_FAILED;
     local->refs++;
     while (used < in->len && (local->flags & stop) == 0 && vkp_i_conn_is_serving(conn)) {
         size_t step = in->data[used] == '*' ? vkp_i_local_take_array(local, in, used)
@@ -267,22 +270,30 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
 
 /* ---- local clients ---- */
 
-/* The local client sends nothing more: answer its commands, then drain. */
+/* The local client sends nothing more: answer its commands, then drain. It does not wait for what a
+   server may answer late, or never.                                                           */
 static bool vkp_i_local_on_end(vkp_conn *conn, void *user)
 {
     vkp_i_local *local = (vkp_i_local *)user;
+    if (local->session != NULL && vkp_i_session_may_wait(local->session)) {
+        return false;
+    }
     local->flags |= VKP_I_LOCAL_LEAVING;
-    if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+    if (local->answer_count == 0 && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
         vkp_conn_drain(conn);
     }
     return true;
 }
 
-/* The outbox is empty: a client that was paused for it is read again. */
+/* The outbox is empty: a client that was paused for it is read again, and so is its session. */
 static void vkp_i_local_on_drain(vkp_conn *conn, void *user)
 {
+    vkp_i_local *local = (vkp_i_local *)user;
     (void)conn;
-    vkp_i_local_maybe_resume((vkp_i_local *)user);
+    if (local->session != NULL) {
+        vkp_i_session_resume(local->session);
+    }
+    vkp_i_local_maybe_resume(local);
 }
 
 static void vkp_i_shard_drained(vkp_i_shard *shard);
@@ -303,6 +314,7 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     local->flags |= VKP_I_LOCAL_CLOSED;
     vkp_i_local_leave_all(local);
     vkp_i_multi_free(local);
+    vkp_i_local_end_session(local);
     if (local->prev != NULL) {
         local->prev->next = local->next;
     } else {
@@ -592,6 +604,7 @@ static void vkp_i_shard_drained(vkp_i_shard *shard)
         return;
     }
     shard->gone = true;
+    vkp_i_shard_end_pool(shard);
     if (VKP_I_UNREF(&relay->live_shards) == 1) {
         relay->end_task.fn = vkp_i_relay_end;
         (void)VKP_I_ADD(&relay->refs, 1);
@@ -611,7 +624,8 @@ static void vkp_i_shard_drain(vkp_i_task *task)
     while (local != NULL) {
         vkp_i_local *next = local->next;
         local->flags |= VKP_I_LOCAL_LEAVING;
-        if (local->answers == NULL && (local->flags & VKP_I_LOCAL_BUSY) == 0) {
+        if ((local->answer_count == 0 && (local->flags & VKP_I_LOCAL_BUSY) == 0) ||
+            (local->session != NULL && vkp_i_session_may_wait(local->session))) {
             vkp_i_local_leave(local);
         } else {
             vkp_conn_pause(local->member.conn); /* execute no new commands */
@@ -714,6 +728,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         while (shard->locals != NULL) { /* no loop runs: this thread may use all of them */
             vkp_i_conn_finish(shard->locals->member.conn, VKP_CLOSE_LOCAL, 0);
         }
+        vkp_i_shard_end_pool(shard);
         vkp_i_shard_drop_handovers(relay, shard);
         vkp_push_loop_unref(shard->push_loop);
         vkp_mpsc_tx_unref(shard->pushes);
@@ -802,6 +817,8 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     return status;
 }
 
+#define VKP_I_RELAY_PRIVATES 1024u /* default of vkp_relay_config.private_max */
+
 /* Open the upstream connections. */
 static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_config *config)
 {
@@ -828,6 +845,13 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     while (status == VKP_OK && relay->shared_count < count) {
         status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
         relay->shared_count += status == VKP_OK ? 1u : 0u;
+    }
+    if (status == VKP_OK) {
+        relay->private_max = config->shared_only        ? 0
+                             : config->private_max != 0 ? config->private_max
+                                                        : VKP_I_RELAY_PRIVATES;
+        vkp_i_client_copy_config(relay->push, 2, &relay->session_configs[0]);
+        vkp_i_client_copy_config(relay->push, 3, &relay->session_configs[1]);
     }
     return status;
 }
@@ -968,6 +992,9 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->privates = VKP_I_LOAD(&relay->private_count);
+    stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
+    stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
     stats->dropped_frames = 0;
     for (i = 0; i < relay->shard_count; i++) {
         stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);

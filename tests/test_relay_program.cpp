@@ -238,6 +238,7 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
     CHECK(help.errors().empty());
     for (const char *option : {"--server",
                                "--upstreams",
+                               "--private",
                                "--user",
                                "--pass-env",
                                "--listen",
@@ -511,12 +512,17 @@ TEST_CASE("SIGUSR1 prints the counters, a line each, and it goes on")
     CHECK(hear(one) == message("a", "hi"));
     hear(open(relay.address)); // one too many
     std::string text = metrics_of(relay);
-    for (const char *line :
-         {"clients 2", "accepted 2", "refused_user 0", "refused_full 1", "refused_user_full 0",
-          "refused_overload 0", "refused_ended 0", "messages_in 1", "deliveries 1",
-          "dropped_frames 0", "slow_closed 0", "lagged 0", "protocol_errors 0", "sockets_live 1",
-          "sockets_created 1", "sockets_ended 0", "sockets_unlink_failures 0", "sockets_lost 0",
-          "sockets_rebound 0"}) {
+    for (const char *line : {"clients 2",           "accepted 2",
+                             "refused_user 0",      "refused_full 1",
+                             "refused_user_full 0", "refused_overload 0",
+                             "refused_ended 0",     "messages_in 1",
+                             "deliveries 1",        "dropped_frames 0",
+                             "slow_closed 0",       "lagged 0",
+                             "protocol_errors 0",   "privates 0",
+                             "privates_opened 0",   "privates_refused 0",
+                             "sockets_live 1",      "sockets_created 1",
+                             "sockets_ended 0",     "sockets_unlink_failures 0",
+                             "sockets_lost 0",      "sockets_rebound 0"}) {
         INFO(line);
         CHECK(contains(text, "\n" + std::string(line) + "\n"));
     }
