@@ -837,7 +837,9 @@ typedef struct vkp_client_config {
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
-    int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+    /* 0 or 3: RESP3, or RESP2 when the server answers HELLO with an error that does not pass by
+       itself, or hung up at HELLO ten times and never answered one. 2: RESP2, no HELLO.        */
+    int protocol;
     uint32_t database;    /* the database that each new connection selects; 0: that of the server */
     vkp_client_role role; /* what the server must be; default: any */
 
@@ -846,16 +848,17 @@ typedef struct vkp_client_config {
     const vkp_client_setup *setup;
     size_t setup_count; /* number of setup commands */
 
-    /* Called before each try to connect, on the loop's thread; may change *target, which holds what
-       the config says. The texts are copied when it returns. NULL: not called.                */
+    /* Called before each try to connect, also of the connections of private_max, reply_timeout_ms
+       and delivery_ms, on the loop's thread; may change *target, which holds what the config says.
+       The texts are copied when it returns. NULL: not called.                                 */
     void (*on_connect)(void *user, vkp_client_target *target);
 
     /* Looks the host name of the address up, in a thread of the program: then no lookup blocks the
        loop (shares). NULL: lookups block the loop's thread; addresses in digits need none. */
     vkp_resolver *resolver;
 
-    /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
-       VKP_OFF: no limit.                                                                      */
+    /* Most milliseconds for one try, from the lookup by a resolver to the end of the handshake. A
+       lookup that takes longer goes on, for the next try. 0: 5,000. VKP_OFF: no limit.        */
     uint64_t connect_timeout_ms;
 
     /* The client waits a random time before each new try: from 0 to a bound that starts here and
@@ -876,8 +879,9 @@ typedef struct vkp_client_config {
     uint64_t unacked_ms;
 
     /* Every so many milliseconds the client asks the server for its own count of this connection's
-       subscriptions (CLIENT INFO; where that is refused, PING), and subscribes again to what is
-       missing, which a GAP reports. 0: 15,000. VKP_OFF: never.                                */
+       subscriptions (CLIENT INFO), and subscribes again to what is missing, which a GAP reports.
+       With a role, it asks for that too. In RESP2, or where CLIENT INFO is refused or counts wrong
+       three times in a row, it sends PING. 0: 15,000. VKP_OFF: never.                         */
     uint64_t heartbeat_ms;
 
     /* When the oldest reply has been due for this long, the client asks over a second, short
@@ -896,12 +900,15 @@ typedef struct vkp_client_config {
        and is subscribed to it; its program sees nothing of that. A message that does not arrive
        within reply_timeout_ms means that the connection is lost, with a GAP from the last one that
        did. For ways to a server that may lose what they carry, such as proxies that answer CLIENT
-       INFO themselves. 0 or VKP_OFF: never.                                                   */
+       INFO themselves. The user needs the rights to publish and subscribe there; without, the log
+       says so and nothing is probed. Others' patterns see the messages. 0 or VKP_OFF: never.  */
     uint64_t delivery_ms;
 
     /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
-       one; when all are in use it waits. Closing its slot gives the command up. Such a connection
+       one; when all are in use it waits. WAIT and WAITAOF are about the writes of their connection:
+       a message to the channel "valkey-push:wait" precedes them on both, so that they wait for what
+       this client wrote before. Closing its slot gives the command up. Such a connection
        is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
     size_t private_max;
 
@@ -916,7 +923,8 @@ typedef struct vkp_client_config {
     void *user; /* the first argument of on_push and on_connect */
 
     /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
-       is full the push is dropped; when there is room, a LAGGED with the number follows.      */
+       is full the push is dropped, whatever it is, also a GAP; as soon as there is room a LAGGED
+       with the number of dropped pushes follows.                                              */
     vkp_mpsc_tx *pushes;
     const vkp_env *env; /* memory and log; NULL: the loop's */
 } vkp_client_config;
@@ -928,9 +936,9 @@ typedef struct vkp_client_config {
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
-   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
-   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
-   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
+   stands for, another thread, an unknown protocol, a name that is not printable or has blanks,
+   both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too long for
+   the system), UNSUPPORTED (unix:@NAME outside Linux, rediss://), NOMEM, CLOSED (loop)        */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 
@@ -1134,8 +1142,8 @@ VKP_API void vkp_resolver_unref(vkp_resolver *resolver);
 typedef struct vkp_sync_config {
     /* How the loop waits, for example &vkp_backend_poll; required. */
     const vkp_backend *backend;
-    /* The client; its address is required, on_push and pushes must be unset, and its env is that of
-       the loop too. */
+    /* The client; its address or url is required, on_push and pushes must be unset, and its env is
+       that of the loop too. */
     vkp_client_config client;
     /* Most bytes of pushes that wait for vkp_sync_next_push; what is over is dropped, and LAGGED
        says how many. Default: 8 MiB. */
@@ -1143,7 +1151,7 @@ typedef struct vkp_sync_config {
 } vkp_sync_config;
 
 /* Open a client, which begins to connect when a call waits. config, its backend and its client's
-   address are required.
+   address or url are required.
    Owns:   borrows config (as vkp_loop_open and vkp_client_open do); gives *sync
    Blocks: never     Threads: any     In callbacks: ok
    Errors: INVALID (a null argument, no backend, on_push or pushes), NOMEM, those of vkp_loop_open
@@ -1156,15 +1164,16 @@ VKP_API vkp_client *vkp_sync_get_client(vkp_sync *sync);
 
 /* Wait until the client is READY. After TIMEOUT vkp_client_get_error says why it is not.
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT, SYS (the backend's wait failed), INVALID (sync NULL) */
+   Errors: TIMEOUT, CLOSED (the client), SYS (the backend's wait failed), INVALID (sync NULL) */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_wait_ready(vkp_sync *sync, uint64_t deadline_ns);
 
 /* Send a command, whose arguments are terminated strings and then NULL, and wait for its reply. An
    error of the server is a reply of type VKP_RESP_ERROR.
    Owns:   borrows the arguments; gives *reply, to unref
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT (the command may have run), DISCONNECTED (the same, or nothing was sent), SYS,
-   those of vkp_client_command */
+   Errors: TIMEOUT (the command may have run), DISCONNECTED (the same, or nothing was sent, or the
+   reply was over a limit, or a RESP2 connection with subscriptions carries no commands), SYS, those
+   of vkp_client_command */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadline_ns,
                                                   vkp_reply **reply, ...) __attribute__((sentinel));
 
@@ -1175,6 +1184,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadl
 VKP_API VKP_NODISCARD vkp_status vkp_sync_command_argv(vkp_sync *sync, size_t argc,
                                                        const vkp_str *argv, uint64_t deadline_ns,
                                                        vkp_reply **reply);
+
+/* vkp_sync_command with one command in a format, see vkp_client_commandf.
+   Owns:   borrows the arguments; gives *reply, to unref
+   Blocks: until deadline_ns     Threads: one     In callbacks: no
+   Errors: as vkp_sync_command, and those of vkp_client_commandf */
+VKP_API VKP_NODISCARD vkp_status vkp_sync_commandf(vkp_sync *sync, uint64_t deadline_ns,
+                                                   vkp_reply **reply, const char *format, ...);
+
+/* vkp_sync_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments; gives *reply, to unref
+   Blocks: until deadline_ns     Threads: one     In callbacks: no
+   Errors: as vkp_sync_commandf */
+VKP_API VKP_NODISCARD vkp_status vkp_sync_vcommandf(vkp_sync *sync, uint64_t deadline_ns,
+                                                    vkp_reply **reply, const char *format,
+                                                    va_list arguments);
 
 /* Send a command without waiting for its reply, which vkp_sync_next_reply returns. Many of them
    form a pipeline.
@@ -1208,7 +1232,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_sync_unsubscribe(vkp_sync *sync, vkp_sub_ki
 /* Wait for the next push, or event of the client.
    Owns:   gives *push, to vkp_push_unref
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT, SYS, INVALID (a null argument) */
+   Errors: TIMEOUT, CLOSED (the client, and no push is left), SYS, INVALID (a null argument) */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_next_push(vkp_sync *sync, uint64_t deadline_ns,
                                                     vkp_push *push);
 
@@ -11427,8 +11451,9 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
 
 /* Whether the end of the frame can be found although a step refused the value at `position`: a
    line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
-   an end, however deep or large it is, as a streamed one has. No end is found behind a length that
-   is wrong or too large, within a streamed string, or behind an unknown type.                 */
+   an end, however deep or large it is, as a streamed one has, and a bulk ends where its length
+   says. No end is found behind a length that is wrong, within a streamed string, or behind an
+   unknown type.                                                                               */
 static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -11440,7 +11465,7 @@ static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t 
     if (vkp_i_reader_is_full(reader, mark)) {
         return true;
     }
-    return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
+    return reader->status == VKP_ERR_LIMIT      ? true
            : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
                                                 : false;
 }
@@ -11613,7 +11638,25 @@ static bool vkp_i_skip_is_streamed(const uint8_t *data, size_t at)
 /* Whether the whole header at `at` is the end of a streamed value. */
 static bool vkp_i_skip_is_end(const uint8_t *data, size_t at)
 {
-    return data[at] == '.' || (data[at] == ';' && data[at + 1] == '0');
+    return data[at] == '.' || (data[at] == ';' && data[at + 1] == '0' && data[at + 2] == '\r');
+}
+
+/* The bytes that are missing of the bulk at `at`, whose header is whole; 0: none, or it is no
+   bulk.                                                                                       */
+static uint64_t vkp_i_skip_missing(const uint8_t *data, size_t len, size_t at)
+{
+    const uint8_t *lf = (const uint8_t *)memchr(data + at, '\n', len - at);
+    uint64_t number = 0;
+    size_t digit;
+    size_t body;
+    if (lf == NULL || (data[at] != '$' && data[at] != '!' && data[at] != '=')) {
+        return 0;
+    }
+    body = (size_t)(lf - data) + 1;
+    for (digit = at + 1; data[digit] >= '0' && data[digit] <= '9'; digit++) {
+        number = number * 10 + (uint64_t)(data[digit] - '0');
+    }
+    return number + 2 > len - body ? number + 2 - (len - body) : 0;
 }
 
 /* Skip the header at `at` and the bytes that belong to the value itself; the first *seen bytes hold
@@ -11777,12 +11820,27 @@ VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
     return vkp_i_skip_frame(&skip, data, len) ? skip.at : 0;
 }
 
+/* The offset of the frame's value, behind its attributes; len: it has not arrived. */
+static size_t vkp_i_frame_get_root(const uint8_t *data, size_t len)
+{
+    size_t at = 0;
+    while (at < len && data[at] == '|') {
+        vkp_i_skip skip = VKP_ZERO;
+        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
+            return len;
+        }
+        at += skip.at;
+    }
+    return at;
+}
+
 /* The next push at or behind `from` that is inside the whole frame but no element of it: its bytes
    are [*begin, *end). False: there is none.                                                   */
 static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *begin, size_t *end)
 {
     const uint8_t *data = frame->data;
     size_t len = frame->len;
+    size_t root = vkp_i_frame_get_root(data, len);
     while (from < len) {
         uint64_t elements;
         bool complete;
@@ -11791,7 +11849,7 @@ static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *
         if (body == 0) {
             return false; /* not the case in a whole frame */
         }
-        if (from > 0 && data[from] == '>' && elements > 0 &&
+        if (from != root && data[from] == '>' && elements > 0 &&
             vkp_i_skip_is_uncounted(data, len, body, &complete)) {
             vkp_i_skip skip = VKP_ZERO;
             *begin = from;
@@ -17784,7 +17842,7 @@ static const vkp_i_sharing_rule vkp_i_sharing_rules[] = {
     {"WATCH", NULL, VKP_I_SHARING_CHANGES}};
 
 /* Whether an XREAD or XREADGROUP has the option BLOCK, parsed as a server does: the name of a group
-   or of a consumer is no option. */
+   or of a consumer is no option. Options that are not known may stand before it. */
 static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
 {
     bool group = vkp_i_str_is(argv[0], "XREADGROUP");
@@ -17793,15 +17851,10 @@ static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
         if (vkp_i_str_is(argv[i], "BLOCK")) {
             return true;
         }
-        if (vkp_i_str_is(argv[i], "COUNT")) {
-            i += 2;
-        } else if (group && vkp_i_str_is(argv[i], "GROUP")) {
-            i += 3;
-        } else if (vkp_i_str_is(argv[i], "NOACK")) {
-            i++;
-        } else {
-            return false; /* STREAMS, or an error of syntax */
+        if (vkp_i_str_is(argv[i], "STREAMS")) {
+            return false;
         }
+        i += group && vkp_i_str_is(argv[i], "GROUP") ? 3 : vkp_i_str_is(argv[i], "COUNT") ? 2 : 1;
     }
     return false;
 }
@@ -17844,6 +17897,16 @@ static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
                ? VKP_I_SHARING_BLOCKS
                : VKP_I_SHARING_OK;
 }
+
+/* Whether the command waits for the writes of its connection to be elsewhere. */
+static bool vkp_i_command_is_wait(size_t argc, const vkp_str *argv)
+{
+    return argc > 0 && (vkp_i_str_is(argv[0], "WAIT") || vkp_i_str_is(argv[0], "WAITAOF"));
+}
+
+/* What precedes such a command on a connection that did not make the writes: a message, which goes
+   to the replicas too, behind all that the server did before.                                 */
+static const char vkp_i_catch_up[] = "*3\r\n$7\r\nPUBLISH\r\n$16\r\nvalkey-push:wait\r\n$0\r\n\r\n";
 
 /* The commands whose effect is their reply, upper case, sorted. What is not in the list may do
    something to its connection: commands of modules, and of servers that are younger than this. */
@@ -18118,7 +18181,8 @@ typedef struct vkp_i_lookup {
     const vkp_env *env;
     vkp_i_parts parts; /* host and port */
     vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
-    size_t count; /* 0: the name was not found, or the resolver is closed */
+    size_t count;       /* 0: the name was not found, or the resolver is closed */
+    uint32_t abandoned; /* atomic: nobody waits, it need not be looked up */
     /* Called on the loop's thread, once, before the lookup is freed. NULL: no interest. */
     void (*done)(struct vkp_i_lookup *lookup);
     void *user; /* of done */
@@ -18242,7 +18306,7 @@ VKP_API void vkp_resolver_run(vkp_resolver *resolver)
         if (status != VKP_OK) {
             return;
         }
-        if (!vkp_i_resolver_is_closed(resolver)) {
+        if (!vkp_i_resolver_is_closed(resolver) && VKP_I_LOAD(&lookup->abandoned) == 0) {
             int found = vkp_i_sys(resolver->env)
                             ->resolve(lookup->parts.host, lookup->parts.port, lookup->addresses,
                                       VKP_I_LOOKUP_ADDRESSES);
@@ -18390,6 +18454,8 @@ struct vkp_i_link {
     bool skipping;          /* the reader refused the reply that `skip` passes over */
     bool ping_refused;      /* RESP2: the server answers PING with an error */
     bool hello_restricted;  /* RESP3 of redis 6.0: only users with the right to HELLO may */
+    bool demoted;           /* a reply said that the server is a replica, and must be none */
+    bool had_resp3;         /* this server answered HELLO once: hang-ups say nothing about it */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
@@ -18399,6 +18465,7 @@ struct vkp_i_link {
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
+    bool looking;           /* this try waits for the lookup */
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
@@ -18408,6 +18475,7 @@ struct vkp_i_link {
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
+    uint64_t dropping;                        /* skipping a bulk: bytes of it that have not come */
     char hello_words[VKP_I_LINK_ERROR_BYTES]; /* HELLO's error, when the handshake went on */
     char token[VKP_I_TOKEN_BYTES];            /* PING's argument in a fence */
     char error[VKP_I_LINK_ERROR_BYTES]; /* what ended the last connection or try; "" at first */
@@ -18452,27 +18520,30 @@ static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 
 /* ---- ending ---- */
 
-/* Stop to wait for the lookup, if one is under way. */
-static void vkp_i_link_end_lookup(vkp_i_link *link)
+/* Nobody waits for the lookup any more. */
+static void vkp_i_link_abandon_lookup(vkp_i_link *link)
 {
-    vkp_timer_stop(&link->lookup_timer);
     if (link->lookup != NULL) {
         link->lookup->done = NULL;
+        VKP_I_STORE(&link->lookup->abandoned, 1u);
         link->lookup = NULL;
     }
 }
 
-/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
-   requests in flight stay. */
-static void vkp_i_link_close(vkp_i_link *link)
+/* End the connection or the try, if any; the connection's on_close is ignored because `conn` is
+   NULL by then. The requests in flight stay. A lookup that is under way goes on, for the next
+   try.                                                                                        */
+static void vkp_i_link_stop(vkp_i_link *link)
 {
     vkp_conn *conn = link->conn;
     link->conn = NULL;
     link->failures += link->stage == VKP_I_STAGE_READY ? 0u : 1u;
-    vkp_i_link_end_lookup(link);
+    link->looking = false;
+    vkp_timer_stop(&link->lookup_timer);
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
+    link->dropping = 0;
     link->errors = 0;
     if (conn != NULL) {
         vkp_conn_close(conn);
@@ -18483,13 +18554,20 @@ static void vkp_i_link_close(vkp_i_link *link)
     }
 }
 
+/* The same for the last time. */
+static void vkp_i_link_close(vkp_i_link *link)
+{
+    vkp_i_link_abandon_lookup(link);
+    vkp_i_link_stop(link);
+}
+
 /* The link failed: why is the reason, words are the server's, or of no length. */
 static void vkp_i_link_fail(vkp_i_link *link, const char *why, vkp_str words)
 {
     int len = (int)VKP_I_MIN(words.len, sizeof link->error);
     (void)snprintf(link->error, sizeof link->error, "%s%s%.*s", why, len > 0 ? ": " : "", len,
                    len > 0 ? words.ptr : "");
-    vkp_i_link_close(link); /* ends the memory of words */
+    vkp_i_link_stop(link); /* ends the memory of words */
     link->ops->on_down(link);
 }
 
@@ -18762,6 +18840,10 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
     vkp_i_request *oldest = link->flight.first;
     link->spoke = true;
     link->hung_up = 0;
+    if (value->type == VKP_RESP_ERROR && link->config->role == VKP_CLIENT_ROLE_PRIMARY &&
+        vkp_i_starts_with(vkp_value_get_str(value), "READONLY")) {
+        link->demoted = true;
+    }
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
@@ -18890,7 +18972,7 @@ static bool vkp_i_link_deliver_nested(vkp_i_link *link, const vkp_bytes *frame, 
     return true;
 }
 
-/* Handle the pushes inside a reply, then the reply without them. False: no memory. */
+/* Handle the pushes inside a reply or a push, then that without them. False: no memory. */
 static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
 {
     vkp_conn *conn = link->conn;
@@ -18910,7 +18992,11 @@ static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
         ok = value != NULL;
     }
     if (ok && link->conn == conn) {
-        vkp_i_link_reply(link, value, &rest);
+        if (value->type == VKP_RESP_PUSH) {
+            vkp_i_link_push(link, value, &rest);
+        } else {
+            vkp_i_link_reply(link, value, &rest);
+        }
     }
     vkp_bytes_unref(&rest);
     return ok;
@@ -18919,28 +19005,21 @@ static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
 /* One whole value arrived: a push or a reply. */
 static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
-    if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
+    if (value->i_has_nested != 0) {
+        if (!vkp_i_link_unnest(link, frame)) {
+            vkp_i_link_lose(link, "out of memory");
+        }
+    } else if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
         vkp_i_link_push(link, value, frame);
-    } else if (frame->data[0] == '>') {
-        /* ">-1": old servers send a push that says nothing */
-    } else if (value->i_has_nested == 0) {
+    } else if (frame->data[0] != '>') { /* ">-1": old servers send a push that says nothing */
         vkp_i_link_reply(link, value, frame);
-    } else if (!vkp_i_link_unnest(link, frame)) {
-        vkp_i_link_lose(link, "out of memory");
     }
 }
 
 /* The type byte of the frame's value, behind its attributes; 0: it has not arrived. */
 static uint8_t vkp_i_frame_type(const uint8_t *data, size_t len)
 {
-    size_t at = 0;
-    while (at < len && data[at] == '|') {
-        vkp_i_skip skip = VKP_ZERO;
-        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
-            return 0;
-        }
-        at += skip.at;
-    }
+    size_t at = vkp_i_frame_get_root(data, len);
     return at < len ? data[at] : 0;
 }
 
@@ -18968,37 +19047,61 @@ static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t
     }
 }
 
+/* The reply that the reader refused is behind: its command has no other one. */
+static void vkp_i_link_skipped(vkp_i_link *link)
+{
+    vkp_i_request *oldest = link->flight.first;
+    link->skipping = false;
+    vkp_resp_reader_reset(link->reader);
+    vkp_i_link_answered(link, oldest);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
+    }
+}
+
+/* Continue behind a bulk that is too large: it is not kept. Returns the bytes used. */
+static size_t vkp_i_link_drop(vkp_i_link *link, const vkp_bytes *in)
+{
+    size_t used = (size_t)VKP_I_MIN((uint64_t)in->len, link->dropping);
+    link->dropping -= used;
+    if (link->dropping == 0) {
+        vkp_i_link_skipped(link);
+    }
+    return used;
+}
+
 /* Continue behind a reply that the reader refused; its bytes are at the start of `in`. The pushes
    inside it are delivered. Returns its bytes, or 0: more are needed, or the link failed. */
 static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 {
     vkp_conn *conn = link->conn;
-    vkp_i_request *oldest = link->flight.first;
     vkp_bytes frame = *in;
+    if (link->dropping > 0) {
+        return vkp_i_link_drop(link, in);
+    }
     if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        link->dropping = vkp_i_skip_missing(in->data, in->len, 0);
+        if (link->dropping > 0) {
+            return in->len;
+        }
         if (in->len > link->reader->config.max_frame_bytes) {
             vkp_i_link_lose(link, "a reply above max_frame_bytes");
         }
         return 0;
     }
-    link->skipping = false;
-    vkp_resp_reader_reset(link->reader);
     frame.len = link->skip.at;
+    vkp_resp_reader_reset(link->reader);
     if (!vkp_i_link_deliver_nested(link, &frame, NULL)) {
         vkp_i_link_lose(link, "a push in a reply that is over a limit");
     }
     if (link->conn != conn) {
         return 0;
     }
-    vkp_i_link_answered(link, oldest);
-    if (--oldest->due == 0) {
-        (void)vkp_i_requests_pop(&link->flight);
-        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
-    }
+    vkp_i_link_skipped(link);
     return frame.len;
 }
 
-/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
 /* Whether the owner reads the bytes itself from here on. */
 static bool vkp_i_link_is_raw(const vkp_i_link *link)
 {
@@ -19047,6 +19150,9 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         vkp_i_link_value(link, value, &frame);
         raw = has_reader && vkp_i_link_is_raw(link);
     }
+    if (link->demoted && link->conn == conn) { /* the command has its answer */
+        vkp_i_link_lose(link, "the server is a replica now");
+    }
     if (raw && link->conn == conn && used < in->len) {
         vkp_bytes rest;
         rest.data = in->data + used;
@@ -19093,7 +19199,7 @@ static void vkp_i_link_deinit(vkp_i_link *link)
    From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
    them; anything else that a server does ends the link, and the owner tries again:
      CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
-                 the server hung up at HELLO ten times: LOGIN.
+                 the server hung up at HELLO ten times and never answered one: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
                  does not know HELLO, in whatever words: LOGIN. NOAUTH or NOPERM although a password
                  was sent: AUTH, then HELLO again, once. Redis 6.0 asks for the default user's right
@@ -19111,7 +19217,8 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_PING,   /* the last one of LOGIN */
     VKP_I_STEP_SELECT, /* must be answered by OK */
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
-    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it */
+    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
+                          it is the same */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -19226,6 +19333,13 @@ static bool vkp_i_link_login(vkp_i_link *link)
     return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
 }
 
+/* Ask the server for its role. False: not connected or no memory. */
+static bool vkp_i_link_ask_role(vkp_i_link *link)
+{
+    vkp_str argv = vkp_str_of("ROLE");
+    return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
+}
+
 /* The commands of the config, after the login. False: not connected or no memory. */
 static bool vkp_i_link_setup(vkp_i_link *link)
 {
@@ -19236,8 +19350,7 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     size_t i;
     link->stage = VKP_I_STAGE_SETUP;
     if (config->role != VKP_CLIENT_ROLE_ANY && !link->role_known) {
-        argv[0] = vkp_str_of("ROLE");
-        if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
+        if (!vkp_i_link_ask_role(link)) {
             return false;
         }
     }
@@ -19326,6 +19439,7 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
     link->hello_restricted = version >= VKP_I_VERSION(6, 0) && version < VKP_I_VERSION(6, 2);
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
     link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
+    link->had_resp3 = link->had_resp3 || link->protocol == 3;
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
@@ -19413,8 +19527,10 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_ROLE:
-        (void)vkp_i_link_check_role(link,
-                                    failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
+        if (!failed || link->stage != VKP_I_STAGE_READY) { /* later, an error says nothing new */
+            (void)vkp_i_link_check_role(
+                link, failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
+        }
         break;
     case VKP_I_STEP_SELECT:
     case VKP_I_STEP_SETUP:
@@ -19456,7 +19572,8 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
    then every second try begins without. False: not connected or no memory. */
 static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    bool without = link->hung_up >= VKP_I_MOST_HUNG_UP && link->failures % 2 == 1;
+    bool without =
+        link->hung_up >= VKP_I_MOST_HUNG_UP && !link->had_resp3 && link->failures % 2 == 1;
     return link->config->protocol == 2 || without ? vkp_i_link_login(link)
                                                   : vkp_i_link_hello(link, true);
 }
@@ -19470,6 +19587,7 @@ static bool vkp_i_link_begin_handshake(vkp_i_link *link)
    From an address text to a connection, on the loop's thread. A host name is looked up by the
    resolver of the config, in its thread; without a resolver the lookup blocks this thread. When a
    name server does not answer in time, the addresses of the last lookup of the same name serve.
+   What a lookup finds after its try has ended is kept: the next try has it, or waits for the rest.
    Each try begins with another address of the name: one that accepts connections and does not
    answer must not be the only one that is tried. Within a try each address gets a share of the time
    (see vkp_conn_config.connect_ms). */
@@ -19556,24 +19674,35 @@ static bool vkp_i_link_knows(const vkp_i_link *link, const vkp_i_parts *parts)
            strcmp(link->known->parts.port, parts->port) == 0;
 }
 
-/* The resolver has the outcome of the lookup. */
-static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
+/* Keep the addresses that were found. */
+static void vkp_i_link_keep_addresses(vkp_i_link *link, const vkp_i_lookup *lookup)
 {
-    vkp_i_link *link = (vkp_i_link *)lookup->user;
-    bool known = vkp_i_link_knows(link, &lookup->parts);
-    link->lookup = NULL;
-    vkp_timer_stop(&link->lookup_timer);
-    link->ops->hold(link);
-    if (lookup->count > 0 && link->known == NULL) {
+    if (link->known == NULL) {
         link->known = (vkp_i_known *)vkp_i_alloc_zero(link->env, sizeof *link->known);
     }
-    if (lookup->count > 0 && link->known != NULL) {
+    if (link->known != NULL) {
         link->known->parts = lookup->parts;
         link->known->count = lookup->count;
         memcpy(link->known->addresses, lookup->addresses, sizeof lookup->addresses);
-        known = true;
     }
-    if (known) {
+}
+
+/* The resolver has the outcome of the lookup, perhaps after the try that began it. */
+static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
+{
+    vkp_i_link *link = (vkp_i_link *)lookup->user;
+    bool looking = link->looking;
+    link->lookup = NULL;
+    link->looking = false;
+    vkp_timer_stop(&link->lookup_timer);
+    if (lookup->count > 0) {
+        vkp_i_link_keep_addresses(link, lookup);
+    }
+    if (!looking) {
+        return;
+    }
+    link->ops->hold(link);
+    if (vkp_i_link_knows(link, &lookup->parts)) {
         vkp_i_link_dial_known(link);
     } else {
         vkp_i_link_lose(link, lookup->count > 0 ? "out of memory" : "the host name was not found");
@@ -19581,24 +19710,32 @@ static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
     link->ops->release(link);
 }
 
-/* The lookup takes too long: use what is known. The lookup goes on, nobody waits for it. */
+/* The lookup takes too long: use what is known. The lookup goes on, and this try does not wait for
+   it. */
 static void vkp_i_link_lookup_late(vkp_timer *timer)
 {
     vkp_i_link *link = VKP_CONTAINER(timer, vkp_i_link, lookup_timer);
+    link->looking = false;
     link->ops->hold(link);
-    vkp_i_link_end_lookup(link);
     vkp_i_link_dial_known(link);
     link->ops->release(link);
 }
 
-/* Ask the resolver for the addresses of the name. */
+/* Ask the resolver for the addresses of the name, unless it was asked already. */
 static vkp_status vkp_i_link_look_up(vkp_i_link *link, const vkp_i_parts *parts)
 {
-    link->lookup =
-        vkp_i_resolver_ask(link->config->resolver, link->loop, parts, vkp_i_link_looked_up, link);
+    if (link->lookup != NULL && (strcmp(link->lookup->parts.host, parts->host) != 0 ||
+                                 strcmp(link->lookup->parts.port, parts->port) != 0)) {
+        vkp_i_link_abandon_lookup(link);
+    }
+    if (link->lookup == NULL) {
+        link->lookup = vkp_i_resolver_ask(link->config->resolver, link->loop, parts,
+                                          vkp_i_link_looked_up, link);
+    }
     if (link->lookup == NULL) {
         return VKP_ERR_NOMEM;
     }
+    link->looking = true;
     if (vkp_i_link_knows(link, parts)) {
         uint64_t deadline_ns = vkp_i_after_ms(vkp_i_loop_now(link->loop), VKP_I_LOOKUP_MS);
         return vkp_timer_start(&link->lookup_timer, link->loop, vkp_i_link_lookup_late, 0,
@@ -19626,6 +19763,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->role_known = false;
     link->ping_refused = false;
     link->hello_restricted = false;
+    link->demoted = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';
@@ -19698,6 +19836,7 @@ typedef struct vkp_i_ask {
     void *user;               /* argument of on_reply and of done */
     vkp_sub_kind sub;         /* kind of the name, for WANT and LEAVE */
     bool blocks;              /* a COMMAND for a connection of its own */
+    bool waits;               /* it is WAIT or WAITAOF: about what the client wrote before */
     vkp_client_target *login; /* AUTH: the credentials to keep when it succeeds; or NULL */
     vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
@@ -19774,6 +19913,7 @@ struct vkp_client {
     size_t resuming;               /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;           /* when the server's counts last agreed with the table */
     uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
+    vkp_handler *room;             /* waits for room in config.pushes; NULL: nothing is missed */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
     vkp_client_stats stats; /* each field atomic */
@@ -19802,6 +19942,32 @@ static void vkp_i_target_free(const vkp_env *env, vkp_client_target *target)
     vkp_i_free_str(env, target->username);
     vkp_i_free_str(env, target->password);
     memset(target, 0, sizeof *target);
+}
+
+/* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
+   False: no memory.                                                                           */
+static bool vkp_i_client_aim(vkp_client *client)
+{
+    const vkp_client_config *config = &client->config;
+    vkp_client_target target;
+    target.address = config->address;
+    target.username = config->username;
+    target.password = config->password;
+    if (config->on_connect != NULL) {
+        config->on_connect(config->user, &target);
+    }
+    vkp_i_target_free(client->env, &client->target);
+    client->target = target;
+    if (!vkp_i_copy_str(client->env, &client->target.address)) {
+        client->target.username.ptr = NULL; /* not copied: must not be freed */
+        client->target.password.ptr = NULL;
+        return false;
+    }
+    if (!vkp_i_copy_str(client->env, &client->target.username)) {
+        client->target.password.ptr = NULL;
+        return false;
+    }
+    return vkp_i_copy_str(client->env, &client->target.password);
 }
 
 static void vkp_i_client_free(vkp_client *client)
@@ -20016,7 +20182,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
 {
     vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
     vkp_client *client = ask->client;
-    bool demoted;
     if (ask->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= ask->cost;
@@ -20029,9 +20194,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
     if (ask->login != NULL && status == VKP_OK && value->type != VKP_RESP_ERROR) {
         vkp_i_ask_keep_login(ask);
     }
-    demoted = status == VKP_OK && value->type == VKP_RESP_ERROR &&
-              client->config.role == VKP_CLIENT_ROLE_PRIMARY &&
-              vkp_i_starts_with(vkp_value_get_str(value), "READONLY");
     if (ask->on_reply != NULL) {
         ask->on_reply(ask->user, status, value, frame);
     } else {
@@ -20039,9 +20201,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
                               status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL);
     }
     vkp_i_ask_free(ask);
-    if (demoted && client->link.conn != NULL) {
-        vkp_i_link_lose(&client->link, "the server is a replica now");
-    }
 }
 
 /* ---- submitting, from any thread ---- */
@@ -20133,7 +20292,7 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
 /* Submit one command whose reply the one-shot receives. Takes the command and login, which may be
    NULL, on failure too. */
 static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot,
-                                              vkp_bytes *command, bool blocks,
+                                              vkp_bytes *command, bool blocks, bool waits,
                                               vkp_client_target *login)
 {
     vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
@@ -20147,6 +20306,7 @@ static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *s
     ask->login = login;
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->blocks = blocks;
+    ask->waits = waits;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;
@@ -20184,7 +20344,8 @@ static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot
             vkp_bytes_unref(&command);
             status = VKP_ERR_REFUSED;
         } else {
-            status = vkp_i_client_submit_command(client, slot, &command, blocks, NULL);
+            status = vkp_i_client_submit_command(client, slot, &command, blocks,
+                                                 vkp_i_command_is_wait(argc, argv), NULL);
         }
     }
     if (status != VKP_OK) {
@@ -20227,7 +20388,7 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
     login = vkp_i_login_new(client->env, username, password);
     status = vkp_resp_writer_take(&writer, &command);
     if (status == VKP_OK && login != NULL) {
-        status = vkp_i_client_submit_command(client, slot, &command, false, login);
+        status = vkp_i_client_submit_command(client, slot, &command, false, false, login);
     } else {
         vkp_i_login_free(client->env, login);
         if (status == VKP_OK) {
@@ -20512,24 +20673,46 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
     return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
 }
 
-/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
-   LAGGED event precedes the next push that has room.                                          */
-static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
+/* Put a LAGGED event for the missed pushes into config.pushes, if there is room. */
+static void vkp_i_client_report_missed(vkp_client *client)
 {
     vkp_push item;
-    if (client->missed > 0) {
-        memset(&item, 0, sizeof item);
-        item.kind = VKP_PUSH_LAGGED;
-        item.missed = client->missed;
-        if (vkp_mpsc_try_send(client->config.pushes, &item) == VKP_OK) {
-            client->missed = 0;
-        }
+    memset(&item, 0, sizeof item);
+    item.kind = VKP_PUSH_LAGGED;
+    item.missed = client->missed;
+    if (vkp_mpsc_try_send(client->config.pushes, &item) != VKP_ERR_FULL) {
+        client->missed = 0; /* reported, or nobody receives any longer */
+        vkp_handler_unref(client->room);
+        client->room = NULL;
     }
-    item = *push;
+}
+
+/* There may be room in config.pushes again. */
+static void vkp_i_client_on_room(void *user)
+{
+    vkp_i_client_report_missed((vkp_client *)user);
+}
+
+/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
+   LAGGED event follows as soon as there is room, before any other push.                       */
+static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
+{
+    vkp_push item = *push;
+    if (client->missed > 0) {
+        vkp_i_client_report_missed(client);
+    }
     item.frame = vkp_bytes_ref(&push->frame);
     if (client->missed > 0 || vkp_mpsc_try_send(client->config.pushes, &item) != VKP_OK) {
         client->missed++;
         vkp_bytes_unref(&item.frame);
+    }
+    if (client->missed > 0 && client->room == NULL) {
+        static const vkp_push any = VKP_ZERO; /* says how much room is waited for */
+        vkp_case room = vkp_case_mpsc_send(client->config.pushes, &any);
+        if (vkp_handler_open(client->loop, &room, vkp_i_client_on_room, client, &client->room) !=
+            VKP_OK) {
+            client->room = NULL; /* the next push tries again */
+        }
     }
 }
 
@@ -21326,7 +21509,7 @@ static vkp_status vkp_i_client_start_probe(vkp_client *client, const vkp_i_probe
     (void)VKP_I_ADD(&client->refs, 1);
     client->probe = probe;
     status = vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &kind->ops);
-    if (status == VKP_OK && !vkp_i_probe_start_timer(probe)) {
+    if (status == VKP_OK && (!vkp_i_probe_start_timer(probe) || !vkp_i_client_aim(client))) {
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_OK) {
@@ -21662,8 +21845,8 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (id == 0) { /* the server did not say who we are */
-        vkp_i_probe_end(probe, VKP_I_PROBE_STALLED);
+    } else if (id == 0) { /* the server did not say who we are, so it cannot be asked about us */
+        vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
         from = vkp_i_format_u64(digits, (uint64_t)id);
@@ -21838,7 +22021,8 @@ static bool vkp_i_client_beat(vkp_client *client)
         return false;
     }
     client->beat_sent = true;
-    return true;
+    return client->config.role == VKP_CLIENT_ROLE_ANY || client->link.protocol == 2 ||
+           vkp_i_link_ask_role(&client->link);
 }
 
 /* ---- the watch ---- */
@@ -21983,6 +22167,14 @@ static void vkp_i_private_write(vkp_i_private *self)
     vkp_timer_stop(&self->timer);
     memset(&self->carry, 0, sizeof self->carry);
     self->carry.due = self->ask->request.due;
+    if (self->ask->waits) {
+        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        self->carry.due++;
+        if (vkp_i_link_write(&self->link, &catch_up) != VKP_OK) {
+            vkp_i_private_lost(self);
+            return;
+        }
+    }
     self->carry.bytes = vkp_bytes_ref(&self->ask->request.bytes);
     self->carry.settle = vkp_i_private_settled;
     if (!vkp_i_link_start(&self->link, &self->carry)) {
@@ -22060,6 +22252,7 @@ static bool vkp_i_private_open(vkp_client *client, vkp_i_ask *ask)
     if (vkp_i_link_init(&self->link, client->env, client->loop, &client->config,
                         &vkp_i_private_ops) != VKP_OK ||
         !vkp_i_private_start_timer(self, client->config.connect_timeout_ms) ||
+        !vkp_i_client_aim(client) ||
         vkp_i_link_connect(&self->link, client->target.address, client->target.username,
                            client->target.password) != VKP_OK) {
         vkp_i_requests_init(&none);
@@ -22085,6 +22278,48 @@ static void vkp_i_client_carry(vkp_client *client, vkp_i_ask *ask)
     } else if (!vkp_i_private_open(client, ask)) {
         ask->request.settle(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
     }
+}
+
+/* A message on the shared connection: its answer means that the commands before it are executed. */
+typedef struct vkp_i_turn {
+    vkp_i_request request;
+    vkp_client *client; /* no reference: the link settles all requests before the client ends */
+    vkp_i_ask *ask;     /* what waits for that */
+} vkp_i_turn;
+
+static void vkp_i_turn_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_turn *turn = VKP_CONTAINER(request, vkp_i_turn, request);
+    vkp_client *client = turn->client;
+    vkp_i_ask *ask = turn->ask;
+    (void)value;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(client->env, turn, sizeof *turn);
+    if (status == VKP_OK) {
+        vkp_i_client_carry(client, ask);
+    } else {
+        ask->request.settle(&ask->request, status, NULL, NULL);
+    }
+}
+
+/* Carry WAIT or WAITAOF when the client's earlier commands are executed. */
+static void vkp_i_client_carry_behind(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_i_turn *turn = (vkp_i_turn *)vkp_i_alloc_zero(client->env, sizeof *turn);
+    if (turn != NULL) {
+        turn->client = client;
+        turn->ask = ask;
+        turn->request.due = 1;
+        turn->request.settle = vkp_i_turn_settled;
+        turn->request.bytes = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        if (vkp_i_link_start(&client->link, &turn->request)) {
+            return;
+        }
+        vkp_i_free(client->env, turn, sizeof *turn);
+    }
+    ask->request.settle(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
 }
 
 /* Give waiting commands the connections that are free. */
@@ -22666,32 +22901,6 @@ static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
                                                      vkp_i_client_unhold,
                                                      NULL};
 
-/* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
-   False: no memory.                                                                           */
-static bool vkp_i_client_aim(vkp_client *client)
-{
-    const vkp_client_config *config = &client->config;
-    vkp_client_target target;
-    target.address = config->address;
-    target.username = config->username;
-    target.password = config->password;
-    if (config->on_connect != NULL) {
-        config->on_connect(config->user, &target);
-    }
-    vkp_i_target_free(client->env, &client->target);
-    client->target = target;
-    if (!vkp_i_copy_str(client->env, &client->target.address)) {
-        client->target.username.ptr = NULL; /* not copied: must not be freed */
-        client->target.password.ptr = NULL;
-        return false;
-    }
-    if (!vkp_i_copy_str(client->env, &client->target.username)) {
-        client->target.password.ptr = NULL;
-        return false;
-    }
-    return vkp_i_copy_str(client->env, &client->target.password);
-}
-
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */
 static vkp_status vkp_i_client_connect(vkp_client *client)
@@ -22703,6 +22912,10 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     if (vkp_i_client_aim(client) && !client->closed) {
         status = vkp_i_link_connect(&client->link, client->target.address, client->target.username,
                                     client->target.password);
+    }
+    if (status == VKP_OK &&
+        !client->link.looking) { /* a lookup that blocked took none of the time */
+        vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
     }
     if (status != VKP_OK && !client->closed) {
         vkp_i_link_lose(&client->link,
@@ -22783,6 +22996,8 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
         vkp_i_client_keep_own(client);
+    } else if (ask->waits && client->ready && !vkp_i_client_must_refuse(client)) {
+        vkp_i_client_carry_behind(client, ask);
     } else if (ask->blocks && client->ready) {
         vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
@@ -22827,6 +23042,11 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_collect(client, true, true, &client->failed);
     vkp_i_client_forget(client);
     vkp_i_client_settle_failed(client, VKP_ERR_CLOSED);
+    vkp_handler_unref(client->room); /* the room that it waits for is free again */
+    client->room = NULL;
+    if (client->missed > 0) {
+        vkp_i_client_report_missed(client);
+    }
     vkp_mpsc_tx_unref(client->config.pushes);
     client->config.pushes = NULL;
     vkp_i_client_release(client);
@@ -23021,6 +23241,18 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 
+/* Whether servers accept the connection's name: printable, without blanks. */
+static bool vkp_i_client_name_is_valid(vkp_str name)
+{
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Whether every setup command has a name. */
 static bool vkp_i_setup_is_valid(const vkp_client_config *config)
 {
@@ -23120,7 +23352,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config));
+                  vkp_i_setup_is_valid(config) && vkp_i_client_name_is_valid(config->name));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }
@@ -23262,6 +23494,9 @@ VKP_API vkp_status vkp_sync_wait_ready(vkp_sync *sync, uint64_t deadline_ns)
     bool again = true;
     VKP_I_REQUIRE(sync != NULL);
     while (status == VKP_OK && vkp_client_get_state(sync->client) != VKP_CLIENT_READY) {
+        if (vkp_client_get_state(sync->client) == VKP_CLIENT_CLOSED) {
+            return VKP_ERR_CLOSED;
+        }
         if (!again) {
             return VKP_ERR_TIMEOUT;
         }
@@ -23315,6 +23550,31 @@ VKP_API vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadline_ns, vkp_re
     va_end(arguments);
     return text != NULL ? VKP_ERR_LIMIT
                         : vkp_sync_command_argv(sync, argc, argv, deadline_ns, reply);
+}
+
+VKP_API vkp_status vkp_sync_vcommandf(vkp_sync *sync, uint64_t deadline_ns, vkp_reply **reply,
+                                      const char *format, va_list arguments)
+{
+    vkp_oneshot slot;
+    vkp_status status;
+    VKP_I_REQUIRE(sync != NULL && reply != NULL);
+    status = vkp_client_vcommandf(sync->client, &slot, format, arguments);
+    if (status == VKP_OK) {
+        status = vkp_i_sync_wait_reply(sync, &slot, deadline_ns, reply);
+        vkp_oneshot_close(&slot);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_sync_commandf(vkp_sync *sync, uint64_t deadline_ns, vkp_reply **reply,
+                                     const char *format, ...)
+{
+    va_list arguments;
+    vkp_status status;
+    va_start(arguments, format);
+    status = vkp_sync_vcommandf(sync, deadline_ns, reply, format, arguments);
+    va_end(arguments);
+    return status;
 }
 
 VKP_API vkp_status vkp_sync_append_argv(vkp_sync *sync, size_t argc, const vkp_str *argv)
@@ -25127,19 +25387,6 @@ static bool vkp_i_command_is_state(size_t argc, const vkp_str *argv)
            (vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY"));
 }
 
-/* WAIT is about the writes of its connection, and the client's went over another one. A message
-   that goes to the replicas too is behind all of them.                                        */
-static void vkp_i_session_catch_up(vkp_i_session *session)
-{
-    vkp_str argv[3];
-    argv[0] = vkp_str_of("PUBLISH");
-    argv[1] = vkp_str_of("valkey-push:wait");
-    argv[2] = vkp_str_of("");
-    if (!session->multi_sent) {
-        vkp_i_session_tell(session, 0, 3, argv);
-    }
-}
-
 /* Send a command of the client. */
 static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
                               const vkp_bytes *bytes)
@@ -25165,8 +25412,11 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
         call.clear = 0;
         call.flags = 0;
     }
-    if (vkp_i_str_is(argv[0], "WAIT") || vkp_i_str_is(argv[0], "WAITAOF")) {
-        vkp_i_session_catch_up(session);
+    if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
+        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        vkp_i_call hidden = VKP_ZERO;
+        hidden.flags = VKP_I_CALL_HIDDEN;
+        vkp_i_session_send(session, hidden, &catch_up);
     }
     vkp_i_session_send(session, call, bytes);
     if (vkp_i_str_is(argv[0], "CLIENT") && argc > 2 && vkp_i_str_is(argv[1], "REPLY") &&

@@ -29,6 +29,7 @@ typedef struct vkp_i_ask {
     void *user;               /* argument of on_reply and of done */
     vkp_sub_kind sub;         /* kind of the name, for WANT and LEAVE */
     bool blocks;              /* a COMMAND for a connection of its own */
+    bool waits;               /* it is WAIT or WAITAOF: about what the client wrote before */
     vkp_client_target *login; /* AUTH: the credentials to keep when it succeeds; or NULL */
     vkp_status outcome;       /* of a WANT in client->reporting */
 } vkp_i_ask;
@@ -105,6 +106,7 @@ struct vkp_client {
     size_t resuming;               /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;           /* when the server's counts last agreed with the table */
     uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
+    vkp_handler *room;             /* waits for room in config.pushes; NULL: nothing is missed */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
     vkp_client_stats stats; /* each field atomic */
@@ -133,6 +135,32 @@ static void vkp_i_target_free(const vkp_env *env, vkp_client_target *target)
     vkp_i_free_str(env, target->username);
     vkp_i_free_str(env, target->password);
     memset(target, 0, sizeof *target);
+}
+
+/* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
+   False: no memory.                                                                           */
+static bool vkp_i_client_aim(vkp_client *client)
+{
+    const vkp_client_config *config = &client->config;
+    vkp_client_target target;
+    target.address = config->address;
+    target.username = config->username;
+    target.password = config->password;
+    if (config->on_connect != NULL) {
+        config->on_connect(config->user, &target);
+    }
+    vkp_i_target_free(client->env, &client->target);
+    client->target = target;
+    if (!vkp_i_copy_str(client->env, &client->target.address)) {
+        client->target.username.ptr = NULL; /* not copied: must not be freed */
+        client->target.password.ptr = NULL;
+        return false;
+    }
+    if (!vkp_i_copy_str(client->env, &client->target.username)) {
+        client->target.password.ptr = NULL;
+        return false;
+    }
+    return vkp_i_copy_str(client->env, &client->target.password);
 }
 
 static void vkp_i_client_free(vkp_client *client)
@@ -347,7 +375,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
 {
     vkp_i_ask *ask = VKP_CONTAINER(request, vkp_i_ask, request);
     vkp_client *client = ask->client;
-    bool demoted;
     if (ask->cost > 0) { /* before the callbacks: they may submit again */
         VKP_I_LOCK(&client->mutex);
         client->queued_bytes -= ask->cost;
@@ -360,9 +387,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
     if (ask->login != NULL && status == VKP_OK && value->type != VKP_RESP_ERROR) {
         vkp_i_ask_keep_login(ask);
     }
-    demoted = status == VKP_OK && value->type == VKP_RESP_ERROR &&
-              client->config.role == VKP_CLIENT_ROLE_PRIMARY &&
-              vkp_i_starts_with(vkp_value_get_str(value), "READONLY");
     if (ask->on_reply != NULL) {
         ask->on_reply(ask->user, status, value, frame);
     } else {
@@ -370,9 +394,6 @@ static void vkp_i_ask_settled(vkp_i_request *request, vkp_status status, const v
                               status == VKP_OK ? vkp_i_reply_new(client->env, value, frame) : NULL);
     }
     vkp_i_ask_free(ask);
-    if (demoted && client->link.conn != NULL) {
-        vkp_i_link_lose(&client->link, "the server is a replica now");
-    }
 }
 
 /* ---- submitting, from any thread ---- */
@@ -464,7 +485,7 @@ VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands
 /* Submit one command whose reply the one-shot receives. Takes the command and login, which may be
    NULL, on failure too. */
 static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *slot,
-                                              vkp_bytes *command, bool blocks,
+                                              vkp_bytes *command, bool blocks, bool waits,
                                               vkp_client_target *login)
 {
     vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
@@ -478,6 +499,7 @@ static vkp_status vkp_i_client_submit_command(vkp_client *client, vkp_oneshot *s
     ask->login = login;
     ask->cost = sizeof *ask + ask->request.bytes.len;
     ask->blocks = blocks;
+    ask->waits = waits;
     ask->slot = slot;
     slot->i_owner = ask;
     slot->i_detach = vkp_i_ask_detach;
@@ -515,7 +537,8 @@ static vkp_status vkp_i_client_ask_written(vkp_client *client, vkp_oneshot *slot
             vkp_bytes_unref(&command);
             status = VKP_ERR_REFUSED;
         } else {
-            status = vkp_i_client_submit_command(client, slot, &command, blocks, NULL);
+            status = vkp_i_client_submit_command(client, slot, &command, blocks,
+                                                 vkp_i_command_is_wait(argc, argv), NULL);
         }
     }
     if (status != VKP_OK) {
@@ -558,7 +581,7 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
     login = vkp_i_login_new(client->env, username, password);
     status = vkp_resp_writer_take(&writer, &command);
     if (status == VKP_OK && login != NULL) {
-        status = vkp_i_client_submit_command(client, slot, &command, false, login);
+        status = vkp_i_client_submit_command(client, slot, &command, false, false, login);
     } else {
         vkp_i_login_free(client->env, login);
         if (status == VKP_OK) {

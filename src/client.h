@@ -59,7 +59,9 @@ typedef struct vkp_client_config {
     vkp_str username; /* sent with the password; ptr NULL: the user "default" */
     vkp_str password; /* ptr NULL: no authentication */
     vkp_str name;     /* the connection's name on the server (SETNAME); ptr NULL: none */
-    int protocol;     /* 0 or 3: RESP3, or RESP2 when the server has no RESP3; 2: RESP2, no HELLO */
+    /* 0 or 3: RESP3, or RESP2 when the server answers HELLO with an error that does not pass by
+       itself, or hung up at HELLO ten times and never answered one. 2: RESP2, no HELLO.        */
+    int protocol;
     uint32_t database;    /* the database that each new connection selects; 0: that of the server */
     vkp_client_role role; /* what the server must be; default: any */
 
@@ -68,16 +70,17 @@ typedef struct vkp_client_config {
     const vkp_client_setup *setup;
     size_t setup_count; /* number of setup commands */
 
-    /* Called before each try to connect, on the loop's thread; may change *target, which holds what
-       the config says. The texts are copied when it returns. NULL: not called.                */
+    /* Called before each try to connect, also of the connections of private_max, reply_timeout_ms
+       and delivery_ms, on the loop's thread; may change *target, which holds what the config says.
+       The texts are copied when it returns. NULL: not called.                                 */
     void (*on_connect)(void *user, vkp_client_target *target);
 
     /* Looks the host name of the address up, in a thread of the program: then no lookup blocks the
        loop (shares). NULL: lookups block the loop's thread; addresses in digits need none. */
     vkp_resolver *resolver;
 
-    /* Most milliseconds for one try, from the connect to the end of the handshake. 0: 5,000.
-       VKP_OFF: no limit.                                                                      */
+    /* Most milliseconds for one try, from the lookup by a resolver to the end of the handshake. A
+       lookup that takes longer goes on, for the next try. 0: 5,000. VKP_OFF: no limit.        */
     uint64_t connect_timeout_ms;
 
     /* The client waits a random time before each new try: from 0 to a bound that starts here and
@@ -98,8 +101,9 @@ typedef struct vkp_client_config {
     uint64_t unacked_ms;
 
     /* Every so many milliseconds the client asks the server for its own count of this connection's
-       subscriptions (CLIENT INFO; where that is refused, PING), and subscribes again to what is
-       missing, which a GAP reports. 0: 15,000. VKP_OFF: never.                                */
+       subscriptions (CLIENT INFO), and subscribes again to what is missing, which a GAP reports.
+       With a role, it asks for that too. In RESP2, or where CLIENT INFO is refused or counts wrong
+       three times in a row, it sends PING. 0: 15,000. VKP_OFF: never.                         */
     uint64_t heartbeat_ms;
 
     /* When the oldest reply has been due for this long, the client asks over a second, short
@@ -118,12 +122,15 @@ typedef struct vkp_client_config {
        and is subscribed to it; its program sees nothing of that. A message that does not arrive
        within reply_timeout_ms means that the connection is lost, with a GAP from the last one that
        did. For ways to a server that may lose what they carry, such as proxies that answer CLIENT
-       INFO themselves. 0 or VKP_OFF: never.                                                   */
+       INFO themselves. The user needs the rights to publish and subscribe there; without, the log
+       says so and nothing is probed. Others' patterns see the messages. 0 or VKP_OFF: never.  */
     uint64_t delivery_ms;
 
     /* Most connections for commands that block (BLPOP and its like, XREAD and XREADGROUP with
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
-       one; when all are in use it waits. Closing its slot gives the command up. Such a connection
+       one; when all are in use it waits. WAIT and WAITAOF are about the writes of their connection:
+       a message to the channel "valkey-push:wait" precedes them on both, so that they wait for what
+       this client wrote before. Closing its slot gives the command up. Such a connection
        is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
     size_t private_max;
 
@@ -138,7 +145,8 @@ typedef struct vkp_client_config {
     void *user; /* the first argument of on_push and on_connect */
 
     /* The sender of a channel of vkp_push, for each push (shares until the close). When the channel
-       is full the push is dropped; when there is room, a LAGGED with the number follows.      */
+       is full the push is dropped, whatever it is, also a GAP; as soon as there is room a LAGGED
+       with the number of dropped pushes follows.                                              */
     vkp_mpsc_tx *pushes;
     const vkp_env *env; /* memory and log; NULL: the loop's */
 } vkp_client_config;
@@ -150,9 +158,9 @@ typedef struct vkp_client_config {
    Blocks: never; the loop blocks on DNS, for host names without a resolver
    Threads: loop's     In callbacks: ok
    Errors: INVALID (a null argument, no address or url, a malformed one, a url and a field that it
-   stands for, another thread, an unknown protocol, both on_push and pushes, a limit in resp above
-   its maximum), LIMIT (a socket path too long for the system), UNSUPPORTED (unix:@NAME outside
-   Linux, rediss://), NOMEM, CLOSED (loop)                                                     */
+   stands for, another thread, an unknown protocol, a name that is not printable or has blanks,
+   both on_push and pushes, a limit in resp above its maximum), LIMIT (a socket path too long for
+   the system), UNSUPPORTED (unix:@NAME outside Linux, rediss://), NOMEM, CLOSED (loop)        */
 VKP_API VKP_NODISCARD vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *config,
                                                  vkp_client **client);
 

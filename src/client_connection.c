@@ -233,32 +233,6 @@ static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
                                                      vkp_i_client_unhold,
                                                      NULL};
 
-/* The target of the next try: a copy of what the config says, or of what on_connect makes of it.
-   False: no memory.                                                                           */
-static bool vkp_i_client_aim(vkp_client *client)
-{
-    const vkp_client_config *config = &client->config;
-    vkp_client_target target;
-    target.address = config->address;
-    target.username = config->username;
-    target.password = config->password;
-    if (config->on_connect != NULL) {
-        config->on_connect(config->user, &target);
-    }
-    vkp_i_target_free(client->env, &client->target);
-    client->target = target;
-    if (!vkp_i_copy_str(client->env, &client->target.address)) {
-        client->target.username.ptr = NULL; /* not copied: must not be freed */
-        client->target.password.ptr = NULL;
-        return false;
-    }
-    if (!vkp_i_copy_str(client->env, &client->target.username)) {
-        client->target.password.ptr = NULL;
-        return false;
-    }
-    return vkp_i_copy_str(client->env, &client->target.password);
-}
-
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */
 static vkp_status vkp_i_client_connect(vkp_client *client)
@@ -270,6 +244,10 @@ static vkp_status vkp_i_client_connect(vkp_client *client)
     if (vkp_i_client_aim(client) && !client->closed) {
         status = vkp_i_link_connect(&client->link, client->target.address, client->target.username,
                                     client->target.password);
+    }
+    if (status == VKP_OK &&
+        !client->link.looking) { /* a lookup that blocked took none of the time */
+        vkp_i_client_start_timer(client, client->config.connect_timeout_ms);
     }
     if (status != VKP_OK && !client->closed) {
         vkp_i_link_lose(&client->link,
@@ -350,6 +328,8 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
     } else if (ask->kind == VKP_I_ASK_LEAVE) {
         vkp_i_client_leave(client, ask);
         vkp_i_client_keep_own(client);
+    } else if (ask->waits && client->ready && !vkp_i_client_must_refuse(client)) {
+        vkp_i_client_carry_behind(client, ask);
     } else if (ask->blocks && client->ready) {
         vkp_i_client_carry(client, ask);
     } else if (vkp_i_client_must_refuse(client)) {
@@ -394,6 +374,11 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_collect(client, true, true, &client->failed);
     vkp_i_client_forget(client);
     vkp_i_client_settle_failed(client, VKP_ERR_CLOSED);
+    vkp_handler_unref(client->room); /* the room that it waits for is free again */
+    client->room = NULL;
+    if (client->missed > 0) {
+        vkp_i_client_report_missed(client);
+    }
     vkp_mpsc_tx_unref(client->config.pushes);
     client->config.pushes = NULL;
     vkp_i_client_release(client);
@@ -588,6 +573,18 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 
+/* Whether servers accept the connection's name: printable, without blanks. */
+static bool vkp_i_client_name_is_valid(vkp_str name)
+{
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Whether every setup command has a name. */
 static bool vkp_i_setup_is_valid(const vkp_client_config *config)
 {
@@ -687,7 +684,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config));
+                  vkp_i_setup_is_valid(config) && vkp_i_client_name_is_valid(config->name));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }

@@ -161,8 +161,8 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (id == 0) { /* the server did not say who we are */
-        vkp_i_probe_end(probe, VKP_I_PROBE_STALLED);
+    } else if (id == 0) { /* the server did not say who we are, so it cannot be asked about us */
+        vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
         from = vkp_i_format_u64(digits, (uint64_t)id);
@@ -337,7 +337,8 @@ static bool vkp_i_client_beat(vkp_client *client)
         return false;
     }
     client->beat_sent = true;
-    return true;
+    return client->config.role == VKP_CLIENT_ROLE_ANY || client->link.protocol == 2 ||
+           vkp_i_link_ask_role(&client->link);
 }
 
 /* ---- the watch ---- */

@@ -112,6 +112,14 @@ static void vkp_i_private_write(vkp_i_private *self)
     vkp_timer_stop(&self->timer);
     memset(&self->carry, 0, sizeof self->carry);
     self->carry.due = self->ask->request.due;
+    if (self->ask->waits) {
+        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        self->carry.due++;
+        if (vkp_i_link_write(&self->link, &catch_up) != VKP_OK) {
+            vkp_i_private_lost(self);
+            return;
+        }
+    }
     self->carry.bytes = vkp_bytes_ref(&self->ask->request.bytes);
     self->carry.settle = vkp_i_private_settled;
     if (!vkp_i_link_start(&self->link, &self->carry)) {
@@ -189,6 +197,7 @@ static bool vkp_i_private_open(vkp_client *client, vkp_i_ask *ask)
     if (vkp_i_link_init(&self->link, client->env, client->loop, &client->config,
                         &vkp_i_private_ops) != VKP_OK ||
         !vkp_i_private_start_timer(self, client->config.connect_timeout_ms) ||
+        !vkp_i_client_aim(client) ||
         vkp_i_link_connect(&self->link, client->target.address, client->target.username,
                            client->target.password) != VKP_OK) {
         vkp_i_requests_init(&none);
@@ -214,6 +223,48 @@ static void vkp_i_client_carry(vkp_client *client, vkp_i_ask *ask)
     } else if (!vkp_i_private_open(client, ask)) {
         ask->request.settle(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
     }
+}
+
+/* A message on the shared connection: its answer means that the commands before it are executed. */
+typedef struct vkp_i_turn {
+    vkp_i_request request;
+    vkp_client *client; /* no reference: the link settles all requests before the client ends */
+    vkp_i_ask *ask;     /* what waits for that */
+} vkp_i_turn;
+
+static void vkp_i_turn_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                               const vkp_bytes *frame)
+{
+    vkp_i_turn *turn = VKP_CONTAINER(request, vkp_i_turn, request);
+    vkp_client *client = turn->client;
+    vkp_i_ask *ask = turn->ask;
+    (void)value;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    vkp_i_free(client->env, turn, sizeof *turn);
+    if (status == VKP_OK) {
+        vkp_i_client_carry(client, ask);
+    } else {
+        ask->request.settle(&ask->request, status, NULL, NULL);
+    }
+}
+
+/* Carry WAIT or WAITAOF when the client's earlier commands are executed. */
+static void vkp_i_client_carry_behind(vkp_client *client, vkp_i_ask *ask)
+{
+    vkp_i_turn *turn = (vkp_i_turn *)vkp_i_alloc_zero(client->env, sizeof *turn);
+    if (turn != NULL) {
+        turn->client = client;
+        turn->ask = ask;
+        turn->request.due = 1;
+        turn->request.settle = vkp_i_turn_settled;
+        turn->request.bytes = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        if (vkp_i_link_start(&client->link, &turn->request)) {
+            return;
+        }
+        vkp_i_free(client->env, turn, sizeof *turn);
+    }
+    ask->request.settle(&ask->request, VKP_ERR_DISCONNECTED, NULL, NULL);
 }
 
 /* Give waiting commands the connections that are free. */

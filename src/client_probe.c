@@ -120,7 +120,7 @@ static vkp_status vkp_i_client_start_probe(vkp_client *client, const vkp_i_probe
     (void)VKP_I_ADD(&client->refs, 1);
     client->probe = probe;
     status = vkp_i_link_init(&probe->link, client->env, client->loop, &probe->config, &kind->ops);
-    if (status == VKP_OK && !vkp_i_probe_start_timer(probe)) {
+    if (status == VKP_OK && (!vkp_i_probe_start_timer(probe) || !vkp_i_client_aim(client))) {
         status = VKP_ERR_NOMEM;
     }
     if (status == VKP_OK) {

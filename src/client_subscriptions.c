@@ -152,24 +152,46 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
     return client->own.len > 0 && vkp_i_str_equal(channel, client->own);
 }
 
-/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
-   LAGGED event precedes the next push that has room.                                          */
-static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
+/* Put a LAGGED event for the missed pushes into config.pushes, if there is room. */
+static void vkp_i_client_report_missed(vkp_client *client)
 {
     vkp_push item;
-    if (client->missed > 0) {
-        memset(&item, 0, sizeof item);
-        item.kind = VKP_PUSH_LAGGED;
-        item.missed = client->missed;
-        if (vkp_mpsc_try_send(client->config.pushes, &item) == VKP_OK) {
-            client->missed = 0;
-        }
+    memset(&item, 0, sizeof item);
+    item.kind = VKP_PUSH_LAGGED;
+    item.missed = client->missed;
+    if (vkp_mpsc_try_send(client->config.pushes, &item) != VKP_ERR_FULL) {
+        client->missed = 0; /* reported, or nobody receives any longer */
+        vkp_handler_unref(client->room);
+        client->room = NULL;
     }
-    item = *push;
+}
+
+/* There may be room in config.pushes again. */
+static void vkp_i_client_on_room(void *user)
+{
+    vkp_i_client_report_missed((vkp_client *)user);
+}
+
+/* Queue a push or an event in the channel config.pushes. A push without room counts in `missed`; a
+   LAGGED event follows as soon as there is room, before any other push.                       */
+static void vkp_i_client_queue_push(vkp_client *client, const vkp_push *push)
+{
+    vkp_push item = *push;
+    if (client->missed > 0) {
+        vkp_i_client_report_missed(client);
+    }
     item.frame = vkp_bytes_ref(&push->frame);
     if (client->missed > 0 || vkp_mpsc_try_send(client->config.pushes, &item) != VKP_OK) {
         client->missed++;
         vkp_bytes_unref(&item.frame);
+    }
+    if (client->missed > 0 && client->room == NULL) {
+        static const vkp_push any = VKP_ZERO; /* says how much room is waited for */
+        vkp_case room = vkp_case_mpsc_send(client->config.pushes, &any);
+        if (vkp_handler_open(client->loop, &room, vkp_i_client_on_room, client, &client->room) !=
+            VKP_OK) {
+            client->room = NULL; /* the next push tries again */
+        }
     }
 }
 

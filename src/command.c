@@ -47,7 +47,7 @@ static const vkp_i_sharing_rule vkp_i_sharing_rules[] = {
     {"WATCH", NULL, VKP_I_SHARING_CHANGES}};
 
 /* Whether an XREAD or XREADGROUP has the option BLOCK, parsed as a server does: the name of a group
-   or of a consumer is no option. */
+   or of a consumer is no option. Options that are not known may stand before it. */
 static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
 {
     bool group = vkp_i_str_is(argv[0], "XREADGROUP");
@@ -56,15 +56,10 @@ static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
         if (vkp_i_str_is(argv[i], "BLOCK")) {
             return true;
         }
-        if (vkp_i_str_is(argv[i], "COUNT")) {
-            i += 2;
-        } else if (group && vkp_i_str_is(argv[i], "GROUP")) {
-            i += 3;
-        } else if (vkp_i_str_is(argv[i], "NOACK")) {
-            i++;
-        } else {
-            return false; /* STREAMS, or an error of syntax */
+        if (vkp_i_str_is(argv[i], "STREAMS")) {
+            return false;
         }
+        i += group && vkp_i_str_is(argv[i], "GROUP") ? 3 : vkp_i_str_is(argv[i], "COUNT") ? 2 : 1;
     }
     return false;
 }
@@ -107,6 +102,16 @@ static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
                ? VKP_I_SHARING_BLOCKS
                : VKP_I_SHARING_OK;
 }
+
+/* Whether the command waits for the writes of its connection to be elsewhere. */
+static bool vkp_i_command_is_wait(size_t argc, const vkp_str *argv)
+{
+    return argc > 0 && (vkp_i_str_is(argv[0], "WAIT") || vkp_i_str_is(argv[0], "WAITAOF"));
+}
+
+/* What precedes such a command on a connection that did not make the writes: a message, which goes
+   to the replicas too, behind all that the server did before.                                 */
+static const char vkp_i_catch_up[] = "*3\r\n$7\r\nPUBLISH\r\n$16\r\nvalkey-push:wait\r\n$0\r\n\r\n";
 
 /* The commands whose effect is their reply, upper case, sorted. What is not in the list may do
    something to its connection: commands of modules, and of servers that are younger than this. */

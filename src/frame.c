@@ -33,7 +33,25 @@ static bool vkp_i_skip_is_streamed(const uint8_t *data, size_t at)
 /* Whether the whole header at `at` is the end of a streamed value. */
 static bool vkp_i_skip_is_end(const uint8_t *data, size_t at)
 {
-    return data[at] == '.' || (data[at] == ';' && data[at + 1] == '0');
+    return data[at] == '.' || (data[at] == ';' && data[at + 1] == '0' && data[at + 2] == '\r');
+}
+
+/* The bytes that are missing of the bulk at `at`, whose header is whole; 0: none, or it is no
+   bulk.                                                                                       */
+static uint64_t vkp_i_skip_missing(const uint8_t *data, size_t len, size_t at)
+{
+    const uint8_t *lf = (const uint8_t *)memchr(data + at, '\n', len - at);
+    uint64_t number = 0;
+    size_t digit;
+    size_t body;
+    if (lf == NULL || (data[at] != '$' && data[at] != '!' && data[at] != '=')) {
+        return 0;
+    }
+    body = (size_t)(lf - data) + 1;
+    for (digit = at + 1; data[digit] >= '0' && data[digit] <= '9'; digit++) {
+        number = number * 10 + (uint64_t)(data[digit] - '0');
+    }
+    return number + 2 > len - body ? number + 2 - (len - body) : 0;
 }
 
 /* Skip the header at `at` and the bytes that belong to the value itself; the first *seen bytes hold
@@ -197,12 +215,27 @@ VKP_API size_t vkp_resp_get_frame_len(const uint8_t *data, size_t len)
     return vkp_i_skip_frame(&skip, data, len) ? skip.at : 0;
 }
 
+/* The offset of the frame's value, behind its attributes; len: it has not arrived. */
+static size_t vkp_i_frame_get_root(const uint8_t *data, size_t len)
+{
+    size_t at = 0;
+    while (at < len && data[at] == '|') {
+        vkp_i_skip skip = VKP_ZERO;
+        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
+            return len;
+        }
+        at += skip.at;
+    }
+    return at;
+}
+
 /* The next push at or behind `from` that is inside the whole frame but no element of it: its bytes
    are [*begin, *end). False: there is none.                                                   */
 static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *begin, size_t *end)
 {
     const uint8_t *data = frame->data;
     size_t len = frame->len;
+    size_t root = vkp_i_frame_get_root(data, len);
     while (from < len) {
         uint64_t elements;
         bool complete;
@@ -211,7 +244,7 @@ static bool vkp_i_frame_get_nested(const vkp_bytes *frame, size_t from, size_t *
         if (body == 0) {
             return false; /* not the case in a whole frame */
         }
-        if (from > 0 && data[from] == '>' && elements > 0 &&
+        if (from != root && data[from] == '>' && elements > 0 &&
             vkp_i_skip_is_uncounted(data, len, body, &complete)) {
             vkp_i_skip skip = VKP_ZERO;
             *begin = from;

@@ -5,7 +5,7 @@
    From the connect to VKP_I_STAGE_READY, on the loop's thread. The stages of a link, and what ends
    them; anything else that a server does ends the link, and the owner tries again:
      CONNECTING  connected: send HELLO 3 with AUTH and SETNAME: HELLO. With protocol 2, or where
-                 the server hung up at HELLO ten times: LOGIN.
+                 the server hung up at HELLO ten times and never answered one: LOGIN.
      HELLO       the reply says proto 3 or 2: SETUP. Another reply, or an error of a server that
                  does not know HELLO, in whatever words: LOGIN. NOAUTH or NOPERM although a password
                  was sent: AUTH, then HELLO again, once. Redis 6.0 asks for the default user's right
@@ -23,7 +23,8 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_PING,   /* the last one of LOGIN */
     VKP_I_STEP_SELECT, /* must be answered by OK */
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
-    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it */
+    VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
+                          it is the same */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -138,6 +139,13 @@ static bool vkp_i_link_login(vkp_i_link *link)
     return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
 }
 
+/* Ask the server for its role. False: not connected or no memory. */
+static bool vkp_i_link_ask_role(vkp_i_link *link)
+{
+    vkp_str argv = vkp_str_of("ROLE");
+    return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
+}
+
 /* The commands of the config, after the login. False: not connected or no memory. */
 static bool vkp_i_link_setup(vkp_i_link *link)
 {
@@ -148,8 +156,7 @@ static bool vkp_i_link_setup(vkp_i_link *link)
     size_t i;
     link->stage = VKP_I_STAGE_SETUP;
     if (config->role != VKP_CLIENT_ROLE_ANY && !link->role_known) {
-        argv[0] = vkp_str_of("ROLE");
-        if (!vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, argv)) {
+        if (!vkp_i_link_ask_role(link)) {
             return false;
         }
     }
@@ -238,6 +245,7 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
     link->hello_restricted = version >= VKP_I_VERSION(6, 0) && version < VKP_I_VERSION(6, 2);
     link->id = id != NULL && id->type == VKP_RESP_INTEGER ? id->u.integer : 0;
     link->protocol = vkp_i_to_protocol(proto) == 2 ? 2 : 3;
+    link->had_resp3 = link->had_resp3 || link->protocol == 3;
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
@@ -325,8 +333,10 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         }
         break;
     case VKP_I_STEP_ROLE:
-        (void)vkp_i_link_check_role(link,
-                                    failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
+        if (!failed || link->stage != VKP_I_STAGE_READY) { /* later, an error says nothing new */
+            (void)vkp_i_link_check_role(
+                link, failed ? words : vkp_value_get_str(vkp_value_get_first(value)));
+        }
         break;
     case VKP_I_STEP_SELECT:
     case VKP_I_STEP_SETUP:
@@ -368,7 +378,8 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
    then every second try begins without. False: not connected or no memory. */
 static bool vkp_i_link_begin_handshake(vkp_i_link *link)
 {
-    bool without = link->hung_up >= VKP_I_MOST_HUNG_UP && link->failures % 2 == 1;
+    bool without =
+        link->hung_up >= VKP_I_MOST_HUNG_UP && !link->had_resp3 && link->failures % 2 == 1;
     return link->config->protocol == 2 || without ? vkp_i_link_login(link)
                                                   : vkp_i_link_hello(link, true);
 }

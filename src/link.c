@@ -106,6 +106,8 @@ struct vkp_i_link {
     bool skipping;          /* the reader refused the reply that `skip` passes over */
     bool ping_refused;      /* RESP2: the server answers PING with an error */
     bool hello_restricted;  /* RESP3 of redis 6.0: only users with the right to HELLO may */
+    bool demoted;           /* a reply said that the server is a replica, and must be none */
+    bool had_resp3;         /* this server answered HELLO once: hang-ups say nothing about it */
     bool connected;         /* this try was accepted by a server's kernel */
     bool spoke;             /* this try had a reply */
     uint32_t errors;        /* errors that answered LEAVES since the last fence */
@@ -115,6 +117,7 @@ struct vkp_i_link {
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
+    bool looking;           /* this try waits for the lookup */
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
     vkp_i_known *known;     /* addresses of the last lookup; NULL: none */
     uint32_t failures;      /* tries that did not get READY, since one did */
@@ -124,6 +127,7 @@ struct vkp_i_link {
     vkp_str password;
     vkp_i_task fence_task;
     vkp_i_skip skip;
+    uint64_t dropping;                        /* skipping a bulk: bytes of it that have not come */
     char hello_words[VKP_I_LINK_ERROR_BYTES]; /* HELLO's error, when the handshake went on */
     char token[VKP_I_TOKEN_BYTES];            /* PING's argument in a fence */
     char error[VKP_I_LINK_ERROR_BYTES]; /* what ended the last connection or try; "" at first */
@@ -168,27 +172,30 @@ static void vkp_i_requests_move(vkp_i_requests *from, vkp_i_requests *to)
 
 /* ---- ending ---- */
 
-/* Stop to wait for the lookup, if one is under way. */
-static void vkp_i_link_end_lookup(vkp_i_link *link)
+/* Nobody waits for the lookup any more. */
+static void vkp_i_link_abandon_lookup(vkp_i_link *link)
 {
-    vkp_timer_stop(&link->lookup_timer);
     if (link->lookup != NULL) {
         link->lookup->done = NULL;
+        VKP_I_STORE(&link->lookup->abandoned, 1u);
         link->lookup = NULL;
     }
 }
 
-/* Close the connection, if any; its on_close is ignored because `conn` is NULL by then. The
-   requests in flight stay. */
-static void vkp_i_link_close(vkp_i_link *link)
+/* End the connection or the try, if any; the connection's on_close is ignored because `conn` is
+   NULL by then. The requests in flight stay. A lookup that is under way goes on, for the next
+   try.                                                                                        */
+static void vkp_i_link_stop(vkp_i_link *link)
 {
     vkp_conn *conn = link->conn;
     link->conn = NULL;
     link->failures += link->stage == VKP_I_STAGE_READY ? 0u : 1u;
-    vkp_i_link_end_lookup(link);
+    link->looking = false;
+    vkp_timer_stop(&link->lookup_timer);
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
+    link->dropping = 0;
     link->errors = 0;
     if (conn != NULL) {
         vkp_conn_close(conn);
@@ -199,13 +206,20 @@ static void vkp_i_link_close(vkp_i_link *link)
     }
 }
 
+/* The same for the last time. */
+static void vkp_i_link_close(vkp_i_link *link)
+{
+    vkp_i_link_abandon_lookup(link);
+    vkp_i_link_stop(link);
+}
+
 /* The link failed: why is the reason, words are the server's, or of no length. */
 static void vkp_i_link_fail(vkp_i_link *link, const char *why, vkp_str words)
 {
     int len = (int)VKP_I_MIN(words.len, sizeof link->error);
     (void)snprintf(link->error, sizeof link->error, "%s%s%.*s", why, len > 0 ? ": " : "", len,
                    len > 0 ? words.ptr : "");
-    vkp_i_link_close(link); /* ends the memory of words */
+    vkp_i_link_stop(link); /* ends the memory of words */
     link->ops->on_down(link);
 }
 
@@ -478,6 +492,10 @@ static void vkp_i_link_reply(vkp_i_link *link, const vkp_value *value, const vkp
     vkp_i_request *oldest = link->flight.first;
     link->spoke = true;
     link->hung_up = 0;
+    if (value->type == VKP_RESP_ERROR && link->config->role == VKP_CLIENT_ROLE_PRIMARY &&
+        vkp_i_starts_with(vkp_value_get_str(value), "READONLY")) {
+        link->demoted = true;
+    }
     if (oldest == NULL) {
         vkp_i_link_lose(link, "a reply that nobody asked for");
         return;
@@ -606,7 +624,7 @@ static bool vkp_i_link_deliver_nested(vkp_i_link *link, const vkp_bytes *frame, 
     return true;
 }
 
-/* Handle the pushes inside a reply, then the reply without them. False: no memory. */
+/* Handle the pushes inside a reply or a push, then that without them. False: no memory. */
 static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
 {
     vkp_conn *conn = link->conn;
@@ -626,7 +644,11 @@ static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
         ok = value != NULL;
     }
     if (ok && link->conn == conn) {
-        vkp_i_link_reply(link, value, &rest);
+        if (value->type == VKP_RESP_PUSH) {
+            vkp_i_link_push(link, value, &rest);
+        } else {
+            vkp_i_link_reply(link, value, &rest);
+        }
     }
     vkp_bytes_unref(&rest);
     return ok;
@@ -635,28 +657,21 @@ static bool vkp_i_link_unnest(vkp_i_link *link, const vkp_bytes *frame)
 /* One whole value arrived: a push or a reply. */
 static void vkp_i_link_value(vkp_i_link *link, const vkp_value *value, const vkp_bytes *frame)
 {
-    if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
+    if (value->i_has_nested != 0) {
+        if (!vkp_i_link_unnest(link, frame)) {
+            vkp_i_link_lose(link, "out of memory");
+        }
+    } else if (value->type == VKP_RESP_PUSH || vkp_i_link_is_push2(link, value)) {
         vkp_i_link_push(link, value, frame);
-    } else if (frame->data[0] == '>') {
-        /* ">-1": old servers send a push that says nothing */
-    } else if (value->i_has_nested == 0) {
+    } else if (frame->data[0] != '>') { /* ">-1": old servers send a push that says nothing */
         vkp_i_link_reply(link, value, frame);
-    } else if (!vkp_i_link_unnest(link, frame)) {
-        vkp_i_link_lose(link, "out of memory");
     }
 }
 
 /* The type byte of the frame's value, behind its attributes; 0: it has not arrived. */
 static uint8_t vkp_i_frame_type(const uint8_t *data, size_t len)
 {
-    size_t at = 0;
-    while (at < len && data[at] == '|') {
-        vkp_i_skip skip = VKP_ZERO;
-        if (!vkp_i_skip_value(&skip, data + at, len - at)) {
-            return 0;
-        }
-        at += skip.at;
-    }
+    size_t at = vkp_i_frame_get_root(data, len);
     return at < len ? data[at] : 0;
 }
 
@@ -684,37 +699,61 @@ static void vkp_i_link_refuse(vkp_i_link *link, vkp_status status, const uint8_t
     }
 }
 
+/* The reply that the reader refused is behind: its command has no other one. */
+static void vkp_i_link_skipped(vkp_i_link *link)
+{
+    vkp_i_request *oldest = link->flight.first;
+    link->skipping = false;
+    vkp_resp_reader_reset(link->reader);
+    vkp_i_link_answered(link, oldest);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
+    }
+}
+
+/* Continue behind a bulk that is too large: it is not kept. Returns the bytes used. */
+static size_t vkp_i_link_drop(vkp_i_link *link, const vkp_bytes *in)
+{
+    size_t used = (size_t)VKP_I_MIN((uint64_t)in->len, link->dropping);
+    link->dropping -= used;
+    if (link->dropping == 0) {
+        vkp_i_link_skipped(link);
+    }
+    return used;
+}
+
 /* Continue behind a reply that the reader refused; its bytes are at the start of `in`. The pushes
    inside it are delivered. Returns its bytes, or 0: more are needed, or the link failed. */
 static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
 {
     vkp_conn *conn = link->conn;
-    vkp_i_request *oldest = link->flight.first;
     vkp_bytes frame = *in;
+    if (link->dropping > 0) {
+        return vkp_i_link_drop(link, in);
+    }
     if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        link->dropping = vkp_i_skip_missing(in->data, in->len, 0);
+        if (link->dropping > 0) {
+            return in->len;
+        }
         if (in->len > link->reader->config.max_frame_bytes) {
             vkp_i_link_lose(link, "a reply above max_frame_bytes");
         }
         return 0;
     }
-    link->skipping = false;
-    vkp_resp_reader_reset(link->reader);
     frame.len = link->skip.at;
+    vkp_resp_reader_reset(link->reader);
     if (!vkp_i_link_deliver_nested(link, &frame, NULL)) {
         vkp_i_link_lose(link, "a push in a reply that is over a limit");
     }
     if (link->conn != conn) {
         return 0;
     }
-    vkp_i_link_answered(link, oldest);
-    if (--oldest->due == 0) {
-        (void)vkp_i_requests_pop(&link->flight);
-        oldest->settle(oldest, VKP_ERR_LIMIT, NULL, NULL);
-    }
+    vkp_i_link_skipped(link);
     return frame.len;
 }
 
-/* Read as many whole values as arrived; the bytes of an incomplete one are delivered again. */
 /* Whether the owner reads the bytes itself from here on. */
 static bool vkp_i_link_is_raw(const vkp_i_link *link)
 {
@@ -762,6 +801,9 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         used += consumed;
         vkp_i_link_value(link, value, &frame);
         raw = has_reader && vkp_i_link_is_raw(link);
+    }
+    if (link->demoted && link->conn == conn) { /* the command has its answer */
+        vkp_i_link_lose(link, "the server is a replica now");
     }
     if (raw && link->conn == conn && used < in->len) {
         vkp_bytes rest;

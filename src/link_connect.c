@@ -5,6 +5,7 @@
    From an address text to a connection, on the loop's thread. A host name is looked up by the
    resolver of the config, in its thread; without a resolver the lookup blocks this thread. When a
    name server does not answer in time, the addresses of the last lookup of the same name serve.
+   What a lookup finds after its try has ended is kept: the next try has it, or waits for the rest.
    Each try begins with another address of the name: one that accepts connections and does not
    answer must not be the only one that is tried. Within a try each address gets a share of the time
    (see vkp_conn_config.connect_ms). */
@@ -91,24 +92,35 @@ static bool vkp_i_link_knows(const vkp_i_link *link, const vkp_i_parts *parts)
            strcmp(link->known->parts.port, parts->port) == 0;
 }
 
-/* The resolver has the outcome of the lookup. */
-static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
+/* Keep the addresses that were found. */
+static void vkp_i_link_keep_addresses(vkp_i_link *link, const vkp_i_lookup *lookup)
 {
-    vkp_i_link *link = (vkp_i_link *)lookup->user;
-    bool known = vkp_i_link_knows(link, &lookup->parts);
-    link->lookup = NULL;
-    vkp_timer_stop(&link->lookup_timer);
-    link->ops->hold(link);
-    if (lookup->count > 0 && link->known == NULL) {
+    if (link->known == NULL) {
         link->known = (vkp_i_known *)vkp_i_alloc_zero(link->env, sizeof *link->known);
     }
-    if (lookup->count > 0 && link->known != NULL) {
+    if (link->known != NULL) {
         link->known->parts = lookup->parts;
         link->known->count = lookup->count;
         memcpy(link->known->addresses, lookup->addresses, sizeof lookup->addresses);
-        known = true;
     }
-    if (known) {
+}
+
+/* The resolver has the outcome of the lookup, perhaps after the try that began it. */
+static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
+{
+    vkp_i_link *link = (vkp_i_link *)lookup->user;
+    bool looking = link->looking;
+    link->lookup = NULL;
+    link->looking = false;
+    vkp_timer_stop(&link->lookup_timer);
+    if (lookup->count > 0) {
+        vkp_i_link_keep_addresses(link, lookup);
+    }
+    if (!looking) {
+        return;
+    }
+    link->ops->hold(link);
+    if (vkp_i_link_knows(link, &lookup->parts)) {
         vkp_i_link_dial_known(link);
     } else {
         vkp_i_link_lose(link, lookup->count > 0 ? "out of memory" : "the host name was not found");
@@ -116,24 +128,32 @@ static void vkp_i_link_looked_up(vkp_i_lookup *lookup)
     link->ops->release(link);
 }
 
-/* The lookup takes too long: use what is known. The lookup goes on, nobody waits for it. */
+/* The lookup takes too long: use what is known. The lookup goes on, and this try does not wait for
+   it. */
 static void vkp_i_link_lookup_late(vkp_timer *timer)
 {
     vkp_i_link *link = VKP_CONTAINER(timer, vkp_i_link, lookup_timer);
+    link->looking = false;
     link->ops->hold(link);
-    vkp_i_link_end_lookup(link);
     vkp_i_link_dial_known(link);
     link->ops->release(link);
 }
 
-/* Ask the resolver for the addresses of the name. */
+/* Ask the resolver for the addresses of the name, unless it was asked already. */
 static vkp_status vkp_i_link_look_up(vkp_i_link *link, const vkp_i_parts *parts)
 {
-    link->lookup =
-        vkp_i_resolver_ask(link->config->resolver, link->loop, parts, vkp_i_link_looked_up, link);
+    if (link->lookup != NULL && (strcmp(link->lookup->parts.host, parts->host) != 0 ||
+                                 strcmp(link->lookup->parts.port, parts->port) != 0)) {
+        vkp_i_link_abandon_lookup(link);
+    }
+    if (link->lookup == NULL) {
+        link->lookup = vkp_i_resolver_ask(link->config->resolver, link->loop, parts,
+                                          vkp_i_link_looked_up, link);
+    }
     if (link->lookup == NULL) {
         return VKP_ERR_NOMEM;
     }
+    link->looking = true;
     if (vkp_i_link_knows(link, parts)) {
         uint64_t deadline_ns = vkp_i_after_ms(vkp_i_loop_now(link->loop), VKP_I_LOOKUP_MS);
         return vkp_timer_start(&link->lookup_timer, link->loop, vkp_i_link_lookup_late, 0,
@@ -161,6 +181,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->role_known = false;
     link->ping_refused = false;
     link->hello_restricted = false;
+    link->demoted = false;
     link->subscribed = false;
     link->id = 0;
     link->hello_words[0] = '\0';

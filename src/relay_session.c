@@ -356,19 +356,6 @@ static bool vkp_i_command_is_state(size_t argc, const vkp_str *argv)
            (vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY"));
 }
 
-/* WAIT is about the writes of its connection, and the client's went over another one. A message
-   that goes to the replicas too is behind all of them.                                        */
-static void vkp_i_session_catch_up(vkp_i_session *session)
-{
-    vkp_str argv[3];
-    argv[0] = vkp_str_of("PUBLISH");
-    argv[1] = vkp_str_of("valkey-push:wait");
-    argv[2] = vkp_str_of("");
-    if (!session->multi_sent) {
-        vkp_i_session_tell(session, 0, 3, argv);
-    }
-}
-
 /* Send a command of the client. */
 static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
                               const vkp_bytes *bytes)
@@ -394,8 +381,11 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
         call.clear = 0;
         call.flags = 0;
     }
-    if (vkp_i_str_is(argv[0], "WAIT") || vkp_i_str_is(argv[0], "WAITAOF")) {
-        vkp_i_session_catch_up(session);
+    if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
+        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
+        vkp_i_call hidden = VKP_ZERO;
+        hidden.flags = VKP_I_CALL_HIDDEN;
+        vkp_i_session_send(session, hidden, &catch_up);
     }
     vkp_i_session_send(session, call, bytes);
     if (vkp_i_str_is(argv[0], "CLIENT") && argc > 2 && vkp_i_str_is(argv[1], "REPLY") &&

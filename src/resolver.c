@@ -15,7 +15,8 @@ typedef struct vkp_i_lookup {
     const vkp_env *env;
     vkp_i_parts parts; /* host and port */
     vkp_address addresses[VKP_I_LOOKUP_ADDRESSES];
-    size_t count; /* 0: the name was not found, or the resolver is closed */
+    size_t count;       /* 0: the name was not found, or the resolver is closed */
+    uint32_t abandoned; /* atomic: nobody waits, it need not be looked up */
     /* Called on the loop's thread, once, before the lookup is freed. NULL: no interest. */
     void (*done)(struct vkp_i_lookup *lookup);
     void *user; /* of done */
@@ -139,7 +140,7 @@ VKP_API void vkp_resolver_run(vkp_resolver *resolver)
         if (status != VKP_OK) {
             return;
         }
-        if (!vkp_i_resolver_is_closed(resolver)) {
+        if (!vkp_i_resolver_is_closed(resolver) && VKP_I_LOAD(&lookup->abandoned) == 0) {
             int found = vkp_i_sys(resolver->env)
                             ->resolve(lookup->parts.host, lookup->parts.port, lookup->addresses,
                                       VKP_I_LOOKUP_ADDRESSES);

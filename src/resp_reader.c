@@ -971,8 +971,9 @@ static vkp_status vkp_i_reader_quick(vkp_resp_reader *reader, const uint8_t *win
 
 /* Whether the end of the frame can be found although a step refused the value at `position`: a
    line, however long and whatever its digits, ends at its LF, and an aggregate of a known count has
-   an end, however deep or large it is, as a streamed one has. No end is found behind a length that
-   is wrong or too large, within a streamed string, or behind an unknown type.                 */
+   an end, however deep or large it is, as a streamed one has, and a bulk ends where its length
+   says. No end is found behind a length that is wrong, within a streamed string, or behind an
+   unknown type.                                                                               */
 static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t *window, size_t len)
 {
     uint8_t mark;
@@ -984,7 +985,7 @@ static bool vkp_i_reader_knows_end(const vkp_resp_reader *reader, const uint8_t 
     if (vkp_i_reader_is_full(reader, mark)) {
         return true;
     }
-    return reader->status == VKP_ERR_LIMIT      ? mark != '$' && mark != '!' && mark != '='
+    return reader->status == VKP_ERR_LIMIT      ? true
            : reader->status == VKP_ERR_PROTOCOL ? memchr(":,(#_", mark, 5) != NULL
                                                 : false;
 }

@@ -121,6 +121,9 @@ VKP_API vkp_status vkp_sync_wait_ready(vkp_sync *sync, uint64_t deadline_ns)
     bool again = true;
     VKP_I_REQUIRE(sync != NULL);
     while (status == VKP_OK && vkp_client_get_state(sync->client) != VKP_CLIENT_READY) {
+        if (vkp_client_get_state(sync->client) == VKP_CLIENT_CLOSED) {
+            return VKP_ERR_CLOSED;
+        }
         if (!again) {
             return VKP_ERR_TIMEOUT;
         }
@@ -174,6 +177,31 @@ VKP_API vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadline_ns, vkp_re
     va_end(arguments);
     return text != NULL ? VKP_ERR_LIMIT
                         : vkp_sync_command_argv(sync, argc, argv, deadline_ns, reply);
+}
+
+VKP_API vkp_status vkp_sync_vcommandf(vkp_sync *sync, uint64_t deadline_ns, vkp_reply **reply,
+                                      const char *format, va_list arguments)
+{
+    vkp_oneshot slot;
+    vkp_status status;
+    VKP_I_REQUIRE(sync != NULL && reply != NULL);
+    status = vkp_client_vcommandf(sync->client, &slot, format, arguments);
+    if (status == VKP_OK) {
+        status = vkp_i_sync_wait_reply(sync, &slot, deadline_ns, reply);
+        vkp_oneshot_close(&slot);
+    }
+    return status;
+}
+
+VKP_API vkp_status vkp_sync_commandf(vkp_sync *sync, uint64_t deadline_ns, vkp_reply **reply,
+                                     const char *format, ...)
+{
+    va_list arguments;
+    vkp_status status;
+    va_start(arguments, format);
+    status = vkp_sync_vcommandf(sync, deadline_ns, reply, format, arguments);
+    va_end(arguments);
+    return status;
 }
 
 VKP_API vkp_status vkp_sync_append_argv(vkp_sync *sync, size_t argc, const vkp_str *argv)

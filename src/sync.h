@@ -9,8 +9,8 @@
 typedef struct vkp_sync_config {
     /* How the loop waits, for example &vkp_backend_poll; required. */
     const vkp_backend *backend;
-    /* The client; its address is required, on_push and pushes must be unset, and its env is that of
-       the loop too. */
+    /* The client; its address or url is required, on_push and pushes must be unset, and its env is
+       that of the loop too. */
     vkp_client_config client;
     /* Most bytes of pushes that wait for vkp_sync_next_push; what is over is dropped, and LAGGED
        says how many. Default: 8 MiB. */
@@ -18,7 +18,7 @@ typedef struct vkp_sync_config {
 } vkp_sync_config;
 
 /* Open a client, which begins to connect when a call waits. config, its backend and its client's
-   address are required.
+   address or url are required.
    Owns:   borrows config (as vkp_loop_open and vkp_client_open do); gives *sync
    Blocks: never     Threads: any     In callbacks: ok
    Errors: INVALID (a null argument, no backend, on_push or pushes), NOMEM, those of vkp_loop_open
@@ -31,15 +31,16 @@ VKP_API vkp_client *vkp_sync_get_client(vkp_sync *sync);
 
 /* Wait until the client is READY. After TIMEOUT vkp_client_get_error says why it is not.
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT, SYS (the backend's wait failed), INVALID (sync NULL) */
+   Errors: TIMEOUT, CLOSED (the client), SYS (the backend's wait failed), INVALID (sync NULL) */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_wait_ready(vkp_sync *sync, uint64_t deadline_ns);
 
 /* Send a command, whose arguments are terminated strings and then NULL, and wait for its reply. An
    error of the server is a reply of type VKP_RESP_ERROR.
    Owns:   borrows the arguments; gives *reply, to unref
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT (the command may have run), DISCONNECTED (the same, or nothing was sent), SYS,
-   those of vkp_client_command */
+   Errors: TIMEOUT (the command may have run), DISCONNECTED (the same, or nothing was sent, or the
+   reply was over a limit, or a RESP2 connection with subscriptions carries no commands), SYS, those
+   of vkp_client_command */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadline_ns,
                                                   vkp_reply **reply, ...) __attribute__((sentinel));
 
@@ -50,6 +51,21 @@ VKP_API VKP_NODISCARD vkp_status vkp_sync_command(vkp_sync *sync, uint64_t deadl
 VKP_API VKP_NODISCARD vkp_status vkp_sync_command_argv(vkp_sync *sync, size_t argc,
                                                        const vkp_str *argv, uint64_t deadline_ns,
                                                        vkp_reply **reply);
+
+/* vkp_sync_command with one command in a format, see vkp_client_commandf.
+   Owns:   borrows the arguments; gives *reply, to unref
+   Blocks: until deadline_ns     Threads: one     In callbacks: no
+   Errors: as vkp_sync_command, and those of vkp_client_commandf */
+VKP_API VKP_NODISCARD vkp_status vkp_sync_commandf(vkp_sync *sync, uint64_t deadline_ns,
+                                                   vkp_reply **reply, const char *format, ...);
+
+/* vkp_sync_commandf with the arguments of a caller that is variadic itself; it calls va_end.
+   Owns:   borrows the arguments; gives *reply, to unref
+   Blocks: until deadline_ns     Threads: one     In callbacks: no
+   Errors: as vkp_sync_commandf */
+VKP_API VKP_NODISCARD vkp_status vkp_sync_vcommandf(vkp_sync *sync, uint64_t deadline_ns,
+                                                    vkp_reply **reply, const char *format,
+                                                    va_list arguments);
 
 /* Send a command without waiting for its reply, which vkp_sync_next_reply returns. Many of them
    form a pipeline.
@@ -83,7 +99,7 @@ VKP_API VKP_NODISCARD vkp_status vkp_sync_unsubscribe(vkp_sync *sync, vkp_sub_ki
 /* Wait for the next push, or event of the client.
    Owns:   gives *push, to vkp_push_unref
    Blocks: until deadline_ns     Threads: one     In callbacks: no
-   Errors: TIMEOUT, SYS, INVALID (a null argument) */
+   Errors: TIMEOUT, CLOSED (the client, and no push is left), SYS, INVALID (a null argument) */
 VKP_API VKP_NODISCARD vkp_status vkp_sync_next_push(vkp_sync *sync, uint64_t deadline_ns,
                                                     vkp_push *push);
 

@@ -1183,6 +1183,49 @@ vkp_client *open_client(vkp_loop *loop, const vkp_client_config &config)
 
 } // namespace
 
+TEST_CASE("client: what had no room is told as soon as there is room", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Channel channel(&loop.test.env, 4);
+    vkp_client_config config = server.config();
+    config.pushes = channel.tx;
+    vkp_client *client = open_client(loop, config);
+    Peer peer = server.greet(loop);
+    std::string text;
+    for (int i = 0; i < 10; i++) {
+        text += push({"message", "c", std::to_string(i)});
+    }
+    Sending fence;
+    REQUIRE(fence.send(client, wire({"FENCE"}), 1) == VKP_OK);
+    loop.round();
+    say(peer, text + "+f\r\n");
+    vkp_test_run_until(loop, "the fence", [&] { return fence.calls == 1; });
+    SECTION("no push follows")
+    {
+        CHECK(channel.take() == "connected");
+        std::string line;
+        vkp_test_run_until(loop, "a push that says what is missing", [&] {
+            line = channel.take();
+            return line == "lagged 7";
+        });
+        CHECK(channel.take().empty());
+        loop.round();
+        CHECK(channel.take().empty());
+        vkp_client_unref(client);
+    }
+    SECTION("the client is closed")
+    {
+        CHECK(channel.take() == "connected");
+        vkp_client_close(client);
+        vkp_client_unref(client);
+        CHECK(channel.take() == "message c 0");
+        CHECK(channel.take() == "message c 1");
+        CHECK(channel.take() == "message c 2");
+        CHECK(channel.take() == "lagged 7");
+    }
+}
+
 TEST_CASE("client: a full channel drops, and LAGGED tells the exact number", "[client]")
 {
     Loop loop;
@@ -1627,7 +1670,36 @@ TEST_CASE("client: the reader's limits are the config's", "[client]")
     say(peer, bulk(std::string(100, 'x')) + bulk(std::string(101, 'x')));
     CHECK(fits.text_on(loop) == std::string(100, 'x'));
     CHECK(beyond.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
-    CHECK(client.history() == "connected, disconnected");
+    // A length is an end: the reply costs its own command.
+    Question after(client, {"C"});
+    loop.round();
+    say(peer, bulk(std::string(100, 'y')));
+    CHECK(after.text_on(loop) == std::string(100, 'y'));
+    CHECK(client.history() == "connected");
+}
+
+TEST_CASE("client: a bulk over the limit is not kept while it comes", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.resp.max_bulk_bytes = 100;
+    Client client(loop, config);
+    Peer peer = server.greet(loop, client);
+    Question beyond(client, {"A"});
+    Question after(client, {"B"});
+    loop.round();
+    say(peer, "$20000000\r\n");
+    const std::string piece(20000, 'x');
+    for (int i = 0; i < 1000; i++) {
+        say(peer, piece);
+        loop.round();
+        REQUIRE(vkp_test_env_live_bytes(&loop.test) < 1000000);
+    }
+    say(peer, "\r\n+b\r\n");
+    CHECK(after.text_on(loop) == "b");
+    CHECK(beyond.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
+    CHECK(client.history() == "connected");
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -215,6 +215,105 @@ TEST_CASE("corner: an error to HELLO is not why a connection that worked ends", 
     CHECK(client.events[1].payload == "the connection was lost");
 }
 
+TEST_CASE("corner: a server that answered HELLO once has RESP3, however often it hangs up",
+          "[client]")
+{
+    Loop loop(&vkp_backend_null, 0);
+    FakeServer server;
+    Client client(loop, server.config());
+    Peer peer = server.greet(loop, client);
+    peer.reset();
+    for (int i = 0; i < 40; i++) { // a proxy whose backend restarts
+        peer = server.accept(loop);
+        CHECK(heard(loop, peer) == wire({"HELLO", "3"}));
+        peer.reset();
+    }
+    peer = server.greet(loop, client);
+    CHECK(vkp_client_get_protocol(client) == 3);
+}
+
+TEST_CASE("corner: a name that no server accepts is INVALID", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.name = GENERATE(vkp_str_of("my app"), vkp_str_of("line\nfeed"), vkp_str_of("\xc3\xa4"));
+    vkp_client *client = nullptr;
+    CHECK(vkp_client_open(loop, &config, &client) == VKP_ERR_INVALID);
+}
+
+TEST_CASE("corner: RESP2: a server that does not say who we are keeps us waiting, not lost",
+          "[client]")
+{
+    Loop loop(&vkp_backend_null, 0);
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.protocol = 2;
+    config.heartbeat_ms = VKP_OFF;
+    Client client(loop, config);
+    Peer peer = server.accept(loop);
+    CHECK(heard(loop, peer) == wire({"PING"}));
+    say(peer, "+PONG\r\n");
+    until_state(loop, client, VKP_CLIENT_READY);
+    Question question(client, {"GET", "k"});
+    CHECK(heard(loop, peer) == wire({"GET", "k"}));
+    for (int i = 0; i < 5; i++) { // CLIENT PAUSE of some seconds
+        Peer probe = server.accept(loop);
+        CHECK(heard(loop, probe) == wire({"PING"}));
+        say(probe, "+PONG\r\n");
+        CHECK(heard(loop, probe) == wire({"PING"}));
+        say(probe, "+PONG\r\n");
+        hung_up(loop, probe);
+    }
+    say(peer, "+v\r\n");
+    CHECK(question.text_on(loop) == "v");
+    CHECK(client.history() == "connected");
+}
+
+TEST_CASE("corner: a push inside a push is delivered too", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    Peer peer = server.greet(loop, client);
+    const std::string inner = push({"message", "c", "inside"});
+    const std::string attribute = "|1\r\n+a\r\n*1\r\n" + inner + ":1\r\n";
+    SECTION("an element stands behind it")
+    {
+        say(peer, ">2\r\n$10\r\ninvalidate\r\n*1\r\n" + inner + "$1\r\nk\r\n");
+        until_events(loop, client, 3);
+        CHECK(client.events[1].payload == "inside");
+        CHECK(client.events[2].kind == VKP_PUSH_INVALIDATE);
+    }
+    SECTION("in an attribute")
+    {
+        say(peer, attribute + push({"message", "c", "outside"}));
+        until_events(loop, client, 3);
+        CHECK(client.events[1].payload == "inside");
+        CHECK(client.events[2].payload == "outside");
+    }
+    INFO(client.error());
+    CHECK(client.history().find("disconnected") == std::string::npos);
+}
+
+TEST_CASE("corner: an option that stands before BLOCK does not hide it", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    for (const std::vector<std::string> &command :
+         {std::vector<std::string>{"XREADGROUP", "GROUP", "g", "c", "CLAIM", "100", "BLOCK", "0",
+                                   "STREAMS", "x", ">"},
+          std::vector<std::string>{"XREAD", "NEWER", "BLOCK", "0", "STREAMS", "x", "0"}}) {
+        std::vector<vkp_str> argv;
+        for (const std::string &word : command) {
+            argv.push_back(vkp_str{word.data(), word.size()});
+        }
+        vkp_oneshot slot;
+        CHECK(vkp_client_command_argv(client, &slot, argv.size(), argv.data()) == VKP_ERR_REFUSED);
+    }
+}
+
 TEST_CASE("corner: RESP2: a name is left where PING is refused", "[client]")
 {
     Loop loop;

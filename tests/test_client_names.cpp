@@ -274,6 +274,59 @@ TEST_CASE("names: a name server that does not answer delays nobody else", "[clie
     }
 }
 
+TEST_CASE("names: a lookup that outlasts its try serves the next one", "[client][threads]")
+{
+    Named loop;
+    FakeServer server;
+    loop.table.silent = true;
+    {
+        Resolver resolver(&loop.test.env);
+        vkp_client_config config = by_name(resolver);
+        config.connect_timeout_ms = 20;
+        Client client(loop, config);
+        const bool between = GENERATE(true, false);
+        until_events(loop, client, 1);
+        CHECK(client.events[0].payload == "no connection within the time limit");
+        if (between) {
+            loop.table.answer({address_of(server)});
+        } else {
+            vkp_test_run_until(loop, "more tries", [&] {
+                vkp_client_stats stats;
+                vkp_client_get_stats(client, &stats);
+                return stats.failures >= 3;
+            });
+            CHECK(loop.table.lookups() == 1); // they wait for the same one
+            loop.table.answer({address_of(server)});
+        }
+        Peer peer = server.greet(loop, client);
+        CHECK(client.history() == "connect-failed, connected");
+    }
+}
+
+TEST_CASE("names: a lookup that nobody waits for is not made", "[client][threads]")
+{
+    Named loop;
+    FakeServer server;
+    loop.table.silent = true;
+    {
+        Resolver resolver(&loop.test.env);
+        Client first(loop, by_name(resolver));
+        vkp_test_run_until(loop, "the lookup", [&] { return loop.table.lookups() == 1; });
+        {
+            Client second(loop, by_name(resolver)); // its lookup waits for the thread
+            loop.round();
+            loop.round();
+        }
+        Client third(loop, by_name(resolver));
+        loop.round();
+        loop.table.answer({address_of(server)});
+        Peer one = server.greet(loop);
+        Peer two = server.greet(loop);
+        until_state(loop, third, VKP_CLIENT_READY);
+        CHECK(loop.table.lookups() == 2);
+    }
+}
+
 TEST_CASE("names: without an answer the addresses of the last lookup serve", "[client][threads]")
 {
     Named loop;

@@ -12,10 +12,18 @@ namespace {
 
 class Blocking {
   public:
-    explicit Blocking(size_t most, vkp_client_config (*change)(vkp_client_config) = nullptr)
+    explicit Blocking(size_t most, vkp_client_config (*change)(vkp_client_config) = nullptr,
+                      bool with_password = false)
         : loop(&vkp_backend_null, 0), client(loop, config(most, change))
     {
-        peer = server.greet(loop, client);
+        if (!with_password) {
+            peer = server.greet(loop, client);
+            return;
+        }
+        peer = server.accept(loop);
+        (void)heard(loop, peer);
+        say(peer, hello_reply);
+        until_state(loop, client, VKP_CLIENT_READY);
     }
     vkp_client_config config(size_t most, vkp_client_config (*change)(vkp_client_config)) const
     {
@@ -28,6 +36,7 @@ class Blocking {
     FakeServer server;
     Client client;
     Peer peer;
+    Peer own;
 };
 
 const std::vector<std::string> blpop = {"BLPOP", "l", "0"};
@@ -177,6 +186,62 @@ TEST_CASE("private: a login that fails or does not end fails the command", "[cli
     }
     CHECK(blocked.text_on(with.loop) == vkp_status_str(VKP_ERR_CLOSED));
     CHECK(with.client.history() == "connected");
+}
+
+TEST_CASE("private: WAIT comes behind what the client wrote before, on both connections",
+          "[client]")
+{
+    Blocking with(1);
+    const std::vector<std::string> catch_up = {"PUBLISH", "valkey-push:wait", ""};
+    for (int i = 0; i < 2; i++) { // a new connection, and one that is kept
+        Question write(with.client, {"SET", "k", "v"});
+        Question wait(with.client, {"WAIT", "1", "0"});
+        CHECK(heard(with.loop, with.peer) == wire({"SET", "k", "v"}));
+        CHECK(heard(with.loop, with.peer) == wire(catch_up));
+        for (int round = 0; round < 5; round++) {
+            with.loop.round();
+            CHECK(with.server.try_accept() == nullptr); // the write has no answer
+        }
+        say(with.peer, "+OK\r\n:0\r\n");
+        CHECK(write.text_on(with.loop) == "OK");
+        if (i == 0) {
+            with.own = with.server.greet(with.loop);
+        }
+        CHECK(heard(with.loop, with.own) == wire(catch_up));
+        CHECK(heard(with.loop, with.own) == wire({"WAIT", "1", "0"}));
+        CHECK(wait.try_recv() == VKP_ERR_EMPTY);
+        say(with.own, ":0\r\n:1\r\n");
+        CHECK(wait.text_on(with.loop) == "1");
+    }
+    Question lost(with.client, {"WAITAOF", "1", "0", "0"});
+    CHECK(heard(with.loop, with.peer) == wire(catch_up));
+    with.peer.reset();
+    CHECK(lost.text_on(with.loop) == vkp_status_str(VKP_ERR_CLOSED));
+}
+
+TEST_CASE("private: a connection of its own logs in as the client does now", "[client]")
+{
+    Blocking with(
+        1,
+        [](vkp_client_config config) {
+            config.password = vkp_str_of("hooked");
+            return config;
+        },
+        true);
+    vkp_oneshot slot;
+    REQUIRE(vkp_client_authenticate(with.client, &slot, vkp_str_of("ann"), vkp_str_of("new")) ==
+            VKP_OK);
+    CHECK(heard(with.loop, with.peer) == wire({"AUTH", "ann", "new"}));
+    say(with.peer, "+OK\r\n");
+    with.loop.round();
+    vkp_reply *reply = nullptr;
+    vkp_test_run_until(with.loop, "the reply",
+                       [&] { return vkp_oneshot_try_recv(&slot, &reply) == VKP_OK; });
+    vkp_reply_unref(reply);
+    vkp_oneshot_close(&slot);
+    Question blocked(with.client, {"BLPOP", "l", "0"});
+    Peer own = with.server.accept(with.loop);
+    CHECK(heard(with.loop, own) == wire({"HELLO", "3", "AUTH", "ann", "new"}));
 }
 
 TEST_CASE("private: an outage of the shared connection leaves them alone", "[client]")

@@ -17,7 +17,12 @@ class Subscribed {
   public:
     Subscribed(vkp_loop *loop, const std::vector<std::string> &names,
                vkp_sub_kind kind = VKP_SUB_CHANNEL)
-        : client(loop, server.config())
+        : Subscribed(loop, names, nullptr, kind)
+    {
+    }
+    Subscribed(vkp_loop *loop, const std::vector<std::string> &names,
+               vkp_client_config (*change)(vkp_client_config), vkp_sub_kind kind = VKP_SUB_CHANNEL)
+        : client(loop, change != nullptr ? change(server.config()) : server.config())
     {
         peer = server.greet(loop, client);
         for (const std::string &name : names) {
@@ -224,11 +229,16 @@ TEST_CASE("promise: a reply whose shape is refused fails its own command alone",
         Form{"an integer beyond 64 bits", "*2\r\n:99999999999999999999\r\n$1\r\nx\r\n"},
         Form{"a boolean that is none", "#x\r\n"},
         Form{"in the midst of an array", "*3\r\n+a\r\n(abc\r\n%1\r\n+k\r\n$4\r\n(b\r\n\r\n"},
-        Form{"behind an attribute", "|1\r\n+a\r\n:1\r\n(abc\r\n"});
+        Form{"behind an attribute", "|1\r\n+a\r\n:1\r\n(abc\r\n"},
+        Form{"a bulk that is too long", bulk(std::string(5001, 'x'))},
+        Form{"a long bulk in an array", "*2\r\n" + bulk(std::string(5001, 'x')) + "+b\r\n"});
     const size_t cut = GENERATE(size_t{0}, size_t{1}, size_t{4093});
     INFO(form.what);
     Loop loop;
-    Subscribed with(loop, {"c"});
+    Subscribed with(loop, {"c"}, [](vkp_client_config config) {
+        config.resp.max_bulk_bytes = 5000;
+        return config;
+    });
     Question before(with.client, {"A"});
     Sending refused;
     REQUIRE(refused.send(with.client, wire({"B"}), 1) == VKP_OK);
@@ -789,6 +799,27 @@ TEST_CASE("promise: a server that knows it is told the library's name and versio
     CHECK(question.text_on(loop) == "v");
 }
 
+TEST_CASE("promise: the role is asked for with each heartbeat", "[client]")
+{
+    Loop loop(&vkp_backend_null, 0);
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.role = VKP_CLIENT_ROLE_PRIMARY;
+    Client client(loop, config);
+    Peer peer = server.accept(loop);
+    (void)heard(loop, peer);
+    say(peer, "%2\r\n+proto\r\n:3\r\n+role\r\n+master\r\n");
+    until_state(loop, client, VKP_CLIENT_READY);
+    CHECK(heard(loop, peer) == wire({"CLIENT", "INFO"}));
+    CHECK(heard(loop, peer) == wire({"ROLE"}));
+    say(peer, "-NOPERM no info\r\n-NOPERM says nothing\r\n");
+    CHECK(heard(loop, peer) == wire({"PING"}));
+    CHECK(heard(loop, peer) == wire({"ROLE"}));
+    say(peer, "+PONG\r\n*1\r\n+slave\r\n");
+    until_events(loop, client, 2);
+    CHECK(client.events[1].payload == "not a primary but a: slave");
+}
+
 TEST_CASE("promise: READONLY from a server that was a primary is a reason to look again",
           "[client]")
 {
@@ -802,10 +833,24 @@ TEST_CASE("promise: READONLY from a server that was a primary is a reason to loo
     (void)heard(loop, peer);
     say(peer, "%2\r\n+proto\r\n:3\r\n+role\r\n+master\r\n");
     until_state(loop, client, VKP_CLIENT_READY);
-    Question write(client, {"SET", "k", "v"});
-    CHECK(heard(loop, peer) == wire({"SET", "k", "v"}));
-    say(peer, "-READONLY You can't write against a read only replica.\r\n");
-    CHECK(write.text_on(loop) == "error: READONLY You can't write against a read only replica.");
+    const std::string refusal = "-READONLY You can't write against a read only replica.\r\n";
+    SECTION("the reply")
+    {
+        Question write(client, {"SET", "k", "v"});
+        CHECK(heard(loop, peer) == wire({"SET", "k", "v"}));
+        say(peer, refusal);
+        CHECK(write.text_on(loop) ==
+              "error: READONLY You can't write against a read only replica.");
+    }
+    SECTION("one of several replies")
+    {
+        Sending writes;
+        REQUIRE(writes.send(client, wire({"SET", "k", "v"}) + wire({"PING"}), 2) == VKP_OK);
+        (void)heard(loop, peer);
+        (void)heard(loop, peer);
+        say(peer, refusal + "+PONG\r\n");
+        vkp_test_run_until(loop, "the replies", [&] { return writes.calls == 1; });
+    }
     if (role == VKP_CLIENT_ROLE_PRIMARY) {
         hung_up(loop, peer);
         CHECK(client.events[1].payload == "the server is a replica now");

@@ -1953,6 +1953,8 @@ TEST_CASE("streamed: nothing behind the last byte is needed, and nothing less is
         CHECK(frame_len(bytes + ":1\r\n") == bytes.size());
         CHECK(frame_len(bytes + ".\r\n") == bytes.size());
     }
+    CHECK(frame_len("$?\r\n;0\r\n") == 8);
+    CHECK(frame_len("$?\r\n;01\r\n") == 0); // a chunk of one byte, which the reader refuses
 }
 
 TEST_CASE("streamed: random trees are those that they are counted", "[resp][streamed][split]")

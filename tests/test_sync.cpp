@@ -201,6 +201,34 @@ TEST_CASE("sync: nobody is there", "[sync]")
     CHECK(sync.next_push() == "connect-failed");
 }
 
+TEST_CASE("sync: a client that is closed is no reason to wait", "[sync]")
+{
+    Sync sync("unix:/nonexistent/nobody");
+    vkp_client_close(vkp_sync_get_client(sync));
+    CHECK(vkp_sync_wait_ready(sync, VKP_FOREVER) == VKP_ERR_CLOSED);
+    vkp_push push;
+    CHECK(vkp_sync_next_push(sync, VKP_FOREVER, &push) == VKP_ERR_CLOSED);
+}
+
+TEST_CASE("sync: a command in a format", "[sync][server]")
+{
+    NEEDS_A_SERVER
+    const char *const none[] = {nullptr};
+    vkp_test_server *server = vkp_test_server_open(none);
+    {
+        Sync sync(vkp_test_server_unix(server));
+        vkp_reply *reply = nullptr;
+        REQUIRE(vkp_sync_wait_ready(sync, vkp_test_deadline()) == VKP_OK);
+        REQUIRE(vkp_sync_commandf(sync, vkp_test_deadline(), &reply, "SET user:%d %b", 7, "a b\0c",
+                                  size_t{5}) == VKP_OK);
+        vkp_reply_unref(reply);
+        CHECK(sync.command({"STRLEN", "user:7"}) == "5");
+        CHECK(vkp_sync_commandf(sync, vkp_test_deadline(), &reply, "GET %y", 1) == VKP_ERR_INVALID);
+        CHECK(vkp_sync_commandf(nullptr, 0, &reply, "GET x") == VKP_ERR_INVALID);
+    }
+    vkp_test_server_close(server);
+}
+
 TEST_CASE("sync: wrong arguments are refused", "[sync]")
 {
     vkp_sync *sync = nullptr;
