@@ -35,7 +35,7 @@
            >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
            >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
-           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
+           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */
@@ -911,6 +911,13 @@ typedef struct vkp_client_config {
        this client wrote before. Closing its slot gives the command up. Such a connection
        is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
     size_t private_max;
+
+    /* How many milliseconds a command waits for a connection, over tries that fail; then its reply
+       is DISCONNECTED. A command that was written is not sent again. A waiting command is a reason
+       to try at once: no pause between two tries is longer than retry_min_ms then. Default: 0, a
+       command waits for the end of the try that is under way, and between two tries it is refused.
+       */
+    uint64_t hold_ms;
 
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
@@ -3095,6 +3102,13 @@ typedef struct vkp_relay_config {
     size_t private_max;
     /* Commands that need such a connection are refused. Default: false. */
     bool shared_only;
+    /* How many milliseconds a command waits while there is no connection to the server; then its
+       client is disconnected, as it would be by the server's end. A client whose command was sent
+       when the connection was lost is disconnected at once. Default: 1,000. VKP_OFF: none waits. */
+    uint64_t hold_ms;
+    /* When messages may have been lost, disconnect the clients that were subscribed to one of the
+       names. Default: false, the subscribers of VKP_RELAY_GAP_CHANNEL are notified. */
+    bool close_on_gap;
     vkp_str username; /* user name for the server; default: the default user */
     vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -3161,6 +3175,12 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str addr
 /* The pub/sub channel of the message that carries vkp_relay_config.shutdown_notice. */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
 
+/* The pub/sub channel of a message for each GAP of the relay's connection for subscriptions: a JSON
+   object with the numbers "from" and "to", milliseconds since 1970, the text "reason", and "names",
+   an array of objects with "kind" (channel, pattern or shard) and "name", or null for all that were
+   subscribed. Bytes outside of ASCII are written as \\u00XX. */
+#define VKP_RELAY_GAP_CHANNEL "valkey-push:gap"
+
 /* Shut down in order: stop accepting, answer the commands that were received, send each client the
    shutdown_notice, write what is queued, close each connection; at the deadline close the others.
    Then on_end(user) is called once, on loops[0]. NULL on_end: not called. Later calls are ignored.
@@ -3181,8 +3201,11 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
-    size_t privates;          /* connections to the server that carry one client, or wait for one */
-    uint64_t privates_opened; /* such connections opened */
+    uint64_t outages;         /* connections to the server that were lost */
+    uint64_t gaps;            /* times in which messages may have been lost */
+    uint64_t lost;   /* clients closed because the server was not there, or by close_on_gap */
+    size_t privates; /* connections to the server that carry one client, or wait for one */
+    uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
 } vkp_relay_stats;
 
@@ -18381,8 +18404,9 @@ typedef struct vkp_i_request {
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
     bool moved;                 /* LEAVES: a MOVED followed its push */
     bool by_error;              /* LEAVES: an error was its answer */
-    uint64_t sent_ns;           /* when it was written, on the loop's clock */
-    vkp_bytes bytes;            /* the commands to write; empty once written */
+    uint64_t sent_ns; /* when it was written, on the loop's clock; before, when it began to
+                                   wait, where that matters                                    */
+    vkp_bytes bytes;  /* the commands to write; empty once written */
     /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
     bool (*accept)(struct vkp_i_request *request, const vkp_push *push);
     /* The request is out of flight; the callback owns it. OK: value and frame are the last reply,
@@ -19866,7 +19890,7 @@ struct vkp_client {
     VKP_I_MUTEX mutex;    /* guards the fields from `submitted` to `error`, and ask->slot */
     vkp_i_requests submitted; /* asks that the loop has not taken; guarded by the mutex */
     size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
-    bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
+    bool accepting;           /* commands are accepted: not WAITING, or hold_ms; guarded */
     bool ended;               /* closed: every ask gets CLOSED; guarded by the mutex */
     bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
     bool close_wanted;        /* `task` closes the client; guarded by the mutex */
@@ -19913,6 +19937,7 @@ struct vkp_client {
     size_t resuming;               /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;           /* when the server's counts last agreed with the table */
     uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
+    vkp_timer hold_timer;          /* ends the wait of the oldest command for a connection */
     vkp_handler *room;             /* waits for room in config.pushes; NULL: nothing is missed */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
@@ -20254,6 +20279,9 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_ask *ask)
         status = VKP_ERR_FULL;
     } else {
         client->queued_bytes += ask->cost;
+        if (client->config.hold_ms > 0) {
+            ask->request.sent_ns = vkp_i_loop_clock(client->loop);
+        }
         vkp_i_requests_append(&client->submitted, &ask->request);
         vkp_i_client_schedule(client);
     }
@@ -22689,7 +22717,8 @@ static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
 {
     VKP_I_STORE_REL(&client->state, (uint32_t)state);
     VKP_I_LOCK(&client->mutex);
-    client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY;
+    client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY ||
+                        (state == VKP_CLIENT_WAITING && client->config.hold_ms > 0);
     VKP_I_UNLOCK(&client->mutex);
     if (vkp_watch_replace(client->states, &state) != VKP_OK) {
         vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a state was not reported");
@@ -22753,15 +22782,82 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
 }
 
 /* Move to `failed` every command without a reply, written or not, and every WANT that waits;
-   wanted names stay. All are moved before the first callback, because a callback may close the
-   client.                                                                                     */
+   wanted names stay, and with hold_ms the commands that are not written. All are moved before the
+   first callback, because a callback may close the client.                                    */
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     client->ready = false;
     vkp_i_client_end_probe(client);
     vkp_i_requests_move(&client->link.flight, &client->failed);
-    vkp_i_client_collect(client, false, true, &client->failed);
+    vkp_i_client_collect(client, false, client->config.hold_ms == 0 || client->closed,
+                         &client->failed);
     vkp_i_client_suspend(client);
+}
+
+/* ---- commands that wait for a connection ---- */
+
+/* When the oldest command in `submitted` began to wait; 0: there is none. */
+static uint64_t vkp_i_client_waits_since(vkp_client *client)
+{
+    vkp_i_request *request;
+    uint64_t since_ns;
+    VKP_I_LOCK(&client->mutex);
+    request = client->submitted.first;
+    while (request != NULL && vkp_i_request_is_interest(request)) {
+        request = request->next;
+    }
+    since_ns = request != NULL ? request->sent_ns : 0;
+    VKP_I_UNLOCK(&client->mutex);
+    return since_ns;
+}
+
+static void vkp_i_client_on_hold_timer(vkp_timer *timer);
+
+/* Commands may wait while there is no connection: limit their wait, and try soon. */
+static void vkp_i_client_hold_commands(vkp_client *client)
+{
+    uint64_t since_ns =
+        client->ready || client->config.hold_ms == 0 ? 0 : vkp_i_client_waits_since(client);
+    uint64_t soon_ns = vkp_i_after_ms(vkp_i_loop_now(client->loop), client->config.retry_min_ms);
+    if (since_ns == 0) {
+        return;
+    }
+    if (client->hold_timer.i_index == 0 &&
+        vkp_timer_start(&client->hold_timer, client->loop, vkp_i_client_on_hold_timer, 0,
+                        vkp_i_after_ms(since_ns, client->config.hold_ms)) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a command may wait without end");
+    }
+    if (vkp_client_get_state(client) == VKP_CLIENT_WAITING &&
+        client->timer.i_deadline_ns > soon_ns) {
+        vkp_i_client_start_timer(client, client->config.retry_min_ms);
+    }
+}
+
+/* The oldest command has waited for hold_ms: it fails, with those of its age. */
+static void vkp_i_client_on_hold_timer(vkp_timer *timer)
+{
+    vkp_client *client = VKP_CONTAINER(timer, vkp_client, hold_timer);
+    uint64_t now_ns = client->loop->now_ns;
+    vkp_i_requests all;
+    vkp_i_request *request;
+    if (client->ready) {
+        return; /* they are written */
+    }
+    (void)VKP_I_ADD(&client->refs, 1);
+    vkp_i_requests_init(&all);
+    VKP_I_LOCK(&client->mutex);
+    vkp_i_requests_move(&client->submitted, &all);
+    while ((request = vkp_i_requests_pop(&all)) != NULL) {
+        bool late = !vkp_i_request_is_interest(request) &&
+                    vkp_i_after_ms(request->sent_ns, client->config.hold_ms) <= now_ns;
+        vkp_i_requests_append(late ? &client->failed : &client->submitted, request);
+    }
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_settle_failed(client, VKP_ERR_DISCONNECTED);
+    if (!client->closed) {
+        vkp_i_client_hold_commands(client);
+    }
+    vkp_i_client_release(client);
 }
 
 /* Milliseconds to wait: random, uniform, up to a bound that doubles with each try, so that many
@@ -22804,6 +22900,7 @@ static void vkp_i_client_down(vkp_client *client)
               client->config.address.ptr, why.ptr);
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
+    vkp_i_client_hold_commands(client);
     vkp_i_client_collect_failed(client);
     client->failure_reported = !was_ready;
     if (!was_ready) {
@@ -23013,6 +23110,7 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
 static void vkp_i_client_take(vkp_client *client)
 {
     vkp_i_request *request;
+    vkp_i_client_hold_commands(client);
     vkp_i_client_collect(client, true, client->ready, &client->taken);
     while ((request = vkp_i_requests_pop(&client->taken)) != NULL) {
         vkp_i_client_dispatch(client, VKP_CONTAINER(request, vkp_i_ask, request));
@@ -23033,6 +23131,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_set_state(client, VKP_CLIENT_CLOSED);
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
+    vkp_timer_stop(&client->hold_timer);
     vkp_i_link_close(&client->link);
     vkp_i_client_end_privates(client);
     (void)snprintf(client->link.error, sizeof client->link.error, "closed");
@@ -23855,8 +23954,8 @@ VKP_API void vkp_push_loop_unref(vkp_push_loop *self)
    A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
    confirmed to the local client when the server confirmed it, or immediately when the server is
    disconnected.
-   Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
-   PUBLISH.
+   relay->subscribers counts subscribers over all shards: so any shard of a relay that stands alone
+   answers PUBLISH, and the server's counts, in which the relay is one, can be mended.
    References: one of the relay for its owner, for each local client and for each task between
    threads; one of a local client (loop's thread) for its connection, each answer and each
    subscription under way.
@@ -23873,6 +23972,8 @@ typedef struct vkp_i_session vkp_i_session;
 #define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs in RESP2 */
 #define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 in RESP2 */
 #define VKP_I_SHAPE_NULL_LAST 16u    /* a last element that is null is *-1 in RESP2 */
+#define VKP_I_SHAPE_NUMSUB 32u       /* counts of subscribers, in which the relay counts as one */
+#define VKP_I_SHAPE_SHARDNUMSUB 64u  /* the same of shard channels */
 
 /* The place of one reply in the order of a local client's commands. */
 typedef struct vkp_i_answer {
@@ -23883,6 +23984,7 @@ typedef struct vkp_i_answer {
     size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
     vkp_bytes bytes;           /* the reply to send, valid once `done` */
     bool done;                 /* the reply is complete; loop's thread of the local client */
+    bool lost;                 /* there is no reply: the client is closed in its place */
     uint8_t protocol;          /* the local client's protocol when it sent the command */
     uint32_t shape_count;      /* for EXEC: number of shapes behind the struct, one per command */
     uint8_t shape;             /* VKP_I_SHAPE_* of a single command */
@@ -23905,6 +24007,7 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
 #define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
 #define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
+#define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
 #define VKP_I_LOCAL_PAUSED \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
@@ -23961,6 +24064,8 @@ typedef struct vkp_i_subscriber_count {
     size_t count;        /* above 0 */
 } vkp_i_subscriber_count;
 
+#define VKP_I_REASON_BYTES 160 /* text of vkp_relay.reason, terminated */
+
 struct vkp_relay {
     const vkp_env *env;
     size_t refs;         /* atomic */
@@ -23986,26 +24091,31 @@ struct vkp_relay {
     VKP_I_MUTEX mutex;                    /* guards `subscribers` and the shards' `handovers` */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
-    bool draining;               /* vkp_relay_drain was called; loop 0's thread */
-    size_t live_shards;          /* atomic: shards that have not drained yet */
-    vkp_timer drain_timer;       /* deadline of the drain; loop 0's */
-    vkp_i_task end_task;         /* runs vkp_i_relay_end on loop 0 */
-    void (*on_end)(void *user);  /* called on loop 0 at the end of a drain, or NULL */
-    void *end_user;              /* argument of on_end */
-    vkp_str notice;              /* text for clients at a drain: a copy, or NULL */
-    void (*on_idle)(void *user); /* called on loop 0 after linger_ms without clients, or NULL */
-    void *user;                  /* argument of on_idle */
-    uint64_t linger_ms;          /* time without clients before on_idle */
-    uint32_t idle_queued;        /* atomic: 1 while idle_task is queued */
-    vkp_i_task idle_task;        /* starts idle_timer on loop 0; queued by any shard's thread */
-    vkp_timer idle_timer;        /* runs for linger_ms; loop 0's */
-    uint64_t messages_in;        /* atomic: messages from upstream, or by PUBLISH */
-    uint64_t deliveries;         /* atomic: messages delivered to local clients */
-    uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
-    uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
-    uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
-    uint64_t privates_opened;    /* atomic: sessions opened */
-    uint64_t privates_refused;   /* atomic: commands refused because of private_max */
+    bool draining;                   /* vkp_relay_drain was called; loop 0's thread */
+    size_t live_shards;              /* atomic: shards that have not drained yet */
+    vkp_timer drain_timer;           /* deadline of the drain; loop 0's */
+    vkp_i_task end_task;             /* runs vkp_i_relay_end on loop 0 */
+    void (*on_end)(void *user);      /* called on loop 0 at the end of a drain, or NULL */
+    void *end_user;                  /* argument of on_end */
+    vkp_str notice;                  /* text for clients at a drain: a copy, or NULL */
+    void (*on_idle)(void *user);     /* called on loop 0 after linger_ms without clients, or NULL */
+    void *user;                      /* argument of on_idle */
+    uint64_t linger_ms;              /* time without clients before on_idle */
+    uint32_t idle_queued;            /* atomic: 1 while idle_task is queued */
+    vkp_i_task idle_task;            /* starts idle_timer on loop 0; queued by any shard's thread */
+    vkp_timer idle_timer;            /* runs for linger_ms; loop 0's */
+    uint64_t messages_in;            /* atomic: messages from upstream, or by PUBLISH */
+    uint64_t deliveries;             /* atomic: messages delivered to local clients */
+    uint64_t lagged;                 /* atomic: messages lost because a shard's channel was full */
+    uint64_t slow_closed;            /* atomic: clients closed with VKP_CLOSE_SLOW */
+    uint64_t protocol_errors;        /* atomic: clients closed for a protocol error */
+    uint64_t gaps;                   /* atomic: gaps of `push` */
+    uint64_t lost;                   /* atomic: clients closed for want of a reply, or for a gap */
+    char reason[VKP_I_REASON_BYTES]; /* of the last outage of `push`; loop 0's thread */
+    bool close_on_gap;               /* constant */
+    uint64_t hold_ms;                /* constant; 0: commands do not wait */
+    uint64_t privates_opened;        /* atomic: sessions opened */
+    uint64_t privates_refused;       /* atomic: commands refused because of private_max */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -24204,7 +24314,12 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
         local->answer_count--;
         local->asked_bytes -= answer->asked_bytes;
         local->held_bytes -= answer->bytes.len;
-        if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
+        if (answer->lost && (local->flags & (VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_LOST)) == 0) {
+            local->flags |= VKP_I_LOCAL_LOST;
+            (void)VKP_I_ADD(&local->shard->relay->lost, (uint64_t)1);
+            vkp_conn_drain(local->member.conn);
+        }
+        if ((local->flags & (VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_LOST)) == 0) {
             vkp_i_local_send(local, &answer->bytes);
         }
         vkp_i_answer_free(answer);
@@ -24328,230 +24443,6 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-relay-resp2   Relay: replies for clients of RESP2
-   ======================================================================================
-   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
-   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
-   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
-   describes where a server's RESP2 reply differs from a plain conversion of the types.
-   vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
-   the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
-   vkp_i_answer_return runs on the local client's loop again. In between only loop
-   0 touches the reply; of the local client loop 0 reads `shard` alone.                        */
-
-/* ---- conversion of replies ---- */
-
-/* Whether the received bytes mean the same in RESP2. */
-static bool vkp_i_value_is_resp2(const vkp_value *value)
-{
-    uint32_t i;
-    for (i = 0; i < value->span; i++) {
-        const vkp_value *each = &value[i];
-        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
-                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
-                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
-        if (!plain || each->attributes != 0) {
-            return false;
-        }
-    }
-    return true;
-}
-
-/* Write an array of pairs as one flat array. */
-static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
-{
-    const vkp_value *each;
-    const vkp_value *inner;
-    size_t count = 0;
-    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
-        count += each->type == VKP_RESP_ARRAY ? each->len : 1;
-    }
-    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
-    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
-        if (each->type != VKP_RESP_ARRAY) {
-            vkp_resp_put_value(writer, each, 2);
-            continue;
-        }
-        for (inner = vkp_value_get_first(each); inner != NULL;
-             inner = vkp_value_get_next(each, inner)) {
-            vkp_resp_put_value(writer, inner, 2);
-        }
-    }
-}
-
-static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
-
-/* Write the map of XREAD as an array of pairs: a stream's name and its entries. A deleted entry
-   has a null array for its fields.                                                            */
-static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
-{
-    const vkp_value *entry;
-    const vkp_value *each = vkp_value_get_first(value);
-    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len / 2);
-    while (each != NULL) {
-        const vkp_value *second = vkp_value_get_next(value, each);
-        if (second == NULL) {
-            break; /* a map has pairs */
-        }
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, 2);
-        vkp_resp_put_value(writer, each, 2);
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, second->len);
-        for (entry = vkp_value_get_first(second); entry != NULL;
-             entry = vkp_value_get_next(second, entry)) {
-            vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
-        }
-        each = vkp_value_get_next(value, second);
-    }
-}
-
-/* Write a RESP3 reply as the server would have written it to a RESP2 client. */
-static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
-{
-    const vkp_value *each;
-    if (value->type == VKP_RESP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
-        vkp_resp_put_raw(writer, "*-1\r\n", 5);
-    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
-        vkp_i_put_flat(writer, value);
-    } else if (value->type == VKP_RESP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
-        vkp_i_put_pairs(writer, value);
-    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
-        for (each = vkp_value_get_first(value); each != NULL;
-             each = vkp_value_get_next(value, each)) {
-            vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
-        }
-    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
-        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
-        for (each = vkp_value_get_first(value); each != NULL;
-             each = vkp_value_get_next(value, each)) {
-            bool last = vkp_value_get_next(value, each) == NULL;
-            vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
-        }
-    } else {
-        vkp_resp_put_value(writer, value, 2);
-    }
-}
-
-/* Write the reply of an EXEC: each element by the shape of its command. */
-static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
-                            size_t count)
-{
-    const vkp_value *each;
-    size_t i = 0;
-    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
-    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
-        vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
-        i++;
-    }
-}
-
-/* The reply in the local client's protocol: shares the received bytes where they mean the same,
-   otherwise converts.                                                                         */
-static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
-                                       const vkp_value *value, const vkp_bytes *frame,
-                                       vkp_bytes *out)
-{
-    vkp_resp_writer writer;
-    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
-    if (answer->protocol == 3
-            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
-            : !has_shape && vkp_i_value_is_resp2(value)) {
-        *out = vkp_bytes_ref(frame);
-        return VKP_OK;
-    }
-    vkp_resp_writer_init(&writer, env);
-    if (answer->protocol == 3) {
-        vkp_resp_put_value(&writer, value, 3);
-    } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
-        vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
-    } else {
-        vkp_i_put_resp2(&writer, value, answer->shape);
-    }
-    return vkp_resp_writer_take(&writer, out);
-}
-
-/* The answer is back on its local client's loop, with its reply: send it if no older answer is
-   pending. Above max_reply_bytes the client closes later.                                     */
-static void vkp_i_answer_return(vkp_i_task *task)
-{
-    vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
-    vkp_i_local *local = answer->local;
-    answer->done = true;
-    local->held_bytes += answer->bytes.len;
-    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
-        local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
-            local->shard->relay->max_reply_bytes) {
-        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0);
-    }
-    vkp_i_local_flush_answers(local);
-}
-
-#define VKP_I_UPSTREAM_TEXT 160 /* bytes of the error texts below, terminated */
-
-/* Loop 0: the upstream client has the reply, or failed. The local client belongs to its own
-   loop: only its `shard` may be read here.                                                    */
-static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
-                                  const vkp_bytes *frame)
-{
-    vkp_i_answer *answer = (vkp_i_answer *)user;
-    vkp_i_shard *shard = answer->local->shard;
-    const vkp_env *env = shard->relay->env;
-    char text[VKP_I_UPSTREAM_TEXT];
-    if (status == VKP_OK) {
-        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
-    }
-    if (status != VKP_OK) {
-        (void)snprintf(text, sizeof text, "%s",
-                       status == VKP_ERR_REFUSED
-                           ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
-                       : status == VKP_ERR_NOMEM ? "ERR the relay is out of memory"
-                       : status == VKP_ERR_LIMIT
-                           ? "ERR the reply is nested too deeply, or has a line that is too long"
-                           : "ERR the upstream connection was lost; the command may have run");
-        answer->bytes = vkp_i_error_bytes(env, text);
-    }
-    if (vkp_i_on_loop(shard->loop)) {
-        vkp_i_answer_return(&answer->task);
-        return;
-    }
-    answer->task.fn = vkp_i_answer_return;
-    if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
-        /* that loop is closed: no other thread uses its clients */
-        vkp_i_answer_return(&answer->task);
-    }
-}
-
-/* Send commands upstream; the last of their `replies` becomes the answer's reply. Local client's
-   loop.                                                                                       */
-static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
-                                uint32_t replies)
-{
-    vkp_relay *relay = local->shard->relay;
-    char text[VKP_I_UPSTREAM_TEXT];
-    vkp_status status;
-    answer->asked_bytes = commands->len;
-    local->asked_bytes += commands->len;
-    if (local->asked_bytes > VKP_I_MOST_ASKED) {
-        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
-    }
-    vkp_i_local_throttle(local);
-    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
-                             vkp_i_answer_on_reply, answer);
-    if (status != VKP_OK) {
-        (void)snprintf(text, sizeof text, "%s",
-                       status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
-                       : status == VKP_ERR_NOMEM
-                           ? "ERR the relay is out of memory"
-                           : "ERR the relay is not connected to its upstream server");
-        answer->bytes = vkp_i_error_bytes(relay->env, text);
-        vkp_i_answer_return(&answer->task);
-    }
-}
-
-#endif /* VKP_I_IO */
-
-#if VKP_I_IO
-/* ======================================================================================
    >>impl-relay-subscribe   Relay: subscriptions
    ======================================================================================
    How a SUBSCRIBE travels: on its local client's loop the client pauses (VKP_I_LOCAL_BUSY), and
@@ -24563,8 +24454,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
    Invariant: a topic of a shard's hub holds one interest of the upstream client. An
    interest beyond that is given back when its item returns, the topic's own by on_interest when
    its last member leaves.
-   Stand-alone, relay->subscribers counts subscribers by name over all shards, guarded by the
-   relay's mutex; a count changes together with the hub. With a server the counts are unused.  */
+   relay->subscribers counts subscribers by name over all shards, guarded by the relay's mutex; a
+   count changes together with the hub.                                                        */
 
 /* ---- subscriber counts ---- */
 
@@ -24701,7 +24592,7 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
     }
 }
 
-/* Subscribe in the hub and, stand-alone, count. False: no memory, nothing changed. */
+/* Subscribe in the hub, and count. False: no memory, nothing changed. */
 static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
@@ -24709,23 +24600,20 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && !vkp_i_relay_has_server(relay) &&
-        !vkp_i_subscribers_add(relay, kind, name, true)) {
+    if (added && !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
     return true;
 }
 
-/* Unsubscribe in the hub and, stand-alone, count. */
+/* Unsubscribe in the hub, and count. */
 static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (!vkp_i_relay_has_server(
-                relay)) { /* before the unsubscribe: name may be memory of the topic */
-            (void)vkp_i_subscribers_add(relay, kind, name, false);
-        }
+        /* before the unsubscribe: name may be memory of the topic */
+        (void)vkp_i_subscribers_add(relay, kind, name, false);
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }
@@ -24937,6 +24825,263 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-relay-resp2   Relay: replies for clients of RESP2
+   ======================================================================================
+   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
+   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
+   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
+   describes where a server's RESP2 reply differs from a plain conversion of the types.
+   vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
+   the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
+   vkp_i_answer_return runs on the local client's loop again. In between only loop
+   0 touches the reply; of the local client loop 0 reads `shard` alone.                        */
+
+/* ---- conversion of replies ---- */
+
+/* Whether the received bytes mean the same in RESP2. */
+static bool vkp_i_value_is_resp2(const vkp_value *value)
+{
+    uint32_t i;
+    for (i = 0; i < value->span; i++) {
+        const vkp_value *each = &value[i];
+        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
+                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
+                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
+        if (!plain || each->attributes != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Write an array of pairs as one flat array. */
+static void vkp_i_put_flat(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *each;
+    const vkp_value *inner;
+    size_t count = 0;
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        count += each->type == VKP_RESP_ARRAY ? each->len : 1;
+    }
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, count);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        if (each->type != VKP_RESP_ARRAY) {
+            vkp_resp_put_value(writer, each, 2);
+            continue;
+        }
+        for (inner = vkp_value_get_first(each); inner != NULL;
+             inner = vkp_value_get_next(each, inner)) {
+            vkp_resp_put_value(writer, inner, 2);
+        }
+    }
+}
+
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape);
+
+/* Write the map of XREAD as an array of pairs: a stream's name and its entries. A deleted entry
+   has a null array for its fields.                                                            */
+static void vkp_i_put_pairs(vkp_resp_writer *writer, const vkp_value *value)
+{
+    const vkp_value *entry;
+    const vkp_value *each = vkp_value_get_first(value);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len / 2);
+    while (each != NULL) {
+        const vkp_value *second = vkp_value_get_next(value, each);
+        if (second == NULL) {
+            break; /* a map has pairs */
+        }
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, 2);
+        vkp_resp_put_value(writer, each, 2);
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, second->len);
+        for (entry = vkp_value_get_first(second); entry != NULL;
+             entry = vkp_value_get_next(second, entry)) {
+            vkp_i_put_resp2(writer, entry, VKP_I_SHAPE_NULL_LAST);
+        }
+        each = vkp_value_get_next(value, second);
+    }
+}
+
+/* Write a RESP3 reply as the server would have written it to a RESP2 client. */
+static void vkp_i_put_resp2(vkp_resp_writer *writer, const vkp_value *value, uint32_t shape)
+{
+    const vkp_value *each;
+    if (value->type == VKP_RESP_NULL && (shape & VKP_I_SHAPE_NULL_ARRAY) != 0) {
+        vkp_resp_put_raw(writer, "*-1\r\n", 5);
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_FLAT) != 0) {
+        vkp_i_put_flat(writer, value);
+    } else if (value->type == VKP_RESP_MAP && (shape & VKP_I_SHAPE_PAIRS) != 0) {
+        vkp_i_put_pairs(writer, value);
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_ELEMENTS) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
+            vkp_i_put_resp2(writer, each, VKP_I_SHAPE_NULL_ARRAY);
+        }
+    } else if (value->type == VKP_RESP_ARRAY && (shape & VKP_I_SHAPE_NULL_LAST) != 0) {
+        vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+        for (each = vkp_value_get_first(value); each != NULL;
+             each = vkp_value_get_next(value, each)) {
+            bool last = vkp_value_get_next(value, each) == NULL;
+            vkp_i_put_resp2(writer, each, last ? VKP_I_SHAPE_NULL_ARRAY : 0);
+        }
+    } else {
+        vkp_resp_put_value(writer, value, 2);
+    }
+}
+
+/* Write the reply of an EXEC: each element by the shape of its command. */
+static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, const uint8_t *shapes,
+                            size_t count)
+{
+    const vkp_value *each;
+    size_t i = 0;
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+    for (each = vkp_value_get_first(value); each != NULL; each = vkp_value_get_next(value, each)) {
+        vkp_i_put_resp2(writer, each, i < count ? shapes[i] : 0u);
+        i++;
+    }
+}
+
+/* Write PUBSUB NUMSUB: the relay, which the server counts once, is its local clients. */
+static void vkp_i_put_numsub(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
+                             const vkp_value *value)
+{
+    const vkp_value *each = vkp_value_get_first(value);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+    while (each != NULL) {
+        const vkp_value *count = vkp_value_get_next(value, each);
+        vkp_resp_put_value(writer, each, 2);
+        if (count != NULL && count->type == VKP_RESP_INTEGER) {
+            int64_t own;
+            VKP_I_LOCK(&relay->mutex);
+            own = (int64_t)vkp_i_subscribers_count(relay, kind, vkp_value_get_str(each));
+            VKP_I_UNLOCK(&relay->mutex);
+            vkp_resp_put_integer(writer, own > 0 && count->u.integer > 0
+                                             ? count->u.integer - 1 + own
+                                             : count->u.integer);
+        } else if (count != NULL) {
+            vkp_resp_put_value(writer, count, 2);
+        }
+        each = count != NULL ? vkp_value_get_next(value, count) : NULL;
+    }
+}
+
+/* The reply in the local client's protocol: shares the received bytes where they mean the same,
+   otherwise converts.                                                                         */
+static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
+                                       const vkp_value *value, const vkp_bytes *frame,
+                                       vkp_bytes *out)
+{
+    vkp_resp_writer writer;
+    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    uint8_t numsub = answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB);
+    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
+        vkp_resp_writer_init(&writer, env);
+        vkp_i_put_numsub(&writer, answer->local->shard->relay,
+                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
+        return vkp_resp_writer_take(&writer, out);
+    }
+    if (answer->protocol == 3
+            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
+            : !has_shape && vkp_i_value_is_resp2(value)) {
+        *out = vkp_bytes_ref(frame);
+        return VKP_OK;
+    }
+    vkp_resp_writer_init(&writer, env);
+    if (answer->protocol == 3) {
+        vkp_resp_put_value(&writer, value, 3);
+    } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
+        vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
+    } else {
+        vkp_i_put_resp2(&writer, value, answer->shape);
+    }
+    return vkp_resp_writer_take(&writer, out);
+}
+
+/* The answer is back on its local client's loop, with its reply: send it if no older answer is
+   pending. Above max_reply_bytes the client closes later.                                     */
+static void vkp_i_answer_return(vkp_i_task *task)
+{
+    vkp_i_answer *answer = VKP_CONTAINER(task, vkp_i_answer, task);
+    vkp_i_local *local = answer->local;
+    answer->done = true;
+    local->held_bytes += answer->bytes.len;
+    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
+        local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
+            local->shard->relay->max_reply_bytes) {
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0);
+    }
+    vkp_i_local_flush_answers(local);
+}
+
+#define VKP_I_UPSTREAM_TEXT 160 /* bytes of the error texts below, terminated */
+
+/* Loop 0: the upstream client has the reply, or failed. The local client belongs to its own
+   loop: only its `shard` may be read here.                                                    */
+static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value *value,
+                                  const vkp_bytes *frame)
+{
+    vkp_i_answer *answer = (vkp_i_answer *)user;
+    vkp_i_shard *shard = answer->local->shard;
+    const vkp_env *env = shard->relay->env;
+    char text[VKP_I_UPSTREAM_TEXT];
+    if (status == VKP_OK) {
+        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
+    }
+    answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
+    if (status != VKP_OK && !answer->lost) {
+        (void)snprintf(text, sizeof text, "%s",
+                       status == VKP_ERR_REFUSED
+                           ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the reply is nested too deeply, or has a line that is too long");
+        answer->bytes = vkp_i_error_bytes(env, text);
+    }
+    if (vkp_i_on_loop(shard->loop)) {
+        vkp_i_answer_return(&answer->task);
+        return;
+    }
+    answer->task.fn = vkp_i_answer_return;
+    if (!vkp_i_loop_queue(shard->loop, &answer->task)) {
+        /* that loop is closed: no other thread uses its clients */
+        vkp_i_answer_return(&answer->task);
+    }
+}
+
+/* Send commands upstream; the last of their `replies` becomes the answer's reply. Local client's
+   loop.                                                                                       */
+static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const vkp_bytes *commands,
+                                uint32_t replies)
+{
+    vkp_relay *relay = local->shard->relay;
+    char text[VKP_I_UPSTREAM_TEXT];
+    vkp_status status;
+    answer->asked_bytes = commands->len;
+    local->asked_bytes += commands->len;
+    if (local->asked_bytes > VKP_I_MOST_ASKED) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
+    }
+    vkp_i_local_throttle(local);
+    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
+                             vkp_i_answer_on_reply, answer);
+    if (status != VKP_OK) {
+        answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
+        if (!answer->lost) {
+            (void)snprintf(text, sizeof text, "%s",
+                           status == VKP_ERR_FULL
+                               ? "ERR too many commands wait for the upstream server"
+                               : "ERR the relay is out of memory");
+            answer->bytes = vkp_i_error_bytes(relay->env, text);
+        }
+        vkp_i_answer_return(&answer->task);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-relay-identity   Relay: what a local client sees of itself
    ======================================================================================
    Names, the answer to HELLO, CLIENT INFO. The relay answers these itself: a local client is a
@@ -25040,7 +25185,7 @@ static void vkp_i_local_client_info(vkp_i_local *local)
    but those that the relay answers itself.
    The states of a session, and what ends them:
      OPENING  the link logs in, the client is paused. Ready: SERVING, and the client's bytes are
-              read again. Down: the next try, until VKP_I_SESSION_HOLD_MS have passed; then the
+              read again. Down: the next try, until relay->hold_ms have passed; then the
               client is closed.
      SERVING  each command has a call; a frame that is no push answers the oldest one, and says by
               vkp_i_effects what is left of the connection's state. Nothing is in flight and no
@@ -25053,7 +25198,6 @@ static void vkp_i_local_client_info(vkp_i_local *local)
    thread's.                                                                                   */
 
 #define VKP_I_SESSION_IDLE_MS 5000u /* how long a client keeps a session that it does not need */
-#define VKP_I_SESSION_HOLD_MS 1000u /* how long a client waits for a server that is not there */
 #define VKP_I_SESSION_RETRY_MS 20u  /* between two tries to connect */
 #define VKP_I_SESSION_POOL 8u       /* most sessions that one loop keeps without a client */
 
@@ -25276,6 +25420,7 @@ static void vkp_i_session_close_client(vkp_i_session *session)
     vkp_i_local *local = session->local;
     vkp_i_session_end(session);
     if (local != NULL) {
+        (void)VKP_I_ADD(&local->shard->relay->lost, (uint64_t)1);
         vkp_conn_drain(local->member.conn);
     }
 }
@@ -25789,7 +25934,7 @@ static vkp_status vkp_i_local_open_session(vkp_i_local *local)
     session->protocol = (uint8_t)protocol;
     session->local = local;
     local->session = session;
-    session->deadline_ns = vkp_i_after_ms(vkp_i_loop_now(shard->loop), VKP_I_SESSION_HOLD_MS);
+    session->deadline_ns = vkp_i_after_ms(vkp_i_loop_now(shard->loop), relay->hold_ms);
     vkp_i_local_pause(local, VKP_I_LOCAL_OPENING);
     if (vkp_i_link_init(&session->link, relay->env, shard->loop,
                         &relay->session_configs[protocol == 3 ? 1 : 0],
@@ -26377,7 +26522,7 @@ static const vkp_i_command vkp_i_commands[] = {
     {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
-    {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
+    {"ping", vkp_i_run_ping, VKP_I_CMD_ALONE | VKP_I_CMD_SUB2},
     {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
@@ -26447,6 +26592,11 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
     uint32_t shape = command != NULL ? command->flags & VKP_I_CMD_SHAPES : 0;
     bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
     bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
+    if (argc > 2 && vkp_i_str_is(argv[0], "PUBSUB")) {
+        return vkp_i_str_is(argv[1], "NUMSUB")        ? VKP_I_SHAPE_NUMSUB
+               : vkp_i_str_is(argv[1], "SHARDNUMSUB") ? VKP_I_SHAPE_SHARDNUMSUB
+                                                      : 0;
+    }
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
@@ -26511,14 +26661,14 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
     if (!vkp_i_relay_has_server(local->shard->relay)) {
         return command->run != vkp_i_run_nothing;
     }
+    if (command->run == vkp_i_run_ping) { /* otherwise the server says whether it is there */
+        return vkp_i_local_only_subscribes(local);
+    }
     if ((command->flags & VKP_I_CMD_LOCAL) == 0 || command->run == vkp_i_run_auth) {
         return false;
     }
     if (command->run == vkp_i_run_client) {
         return vkp_i_client_runs_here(argc, argv);
-    }
-    if (command->run == vkp_i_run_ping) {
-        return shares || vkp_i_local_only_subscribes(local);
     }
     if (command->run == vkp_i_run_nothing) {
         return shares && local->multi == NULL &&
@@ -26547,7 +26697,6 @@ static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_comma
     }
     if (vkp_i_local_runs_here(local, command, argc, argv)) {
         return !vkp_i_local_in_multi(local) || (flags & VKP_I_CMD_MULTI) != 0 ? VKP_I_ROUTE_HERE
-               : command->run == vkp_i_run_ping                               ? VKP_I_ROUTE_HELD
                                                                               : VKP_I_ROUTE_MULTI;
     }
     if (!vkp_i_relay_has_server(local->shard->relay)) {
@@ -27322,36 +27471,172 @@ VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const cha
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
 
+/* Write a text as JSON. */
+static void vkp_i_put_json(vkp_resp_writer *writer, vkp_str text)
+{
+    size_t i;
+    vkp_resp_put_raw(writer, "\"", 1);
+    for (i = 0; i < text.len; i++) {
+        unsigned char c = (unsigned char)text.ptr[i];
+        char escaped[8];
+        if (c < 0x20 || c >= 0x7f || c == '"' || c == '\\') {
+            (void)snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned)c);
+            vkp_resp_put_raw(writer, escaped, 6);
+        } else {
+            vkp_resp_put_raw(writer, &text.ptr[i], 1);
+        }
+    }
+    vkp_resp_put_raw(writer, "\"", 1);
+}
+
+/* Write what a gap covers as JSON. */
+static void vkp_i_put_gap(vkp_resp_writer *writer, const vkp_relay *relay, const vkp_gap *gap)
+{
+    static const char *const kinds[VKP_SUB_KINDS] = {"channel", "pattern", "shard"};
+    char text[VKP_I_ERROR_TEXT];
+    size_t i;
+    int len = snprintf(text, sizeof text, "{\"from\":%llu,\"to\":%llu,\"reason\":",
+                       (unsigned long long)gap->from_unix_ms, (unsigned long long)gap->to_unix_ms);
+    vkp_resp_put_raw(writer, text, (size_t)len);
+    vkp_i_put_json(writer, vkp_str_of(relay->reason));
+    vkp_resp_put_raw(writer, ",\"names\":", 9);
+    if (gap->names == NULL) {
+        vkp_resp_put_raw(writer, "null", 4);
+    }
+    for (i = 0; i < gap->name_count; i++) {
+        len = snprintf(text, sizeof text, "%s{\"kind\":\"%s\",\"name\":", i == 0 ? "[" : ",",
+                       kinds[gap->names[i].kind]);
+        vkp_resp_put_raw(writer, text, (size_t)len);
+        vkp_i_put_json(writer, gap->names[i].name);
+        vkp_resp_put_raw(writer, "}]", i + 1 == gap->name_count ? 2 : 1);
+    }
+    vkp_resp_put_raw(writer, "}", 1);
+}
+
+/* Whether the gap covers a name of the client. */
+static bool vkp_i_local_is_in_gap(const vkp_i_local *local, const vkp_gap *gap)
+{
+    size_t i;
+    if (gap->names == NULL) {
+        return vkp_i_local_has_names(local);
+    }
+    for (i = 0; i < gap->name_count; i++) {
+        if (vkp_hub_is_subscribed(local->shard->hub, &local->member, gap->names[i].kind,
+                                  gap->names[i].name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Disconnect the shard's clients that the gap is about. */
+static void vkp_i_shard_close_gap(vkp_i_shard *shard, const vkp_gap *gap)
+{
+    vkp_i_local *local = shard->locals;
+    while (local != NULL) {
+        vkp_i_local *next = local->next;
+        if (vkp_i_local_is_in_gap(local, gap)) {
+            (void)VKP_I_ADD(&shard->relay->lost, (uint64_t)1);
+            vkp_conn_drain(local->member.conn);
+        }
+        local = next;
+    }
+}
+
 /* Deliver a push to this shard's members: from upstream with vkp_hub_deliver, stand-alone from
    another shard with vkp_hub_publish, because its frame is not a RESP message.                */
 static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
     vkp_relay *relay = shard->relay;
-    size_t count = vkp_i_relay_has_server(relay)
-                       ? vkp_hub_deliver(shard->hub, push)
-                       : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
+    size_t count;
+    if (push->kind == VKP_PUSH_GAP) {
+        vkp_i_shard_close_gap(shard, push->gap);
+        return;
+    }
+    count = vkp_i_relay_has_server(relay)
+                ? vkp_hub_deliver(shard->hub, push)
+                : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
 }
 
-/* The upstream client received a push: deliver it in every shard. Loop 0. */
-static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+/* Deliver a message in every shard. Loop 0. */
+static void vkp_i_relay_deliver(vkp_relay *relay, const vkp_push *push)
 {
-    vkp_relay *relay = (vkp_relay *)user;
     size_t i;
-    if (!vkp_i_push_kind_is_message(push->kind)) {
-        if (vkp_i_push_kind_is_event(push->kind)) {
-            vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
-                      VKP_FMT(push->payload));
-        }
-        return;
-    }
     (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
     vkp_i_shard_on_push(&relay->shards[0], push);
     for (i = 1; i < relay->shard_count; i++) {
         vkp_push copy = *push;
         copy.frame = vkp_bytes_ref(&push->frame);
         vkp_i_shard_forward(&relay->shards[i], &copy);
+    }
+}
+
+/* Messages may have been lost: a message says so. Loop 0. */
+static void vkp_i_relay_report_gap(vkp_relay *relay, const vkp_gap *gap)
+{
+    vkp_str channel = vkp_str_of(VKP_RELAY_GAP_CHANNEL);
+    vkp_resp_writer json;
+    vkp_resp_writer message;
+    vkp_bytes text;
+    vkp_push push;
+    vkp_resp_writer_init(&json, relay->env);
+    vkp_i_put_gap(&json, relay, gap);
+    if (vkp_resp_writer_take(&json, &text) != VKP_OK) {
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a gap was not reported");
+        return;
+    }
+    memset(&push, 0, sizeof push);
+    vkp_resp_writer_init(&message, relay->env);
+    vkp_resp_put_aggregate(&message, VKP_RESP_PUSH, 3);
+    vkp_i_put_text(&message, "message");
+    vkp_resp_put_bulk(&message, channel.ptr, channel.len);
+    vkp_resp_put_bulk(&message, text.data, text.len);
+    if (vkp_resp_writer_take(&message, &push.frame) == VKP_OK) {
+        push.kind = VKP_PUSH_MESSAGE;
+        push.sub = VKP_SUB_CHANNEL;
+        push.channel = channel;
+        push.payload = vkp_i_str(push.frame.data + push.frame.len - 2 - text.len, text.len);
+        vkp_i_relay_deliver(relay, &push);
+        vkp_bytes_unref(&push.frame);
+    }
+    vkp_bytes_unref(&text);
+}
+
+/* A gap of the connection for subscriptions. Loop 0. */
+static void vkp_i_relay_on_gap(vkp_relay *relay, const vkp_push *push)
+{
+    size_t i;
+    (void)VKP_I_ADD(&relay->gaps, (uint64_t)1);
+    vkp_i_relay_report_gap(relay, push->gap);
+    if (relay->close_on_gap) {
+        vkp_i_shard_close_gap(&relay->shards[0], push->gap);
+        for (i = 1; i < relay->shard_count; i++) {
+            vkp_push copy = *push;
+            copy.frame = vkp_bytes_ref(&push->frame);
+            vkp_i_shard_forward(&relay->shards[i], &copy);
+        }
+    }
+}
+
+/* The upstream client received a push, or has an event. Loop 0. */
+static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    if (vkp_i_push_kind_is_message(push->kind)) {
+        vkp_i_relay_deliver(relay, push);
+        return;
+    }
+    if (push->kind == VKP_PUSH_DISCONNECTED) {
+        (void)snprintf(relay->reason, sizeof relay->reason, "%.*s", VKP_FMT(push->payload));
+    }
+    if (push->kind == VKP_PUSH_GAP) {
+        vkp_i_relay_on_gap(relay, push);
+    }
+    if (vkp_i_push_kind_is_event(push->kind)) {
+        vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
+                  VKP_FMT(push->payload));
     }
 }
 
@@ -27609,6 +27894,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
     client.resolver = config->resolver;
+    client.hold_ms = relay->hold_ms;
     client.user = relay;
     client.env = relay->env;
     client.on_push = vkp_i_relay_on_push;
@@ -27694,6 +27980,7 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
 #define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
 #define VKP_I_RELAY_SUBSCRIPTIONS 100000u
+#define VKP_I_RELAY_HOLD_MS 1000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
 {
@@ -27722,6 +28009,10 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         config->max_request_bytes > 0 ? config->max_request_bytes : VKP_I_RELAY_REQUEST_BYTES;
     relay->max_reply_bytes =
         config->max_reply_bytes > 0 ? config->max_reply_bytes : VKP_I_RELAY_REPLY_BYTES;
+    relay->close_on_gap = config->close_on_gap;
+    relay->hold_ms = config->hold_ms == VKP_OFF ? 0
+                     : config->hold_ms > 0      ? config->hold_ms
+                                                : VKP_I_RELAY_HOLD_MS;
     relay->max_subscriptions =
         config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
     VKP_I_MUTEX_INIT(&relay->mutex);
@@ -27769,6 +28060,14 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->outages = 0;
+    if (relay->push != NULL) {
+        vkp_client_stats client;
+        vkp_client_get_stats(relay->push, &client);
+        stats->outages = client.outages;
+    }
+    stats->gaps = VKP_I_LOAD(&relay->gaps);
+    stats->lost = VKP_I_LOAD(&relay->lost);
     stats->privates = VKP_I_LOAD(&relay->private_count);
     stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
     stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);

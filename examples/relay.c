@@ -25,6 +25,7 @@
 #define MOST_UIDS 64
 #define DRAIN_MS 5000
 #define DEFAULT_PRIVATES 1024
+#define DEFAULT_HOLD_MS 1000
 #define NO_LINGER SIZE_MAX
 
 #ifdef __linux__
@@ -38,6 +39,8 @@ typedef struct options {
     const char *server;
     size_t upstreams;
     size_t privates;
+    size_t hold_ms;
+    bool close_on_gap;
     const char *user;
     const char *password;
     const char *listen[MOST_LISTENERS];
@@ -66,6 +69,11 @@ static const char usage[] =
     "  --private N          most connections to the server that carry one client each, while it\n"
     "                       blocks, uses another database, watches or tracks keys, or logs in;\n"
     "                       0: what needs one is refused; default: 1024\n"
+    "  --hold MS            how long a command waits while there is no connection to the server;\n"
+    "                       then its client is disconnected; default: 1000\n"
+    "  --on-gap POLICY      when messages may have been lost: notify the subscribers of\n"
+    "                       " VKP_RELAY_GAP_CHANNEL ", or close all that are concerned;\n"
+    "                       default: notify\n"
     "  --user NAME          user name for the server; needs --pass-env\n"
     "  --pass-env VAR       the environment variable that holds the password for the server\n"
     "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
@@ -195,6 +203,7 @@ static bool read_number_option(options *opts, const char *name, const char *text
     const number_option all[] = {
         {"--upstreams", &opts->upstreams, 1, MOST_UPSTREAMS},
         {"--private", &opts->privates, 0, SIZE_MAX},
+        {"--hold", &opts->hold_ms, 0, UINT32_MAX},
         {"--threads", &opts->threads, 1, MOST_THREADS},
         {"--queue-frames", &opts->queue_frames, 1, SIZE_MAX},
         {"--queue-bytes", &opts->queue_bytes, 1, SIZE_MAX},
@@ -219,6 +228,7 @@ static bool read_number_option(options *opts, const char *name, const char *text
 static bool read_option(options *opts, const char *name, const char *value)
 {
     static const char *const policies[] = {"drop-oldest", "drop-newest", "disconnect"};
+    static const char *const on_gap[] = {"notify", "close"};
     static const vkp_on_full on_full[] = {VKP_ON_FULL_DROP_OLDEST, VKP_ON_FULL_DROP_NEWEST,
                                           VKP_ON_FULL_DISCONNECT};
     static const char *const levels[] = {"error", "warn", "info", "debug"};
@@ -246,6 +256,9 @@ static bool read_option(options *opts, const char *name, const char *value)
     } else if (strcmp(name, "--on-full") == 0) {
         ok = read_choice(value, policies, 3, &index);
         opts->on_full = on_full[ok ? index : 2];
+    } else if (strcmp(name, "--on-gap") == 0) {
+        ok = read_choice(value, on_gap, 2, &index);
+        opts->close_on_gap = ok && index == 1;
     } else if (strcmp(name, "--allow-uid") == 0) {
         ok = read_uid(value, opts);
     } else if (strcmp(name, "--shutdown-notice") == 0) {
@@ -271,6 +284,8 @@ static const option_value option_values[] = {
     {"--server", "tcp:HOST:PORT or unix:PATH"},
     {"--upstreams", "a number from 1 to 64"},
     {"--private", "a number of connections"},
+    {"--hold", "milliseconds, 0 to 4294967295"},
+    {"--on-gap", "notify or close"},
     {"--user", "a user name"},
     {"--pass-env", "the name of an environment variable that is set"},
     {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times"},
@@ -316,6 +331,7 @@ static int read_options(int argc, char **argv, options *opts)
     (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the default */
     opts->threads = 1;
     opts->privates = DEFAULT_PRIVATES;
+    opts->hold_ms = DEFAULT_HOLD_MS;
     opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
     for (i = 1; i < argc; i += 2) {
@@ -397,6 +413,9 @@ static void print_relay_metrics(vkp_relay *relay)
     print_metric("slow_closed", stats.slow_closed);
     print_metric("lagged", stats.lagged);
     print_metric("protocol_errors", stats.protocol_errors);
+    print_metric("outages", stats.outages);
+    print_metric("gaps", stats.gaps);
+    print_metric("lost", stats.lost);
     print_metric("privates", stats.privates);
     print_metric("privates_opened", stats.privates_opened);
     print_metric("privates_refused", stats.privates_refused);
@@ -503,6 +522,8 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     config.upstreams = opts->upstreams;
     config.private_max = opts->privates;
     config.shared_only = opts->privates == 0;
+    config.hold_ms = opts->hold_ms > 0 ? opts->hold_ms : VKP_OFF;
+    config.close_on_gap = opts->close_on_gap;
     config.username = vkp_str_of(opts->user);
     config.password = vkp_str_of(opts->password);
     config.loops = loops;

@@ -59,7 +59,7 @@ struct vkp_client {
     VKP_I_MUTEX mutex;    /* guards the fields from `submitted` to `error`, and ask->slot */
     vkp_i_requests submitted; /* asks that the loop has not taken; guarded by the mutex */
     size_t queued_bytes;      /* cost of all incomplete commands; guarded by the mutex */
-    bool accepting;           /* commands are accepted (CONNECTING, READY); guarded by the mutex */
+    bool accepting;           /* commands are accepted: not WAITING, or hold_ms; guarded */
     bool ended;               /* closed: every ask gets CLOSED; guarded by the mutex */
     bool task_queued;         /* `task` is queued on the loop; guarded by the mutex */
     bool close_wanted;        /* `task` closes the client; guarded by the mutex */
@@ -106,6 +106,7 @@ struct vkp_client {
     size_t resuming;               /* number of interests with a gap whose answer is due */
     uint64_t audited_ns;           /* when the server's counts last agreed with the table */
     uint64_t missed;               /* pushes without room in config.pushes since the last LAGGED */
+    vkp_timer hold_timer;          /* ends the wait of the oldest command for a connection */
     vkp_handler *room;             /* waits for room in config.pushes; NULL: nothing is missed */
     uint32_t tries;  /* attempts to connect since the bound of the wait started again */
     vkp_timer timer; /* CONNECTING: the time limit; WAITING: the next try; READY: the watch */
@@ -447,6 +448,9 @@ static vkp_status vkp_i_client_submit(vkp_client *client, vkp_i_ask *ask)
         status = VKP_ERR_FULL;
     } else {
         client->queued_bytes += ask->cost;
+        if (client->config.hold_ms > 0) {
+            ask->request.sent_ns = vkp_i_loop_clock(client->loop);
+        }
         vkp_i_requests_append(&client->submitted, &ask->request);
         vkp_i_client_schedule(client);
     }

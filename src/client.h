@@ -134,6 +134,13 @@ typedef struct vkp_client_config {
        is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
     size_t private_max;
 
+    /* How many milliseconds a command waits for a connection, over tries that fail; then its reply
+       is DISCONNECTED. A command that was written is not sent again. A waiting command is a reason
+       to try at once: no pause between two tries is longer than retry_min_ms then. Default: 0, a
+       command waits for the end of the try that is under way, and between two tries it is refused.
+       */
+    uint64_t hold_ms;
+
     /* Most bytes of commands that wait or whose reply is missing; one command always fits.
        0: 64 MiB.                                                                              */
     size_t queue_bytes;

@@ -21,7 +21,8 @@ static void vkp_i_client_set_state(vkp_client *client, vkp_client_state state)
 {
     VKP_I_STORE_REL(&client->state, (uint32_t)state);
     VKP_I_LOCK(&client->mutex);
-    client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY;
+    client->accepting = state == VKP_CLIENT_CONNECTING || state == VKP_CLIENT_READY ||
+                        (state == VKP_CLIENT_WAITING && client->config.hold_ms > 0);
     VKP_I_UNLOCK(&client->mutex);
     if (vkp_watch_replace(client->states, &state) != VKP_OK) {
         vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a state was not reported");
@@ -85,15 +86,82 @@ static void vkp_i_client_collect(vkp_client *client, bool interests, bool comman
 }
 
 /* Move to `failed` every command without a reply, written or not, and every WANT that waits;
-   wanted names stay. All are moved before the first callback, because a callback may close the
-   client.                                                                                     */
+   wanted names stay, and with hold_ms the commands that are not written. All are moved before the
+   first callback, because a callback may close the client.                                    */
 static void vkp_i_client_collect_failed(vkp_client *client)
 {
     client->ready = false;
     vkp_i_client_end_probe(client);
     vkp_i_requests_move(&client->link.flight, &client->failed);
-    vkp_i_client_collect(client, false, true, &client->failed);
+    vkp_i_client_collect(client, false, client->config.hold_ms == 0 || client->closed,
+                         &client->failed);
     vkp_i_client_suspend(client);
+}
+
+/* ---- commands that wait for a connection ---- */
+
+/* When the oldest command in `submitted` began to wait; 0: there is none. */
+static uint64_t vkp_i_client_waits_since(vkp_client *client)
+{
+    vkp_i_request *request;
+    uint64_t since_ns;
+    VKP_I_LOCK(&client->mutex);
+    request = client->submitted.first;
+    while (request != NULL && vkp_i_request_is_interest(request)) {
+        request = request->next;
+    }
+    since_ns = request != NULL ? request->sent_ns : 0;
+    VKP_I_UNLOCK(&client->mutex);
+    return since_ns;
+}
+
+static void vkp_i_client_on_hold_timer(vkp_timer *timer);
+
+/* Commands may wait while there is no connection: limit their wait, and try soon. */
+static void vkp_i_client_hold_commands(vkp_client *client)
+{
+    uint64_t since_ns =
+        client->ready || client->config.hold_ms == 0 ? 0 : vkp_i_client_waits_since(client);
+    uint64_t soon_ns = vkp_i_after_ms(vkp_i_loop_now(client->loop), client->config.retry_min_ms);
+    if (since_ns == 0) {
+        return;
+    }
+    if (client->hold_timer.i_index == 0 &&
+        vkp_timer_start(&client->hold_timer, client->loop, vkp_i_client_on_hold_timer, 0,
+                        vkp_i_after_ms(since_ns, client->config.hold_ms)) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: a command may wait without end");
+    }
+    if (vkp_client_get_state(client) == VKP_CLIENT_WAITING &&
+        client->timer.i_deadline_ns > soon_ns) {
+        vkp_i_client_start_timer(client, client->config.retry_min_ms);
+    }
+}
+
+/* The oldest command has waited for hold_ms: it fails, with those of its age. */
+static void vkp_i_client_on_hold_timer(vkp_timer *timer)
+{
+    vkp_client *client = VKP_CONTAINER(timer, vkp_client, hold_timer);
+    uint64_t now_ns = client->loop->now_ns;
+    vkp_i_requests all;
+    vkp_i_request *request;
+    if (client->ready) {
+        return; /* they are written */
+    }
+    (void)VKP_I_ADD(&client->refs, 1);
+    vkp_i_requests_init(&all);
+    VKP_I_LOCK(&client->mutex);
+    vkp_i_requests_move(&client->submitted, &all);
+    while ((request = vkp_i_requests_pop(&all)) != NULL) {
+        bool late = !vkp_i_request_is_interest(request) &&
+                    vkp_i_after_ms(request->sent_ns, client->config.hold_ms) <= now_ns;
+        vkp_i_requests_append(late ? &client->failed : &client->submitted, request);
+    }
+    VKP_I_UNLOCK(&client->mutex);
+    vkp_i_client_settle_failed(client, VKP_ERR_DISCONNECTED);
+    if (!client->closed) {
+        vkp_i_client_hold_commands(client);
+    }
+    vkp_i_client_release(client);
 }
 
 /* Milliseconds to wait: random, uniform, up to a bound that doubles with each try, so that many
@@ -136,6 +204,7 @@ static void vkp_i_client_down(vkp_client *client)
               client->config.address.ptr, why.ptr);
     vkp_i_client_set_state(client, VKP_CLIENT_WAITING);
     vkp_i_client_start_timer(client, vkp_i_client_backoff(client));
+    vkp_i_client_hold_commands(client);
     vkp_i_client_collect_failed(client);
     client->failure_reported = !was_ready;
     if (!was_ready) {
@@ -345,6 +414,7 @@ static void vkp_i_client_dispatch(vkp_client *client, vkp_i_ask *ask)
 static void vkp_i_client_take(vkp_client *client)
 {
     vkp_i_request *request;
+    vkp_i_client_hold_commands(client);
     vkp_i_client_collect(client, true, client->ready, &client->taken);
     while ((request = vkp_i_requests_pop(&client->taken)) != NULL) {
         vkp_i_client_dispatch(client, VKP_CONTAINER(request, vkp_i_ask, request));
@@ -365,6 +435,7 @@ static void vkp_i_client_close_now(vkp_client *client)
     vkp_i_client_set_state(client, VKP_CLIENT_CLOSED);
     vkp_i_loop_detach(&client->attached);
     vkp_timer_stop(&client->timer);
+    vkp_timer_stop(&client->hold_timer);
     vkp_i_link_close(&client->link);
     vkp_i_client_end_privates(client);
     (void)snprintf(client->link.error, sizeof client->link.error, "closed");

@@ -33,8 +33,9 @@ typedef struct vkp_i_request {
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
     bool moved;                 /* LEAVES: a MOVED followed its push */
     bool by_error;              /* LEAVES: an error was its answer */
-    uint64_t sent_ns;           /* when it was written, on the loop's clock */
-    vkp_bytes bytes;            /* the commands to write; empty once written */
+    uint64_t sent_ns; /* when it was written, on the loop's clock; before, when it began to
+                                   wait, where that matters                                    */
+    vkp_bytes bytes;  /* the commands to write; empty once written */
     /* NAMES and LEAVES: whether the push is for this request. It was reported then. */
     bool (*accept)(struct vkp_i_request *request, const vkp_push *push);
     /* The request is out of flight; the callback owns it. OK: value and frame are the last reply,

@@ -18,8 +18,8 @@
    A topic of a shard's hub holds one interest of the client for subscriptions. SUBSCRIBE is
    confirmed to the local client when the server confirmed it, or immediately when the server is
    disconnected.
-   Stand-alone, relay->subscribers counts subscribers over all shards, so that any shard answers
-   PUBLISH.
+   relay->subscribers counts subscribers over all shards: so any shard of a relay that stands alone
+   answers PUBLISH, and the server's counts, in which the relay is one, can be mended.
    References: one of the relay for its owner, for each local client and for each task between
    threads; one of a local client (loop's thread) for its connection, each answer and each
    subscription under way.
@@ -36,6 +36,8 @@ typedef struct vkp_i_session vkp_i_session;
 #define VKP_I_SHAPE_PAIRS 4u         /* RESP3's map is an array of pairs in RESP2 */
 #define VKP_I_SHAPE_NULL_ELEMENTS 8u /* null elements are *-1 in RESP2 */
 #define VKP_I_SHAPE_NULL_LAST 16u    /* a last element that is null is *-1 in RESP2 */
+#define VKP_I_SHAPE_NUMSUB 32u       /* counts of subscribers, in which the relay counts as one */
+#define VKP_I_SHAPE_SHARDNUMSUB 64u  /* the same of shard channels */
 
 /* The place of one reply in the order of a local client's commands. */
 typedef struct vkp_i_answer {
@@ -46,6 +48,7 @@ typedef struct vkp_i_answer {
     size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
     vkp_bytes bytes;           /* the reply to send, valid once `done` */
     bool done;                 /* the reply is complete; loop's thread of the local client */
+    bool lost;                 /* there is no reply: the client is closed in its place */
     uint8_t protocol;          /* the local client's protocol when it sent the command */
     uint32_t shape_count;      /* for EXEC: number of shapes behind the struct, one per command */
     uint8_t shape;             /* VKP_I_SHAPE_* of a single command */
@@ -68,6 +71,7 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
 #define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
 #define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
+#define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
 #define VKP_I_LOCAL_PAUSED \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
@@ -124,6 +128,8 @@ typedef struct vkp_i_subscriber_count {
     size_t count;        /* above 0 */
 } vkp_i_subscriber_count;
 
+#define VKP_I_REASON_BYTES 160 /* text of vkp_relay.reason, terminated */
+
 struct vkp_relay {
     const vkp_env *env;
     size_t refs;         /* atomic */
@@ -149,26 +155,31 @@ struct vkp_relay {
     VKP_I_MUTEX mutex;                    /* guards `subscribers` and the shards' `handovers` */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
-    bool draining;               /* vkp_relay_drain was called; loop 0's thread */
-    size_t live_shards;          /* atomic: shards that have not drained yet */
-    vkp_timer drain_timer;       /* deadline of the drain; loop 0's */
-    vkp_i_task end_task;         /* runs vkp_i_relay_end on loop 0 */
-    void (*on_end)(void *user);  /* called on loop 0 at the end of a drain, or NULL */
-    void *end_user;              /* argument of on_end */
-    vkp_str notice;              /* text for clients at a drain: a copy, or NULL */
-    void (*on_idle)(void *user); /* called on loop 0 after linger_ms without clients, or NULL */
-    void *user;                  /* argument of on_idle */
-    uint64_t linger_ms;          /* time without clients before on_idle */
-    uint32_t idle_queued;        /* atomic: 1 while idle_task is queued */
-    vkp_i_task idle_task;        /* starts idle_timer on loop 0; queued by any shard's thread */
-    vkp_timer idle_timer;        /* runs for linger_ms; loop 0's */
-    uint64_t messages_in;        /* atomic: messages from upstream, or by PUBLISH */
-    uint64_t deliveries;         /* atomic: messages delivered to local clients */
-    uint64_t lagged;             /* atomic: messages lost because a shard's channel was full */
-    uint64_t slow_closed;        /* atomic: clients closed with VKP_CLOSE_SLOW */
-    uint64_t protocol_errors;    /* atomic: clients closed for a protocol error */
-    uint64_t privates_opened;    /* atomic: sessions opened */
-    uint64_t privates_refused;   /* atomic: commands refused because of private_max */
+    bool draining;                   /* vkp_relay_drain was called; loop 0's thread */
+    size_t live_shards;              /* atomic: shards that have not drained yet */
+    vkp_timer drain_timer;           /* deadline of the drain; loop 0's */
+    vkp_i_task end_task;             /* runs vkp_i_relay_end on loop 0 */
+    void (*on_end)(void *user);      /* called on loop 0 at the end of a drain, or NULL */
+    void *end_user;                  /* argument of on_end */
+    vkp_str notice;                  /* text for clients at a drain: a copy, or NULL */
+    void (*on_idle)(void *user);     /* called on loop 0 after linger_ms without clients, or NULL */
+    void *user;                      /* argument of on_idle */
+    uint64_t linger_ms;              /* time without clients before on_idle */
+    uint32_t idle_queued;            /* atomic: 1 while idle_task is queued */
+    vkp_i_task idle_task;            /* starts idle_timer on loop 0; queued by any shard's thread */
+    vkp_timer idle_timer;            /* runs for linger_ms; loop 0's */
+    uint64_t messages_in;            /* atomic: messages from upstream, or by PUBLISH */
+    uint64_t deliveries;             /* atomic: messages delivered to local clients */
+    uint64_t lagged;                 /* atomic: messages lost because a shard's channel was full */
+    uint64_t slow_closed;            /* atomic: clients closed with VKP_CLOSE_SLOW */
+    uint64_t protocol_errors;        /* atomic: clients closed for a protocol error */
+    uint64_t gaps;                   /* atomic: gaps of `push` */
+    uint64_t lost;                   /* atomic: clients closed for want of a reply, or for a gap */
+    char reason[VKP_I_REASON_BYTES]; /* of the last outage of `push`; loop 0's thread */
+    bool close_on_gap;               /* constant */
+    uint64_t hold_ms;                /* constant; 0: commands do not wait */
+    uint64_t privates_opened;        /* atomic: sessions opened */
+    uint64_t privates_refused;       /* atomic: commands refused because of private_max */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -367,7 +378,12 @@ static void vkp_i_local_flush_answers(vkp_i_local *local)
         local->answer_count--;
         local->asked_bytes -= answer->asked_bytes;
         local->held_bytes -= answer->bytes.len;
-        if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
+        if (answer->lost && (local->flags & (VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_LOST)) == 0) {
+            local->flags |= VKP_I_LOCAL_LOST;
+            (void)VKP_I_ADD(&local->shard->relay->lost, (uint64_t)1);
+            vkp_conn_drain(local->member.conn);
+        }
+        if ((local->flags & (VKP_I_LOCAL_CLOSED | VKP_I_LOCAL_LOST)) == 0) {
             vkp_i_local_send(local, &answer->bytes);
         }
         vkp_i_answer_free(answer);

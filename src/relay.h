@@ -17,6 +17,13 @@ typedef struct vkp_relay_config {
     size_t private_max;
     /* Commands that need such a connection are refused. Default: false. */
     bool shared_only;
+    /* How many milliseconds a command waits while there is no connection to the server; then its
+       client is disconnected, as it would be by the server's end. A client whose command was sent
+       when the connection was lost is disconnected at once. Default: 1,000. VKP_OFF: none waits. */
+    uint64_t hold_ms;
+    /* When messages may have been lost, disconnect the clients that were subscribed to one of the
+       names. Default: false, the subscribers of VKP_RELAY_GAP_CHANNEL are notified. */
+    bool close_on_gap;
     vkp_str username; /* user name for the server; default: the default user */
     vkp_str password; /* password for the server; default: none */
     /* The loops that serve local clients, an array of loop_count: each client is given to the next
@@ -83,6 +90,12 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str addr
 /* The pub/sub channel of the message that carries vkp_relay_config.shutdown_notice. */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
 
+/* The pub/sub channel of a message for each GAP of the relay's connection for subscriptions: a JSON
+   object with the numbers "from" and "to", milliseconds since 1970, the text "reason", and "names",
+   an array of objects with "kind" (channel, pattern or shard) and "name", or null for all that were
+   subscribed. Bytes outside of ASCII are written as \\u00XX. */
+#define VKP_RELAY_GAP_CHANNEL "valkey-push:gap"
+
 /* Shut down in order: stop accepting, answer the commands that were received, send each client the
    shutdown_notice, write what is queued, close each connection; at the deadline close the others.
    Then on_end(user) is called once, on loops[0]. NULL on_end: not called. Later calls are ignored.
@@ -103,8 +116,11 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
-    size_t privates;          /* connections to the server that carry one client, or wait for one */
-    uint64_t privates_opened; /* such connections opened */
+    uint64_t outages;         /* connections to the server that were lost */
+    uint64_t gaps;            /* times in which messages may have been lost */
+    uint64_t lost;   /* clients closed because the server was not there, or by close_on_gap */
+    size_t privates; /* connections to the server that carry one client, or wait for one */
+    uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
 } vkp_relay_stats;
 

@@ -570,7 +570,7 @@ static const vkp_i_command vkp_i_commands[] = {
     {"lmpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"lpop", NULL, VKP_I_SHAPE_NULL_ARRAY},
     {"multi", vkp_i_run_multi, VKP_I_CMD_LOCAL | VKP_I_CMD_MULTI},
-    {"ping", vkp_i_run_ping, VKP_I_CMD_LOCAL | VKP_I_CMD_SUB2},
+    {"ping", vkp_i_run_ping, VKP_I_CMD_ALONE | VKP_I_CMD_SUB2},
     {"psubscribe", vkp_i_run_subscribe, VKP_I_SUBS},
     {"publish", vkp_i_run_publish, VKP_I_CMD_ALONE},
     {"pubsub", vkp_i_run_pubsub, VKP_I_CMD_ALONE},
@@ -640,6 +640,11 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
     uint32_t shape = command != NULL ? command->flags & VKP_I_CMD_SHAPES : 0;
     bool pop = vkp_i_str_is(argv[0], "LPOP") || vkp_i_str_is(argv[0], "RPOP");
     bool rank = vkp_i_str_is(argv[0], "ZRANK") || vkp_i_str_is(argv[0], "ZREVRANK");
+    if (argc > 2 && vkp_i_str_is(argv[0], "PUBSUB")) {
+        return vkp_i_str_is(argv[1], "NUMSUB")        ? VKP_I_SHAPE_NUMSUB
+               : vkp_i_str_is(argv[1], "SHARDNUMSUB") ? VKP_I_SHAPE_SHARDNUMSUB
+                                                      : 0;
+    }
     return (pop && argc < 3) || (rank && argc < 4) ? 0 : shape;
 }
 
@@ -704,14 +709,14 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
     if (!vkp_i_relay_has_server(local->shard->relay)) {
         return command->run != vkp_i_run_nothing;
     }
+    if (command->run == vkp_i_run_ping) { /* otherwise the server says whether it is there */
+        return vkp_i_local_only_subscribes(local);
+    }
     if ((command->flags & VKP_I_CMD_LOCAL) == 0 || command->run == vkp_i_run_auth) {
         return false;
     }
     if (command->run == vkp_i_run_client) {
         return vkp_i_client_runs_here(argc, argv);
-    }
-    if (command->run == vkp_i_run_ping) {
-        return shares || vkp_i_local_only_subscribes(local);
     }
     if (command->run == vkp_i_run_nothing) {
         return shares && local->multi == NULL &&
@@ -740,7 +745,6 @@ static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_comma
     }
     if (vkp_i_local_runs_here(local, command, argc, argv)) {
         return !vkp_i_local_in_multi(local) || (flags & VKP_I_CMD_MULTI) != 0 ? VKP_I_ROUTE_HERE
-               : command->run == vkp_i_run_ping                               ? VKP_I_ROUTE_HELD
                                                                               : VKP_I_ROUTE_MULTI;
     }
     if (!vkp_i_relay_has_server(local->shard->relay)) {

@@ -117,6 +117,30 @@ static void vkp_i_put_exec2(vkp_resp_writer *writer, const vkp_value *value, con
     }
 }
 
+/* Write PUBSUB NUMSUB: the relay, which the server counts once, is its local clients. */
+static void vkp_i_put_numsub(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_kind kind,
+                             const vkp_value *value)
+{
+    const vkp_value *each = vkp_value_get_first(value);
+    vkp_resp_put_aggregate(writer, VKP_RESP_ARRAY, value->len);
+    while (each != NULL) {
+        const vkp_value *count = vkp_value_get_next(value, each);
+        vkp_resp_put_value(writer, each, 2);
+        if (count != NULL && count->type == VKP_RESP_INTEGER) {
+            int64_t own;
+            VKP_I_LOCK(&relay->mutex);
+            own = (int64_t)vkp_i_subscribers_count(relay, kind, vkp_value_get_str(each));
+            VKP_I_UNLOCK(&relay->mutex);
+            vkp_resp_put_integer(writer, own > 0 && count->u.integer > 0
+                                             ? count->u.integer - 1 + own
+                                             : count->u.integer);
+        } else if (count != NULL) {
+            vkp_resp_put_value(writer, count, 2);
+        }
+        each = count != NULL ? vkp_value_get_next(value, count) : NULL;
+    }
+}
+
 /* The reply in the local client's protocol: shares the received bytes where they mean the same,
    otherwise converts.                                                                         */
 static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
@@ -125,6 +149,13 @@ static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env
 {
     vkp_resp_writer writer;
     bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    uint8_t numsub = answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB);
+    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
+        vkp_resp_writer_init(&writer, env);
+        vkp_i_put_numsub(&writer, answer->local->shard->relay,
+                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
+        return vkp_resp_writer_take(&writer, out);
+    }
     if (answer->protocol == 3
             ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
             : !has_shape && vkp_i_value_is_resp2(value)) {
@@ -172,14 +203,14 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
     if (status == VKP_OK) {
         status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
     }
-    if (status != VKP_OK) {
+    answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
+    if (status != VKP_OK && !answer->lost) {
         (void)snprintf(text, sizeof text, "%s",
                        status == VKP_ERR_REFUSED
                            ? "ERR the server speaks RESP2 only: no commands beside subscriptions"
-                       : status == VKP_ERR_NOMEM ? "ERR the relay is out of memory"
-                       : status == VKP_ERR_LIMIT
-                           ? "ERR the reply is nested too deeply, or has a line that is too long"
-                           : "ERR the upstream connection was lost; the command may have run");
+                       : status == VKP_ERR_NOMEM
+                           ? "ERR the relay is out of memory"
+                           : "ERR the reply is nested too deeply, or has a line that is too long");
         answer->bytes = vkp_i_error_bytes(env, text);
     }
     if (vkp_i_on_loop(shard->loop)) {
@@ -210,12 +241,14 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
                              vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
-        (void)snprintf(text, sizeof text, "%s",
-                       status == VKP_ERR_FULL ? "ERR too many commands wait for the upstream server"
-                       : status == VKP_ERR_NOMEM
-                           ? "ERR the relay is out of memory"
-                           : "ERR the relay is not connected to its upstream server");
-        answer->bytes = vkp_i_error_bytes(relay->env, text);
+        answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
+        if (!answer->lost) {
+            (void)snprintf(text, sizeof text, "%s",
+                           status == VKP_ERR_FULL
+                               ? "ERR too many commands wait for the upstream server"
+                               : "ERR the relay is out of memory");
+            answer->bytes = vkp_i_error_bytes(relay->env, text);
+        }
         vkp_i_answer_return(&answer->task);
     }
 }

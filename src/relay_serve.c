@@ -545,36 +545,172 @@ VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const cha
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
 
+/* Write a text as JSON. */
+static void vkp_i_put_json(vkp_resp_writer *writer, vkp_str text)
+{
+    size_t i;
+    vkp_resp_put_raw(writer, "\"", 1);
+    for (i = 0; i < text.len; i++) {
+        unsigned char c = (unsigned char)text.ptr[i];
+        char escaped[8];
+        if (c < 0x20 || c >= 0x7f || c == '"' || c == '\\') {
+            (void)snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned)c);
+            vkp_resp_put_raw(writer, escaped, 6);
+        } else {
+            vkp_resp_put_raw(writer, &text.ptr[i], 1);
+        }
+    }
+    vkp_resp_put_raw(writer, "\"", 1);
+}
+
+/* Write what a gap covers as JSON. */
+static void vkp_i_put_gap(vkp_resp_writer *writer, const vkp_relay *relay, const vkp_gap *gap)
+{
+    static const char *const kinds[VKP_SUB_KINDS] = {"channel", "pattern", "shard"};
+    char text[VKP_I_ERROR_TEXT];
+    size_t i;
+    int len = snprintf(text, sizeof text, "{\"from\":%llu,\"to\":%llu,\"reason\":",
+                       (unsigned long long)gap->from_unix_ms, (unsigned long long)gap->to_unix_ms);
+    vkp_resp_put_raw(writer, text, (size_t)len);
+    vkp_i_put_json(writer, vkp_str_of(relay->reason));
+    vkp_resp_put_raw(writer, ",\"names\":", 9);
+    if (gap->names == NULL) {
+        vkp_resp_put_raw(writer, "null", 4);
+    }
+    for (i = 0; i < gap->name_count; i++) {
+        len = snprintf(text, sizeof text, "%s{\"kind\":\"%s\",\"name\":", i == 0 ? "[" : ",",
+                       kinds[gap->names[i].kind]);
+        vkp_resp_put_raw(writer, text, (size_t)len);
+        vkp_i_put_json(writer, gap->names[i].name);
+        vkp_resp_put_raw(writer, "}]", i + 1 == gap->name_count ? 2 : 1);
+    }
+    vkp_resp_put_raw(writer, "}", 1);
+}
+
+/* Whether the gap covers a name of the client. */
+static bool vkp_i_local_is_in_gap(const vkp_i_local *local, const vkp_gap *gap)
+{
+    size_t i;
+    if (gap->names == NULL) {
+        return vkp_i_local_has_names(local);
+    }
+    for (i = 0; i < gap->name_count; i++) {
+        if (vkp_hub_is_subscribed(local->shard->hub, &local->member, gap->names[i].kind,
+                                  gap->names[i].name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Disconnect the shard's clients that the gap is about. */
+static void vkp_i_shard_close_gap(vkp_i_shard *shard, const vkp_gap *gap)
+{
+    vkp_i_local *local = shard->locals;
+    while (local != NULL) {
+        vkp_i_local *next = local->next;
+        if (vkp_i_local_is_in_gap(local, gap)) {
+            (void)VKP_I_ADD(&shard->relay->lost, (uint64_t)1);
+            vkp_conn_drain(local->member.conn);
+        }
+        local = next;
+    }
+}
+
 /* Deliver a push to this shard's members: from upstream with vkp_hub_deliver, stand-alone from
    another shard with vkp_hub_publish, because its frame is not a RESP message.                */
 static void vkp_i_shard_on_push(void *user, const vkp_push *push)
 {
     vkp_i_shard *shard = (vkp_i_shard *)user;
     vkp_relay *relay = shard->relay;
-    size_t count = vkp_i_relay_has_server(relay)
-                       ? vkp_hub_deliver(shard->hub, push)
-                       : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
+    size_t count;
+    if (push->kind == VKP_PUSH_GAP) {
+        vkp_i_shard_close_gap(shard, push->gap);
+        return;
+    }
+    count = vkp_i_relay_has_server(relay)
+                ? vkp_hub_deliver(shard->hub, push)
+                : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
     (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
 }
 
-/* The upstream client received a push: deliver it in every shard. Loop 0. */
-static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+/* Deliver a message in every shard. Loop 0. */
+static void vkp_i_relay_deliver(vkp_relay *relay, const vkp_push *push)
 {
-    vkp_relay *relay = (vkp_relay *)user;
     size_t i;
-    if (!vkp_i_push_kind_is_message(push->kind)) {
-        if (vkp_i_push_kind_is_event(push->kind)) {
-            vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
-                      VKP_FMT(push->payload));
-        }
-        return;
-    }
     (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
     vkp_i_shard_on_push(&relay->shards[0], push);
     for (i = 1; i < relay->shard_count; i++) {
         vkp_push copy = *push;
         copy.frame = vkp_bytes_ref(&push->frame);
         vkp_i_shard_forward(&relay->shards[i], &copy);
+    }
+}
+
+/* Messages may have been lost: a message says so. Loop 0. */
+static void vkp_i_relay_report_gap(vkp_relay *relay, const vkp_gap *gap)
+{
+    vkp_str channel = vkp_str_of(VKP_RELAY_GAP_CHANNEL);
+    vkp_resp_writer json;
+    vkp_resp_writer message;
+    vkp_bytes text;
+    vkp_push push;
+    vkp_resp_writer_init(&json, relay->env);
+    vkp_i_put_gap(&json, relay, gap);
+    if (vkp_resp_writer_take(&json, &text) != VKP_OK) {
+        vkp_i_log(relay->env, VKP_LOG_ERROR, "out of memory: a gap was not reported");
+        return;
+    }
+    memset(&push, 0, sizeof push);
+    vkp_resp_writer_init(&message, relay->env);
+    vkp_resp_put_aggregate(&message, VKP_RESP_PUSH, 3);
+    vkp_i_put_text(&message, "message");
+    vkp_resp_put_bulk(&message, channel.ptr, channel.len);
+    vkp_resp_put_bulk(&message, text.data, text.len);
+    if (vkp_resp_writer_take(&message, &push.frame) == VKP_OK) {
+        push.kind = VKP_PUSH_MESSAGE;
+        push.sub = VKP_SUB_CHANNEL;
+        push.channel = channel;
+        push.payload = vkp_i_str(push.frame.data + push.frame.len - 2 - text.len, text.len);
+        vkp_i_relay_deliver(relay, &push);
+        vkp_bytes_unref(&push.frame);
+    }
+    vkp_bytes_unref(&text);
+}
+
+/* A gap of the connection for subscriptions. Loop 0. */
+static void vkp_i_relay_on_gap(vkp_relay *relay, const vkp_push *push)
+{
+    size_t i;
+    (void)VKP_I_ADD(&relay->gaps, (uint64_t)1);
+    vkp_i_relay_report_gap(relay, push->gap);
+    if (relay->close_on_gap) {
+        vkp_i_shard_close_gap(&relay->shards[0], push->gap);
+        for (i = 1; i < relay->shard_count; i++) {
+            vkp_push copy = *push;
+            copy.frame = vkp_bytes_ref(&push->frame);
+            vkp_i_shard_forward(&relay->shards[i], &copy);
+        }
+    }
+}
+
+/* The upstream client received a push, or has an event. Loop 0. */
+static void vkp_i_relay_on_push(void *user, const vkp_push *push)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    if (vkp_i_push_kind_is_message(push->kind)) {
+        vkp_i_relay_deliver(relay, push);
+        return;
+    }
+    if (push->kind == VKP_PUSH_DISCONNECTED) {
+        (void)snprintf(relay->reason, sizeof relay->reason, "%.*s", VKP_FMT(push->payload));
+    }
+    if (push->kind == VKP_PUSH_GAP) {
+        vkp_i_relay_on_gap(relay, push);
+    }
+    if (vkp_i_push_kind_is_event(push->kind)) {
+        vkp_i_log(relay->env, VKP_LOG_INFO, "upstream: %s %.*s", vkp_push_kind_str(push->kind),
+                  VKP_FMT(push->payload));
     }
 }
 
@@ -832,6 +968,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.password = config->password;
     client.name = vkp_str_of("valkey-push-relay");
     client.resolver = config->resolver;
+    client.hold_ms = relay->hold_ms;
     client.user = relay;
     client.env = relay->env;
     client.on_push = vkp_i_relay_on_push;
@@ -917,6 +1054,7 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
 #define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
 #define VKP_I_RELAY_SUBSCRIPTIONS 100000u
+#define VKP_I_RELAY_HOLD_MS 1000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
 {
@@ -945,6 +1083,10 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
         config->max_request_bytes > 0 ? config->max_request_bytes : VKP_I_RELAY_REQUEST_BYTES;
     relay->max_reply_bytes =
         config->max_reply_bytes > 0 ? config->max_reply_bytes : VKP_I_RELAY_REPLY_BYTES;
+    relay->close_on_gap = config->close_on_gap;
+    relay->hold_ms = config->hold_ms == VKP_OFF ? 0
+                     : config->hold_ms > 0      ? config->hold_ms
+                                                : VKP_I_RELAY_HOLD_MS;
     relay->max_subscriptions =
         config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
     VKP_I_MUTEX_INIT(&relay->mutex);
@@ -992,6 +1134,14 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->outages = 0;
+    if (relay->push != NULL) {
+        vkp_client_stats client;
+        vkp_client_get_stats(relay->push, &client);
+        stats->outages = client.outages;
+    }
+    stats->gaps = VKP_I_LOAD(&relay->gaps);
+    stats->lost = VKP_I_LOAD(&relay->lost);
     stats->privates = VKP_I_LOAD(&relay->private_count);
     stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
     stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);

@@ -9,7 +9,7 @@
    but those that the relay answers itself.
    The states of a session, and what ends them:
      OPENING  the link logs in, the client is paused. Ready: SERVING, and the client's bytes are
-              read again. Down: the next try, until VKP_I_SESSION_HOLD_MS have passed; then the
+              read again. Down: the next try, until relay->hold_ms have passed; then the
               client is closed.
      SERVING  each command has a call; a frame that is no push answers the oldest one, and says by
               vkp_i_effects what is left of the connection's state. Nothing is in flight and no
@@ -22,7 +22,6 @@
    thread's.                                                                                   */
 
 #define VKP_I_SESSION_IDLE_MS 5000u /* how long a client keeps a session that it does not need */
-#define VKP_I_SESSION_HOLD_MS 1000u /* how long a client waits for a server that is not there */
 #define VKP_I_SESSION_RETRY_MS 20u  /* between two tries to connect */
 #define VKP_I_SESSION_POOL 8u       /* most sessions that one loop keeps without a client */
 
@@ -245,6 +244,7 @@ static void vkp_i_session_close_client(vkp_i_session *session)
     vkp_i_local *local = session->local;
     vkp_i_session_end(session);
     if (local != NULL) {
+        (void)VKP_I_ADD(&local->shard->relay->lost, (uint64_t)1);
         vkp_conn_drain(local->member.conn);
     }
 }
@@ -758,7 +758,7 @@ static vkp_status vkp_i_local_open_session(vkp_i_local *local)
     session->protocol = (uint8_t)protocol;
     session->local = local;
     local->session = session;
-    session->deadline_ns = vkp_i_after_ms(vkp_i_loop_now(shard->loop), VKP_I_SESSION_HOLD_MS);
+    session->deadline_ns = vkp_i_after_ms(vkp_i_loop_now(shard->loop), relay->hold_ms);
     vkp_i_local_pause(local, VKP_I_LOCAL_OPENING);
     if (vkp_i_link_init(&session->link, relay->env, shard->loop,
                         &relay->session_configs[protocol == 3 ? 1 : 0],

@@ -11,8 +11,8 @@
    Invariant: a topic of a shard's hub holds one interest of the upstream client. An
    interest beyond that is given back when its item returns, the topic's own by on_interest when
    its last member leaves.
-   Stand-alone, relay->subscribers counts subscribers by name over all shards, guarded by the
-   relay's mutex; a count changes together with the hub. With a server the counts are unused.  */
+   relay->subscribers counts subscribers by name over all shards, guarded by the relay's mutex; a
+   count changes together with the hub.                                                        */
 
 /* ---- subscriber counts ---- */
 
@@ -149,7 +149,7 @@ static void vkp_i_shard_on_interest(void *user, vkp_sub_kind kind, vkp_str name,
     }
 }
 
-/* Subscribe in the hub and, stand-alone, count. False: no memory, nothing changed. */
+/* Subscribe in the hub, and count. False: no memory, nothing changed. */
 static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
@@ -157,23 +157,20 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
     if (vkp_hub_subscribe(local->shard->hub, &local->member, kind, name, &added) != VKP_OK) {
         return false;
     }
-    if (added && !vkp_i_relay_has_server(relay) &&
-        !vkp_i_subscribers_add(relay, kind, name, true)) {
+    if (added && !vkp_i_subscribers_add(relay, kind, name, true)) {
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
     return true;
 }
 
-/* Unsubscribe in the hub and, stand-alone, count. */
+/* Unsubscribe in the hub, and count. */
 static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str name)
 {
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
-        if (!vkp_i_relay_has_server(
-                relay)) { /* before the unsubscribe: name may be memory of the topic */
-            (void)vkp_i_subscribers_add(relay, kind, name, false);
-        }
+        /* before the unsubscribe: name may be memory of the topic */
+        (void)vkp_i_subscribers_add(relay, kind, name, false);
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
 }

@@ -35,7 +35,7 @@
            >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
            >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
-           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-resp2  >>impl-relay-subscribe
+           >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-commands  >>impl-relay-serve
        >>licence       the licence in full
 */

@@ -1678,6 +1678,58 @@ TEST_CASE("client: the reader's limits are the config's", "[client]")
     CHECK(client.history() == "connected");
 }
 
+TEST_CASE("client: with hold_ms a command waits for a connection, and no longer", "[client]")
+{
+    Loop loop(&vkp_backend_null, 7); // each wait before a try is 7 ms
+    FakeServer server;
+    vkp_client_config config = server.config();
+    config.hold_ms = 1000;
+    config.retry_min_ms = 10;
+    config.retry_max_ms = 60000;
+    Client client(loop, config);
+    Peer peer = server.greet(loop, client);
+    Question written(client, {"SET", "k", "1"});
+    CHECK(heard(loop, peer) == wire({"SET", "k", "1"}));
+    server.close();
+    peer.reset();
+    CHECK(written.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
+    SECTION("the server comes back: what was not written is, and nothing twice")
+    {
+        Question first(client, {"SET", "k", "2"});
+        loop.round(loop.now() + 500 * ms);
+        Question second(client, {"GET", "k"});
+        server.open();
+        peer = server.greet(loop, client);
+        CHECK(heard(loop, peer) == wire({"SET", "k", "2"}));
+        CHECK(heard(loop, peer) == wire({"GET", "k"}));
+        say(peer, "+OK\r\n+2\r\n");
+        CHECK(first.text_on(loop) == "OK");
+        CHECK(second.text_on(loop) == "2");
+    }
+    SECTION("it does not: each has its own time")
+    {
+        const uint64_t begun = loop.now();
+        Question first(client, {"SET", "k", "2"});
+        loop.round(begun + 400 * ms);
+        CHECK(first.try_recv() == VKP_ERR_EMPTY);
+        const uint64_t later = loop.now();
+        Question second(client, {"GET", "k"});
+        CHECK(first.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
+        CHECK(loop.now() >= begun + 1000 * ms);
+        CHECK(loop.now() < begun + 1011 * ms);
+        CHECK(second.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
+        CHECK(loop.now() >= later + 1000 * ms);
+        CHECK(loop.now() < later + 1011 * ms);
+    }
+    SECTION("the client is closed")
+    {
+        Question first(client, {"SET", "k", "2"});
+        loop.round();
+        vkp_client_close(client);
+        CHECK(first.text_on(loop) == vkp_status_str(VKP_ERR_CLOSED));
+    }
+}
+
 TEST_CASE("client: a bulk over the limit is not kept while it comes", "[client]")
 {
     Loop loop;
