@@ -18404,6 +18404,7 @@ typedef struct vkp_i_request {
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
     bool moved;                 /* LEAVES: a MOVED followed its push */
     bool by_error;              /* LEAVES: an error was its answer */
+    bool unread;                /* REPLIES: value is NULL, nobody looks into the reply */
     uint64_t sent_ns; /* when it was written, on the loop's clock; before, when it began to
                                    wait, where that matters                                    */
     vkp_bytes bytes;  /* the commands to write; empty once written */
@@ -18567,6 +18568,7 @@ static void vkp_i_link_stop(vkp_i_link *link)
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
+    memset(&link->skip, 0, sizeof link->skip);
     link->dropping = 0;
     link->errors = 0;
     if (conn != NULL) {
@@ -19126,6 +19128,43 @@ static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
     return frame.len;
 }
 
+/* A reply that nobody looks into arrives; its bytes are at the start of `in`. Its form is not
+   checked, so none is over a limit but that of a frame. Returns its bytes, or 0: more are needed,
+   or the link failed.                                                                         */
+static size_t vkp_i_link_pass(vkp_i_link *link, const vkp_bytes *in)
+{
+    vkp_i_request *oldest = link->flight.first;
+    vkp_bytes frame = *in;
+    link->answered_ns = link->loop->now_ns;
+    if (memchr("+-:$*%~!=,_#(", in->data[0], 13) == NULL) {
+        vkp_i_link_lose(link, "the server broke the protocol");
+        return 0;
+    }
+    if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        if (in->len > link->reader->config.max_frame_bytes) {
+            vkp_i_link_lose(link, "a reply above max_frame_bytes");
+        }
+        return 0;
+    }
+    frame.len = link->skip.at;
+    memset(&link->skip, 0, sizeof link->skip);
+    link->spoke = true;
+    link->hung_up = 0;
+    vkp_i_link_answered(link, oldest);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_OK, NULL, &frame);
+    }
+    return frame.len;
+}
+
+/* Whether what begins with the byte is the reply of a request that nobody looks into. A push, also
+   one behind an attribute, is read as ever.                                                   */
+static bool vkp_i_link_is_unread(const vkp_i_link *link, uint8_t first)
+{
+    return link->flight.first != NULL && link->flight.first->unread && first != '>' && first != '|';
+}
+
 /* Whether the owner reads the bytes itself from here on. */
 static bool vkp_i_link_is_raw(const vkp_i_link *link)
 {
@@ -19150,9 +19189,10 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         frame.data = in->data + used;
         frame.len = in->len - used;
         frame.block = in->block;
-        if (link->skipping) {
+        if (link->skipping || vkp_i_link_is_unread(link, in->data[used])) {
             link->answered_ns = now_ns;
-            consumed = vkp_i_link_skip(link, &frame);
+            consumed =
+                link->skipping ? vkp_i_link_skip(link, &frame) : vkp_i_link_pass(link, &frame);
             if (consumed == 0) {
                 break;
             }
@@ -20299,22 +20339,30 @@ static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_ask *ask
     return status;
 }
 
-VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
-                                   vkp_reply_fn on_reply, void *user)
+/* vkp_client_send. unread: on_reply gets the frame of the last reply, and NULL as its value, unless
+   an attribute is before it.                                                                  */
+static vkp_status vkp_i_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
+                                    bool unread, vkp_reply_fn on_reply, void *user)
 {
-    vkp_i_ask *ask;
-    VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
-    VKP_I_REQUIRE(on_reply != NULL);
-    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
+    vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
         return VKP_ERR_NOMEM;
     }
     ask->request.due = replies;
+    ask->request.unread = unread;
     ask->on_reply = on_reply;
     ask->user = user;
     ask->request.bytes = vkp_bytes_ref(commands);
     ask->cost = sizeof *ask + commands->len;
     return vkp_i_client_submit_or_free(client, ask);
+}
+
+VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
+                                   vkp_reply_fn on_reply, void *user)
+{
+    VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
+    VKP_I_REQUIRE(on_reply != NULL);
+    return vkp_i_client_send(client, commands, replies, false, on_reply, user);
 }
 
 /* Submit one command whose reply the one-shot receives. Takes the command and login, which may be
@@ -24011,6 +24059,9 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_PAUSED \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
+/* Servers number their clients from 1 on: a number from here on is one of the relay. */
+#define VKP_I_FIRST_ID ((uint64_t)1 << 40)
+
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
 struct vkp_i_local {
@@ -24018,7 +24069,8 @@ struct vkp_i_local {
     vkp_i_shard *shard;    /* constant */
     vkp_i_local *prev;     /* newer local client of the shard, or NULL */
     vkp_i_local *next;     /* older local client of the shard, or NULL */
-    uint64_t id;           /* number for CLIENT ID and the log */
+    uint64_t id;           /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
+    uint64_t opened_ns;    /* when the connection began, on the loop's clock */
     uint32_t refs;         /* loop's thread */
     uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
     vkp_i_answer *answers; /* pending answers, oldest first */
@@ -24078,6 +24130,7 @@ struct vkp_relay {
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
     vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
+    vkp_resp_reader *reader;  /* of replies that are converted; loop 0's thread */
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */
     size_t shared_count;      /* number of `shared`; 0: stand-alone */
     size_t shared_capacity;   /* allocated elements of `shared` */
@@ -24137,6 +24190,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&relay->subscribers[kind]);
     }
+    vkp_resp_reader_unref(relay->reader);
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
     vkp_i_free_str(env, relay->notice);
@@ -24827,10 +24881,11 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 /* ======================================================================================
    >>impl-relay-resp2   Relay: replies for clients of RESP2
    ======================================================================================
-   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
-   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
-   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
-   describes where a server's RESP2 reply differs from a plain conversion of the types.
+   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply whose
+   bytes mean the same in the client's protocol is shared without a copy, and only its end is looked
+   for; another one is read and converted on loop 0, when it arrives. The shape of a command
+   (VKP_I_SHAPE_*) describes where a server's RESP2 reply differs from a plain conversion of the
+   types.
    vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
    the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
    vkp_i_answer_return runs on the local client's loop again. In between only loop
@@ -24838,20 +24893,29 @@ static void vkp_i_local_unsubscribe(vkp_i_local *local, vkp_sub_kind kind, size_
 
 /* ---- conversion of replies ---- */
 
-/* Whether the received bytes mean the same in RESP2. */
-static bool vkp_i_value_is_resp2(const vkp_value *value)
+/* Whether the bytes of a whole reply mean the same in RESP2. */
+static bool vkp_i_frame_is_resp2(const vkp_bytes *frame)
 {
-    uint32_t i;
-    for (i = 0; i < value->span; i++) {
-        const vkp_value *each = &value[i];
-        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
-                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
-                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
-        if (!plain || each->attributes != 0) {
+    size_t at = 0;
+    while (at < frame->len) {
+        uint64_t elements;
+        size_t seen = 0;
+        if (memchr("+-:$*", frame->data[at], 5) == NULL) {
             return false;
+        }
+        at = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
+        if (at == 0) {
+            return false; /* not the case in a whole frame */
         }
     }
     return true;
+}
+
+/* Whether the reply is a null as RESP2 has it. */
+static bool vkp_i_frame_is_null2(const vkp_bytes *frame)
+{
+    return frame->len == 5 && (frame->data[0] == '$' || frame->data[0] == '*') &&
+           frame->data[1] == '-';
 }
 
 /* Write an array of pairs as one flat array. */
@@ -24966,29 +25030,43 @@ static void vkp_i_put_numsub(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_
     }
 }
 
-/* The reply in the local client's protocol: shares the received bytes where they mean the same,
-   otherwise converts.                                                                         */
-static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
-                                       const vkp_value *value, const vkp_bytes *frame,
+/* Whether the reply's bytes are the answer as they are. */
+static bool vkp_i_answer_fits(const vkp_i_answer *answer, const vkp_bytes *frame)
+{
+    if (answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB)) {
+        return false;
+    }
+    return answer->protocol == 3
+               ? !vkp_i_frame_is_null2(frame) && frame->data[0] != '|'
+               : answer->shape == 0 && answer->shape_count == 0 && vkp_i_frame_is_resp2(frame);
+}
+
+/* The reply in the local client's protocol: shares the received bytes where they mean the same, and
+   has no look at them then; otherwise it is read, within the limits of the relay's reader, and
+   converted. Loop 0. LIMIT or PROTOCOL: the reader refuses it.                                */
+static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_bytes *frame,
                                        vkp_bytes *out)
 {
-    vkp_resp_writer writer;
-    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    vkp_relay *relay = answer->local->shard->relay;
     uint8_t numsub = answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB);
-    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
-        vkp_resp_writer_init(&writer, env);
-        vkp_i_put_numsub(&writer, answer->local->shard->relay,
-                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
-        return vkp_resp_writer_take(&writer, out);
-    }
-    if (answer->protocol == 3
-            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
-            : !has_shape && vkp_i_value_is_resp2(value)) {
+    vkp_resp_writer writer;
+    const vkp_value *value;
+    size_t consumed;
+    vkp_status status;
+    if (vkp_i_answer_fits(answer, frame)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
     }
-    vkp_resp_writer_init(&writer, env);
-    if (answer->protocol == 3) {
+    vkp_resp_reader_reset(relay->reader);
+    status = vkp_resp_reader_scan(relay->reader, frame->data, frame->len, &value, &consumed);
+    if (status != VKP_OK) {
+        return status;
+    }
+    vkp_resp_writer_init(&writer, relay->env);
+    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
+        vkp_i_put_numsub(&writer, relay,
+                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
+    } else if (answer->protocol == 3) {
         vkp_resp_put_value(&writer, value, 3);
     } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
         vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
@@ -25025,8 +25103,9 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
     vkp_i_shard *shard = answer->local->shard;
     const vkp_env *env = shard->relay->env;
     char text[VKP_I_UPSTREAM_TEXT];
+    (void)value; /* NULL, or with an attribute read already */
     if (status == VKP_OK) {
-        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
+        status = vkp_i_answer_convert(answer, frame, &answer->bytes);
     }
     answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
     if (status != VKP_OK && !answer->lost) {
@@ -25063,8 +25142,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
     vkp_i_local_throttle(local);
-    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
-                             vkp_i_answer_on_reply, answer);
+    status = vkp_i_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
+                               true, vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
         answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
         if (!answer->lost) {
@@ -25143,7 +25222,7 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_put_text(&writer, "proto");
     vkp_resp_put_integer(&writer, local->member.protocol);
     vkp_i_put_text(&writer, "id");
-    vkp_resp_put_integer(&writer, (int64_t)local->id);
+    vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
     vkp_i_put_text(&writer, "mode");
     vkp_i_put_text(&writer, "standalone");
     vkp_i_put_text(&writer, "role");
@@ -25153,18 +25232,29 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_local_answer_writer(local, &writer);
 }
 
-#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
+#define VKP_I_INFO_TEXT 700 /* bytes of the texts of CLIENT INFO and INFO, terminated */
 
-/* Answer CLIENT INFO. */
-static void vkp_i_local_client_info(vkp_i_local *local)
+/* Answer CLIENT INFO with the fields of a server; what the relay does not know is as of an idle
+   client. */
+static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool in_multi)
 {
     char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     const uint32_t *counts = local->member.counts;
+    bool subscribed = counts[0] + counts[1] + counts[2] > 0;
+    uint64_t age_ns = vkp_i_loop_now(local->shard->loop) - local->opened_ns;
     (void)snprintf(text, sizeof text,
-                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
-                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
+                   "id=%llu addr=?:0 laddr=?:0 fd=%d name=%.128s age=%llu idle=0 flags=%s capa= "
+                   "db=%u sub=%u psub=%u ssub=%u multi=%d watch=0 qbuf=0 qbuf-free=0 argv-mem=0 "
+                   "multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r "
+                   "cmd=client|info user=default redir=-1 resp=%d lib-name= lib-ver=\n",
+                   (unsigned long long)(VKP_I_FIRST_ID + local->id),
+                   vkp_conn_get_fd(local->member.conn), local->name != NULL ? local->name : "",
+                   (unsigned long long)(age_ns / VKP_I_NS_PER_MS / 1000),
+                   subscribed ? "P"
+                   : in_multi ? "x"
+                              : "N",
+                   (unsigned)database, (unsigned)counts[VKP_SUB_CHANNEL],
                    (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
                    local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
     vkp_resp_writer_init(&writer, local->shard->relay->env);
@@ -25288,6 +25378,7 @@ struct vkp_i_session {
     vkp_i_skip skip;      /* in the frame that arrives */
     vkp_timer timer;      /* OPENING: the next try, or the end; SERVING: the end of idling */
     uint64_t deadline_ns; /* OPENING: the last try; SERVING: when idling ends */
+    uint32_t database;    /* that the client selected last */
     int login_protocol;   /* of the HELLO with AUTH that is in flight */
 };
 
@@ -25532,6 +25623,20 @@ static bool vkp_i_command_is_state(size_t argc, const vkp_str *argv)
            (vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY"));
 }
 
+/* The number of a database, as SELECT has it; 0: none. */
+static uint32_t vkp_i_database_of(vkp_str text)
+{
+    uint32_t number = 0;
+    size_t i;
+    for (i = 0; i < text.len && i < 9; i++) {
+        if (text.ptr[i] < '0' || text.ptr[i] > '9') {
+            return 0;
+        }
+        number = number * 10 + (uint32_t)(text.ptr[i] - '0');
+    }
+    return number;
+}
+
 /* Send a command of the client. */
 static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
                               const vkp_bytes *bytes)
@@ -25556,6 +25661,10 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
         call.set = 0;
         call.clear = 0;
         call.flags = 0;
+    }
+    if (effect != NULL && ((effect->set | effect->clear) & VKP_I_STATE_DATABASE) != 0 &&
+        argc == 2) {
+        session->database = vkp_i_database_of(argv[1]);
     }
     if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
         vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
@@ -26164,6 +26273,12 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
+/* Whether the client is in a transaction. */
+static bool vkp_i_local_in_multi(const vkp_i_local *local)
+{
+    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
+}
+
 /* Whether CLIENT's subcommand is about the local client itself. */
 static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
 {
@@ -26186,7 +26301,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (vkp_i_str_is(argv[1], "ID") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)local->id);
+        vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
         if (vkp_i_local_set_name(local, argv[2])) {
@@ -26206,7 +26321,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO") && argc == 2) {
-        vkp_i_local_client_info(local);
+        vkp_i_local_client_info(local, local->session != NULL ? local->session->database : 0,
+                                vkp_i_local_in_multi(local));
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
                           VKP_I_SHORT(argv[1]));
@@ -26617,12 +26733,6 @@ static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
         }
     }
     return false;
-}
-
-/* Whether the client is in a transaction. */
-static bool vkp_i_local_in_multi(const vkp_i_local *local)
-{
-    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
 }
 
 /* Whether the client may only change its subscriptions: as servers have it in RESP2. */
@@ -27286,6 +27396,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     local->shard = shard;
     local->refs = 1;
     local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
+    local->opened_ns = vkp_i_loop_now(shard->loop);
     local->answers_end = &local->answers;
     local->next = shard->locals;
     if (local->next != NULL) {
@@ -27887,7 +27998,15 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     vkp_loop *loop = relay->shards[0].loop;
     size_t count = config->upstreams > 0 ? config->upstreams : 1;
     vkp_client_config client;
+    vkp_resp_config resp;
     vkp_status status;
+    memset(&resp, 0, sizeof resp);
+    resp.lenient = true;
+    resp.env = relay->env;
+    status = vkp_resp_reader_open(&resp, &relay->reader);
+    if (status != VKP_OK) {
+        return status;
+    }
     memset(&client, 0, sizeof client);
     client.address = config->server;
     client.username = config->username;

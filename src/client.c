@@ -468,22 +468,30 @@ static vkp_status vkp_i_client_submit_or_free(vkp_client *client, vkp_i_ask *ask
     return status;
 }
 
-VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
-                                   vkp_reply_fn on_reply, void *user)
+/* vkp_client_send. unread: on_reply gets the frame of the last reply, and NULL as its value, unless
+   an attribute is before it.                                                                  */
+static vkp_status vkp_i_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
+                                    bool unread, vkp_reply_fn on_reply, void *user)
 {
-    vkp_i_ask *ask;
-    VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
-    VKP_I_REQUIRE(on_reply != NULL);
-    ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
+    vkp_i_ask *ask = vkp_i_ask_new(client, VKP_I_ASK_COMMAND);
     if (ask == NULL) {
         return VKP_ERR_NOMEM;
     }
     ask->request.due = replies;
+    ask->request.unread = unread;
     ask->on_reply = on_reply;
     ask->user = user;
     ask->request.bytes = vkp_bytes_ref(commands);
     ask->cost = sizeof *ask + commands->len;
     return vkp_i_client_submit_or_free(client, ask);
+}
+
+VKP_API vkp_status vkp_client_send(vkp_client *client, const vkp_bytes *commands, uint32_t replies,
+                                   vkp_reply_fn on_reply, void *user)
+{
+    VKP_I_REQUIRE(client != NULL && commands != NULL && commands->len > 0 && replies > 0);
+    VKP_I_REQUIRE(on_reply != NULL);
+    return vkp_i_client_send(client, commands, replies, false, on_reply, user);
 }
 
 /* Submit one command whose reply the one-shot receives. Takes the command and login, which may be

@@ -33,6 +33,7 @@ typedef struct vkp_i_request {
     bool answered;              /* LEAVES: a push or an error was its answer; due 0: refused */
     bool moved;                 /* LEAVES: a MOVED followed its push */
     bool by_error;              /* LEAVES: an error was its answer */
+    bool unread;                /* REPLIES: value is NULL, nobody looks into the reply */
     uint64_t sent_ns; /* when it was written, on the loop's clock; before, when it began to
                                    wait, where that matters                                    */
     vkp_bytes bytes;  /* the commands to write; empty once written */
@@ -196,6 +197,7 @@ static void vkp_i_link_stop(vkp_i_link *link)
     link->stage = VKP_I_STAGE_CONNECTING;
     link->fence_wanted = false;
     link->skipping = false;
+    memset(&link->skip, 0, sizeof link->skip);
     link->dropping = 0;
     link->errors = 0;
     if (conn != NULL) {
@@ -755,6 +757,43 @@ static size_t vkp_i_link_skip(vkp_i_link *link, const vkp_bytes *in)
     return frame.len;
 }
 
+/* A reply that nobody looks into arrives; its bytes are at the start of `in`. Its form is not
+   checked, so none is over a limit but that of a frame. Returns its bytes, or 0: more are needed,
+   or the link failed.                                                                         */
+static size_t vkp_i_link_pass(vkp_i_link *link, const vkp_bytes *in)
+{
+    vkp_i_request *oldest = link->flight.first;
+    vkp_bytes frame = *in;
+    link->answered_ns = link->loop->now_ns;
+    if (memchr("+-:$*%~!=,_#(", in->data[0], 13) == NULL) {
+        vkp_i_link_lose(link, "the server broke the protocol");
+        return 0;
+    }
+    if (!vkp_i_skip_frame(&link->skip, in->data, in->len)) {
+        if (in->len > link->reader->config.max_frame_bytes) {
+            vkp_i_link_lose(link, "a reply above max_frame_bytes");
+        }
+        return 0;
+    }
+    frame.len = link->skip.at;
+    memset(&link->skip, 0, sizeof link->skip);
+    link->spoke = true;
+    link->hung_up = 0;
+    vkp_i_link_answered(link, oldest);
+    if (--oldest->due == 0) {
+        (void)vkp_i_requests_pop(&link->flight);
+        oldest->settle(oldest, VKP_OK, NULL, &frame);
+    }
+    return frame.len;
+}
+
+/* Whether what begins with the byte is the reply of a request that nobody looks into. A push, also
+   one behind an attribute, is read as ever.                                                   */
+static bool vkp_i_link_is_unread(const vkp_i_link *link, uint8_t first)
+{
+    return link->flight.first != NULL && link->flight.first->unread && first != '>' && first != '|';
+}
+
 /* Whether the owner reads the bytes itself from here on. */
 static bool vkp_i_link_is_raw(const vkp_i_link *link)
 {
@@ -779,9 +818,10 @@ static size_t vkp_i_link_on_data(vkp_conn *conn, void *user, const vkp_bytes *in
         frame.data = in->data + used;
         frame.len = in->len - used;
         frame.block = in->block;
-        if (link->skipping) {
+        if (link->skipping || vkp_i_link_is_unread(link, in->data[used])) {
             link->answered_ns = now_ns;
-            consumed = vkp_i_link_skip(link, &frame);
+            consumed =
+                link->skipping ? vkp_i_link_skip(link, &frame) : vkp_i_link_pass(link, &frame);
             if (consumed == 0) {
                 break;
             }

@@ -75,6 +75,9 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_PAUSED \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
 
+/* Servers number their clients from 1 on: a number from here on is one of the relay. */
+#define VKP_I_FIRST_ID ((uint64_t)1 << 40)
+
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
 struct vkp_i_local {
@@ -82,7 +85,8 @@ struct vkp_i_local {
     vkp_i_shard *shard;    /* constant */
     vkp_i_local *prev;     /* newer local client of the shard, or NULL */
     vkp_i_local *next;     /* older local client of the shard, or NULL */
-    uint64_t id;           /* number for CLIENT ID and the log */
+    uint64_t id;           /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
+    uint64_t opened_ns;    /* when the connection began, on the loop's clock */
     uint32_t refs;         /* loop's thread */
     uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
     vkp_i_answer *answers; /* pending answers, oldest first */
@@ -142,6 +146,7 @@ struct vkp_relay {
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
     vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
+    vkp_resp_reader *reader;  /* of replies that are converted; loop 0's thread */
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */
     size_t shared_count;      /* number of `shared`; 0: stand-alone */
     size_t shared_capacity;   /* allocated elements of `shared` */
@@ -201,6 +206,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&relay->subscribers[kind]);
     }
+    vkp_resp_reader_unref(relay->reader);
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
     vkp_i_free_str(env, relay->notice);

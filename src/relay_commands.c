@@ -212,6 +212,12 @@ static void vkp_i_run_quit(vkp_i_local *local, size_t argc, const vkp_str *argv)
 static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         uint32_t shape);
 
+/* Whether the client is in a transaction. */
+static bool vkp_i_local_in_multi(const vkp_i_local *local)
+{
+    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
+}
+
 /* Whether CLIENT's subcommand is about the local client itself. */
 static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
 {
@@ -234,7 +240,7 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
     if (vkp_i_str_is(argv[1], "ID") && argc == 2) {
-        vkp_resp_put_integer(&writer, (int64_t)local->id);
+        vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
         vkp_i_local_answer_writer(local, &writer);
     } else if (vkp_i_str_is(argv[1], "SETNAME") && argc == 3) {
         if (vkp_i_local_set_name(local, argv[2])) {
@@ -254,7 +260,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     } else if (vkp_i_str_is(argv[1], "SETINFO") && argc == 4) {
         vkp_i_local_answer_static(local, "+OK\r\n"); /* accepted and not stored */
     } else if (vkp_i_str_is(argv[1], "INFO") && argc == 2) {
-        vkp_i_local_client_info(local);
+        vkp_i_local_client_info(local, local->session != NULL ? local->session->database : 0,
+                                vkp_i_local_in_multi(local));
     } else {
         vkp_i_local_error(local, "ERR unknown subcommand or wrong number of arguments for '%.*s'",
                           VKP_I_SHORT(argv[1]));
@@ -665,12 +672,6 @@ static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
         }
     }
     return false;
-}
-
-/* Whether the client is in a transaction. */
-static bool vkp_i_local_in_multi(const vkp_i_local *local)
-{
-    return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
 }
 
 /* Whether the client may only change its subscriptions: as servers have it in RESP2. */

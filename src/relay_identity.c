@@ -61,7 +61,7 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_put_text(&writer, "proto");
     vkp_resp_put_integer(&writer, local->member.protocol);
     vkp_i_put_text(&writer, "id");
-    vkp_resp_put_integer(&writer, (int64_t)local->id);
+    vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
     vkp_i_put_text(&writer, "mode");
     vkp_i_put_text(&writer, "standalone");
     vkp_i_put_text(&writer, "role");
@@ -71,18 +71,29 @@ static void vkp_i_local_greet(vkp_i_local *local)
     vkp_i_local_answer_writer(local, &writer);
 }
 
-#define VKP_I_INFO_TEXT 320 /* bytes of the texts of CLIENT INFO and INFO, terminated */
+#define VKP_I_INFO_TEXT 700 /* bytes of the texts of CLIENT INFO and INFO, terminated */
 
-/* Answer CLIENT INFO. */
-static void vkp_i_local_client_info(vkp_i_local *local)
+/* Answer CLIENT INFO with the fields of a server; what the relay does not know is as of an idle
+   client. */
+static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool in_multi)
 {
     char text[VKP_I_INFO_TEXT];
     vkp_resp_writer writer;
     const uint32_t *counts = local->member.counts;
+    bool subscribed = counts[0] + counts[1] + counts[2] > 0;
+    uint64_t age_ns = vkp_i_loop_now(local->shard->loop) - local->opened_ns;
     (void)snprintf(text, sizeof text,
-                   "id=%llu fd=%d name=%.128s db=0 sub=%u psub=%u ssub=%u multi=%d resp=%d\n",
-                   (unsigned long long)local->id, vkp_conn_get_fd(local->member.conn),
-                   local->name != NULL ? local->name : "", (unsigned)counts[VKP_SUB_CHANNEL],
+                   "id=%llu addr=?:0 laddr=?:0 fd=%d name=%.128s age=%llu idle=0 flags=%s capa= "
+                   "db=%u sub=%u psub=%u ssub=%u multi=%d watch=0 qbuf=0 qbuf-free=0 argv-mem=0 "
+                   "multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r "
+                   "cmd=client|info user=default redir=-1 resp=%d lib-name= lib-ver=\n",
+                   (unsigned long long)(VKP_I_FIRST_ID + local->id),
+                   vkp_conn_get_fd(local->member.conn), local->name != NULL ? local->name : "",
+                   (unsigned long long)(age_ns / VKP_I_NS_PER_MS / 1000),
+                   subscribed ? "P"
+                   : in_multi ? "x"
+                              : "N",
+                   (unsigned)database, (unsigned)counts[VKP_SUB_CHANNEL],
                    (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
                    local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
     vkp_resp_writer_init(&writer, local->shard->relay->env);

@@ -2,10 +2,11 @@
 /* ======================================================================================
    >>impl-relay-resp2   Relay: replies for clients of RESP2
    ======================================================================================
-   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply for a
-   client of RESP2 is converted on loop 0, when it arrives; a reply whose bytes mean the same in
-   the client's protocol is shared without a copy. The shape of a command (VKP_I_SHAPE_*)
-   describes where a server's RESP2 reply differs from a plain conversion of the types.
+   The upstream connection speaks RESP3 (RESP2 only when the server has no RESP3). A reply whose
+   bytes mean the same in the client's protocol is shared without a copy, and only its end is looked
+   for; another one is read and converted on loop 0, when it arrives. The shape of a command
+   (VKP_I_SHAPE_*) describes where a server's RESP2 reply differs from a plain conversion of the
+   types.
    vkp_i_local_forward runs on the local client's loop and hands the command and its answer to
    the upstream client. vkp_i_answer_on_reply runs on loop 0 and returns the answer as a task;
    vkp_i_answer_return runs on the local client's loop again. In between only loop
@@ -13,20 +14,29 @@
 
 /* ---- conversion of replies ---- */
 
-/* Whether the received bytes mean the same in RESP2. */
-static bool vkp_i_value_is_resp2(const vkp_value *value)
+/* Whether the bytes of a whole reply mean the same in RESP2. */
+static bool vkp_i_frame_is_resp2(const vkp_bytes *frame)
 {
-    uint32_t i;
-    for (i = 0; i < value->span; i++) {
-        const vkp_value *each = &value[i];
-        bool plain = each->type == VKP_RESP_INTEGER || each->type == VKP_RESP_ARRAY ||
-                     (each->type == VKP_RESP_STRING && (each->flags & VKP_VALUE_VERBATIM) == 0) ||
-                     (each->type == VKP_RESP_ERROR && (each->flags & VKP_VALUE_SIMPLE) != 0);
-        if (!plain || each->attributes != 0) {
+    size_t at = 0;
+    while (at < frame->len) {
+        uint64_t elements;
+        size_t seen = 0;
+        if (memchr("+-:$*", frame->data[at], 5) == NULL) {
             return false;
+        }
+        at = vkp_i_skip_head(frame->data, frame->len, at, &seen, &elements);
+        if (at == 0) {
+            return false; /* not the case in a whole frame */
         }
     }
     return true;
+}
+
+/* Whether the reply is a null as RESP2 has it. */
+static bool vkp_i_frame_is_null2(const vkp_bytes *frame)
+{
+    return frame->len == 5 && (frame->data[0] == '$' || frame->data[0] == '*') &&
+           frame->data[1] == '-';
 }
 
 /* Write an array of pairs as one flat array. */
@@ -141,29 +151,43 @@ static void vkp_i_put_numsub(vkp_resp_writer *writer, vkp_relay *relay, vkp_sub_
     }
 }
 
-/* The reply in the local client's protocol: shares the received bytes where they mean the same,
-   otherwise converts.                                                                         */
-static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_env *env,
-                                       const vkp_value *value, const vkp_bytes *frame,
+/* Whether the reply's bytes are the answer as they are. */
+static bool vkp_i_answer_fits(const vkp_i_answer *answer, const vkp_bytes *frame)
+{
+    if (answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB)) {
+        return false;
+    }
+    return answer->protocol == 3
+               ? !vkp_i_frame_is_null2(frame) && frame->data[0] != '|'
+               : answer->shape == 0 && answer->shape_count == 0 && vkp_i_frame_is_resp2(frame);
+}
+
+/* The reply in the local client's protocol: shares the received bytes where they mean the same, and
+   has no look at them then; otherwise it is read, within the limits of the relay's reader, and
+   converted. Loop 0. LIMIT or PROTOCOL: the reader refuses it.                                */
+static vkp_status vkp_i_answer_convert(const vkp_i_answer *answer, const vkp_bytes *frame,
                                        vkp_bytes *out)
 {
-    vkp_resp_writer writer;
-    bool has_shape = answer->shape != 0 || answer->shape_count != 0;
+    vkp_relay *relay = answer->local->shard->relay;
     uint8_t numsub = answer->shape & (VKP_I_SHAPE_NUMSUB | VKP_I_SHAPE_SHARDNUMSUB);
-    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
-        vkp_resp_writer_init(&writer, env);
-        vkp_i_put_numsub(&writer, answer->local->shard->relay,
-                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
-        return vkp_resp_writer_take(&writer, out);
-    }
-    if (answer->protocol == 3
-            ? value->i_has_nested == 0 && (value->type != VKP_RESP_NULL || value->flags == 0)
-            : !has_shape && vkp_i_value_is_resp2(value)) {
+    vkp_resp_writer writer;
+    const vkp_value *value;
+    size_t consumed;
+    vkp_status status;
+    if (vkp_i_answer_fits(answer, frame)) {
         *out = vkp_bytes_ref(frame);
         return VKP_OK;
     }
-    vkp_resp_writer_init(&writer, env);
-    if (answer->protocol == 3) {
+    vkp_resp_reader_reset(relay->reader);
+    status = vkp_resp_reader_scan(relay->reader, frame->data, frame->len, &value, &consumed);
+    if (status != VKP_OK) {
+        return status;
+    }
+    vkp_resp_writer_init(&writer, relay->env);
+    if (numsub != 0 && value->type == VKP_RESP_ARRAY) {
+        vkp_i_put_numsub(&writer, relay,
+                         numsub == VKP_I_SHAPE_NUMSUB ? VKP_SUB_CHANNEL : VKP_SUB_SHARD, value);
+    } else if (answer->protocol == 3) {
         vkp_resp_put_value(&writer, value, 3);
     } else if (answer->shape_count > 0 && value->type == VKP_RESP_ARRAY) {
         vkp_i_put_exec2(&writer, value, (const uint8_t *)(answer + 1), answer->shape_count);
@@ -200,8 +224,9 @@ static void vkp_i_answer_on_reply(void *user, vkp_status status, const vkp_value
     vkp_i_shard *shard = answer->local->shard;
     const vkp_env *env = shard->relay->env;
     char text[VKP_I_UPSTREAM_TEXT];
+    (void)value; /* NULL, or with an attribute read already */
     if (status == VKP_OK) {
-        status = vkp_i_answer_convert(answer, env, value, frame, &answer->bytes);
+        status = vkp_i_answer_convert(answer, frame, &answer->bytes);
     }
     answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
     if (status != VKP_OK && !answer->lost) {
@@ -238,8 +263,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
     vkp_i_local_throttle(local);
-    status = vkp_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
-                             vkp_i_answer_on_reply, answer);
+    status = vkp_i_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
+                               true, vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
         answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
         if (!answer->lost) {

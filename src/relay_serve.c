@@ -360,6 +360,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     local->shard = shard;
     local->refs = 1;
     local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
+    local->opened_ns = vkp_i_loop_now(shard->loop);
     local->answers_end = &local->answers;
     local->next = shard->locals;
     if (local->next != NULL) {
@@ -961,7 +962,15 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     vkp_loop *loop = relay->shards[0].loop;
     size_t count = config->upstreams > 0 ? config->upstreams : 1;
     vkp_client_config client;
+    vkp_resp_config resp;
     vkp_status status;
+    memset(&resp, 0, sizeof resp);
+    resp.lenient = true;
+    resp.env = relay->env;
+    status = vkp_resp_reader_open(&resp, &relay->reader);
+    if (status != VKP_OK) {
+        return status;
+    }
     memset(&client, 0, sizeof client);
     client.address = config->server;
     client.username = config->username;

@@ -112,6 +112,7 @@ struct vkp_i_session {
     vkp_i_skip skip;      /* in the frame that arrives */
     vkp_timer timer;      /* OPENING: the next try, or the end; SERVING: the end of idling */
     uint64_t deadline_ns; /* OPENING: the last try; SERVING: when idling ends */
+    uint32_t database;    /* that the client selected last */
     int login_protocol;   /* of the HELLO with AUTH that is in flight */
 };
 
@@ -356,6 +357,20 @@ static bool vkp_i_command_is_state(size_t argc, const vkp_str *argv)
            (vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY"));
 }
 
+/* The number of a database, as SELECT has it; 0: none. */
+static uint32_t vkp_i_database_of(vkp_str text)
+{
+    uint32_t number = 0;
+    size_t i;
+    for (i = 0; i < text.len && i < 9; i++) {
+        if (text.ptr[i] < '0' || text.ptr[i] > '9') {
+            return 0;
+        }
+        number = number * 10 + (uint32_t)(text.ptr[i] - '0');
+    }
+    return number;
+}
+
 /* Send a command of the client. */
 static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
                               const vkp_bytes *bytes)
@@ -380,6 +395,10 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
         call.set = 0;
         call.clear = 0;
         call.flags = 0;
+    }
+    if (effect != NULL && ((effect->set | effect->clear) & VKP_I_STATE_DATABASE) != 0 &&
+        argc == 2) {
+        session->database = vkp_i_database_of(argv[1]);
     }
     if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
         vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);

@@ -127,6 +127,7 @@ TEST_CASE("private: a database that is not 0 is the client's alone")
     CHECK(hear_some(both.peer, 4) == Strings(4, "+OK\r\n"));
     CHECK(ask(both.other, "GET", "k") == bulk("zero"));
     CHECK(ask(both.peer, "GET", "k") == bulk("again"));
+    CHECK(contains(ask(both.peer, "CLIENT", "INFO"), " db=5 "));
     CHECK(both.relay.stats().privates == 1);
     both.peer.reset();
     both.until_privates(0);
