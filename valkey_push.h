@@ -24084,22 +24084,34 @@ struct vkp_i_local {
     char *name;                 /* by SETNAME, terminated; or NULL */
 };
 
+#define VKP_I_PLAIN_NAME 15u  /* longest name in vkp_i_shard.plain */
+#define VKP_I_PLAIN_NAMES 64u /* places in vkp_i_shard.plain, a power of two */
+
+/* What was found out about a command by its name alone, as a client wrote it. */
+typedef struct vkp_i_plain {
+    char name[VKP_I_PLAIN_NAME];
+    uint8_t len;   /* 0: the place is empty */
+    bool plain;    /* shared and forwarded, whatever its arguments */
+    uint8_t shape; /* VKP_I_SHAPE_* */
+} vkp_i_plain;
+
 /* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
    every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
-    vkp_relay *relay;        /* no reference */
-    vkp_loop *loop;          /* shared */
-    vkp_hub *hub;            /* subscriptions of this shard's local clients */
-    vkp_i_profile *profile;  /* config of the local clients' connections */
-    vkp_resp_reader *reader; /* reads the requests of all local clients in turn */
-    vkp_str *argv;           /* arguments of the command that is executed now */
-    size_t argv_capacity;    /* allocated elements of `argv` */
-    char *inline_text;       /* unquoted words of an inline command */
-    size_t inline_capacity;  /* allocated bytes of `inline_text` */
-    vkp_i_local *locals;     /* local clients, newest first */
-    size_t local_count;      /* number of `locals` */
-    vkp_i_session *pool;     /* connections of former clients, for the next ones */
-    size_t pool_count;       /* number of `pool` */
+    vkp_relay *relay;                     /* no reference */
+    vkp_loop *loop;                       /* shared */
+    vkp_hub *hub;                         /* subscriptions of this shard's local clients */
+    vkp_i_profile *profile;               /* config of the local clients' connections */
+    vkp_resp_reader *reader;              /* reads the requests of all local clients in turn */
+    vkp_str *argv;                        /* arguments of the command that is executed now */
+    size_t argv_capacity;                 /* allocated elements of `argv` */
+    char *inline_text;                    /* unquoted words of an inline command */
+    size_t inline_capacity;               /* allocated bytes of `inline_text` */
+    vkp_i_plain plain[VKP_I_PLAIN_NAMES]; /* by a hash of the name; the last one counts */
+    vkp_i_local *locals;                  /* local clients, newest first */
+    size_t local_count;                   /* number of `locals` */
+    vkp_i_session *pool;                  /* connections of former clients, for the next ones */
+    size_t pool_count;                    /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */
@@ -26875,6 +26887,58 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
+/* ---- the short way of most commands ---- */
+
+/* Whether the arguments decide where a command goes, or what its reply looks like in RESP2. */
+static bool vkp_i_command_needs_arguments(vkp_str name)
+{
+    static const char *const names[] = {"CLIENT", "FUNCTION",   "LPOP",  "PUBSUB", "RPOP",
+                                        "SCRIPT", "XREADGROUP", "XREAD", "ZRANK",  "ZREVRANK"};
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (vkp_i_str_is(name, names[i])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Find out about a command, by its name. */
+static void vkp_i_plain_learn(vkp_i_plain *plain, vkp_str name)
+{
+    const vkp_i_command *command = vkp_i_command_find(name);
+    memcpy(plain->name, name.ptr, name.len);
+    plain->len = (uint8_t)name.len;
+    plain->plain = !vkp_i_command_needs_arguments(name) && vkp_i_command_is_harmless(1, &name) &&
+                   !vkp_i_command_is_denied(1, &name) &&
+                   (command == NULL || (command->flags & VKP_I_CMD_LOCAL) == 0);
+    plain->shape = command != NULL ? (uint8_t)(command->flags & VKP_I_CMD_SHAPES) : 0;
+}
+
+/* What is known of a command, or NULL: it takes the long way. */
+static const vkp_i_plain *vkp_i_shard_get_plain(vkp_i_shard *shard, vkp_str name)
+{
+    vkp_i_plain *plain;
+    size_t hash;
+    if (name.len == 0 || name.len > VKP_I_PLAIN_NAME) {
+        return NULL;
+    }
+    hash = name.len * 31u + (uint8_t)name.ptr[0] * 7u + (uint8_t)name.ptr[name.len / 2] * 3u +
+           (uint8_t)name.ptr[name.len - 1];
+    plain = &shard->plain[hash & (VKP_I_PLAIN_NAMES - 1)];
+    if (plain->len != name.len || memcmp(plain->name, name.ptr, name.len) != 0) {
+        vkp_i_plain_learn(plain, name);
+    }
+    return plain->plain ? plain : NULL;
+}
+
+/* Whether all that the client sends may be shared, as far as its own state goes. */
+static bool vkp_i_local_is_plain(const vkp_i_local *local)
+{
+    return local->session == NULL && local->multi == NULL &&
+           vkp_i_relay_has_server(local->shard->relay) && !vkp_i_local_only_subscribes(local);
+}
+
 /* Move a transaction that is held here to the client's own connection; the client has the answers
    already.                                                                                    */
 static void vkp_i_local_move_multi(vkp_i_local *local)
@@ -26999,10 +27063,21 @@ static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, u
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {
-    const vkp_i_command *command = vkp_i_command_find(argv[0]);
-    uint32_t flags = command != NULL ? command->flags : 0;
-    uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    vkp_i_route route = vkp_i_local_route(local, command, argc, argv);
+    const vkp_i_plain *plain = request != NULL && vkp_i_local_is_plain(local)
+                                   ? vkp_i_shard_get_plain(local->shard, argv[0])
+                                   : NULL;
+    const vkp_i_command *command;
+    uint32_t flags;
+    uint32_t shape;
+    vkp_i_route route;
+    if (plain != NULL) {
+        vkp_i_local_forward_bytes(local, request, plain->shape);
+        return true;
+    }
+    command = vkp_i_command_find(argv[0]);
+    flags = command != NULL ? command->flags : 0;
+    shape = vkp_i_command_shape(command, argc, argv);
+    route = vkp_i_local_route(local, command, argc, argv);
     if (vkp_i_local_must_wait(local, route, flags, argc, argv)) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;

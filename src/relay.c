@@ -100,22 +100,34 @@ struct vkp_i_local {
     char *name;                 /* by SETNAME, terminated; or NULL */
 };
 
+#define VKP_I_PLAIN_NAME 15u  /* longest name in vkp_i_shard.plain */
+#define VKP_I_PLAIN_NAMES 64u /* places in vkp_i_shard.plain, a power of two */
+
+/* What was found out about a command by its name alone, as a client wrote it. */
+typedef struct vkp_i_plain {
+    char name[VKP_I_PLAIN_NAME];
+    uint8_t len;   /* 0: the place is empty */
+    bool plain;    /* shared and forwarded, whatever its arguments */
+    uint8_t shape; /* VKP_I_SHAPE_* */
+} vkp_i_plain;
+
 /* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
    every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
-    vkp_relay *relay;        /* no reference */
-    vkp_loop *loop;          /* shared */
-    vkp_hub *hub;            /* subscriptions of this shard's local clients */
-    vkp_i_profile *profile;  /* config of the local clients' connections */
-    vkp_resp_reader *reader; /* reads the requests of all local clients in turn */
-    vkp_str *argv;           /* arguments of the command that is executed now */
-    size_t argv_capacity;    /* allocated elements of `argv` */
-    char *inline_text;       /* unquoted words of an inline command */
-    size_t inline_capacity;  /* allocated bytes of `inline_text` */
-    vkp_i_local *locals;     /* local clients, newest first */
-    size_t local_count;      /* number of `locals` */
-    vkp_i_session *pool;     /* connections of former clients, for the next ones */
-    size_t pool_count;       /* number of `pool` */
+    vkp_relay *relay;                     /* no reference */
+    vkp_loop *loop;                       /* shared */
+    vkp_hub *hub;                         /* subscriptions of this shard's local clients */
+    vkp_i_profile *profile;               /* config of the local clients' connections */
+    vkp_resp_reader *reader;              /* reads the requests of all local clients in turn */
+    vkp_str *argv;                        /* arguments of the command that is executed now */
+    size_t argv_capacity;                 /* allocated elements of `argv` */
+    char *inline_text;                    /* unquoted words of an inline command */
+    size_t inline_capacity;               /* allocated bytes of `inline_text` */
+    vkp_i_plain plain[VKP_I_PLAIN_NAMES]; /* by a hash of the name; the last one counts */
+    vkp_i_local *locals;                  /* local clients, newest first */
+    size_t local_count;                   /* number of `locals` */
+    vkp_i_session *pool;                  /* connections of former clients, for the next ones */
+    size_t pool_count;                    /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */

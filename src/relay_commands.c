@@ -814,6 +814,58 @@ static void vkp_i_local_forward_command(vkp_i_local *local, size_t argc, const v
     vkp_bytes_unref(&request);
 }
 
+/* ---- the short way of most commands ---- */
+
+/* Whether the arguments decide where a command goes, or what its reply looks like in RESP2. */
+static bool vkp_i_command_needs_arguments(vkp_str name)
+{
+    static const char *const names[] = {"CLIENT", "FUNCTION",   "LPOP",  "PUBSUB", "RPOP",
+                                        "SCRIPT", "XREADGROUP", "XREAD", "ZRANK",  "ZREVRANK"};
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        if (vkp_i_str_is(name, names[i])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Find out about a command, by its name. */
+static void vkp_i_plain_learn(vkp_i_plain *plain, vkp_str name)
+{
+    const vkp_i_command *command = vkp_i_command_find(name);
+    memcpy(plain->name, name.ptr, name.len);
+    plain->len = (uint8_t)name.len;
+    plain->plain = !vkp_i_command_needs_arguments(name) && vkp_i_command_is_harmless(1, &name) &&
+                   !vkp_i_command_is_denied(1, &name) &&
+                   (command == NULL || (command->flags & VKP_I_CMD_LOCAL) == 0);
+    plain->shape = command != NULL ? (uint8_t)(command->flags & VKP_I_CMD_SHAPES) : 0;
+}
+
+/* What is known of a command, or NULL: it takes the long way. */
+static const vkp_i_plain *vkp_i_shard_get_plain(vkp_i_shard *shard, vkp_str name)
+{
+    vkp_i_plain *plain;
+    size_t hash;
+    if (name.len == 0 || name.len > VKP_I_PLAIN_NAME) {
+        return NULL;
+    }
+    hash = name.len * 31u + (uint8_t)name.ptr[0] * 7u + (uint8_t)name.ptr[name.len / 2] * 3u +
+           (uint8_t)name.ptr[name.len - 1];
+    plain = &shard->plain[hash & (VKP_I_PLAIN_NAMES - 1)];
+    if (plain->len != name.len || memcmp(plain->name, name.ptr, name.len) != 0) {
+        vkp_i_plain_learn(plain, name);
+    }
+    return plain->plain ? plain : NULL;
+}
+
+/* Whether all that the client sends may be shared, as far as its own state goes. */
+static bool vkp_i_local_is_plain(const vkp_i_local *local)
+{
+    return local->session == NULL && local->multi == NULL &&
+           vkp_i_relay_has_server(local->shard->relay) && !vkp_i_local_only_subscribes(local);
+}
+
 /* Move a transaction that is held here to the client's own connection; the client has the answers
    already.                                                                                    */
 static void vkp_i_local_move_multi(vkp_i_local *local)
@@ -938,10 +990,21 @@ static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, u
 static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                 const vkp_bytes *request)
 {
-    const vkp_i_command *command = vkp_i_command_find(argv[0]);
-    uint32_t flags = command != NULL ? command->flags : 0;
-    uint32_t shape = vkp_i_command_shape(command, argc, argv);
-    vkp_i_route route = vkp_i_local_route(local, command, argc, argv);
+    const vkp_i_plain *plain = request != NULL && vkp_i_local_is_plain(local)
+                                   ? vkp_i_shard_get_plain(local->shard, argv[0])
+                                   : NULL;
+    const vkp_i_command *command;
+    uint32_t flags;
+    uint32_t shape;
+    vkp_i_route route;
+    if (plain != NULL) {
+        vkp_i_local_forward_bytes(local, request, plain->shape);
+        return true;
+    }
+    command = vkp_i_command_find(argv[0]);
+    flags = command != NULL ? command->flags : 0;
+    shape = vkp_i_command_shape(command, argc, argv);
+    route = vkp_i_local_route(local, command, argc, argv);
     if (vkp_i_local_must_wait(local, route, flags, argc, argv)) {
         vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
         return false;
