@@ -480,6 +480,15 @@ static bool vkp_i_session_may_wait(const vkp_i_session *session)
 
 /* ---- receiving ---- */
 
+/* The handshake is behind: free what only that needed, because there may be many sessions. */
+static void vkp_i_session_shrink(vkp_i_session *session)
+{
+    vkp_resp_reader_unref(session->link.reader);
+    session->link.reader = NULL;
+    vkp_i_block_unref(session->link.out);
+    session->link.out = NULL;
+}
+
 /* The client took what it had: read the server again. */
 static void vkp_i_session_resume(vkp_i_session *session)
 {
@@ -598,6 +607,7 @@ static size_t vkp_i_session_on_bytes(vkp_i_link *link, const vkp_bytes *in)
         vkp_i_session_end(session); /* nothing was asked for */
         return in->len;
     }
+    vkp_i_session_shrink(session);
     used = vkp_i_session_read(session, in);
     if (session->stage == VKP_I_SESSION_TUNNEL && session->local != NULL && used < in->len) {
         rest.data += used;
@@ -685,8 +695,9 @@ static void vkp_i_session_on_ready(vkp_i_link *link)
         vkp_i_session_close_client(session);
         return;
     }
-    vkp_i_block_unref(link->out); /* an idle session is small */
-    link->out = NULL;
+    if (link->flight.first == NULL) {
+        vkp_i_session_shrink(session);
+    }
     vkp_i_session_serve(session);
     local->flags &= ~VKP_I_LOCAL_OPENING;
     vkp_i_local_maybe_resume(local);

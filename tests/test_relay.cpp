@@ -1176,6 +1176,15 @@ TEST_CASE("a subscription that the server refuses is refused to the client, who 
 // ---------------------------------------------------------------------------------------------
 // The server away
 
+int count_of(const std::string &text, const std::string &part)
+{
+    int count = 0;
+    for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
+        count++;
+    }
+    return count;
+}
+
 TEST_CASE("the server dies and returns: subscribers stay, subscriptions return")
 {
     NEEDS_SERVER();
@@ -1200,7 +1209,10 @@ TEST_CASE("the server dies and returns: subscribers stay, subscriptions return")
         }
         say(asking, script);
         vkp_test_server_kill(server.get());
-        // Away: what comes now waits, subscriptions are noted.
+        // Away, and both connections know it: what comes now waits, subscriptions are noted.
+        vkp_test_wait_until("the losses to be noticed", [&] {
+            return count_of(relay.log(), ": the connection was lost") == 2 * (round + 1);
+        });
         Peer waits = relay.client();
         say(waits, wires({"SET k waited", "PING", "GET k"}));
         Peer transaction = relay.client();
