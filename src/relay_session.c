@@ -39,7 +39,7 @@
 #define VKP_I_CALL_HIDDEN 1u  /* the relay's own command: the reply is not passed on */
 #define VKP_I_CALL_MUST 2u    /* HIDDEN: an error ends the session */
 #define VKP_I_CALL_BLOCKS 4u  /* may be answered late, or never */
-#define VKP_I_CALL_ALWAYS 8u  /* the effect does not depend on the reply */
+#define VKP_I_CALL_ABORTS 8u  /* EXECABORT has the effect too */
 #define VKP_I_CALL_TUNNEL 16u /* TUNNEL follows */
 #define VKP_I_CALL_LOGIN 32u  /* HELLO with AUTH: the relay greets in place of the server */
 
@@ -64,7 +64,7 @@ typedef struct vkp_i_effect {
 /* The first row that fits counts. */
 static const vkp_i_effect vkp_i_effects[] = {
     {"MULTI", NULL, NULL, VKP_I_STATE_MULTI, 0, 0},
-    {"EXEC", NULL, NULL, 0, VKP_I_STATE_MULTI | VKP_I_STATE_WATCH, VKP_I_CALL_ALWAYS},
+    {"EXEC", NULL, NULL, 0, VKP_I_STATE_MULTI | VKP_I_STATE_WATCH, VKP_I_CALL_ABORTS},
     {"DISCARD", NULL, NULL, 0, VKP_I_STATE_MULTI | VKP_I_STATE_WATCH, 0},
     {"WATCH", NULL, NULL, VKP_I_STATE_WATCH, 0, 0},
     {"UNWATCH", NULL, NULL, 0, VKP_I_STATE_WATCH, 0},
@@ -203,7 +203,8 @@ static void vkp_i_session_end(vkp_i_session *session)
 static bool vkp_i_session_is_clean(const vkp_i_session *session)
 {
     return session->stage == VKP_I_SESSION_SERVING && session->call_count == 0 &&
-           session->state == 0 && !session->used && session->skip.at == 0 && !session->skip.inside;
+           session->state == 0 && !session->used && session->skip.at == 0 &&
+           !session->skip.inside && !vkp_i_conn_is_paused(session->link.conn);
 }
 
 /* The client no longer needs the session, or is gone: keep it for another one, or end it. */
@@ -517,6 +518,14 @@ static void vkp_i_session_logged_in(vkp_i_session *session)
     vkp_i_local_greet(local);
 }
 
+/* Whether an error says that a transaction is over; others, such as "EXEC without MULTI", leave the
+   connection as it was.                                                                       */
+static bool vkp_i_frame_is_abort(const vkp_bytes *frame)
+{
+    static const char text[] = "-EXECABORT";
+    return frame->len >= sizeof text && memcmp(frame->data, text, sizeof text - 1) == 0;
+}
+
 /* A frame that answers the oldest call. */
 static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, bool error)
 {
@@ -531,7 +540,7 @@ static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, 
         vkp_i_session_close_client(session);
         return;
     }
-    if (!error || (call.flags & VKP_I_CALL_ALWAYS) != 0) {
+    if (!error || ((call.flags & VKP_I_CALL_ABORTS) != 0 && vkp_i_frame_is_abort(frame))) {
         session->state = (uint8_t)((session->state | call.set) & ~call.clear);
         session->used =
             session->used || (session->state & (VKP_I_STATE_STAYS | VKP_I_STATE_TRACKING)) != 0;

@@ -386,6 +386,26 @@ TEST_CASE("private: a client that needs its connection no more shares again")
     CHECK(ask(both.direct, "EXISTS", "k") == (needed ? ":0\r\n" : ":1\r\n"));
 }
 
+TEST_CASE("private: an EXEC that fails before its time leaves the keys watched")
+{
+    NEEDS_SERVER();
+    Both both(setups().front(), {}, {}, movable_clock());
+    const bool aborted = GENERATE(true, false);
+    CHECK(ask(both.peer, "WATCH", "k") == "+OK\r\n");
+    if (aborted) { // that ends it
+        say(both.peer, wires({"MULTI", "NOSUCH", "EXEC"}));
+        CHECK(starts_with(hear_some(both.peer, 3)[2], "-EXECABORT"));
+    } else {
+        CHECK(starts_with(ask(both.peer, "EXEC"), "-ERR EXEC without MULTI"));
+    }
+    ahead_ns += 6000000000u;
+    ask(both.other, "ECHO", "a");
+    ask(both.other, "ECHO", "a");
+    ask(both.direct, "SET", "k", "1");
+    say(both.peer, wires({"MULTI", "SET k 2", "EXEC"}));
+    CHECK(hear_some(both.peer, 3)[2] == (aborted ? "*1\r\n+OK\r\n" : "*-1\r\n"));
+}
+
 TEST_CASE("private: where no connection may be opened, nothing runs in the wrong state")
 {
     NEEDS_SERVER();
