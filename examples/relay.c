@@ -304,28 +304,50 @@ static const option_value option_values[] = {
     {"--check", "tcp:HOST:PORT or unix:PATH"},
 };
 
+#define OPTION_VALUES (sizeof option_values / sizeof *option_values)
+
+/* The index of an option that takes a value, or OPTION_VALUES. */
+static size_t find_option(const char *name)
+{
+    size_t i = 0;
+    while (i < OPTION_VALUES && strcmp(name, option_values[i].name) != 0) {
+        i++;
+    }
+    return i;
+}
+
 /* Prints the option, its value (NULL: none was given) and the expected value. Returns the exit
    code.                                                                                       */
 static int refuse_option(const char *name, const char *value)
 {
-    size_t i = 0;
-    size_t count = sizeof option_values / sizeof *option_values;
-    while (i < count && strcmp(name, option_values[i].name) != 0) {
-        i++;
-    }
-    if (i == count) {
-        fprintf(stderr, "valkey-push-relay: unknown option: %s\n%s", name, usage);
+    size_t i = find_option(name);
+    if (i == OPTION_VALUES) {
+        fprintf(stderr, "valkey-push-relay: unknown option: %s\n", name);
     } else {
-        fprintf(stderr, "valkey-push-relay: %s: expected %s, got %s%s%s\n%s", name,
+        fprintf(stderr, "valkey-push-relay: %s: expected %s, got %s%s%s\n", name,
                 option_values[i].expected, value != NULL ? "'" : "",
-                value != NULL ? value : "nothing", value != NULL ? "'" : "", usage);
+                value != NULL ? value : "nothing", value != NULL ? "'" : "");
     }
+    fputs("valkey-push-relay --help prints all options.\n", stderr);
     return 2;
+}
+
+/* Whether the option was given before, and may be given once only; notes that it was given. */
+static bool is_given_twice(const char *name, bool *given)
+{
+    size_t i = find_option(name);
+    bool twice = i < OPTION_VALUES && given[i] && strcmp(name, "--listen") != 0 &&
+                 strcmp(name, "--allow-uid") != 0;
+    if (i < OPTION_VALUES) {
+        given[i] = true;
+    }
+    return twice;
 }
 
 /* Returns -1 to continue, or the exit code. */
 static int read_options(int argc, char **argv, options *opts)
 {
+    bool given[OPTION_VALUES] = {false};
     int i;
     memset(opts, 0, sizeof *opts);
     (void)(read_backend("epoll", opts) || read_backend("kqueue", opts)); /* the default */
@@ -342,6 +364,10 @@ static int read_options(int argc, char **argv, options *opts)
         if (strcmp(argv[i], "--version") == 0) {
             printf("valkey-push-relay %s\n", vkp_version_str());
             return 0;
+        }
+        if (is_given_twice(argv[i], given)) {
+            fprintf(stderr, "valkey-push-relay: %s is given twice\n", argv[i]);
+            return 2;
         }
         if (i + 1 == argc || !read_option(opts, argv[i], argv[i + 1])) {
             return refuse_option(argv[i], i + 1 < argc ? argv[i + 1] : NULL);

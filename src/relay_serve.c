@@ -916,6 +916,11 @@ static vkp_status vkp_i_shard_open_channel(vkp_i_shard *shard)
 #define VKP_I_REQUEST_SLACK 65536u
 #define VKP_I_REQUEST_ELEMENTS (1024u * 1024) /* most arguments of a request */
 
+/* TCP clients: silence after which the kernel asks whether they are there. Not longer than the
+   places of --max-clients may be held by the dead; and no limit for what is unacknowledged, which
+   would end clients that are slow to read.                                                    */
+#define VKP_I_RELAY_KEEPALIVE_MS 60000u
+
 static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
                                    const vkp_relay_config *config, size_t index)
 {
@@ -933,6 +938,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
         config->on_full == VKP_ON_FULL_DEFAULT ? VKP_ON_FULL_DISCONNECT : config->on_full;
     conn.input_bytes = relay->max_request_bytes + VKP_I_REQUEST_SLACK;
     conn.loop_only = true;
+    conn.keepalive_ms = VKP_I_RELAY_KEEPALIVE_MS;
     shard->profile = vkp_i_profile_open(relay->env, &conn);
     memset(&hub, 0, sizeof hub);
     hub.on_interest = vkp_i_shard_on_interest;

@@ -1373,6 +1373,27 @@ TEST_CASE("a gap is a message for those who want to know, or the end for those w
     CHECK(relay.stats().lost == (config.close_on_gap ? setup.loops : 0));
 }
 
+std::atomic<uint64_t> asked_keepalive_ms = {0};
+
+TEST_CASE("the kernel asks silent TCP clients whether they are there")
+{
+    static const vkp_sys table = [] {
+        vkp_sys copy = *vkp_sys_get_default();
+        copy.set_liveness = [](int fd, uint64_t keepalive_ms, uint64_t unacked_ms) {
+            asked_keepalive_ms = unacked_ms == 0 ? keepalive_ms : 0;
+            return vkp_sys_get_default()->set_liveness(fd, keepalive_ms, unacked_ms);
+        };
+        return copy;
+    }();
+    Relay relay({*vkp_test_backends(), 1}, {}, &table);
+    const char *bound = nullptr;
+    relay.on_loop(
+        [&] { REQUIRE(vkp_relay_listen(relay, vkp_str_of("tcp:127.0.0.1:0"), &bound) == VKP_OK); });
+    Peer peer = open(bound);
+    CHECK(ask(peer, "PING") == "+PONG\r\n");
+    CHECK(asked_keepalive_ms == 60000);
+}
+
 TEST_CASE("PUBSUB NUMSUB counts the relay as its clients")
 {
     NEEDS_SERVER();

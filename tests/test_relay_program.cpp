@@ -299,7 +299,17 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
     CHECK(relay.line().empty());
     CHECK(relay.reap() == 2);
     CHECK(contains(relay.errors(), bad.front()));
-    CHECK(contains(relay.errors(), "usage: valkey-push-relay"));
+    CHECK(contains(relay.errors(), "--help"));
+    CHECK(relay.errors().size() < 300); // two lines, not the whole manual
+}
+
+TEST_CASE("an option that is given twice is an error, unless it may be repeated")
+{
+    Process twice(relay_words({"--threads", "1", "--threads", "2"}));
+    CHECK(twice.reap() == 2);
+    CHECK(twice.errors() == "valkey-push-relay: --threads is given twice\n");
+    Relay relay({"--allow-uid", "1", "--allow-uid", "2"});
+    CHECK(relay.reap(SIGTERM) == 0);
 }
 
 TEST_CASE("a wrong value is an error that names the option, the value and what is expected")
