@@ -15,8 +15,8 @@
               vkp_i_effects what is left of the connection's state. Nothing is in flight and no
               state is left for VKP_I_SESSION_IDLE_MS: POOLED, and the client shares again. Down:
               the client is closed, as the server's death would.
-     TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all bytes
-              pass in both directions until one side closes.
+     TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all frames
+              pass in both directions until one side closes. Messages of the relay stand between.
      POOLED   without a client, for the next one of this loop. Down: the end.
    The relay counts the sessions of all loops in private_count. Everything else is the loop's
    thread's.                                                                                   */
@@ -581,8 +581,7 @@ static void vkp_i_session_idles(vkp_i_session *session)
 static size_t vkp_i_session_read(vkp_i_session *session, const vkp_bytes *in)
 {
     size_t used = 0;
-    while (used < in->len && session->stage == VKP_I_SESSION_SERVING &&
-           !vkp_i_conn_is_paused(session->link.conn) &&
+    while (used < in->len && session->local != NULL && !vkp_i_conn_is_paused(session->link.conn) &&
            vkp_i_skip_frame(&session->skip, in->data + used, in->len - used)) {
         vkp_bytes frame;
         uint8_t type;
@@ -592,7 +591,7 @@ static size_t vkp_i_session_read(vkp_i_session *session, const vkp_bytes *in)
         used += frame.len;
         memset(&session->skip, 0, sizeof session->skip);
         type = vkp_i_frame_type(frame.data, frame.len);
-        if (type == '>') {
+        if (type == '>' || session->stage == VKP_I_SESSION_TUNNEL) {
             vkp_i_session_pass(session, &frame);
         } else if (session->call_count > 0) {
             vkp_i_session_reply(session, &frame, type == '-' || type == '!');
@@ -610,20 +609,13 @@ static size_t vkp_i_session_on_bytes(vkp_i_link *link, const vkp_bytes *in)
 {
     vkp_i_session *session = vkp_i_session_of(link);
     vkp_i_local *local = session->local;
-    vkp_bytes rest = *in;
-    size_t used = 0;
+    size_t used;
     if (session->stage == VKP_I_SESSION_POOLED) {
         vkp_i_session_end(session); /* nothing was asked for */
         return in->len;
     }
     vkp_i_session_shrink(session);
     used = vkp_i_session_read(session, in);
-    if (session->stage == VKP_I_SESSION_TUNNEL && session->local != NULL && used < in->len) {
-        rest.data += used;
-        rest.len -= used;
-        vkp_i_session_pass(session, &rest);
-        used = in->len;
-    }
     if (session->local != NULL) {
         if (session->call_count == 0) {
             vkp_i_session_idles(session);
