@@ -110,6 +110,15 @@ static void vkp_i_conn_close_later(vkp_conn *conn, vkp_close_reason reason, int 
     }
 }
 
+#define VKP_I_CONN_AHEAD_BYTES ((size_t)1 << 20) /* most bytes that a paused connection reads */
+
+/* Whether a paused connection reads on. */
+static bool vkp_i_conn_reads_ahead(const vkp_conn *conn)
+{
+    return (conn->flags & VKP_I_CONN_AHEAD) != 0 &&
+           (conn->input == NULL || conn->input->len - conn->input_begin < VKP_I_CONN_AHEAD_BYTES);
+}
+
 /* Register the descriptor for the readiness that the flags need. */
 static void vkp_i_conn_update_interest(vkp_conn *conn)
 {
@@ -120,8 +129,8 @@ static void vkp_i_conn_update_interest(vkp_conn *conn)
     if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_BLOCKED)) != 0) {
         interest |= VKP_IO_WRITE;
     }
-    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_PAUSED | VKP_I_CONN_ENDED |
-                        VKP_I_CONN_DRAINING)) == 0) {
+    if ((conn->flags & (VKP_I_CONN_CONNECTING | VKP_I_CONN_ENDED | VKP_I_CONN_DRAINING)) == 0 &&
+        ((conn->flags & VKP_I_CONN_PAUSED) == 0 || vkp_i_conn_reads_ahead(conn))) {
         interest |= VKP_IO_READ;
     }
     if (vkp_io_set(&conn->io, interest) != VKP_OK) {
@@ -578,6 +587,13 @@ static void vkp_i_conn_readable(vkp_conn *conn)
     got = conn->loop->sys->read(conn->fd, vkp_i_block_data(block) + block->len, room);
     if (got > 0) {
         block->len += (size_t)got;
+        if ((conn->flags & (VKP_I_CONN_PAUSED | VKP_I_CONN_AHEAD)) ==
+            (VKP_I_CONN_PAUSED | VKP_I_CONN_AHEAD)) {
+            if (vkp_i_conn_keep(conn, block, begin)) {
+                vkp_i_conn_update_interest(conn);
+            }
+            return;
+        }
         vkp_i_conn_deliver(conn, block, begin);
     } else if (block != conn->input) {
         block->len = begin; /* nothing was read: discard the copy of the kept input */
@@ -715,8 +731,11 @@ static void vkp_i_conn_event(vkp_io *io, uint32_t ready)
             if (hung_up) {
                 vkp_i_conn_finish(conn, VKP_CLOSE_PEER, 0);
             }
-        } else if ((conn->flags & VKP_I_CONN_PAUSED) == 0 &&
-                   ((ready & VKP_IO_READ) != 0 || hung_up)) {
+        } else if ((conn->flags & VKP_I_CONN_PAUSED) != 0) {
+            if (vkp_i_conn_reads_ahead(conn) && ((ready & VKP_IO_READ) != 0 || hung_up)) {
+                vkp_i_conn_readable(conn);
+            }
+        } else if ((ready & VKP_IO_READ) != 0 || hung_up) {
             /* Kept input precedes the bytes, or the end, that a read finds. */
             vkp_i_conn_reread(conn);
             if (!vkp_i_conn_closed(conn) &&
@@ -964,7 +983,7 @@ VKP_API void vkp_conn_resume(vkp_conn *conn)
     if ((conn->flags & VKP_I_CONN_PAUSED) == 0 || vkp_i_conn_closed(conn)) {
         return;
     }
-    conn->flags &= ~VKP_I_CONN_PAUSED;
+    conn->flags &= ~(VKP_I_CONN_PAUSED | VKP_I_CONN_AHEAD);
     conn->flags |= VKP_I_CONN_REREAD;
     vkp_i_conn_update_interest(conn);
     vkp_i_conn_defer(conn);
@@ -1059,6 +1078,18 @@ static bool vkp_i_conn_is_draining(const vkp_conn *conn)
 static bool vkp_i_conn_is_serving(const vkp_conn *conn)
 {
     return (conn->flags & (VKP_I_CONN_DRAINING | VKP_I_CONN_CLOSES)) == 0;
+}
+
+/* While it is paused, the connection reads up to VKP_I_CONN_AHEAD_BYTES without on_data, so that
+   on_end is called when the peer has gone. What was read then is dropped. false, or
+   vkp_conn_resume: no longer.                                                                 */
+static void vkp_i_conn_read_ahead(vkp_conn *conn, bool ahead)
+{
+    uint32_t flags = conn->flags;
+    conn->flags = ahead ? flags | VKP_I_CONN_AHEAD : flags & ~VKP_I_CONN_AHEAD;
+    if (conn->flags != flags) {
+        vkp_i_conn_update_interest(conn);
+    }
 }
 
 /* Between vkp_conn_pause and vkp_conn_resume. */

@@ -26,6 +26,7 @@
 #define VKP_I_CONN_QUEUED 32u    /* vkp_conn.task is deferred */
 #define VKP_I_CONN_CLOSES 64u    /* vkp_conn.task closes the connection with closes_reason */
 #define VKP_I_CONN_REREAD 128u   /* resumed: the kept input is delivered to on_data again */
+#define VKP_I_CONN_AHEAD 512u    /* with PAUSED: reads all the same, to see the peer's end */
 #define VKP_I_CONN_INBOX_HELD 256u /* frames wait in the inbox for room in the outbox: no handler */
 
 /* Defaults of vkp_conn_config. */

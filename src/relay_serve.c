@@ -264,6 +264,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
         }
         used += step;
     }
+    vkp_i_local_look_ahead(local);
     vkp_i_local_release(local);
     return used;
 }

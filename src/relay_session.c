@@ -490,6 +490,17 @@ static void vkp_i_session_shrink(vkp_i_session *session)
     session->link.out = NULL;
 }
 
+/* A client that is paused behind what blocks is read ahead: when it goes, the server must not give
+   to it what it waits for.                                                                    */
+static void vkp_i_local_look_ahead(vkp_i_local *local)
+{
+    if ((local->flags & VKP_I_LOCAL_CLOSED) == 0) {
+        vkp_i_conn_read_ahead(local->member.conn, (local->flags & VKP_I_LOCAL_PAUSED) != 0 &&
+                                                      local->session != NULL &&
+                                                      local->session->blocking > 0);
+    }
+}
+
 /* The client took what it had: read the server again. */
 static void vkp_i_session_resume(vkp_i_session *session)
 {
@@ -620,6 +631,7 @@ static size_t vkp_i_session_on_bytes(vkp_i_link *link, const vkp_bytes *in)
         if (session->call_count == 0) {
             vkp_i_session_idles(session);
         }
+        vkp_i_local_look_ahead(local);
         vkp_i_local_maybe_resume(local);
     }
     return used;

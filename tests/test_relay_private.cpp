@@ -190,6 +190,80 @@ TEST_CASE("private: a client that goes while it blocks takes nothing with it")
     CHECK(ask(both.other, "LPOP", "l") == bulk("kept"));
 }
 
+TEST_CASE("private: a client that goes behind what blocks is noticed, whatever it said last")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Both both(setup);
+    std::string more;
+    switch (GENERATE(0, 1, 2, 3)) {
+    case 0:
+        more = wire("QUIT"); // waits for its turn
+        break;
+    case 1:
+        for (int i = 0; i < 2000; i++) {
+            more += wire("PING");
+        }
+        break;
+    case 2:
+        more = vkp_test_wire({"ECHO", std::string(900000, 'x')}) + wire("CLIENT ID");
+        break;
+    default:
+        more = wire("SUBSCRIBE c") + "*2\r\n$4\r\nECHO\r\n$100\r\nhalf";
+    }
+    say(both.peer, wire("BLPOP l 0") + more);
+    both.until_blocked(1);
+    const bool half = GENERATE(true, false);
+    if (half) {
+        CHECK(::shutdown(vkp_test_peer_fd(both.peer.get()), SHUT_WR) == 0);
+        CHECK(hear(both.peer).empty());
+    }
+    both.peer.reset();
+    both.until_blocked(0);
+    ask(both.other, "RPUSH", "l", "kept");
+    CHECK(ask(both.other, "LPOP", "l") == bulk("kept"));
+    both.until_privates(0);
+}
+
+TEST_CASE("private: what was said behind what blocks is answered when it is over")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Both both(setup);
+    std::string more;
+    for (int i = 0; i < 2000; i++) {
+        more += wire("ECHO " + std::to_string(i)) + (i % 100 == 7 ? wire("CLIENT GETNAME") : "");
+    }
+    say(both.peer, wire("BLPOP l 0") + more);
+    both.until_blocked(1);
+    ask(both.other, "RPUSH", "l", "x");
+    CHECK(hear(both.peer) == "*2\r\n" + bulk("l") + bulk("x"));
+    for (int i = 0; i < 2000; i++) {
+        REQUIRE(hear(both.peer) == bulk(std::to_string(i)));
+        if (i % 100 == 7) {
+            REQUIRE(hear(both.peer) == "$-1\r\n");
+        }
+    }
+}
+
+TEST_CASE("private: a connection whose client did not read is not the next one's")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    if (setup.loops > 1) {
+        return; // each loop keeps its own
+    }
+    Both both(setup);
+    ask(both.direct, "SET", "big", std::string(20000000, 'x'));
+    Peer idler = both.relay.client();
+    CHECK(ask(idler, "BLPOP", "none", "0.01") == "*-1\r\n");
+    say(idler, wire("GET big"));
+    CHECK(std::string(vkp_test_peer_read(idler.get(), 5)) == "$2000");
+    idler.reset();
+    CHECK(ask(both.peer, "SELECT", "1") == "+OK\r\n");
+    CHECK(ask(both.peer, "GET", "none") == "$-1\r\n");
+}
+
 TEST_CASE("private: subscriptions stand beside it, between whole replies")
 {
     NEEDS_SERVER();
