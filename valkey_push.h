@@ -25325,8 +25325,9 @@ static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool 
               vkp_i_effects what is left of the connection's state. Nothing is in flight and no
               state is left for VKP_I_SESSION_IDLE_MS: POOLED, and the client shares again. Down:
               the client is closed, as the server's death would.
-     TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all frames
-              pass in both directions until one side closes. Messages of the relay stand between.
+     TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all
+              frames pass in both directions until one side closes. Messages of the relay stand
+              between.
      POOLED   without a client, for the next one of this loop. Down: the end.
    The relay counts the sessions of all loops in private_count. Everything else is the loop's
    thread's.                                                                                   */
