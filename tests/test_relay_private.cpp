@@ -95,7 +95,9 @@ TEST_CASE("private: what belongs to a connection is answered as directly")
     };
     for (const Strings &script : scripts) {
         differential.run_both(wires(script));
-        differential.run_both(wires(script), 11);
+        if (setup.loops == 1) {
+            differential.run(wire("HELLO 3") + wires(script), 11);
+        }
     }
 }
 
