@@ -18,7 +18,7 @@ set(CPACK_DEBIAN_RELAY_PACKAGE_NAME valkey-push-relay)
 set(CPACK_DEBIAN_RELAY_PACKAGE_SECTION net)
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_COMPONENT_RELAY_DESCRIPTION
-    "local clients share one connection to a Valkey server
+    "local clients share connections to a Valkey server
 Any number of local programs subscribe, and send commands, through a Unix
 socket and one connection upstream, with the client libraries that they
 already use. Without a server it is a stand-alone pub/sub broker.")

@@ -94,5 +94,5 @@ typedef struct vkp_hub vkp_hub;
 /* Carries pushes from a channel to a sink, on a loop. */
 typedef struct vkp_push_loop vkp_push_loop;
 
-/* Local clients that share one connection to a server. */
+/* Local clients that share connections to a server. */
 typedef struct vkp_relay vkp_relay;

@@ -167,7 +167,7 @@
                        this program to a peer (vkp_conn_push)
        push loop       carries pushes from a channel to a sink: a hub, a connection, a callback
        registry        finds live sockets by path
-       relay           local clients share one connection to a server (upstream), or none
+       relay           local clients share connections to a server (upstream), or none
        reply           what a server answered to a command
        select          wait for the first ready case. SELECT is a command of the server
        sender, receiver  the two ends of a channel: tx and rx
