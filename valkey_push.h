@@ -17909,7 +17909,9 @@ static bool vkp_i_stream_read_blocks(size_t argc, const vkp_str *argv)
         if (vkp_i_str_is(argv[i], "STREAMS")) {
             return false;
         }
-        i += group && vkp_i_str_is(argv[i], "GROUP") ? 3 : vkp_i_str_is(argv[i], "COUNT") ? 2 : 1;
+        i += group && vkp_i_str_is(argv[i], "GROUP") ? 3u
+             : vkp_i_str_is(argv[i], "COUNT")        ? 2u
+                                                     : 1u;
     }
     return false;
 }

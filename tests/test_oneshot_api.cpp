@@ -531,7 +531,7 @@ TEST_CASE("oneshot api: the system is called by who sleeps, once, and to wake it
         CHECK(calls.parks + calls.unparks + calls.others == asleep);
         REQUIRE(s.send(3) == VKP_OK);
         CHECK(receiver.join() == VKP_OK);
-        CHECK(calls.parks.load() - parks == 1);
+        CHECK(calls.parks.load() - parks >= 1); // the system may end a sleep for no reason
         CHECK(calls.unparks.load() - unparks == 1);
     }
 }
