@@ -908,8 +908,9 @@ typedef struct vkp_client_config {
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
        one; when all are in use it waits. WAIT and WAITAOF are about the writes of their connection:
        a message to the channel "valkey-push:wait" precedes them on both, so that they wait for what
-       this client wrote before. Closing its slot gives the command up. Such a connection
-       is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
+       this client wrote before; where it is refused, the refusal is their reply. Closing its slot
+       gives the command up. Such a connection is kept for five seconds. Default: 0, commands that
+       block are REFUSED.                                                                      */
     size_t private_max;
 
     /* How many milliseconds a command waits for a connection, over tries that fail; then its reply
@@ -17955,6 +17956,18 @@ static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
                : VKP_I_SHARING_OK;
 }
 
+/* Whether servers accept the name of a connection (SETNAME): printable, without blanks. */
+static bool vkp_i_is_client_name(vkp_str name)
+{
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Whether the command waits for the writes of its connection to be elsewhere. */
 static bool vkp_i_command_is_wait(size_t argc, const vkp_str *argv)
 {
@@ -20787,10 +20800,12 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
 static void vkp_i_client_report_missed(vkp_client *client)
 {
     vkp_push item;
+    vkp_status status;
     memset(&item, 0, sizeof item);
     item.kind = VKP_PUSH_LAGGED;
     item.missed = client->missed;
-    if (vkp_mpsc_try_send(client->config.pushes, &item) != VKP_ERR_FULL) {
+    status = vkp_mpsc_try_send(client->config.pushes, &item);
+    if (status == VKP_OK || status == VKP_ERR_CLOSED) {
         client->missed = 0; /* reported, or nobody receives any longer */
         vkp_handler_unref(client->room);
         client->room = NULL;
@@ -22268,28 +22283,55 @@ static bool vkp_i_private_start_timer(vkp_i_private *self, uint64_t ms)
                            vkp_i_after_ms(vkp_i_loop_now(self->client->loop), ms)) == VKP_OK;
 }
 
-/* Write the command that the connection carries, once it is ready. */
+static void vkp_i_private_caught_up(vkp_i_request *request, vkp_status status,
+                                    const vkp_value *value, const vkp_bytes *frame);
+
+/* Write bytes, whose last reply goes to settle. */
+static void vkp_i_private_send(vkp_i_private *self, vkp_bytes bytes, uint32_t replies,
+                               void (*settle)(vkp_i_request *request, vkp_status status,
+                                              const vkp_value *value, const vkp_bytes *frame))
+{
+    memset(&self->carry, 0, sizeof self->carry);
+    self->carry.due = replies;
+    self->carry.bytes = bytes;
+    self->carry.settle = settle;
+    if (!vkp_i_link_start(&self->link, &self->carry)) {
+        vkp_bytes_unref(&self->carry.bytes);
+        vkp_i_private_lost(self);
+    }
+}
+
+static void vkp_i_private_write_ask(vkp_i_private *self)
+{
+    vkp_i_private_send(self, vkp_bytes_ref(&self->ask->request.bytes), self->ask->request.due,
+                       vkp_i_private_settled);
+}
+
+/* Write the command that the connection carries, once it is ready; WAIT when the connection has
+   caught up with what the client wrote.                                                       */
 static void vkp_i_private_write(vkp_i_private *self)
 {
     if (self->ask == NULL || self->link.stage != VKP_I_STAGE_READY) {
         return;
     }
     vkp_timer_stop(&self->timer);
-    memset(&self->carry, 0, sizeof self->carry);
-    self->carry.due = self->ask->request.due;
     if (self->ask->waits) {
-        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
-        self->carry.due++;
-        if (vkp_i_link_write(&self->link, &catch_up) != VKP_OK) {
-            vkp_i_private_lost(self);
-            return;
-        }
+        vkp_i_private_send(self, vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1), 1,
+                           vkp_i_private_caught_up);
+    } else {
+        vkp_i_private_write_ask(self);
     }
-    self->carry.bytes = vkp_bytes_ref(&self->ask->request.bytes);
-    self->carry.settle = vkp_i_private_settled;
-    if (!vkp_i_link_start(&self->link, &self->carry)) {
-        vkp_bytes_unref(&self->carry.bytes);
-        vkp_i_private_lost(self);
+}
+
+/* The message before WAIT was answered. Where it is refused WAIT would wait for nothing: the
+   refusal is its answer.                                                                      */
+static void vkp_i_private_caught_up(vkp_i_request *request, vkp_status status,
+                                    const vkp_value *value, const vkp_bytes *frame)
+{
+    if (status != VKP_OK || value->type == VKP_RESP_ERROR) {
+        vkp_i_private_settled(request, status, value, frame);
+    } else {
+        vkp_i_private_write_ask(VKP_CONTAINER(request, vkp_i_private, carry));
     }
 }
 
@@ -23422,18 +23464,6 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 
-/* Whether servers accept the connection's name: printable, without blanks. */
-static bool vkp_i_client_name_is_valid(vkp_str name)
-{
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* Whether every setup command has a name. */
 static bool vkp_i_setup_is_valid(const vkp_client_config *config)
 {
@@ -23533,7 +23563,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config) && vkp_i_client_name_is_valid(config->name));
+                  vkp_i_setup_is_valid(config) && vkp_i_is_client_name(config->name));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }
@@ -25218,13 +25248,10 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 {
     const vkp_env *env = local->shard->relay->env;
     char *copy = NULL;
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
-                                     "characters.");
-            return false;
-        }
+    if (!vkp_i_is_client_name(name)) {
+        vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
+                                 "characters.");
+        return false;
     }
     if (name.len > 0) {
         copy = (char *)vkp_i_alloc(env, name.len + 1);
@@ -25354,6 +25381,7 @@ static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool 
 #define VKP_I_CALL_BLOCKS 4u  /* may be answered late, or never */
 #define VKP_I_CALL_ABORTS 8u  /* EXECABORT has the effect too */
 #define VKP_I_CALL_TUNNEL 16u /* TUNNEL follows */
+#define VKP_I_CALL_BEFORE 64u /* HIDDEN: an error is the answer of the next call, in its place */
 #define VKP_I_CALL_LOGIN 32u  /* HELLO with AUTH: the relay greets in place of the server */
 
 /* One command in flight. */
@@ -25717,7 +25745,7 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
     if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
         vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
         vkp_i_call hidden = VKP_ZERO;
-        hidden.flags = VKP_I_CALL_HIDDEN;
+        hidden.flags = VKP_I_CALL_HIDDEN | VKP_I_CALL_BEFORE;
         vkp_i_session_send(session, hidden, &catch_up);
     }
     vkp_i_session_send(session, call, bytes);
@@ -25872,7 +25900,10 @@ static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, 
             vkp_i_session_tunnel(session);
         }
     }
-    if ((call.flags & VKP_I_CALL_LOGIN) != 0 && !error) {
+    if (error && (call.flags & VKP_I_CALL_BEFORE) != 0 && session->call_count > 0) {
+        session->calls[session->call_first].flags |= VKP_I_CALL_HIDDEN;
+        vkp_i_session_pass(session, frame);
+    } else if ((call.flags & VKP_I_CALL_LOGIN) != 0 && !error) {
         vkp_i_session_logged_in(session);
     } else if ((call.flags & VKP_I_CALL_HIDDEN) == 0) {
         vkp_i_session_pass(session, frame);

@@ -130,8 +130,9 @@ typedef struct vkp_client_config {
        BLOCK, WAIT, WAITAOF): each such command gets one of its own, logged in and set up as this
        one; when all are in use it waits. WAIT and WAITAOF are about the writes of their connection:
        a message to the channel "valkey-push:wait" precedes them on both, so that they wait for what
-       this client wrote before. Closing its slot gives the command up. Such a connection
-       is kept for five seconds. Default: 0, commands that block are REFUSED.                  */
+       this client wrote before; where it is refused, the refusal is their reply. Closing its slot
+       gives the command up. Such a connection is kept for five seconds. Default: 0, commands that
+       block are REFUSED.                                                                      */
     size_t private_max;
 
     /* How many milliseconds a command waits for a connection, over tries that fail; then its reply

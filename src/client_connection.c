@@ -644,18 +644,6 @@ static vkp_status vkp_i_client_configure(vkp_client *client, const vkp_client_co
     return vkp_i_link_init(&client->link, client->env, client->loop, own, &vkp_i_client_link_ops);
 }
 
-/* Whether servers accept the connection's name: printable, without blanks. */
-static bool vkp_i_client_name_is_valid(vkp_str name)
-{
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* Whether every setup command has a name. */
 static bool vkp_i_setup_is_valid(const vkp_client_config *config)
 {
@@ -755,7 +743,7 @@ VKP_API vkp_status vkp_client_open(vkp_loop *loop, const vkp_client_config *conf
     VKP_I_REQUIRE(vkp_i_on_loop(loop) && (config->on_push == NULL || config->pushes == NULL));
     VKP_I_REQUIRE(config->protocol == 0 || config->protocol == 2 || config->protocol == 3);
     VKP_I_REQUIRE((unsigned)config->role <= VKP_CLIENT_ROLE_PRIMARY &&
-                  vkp_i_setup_is_valid(config) && vkp_i_client_name_is_valid(config->name));
+                  vkp_i_setup_is_valid(config) && vkp_i_is_client_name(config->name));
     if (loop->closed) {
         return VKP_ERR_CLOSED;
     }

@@ -103,28 +103,55 @@ static bool vkp_i_private_start_timer(vkp_i_private *self, uint64_t ms)
                            vkp_i_after_ms(vkp_i_loop_now(self->client->loop), ms)) == VKP_OK;
 }
 
-/* Write the command that the connection carries, once it is ready. */
+static void vkp_i_private_caught_up(vkp_i_request *request, vkp_status status,
+                                    const vkp_value *value, const vkp_bytes *frame);
+
+/* Write bytes, whose last reply goes to settle. */
+static void vkp_i_private_send(vkp_i_private *self, vkp_bytes bytes, uint32_t replies,
+                               void (*settle)(vkp_i_request *request, vkp_status status,
+                                              const vkp_value *value, const vkp_bytes *frame))
+{
+    memset(&self->carry, 0, sizeof self->carry);
+    self->carry.due = replies;
+    self->carry.bytes = bytes;
+    self->carry.settle = settle;
+    if (!vkp_i_link_start(&self->link, &self->carry)) {
+        vkp_bytes_unref(&self->carry.bytes);
+        vkp_i_private_lost(self);
+    }
+}
+
+static void vkp_i_private_write_ask(vkp_i_private *self)
+{
+    vkp_i_private_send(self, vkp_bytes_ref(&self->ask->request.bytes), self->ask->request.due,
+                       vkp_i_private_settled);
+}
+
+/* Write the command that the connection carries, once it is ready; WAIT when the connection has
+   caught up with what the client wrote.                                                       */
 static void vkp_i_private_write(vkp_i_private *self)
 {
     if (self->ask == NULL || self->link.stage != VKP_I_STAGE_READY) {
         return;
     }
     vkp_timer_stop(&self->timer);
-    memset(&self->carry, 0, sizeof self->carry);
-    self->carry.due = self->ask->request.due;
     if (self->ask->waits) {
-        vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
-        self->carry.due++;
-        if (vkp_i_link_write(&self->link, &catch_up) != VKP_OK) {
-            vkp_i_private_lost(self);
-            return;
-        }
+        vkp_i_private_send(self, vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1), 1,
+                           vkp_i_private_caught_up);
+    } else {
+        vkp_i_private_write_ask(self);
     }
-    self->carry.bytes = vkp_bytes_ref(&self->ask->request.bytes);
-    self->carry.settle = vkp_i_private_settled;
-    if (!vkp_i_link_start(&self->link, &self->carry)) {
-        vkp_bytes_unref(&self->carry.bytes);
-        vkp_i_private_lost(self);
+}
+
+/* The message before WAIT was answered. Where it is refused WAIT would wait for nothing: the
+   refusal is its answer.                                                                      */
+static void vkp_i_private_caught_up(vkp_i_request *request, vkp_status status,
+                                    const vkp_value *value, const vkp_bytes *frame)
+{
+    if (status != VKP_OK || value->type == VKP_RESP_ERROR) {
+        vkp_i_private_settled(request, status, value, frame);
+    } else {
+        vkp_i_private_write_ask(VKP_CONTAINER(request, vkp_i_private, carry));
     }
 }
 

@@ -156,10 +156,12 @@ static bool vkp_i_client_is_own(const vkp_client *client, vkp_str channel)
 static void vkp_i_client_report_missed(vkp_client *client)
 {
     vkp_push item;
+    vkp_status status;
     memset(&item, 0, sizeof item);
     item.kind = VKP_PUSH_LAGGED;
     item.missed = client->missed;
-    if (vkp_mpsc_try_send(client->config.pushes, &item) != VKP_ERR_FULL) {
+    status = vkp_mpsc_try_send(client->config.pushes, &item);
+    if (status == VKP_OK || status == VKP_ERR_CLOSED) {
         client->missed = 0; /* reported, or nobody receives any longer */
         vkp_handler_unref(client->room);
         client->room = NULL;

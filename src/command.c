@@ -105,6 +105,18 @@ static vkp_i_sharing vkp_i_command_get_sharing(size_t argc, const vkp_str *argv)
                : VKP_I_SHARING_OK;
 }
 
+/* Whether servers accept the name of a connection (SETNAME): printable, without blanks. */
+static bool vkp_i_is_client_name(vkp_str name)
+{
+    size_t i;
+    for (i = 0; i < name.len; i++) {
+        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Whether the command waits for the writes of its connection to be elsewhere. */
 static bool vkp_i_command_is_wait(size_t argc, const vkp_str *argv)
 {

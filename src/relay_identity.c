@@ -11,13 +11,10 @@ static bool vkp_i_local_set_name(vkp_i_local *local, vkp_str name)
 {
     const vkp_env *env = local->shard->relay->env;
     char *copy = NULL;
-    size_t i;
-    for (i = 0; i < name.len; i++) {
-        if (name.ptr[i] < '!' || name.ptr[i] > '~') {
-            vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
-                                     "characters.");
-            return false;
-        }
+    if (!vkp_i_is_client_name(name)) {
+        vkp_i_local_error(local, "ERR Client names cannot contain spaces, newlines or special "
+                                 "characters.");
+        return false;
     }
     if (name.len > 0) {
         copy = (char *)vkp_i_alloc(env, name.len + 1);

@@ -42,6 +42,7 @@
 #define VKP_I_CALL_BLOCKS 4u  /* may be answered late, or never */
 #define VKP_I_CALL_ABORTS 8u  /* EXECABORT has the effect too */
 #define VKP_I_CALL_TUNNEL 16u /* TUNNEL follows */
+#define VKP_I_CALL_BEFORE 64u /* HIDDEN: an error is the answer of the next call, in its place */
 #define VKP_I_CALL_LOGIN 32u  /* HELLO with AUTH: the relay greets in place of the server */
 
 /* One command in flight. */
@@ -405,7 +406,7 @@ static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str
     if (vkp_i_command_is_wait(argc, argv) && !session->multi_sent) { /* writes were shared */
         vkp_bytes catch_up = vkp_bytes_static(vkp_i_catch_up, sizeof vkp_i_catch_up - 1);
         vkp_i_call hidden = VKP_ZERO;
-        hidden.flags = VKP_I_CALL_HIDDEN;
+        hidden.flags = VKP_I_CALL_HIDDEN | VKP_I_CALL_BEFORE;
         vkp_i_session_send(session, hidden, &catch_up);
     }
     vkp_i_session_send(session, call, bytes);
@@ -560,7 +561,10 @@ static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, 
             vkp_i_session_tunnel(session);
         }
     }
-    if ((call.flags & VKP_I_CALL_LOGIN) != 0 && !error) {
+    if (error && (call.flags & VKP_I_CALL_BEFORE) != 0 && session->call_count > 0) {
+        session->calls[session->call_first].flags |= VKP_I_CALL_HIDDEN;
+        vkp_i_session_pass(session, frame);
+    } else if ((call.flags & VKP_I_CALL_LOGIN) != 0 && !error) {
         vkp_i_session_logged_in(session);
     } else if ((call.flags & VKP_I_CALL_HIDDEN) == 0) {
         vkp_i_session_pass(session, frame);

@@ -208,11 +208,19 @@ TEST_CASE("private: WAIT comes behind what the client wrote before, on both conn
             with.own = with.server.greet(with.loop);
         }
         CHECK(heard(with.loop, with.own) == wire(catch_up));
+        say(with.own, ":0\r\n");
         CHECK(heard(with.loop, with.own) == wire({"WAIT", "1", "0"}));
         CHECK(wait.try_recv() == VKP_ERR_EMPTY);
-        say(with.own, ":0\r\n:1\r\n");
+        say(with.own, ":1\r\n");
         CHECK(wait.text_on(with.loop) == "1");
     }
+    // Without the right to that message WAIT would wait for nothing.
+    Question refused(with.client, {"WAIT", "1", "0"});
+    CHECK(heard(with.loop, with.peer) == wire(catch_up));
+    say(with.peer, "-NOPERM no\r\n");
+    CHECK(heard(with.loop, with.own) == wire(catch_up));
+    say(with.own, "-NOPERM no\r\n");
+    CHECK(refused.text_on(with.loop) == "error: NOPERM no");
     Question lost(with.client, {"WAITAOF", "1", "0", "0"});
     CHECK(heard(with.loop, with.peer) == wire(catch_up));
     with.peer.reset();

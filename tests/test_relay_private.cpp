@@ -585,6 +585,15 @@ TEST_CASE("private: WAIT waits for the writes that went another way")
     CHECK(ask(both.peer, "WAIT", "1", "50") == ":0\r\n");
     CHECK(::kill(vkp_test_server_pid(replica.get()), SIGCONT) == 0);
     CHECK(ask(both.peer, "WAIT", "1", "0") == ":1\r\n");
+    // Without the right to the message before it WAIT would wait for nothing.
+    ask(both.direct, "ACL", "SETUSER", "bob", "on", ">pw", "+@all", "~*", "resetchannels");
+    CHECK(ask(both.peer, "AUTH", "bob", "pw") == "+OK\r\n");
+    say(both.peer, wires({"WAIT 1 0", "ECHO a", "WAIT 1 0", "ECHO b"}));
+    const Strings heard = hear_some(both.peer, 4);
+    CHECK(starts_with(heard[0], "-NOPERM"));
+    CHECK(heard[1] == bulk("a"));
+    CHECK(starts_with(heard[2], "-NOPERM"));
+    CHECK(heard[3] == bulk("b"));
 }
 
 TEST_CASE("private: a relay that ends does not wait for what blocks")
