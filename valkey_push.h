@@ -880,8 +880,9 @@ typedef struct vkp_client_config {
 
     /* Every so many milliseconds the client asks the server for its own count of this connection's
        subscriptions (CLIENT INFO), and subscribes again to what is missing, which a GAP reports.
-       With a role, it asks for that too. In RESP2, or where CLIENT INFO is refused or counts wrong
-       three times in a row, it sends PING. 0: 15,000. VKP_OFF: never.                         */
+       With a role, it asks for that too. In RESP2 it sends PING, and asks with CLIENT LIST over a
+       second, short connection. Where that is refused or counts wrong three times in a row, it
+       sends PING. 0: 15,000. VKP_OFF: never.                                                  */
     uint64_t heartbeat_ms;
 
     /* When the oldest reply has been due for this long, the client asks over a second, short
@@ -3202,7 +3203,7 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
-    uint64_t outages;         /* connections to the server that were lost */
+    uint64_t outages;         /* push and shared connections to the server that were lost */
     uint64_t gaps;            /* times in which messages may have been lost */
     uint64_t lost;   /* clients closed because the server was not there, or by close_on_gap */
     size_t privates; /* connections to the server that carry one client, or wait for one */
@@ -18536,6 +18537,7 @@ struct vkp_i_link {
     uint64_t heard_ns;      /* when bytes arrived last */
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
+    bool id_asked;          /* CLIENT ID was sent, which HELLO makes needless */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
     bool looking;           /* this try waits for the lookup */
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
@@ -19330,6 +19332,7 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
     VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
                           it is the same */
+    VKP_I_STEP_ID,     /* CLIENT ID in RESP2, before the first SUBSCRIBE; an error is ignored */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -19449,6 +19452,17 @@ static bool vkp_i_link_ask_role(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("ROLE");
     return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
+}
+
+/* Ask the server for the connection's id, once. False: not connected or no memory. */
+static bool vkp_i_link_ask_id(vkp_i_link *link)
+{
+    vkp_str argv[2];
+    bool asked = link->id_asked;
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("ID");
+    link->id_asked = true;
+    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
 }
 
 /* The commands of the config, after the login. False: not connected or no memory. */
@@ -19628,6 +19642,9 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         if (failed) {
             vkp_i_link_fail(link, "the server refused the password", words);
         }
+        break;
+    case VKP_I_STEP_ID:
+        link->id = value->type == VKP_RESP_INTEGER ? value->u.integer : 0;
         break;
     case VKP_I_STEP_PING:
         link->ping_refused = failed;
@@ -19877,6 +19894,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->demoted = false;
     link->subscribed = false;
     link->id = 0;
+    link->id_asked = false;
     link->hello_words[0] = '\0';
     link->answered_ns = vkp_i_loop_now(link->loop);
     link->known_ns = link->answered_ns;
@@ -19990,7 +20008,8 @@ struct vkp_client {
     bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
     bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
     bool beat_sent;          /* a heartbeat waits for its reply */
-    bool counts_refused;     /* the server does not answer CLIENT INFO */
+    bool counts_refused;     /* the server does not answer CLIENT INFO, or CLIENT LIST */
+    bool audit_due;          /* RESP2: an audit is due that needs a probe */
     vkp_i_probe *probe;      /* a second connection with a question; NULL: none is under way */
     vkp_i_private *privates; /* connections for blocking commands, in no order */
     size_t private_count;    /* number of privates */
@@ -21018,8 +21037,13 @@ static bool vkp_i_interest_send(vkp_i_interest *interest, bool subscribe)
     static const char *const verbs[2][VKP_SUB_KINDS] = {
         {"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"}, {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
     vkp_client *client = interest->client;
-    vkp_i_sub_request *self = (vkp_i_sub_request *)vkp_i_alloc_zero(client->env, sizeof *self);
+    bool audits = client->link.protocol == 2 && client->heartbeat_ns != VKP_FOREVER;
+    vkp_i_sub_request *self;
     vkp_str argv[2];
+    if (audits && subscribe && client->ready && !vkp_i_link_ask_id(&client->link)) {
+        return false; /* later a connection with subscriptions does not carry that */
+    }
+    self = (vkp_i_sub_request *)vkp_i_alloc_zero(client->env, sizeof *self);
     if (self == NULL) {
         return false;
     }
@@ -21529,6 +21553,12 @@ typedef struct vkp_i_probe_kind {
                      const vkp_bytes *frame);
 } vkp_i_probe_kind;
 
+/* A question for the server's counts of the client's subscriptions. */
+typedef struct vkp_i_audit {
+    uint64_t changes; /* client->changes when it was sent */
+    uint64_t sent_ns; /* on the loop's clock */
+} vkp_i_audit;
+
 struct vkp_i_probe {
     vkp_i_link link;
     const vkp_i_probe_kind *kind;
@@ -21539,6 +21569,7 @@ struct vkp_i_probe {
     vkp_timer timer;          /* ends the wait for an answer */
     vkp_i_request ask;        /* the question under way */
     bool listing;             /* of liveness: CLIENT LIST was sent */
+    vkp_i_audit audit;        /* of an audit in RESP2 */
     uint64_t published_ns;    /* of delivery: PUBLISH was answered; 0: not yet */
 };
 
@@ -21574,6 +21605,15 @@ static void vkp_i_probe_on_busy(vkp_i_link *link)
     (void)link;
 }
 
+/* Let the client's watch look at once. */
+static void vkp_i_client_look_now(vkp_client *client)
+{
+    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
+                        client->loop->now_ns) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
+    }
+}
+
 /* End the probe of the client, if one runs. */
 static void vkp_i_client_end_probe(vkp_client *client)
 {
@@ -21586,8 +21626,17 @@ static void vkp_i_client_end_probe(vkp_client *client)
         while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
             request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
         }
+        if (client->ready && client->audit_due) { /* it waited for this end */
+            vkp_i_client_look_now(client);
+        }
         vkp_i_probe_release(&probe->link);
     }
+}
+
+/* The probe's connection ended: that says nothing about the other one. */
+static void vkp_i_probe_on_down(vkp_i_link *link)
+{
+    vkp_i_client_end_probe(vkp_i_probe_of(link)->client);
 }
 
 /* Send the probe's next question. False: no memory. */
@@ -21601,6 +21650,19 @@ static bool vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv
     }
     vkp_bytes_unref(&probe->ask.bytes);
     return false;
+}
+
+/* Ask what the server says of the client's own connection, whose id is known. False: no memory. */
+static bool vkp_i_probe_list(vkp_i_probe *probe)
+{
+    char digits[VKP_I_DIGITS];
+    size_t from = vkp_i_format_u64(digits, (uint64_t)probe->client->link.id);
+    vkp_str argv[4];
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("LIST");
+    argv[2] = vkp_str_of("ID");
+    argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+    return vkp_i_probe_ask(probe, 4, argv);
 }
 
 /* Start the probe's timer, reply_timeout_ms from now. False: no memory. */
@@ -21700,10 +21762,7 @@ static void vkp_i_client_keep_own(vkp_client *client)
 static void vkp_i_client_beat_now(vkp_client *client)
 {
     client->heartbeat_ns = client->loop->now_ns;
-    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
-                        client->heartbeat_ns) != VKP_OK) {
-        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
-    }
+    vkp_i_client_look_now(client);
 }
 
 /* Send PUBLISH; its payload is the time at which the probe began. */
@@ -21745,12 +21804,6 @@ static void vkp_i_delivery_answered(vkp_i_request *request, vkp_status status,
     vkp_i_client_end_probe(client);
 }
 
-/* The probe's connection ended: that says nothing about the other one. */
-static void vkp_i_delivery_on_down(vkp_i_link *link)
-{
-    vkp_i_client_end_probe(vkp_i_probe_of(link)->client);
-}
-
 static void vkp_i_delivery_on_timer(vkp_timer *timer)
 {
     vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
@@ -21770,7 +21823,7 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_delivery_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
                                                       vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_delivery_on_timer,
                                                      vkp_i_delivery_answered};
@@ -21824,9 +21877,10 @@ static void vkp_i_client_probe_delivery(vkp_client *client)
               of a request, or does not say
      STALLED  it answers the probe, and owes us nothing          the link is lost
    Does the server have the subscriptions that the table says? With each heartbeat the client asks
-   for the server's own counts (an audit). Counts that are too low are repaired: each name of the
-   kind is asked for again, and a GAP covers them from the last audit that agreed. Counts that are
-   too high end the link: nobody can say which name it is.                                      */
+   for the server's own counts (an audit): CLIENT INFO, or in RESP2, where a connection with
+   subscriptions carries no such command, CLIENT LIST over a probe. Counts that are too low are
+   repaired: each name of the kind is asked for again, and a GAP covers them from the last audit
+   that agreed. Counts that are too high end the link: nobody can say which name it is.         */
 
 typedef enum vkp_i_verdict {
     VKP_I_PROBE_DEAD,
@@ -21956,10 +22010,6 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                  const vkp_bytes *frame)
 {
     vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
-    int64_t id = probe->client->link.id;
-    char digits[VKP_I_DIGITS];
-    vkp_str argv[4];
-    size_t from;
     (void)frame;
     vkp_bytes_unref(&request->bytes);
     if (status != VKP_OK) {
@@ -21970,16 +22020,12 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (id == 0) { /* the server did not say who we are, so it cannot be asked about us */
+    } else if (probe->client->link.id ==
+               0) { /* the server did not say who we are, so it cannot be asked about us */
         vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
-        from = vkp_i_format_u64(digits, (uint64_t)id);
-        argv[0] = vkp_str_of("CLIENT");
-        argv[1] = vkp_str_of("LIST");
-        argv[2] = vkp_str_of("ID");
-        argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
-        if (!vkp_i_probe_ask(probe, 4, argv)) {
+        if (!vkp_i_probe_list(probe)) {
             vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* says nothing about the server */
         }
     }
@@ -21995,7 +22041,7 @@ static void vkp_i_probe_on_ready(vkp_i_link *link)
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
    One that accepts connections and closes them without words may stand before a dead server. */
-static void vkp_i_probe_on_down(vkp_i_link *link)
+static void vkp_i_liveness_on_down(vkp_i_link *link)
 {
     vkp_i_probe_end(vkp_i_probe_of(link), link->spoke       ? VKP_I_PROBE_BUSY
                                           : link->connected ? VKP_I_PROBE_MUTE
@@ -22011,7 +22057,7 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_liveness_on_down, vkp_i_probe_on_busy,
                                                       vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_probe_on_timer,
                                                      vkp_i_probe_answered};
@@ -22048,10 +22094,15 @@ static void vkp_i_client_ask_server(vkp_client *client)
 typedef struct vkp_i_beat {
     vkp_i_request request;
     vkp_client *client;
-    bool audit;       /* CLIENT INFO */
-    uint64_t changes; /* client->changes when it was sent */
-    uint64_t sent_ns; /* on the loop's clock */
+    bool counts; /* CLIENT INFO */
+    vkp_i_audit audit;
 } vkp_i_beat;
+
+static vkp_i_audit vkp_i_audit_of(const vkp_client *client)
+{
+    vkp_i_audit audit = {client->changes, client->loop->now_ns};
+    return audit;
+}
 
 /* Ask again for every name of the kind: the server has fewer than the table says. */
 static void vkp_i_client_repair(vkp_client *client, int kind)
@@ -22066,12 +22117,12 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
 #define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
 
 /* Compare the server's counts with the table. */
-static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
+static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp_str line)
 {
     static const char *const fields[VKP_SUB_KINDS] = {" sub=", " psub=", " ssub="};
     bool agrees = true;
     int kind;
-    if (beat->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
+    if (audit->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
         return; /* the table changed meanwhile: the next heartbeat audits */
     }
     VKP_I_COUNT(client, audits);
@@ -22101,7 +22152,19 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_s
         }
     }
     if (agrees) {
-        client->audited_ns = beat->sent_ns;
+        client->audited_ns = audit->sent_ns;
+    }
+}
+
+/* The server answered CLIENT INFO or CLIENT LIST. */
+static void vkp_i_client_counted(vkp_client *client, const vkp_i_audit *audit,
+                                 const vkp_value *value)
+{
+    vkp_str words = vkp_value_get_str(value);
+    if (value->type == VKP_RESP_STRING) {
+        vkp_i_client_audit(client, audit, words);
+    } else if (!vkp_i_words_are_passing(words)) {
+        client->counts_refused = true; /* an old server, or no right to ask */
     }
 }
 
@@ -22112,14 +22175,57 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
     vkp_client *client = beat->client;
     (void)frame;
     client->beat_sent = false;
-    if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
-        vkp_i_client_audit(client, beat, vkp_value_get_str(value));
-    } else if (status == VKP_OK && beat->audit &&
-               !vkp_i_words_are_passing(vkp_value_get_str(value))) {
-        client->counts_refused = true; /* an old server, or no right to ask */
+    if (status == VKP_OK && beat->counts) {
+        vkp_i_client_counted(client, &beat->audit, value);
     }
     vkp_bytes_unref(&request->bytes);
     vkp_i_free(client->env, beat, sizeof *beat);
+}
+
+static void vkp_i_audit_on_ready(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    probe->audit = vkp_i_audit_of(probe->client);
+    if (!vkp_i_probe_list(probe)) {
+        vkp_i_client_end_probe(probe->client); /* the next heartbeat asks again */
+    }
+}
+
+static void vkp_i_audit_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                 const vkp_bytes *frame)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
+    vkp_client *client = probe->client;
+    vkp_i_audit audit = probe->audit;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    if (status == VKP_OK) { /* otherwise the probe ended, or its timer ends it */
+        vkp_i_client_end_probe(client);
+        vkp_i_client_counted(client, &audit, value);
+    }
+}
+
+static void vkp_i_audit_on_timer(vkp_timer *timer)
+{
+    vkp_i_client_end_probe(VKP_CONTAINER(timer, vkp_i_probe, timer)->client);
+}
+
+static const vkp_i_probe_kind vkp_i_audit_kind = {{vkp_i_audit_on_ready, vkp_i_probe_on_push,
+                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                   vkp_i_probe_hold, vkp_i_probe_release, NULL},
+                                                  vkp_i_audit_on_timer,
+                                                  vkp_i_audit_answered};
+
+/* Ask for the counts over a probe, unless one runs: its end starts the watch, which comes here
+   again. */
+static void vkp_i_client_audit_apart(vkp_client *client)
+{
+    if (client->probe == NULL) {
+        client->audit_due = false;
+        if (vkp_i_client_start_probe(client, &vkp_i_audit_kind) != VKP_OK) {
+            vkp_i_client_end_probe(client);
+        }
+    }
 }
 
 /* Send a heartbeat. A RESP2 connection with subscriptions carries no command but PING. False: no
@@ -22127,20 +22233,19 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
 static bool vkp_i_client_beat(vkp_client *client)
 {
     vkp_i_beat *beat = (vkp_i_beat *)vkp_i_alloc_zero(client->env, sizeof *beat);
-    bool audit = client->link.protocol == 3 && !client->counts_refused;
+    bool counts = client->link.protocol == 3 && !client->counts_refused;
     vkp_str argv[2];
     if (beat == NULL) {
         return false;
     }
     beat->client = client;
-    beat->audit = audit;
-    beat->changes = client->changes;
-    beat->sent_ns = client->loop->now_ns;
+    beat->counts = counts;
+    beat->audit = vkp_i_audit_of(client);
     beat->request.due = 1;
     beat->request.settle = vkp_i_beat_settled;
-    argv[0] = vkp_str_of(audit ? "CLIENT" : "PING");
+    argv[0] = vkp_str_of(counts ? "CLIENT" : "PING");
     argv[1] = vkp_str_of("INFO");
-    if (vkp_i_request_put(&beat->request, client->env, audit ? 2 : 1, argv) != VKP_OK ||
+    if (vkp_i_request_put(&beat->request, client->env, counts ? 2 : 1, argv) != VKP_OK ||
         !vkp_i_link_start(&client->link, &beat->request)) {
         vkp_i_beat_settled(&beat->request, VKP_ERR_NOMEM, NULL, NULL);
         return false;
@@ -22167,12 +22272,17 @@ static void vkp_i_client_watch(vkp_client *client)
     }
     if (client->ready && now_ns >= client->heartbeat_ns) {
         client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
+        client->audit_due = client->link.protocol == 2 && client->live > 0 &&
+                            client->link.id != 0 && !client->counts_refused;
         if (!client->beat_sent && !vkp_i_client_beat(client)) {
             vkp_i_link_lose(&client->link, "out of memory");
         }
     }
     if (client->ready && now_ns >= client->delivery_ns) {
         vkp_i_client_probe_delivery(client);
+    }
+    if (client->ready && client->audit_due) {
+        vkp_i_client_audit_apart(client);
     }
 }
 
@@ -23056,6 +23166,7 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->audited_ns = client->loop->now_ns;
     client->beat_sent = false;
     client->counts_refused = false;
+    client->audit_due = false;
     client->unsent = 0;
     memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;
@@ -28338,6 +28449,13 @@ VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
     return relay->registry;
 }
 
+static uint64_t vkp_i_client_outages(const vkp_client *client)
+{
+    vkp_client_stats stats;
+    vkp_client_get_stats(client, &stats);
+    return stats.outages;
+}
+
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
 {
     size_t i;
@@ -28351,11 +28469,9 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
-    stats->outages = 0;
-    if (relay->push != NULL) {
-        vkp_client_stats client;
-        vkp_client_get_stats(relay->push, &client);
-        stats->outages = client.outages;
+    stats->outages = relay->push != NULL ? vkp_i_client_outages(relay->push) : 0;
+    for (i = 0; i < relay->shared_count; i++) {
+        stats->outages += vkp_i_client_outages(relay->shared[i]);
     }
     stats->gaps = VKP_I_LOAD(&relay->gaps);
     stats->lost = VKP_I_LOAD(&relay->lost);

@@ -72,7 +72,8 @@ struct vkp_client {
     bool was_ready;          /* a handshake succeeded before: the next event is RECONNECTED */
     bool failure_reported;   /* CONNECT_FAILED was emitted since the client was ready */
     bool beat_sent;          /* a heartbeat waits for its reply */
-    bool counts_refused;     /* the server does not answer CLIENT INFO */
+    bool counts_refused;     /* the server does not answer CLIENT INFO, or CLIENT LIST */
+    bool audit_due;          /* RESP2: an audit is due that needs a probe */
     vkp_i_probe *probe;      /* a second connection with a question; NULL: none is under way */
     vkp_i_private *privates; /* connections for blocking commands, in no order */
     size_t private_count;    /* number of privates */

@@ -102,8 +102,9 @@ typedef struct vkp_client_config {
 
     /* Every so many milliseconds the client asks the server for its own count of this connection's
        subscriptions (CLIENT INFO), and subscribes again to what is missing, which a GAP reports.
-       With a role, it asks for that too. In RESP2, or where CLIENT INFO is refused or counts wrong
-       three times in a row, it sends PING. 0: 15,000. VKP_OFF: never.                         */
+       With a role, it asks for that too. In RESP2 it sends PING, and asks with CLIENT LIST over a
+       second, short connection. Where that is refused or counts wrong three times in a row, it
+       sends PING. 0: 15,000. VKP_OFF: never.                                                  */
     uint64_t heartbeat_ms;
 
     /* When the oldest reply has been due for this long, the client asks over a second, short

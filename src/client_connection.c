@@ -236,6 +236,7 @@ static void vkp_i_client_on_ready(vkp_i_link *link)
     client->audited_ns = client->loop->now_ns;
     client->beat_sent = false;
     client->counts_refused = false;
+    client->audit_due = false;
     client->unsent = 0;
     memset(client->repaired, 0, sizeof client->repaired);
     client->patient_ns = 0;

@@ -52,10 +52,7 @@ static void vkp_i_client_keep_own(vkp_client *client)
 static void vkp_i_client_beat_now(vkp_client *client)
 {
     client->heartbeat_ns = client->loop->now_ns;
-    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
-                        client->heartbeat_ns) != VKP_OK) {
-        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
-    }
+    vkp_i_client_look_now(client);
 }
 
 /* Send PUBLISH; its payload is the time at which the probe began. */
@@ -97,12 +94,6 @@ static void vkp_i_delivery_answered(vkp_i_request *request, vkp_status status,
     vkp_i_client_end_probe(client);
 }
 
-/* The probe's connection ended: that says nothing about the other one. */
-static void vkp_i_delivery_on_down(vkp_i_link *link)
-{
-    vkp_i_client_end_probe(vkp_i_probe_of(link)->client);
-}
-
 static void vkp_i_delivery_on_timer(vkp_timer *timer)
 {
     vkp_i_probe *probe = VKP_CONTAINER(timer, vkp_i_probe, timer);
@@ -122,7 +113,7 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_delivery_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
                                                       vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_delivery_on_timer,
                                                      vkp_i_delivery_answered};

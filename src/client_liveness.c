@@ -15,9 +15,10 @@
               of a request, or does not say
      STALLED  it answers the probe, and owes us nothing          the link is lost
    Does the server have the subscriptions that the table says? With each heartbeat the client asks
-   for the server's own counts (an audit). Counts that are too low are repaired: each name of the
-   kind is asked for again, and a GAP covers them from the last audit that agreed. Counts that are
-   too high end the link: nobody can say which name it is.                                      */
+   for the server's own counts (an audit): CLIENT INFO, or in RESP2, where a connection with
+   subscriptions carries no such command, CLIENT LIST over a probe. Counts that are too low are
+   repaired: each name of the kind is asked for again, and a GAP covers them from the last audit
+   that agreed. Counts that are too high end the link: nobody can say which name it is.         */
 
 typedef enum vkp_i_verdict {
     VKP_I_PROBE_DEAD,
@@ -147,10 +148,6 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                  const vkp_bytes *frame)
 {
     vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
-    int64_t id = probe->client->link.id;
-    char digits[VKP_I_DIGITS];
-    vkp_str argv[4];
-    size_t from;
     (void)frame;
     vkp_bytes_unref(&request->bytes);
     if (status != VKP_OK) {
@@ -161,16 +158,12 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (id == 0) { /* the server did not say who we are, so it cannot be asked about us */
+    } else if (probe->client->link.id ==
+               0) { /* the server did not say who we are, so it cannot be asked about us */
         vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
-        from = vkp_i_format_u64(digits, (uint64_t)id);
-        argv[0] = vkp_str_of("CLIENT");
-        argv[1] = vkp_str_of("LIST");
-        argv[2] = vkp_str_of("ID");
-        argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
-        if (!vkp_i_probe_ask(probe, 4, argv)) {
+        if (!vkp_i_probe_list(probe)) {
             vkp_i_probe_end(probe, VKP_I_PROBE_BUSY); /* says nothing about the server */
         }
     }
@@ -186,7 +179,7 @@ static void vkp_i_probe_on_ready(vkp_i_link *link)
 
 /* The probe's connection ended. Words of the server, also those of a refusal, are a sign of life.
    One that accepts connections and closes them without words may stand before a dead server. */
-static void vkp_i_probe_on_down(vkp_i_link *link)
+static void vkp_i_liveness_on_down(vkp_i_link *link)
 {
     vkp_i_probe_end(vkp_i_probe_of(link), link->spoke       ? VKP_I_PROBE_BUSY
                                           : link->connected ? VKP_I_PROBE_MUTE
@@ -202,7 +195,7 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                      vkp_i_liveness_on_down, vkp_i_probe_on_busy,
                                                       vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                      vkp_i_probe_on_timer,
                                                      vkp_i_probe_answered};
@@ -239,10 +232,15 @@ static void vkp_i_client_ask_server(vkp_client *client)
 typedef struct vkp_i_beat {
     vkp_i_request request;
     vkp_client *client;
-    bool audit;       /* CLIENT INFO */
-    uint64_t changes; /* client->changes when it was sent */
-    uint64_t sent_ns; /* on the loop's clock */
+    bool counts; /* CLIENT INFO */
+    vkp_i_audit audit;
 } vkp_i_beat;
+
+static vkp_i_audit vkp_i_audit_of(const vkp_client *client)
+{
+    vkp_i_audit audit = {client->changes, client->loop->now_ns};
+    return audit;
+}
 
 /* Ask again for every name of the kind: the server has fewer than the table says. */
 static void vkp_i_client_repair(vkp_client *client, int kind)
@@ -257,12 +255,12 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
 #define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
 
 /* Compare the server's counts with the table. */
-static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_str line)
+static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp_str line)
 {
     static const char *const fields[VKP_SUB_KINDS] = {" sub=", " psub=", " ssub="};
     bool agrees = true;
     int kind;
-    if (beat->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
+    if (audit->changes != client->changes || client->subs_in_flight > 0 || client->stuck > 0) {
         return; /* the table changed meanwhile: the next heartbeat audits */
     }
     VKP_I_COUNT(client, audits);
@@ -292,7 +290,19 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_beat *beat, vkp_s
         }
     }
     if (agrees) {
-        client->audited_ns = beat->sent_ns;
+        client->audited_ns = audit->sent_ns;
+    }
+}
+
+/* The server answered CLIENT INFO or CLIENT LIST. */
+static void vkp_i_client_counted(vkp_client *client, const vkp_i_audit *audit,
+                                 const vkp_value *value)
+{
+    vkp_str words = vkp_value_get_str(value);
+    if (value->type == VKP_RESP_STRING) {
+        vkp_i_client_audit(client, audit, words);
+    } else if (!vkp_i_words_are_passing(words)) {
+        client->counts_refused = true; /* an old server, or no right to ask */
     }
 }
 
@@ -303,14 +313,57 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
     vkp_client *client = beat->client;
     (void)frame;
     client->beat_sent = false;
-    if (status == VKP_OK && beat->audit && value->type == VKP_RESP_STRING) {
-        vkp_i_client_audit(client, beat, vkp_value_get_str(value));
-    } else if (status == VKP_OK && beat->audit &&
-               !vkp_i_words_are_passing(vkp_value_get_str(value))) {
-        client->counts_refused = true; /* an old server, or no right to ask */
+    if (status == VKP_OK && beat->counts) {
+        vkp_i_client_counted(client, &beat->audit, value);
     }
     vkp_bytes_unref(&request->bytes);
     vkp_i_free(client->env, beat, sizeof *beat);
+}
+
+static void vkp_i_audit_on_ready(vkp_i_link *link)
+{
+    vkp_i_probe *probe = vkp_i_probe_of(link);
+    probe->audit = vkp_i_audit_of(probe->client);
+    if (!vkp_i_probe_list(probe)) {
+        vkp_i_client_end_probe(probe->client); /* the next heartbeat asks again */
+    }
+}
+
+static void vkp_i_audit_answered(vkp_i_request *request, vkp_status status, const vkp_value *value,
+                                 const vkp_bytes *frame)
+{
+    vkp_i_probe *probe = VKP_CONTAINER(request, vkp_i_probe, ask);
+    vkp_client *client = probe->client;
+    vkp_i_audit audit = probe->audit;
+    (void)frame;
+    vkp_bytes_unref(&request->bytes);
+    if (status == VKP_OK) { /* otherwise the probe ended, or its timer ends it */
+        vkp_i_client_end_probe(client);
+        vkp_i_client_counted(client, &audit, value);
+    }
+}
+
+static void vkp_i_audit_on_timer(vkp_timer *timer)
+{
+    vkp_i_client_end_probe(VKP_CONTAINER(timer, vkp_i_probe, timer)->client);
+}
+
+static const vkp_i_probe_kind vkp_i_audit_kind = {{vkp_i_audit_on_ready, vkp_i_probe_on_push,
+                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                   vkp_i_probe_hold, vkp_i_probe_release, NULL},
+                                                  vkp_i_audit_on_timer,
+                                                  vkp_i_audit_answered};
+
+/* Ask for the counts over a probe, unless one runs: its end starts the watch, which comes here
+   again. */
+static void vkp_i_client_audit_apart(vkp_client *client)
+{
+    if (client->probe == NULL) {
+        client->audit_due = false;
+        if (vkp_i_client_start_probe(client, &vkp_i_audit_kind) != VKP_OK) {
+            vkp_i_client_end_probe(client);
+        }
+    }
 }
 
 /* Send a heartbeat. A RESP2 connection with subscriptions carries no command but PING. False: no
@@ -318,20 +371,19 @@ static void vkp_i_beat_settled(vkp_i_request *request, vkp_status status, const 
 static bool vkp_i_client_beat(vkp_client *client)
 {
     vkp_i_beat *beat = (vkp_i_beat *)vkp_i_alloc_zero(client->env, sizeof *beat);
-    bool audit = client->link.protocol == 3 && !client->counts_refused;
+    bool counts = client->link.protocol == 3 && !client->counts_refused;
     vkp_str argv[2];
     if (beat == NULL) {
         return false;
     }
     beat->client = client;
-    beat->audit = audit;
-    beat->changes = client->changes;
-    beat->sent_ns = client->loop->now_ns;
+    beat->counts = counts;
+    beat->audit = vkp_i_audit_of(client);
     beat->request.due = 1;
     beat->request.settle = vkp_i_beat_settled;
-    argv[0] = vkp_str_of(audit ? "CLIENT" : "PING");
+    argv[0] = vkp_str_of(counts ? "CLIENT" : "PING");
     argv[1] = vkp_str_of("INFO");
-    if (vkp_i_request_put(&beat->request, client->env, audit ? 2 : 1, argv) != VKP_OK ||
+    if (vkp_i_request_put(&beat->request, client->env, counts ? 2 : 1, argv) != VKP_OK ||
         !vkp_i_link_start(&client->link, &beat->request)) {
         vkp_i_beat_settled(&beat->request, VKP_ERR_NOMEM, NULL, NULL);
         return false;
@@ -358,12 +410,17 @@ static void vkp_i_client_watch(vkp_client *client)
     }
     if (client->ready && now_ns >= client->heartbeat_ns) {
         client->heartbeat_ns = vkp_i_after_ms(now_ns, client->config.heartbeat_ms);
+        client->audit_due = client->link.protocol == 2 && client->live > 0 &&
+                            client->link.id != 0 && !client->counts_refused;
         if (!client->beat_sent && !vkp_i_client_beat(client)) {
             vkp_i_link_lose(&client->link, "out of memory");
         }
     }
     if (client->ready && now_ns >= client->delivery_ns) {
         vkp_i_client_probe_delivery(client);
+    }
+    if (client->ready && client->audit_due) {
+        vkp_i_client_audit_apart(client);
     }
 }
 

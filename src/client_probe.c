@@ -15,6 +15,12 @@ typedef struct vkp_i_probe_kind {
                      const vkp_bytes *frame);
 } vkp_i_probe_kind;
 
+/* A question for the server's counts of the client's subscriptions. */
+typedef struct vkp_i_audit {
+    uint64_t changes; /* client->changes when it was sent */
+    uint64_t sent_ns; /* on the loop's clock */
+} vkp_i_audit;
+
 struct vkp_i_probe {
     vkp_i_link link;
     const vkp_i_probe_kind *kind;
@@ -25,6 +31,7 @@ struct vkp_i_probe {
     vkp_timer timer;          /* ends the wait for an answer */
     vkp_i_request ask;        /* the question under way */
     bool listing;             /* of liveness: CLIENT LIST was sent */
+    vkp_i_audit audit;        /* of an audit in RESP2 */
     uint64_t published_ns;    /* of delivery: PUBLISH was answered; 0: not yet */
 };
 
@@ -60,6 +67,15 @@ static void vkp_i_probe_on_busy(vkp_i_link *link)
     (void)link;
 }
 
+/* Let the client's watch look at once. */
+static void vkp_i_client_look_now(vkp_client *client)
+{
+    if (vkp_timer_start(&client->timer, client->loop, client->timer.i_fn, 0,
+                        client->loop->now_ns) != VKP_OK) {
+        vkp_i_log(client->env, VKP_LOG_ERROR, "out of memory: the client's timer did not start");
+    }
+}
+
 /* End the probe of the client, if one runs. */
 static void vkp_i_client_end_probe(vkp_client *client)
 {
@@ -72,8 +88,17 @@ static void vkp_i_client_end_probe(vkp_client *client)
         while ((request = vkp_i_requests_pop(&probe->link.flight)) != NULL) {
             request->settle(request, VKP_ERR_CLOSED, NULL, NULL);
         }
+        if (client->ready && client->audit_due) { /* it waited for this end */
+            vkp_i_client_look_now(client);
+        }
         vkp_i_probe_release(&probe->link);
     }
+}
+
+/* The probe's connection ended: that says nothing about the other one. */
+static void vkp_i_probe_on_down(vkp_i_link *link)
+{
+    vkp_i_client_end_probe(vkp_i_probe_of(link)->client);
 }
 
 /* Send the probe's next question. False: no memory. */
@@ -87,6 +112,19 @@ static bool vkp_i_probe_ask(vkp_i_probe *probe, size_t argc, const vkp_str *argv
     }
     vkp_bytes_unref(&probe->ask.bytes);
     return false;
+}
+
+/* Ask what the server says of the client's own connection, whose id is known. False: no memory. */
+static bool vkp_i_probe_list(vkp_i_probe *probe)
+{
+    char digits[VKP_I_DIGITS];
+    size_t from = vkp_i_format_u64(digits, (uint64_t)probe->client->link.id);
+    vkp_str argv[4];
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("LIST");
+    argv[2] = vkp_str_of("ID");
+    argv[3] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+    return vkp_i_probe_ask(probe, 4, argv);
 }
 
 /* Start the probe's timer, reply_timeout_ms from now. False: no memory. */

@@ -374,8 +374,13 @@ static bool vkp_i_interest_send(vkp_i_interest *interest, bool subscribe)
     static const char *const verbs[2][VKP_SUB_KINDS] = {
         {"UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"}, {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE"}};
     vkp_client *client = interest->client;
-    vkp_i_sub_request *self = (vkp_i_sub_request *)vkp_i_alloc_zero(client->env, sizeof *self);
+    bool audits = client->link.protocol == 2 && client->heartbeat_ns != VKP_FOREVER;
+    vkp_i_sub_request *self;
     vkp_str argv[2];
+    if (audits && subscribe && client->ready && !vkp_i_link_ask_id(&client->link)) {
+        return false; /* later a connection with subscriptions does not carry that */
+    }
+    self = (vkp_i_sub_request *)vkp_i_alloc_zero(client->env, sizeof *self);
     if (self == NULL) {
         return false;
     }

@@ -25,6 +25,7 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
     VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
                           it is the same */
+    VKP_I_STEP_ID,     /* CLIENT ID in RESP2, before the first SUBSCRIBE; an error is ignored */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -144,6 +145,17 @@ static bool vkp_i_link_ask_role(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("ROLE");
     return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
+}
+
+/* Ask the server for the connection's id, once. False: not connected or no memory. */
+static bool vkp_i_link_ask_id(vkp_i_link *link)
+{
+    vkp_str argv[2];
+    bool asked = link->id_asked;
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("ID");
+    link->id_asked = true;
+    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
 }
 
 /* The commands of the config, after the login. False: not connected or no memory. */
@@ -323,6 +335,9 @@ static void vkp_i_link_step_reply(vkp_i_link *link, const vkp_i_step *step, cons
         if (failed) {
             vkp_i_link_fail(link, "the server refused the password", words);
         }
+        break;
+    case VKP_I_STEP_ID:
+        link->id = value->type == VKP_RESP_INTEGER ? value->u.integer : 0;
         break;
     case VKP_I_STEP_PING:
         link->ping_refused = failed;

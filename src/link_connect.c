@@ -184,6 +184,7 @@ static bool vkp_i_link_begin(vkp_i_link *link, vkp_str username, vkp_str passwor
     link->demoted = false;
     link->subscribed = false;
     link->id = 0;
+    link->id_asked = false;
     link->hello_words[0] = '\0';
     link->answered_ns = vkp_i_loop_now(link->loop);
     link->known_ns = link->answered_ns;

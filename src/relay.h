@@ -116,7 +116,7 @@ typedef struct vkp_relay_stats {
     uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
-    uint64_t outages;         /* connections to the server that were lost */
+    uint64_t outages;         /* push and shared connections to the server that were lost */
     uint64_t gaps;            /* times in which messages may have been lost */
     uint64_t lost;   /* clients closed because the server was not there, or by close_on_gap */
     size_t privates; /* connections to the server that carry one client, or wait for one */

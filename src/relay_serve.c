@@ -1137,6 +1137,13 @@ VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
     return relay->registry;
 }
 
+static uint64_t vkp_i_client_outages(const vkp_client *client)
+{
+    vkp_client_stats stats;
+    vkp_client_get_stats(client, &stats);
+    return stats.outages;
+}
+
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
 {
     size_t i;
@@ -1150,11 +1157,9 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->lagged = VKP_I_LOAD(&relay->lagged);
     stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
     stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
-    stats->outages = 0;
-    if (relay->push != NULL) {
-        vkp_client_stats client;
-        vkp_client_get_stats(relay->push, &client);
-        stats->outages = client.outages;
+    stats->outages = relay->push != NULL ? vkp_i_client_outages(relay->push) : 0;
+    for (i = 0; i < relay->shared_count; i++) {
+        stats->outages += vkp_i_client_outages(relay->shared[i]);
     }
     stats->gaps = VKP_I_LOAD(&relay->gaps);
     stats->lost = VKP_I_LOAD(&relay->lost);

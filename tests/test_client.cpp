@@ -1371,9 +1371,10 @@ TEST_CASE("client: RESP2 has its pushes as arrays, and no commands beside them",
     Done done;
     REQUIRE(done.subscribe(client, "c") == VKP_OK);
     CHECK(heard(loop, peer) == wire({"LRANGE", "l", "0", "-1"}));
+    CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
     CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
     say(peer,
-        "*3\r\n$7\r\nmessage\r\n$1\r\na\r\n$1\r\nb\r\n"
+        "*3\r\n$7\r\nmessage\r\n$1\r\na\r\n$1\r\nb\r\n:7\r\n"
         "*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n");
     CHECK(before.text_on(loop) == "[message a b]");
     until_events(loop, client, 3);
@@ -1849,8 +1850,10 @@ TEST_CASE("client: in RESP2 a heartbeat's answer is no push", "[client]")
     (void)heard(loop, peer);
     say(peer, "+PONG\r\n");
     client.subscribe("c");
+    CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
     CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
-    say(peer, "*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n");
+    say(peer, "-ERR unknown command\r\n"
+              "*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n");
     for (int i = 0; i < 3; i++) {
         CHECK(heard(loop, peer) == wire({"PING"}));
         say(peer, "*2\r\n$4\r\npong\r\n$0\r\n\r\n");

@@ -62,8 +62,9 @@ class Two {
         say(peer, "+PONG\r\n");
         until_state(loop, client, VKP_CLIENT_READY);
         client.subscribe("a");
+        CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
         CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "a"}));
-        say(peer, confirm2("subscribe", "a", 1));
+        say(peer, "-ERR unknown command\r\n" + confirm2("subscribe", "a", 1));
         until_events(loop, client, 2);
         client.events.clear();
     }
@@ -327,9 +328,10 @@ TEST_CASE("corner: RESP2: a name is left where PING is refused", "[client]")
     until_state(loop, client, VKP_CLIENT_READY);
     client.subscribe("a");
     client.subscribe("b");
+    CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
     (void)heard(loop, peer);
     (void)heard(loop, peer);
-    say(peer, confirm2("subscribe", "a", 1) + confirm2("subscribe", "b", 2));
+    say(peer, ":7\r\n" + confirm2("subscribe", "a", 1) + confirm2("subscribe", "b", 2));
     until_events(loop, client, 3);
     for (const char *name : {"a", "b"}) {
         client.unsubscribe(name);

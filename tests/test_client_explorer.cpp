@@ -6,6 +6,7 @@
 // there are hundreds of thousands of sequences.
 #include "support/catch.hpp"
 #include "support/fake_server.h"
+#include "support/sanitized.h"
 
 #include <cerrno>
 #include <cstdarg>
@@ -45,17 +46,7 @@ const char *const event_names[EVENTS] = {
     "noperm",   "null push", "moved",   "push and moved", "nosub",   "take a", "take b",
     "forget a", "forget b",  "hang up", "time",           "run"};
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int usual_depth = 6;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr int usual_depth = 6;
-#else
-constexpr int usual_depth = 7;
-#endif
-#else
-constexpr int usual_depth = 7;
-#endif
+constexpr int usual_depth = VKP_TEST_SANITIZED ? 6 : 7;
 
 constexpr uint32_t bit(Event event)
 {

@@ -347,3 +347,142 @@ TEST_CASE("liveness: fields that a server does not have are not compared", "[cli
     vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == 1; });
     CHECK(with.client.history().empty());
 }
+
+// ---------------------------------------------------------------------------------------------
+// The audit in RESP2, whose subscribed connection carries no CLIENT INFO
+
+namespace {
+
+const char resp2_pong[] = "*2\r\n$4\r\npong\r\n$0\r\n\r\n";
+
+std::string as_array(std::string text)
+{
+    text[0] = '*';
+    return text;
+}
+
+// A ready client of RESP2 with one name subscribed; the server says who it is with `identity`.
+class WatchedResp2 {
+  public:
+    explicit WatchedResp2(const char *identity = ":77\r\n")
+        : loop(&vkp_backend_null, 0), client(loop, resp2(server.config()))
+    {
+        peer = greet();
+        client.subscribe("c");
+        CHECK(heard(loop, peer) == wire({"CLIENT", "ID"}));
+        CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
+        say(peer, identity + as_array(confirm("subscribe", "c")));
+        until_events(loop, client, 2);
+        client.events.clear();
+    }
+    static vkp_client_config resp2(vkp_client_config config)
+    {
+        config.protocol = 2;
+        return config;
+    }
+    Peer greet()
+    {
+        Peer with = server.accept(loop);
+        CHECK(heard(loop, with) == wire({"PING"}));
+        say(with, "+PONG\r\n");
+        return with;
+    }
+    // A heartbeat, and the probe that comes with it and asks for the counts.
+    Peer beat()
+    {
+        CHECK(heard(loop, peer) == wire({"PING"}));
+        say(peer, resp2_pong);
+        Peer probe = greet();
+        CHECK(heard(loop, probe) == wire(client_list));
+        return probe;
+    }
+    vkp_client_stats stats() const
+    {
+        vkp_client_stats all;
+        vkp_client_get_stats(client, &all);
+        return all;
+    }
+    Loop loop;
+    FakeServer server;
+    Client client;
+    Peer peer;
+};
+
+std::string listed_counts(int sub, int psub)
+{
+    return bulk("id=77 flags=P sub=" + std::to_string(sub) + " psub=" + std::to_string(psub) +
+                " multi=-1\n");
+}
+
+} // namespace
+
+TEST_CASE("liveness: RESP2: the counts are asked for over a second connection", "[client]")
+{
+    WatchedResp2 with;
+    uint64_t agreed = 0;
+    for (uint64_t i = 1; i <= 2; i++) {
+        Peer probe = with.beat();
+        agreed = with.loop.now();
+        say(probe, listed_counts(1, 0));
+        vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == i; });
+        CHECK(with.client.history().empty());
+    }
+    Peer probe = with.beat();
+    say(probe, listed_counts(0, 0)); // it is gone
+    CHECK(heard(with.loop, with.peer) == wire({"SUBSCRIBE", "c"}));
+    say(with.peer, as_array(confirm("subscribe", "c")));
+    until_events(with.loop, with.client, 2);
+    CHECK(with.client.events[1].kind == VKP_PUSH_GAP);
+    CHECK(with.client.events[1].gap.from_ns == agreed);
+    CHECK(with.stats().repairs == 1);
+    CHECK(with.stats().outages == 0);
+    CHECK(with.stats().probes == 0); // those ask whether the server is alive
+}
+
+TEST_CASE("liveness: RESP2: a server that does not count is not asked again", "[client]")
+{
+    SECTION("it does not say who we are")
+    {
+        WatchedResp2 with("-ERR unknown subcommand 'ID'\r\n");
+        for (int i = 0; i < 3; i++) {
+            CHECK(heard(with.loop, with.peer) == wire({"PING"}));
+            say(with.peer, resp2_pong);
+        }
+        with.loop.round();
+        CHECK(!with.server.try_accept());
+    }
+    SECTION("it lists nobody")
+    {
+        WatchedResp2 with;
+        Peer probe = with.beat();
+        say(probe, "-NOPERM no\r\n");
+        for (int i = 0; i < 3; i++) {
+            CHECK(heard(with.loop, with.peer) == wire({"PING"}));
+            say(with.peer, resp2_pong);
+        }
+        with.loop.round();
+        CHECK(!with.server.try_accept());
+        CHECK(with.client.history().empty());
+    }
+    SECTION("its probe connection fails: the next heartbeat asks again")
+    {
+        WatchedResp2 with;
+        for (int i = 0; i < 3; i++) {
+            Peer probe = with.beat();
+            probe.reset();
+        }
+        CHECK(with.client.history().empty());
+        CHECK(with.stats().audits == 0);
+    }
+}
+
+TEST_CASE("liveness: RESP2: a probe that is not answered ends, and the next one asks", "[client]")
+{
+    WatchedResp2 with;
+    Peer probe = with.beat();
+    hung_up(with.loop, probe); // after reply_timeout_ms
+    Peer next = with.beat();
+    say(next, listed_counts(1, 0));
+    vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == 1; });
+    CHECK(with.client.history().empty());
+}

@@ -27,6 +27,7 @@ enum Step {
     SETINFO,
     DATABASE, // SELECT
     SETUP,    // the command of the config
+    IDENTITY, // RESP2: CLIENT ID, before the first SUBSCRIBE
     SUBSCRIBE,
     PSUBSCRIBE,
     SSUBSCRIBE,
@@ -49,6 +50,7 @@ const char *const step_names[] = {"accept",
                                   "SETINFO",
                                   "SELECT",
                                   "setup",
+                                  "CLIENT ID",
                                   "SUBSCRIBE",
                                   "PSUBSCRIBE",
                                   "SSUBSCRIBE",
@@ -181,7 +183,7 @@ class Server {
     void misbehave(Connection &with, Step step, const std::string &right);
     std::string subscribed(Connection &with, const std::string &verb, const std::string &name);
     std::string greeting(Connection &with) const;
-    std::string counts(const Connection &with) const;
+    std::string counts() const;
     bool is_slow() const
     {
         return the.step >= PROBE_GREETING && the.step <= PROBE_LIST;
@@ -269,13 +271,17 @@ std::string Server::subscribed(Connection &with, const std::string &verb, const 
     return text;
 }
 
-std::string Server::counts(const Connection &with) const
+// What CLIENT INFO and CLIENT LIST say of the connection that is no probe.
+std::string Server::counts() const
 {
     int of[VKP_SUB_KINDS] = {0, 0, 0};
-    for (int i = 0; i < name_count; i++) {
-        of[kinds[i]] += with.held.count(names[i]) != 0 ? 1 : 0;
+    for (const Connection &each : connections) {
+        for (int i = 0; i < name_count && !each.is_probe; i++) {
+            of[kinds[i]] += each.held.count(names[i]) != 0 ? 1 : 0;
+        }
     }
-    return bulk("id=77 flags=N sub=" + std::to_string(of[0]) + " psub=" + std::to_string(of[1]) +
+    return bulk(std::string("id=77 flags=") + (is_slow() ? "b" : "N") +
+                " sub=" + std::to_string(of[0]) + " psub=" + std::to_string(of[1]) +
                 " ssub=" + std::to_string(of[2]) + "\n");
 }
 
@@ -323,10 +329,13 @@ void Server::answer(Connection &with, const std::vector<std::string> &words)
         step = SETUP;
     } else if (verb == "CLIENT" && second == "INFO") {
         step = HEARTBEAT;
-        right = counts(with);
+        right = counts();
     } else if (verb == "CLIENT" && second == "LIST") {
         step = PROBE_LIST;
-        right = bulk(std::string("id=77 flags=") + (is_slow() ? "b" : "N") + "\n");
+        right = counts();
+    } else if (verb == "CLIENT" && second == "ID") {
+        step = IDENTITY;
+        right = ":77\r\n";
     } else if (verb == "SELECT") {
         step = DATABASE;
     } else if (verb == "GET") {
@@ -401,7 +410,7 @@ void Server::misbehave(Connection &with, Step step, const std::string &right)
     case Misdeed::ERROR:
         text = "-" + std::string(the.misdeed.text) + "\r\n";
         ends = step == ACCEPT;
-        harmless += (step >= SUBSCRIBE && step <= UNSUBSCRIBE) || step == SETNAME ||
+        harmless += (step >= IDENTITY && step <= UNSUBSCRIBE) || step == SETNAME ||
                             step == SETINFO || step == COMMAND || step == HEARTBEAT ||
                             step == RESUBSCRIBE
                         ? 1
@@ -437,7 +446,7 @@ void Server::misbehave(Connection &with, Step step, const std::string &right)
         break;
     case Misdeed::FORGET:
         with.held.clear();
-        text = step == HEARTBEAT ? counts(with) : right;
+        text = step == HEARTBEAT && with.resp3 ? counts() : right;
         harmless++;
         break;
     case Misdeed::CONFIRMATION:
@@ -763,8 +772,7 @@ void Session::check_books()
 void play(Step step, bool resp2)
 {
     for (const Misdeed &misdeed : misdeeds) {
-        // In RESP2 there is no audit.
-        for (int times = 1; times <= 2 && !(resp2 && misdeed.kind == Misdeed::FORGET); times++) {
+        for (int times = 1; times <= 2; times++) {
             const Case one = {step, resp2, misdeed, times};
             INFO(step_names[step] << (resp2 ? " in RESP2" : "") << ": " << misdeed.text << ", "
                                   << times << " times");
@@ -800,7 +808,8 @@ TEST_CASE("session: a server that misbehaves at a step of a probe", "[client]")
 
 TEST_CASE("session: a server that misbehaves at a step of RESP2", "[client]")
 {
-    const Step step = GENERATE(PASSWORD, LOGIN, SETNAME, DATABASE, SETUP, SUBSCRIBE, PSUBSCRIBE,
-                               SSUBSCRIBE, UNSUBSCRIBE, FENCE, HEARTBEAT, RESUBSCRIBE);
+    const Step step =
+        GENERATE(PASSWORD, LOGIN, SETNAME, DATABASE, SETUP, IDENTITY, SUBSCRIBE, PSUBSCRIBE,
+                 SSUBSCRIBE, UNSUBSCRIBE, FENCE, HEARTBEAT, PROBE_LIST, RESUBSCRIBE);
     play(step, true);
 }

@@ -116,10 +116,11 @@ class Scripted {
         bool resp3 = false;
         bool silent = false;
         bool stalled = false;
-        bool honest = false;  // another misdeed would hide from the client what the last one did
-        bool counts = true;   // each CLIENT INFO had its answer
-        int audits = -1;      // after FORGET: those since a name is back; -1: none is
-        bool unasked = false; // the next misdeed
+        bool honest = false;     // another misdeed would hide from the client what the last one did
+        bool counts = true;      // each CLIENT INFO, or CLIENT LIST of it, had its answer
+        bool identified = false; // CLIENT ID had
+        int audits = -1;         // after FORGET: those since a name is back; -1: none is
+        bool unasked = false;    // the next misdeed
         uint64_t misdeed_ns = 0;
         uint64_t spared = 0;  // so many commands have their answers before the next misdeed
         uint64_t read_ns = 0; // SLOW: commands are read again then
@@ -139,7 +140,7 @@ class Scripted {
     std::string unsubscribed(Connection &with, const Words &words);
     std::string pong(const Connection &with, const Words &words) const;
     std::string info(Connection &with);
-    std::string list(const std::string &id) const;
+    std::string list(const std::string &id);
     const Misdeed *choose(const Connection &with, const std::string &verb);
     static bool is_possible(const Misdeed &misdeed, const Connection &with,
                             const std::string &verb);
@@ -356,6 +357,10 @@ inline std::string Scripted::right(Connection &with, const Words &words)
     if (verb == "CLIENT" && second == "INFO") {
         return info(with);
     }
+    if (verb == "CLIENT" && second == "ID") {
+        with.identified = true;
+        return ":" + std::to_string(with.id) + "\r\n";
+    }
     if (verb == "CLIENT" && second == "LIST") {
         return list(words.back());
     }
@@ -415,15 +420,19 @@ inline std::string Scripted::info(Connection &with)
         with.audits = -1;
         with.honest = false;
     }
-    return bulk("id=" + std::to_string(with.id) + " flags=N sub=" + std::to_string(of[0]) +
-                " psub=" + std::to_string(of[1]) + " ssub=" + std::to_string(of[2]) + "\n");
+    return bulk("id=" + std::to_string(with.id) + " flags=" + (with.read_ns != 0 ? "b" : "N") +
+                " sub=" + std::to_string(of[0]) + " psub=" + std::to_string(of[1]) +
+                " ssub=" + std::to_string(of[2]) + "\n");
 }
 
-inline std::string Scripted::list(const std::string &id) const
+// Of a connection of RESP2 that holds something the counts are asked for, too.
+inline std::string Scripted::list(const std::string &id)
 {
-    for (const Connection &each : connections_) {
+    for (Connection &each : connections_) {
         if (each.peer && std::to_string(each.id) == id) {
-            return bulk("id=" + id + " flags=" + (each.read_ns != 0 ? "b" : "N") + "\n");
+            return !each.resp3 && each.identified
+                       ? info(each)
+                       : bulk("id=" + id + " flags=" + (each.read_ns != 0 ? "b" : "N") + "\n");
         }
     }
     return bulk("");
@@ -459,8 +468,7 @@ inline const Misdeed *Scripted::choose(const Connection &with, const std::string
     return nullptr;
 }
 
-// Where commands are asked no reply may get out of step. In RESP2 any array may be taken for one,
-// and there is no audit that finds what was forgotten.
+// Where commands are asked no reply may get out of step. In RESP2 any array may be taken for one.
 inline bool Scripted::is_possible(const Misdeed &misdeed, const Connection &with,
                                   const std::string &verb)
 {
@@ -478,7 +486,7 @@ inline bool Scripted::is_possible(const Misdeed &misdeed, const Connection &with
     case Misdeed::TAKE:
         return verb.empty() && !with.held.empty();
     case Misdeed::FORGET:
-        return verb.empty() && !with.held.empty() && with.resp3 && with.counts;
+        return verb.empty() && !with.held.empty() && with.counts && (with.resp3 || with.identified);
     case Misdeed::CLOSE:
     case Misdeed::TORN:
     case Misdeed::SILENCE:
@@ -499,9 +507,14 @@ inline void Scripted::misbehave(Connection &with, const Misdeed &misdeed, const 
     bool ends_it = false;
     misbehaved_++;
     schedule(with);
-    if (verb == "CLIENT" && words[1] == "INFO" &&
+    if (verb == "CLIENT" &&
         (misdeed.kind == Misdeed::ERROR || misdeed.kind == Misdeed::OTHER_TYPE)) {
-        with.counts = false; // the client may not ask again
+        for (Connection &each : connections_) { // the client may not ask again
+            const bool asked = words[1] == "INFO"   ? &each == &with
+                               : words[1] == "LIST" ? std::to_string(each.id) == words.back()
+                                                    : false;
+            each.counts = each.counts && !asked;
+        }
     }
     switch (misdeed.kind) {
     case Misdeed::ERROR:
@@ -535,7 +548,7 @@ inline void Scripted::misbehave(Connection &with, const Misdeed &misdeed, const 
         with.honest = true;
         break;
     case Misdeed::OTHER_TYPE:
-        text = ":42\r\n";
+        text = verb == "CLIENT" && words[1] == "ID" ? "+OK\r\n" : ":42\r\n";
         break;
     case Misdeed::PUSH:
         text = push(with, {"news", "of the day"}) + (verb.empty() ? "" : right(with, words));
