@@ -88,7 +88,7 @@ TEST_CASE("private: what belongs to a connection is answered as directly")
         {"SET k v", "CLIENT REPLY OFF", "SET k w", "GET k", "CLIENT REPLY ON", "GET k"},
         {"AUTH wrong", "AUTH default wrong", "GET k", "AUTH", "SET k v"},
         {"SCRIPT DEBUG", "GET k"},
-        {"PFSELFTEST", "DEBUG STRINGMATCH-LEN 1 x", "NOSUCH a b", "MODULE LIST", "GET k"},
+        {"DEBUG STRINGMATCH-LEN 1 x", "NOSUCH a b", "MODULE LIST", "GET k"},
         {"SELECT 2", "RESET", "SET k v", "GET k"},
         // Subscriptions stand beside it.
         {"SELECT 2", "PUBLISH c a", "SET k v"},
@@ -570,6 +570,7 @@ TEST_CASE("private: WAIT waits for the writes that went another way")
 {
     NEEDS_SERVER();
     Both both(setups().front());
+    CHECK(ask(both.direct, "CONFIG", "SET", "repl-diskless-sync-delay", "0") == "+OK\r\n");
     Server replica = start_server();
     const std::string port = std::to_string(vkp_test_server_port(both.server.get()));
     Peer there = open(vkp_test_server_unix(replica.get()));

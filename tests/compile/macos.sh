@@ -21,11 +21,14 @@ export ZIG_GLOBAL_CACHE_DIR ZIG_LOCAL_CACHE_DIR
 target="-target $architecture-macos"
 strict="-Werror -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wcast-qual
     -Wcast-align -Wundef -Wvla -Wformat=2 -Wswitch-enum"
+# What runs is tested elsewhere: no checks and no debugging information, which take zig longer.
+plain="-O0 -g0 -fno-sanitize=undefined"
 count=0
 compile() { # SOURCE OBJECT zig's arguments
     source=$1 object=$work/$2.o
     shift 2
-    "$zig" "$@" $target -I"$root" -I"$root/tests" -I"$root/tests/support" -c "$source" -o "$object"
+    "$zig" "$@" $target $plain -I"$root" -I"$root/tests" -I"$root/tests/support" -c "$source" \
+        -o "$object"
     count=$((count + 1))
 }
 programs=0
@@ -84,8 +87,7 @@ if [ "$suites" = none ] || [ ! -e "$work/include/catch2/catch.hpp" ]; then
         "(they take Catch2 of version 2, which is one header)"
     exit 0
 fi
-# What runs is tested elsewhere: no checks and no debugging information, which take zig longer.
-tests="c++ -std=c++17 -O0 -g0 -fno-sanitize=undefined -Wall -Wextra -Werror -isystem $work/include"
+tests="c++ -std=c++17 -Wall -Wextra -Werror -isystem $work/include"
 compile "$root/tests/support/main.cpp" catch_main $tests
 compile "$root/tests/typed_unit.c" typed_unit cc -std=c99 $strict
 for suite in $suites; do

@@ -1,20 +1,23 @@
 #!/bin/sh
 # Builds the models with the header as it is and runs them, in a folder of their own:
-#   run.sh [--build-dir DIR] [--minutes N] [--more N] [--only PART] [--mutants | --sweep PREFIX]
+#   run.sh [--build-dir DIR] [--minutes N] [--more N] [--only PART]
+#          [--mutants | --no-faults | --sweep PREFIX]
 # Ordinary: every model within its bounds, then the faults that must be noticed. --minutes goes on
 # with wider bounds for N minutes in all; --more N begins N preemptions further on. --mutants: only
-# the faults. --sweep weakens each order in functions whose names begin with PREFIX (vkp_ for all),
-# and says what no model noticed. Exit 77: not for this system.
+# the faults. --no-faults: of those only whether they fit the header's text. --sweep weakens each
+# order in functions whose names begin with PREFIX (vkp_ for all), and says what no model noticed.
+# Exit 77: not for this system.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/tests/model
-compiler=${CC:-cc} build='' mutants='' sweep='' only='' arguments=''
+compiler=${CC:-cc} build='' mutants='' faults=yes sweep='' only='' arguments=''
 while [ $# -gt 0 ]; do
     case $1 in
     --mutants) mutants=only ;;
+    --no-faults) faults=no ;;
     --build-dir | --minutes | --more | --only | --sweep)
-        [ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+        [ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
         case $1 in
         --build-dir) build=$2 ;;
         --sweep) sweep=$2 ;;
@@ -24,7 +27,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     *)
-        sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+        sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
         exit 2
         ;;
     esac
@@ -84,7 +87,7 @@ fi
 if [ -n "$only" ] && [ -z "$mutants" ]; then
     exit 0
 fi
-"$work/model" ${only:+--only "$only"} --mutants
+[ $faults = no ] || "$work/model" ${only:+--only "$only"} --mutants
 
 # seed PART WHAT SED-PROGRAM: the models with PART in their names notice that fault in the header.
 seed() {
@@ -94,6 +97,7 @@ seed() {
         echo "model: the fault was not seeded: $2"
         exit 1
     fi
+    [ $faults = yes ] || return 0
     # shellcheck disable=SC2086
     "$compiler" $watched "-I$work/seeded" $common -O1 -g0 -w -c "$here/models_socket.c" \
         -o "$work/models_socket.o"

@@ -13,9 +13,11 @@ complain() {
     echo "$1" | tee -a "$failures"
 }
 
-# seed_in FILE CHECK EXPECTED: FILE of the tree, with a defect, comes on standard input
+# seed_in FILE CHECK EXPECTED [ARGUMENTS of the check]: FILE of the tree, with a defect, comes on
+# standard input
 seed_in() {
     file=$1 check=$2 expected=$3
+    shift 3
     rm -rf "$work/tree"
     mkdir -p "$work/tree/packaging"
     cp -R "$root/backends" "$root/docs" "$root/examples" "$root/src" "$root/packaging" \
@@ -26,7 +28,7 @@ seed_in() {
     cat >"$work/tree/$file"
     if cmp -s "$root/$file" "$work/tree/$file"; then
         complain "$check: the defect was not seeded ($expected)"
-    elif sh "$here/check_$check.sh" "$work/tree" "$work/$check" >"$work/output" 2>&1; then
+    elif sh "$here/check_$check.sh" "$work/tree" "$work/$check" "$@" >"$work/output" 2>&1; then
         complain "$check: missed the defect ($expected)"
     elif ! grep -qF -- "$expected" "$work/output"; then
         complain "$check: failed, but not for $expected:"
@@ -79,10 +81,10 @@ sed 's/vkp_oneshot_is_closed/vkp_oneshot_seed/g' "$header" |
     seed docs_names 'docs/tokio-to-c.md: there is no vkp_oneshot_is_closed'
 awk '{ print } NR == 3 { print "seed" }' "$header" | seed parts 'edit src/, then run'
 awk '/^static void vkp_i_map_deinit/ { print "static void seed(void) { vkp_conn_close(NULL); }" }
-    { print }' "$root/src/map.c" | seed_in src/map.c layers 'vkp_conn_close'
+    { print }' "$root/src/map.c" | seed_in src/map.c layers 'vkp_conn_close' map.c
 awk '/^static void vkp_i_waiters_init/ {
         print "static void seed(vkp_loop *loop) { vkp_loop_close(loop); }" }
-    { print }' "$root/src/park.c" | seed_in src/park.c layers 'vkp_loop_close'
+    { print }' "$root/src/park.c" | seed_in src/park.c layers 'vkp_loop_close' park.c
 sed 's/VKP_RESP_PUSH/VKP_RESP_SEED/' "$header" | seed enums 'VKP_RESP_PUSH'
 sed 's/((vkp_resp_type)VKP_RESP_PUSH)/((int)VKP_RESP_PUSH)/' "$header" |
     seed enums 'no warning for: status == VKP_RESP_PUSH'
