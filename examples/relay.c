@@ -15,17 +15,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 /* The usage text and option_values repeat these numbers. */
 #define MOST_LISTENERS 16
 #define MOST_THREADS 64
 #define MOST_UPSTREAMS 64
-#define MOST_UPSTREAMS 64
 #define MOST_UIDS 64
 #define DRAIN_MS 5000
 #define DEFAULT_PRIVATES 1024
 #define DEFAULT_HOLD_MS 1000
+#define MOST_FILE_BYTES 1048576 /* of --config and --pass-file */
 #define NO_LINGER SIZE_MAX
 
 #ifdef __linux__
@@ -36,6 +39,7 @@
 
 typedef struct options {
     const char *check;
+    const char *config;
     const char *server;
     size_t upstreams;
     size_t privates;
@@ -45,6 +49,7 @@ typedef struct options {
     const char *password;
     const char *listen[MOST_LISTENERS];
     size_t listen_count;
+    bool open;
     const vkp_backend *backend;
     size_t threads;
     size_t queue_frames;
@@ -58,6 +63,7 @@ typedef struct options {
     size_t check_files_ms;
     const char *shutdown_notice;
     vkp_log_level log_level;
+    bool log_time;
 } options;
 
 static const char usage[] =
@@ -74,10 +80,12 @@ static const char usage[] =
     "  --on-gap POLICY      when messages may have been lost: notify the subscribers of\n"
     "                       " VKP_RELAY_GAP_CHANNEL ", or close all that are concerned;\n"
     "                       default: notify\n"
-    "  --user NAME          user name for the server; needs --pass-env\n"
+    "  --user NAME          user name for the server; needs a password\n"
     "  --pass-env VAR       the environment variable that holds the password for the server\n"
+    "  --pass-file FILE     the file whose first line is the password for the server\n"
     "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
     "                       may be repeated, up to 16 times; default: a unique Unix socket\n"
+    "  --open               let other machines in at TCP addresses, which have no password\n"
     "  --backend NAME       how to wait for descriptors: epoll (Linux), kqueue (macOS, BSD) or\n"
     "                       poll (all); default: epoll on Linux, kqueue elsewhere\n"
     "  --threads N          event loops, 1 to 64, each in its own thread; clients are spread\n"
@@ -103,6 +111,9 @@ static const char usage[] =
     "                       client without subscriptions; default: none\n"
     "  --log LEVEL          log error, warn, info or debug, and what is more severe, on standard\n"
     "                       error; default: warn\n"
+    "  --log-time           begin each line of the log with the time, in UTC\n"
+    "  --config FILE        read options from FILE, one `name value` per line without the --;\n"
+    "                       options of the command line win\n"
     "  --check ADDR         do not serve: send PING to the relay or server at ADDR, and wait up\n"
     "                       to 1 second for PONG; prints one line; exit code 0 (PONG) or 1\n"
     "  --help               print this text and exit\n"
@@ -126,11 +137,20 @@ static void on_signal(int number)
     vkp_loop_stop(main_loop);
 }
 
+/* user: the options. */
 static void on_log(void *user, vkp_log_level level, const char *text)
 {
     static const char *const names[] = {"", "error", "warn", "info", "debug"};
-    (void)user;
-    fprintf(stderr, "valkey-push-relay: %s: %s\n", names[level], text);
+    char when[64] = "";
+    struct timespec now;
+    struct tm parts;
+    if (((const options *)user)->log_time && clock_gettime(CLOCK_REALTIME, &now) == 0 &&
+        gmtime_r(&now.tv_sec, &parts) != NULL) {
+        char seconds[32];
+        (void)strftime(seconds, sizeof seconds, "%Y-%m-%dT%H:%M:%S", &parts);
+        (void)snprintf(when, sizeof when, "%s.%03dZ ", seconds, (int)(now.tv_nsec / 1000000));
+    }
+    fprintf(stderr, "%svalkey-push-relay: %s: %s\n", when, names[level], text);
 }
 
 static int fail(const char *what, const char *why)
@@ -190,6 +210,41 @@ static bool read_uid(const char *text, options *opts)
     return true;
 }
 
+/* The text of a file, terminated. NULL: it cannot be read, see errno. The program keeps it. */
+static char *read_file(const char *path)
+{
+    FILE *file = fopen(path, "r");
+    char *text = NULL;
+    size_t len = 0;
+    if (file == NULL) {
+        return NULL;
+    }
+    text = (char *)malloc(MOST_FILE_BYTES + 1);
+    if (text != NULL) {
+        len = fread(text, 1, MOST_FILE_BYTES, file);
+        text[len] = '\0';
+    }
+    if (text != NULL && (ferror(file) || !feof(file))) {
+        errno = ferror(file) ? errno : EFBIG;
+        free(text);
+        text = NULL;
+    }
+    (void)fclose(file);
+    return text;
+}
+
+static bool read_password(const char *path, options *opts)
+{
+    static char *text; /* for the whole run */
+    free(text);
+    text = read_file(path);
+    if (text != NULL) {
+        text[strcspn(text, "\r\n")] = '\0';
+    }
+    opts->password = text;
+    return text != NULL;
+}
+
 typedef struct number_option {
     const char *name;
     size_t *value;
@@ -224,7 +279,8 @@ static bool read_number_option(options *opts, const char *name, const char *text
     return false;
 }
 
-/* Reads one option and its value. False: the option is unknown, or the value is wrong. */
+/* Reads one option and its value, "" where it takes none. False: the option is unknown, or the
+   value is wrong. */
 static bool read_option(options *opts, const char *name, const char *value)
 {
     static const char *const policies[] = {"drop-oldest", "drop-newest", "disconnect"};
@@ -246,6 +302,14 @@ static bool read_option(options *opts, const char *name, const char *value)
     } else if (strcmp(name, "--pass-env") == 0) {
         opts->password = getenv(value);
         ok = opts->password != NULL;
+    } else if (strcmp(name, "--pass-file") == 0) {
+        ok = read_password(value, opts);
+    } else if (strcmp(name, "--config") == 0) {
+        opts->config = value;
+    } else if (strcmp(name, "--open") == 0) {
+        opts->open = true;
+    } else if (strcmp(name, "--log-time") == 0) {
+        opts->log_time = true;
     } else if (strcmp(name, "--listen") == 0) {
         ok = opts->listen_count < MOST_LISTENERS;
         if (ok) {
@@ -274,39 +338,43 @@ static bool read_option(options *opts, const char *name, const char *value)
     return ok;
 }
 
-/* The values that each option expects, for the message about a wrong value. */
 typedef struct option_value {
     const char *name;
-    const char *expected;
+    const char *expected; /* for the message about a wrong value; NULL: it takes none */
+    bool repeats;         /* it may be given several times */
 } option_value;
 
 static const option_value option_values[] = {
-    {"--server", "tcp:HOST:PORT or unix:PATH"},
-    {"--upstreams", "a number from 1 to 64"},
-    {"--private", "a number of connections"},
-    {"--hold", "milliseconds, 0 to 4294967295"},
-    {"--on-gap", "notify or close"},
-    {"--user", "a user name"},
-    {"--pass-env", "the name of an environment variable that is set"},
-    {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times"},
-    {"--backend", BACKENDS},
-    {"--threads", "a number from 1 to 64"},
-    {"--queue-frames", "a number of messages, at least 1"},
-    {"--queue-bytes", "a number of bytes, at least 1"},
-    {"--on-full", "disconnect, drop-oldest or drop-newest"},
-    {"--max-clients", "a number of clients, at least 1"},
-    {"--max-clients-per-uid", "a number of clients, at least 1"},
-    {"--allow-uid", "the number of a user, up to 64 times"},
-    {"--linger", "milliseconds, 0 to 4294967295"},
-    {"--check-files", "milliseconds, 1 to 4294967295"},
-    {"--shutdown-notice", "a text"},
-    {"--log", "error, warn, info or debug"},
-    {"--check", "tcp:HOST:PORT or unix:PATH"},
+    {"--server", "tcp:HOST:PORT or unix:PATH", false},
+    {"--upstreams", "a number from 1 to 64", false},
+    {"--private", "a number of connections", false},
+    {"--hold", "milliseconds, 0 to 4294967295", false},
+    {"--on-gap", "notify or close", false},
+    {"--user", "a user name", false},
+    {"--pass-env", "the name of an environment variable that is set", false},
+    {"--pass-file", "a file that can be read", false},
+    {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times", true},
+    {"--open", NULL, false},
+    {"--backend", BACKENDS, false},
+    {"--threads", "a number from 1 to 64", false},
+    {"--queue-frames", "a number of messages, at least 1", false},
+    {"--queue-bytes", "a number of bytes, at least 1", false},
+    {"--on-full", "disconnect, drop-oldest or drop-newest", false},
+    {"--max-clients", "a number of clients, at least 1", false},
+    {"--max-clients-per-uid", "a number of clients, at least 1", false},
+    {"--allow-uid", "the number of a user, up to 64 times", true},
+    {"--linger", "milliseconds, 0 to 4294967295", false},
+    {"--check-files", "milliseconds, 1 to 4294967295", false},
+    {"--shutdown-notice", "a text", false},
+    {"--log", "error, warn, info or debug", false},
+    {"--log-time", NULL, false},
+    {"--config", "a file that can be read", false},
+    {"--check", "tcp:HOST:PORT or unix:PATH", false},
 };
 
 #define OPTION_VALUES (sizeof option_values / sizeof *option_values)
 
-/* The index of an option that takes a value, or OPTION_VALUES. */
+/* The index of an option of the table, or OPTION_VALUES. */
 static size_t find_option(const char *name)
 {
     size_t i = 0;
@@ -316,32 +384,134 @@ static size_t find_option(const char *name)
     return i;
 }
 
-/* Prints the option, its value (NULL: none was given) and the expected value. Returns the exit
-   code.                                                                                       */
-static int refuse_option(const char *name, const char *value)
+/* Says what is wrong with an option and its value (NULL: none was given). where: the file and line,
+   or "". */
+static void refuse_option(const char *where, const char *name, const char *value)
 {
     size_t i = find_option(name);
+    fprintf(stderr, "valkey-push-relay: %s", where);
     if (i == OPTION_VALUES) {
-        fprintf(stderr, "valkey-push-relay: unknown option: %s\n", name);
+        fprintf(stderr, "unknown option: %s\n", name);
+    } else if (option_values[i].expected == NULL) {
+        fprintf(stderr, "%s takes no value, got '%s'\n", name, value);
     } else {
-        fprintf(stderr, "valkey-push-relay: %s: expected %s, got %s%s%s\n", name,
-                option_values[i].expected, value != NULL ? "'" : "",
-                value != NULL ? value : "nothing", value != NULL ? "'" : "");
+        fprintf(stderr, "%s: expected %s, got %s%s%s\n", name, option_values[i].expected,
+                value != NULL ? "'" : "", value != NULL ? value : "nothing",
+                value != NULL ? "'" : "");
     }
     fputs("valkey-push-relay --help prints all options.\n", stderr);
-    return 2;
 }
 
-/* Whether the option was given before, and may be given once only; notes that it was given. */
-static bool is_given_twice(const char *name, bool *given)
+/* Whether another option that was given says the same thing. */
+static bool is_said_twice(size_t i, const bool *given)
+{
+    bool password = given[find_option("--pass-env")] || given[find_option("--pass-file")];
+    return (given[i] && !option_values[i].repeats) ||
+           (strncmp(option_values[i].name, "--pass-", 7) == 0 && password);
+}
+
+/* Reads one option and notes that it was given. False: it is wrong, and that was said. */
+static bool take_option(options *opts, const char *where, const char *name, const char *value,
+                        bool *given)
 {
     size_t i = find_option(name);
-    bool twice = i < OPTION_VALUES && given[i] && strcmp(name, "--listen") != 0 &&
-                 strcmp(name, "--allow-uid") != 0;
-    if (i < OPTION_VALUES) {
-        given[i] = true;
+    bool takes = i < OPTION_VALUES && option_values[i].expected != NULL;
+    if (i < OPTION_VALUES && is_said_twice(i, given)) {
+        fprintf(stderr, "valkey-push-relay: %s%s is given twice\n", where, name);
+        return false;
     }
-    return twice;
+    if (i == OPTION_VALUES || takes != (value != NULL) ||
+        !read_option(opts, name, takes ? value : "")) {
+        refuse_option(where, name, value);
+        return false;
+    }
+    given[i] = true;
+    return true;
+}
+
+/* Reads one line of the config file, which it changes. `before` was given on the command line. */
+static bool take_line(options *opts, char *line, size_t number, const bool *before, bool *given)
+{
+    char where[256];
+    char name[64];
+    char *word = line + strspn(line, " \t");
+    size_t len = strcspn(word, " \t");
+    char *value = word + len + strspn(word + len, " \t");
+    size_t end = strlen(value);
+    size_t i;
+    while (end > 0 && strchr(" \t\r", value[end - 1]) != NULL) {
+        value[--end] = '\0';
+    }
+    if (*word == '\0' || *word == '#' || *word == '\r') {
+        return true;
+    }
+    (void)snprintf(where, sizeof where, "%s:%zu: ", opts->config, number);
+    (void)snprintf(name, sizeof name, "--%.*s", (int)(len < 60 ? len : 60), word);
+    name[strcspn(name, "\r")] = '\0';
+    i = find_option(name);
+    if (strcmp(name, "--config") == 0 || strcmp(name, "--check") == 0) {
+        fprintf(stderr, "valkey-push-relay: %s%s is for the command line\n", where, name);
+        return false;
+    }
+    if (i < OPTION_VALUES &&
+        (before[i] || (!option_values[i].repeats && is_said_twice(i, before)))) {
+        return true;
+    }
+    return take_option(opts, where, name, end > 0 ? value : NULL, given);
+}
+
+/* Reads the file of --config, behind the command line, whose options win. */
+static bool read_config(options *opts, const bool *before)
+{
+    static char *text; /* for the whole run */
+    bool given[OPTION_VALUES] = {false};
+    char *line;
+    size_t number = 1;
+    text = read_file(opts->config);
+    if (text == NULL) {
+        fprintf(stderr, "valkey-push-relay: %s: %s\n", opts->config, strerror(errno));
+        return false;
+    }
+    for (line = text; line != NULL; number++) {
+        char *next = strchr(line, '\n');
+        if (next != NULL) {
+            *next++ = '\0';
+        }
+        if (!take_line(opts, line, number, before, given)) {
+            return false;
+        }
+        line = next;
+    }
+    return true;
+}
+
+/* Whether an address lets in this machine's programs alone. */
+static bool is_local(const char *address)
+{
+    static const char *const hosts[] = {"tcp:127.", "tcp:localhost:", "tcp:[::1]:"};
+    size_t i;
+    for (i = 0; i < sizeof hosts / sizeof *hosts; i++) {
+        if (strncmp(address, hosts[i], strlen(hosts[i])) == 0) {
+            return true;
+        }
+    }
+    return strncmp(address, "tcp:", 4) != 0;
+}
+
+/* A TCP address lets every client in that reaches it: other machines must be meant. */
+static bool check_doors(const options *opts)
+{
+    size_t i;
+    for (i = 0; i < opts->listen_count; i++) {
+        if (!opts->open && !is_local(opts->listen[i])) {
+            fprintf(stderr,
+                    "valkey-push-relay: --listen %s: other machines get in without a password; "
+                    "--open allows that\n",
+                    opts->listen[i]);
+            return false;
+        }
+    }
+    return true;
 }
 
 /* Returns -1 to continue, or the exit code. */
@@ -356,7 +526,9 @@ static int read_options(int argc, char **argv, options *opts)
     opts->hold_ms = DEFAULT_HOLD_MS;
     opts->linger_ms = NO_LINGER;
     opts->on_full = VKP_ON_FULL_DISCONNECT;
-    for (i = 1; i < argc; i += 2) {
+    for (i = 1; i < argc; i++) {
+        size_t at = find_option(argv[i]);
+        bool takes = at < OPTION_VALUES && option_values[at].expected != NULL;
         if (strcmp(argv[i], "--help") == 0) {
             fputs(usage, stdout);
             return 0;
@@ -365,13 +537,13 @@ static int read_options(int argc, char **argv, options *opts)
             printf("valkey-push-relay %s\n", vkp_version_str());
             return 0;
         }
-        if (is_given_twice(argv[i], given)) {
-            fprintf(stderr, "valkey-push-relay: %s is given twice\n", argv[i]);
+        if (!take_option(opts, "", argv[i], takes && i + 1 < argc ? argv[i + 1] : NULL, given)) {
             return 2;
         }
-        if (i + 1 == argc || !read_option(opts, argv[i], argv[i + 1])) {
-            return refuse_option(argv[i], i + 1 < argc ? argv[i + 1] : NULL);
-        }
+        i += takes ? 1 : 0;
+    }
+    if ((opts->config != NULL && !read_config(opts, given)) || !check_doors(opts)) {
+        return 2;
     }
     return -1;
 }
@@ -413,6 +585,57 @@ static int listen_all(vkp_relay *relay, const options *opts)
         fflush(stdout);
     }
     return 0;
+}
+
+/* ---- systemd ---- */
+
+/* Says to systemd, which started this program with Type=notify, what the program does now: a
+   datagram to the socket that the environment names. Nobody asked: nothing is sent. */
+static void notify(const char *state)
+{
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un address;
+    size_t len = path != NULL ? strlen(path) : 0;
+    int fd;
+    if (len < 2 || len >= sizeof address.sun_path || (path[0] != '/' && path[0] != '@')) {
+        return;
+    }
+    memset(&address, 0, sizeof address);
+    address.sun_family = AF_UNIX;
+    memcpy(address.sun_path, path, len);
+    if (path[0] == '@') { /* an abstract name */
+        address.sun_path[0] = '\0';
+    }
+    fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    if (fd >= 0) {
+        (void)!sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&address,
+                      (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len));
+        (void)close(fd);
+    }
+}
+
+static void on_watchdog(vkp_timer *timer)
+{
+    (void)timer;
+    notify("WATCHDOG=1");
+}
+
+/* With WatchdogSec= systemd restarts a program that it does not hear from: from its main loop,
+   twice in that time. */
+static void start_watchdog(vkp_timer *timer)
+{
+    const char *text = getenv("WATCHDOG_USEC");
+    const char *pid = getenv("WATCHDOG_PID");
+    size_t usec = 0;
+    size_t whose = (size_t)getpid();
+    if (text == NULL || !read_number(text, &usec) || usec < 2 ||
+        (pid != NULL && (!read_number(pid, &whose) || whose != (size_t)getpid()))) {
+        return;
+    }
+    if (vkp_timer_start(timer, main_loop, on_watchdog, (uint64_t)usec * 500,
+                        vkp_loop_after_ms(main_loop, 0)) != VKP_OK) {
+        (void)fail("watchdog", "no timer");
+    }
 }
 
 /* ---- metrics ---- */
@@ -500,15 +723,20 @@ static int serve(vkp_relay *relay, const bool *idle)
 {
     bool drained = false;
     vkp_status status = VKP_OK;
+    vkp_timer watchdog = VKP_ZERO;
+    start_watchdog(&watchdog);
+    notify("READY=1");
     while (status == VKP_OK && ends_asked == 0 && !*idle) {
         status = run_main_loop(relay);
     }
+    notify("STOPPING=1");
     if (status == VKP_OK) {
         vkp_relay_drain(relay, set_and_stop, &drained, vkp_after_ms(DRAIN_MS));
         while (status == VKP_OK && !drained && ends_asked < 2) {
             status = run_main_loop(relay);
         }
     }
+    vkp_timer_stop(&watchdog);
     return status == VKP_OK ? 0 : fail("event loop", strerror(errno));
 }
 
@@ -673,7 +901,7 @@ int main(int argc, char **argv)
     vkp_loop *loops[MOST_THREADS];
     vkp_loop_config config = VKP_ZERO;
     static vkp_env env; /* a resolver's thread may outlive this function */
-    options opts;
+    static options opts;
     size_t opened = 0;
     int code = read_options(argc, argv, &opts);
     if (code >= 0) {
@@ -682,6 +910,7 @@ int main(int argc, char **argv)
     raise_descriptor_limit();
     env.log = opts.check == NULL ? on_log : NULL; /* --check prints one line, no log */
     env.log_level = opts.log_level;
+    env.user = &opts;
     config.backend = opts.backend;
     config.env = &env;
     while (opened < opts.threads && vkp_loop_open(&config, &loops[opened]) == VKP_OK) {

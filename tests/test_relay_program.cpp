@@ -5,6 +5,7 @@
 #include "support/catch.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
@@ -16,6 +17,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -243,7 +245,9 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
                                "--on-gap",
                                "--user",
                                "--pass-env",
+                               "--pass-file",
                                "--listen",
+                               "--open",
                                "--backend",
                                "--threads",
                                "--queue-frames",
@@ -256,6 +260,8 @@ TEST_CASE("--help and --version answer on standard output and exit with 0")
                                "--check-files",
                                "--shutdown-notice",
                                "--log",
+                               "--log-time",
+                               "--config",
                                "--check ",
                                "--help",
                                "--version",
@@ -293,7 +299,8 @@ TEST_CASE("what is no option, or no value for it, is an error with exit code 2 t
         Strings{"--allow-uid", "-1"}, Strings{"--allow-uid"}, Strings{"--linger", "soon"},
         Strings{"--linger", "4294967296"}, Strings{"--check-files", "0"},
         Strings{"--check-files", "4294967296"}, Strings{"--shutdown-notice"}, Strings{"--check"},
-        Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"});
+        Strings{"--pass-env", "VKP_TEST_NO_SUCH_VARIABLE"}, Strings{"--pass-file", "/nosuch"},
+        Strings{"--config"});
     INFO(bad.front());
     Process relay(relay_words(bad));
     CHECK(relay.line().empty());
@@ -329,6 +336,138 @@ TEST_CASE("a wrong value is an error that names the option, the value and what i
     Process lacks(relay_words({"--check"}));
     CHECK(lacks.reap() == 2);
     CHECK(contains(lacks.errors(), "--check: expected tcp:HOST:PORT or unix:PATH, got nothing\n"));
+}
+
+// A file of the test's own with that text.
+std::string file_of(const std::string &text)
+{
+    const std::string path = vkp_test_fresh_path("file");
+    std::ofstream(path) << text;
+    return path;
+}
+
+TEST_CASE("--config: options of a file, and the command line wins")
+{
+    const std::string address = vkp_test_fresh_address("file");
+    const std::string other = vkp_test_fresh_address("other");
+    const std::string path =
+        file_of("# a comment\n\n  listen " + address + "\t \r\nlisten " + other +
+                "\n\tthreads   65536\nlog info\n#log none\nlog-time\n"
+                "shutdown-notice two words");
+    Process wrong(relay_words({"--config", path}));
+    CHECK(wrong.reap() == 2);
+    CHECK(starts_with(wrong.errors(), "valkey-push-relay: " + path +
+                                          ":5: --threads: expected a number from 1 to 64, got "
+                                          "'65536'\n"));
+    Relay relay({"--config", path, "--threads", "2"}, false);
+    CHECK(relay.address == address);
+    CHECK(relay.line() == "ready: " + other);
+    Peer peer = open(address);
+    ask(peer, "SUBSCRIBE", "c");
+    CHECK(kill(relay.pid, SIGTERM) == 0);
+    CHECK(hear(peer) == message(VKP_RELAY_NOTICE_CHANNEL, "two words"));
+    CHECK(relay.reap() == 0);
+    Relay one({"--config", path, "--threads", "1"}); // with an address of the command line
+    CHECK(one.reap(SIGTERM) == 0);
+    CHECK(one.rest().empty());
+}
+
+TEST_CASE("--config: a wrong file names its line")
+{
+    struct Wrong {
+        const char *text;
+        const char *message;
+    };
+    const Wrong wrong =
+        GENERATE(Wrong{"threads", "1: --threads: expected a number from 1 to 64, got"},
+                 Wrong{"\n\nnosuch 1\n", "3: unknown option: --nosuch"},
+                 Wrong{"log warn\nlog info\n", "2: --log is given twice"},
+                 Wrong{"open yes\n", "1: --open takes no value, got 'yes'"},
+                 Wrong{"config /tmp/x\n", "1: --config is for the command line"},
+                 Wrong{"check unix:x\n", "1: --check is for the command line"},
+                 Wrong{"help\n", "1: unknown option: --help"});
+    const std::string path = file_of(wrong.text);
+    Process relay(relay_words({"--config", path}));
+    CHECK(relay.reap() == 2);
+    CHECK(starts_with(relay.errors(), "valkey-push-relay: " + path + ":" + wrong.message));
+    Process absent(relay_words({"--config", "/nosuch/file"}));
+    CHECK(absent.reap() == 2);
+    CHECK(contains(absent.errors(), "/nosuch/file: No such file"));
+}
+
+TEST_CASE("TCP addresses that other machines reach need --open")
+{
+    const char *const address = GENERATE("tcp:0.0.0.0:0", "tcp:[::]:0");
+    Process closed(relay_words({"--listen", address}));
+    CHECK(closed.reap() == 2);
+    CHECK(closed.errors() ==
+          std::string("valkey-push-relay: --listen ") + address +
+              ": other machines get in without a password; --open allows that\n");
+    if (address[4] == '0') {
+        Relay open({"--listen", address, "--open"}, false);
+        CHECK(open.reap(SIGTERM) == 0);
+    }
+    Relay local({"--listen", "tcp:localhost:0"}, false);
+    CHECK(local.reap(SIGTERM) == 0);
+}
+
+TEST_CASE("--log-time: each line of the log begins with the time")
+{
+    Relay relay({"--log", "debug", "--log-time"});
+    Peer peer = open(relay.address);
+    CHECK(ask(peer, "PING") == "+PONG\r\n");
+    CHECK(relay.reap(SIGTERM) == 0);
+    std::istringstream lines(relay.errors());
+    int count = 0;
+    for (std::string each; std::getline(lines, each); count++) {
+        INFO(each);
+        const std::string form = "0000-00-00T00:00:00.000Z valkey-push-relay: ";
+        REQUIRE(each.size() > form.size());
+        for (size_t i = 0; i < form.size(); i++) {
+            CHECK((form[i] == '0' ? std::isdigit(each[i]) != 0 : each[i] == form[i]));
+        }
+    }
+    CHECK(count > 0);
+}
+
+TEST_CASE("systemd hears when the relay is ready, that it lives, and that it ends")
+{
+    const std::string path = vkp_test_fresh_path("notify");
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    const int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    REQUIRE(bind(fd, reinterpret_cast<const sockaddr *>(&address), sizeof address) == 0);
+    const auto next = [fd] {
+        char text[64] = "";
+        if (vkp_test_i_poll(fd, POLLIN, vkp_test_deadline())) {
+            (void)!recv(fd, text, sizeof text - 1, 0);
+        }
+        return std::string(text);
+    };
+    const bool mine = GENERATE(true, false);
+    setenv("NOTIFY_SOCKET", path.c_str(), 1);
+    setenv("WATCHDOG_USEC", "20000", 1);
+    if (!mine) { // meant for another process
+        setenv("WATCHDOG_PID", "1", 1);
+    }
+    Relay relay({});
+    unsetenv("NOTIFY_SOCKET");
+    unsetenv("WATCHDOG_USEC");
+    unsetenv("WATCHDOG_PID");
+    CHECK(next() == "READY=1");
+    for (int i = 0; i < 3 && mine; i++) {
+        CHECK(next() == "WATCHDOG=1");
+    }
+    CHECK(kill(relay.pid, SIGTERM) == 0);
+    std::string heard = next();
+    while (mine && heard == "WATCHDOG=1") {
+        heard = next();
+    }
+    CHECK(heard == "STOPPING=1");
+    CHECK(relay.reap() == 0);
+    close(fd);
+    unlink(path.c_str());
 }
 
 TEST_CASE("addresses that cannot be are errors with a reason, and exit code 1")
@@ -765,7 +904,7 @@ TEST_CASE("--check of a real server")
 // ---------------------------------------------------------------------------------------------
 // Upstream
 
-TEST_CASE("the password comes from the variable named by --pass-env")
+TEST_CASE("the password comes from the variable or the file that is named")
 {
     NEEDS_SERVER();
     Server server = start_server(
@@ -782,6 +921,22 @@ TEST_CASE("the password comes from the variable named by --pass-env")
     }
     {
         Relay relay({"--server", address, "--user", "app", "--pass-env", "VKP_TEST_APP"});
+        Peer peer = open(relay.address);
+        until_connected(peer);
+        CHECK(ask(peer, "ACL", "WHOAMI") == bulk("app"));
+    }
+    {
+        Relay relay({"--server", address, "--pass-file", file_of("s3cret\r\nsecond line\n")});
+        Peer peer = open(relay.address);
+        until_connected(peer);
+        CHECK(ask(peer, "ACL", "WHOAMI") == bulk("default"));
+    }
+    {
+        Process both(relay_words({"--pass-env", "VKP_TEST_APP", "--pass-file", file_of("x")}));
+        CHECK(both.reap() == 2);
+        CHECK(both.errors() == "valkey-push-relay: --pass-file is given twice\n");
+        const std::string path = file_of("pass-file /nosuch\nuser app\nserver " + address + "\n");
+        Relay relay({"--config", path, "--pass-env", "VKP_TEST_APP"}); // wins
         Peer peer = open(relay.address);
         until_connected(peer);
         CHECK(ask(peer, "ACL", "WHOAMI") == bulk("app"));

@@ -126,7 +126,7 @@ sed 's/strcmp(name, "--user")/strcmp(name, "--seed")/' "$root/$usage" |
     seed_in "$usage" relay_options "$usage: --seed is read, and is not in --help"
 sed 's/"  --threads N /"  --strands N /' "$root/$usage" |
     seed_in "$usage" relay_options "$reference: --threads is not in --help"
-sed 's/{"--backend", BACKENDS}/{"--seed", BACKENDS}/' "$root/$usage" |
+sed 's/{"--backend", BACKENDS, false}/{"--seed", BACKENDS, false}/' "$root/$usage" |
     seed_in "$usage" relay_options "option_values and --help differ in --backend"
 
 # The excuse counts.
