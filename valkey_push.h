@@ -36,7 +36,8 @@
            >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
-           >>impl-relay-identity  >>impl-relay-session  >>impl-relay-commands  >>impl-relay-serve
+           >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-commands
+           >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -483,8 +484,8 @@ struct vkp_env {
        for a non-zero new_bytes means no memory. Called from any thread. NULL: the C library's. */
     void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
 
-    /* Receives one log line: no newline, at most 511 bytes and a NUL. Called from any thread, never
-       under a lock. NULL: nothing is logged.                                                  */
+    /* Receives one log line: at most 511 bytes and a NUL, control characters as \xNN, no newline.
+       Called from any thread, never under a lock. NULL: nothing is logged.                    */
     void (*log)(void *user, vkp_log_level level, const char *text);
 
     void *user;              /* the first argument of alloc and of log */
@@ -2705,7 +2706,8 @@ typedef enum vkp_refusal {
 #define VKP_REFUSAL_COUNT 5
 
 /* The config of vkp_gate_open. Uids are those of clients over Unix sockets; TCP clients have none,
-   and are only counted. */
+   and are only counted. Users whom the process's user namespace (Linux) does not map share one uid,
+   which is nobody's: they are not allowed but by allow_any_uid or allow. */
 typedef struct vkp_gate_config {
     /* Most clients at one time, over all listeners of the gate. Default: no limit. */
     size_t max_clients;
@@ -3322,6 +3324,9 @@ struct vkp_sys {
     int (*set_liveness)(int fd, uint64_t keepalive_ms, uint64_t unacked_ms);
     /* Write the peer of a connected Unix socket to *peer. */
     int (*peer)(int fd, vkp_peer *peer);
+    /* The uid that stands for all users whom this process's user namespace (Linux) does not map;
+       UINT32_MAX: each user has a uid. */
+    uint32_t (*overflow_id)(void);
     /* The local port of a bound TCP socket. */
     int (*local_port)(int fd);
     /* Write at most `capacity` addresses of a TCP host and port to out; returns how many. May block
@@ -4109,12 +4114,42 @@ static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_
 
 #define VKP_I_LOG_BYTES 512 /* of one log line with its NUL; a longer line is cut */
 
+/* Whether a control character of C1 begins here, in UTF-8. */
+static bool vkp_i_is_c1(const char *text)
+{
+    return (unsigned char)text[0] == 0xc2 && (unsigned char)text[1] >= 0x80 &&
+           (unsigned char)text[1] < 0xa0;
+}
+
+/* Copy text with each control character as \xNN, so that nobody's name makes a line of its own or
+   moves a terminal's cursor; what size has no room for is left out. */
+static void vkp_i_escape(char *out, size_t size, const char *text)
+{
+    size_t used = 0;
+    size_t i;
+    for (i = 0; text[i] != '\0'; i++) {
+        unsigned byte = (unsigned char)text[i];
+        bool plain = byte >= 0x20 && byte != 0x7f && !vkp_i_is_c1(text + i) &&
+                     !(i > 0 && vkp_i_is_c1(text + i - 1));
+        if (used + (plain ? 1u : 4u) >= size) {
+            break;
+        }
+        if (plain) {
+            out[used++] = text[i];
+        } else {
+            used += (size_t)snprintf(out + used, size - used, "\\x%02x", byte);
+        }
+    }
+    out[used] = '\0';
+}
+
 /* Format one line and give it to the log of the env, if the env logs this level. Call it without
    a lock.                                                                                      */
 __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
                                                             const char *format, ...)
 {
     char text[VKP_I_LOG_BYTES];
+    char escaped[VKP_I_LOG_BYTES];
     va_list arguments;
     int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
     if (env->log == NULL || (int)level > most) {
@@ -4123,7 +4158,8 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    env->log(env->user, level, text);
+    vkp_i_escape(escaped, sizeof escaped, text);
+    env->log(env->user, level, escaped);
 }
 #endif
 
@@ -4630,6 +4666,47 @@ static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked
     return result;
 }
 
+#if defined(__linux__)
+/* Read a file of /proc, at most size - 1 bytes, and terminate it. False: it cannot be read. */
+static bool vkp_i_os_read_proc(const char *path, char *text, size_t size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = -1;
+    if (fd >= 0) {
+        do {
+            got = read(fd, text, size - 1);
+        } while (got < 0 && errno == EINTR);
+        (void)close(fd);
+    }
+    text[got > 0 ? got : 0] = '\0';
+    return got >= 0;
+}
+
+/* The map of the first namespace, and of any that maps all, is one line: from 0, to 0, all. */
+static uint32_t vkp_i_os_overflow_id(void)
+{
+    char text[256];
+    unsigned long inside;
+    unsigned long outside;
+    unsigned long count;
+    if (!vkp_i_os_read_proc("/proc/self/uid_map", text, sizeof text) ||
+        (sscanf(text, "%lu %lu %lu", &inside, &outside, &count) == 3 && inside == 0 &&
+         count >= UINT32_MAX)) {
+        return UINT32_MAX;
+    }
+    if (!vkp_i_os_read_proc("/proc/sys/kernel/overflowuid", text, sizeof text) ||
+        sscanf(text, "%lu", &inside) != 1) {
+        return 65534; /* the kernel's default */
+    }
+    return (uint32_t)inside;
+}
+#else
+static uint32_t vkp_i_os_overflow_id(void)
+{
+    return UINT32_MAX;
+}
+#endif
+
 static int vkp_i_os_peer(int fd, vkp_peer *peer)
 {
 #if VKP_I_LINUX
@@ -4982,19 +5059,19 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,      vkp_i_os_wall_ns,     vkp_i_os_random_u64,
-        vkp_i_os_process_id,    vkp_i_os_user_id,     vkp_i_os_park,
-        vkp_i_os_unpark,        vkp_i_os_yield,       vkp_i_os_processors,
-        vkp_i_os_membarrier,    VKP_I_OS(socket),     VKP_I_OS(bind),
-        VKP_I_OS(listen),       VKP_I_OS(accept),     VKP_I_OS(connect),
-        VKP_I_OS(socket_error), VKP_I_OS(prepare),    VKP_I_OS(set_nodelay),
-        VKP_I_OS(set_liveness), VKP_I_OS(peer),       VKP_I_OS(local_port),
-        VKP_I_OS(resolve),      VKP_I_OS(read),       VKP_I_OS(send),
-        VKP_I_OS(write),        VKP_I_OS(close),      VKP_I_OS(lock_file),
-        VKP_I_OS(identify),     VKP_I_OS(chmod),      VKP_I_OS(unlink),
-        VKP_I_OS(wake_pair),    VKP_I_OS(poll),       VKP_I_OS(epoll_create),
-        VKP_I_OS(epoll_ctl),    VKP_I_OS(epoll_wait), VKP_I_OS(kqueue_create),
-        VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,       vkp_i_os_wall_ns,    vkp_i_os_random_u64,
+        vkp_i_os_process_id,     vkp_i_os_user_id,    vkp_i_os_park,
+        vkp_i_os_unpark,         vkp_i_os_yield,      vkp_i_os_processors,
+        vkp_i_os_membarrier,     VKP_I_OS(socket),    VKP_I_OS(bind),
+        VKP_I_OS(listen),        VKP_I_OS(accept),    VKP_I_OS(connect),
+        VKP_I_OS(socket_error),  VKP_I_OS(prepare),   VKP_I_OS(set_nodelay),
+        VKP_I_OS(set_liveness),  VKP_I_OS(peer),      VKP_I_OS(overflow_id),
+        VKP_I_OS(local_port),    VKP_I_OS(resolve),   VKP_I_OS(read),
+        VKP_I_OS(send),          VKP_I_OS(write),     VKP_I_OS(close),
+        VKP_I_OS(lock_file),     VKP_I_OS(identify),  VKP_I_OS(chmod),
+        VKP_I_OS(unlink),        VKP_I_OS(wake_pair), VKP_I_OS(poll),
+        VKP_I_OS(epoll_create),  VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),
+        VKP_I_OS(kqueue_create), VKP_I_OS(kevent),    VKP_I_OS(fd_kind)};
     return &table;
 }
 
@@ -14288,6 +14365,7 @@ struct vkp_gate {
     size_t refs;            /* atomic */
     vkp_gate_config config; /* 0 limits are SIZE_MAX here; its allow_uids is the caller's memory */
     uint32_t *allow_uids;   /* copy of config.allow_uids */
+    uint32_t overflow_id;   /* a user who has it may be anybody; UINT32_MAX: nobody has it */
     uint64_t listener_ids;  /* atomic: the number of the next listener */
     VKP_I_MUTEX mutex;
     vkp_seat *seats;      /* guarded by mutex */
@@ -14307,6 +14385,7 @@ VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
     gate->env = env;
     gate->sys = vkp_i_sys(env);
     gate->refs = 1;
+    gate->overflow_id = gate->sys->overflow_id();
     if (config != NULL) {
         gate->config = *config;
     }
@@ -14360,7 +14439,13 @@ static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
     if (gate->config.allow != NULL) {
         return gate->config.allow(gate->config.user, peer);
     }
-    if (gate->config.allow_any_uid || peer->uid == gate->sys->user_id()) {
+    if (gate->config.allow_any_uid) {
+        return true;
+    }
+    if (peer->uid == gate->overflow_id) {
+        return false;
+    }
+    if (peer->uid == gate->sys->user_id()) {
         return true;
     }
     for (i = 0; i < gate->config.allow_uid_count; i++) {
@@ -18538,6 +18623,7 @@ struct vkp_i_link {
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     bool id_asked;          /* CLIENT ID was sent, which HELLO makes needless */
+    bool wants_id;          /* a login of RESP2 asks for it; set by the owner */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
     bool looking;           /* this try waits for the lookup */
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */
@@ -19332,7 +19418,8 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
     VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
                           it is the same */
-    VKP_I_STEP_ID,     /* CLIENT ID in RESP2, before the first SUBSCRIBE; an error is ignored */
+    VKP_I_STEP_ID,     /* CLIENT ID in RESP2: in LOGIN if the owner wants it, or before the first
+                          SUBSCRIBE; an error is ignored */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -19428,6 +19515,17 @@ static bool vkp_i_link_auth(vkp_i_link *link)
     return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
 }
 
+/* Ask the server for the connection's id, once. False: not connected or no memory. */
+static bool vkp_i_link_ask_id(vkp_i_link *link)
+{
+    vkp_str argv[2];
+    bool asked = link->id_asked;
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("ID");
+    link->id_asked = true;
+    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
+}
+
 /* The login of RESP2. False: not connected or no memory. */
 static bool vkp_i_link_login(vkp_i_link *link)
 {
@@ -19443,6 +19541,9 @@ static bool vkp_i_link_login(vkp_i_link *link)
     if (argv[2].ptr != NULL && !vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 3, argv)) {
         return false;
     }
+    if (link->wants_id && !vkp_i_link_ask_id(link)) {
+        return false;
+    }
     argv[0] = vkp_str_of("PING");
     return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
 }
@@ -19452,17 +19553,6 @@ static bool vkp_i_link_ask_role(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("ROLE");
     return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
-}
-
-/* Ask the server for the connection's id, once. False: not connected or no memory. */
-static bool vkp_i_link_ask_id(vkp_i_link *link)
-{
-    vkp_str argv[2];
-    bool asked = link->id_asked;
-    argv[0] = vkp_str_of("CLIENT");
-    argv[1] = vkp_str_of("ID");
-    link->id_asked = true;
-    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
 }
 
 /* The commands of the config, after the login. False: not connected or no memory. */
@@ -24228,7 +24318,7 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
 #define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
 #define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_FAILED 32u  /* nothing else is read: drains when no answer is pending */
 #define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
 #define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
 #define VKP_I_LOCAL_PAUSED \
@@ -24691,6 +24781,7 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
    vkp_i_sub_item_done on loop 0, which returns the item to the local client's loop as a task
    (vkp_i_sub_item_return). The last item finishes the subscription: the names join the shard's
    hub, the confirmations are sent in the order of the names, and the client is read again. When
+   one name is refused none joins, and the server's words are the only answer, as a server's. When
    every name has members in the shard already, and stand-alone, no item is sent to loop 0.
    Invariant: a topic of a shard's hub holds one interest of the upstream client. An
    interest beyond that is given back when its item returns, the topic's own by on_interest when
@@ -24882,49 +24973,65 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
     vkp_i_local_release(local);
 }
 
-/* Join the hub with a name whose item has returned, and write its confirmation or error. False:
-   the local client is closed or closes later.                                                 */
-static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
+/* Whether the outcome lets the name join the hub: while there is no server it is wanted. */
+static bool vkp_i_sub_item_stands(const vkp_i_sub_item *item)
+{
+    return item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
+}
+
+/* The first item that was refused. NULL: none was. */
+static const vkp_i_sub_item *vkp_i_subscription_refused(const vkp_i_subscription *self)
+{
+    size_t i;
+    for (i = 0; i < self->count; i++) {
+        if (!vkp_i_sub_item_stands(&self->items[i])) {
+            return &self->items[i];
+        }
+    }
+    return NULL;
+}
+
+/* Join the hub with a name whose item has returned, and write its confirmation; only give back what
+   the item took, if the client does not join. False: the local client is closed or closes later. */
+static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item, bool joins,
                                         vkp_resp_writer *writer)
 {
     vkp_i_local *local = self->local;
     vkp_relay *relay = local->shard->relay;
     bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
-    bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
     bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
-    if (!closed && stands && !vkp_i_local_join_name(local, self->kind, item->name)) {
-        stands = false;
+    if (!closed && joins && !vkp_i_local_join_name(local, self->kind, item->name)) {
         closed = true;
         vkp_i_local_fail(local);
     }
     /* A new topic keeps the item's interest; otherwise the interest is given back. */
-    if (item->upstream && (closed || topic_had_interest || !stands) &&
+    if (item->upstream && (closed || topic_had_interest || !joins) &&
         item->status != VKP_ERR_CLOSED) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
     }
-    if (closed) {
-        return false;
-    }
-    if (stands) {
+    if (!closed && joins) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
-    } else {
-        vkp_str words = vkp_i_str(item->words.data, item->words.len);
-        vkp_resp_put_error(writer,
-                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
     }
-    return true;
+    return !closed;
 }
 
 /* Every item has returned: join the hub, send the confirmations, read the client again. */
 static void vkp_i_subscription_finish(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
+    const vkp_i_sub_item *refused = vkp_i_subscription_refused(self);
     vkp_resp_writer writer;
     bool alive = true;
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (refused != NULL) {
+        vkp_str words = vkp_i_str(refused->words.data, refused->words.len);
+        vkp_resp_put_error(&writer,
+                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
+    }
     for (i = 0; i < self->count; i++) {
-        alive = vkp_i_subscription_end_item(self, &self->items[i], &writer) && alive;
+        alive =
+            vkp_i_subscription_end_item(self, &self->items[i], refused == NULL, &writer) && alive;
     }
     if (alive) {
         vkp_i_local_answer_writer(local, &writer);
@@ -26264,10 +26371,276 @@ static vkp_status vkp_i_local_open_session(vkp_i_local *local)
         vkp_i_session_end(session);
         return VKP_ERR_NOMEM;
     }
+    session->link.wants_id = true; /* for CLIENT UNBLOCK of others */
     vkp_i_session_hold(&session->link);
     vkp_i_session_try(session);
     vkp_i_session_release(&session->link);
     return VKP_OK;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-errand   Relay: what one local client does to another
+   ======================================================================================
+   CLIENT KILL ID and CLIENT UNBLOCK. A client is known by the number that CLIENT ID says: the
+   relay's, or a server's. An errand goes with it from loop to loop, as a task, while who asked is
+   paused (VKP_I_LOCAL_BUSY), and returns to that client's loop with the answer:
+     a local client's number        killed where it is; what blocks it is ended by the server, which
+                                    knows its connection by another number
+     a connection of the relay      there is no such client, for those of the relay
+     another one                    the server answers                                         */
+
+typedef struct vkp_i_errand {
+    vkp_i_task task;
+    vkp_i_local *asker; /* one reference */
+    uint64_t id;        /* of whom it is about */
+    bool unblocks;      /* UNBLOCK; otherwise KILL */
+    bool with_error;    /* UNBLOCK: ERROR; otherwise TIMEOUT */
+    bool spares_asker;  /* KILL: SKIPME yes */
+    bool forwards;      /* the server answers */
+    size_t next;        /* the shard to look at */
+    int64_t count;      /* the answer */
+    bool kills_asker;   /* behind the answer */
+    vkp_bytes words;    /* an error of the server, in place of the answer */
+    void (*forward)(vkp_i_local *local, size_t argc, const vkp_str *argv);
+} vkp_i_errand;
+
+/* Go on at a loop: in a task, or here if this is the loop or it is closed. */
+static void vkp_i_errand_go(vkp_i_errand *self, vkp_loop *loop, void (*fn)(vkp_i_task *task))
+{
+    self->task.fn = fn;
+    if (vkp_i_on_loop(loop) || !vkp_i_loop_queue(loop, &self->task)) {
+        fn(&self->task);
+    }
+}
+
+/* Write CLIENT KILL or CLIENT UNBLOCK for a number, which digits holds. Returns the number of
+   arguments. */
+static size_t vkp_i_errand_words(const vkp_i_errand *self, uint64_t id, char *digits, vkp_str *argv)
+{
+    size_t from = vkp_i_format_u64(digits, id);
+    size_t argc = 0;
+    argv[argc++] = vkp_str_of("CLIENT");
+    argv[argc++] = vkp_str_of(self->unblocks ? "UNBLOCK" : "KILL");
+    if (!self->unblocks) {
+        argv[argc++] = vkp_str_of("ID");
+    }
+    argv[argc++] = vkp_i_str(digits + from, VKP_I_DIGITS - from);
+    if (self->with_error) {
+        argv[argc++] = vkp_str_of("ERROR");
+    }
+    return argc;
+}
+
+/* The asker's loop: answer. */
+static void vkp_i_errand_return(vkp_i_task *task)
+{
+    vkp_i_errand *self = VKP_CONTAINER(task, vkp_i_errand, task);
+    vkp_i_local *local = self->asker;
+    const vkp_env *env = local->shard->relay->env;
+    vkp_resp_writer writer;
+    char digits[VKP_I_DIGITS];
+    vkp_str argv[5];
+    local->flags &= ~VKP_I_LOCAL_BUSY;
+    if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
+        self->forwards = false;
+    } else if (self->forwards) {
+        self->forward(local, vkp_i_errand_words(self, self->id, digits, argv), argv);
+    } else {
+        vkp_resp_writer_init(&writer, env);
+        if (self->words.len > 0) {
+            vkp_resp_put_error(&writer, vkp_i_str(self->words.data, self->words.len));
+        } else {
+            vkp_resp_put_integer(&writer, self->count);
+        }
+        vkp_i_local_answer_writer(local, &writer);
+        if (self->kills_asker) {
+            vkp_i_local_pause(local, VKP_I_LOCAL_FAILED); /* nothing else of it is read */
+        }
+    }
+    vkp_i_local_maybe_resume(local);
+    vkp_bytes_unref(&self->words);
+    vkp_i_free(env, self, sizeof *self);
+    vkp_i_local_release(local);
+}
+
+static void vkp_i_errand_go_home(vkp_i_errand *self)
+{
+    vkp_i_errand_go(self, self->asker->shard->loop, vkp_i_errand_return);
+}
+
+/* Loop 0: the server has answered CLIENT UNBLOCK. */
+static void vkp_i_errand_unblocked(void *user, vkp_status status, const vkp_value *value,
+                                   const vkp_bytes *frame)
+{
+    vkp_i_errand *self = (vkp_i_errand *)user;
+    vkp_str words = status == VKP_OK ? vkp_value_get_str(value) : vkp_i_str(NULL, 0);
+    (void)frame;
+    if (status == VKP_OK && value->type == VKP_RESP_INTEGER) {
+        self->count = value->u.integer;
+    } else if (status == VKP_OK && value->type == VKP_RESP_ERROR) { /* without memory: 0 */
+        (void)!vkp_bytes_copy(self->asker->shard->relay->env, words.ptr, words.len, &self->words);
+    }
+    vkp_i_errand_go_home(self);
+}
+
+/* End what blocks the local client, if something does. */
+static void vkp_i_errand_unblock(vkp_i_errand *self, const vkp_i_local *local)
+{
+    vkp_relay *relay = local->shard->relay;
+    const vkp_i_session *session = local->session;
+    char digits[VKP_I_DIGITS];
+    vkp_str argv[5];
+    vkp_resp_writer writer;
+    vkp_bytes command = VKP_ZERO;
+    size_t argc;
+    vkp_status status = VKP_ERR_CLOSED;
+    if (session != NULL && session->blocking > 0 && session->link.id > 0) {
+        argc = vkp_i_errand_words(self, (uint64_t)session->link.id, digits, argv);
+        vkp_resp_writer_init(&writer, relay->env);
+        vkp_i_put_command(&writer, argc, argv);
+        status = vkp_resp_writer_take(&writer, &command);
+        if (status == VKP_OK) {
+            status = vkp_client_send(relay->shared[0], &command, 1, vkp_i_errand_unblocked, self);
+            vkp_bytes_unref(&command);
+        }
+    }
+    if (status != VKP_OK) {
+        vkp_i_errand_go_home(self); /* nothing blocks it, or the server cannot be asked */
+    }
+}
+
+/* Whether one of the relay's own connections, as far as this loop has them, has the number. */
+static bool vkp_i_shard_has_connection(vkp_i_shard *shard, uint64_t id)
+{
+    vkp_relay *relay = shard->relay;
+    const vkp_i_session *session;
+    const vkp_i_local *local;
+    size_t i;
+    if (shard == &relay->shards[0] && vkp_i_relay_has_server(relay)) {
+        bool found = (uint64_t)relay->push->link.id == id;
+        for (i = 0; i < relay->shared_count; i++) {
+            found = found || (uint64_t)relay->shared[i]->link.id == id;
+        }
+        if (found) {
+            return true;
+        }
+    }
+    for (session = shard->pool; session != NULL; session = session->next) {
+        if ((uint64_t)session->link.id == id) {
+            return true;
+        }
+    }
+    for (local = shard->locals; local != NULL; local = local->next) {
+        if (local->session != NULL && (uint64_t)local->session->link.id == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Look at one shard; the loop of that shard. */
+static void vkp_i_errand_visit(vkp_i_task *task)
+{
+    vkp_i_errand *self = VKP_CONTAINER(task, vkp_i_errand, task);
+    vkp_relay *relay = self->asker->shard->relay;
+    vkp_i_shard *shard = &relay->shards[self->next++];
+    vkp_i_local *local = shard->locals;
+    bool found;
+    while (local != NULL && VKP_I_FIRST_ID + local->id != self->id) {
+        local = local->next;
+    }
+    found = local != NULL || vkp_i_shard_has_connection(shard, self->id);
+    if (local != NULL && self->unblocks) {
+        vkp_i_errand_unblock(self, local);
+        return;
+    }
+    if (local != NULL && local == self->asker) {
+        self->kills_asker = !self->spares_asker;
+        self->count = self->kills_asker ? 1 : 0;
+    } else if (local != NULL) {
+        self->count = 1;
+        vkp_conn_close(local->member.conn);
+    }
+    if (!found && self->next < relay->shard_count) {
+        vkp_i_errand_go(self, relay->shards[self->next].loop, vkp_i_errand_visit);
+        return;
+    }
+    self->forwards = !found && self->id < VKP_I_FIRST_ID && vkp_i_relay_has_server(relay);
+    vkp_i_errand_go_home(self);
+}
+
+/* Read a client's number. False: it is none. */
+static bool vkp_i_read_id(vkp_str text, uint64_t *id)
+{
+    size_t i;
+    *id = 0;
+    for (i = 0; i < text.len && i < 18 && text.ptr[i] >= '0' && text.ptr[i] <= '9'; i++) {
+        *id = *id * 10 + (uint64_t)(text.ptr[i] - '0');
+    }
+    return i > 0 && i == text.len && *id > 0;
+}
+
+/* Read the arguments of CLIENT KILL or CLIENT UNBLOCK. False: not a form that names one client by
+   its number. */
+static bool vkp_i_errand_read(size_t argc, const vkp_str *argv, vkp_i_errand *out)
+{
+    bool unblocks = argc > 1 && vkp_i_str_is(argv[1], "UNBLOCK");
+    size_t at = unblocks ? 2 : 3;
+    out->unblocks = unblocks;
+    out->spares_asker = true;
+    if (argc < at + 1 ||
+        !(unblocks || (vkp_i_str_is(argv[1], "KILL") && vkp_i_str_is(argv[2], "ID"))) ||
+        !vkp_i_read_id(argv[at], &out->id)) {
+        return false;
+    }
+    if (unblocks && argc == 4) {
+        out->with_error = vkp_i_str_is(argv[3], "ERROR");
+        return out->with_error || vkp_i_str_is(argv[3], "TIMEOUT");
+    }
+    if (!unblocks && argc == 6) {
+        out->spares_asker = vkp_i_str_is(argv[5], "YES");
+        return vkp_i_str_is(argv[4], "SKIPME") &&
+               (out->spares_asker || vkp_i_str_is(argv[5], "NO"));
+    }
+    return argc == at + 1;
+}
+
+/* Whether CLIENT's arguments name one client by its number, for KILL or UNBLOCK. */
+static bool vkp_i_errand_is_one(size_t argc, const vkp_str *argv)
+{
+    vkp_i_errand form = VKP_ZERO;
+    return vkp_i_errand_read(argc, argv, &form);
+}
+
+/* Whether CLIENT KILL names clients by what several may have: the relay's connections, too. */
+static bool vkp_i_kill_is_wide(size_t argc, const vkp_str *argv)
+{
+    return argc > 3 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "KILL") &&
+           !vkp_i_errand_is_one(argc, argv) &&
+           !(argc == 4 && (vkp_i_str_is(argv[2], "ID") || vkp_i_str_is(argv[2], "ADDR")));
+}
+
+/* Carry out CLIENT KILL or CLIENT UNBLOCK; the arguments are such that vkp_i_errand_read takes
+   them. forward: sends a command of the client to the server. */
+static void vkp_i_local_send_errand(vkp_i_local *local, size_t argc, const vkp_str *argv,
+                                    void (*forward)(vkp_i_local *local, size_t argc,
+                                                    const vkp_str *argv))
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_i_errand *self = (vkp_i_errand *)vkp_i_alloc_zero(relay->env, sizeof *self);
+    if (self == NULL) {
+        vkp_i_local_fail(local);
+        return;
+    }
+    (void)vkp_i_errand_read(argc, argv, self);
+    self->asker = local;
+    self->forward = forward;
+    local->refs++;
+    vkp_i_local_pause(local, VKP_I_LOCAL_BUSY);
+    vkp_i_errand_go(self, relay->shards[0].loop, vkp_i_errand_visit);
 }
 
 #endif /* VKP_I_IO */
@@ -26502,14 +26875,20 @@ static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
             return true;
         }
     }
-    return argc < 2;
+    return argc < 2 || vkp_i_errand_is_one(argc, argv);
 }
+
+static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
 /* CLIENT with a subcommand about the local client itself; stand-alone with any. */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    if (vkp_i_errand_is_one(argc, argv)) {
+        vkp_i_local_send_errand(local, argc, argv, vkp_i_local_forward_errand);
         return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
@@ -26930,7 +27309,7 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
 }
 
 /* What a relay refuses: it would end or stop the server for everybody, or make the relay a
-   replica.                                                                                    */
+   replica; and a CLIENT KILL that the relay's own connections fit.                            */
 static const char *const vkp_i_denied[][2] = {
     {"CLIENT", "PAUSE"}, {"DEBUG", "SLEEP"}, {"FAILOVER", NULL}, {"PSYNC", NULL},
     {"REPLCONF", NULL},  {"SHUTDOWN", NULL}, {"SYNC", NULL}};
@@ -26945,7 +27324,7 @@ static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
             return true;
         }
     }
-    return false;
+    return vkp_i_kill_is_wide(argc, argv);
 }
 
 /* Whether the client may only change its subscriptions: as servers have it in RESP2. */
@@ -27228,6 +27607,16 @@ static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const v
     vkp_i_session_ask(local->session, argc, argv, &copy);
     vkp_bytes_unref(&copy);
     return true;
+}
+
+/* Send CLIENT KILL or CLIENT UNBLOCK to the server, which knows whom it is about. */
+static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    if (local->session != NULL) {
+        (void)vkp_i_local_execute_private(local, argc, argv, NULL);
+    } else {
+        vkp_i_local_forward_command(local, argc, argv, 0);
+    }
 }
 
 /* Answer a command here. False: not now. */
@@ -27967,7 +28356,7 @@ static void vkp_i_relay_report_gap(vkp_relay *relay, const vkp_gap *gap)
     vkp_str channel = vkp_str_of(VKP_RELAY_GAP_CHANNEL);
     vkp_resp_writer json;
     vkp_resp_writer message;
-    vkp_bytes text;
+    vkp_bytes text = VKP_ZERO; /* gcc does not see that it is set */
     vkp_push push;
     vkp_resp_writer_init(&json, relay->env);
     vkp_i_put_gap(&json, relay, gap);

@@ -216,12 +216,42 @@ static bool vkp_i_grow(const vkp_env *env, void **array, size_t *capacity, size_
 
 #define VKP_I_LOG_BYTES 512 /* of one log line with its NUL; a longer line is cut */
 
+/* Whether a control character of C1 begins here, in UTF-8. */
+static bool vkp_i_is_c1(const char *text)
+{
+    return (unsigned char)text[0] == 0xc2 && (unsigned char)text[1] >= 0x80 &&
+           (unsigned char)text[1] < 0xa0;
+}
+
+/* Copy text with each control character as \xNN, so that nobody's name makes a line of its own or
+   moves a terminal's cursor; what size has no room for is left out. */
+static void vkp_i_escape(char *out, size_t size, const char *text)
+{
+    size_t used = 0;
+    size_t i;
+    for (i = 0; text[i] != '\0'; i++) {
+        unsigned byte = (unsigned char)text[i];
+        bool plain = byte >= 0x20 && byte != 0x7f && !vkp_i_is_c1(text + i) &&
+                     !(i > 0 && vkp_i_is_c1(text + i - 1));
+        if (used + (plain ? 1u : 4u) >= size) {
+            break;
+        }
+        if (plain) {
+            out[used++] = text[i];
+        } else {
+            used += (size_t)snprintf(out + used, size - used, "\\x%02x", byte);
+        }
+    }
+    out[used] = '\0';
+}
+
 /* Format one line and give it to the log of the env, if the env logs this level. Call it without
    a lock.                                                                                      */
 __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, vkp_log_level level,
                                                             const char *format, ...)
 {
     char text[VKP_I_LOG_BYTES];
+    char escaped[VKP_I_LOG_BYTES];
     va_list arguments;
     int most = env->log_level == VKP_LOG_DEFAULT ? (int)VKP_LOG_WARN : (int)env->log_level;
     if (env->log == NULL || (int)level > most) {
@@ -230,7 +260,8 @@ __attribute__((format(printf, 3, 4))) static void vkp_i_log(const vkp_env *env, 
     va_start(arguments, format);
     (void)vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    env->log(env->user, level, text);
+    vkp_i_escape(escaped, sizeof escaped, text);
+    env->log(env->user, level, escaped);
 }
 #endif
 

@@ -76,8 +76,8 @@ struct vkp_env {
        for a non-zero new_bytes means no memory. Called from any thread. NULL: the C library's. */
     void *(*alloc)(void *user, void *ptr, size_t old_bytes, size_t new_bytes);
 
-    /* Receives one log line: no newline, at most 511 bytes and a NUL. Called from any thread, never
-       under a lock. NULL: nothing is logged.                                                  */
+    /* Receives one log line: at most 511 bytes and a NUL, control characters as \xNN, no newline.
+       Called from any thread, never under a lock. NULL: nothing is logged.                    */
     void (*log)(void *user, vkp_log_level level, const char *text);
 
     void *user;              /* the first argument of alloc and of log */

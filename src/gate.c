@@ -28,6 +28,7 @@ struct vkp_gate {
     size_t refs;            /* atomic */
     vkp_gate_config config; /* 0 limits are SIZE_MAX here; its allow_uids is the caller's memory */
     uint32_t *allow_uids;   /* copy of config.allow_uids */
+    uint32_t overflow_id;   /* a user who has it may be anybody; UINT32_MAX: nobody has it */
     uint64_t listener_ids;  /* atomic: the number of the next listener */
     VKP_I_MUTEX mutex;
     vkp_seat *seats;      /* guarded by mutex */
@@ -47,6 +48,7 @@ VKP_API vkp_status vkp_gate_open(const vkp_gate_config *config, vkp_gate **out)
     gate->env = env;
     gate->sys = vkp_i_sys(env);
     gate->refs = 1;
+    gate->overflow_id = gate->sys->overflow_id();
     if (config != NULL) {
         gate->config = *config;
     }
@@ -100,7 +102,13 @@ static bool vkp_i_gate_allows(const vkp_gate *gate, const vkp_peer *peer)
     if (gate->config.allow != NULL) {
         return gate->config.allow(gate->config.user, peer);
     }
-    if (gate->config.allow_any_uid || peer->uid == gate->sys->user_id()) {
+    if (gate->config.allow_any_uid) {
+        return true;
+    }
+    if (peer->uid == gate->overflow_id) {
+        return false;
+    }
+    if (peer->uid == gate->sys->user_id()) {
         return true;
     }
     for (i = 0; i < gate->config.allow_uid_count; i++) {

@@ -21,7 +21,8 @@ typedef enum vkp_refusal {
 #define VKP_REFUSAL_COUNT 5
 
 /* The config of vkp_gate_open. Uids are those of clients over Unix sockets; TCP clients have none,
-   and are only counted. */
+   and are only counted. Users whom the process's user namespace (Linux) does not map share one uid,
+   which is nobody's: they are not allowed but by allow_any_uid or allow. */
 typedef struct vkp_gate_config {
     /* Most clients at one time, over all listeners of the gate. Default: no limit. */
     size_t max_clients;

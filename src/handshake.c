@@ -25,7 +25,8 @@ typedef enum vkp_i_step_kind {
     VKP_I_STEP_SETUP,  /* must be answered as vkp_client_setup says */
     VKP_I_STEP_ROLE,   /* with a role in the config, where HELLO did not say it; later, whether
                           it is the same */
-    VKP_I_STEP_ID,     /* CLIENT ID in RESP2, before the first SUBSCRIBE; an error is ignored */
+    VKP_I_STEP_ID,     /* CLIENT ID in RESP2: in LOGIN if the owner wants it, or before the first
+                          SUBSCRIBE; an error is ignored */
     VKP_I_STEP_IGNORED
 } vkp_i_step_kind;
 
@@ -121,6 +122,17 @@ static bool vkp_i_link_auth(vkp_i_link *link)
     return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
 }
 
+/* Ask the server for the connection's id, once. False: not connected or no memory. */
+static bool vkp_i_link_ask_id(vkp_i_link *link)
+{
+    vkp_str argv[2];
+    bool asked = link->id_asked;
+    argv[0] = vkp_str_of("CLIENT");
+    argv[1] = vkp_str_of("ID");
+    link->id_asked = true;
+    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
+}
+
 /* The login of RESP2. False: not connected or no memory. */
 static bool vkp_i_link_login(vkp_i_link *link)
 {
@@ -136,6 +148,9 @@ static bool vkp_i_link_login(vkp_i_link *link)
     if (argv[2].ptr != NULL && !vkp_i_link_step(link, VKP_I_STEP_IGNORED, 0, 3, argv)) {
         return false;
     }
+    if (link->wants_id && !vkp_i_link_ask_id(link)) {
+        return false;
+    }
     argv[0] = vkp_str_of("PING");
     return vkp_i_link_step(link, VKP_I_STEP_PING, 0, 1, argv);
 }
@@ -145,17 +160,6 @@ static bool vkp_i_link_ask_role(vkp_i_link *link)
 {
     vkp_str argv = vkp_str_of("ROLE");
     return vkp_i_link_step(link, VKP_I_STEP_ROLE, 0, 1, &argv);
-}
-
-/* Ask the server for the connection's id, once. False: not connected or no memory. */
-static bool vkp_i_link_ask_id(vkp_i_link *link)
-{
-    vkp_str argv[2];
-    bool asked = link->id_asked;
-    argv[0] = vkp_str_of("CLIENT");
-    argv[1] = vkp_str_of("ID");
-    link->id_asked = true;
-    return asked || vkp_i_link_step(link, VKP_I_STEP_ID, 0, 2, argv);
 }
 
 /* The commands of the config, after the login. False: not connected or no memory. */

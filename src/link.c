@@ -119,6 +119,7 @@ struct vkp_i_link {
     uint64_t ready_ns;      /* when the handshake succeeded */
     int64_t id;             /* the connection's id on the server; 0: not known */
     bool id_asked;          /* CLIENT ID was sent, which HELLO makes needless */
+    bool wants_id;          /* a login of RESP2 asks for it; set by the owner */
     vkp_i_lookup *lookup;   /* of the host name; NULL: none is under way */
     bool looking;           /* this try waits for the lookup */
     vkp_timer lookup_timer; /* ends the wait for a lookup, where addresses are known */

@@ -69,7 +69,7 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
 #define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
 #define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u  /* broke the protocol: drains when no answer is pending */
+#define VKP_I_LOCAL_FAILED 32u  /* nothing else is read: drains when no answer is pending */
 #define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
 #define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
 #define VKP_I_LOCAL_PAUSED \

@@ -228,14 +228,20 @@ static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
             return true;
         }
     }
-    return argc < 2;
+    return argc < 2 || vkp_i_errand_is_one(argc, argv);
 }
+
+static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vkp_str *argv);
 
 /* CLIENT with a subcommand about the local client itself; stand-alone with any. */
 static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
+        return;
+    }
+    if (vkp_i_errand_is_one(argc, argv)) {
+        vkp_i_local_send_errand(local, argc, argv, vkp_i_local_forward_errand);
         return;
     }
     vkp_resp_writer_init(&writer, local->shard->relay->env);
@@ -656,7 +662,7 @@ static uint32_t vkp_i_command_shape(const vkp_i_command *command, size_t argc, c
 }
 
 /* What a relay refuses: it would end or stop the server for everybody, or make the relay a
-   replica.                                                                                    */
+   replica; and a CLIENT KILL that the relay's own connections fit.                            */
 static const char *const vkp_i_denied[][2] = {
     {"CLIENT", "PAUSE"}, {"DEBUG", "SLEEP"}, {"FAILOVER", NULL}, {"PSYNC", NULL},
     {"REPLCONF", NULL},  {"SHUTDOWN", NULL}, {"SYNC", NULL}};
@@ -671,7 +677,7 @@ static bool vkp_i_command_is_denied(size_t argc, const vkp_str *argv)
             return true;
         }
     }
-    return false;
+    return vkp_i_kill_is_wide(argc, argv);
 }
 
 /* Whether the client may only change its subscriptions: as servers have it in RESP2. */
@@ -954,6 +960,16 @@ static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const v
     vkp_i_session_ask(local->session, argc, argv, &copy);
     vkp_bytes_unref(&copy);
     return true;
+}
+
+/* Send CLIENT KILL or CLIENT UNBLOCK to the server, which knows whom it is about. */
+static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    if (local->session != NULL) {
+        (void)vkp_i_local_execute_private(local, argc, argv, NULL);
+    } else {
+        vkp_i_local_forward_command(local, argc, argv, 0);
+    }
 }
 
 /* Answer a command here. False: not now. */

@@ -655,7 +655,7 @@ static void vkp_i_relay_report_gap(vkp_relay *relay, const vkp_gap *gap)
     vkp_str channel = vkp_str_of(VKP_RELAY_GAP_CHANNEL);
     vkp_resp_writer json;
     vkp_resp_writer message;
-    vkp_bytes text;
+    vkp_bytes text = VKP_ZERO; /* gcc does not see that it is set */
     vkp_push push;
     vkp_resp_writer_init(&json, relay->env);
     vkp_i_put_gap(&json, relay, gap);

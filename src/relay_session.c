@@ -814,6 +814,7 @@ static vkp_status vkp_i_local_open_session(vkp_i_local *local)
         vkp_i_session_end(session);
         return VKP_ERR_NOMEM;
     }
+    session->link.wants_id = true; /* for CLIENT UNBLOCK of others */
     vkp_i_session_hold(&session->link);
     vkp_i_session_try(session);
     vkp_i_session_release(&session->link);

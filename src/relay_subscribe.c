@@ -7,6 +7,7 @@
    vkp_i_sub_item_done on loop 0, which returns the item to the local client's loop as a task
    (vkp_i_sub_item_return). The last item finishes the subscription: the names join the shard's
    hub, the confirmations are sent in the order of the names, and the client is read again. When
+   one name is refused none joins, and the server's words are the only answer, as a server's. When
    every name has members in the shard already, and stand-alone, no item is sent to loop 0.
    Invariant: a topic of a shard's hub holds one interest of the upstream client. An
    interest beyond that is given back when its item returns, the topic's own by on_interest when
@@ -198,49 +199,65 @@ static void vkp_i_subscription_free(vkp_i_subscription *self)
     vkp_i_local_release(local);
 }
 
-/* Join the hub with a name whose item has returned, and write its confirmation or error. False:
-   the local client is closed or closes later.                                                 */
-static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item,
+/* Whether the outcome lets the name join the hub: while there is no server it is wanted. */
+static bool vkp_i_sub_item_stands(const vkp_i_sub_item *item)
+{
+    return item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
+}
+
+/* The first item that was refused. NULL: none was. */
+static const vkp_i_sub_item *vkp_i_subscription_refused(const vkp_i_subscription *self)
+{
+    size_t i;
+    for (i = 0; i < self->count; i++) {
+        if (!vkp_i_sub_item_stands(&self->items[i])) {
+            return &self->items[i];
+        }
+    }
+    return NULL;
+}
+
+/* Join the hub with a name whose item has returned, and write its confirmation; only give back what
+   the item took, if the client does not join. False: the local client is closed or closes later. */
+static bool vkp_i_subscription_end_item(vkp_i_subscription *self, vkp_i_sub_item *item, bool joins,
                                         vkp_resp_writer *writer)
 {
     vkp_i_local *local = self->local;
     vkp_relay *relay = local->shard->relay;
     bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
-    bool stands = item->status == VKP_OK || item->status == VKP_ERR_DISCONNECTED;
     bool topic_had_interest = vkp_hub_get_members(local->shard->hub, self->kind, item->name) > 0;
-    if (!closed && stands && !vkp_i_local_join_name(local, self->kind, item->name)) {
-        stands = false;
+    if (!closed && joins && !vkp_i_local_join_name(local, self->kind, item->name)) {
         closed = true;
         vkp_i_local_fail(local);
     }
     /* A new topic keeps the item's interest; otherwise the interest is given back. */
-    if (item->upstream && (closed || topic_had_interest || !stands) &&
+    if (item->upstream && (closed || topic_had_interest || !joins) &&
         item->status != VKP_ERR_CLOSED) {
         vkp_i_relay_drop_interest(relay, self->kind, item->name);
     }
-    if (closed) {
-        return false;
-    }
-    if (stands) {
+    if (!closed && joins) {
         vkp_i_put_confirmation(writer, local, true, self->kind, item->name);
-    } else {
-        vkp_str words = vkp_i_str(item->words.data, item->words.len);
-        vkp_resp_put_error(writer,
-                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
     }
-    return true;
+    return !closed;
 }
 
 /* Every item has returned: join the hub, send the confirmations, read the client again. */
 static void vkp_i_subscription_finish(vkp_i_subscription *self)
 {
     vkp_i_local *local = self->local;
+    const vkp_i_sub_item *refused = vkp_i_subscription_refused(self);
     vkp_resp_writer writer;
     bool alive = true;
     size_t i;
     vkp_resp_writer_init(&writer, local->shard->relay->env);
+    if (refused != NULL) {
+        vkp_str words = vkp_i_str(refused->words.data, refused->words.len);
+        vkp_resp_put_error(&writer,
+                           words.len > 0 ? words : vkp_str_of("ERR the relay could not subscribe"));
+    }
     for (i = 0; i < self->count; i++) {
-        alive = vkp_i_subscription_end_item(self, &self->items[i], &writer) && alive;
+        alive =
+            vkp_i_subscription_end_item(self, &self->items[i], refused == NULL, &writer) && alive;
     }
     if (alive) {
         vkp_i_local_answer_writer(local, &writer);

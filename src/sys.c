@@ -373,6 +373,47 @@ static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked
     return result;
 }
 
+#if defined(__linux__)
+/* Read a file of /proc, at most size - 1 bytes, and terminate it. False: it cannot be read. */
+static bool vkp_i_os_read_proc(const char *path, char *text, size_t size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = -1;
+    if (fd >= 0) {
+        do {
+            got = read(fd, text, size - 1);
+        } while (got < 0 && errno == EINTR);
+        (void)close(fd);
+    }
+    text[got > 0 ? got : 0] = '\0';
+    return got >= 0;
+}
+
+/* The map of the first namespace, and of any that maps all, is one line: from 0, to 0, all. */
+static uint32_t vkp_i_os_overflow_id(void)
+{
+    char text[256];
+    unsigned long inside;
+    unsigned long outside;
+    unsigned long count;
+    if (!vkp_i_os_read_proc("/proc/self/uid_map", text, sizeof text) ||
+        (sscanf(text, "%lu %lu %lu", &inside, &outside, &count) == 3 && inside == 0 &&
+         count >= UINT32_MAX)) {
+        return UINT32_MAX;
+    }
+    if (!vkp_i_os_read_proc("/proc/sys/kernel/overflowuid", text, sizeof text) ||
+        sscanf(text, "%lu", &inside) != 1) {
+        return 65534; /* the kernel's default */
+    }
+    return (uint32_t)inside;
+}
+#else
+static uint32_t vkp_i_os_overflow_id(void)
+{
+    return UINT32_MAX;
+}
+#endif
+
 static int vkp_i_os_peer(int fd, vkp_peer *peer)
 {
 #if VKP_I_LINUX
@@ -725,19 +766,19 @@ static int vkp_i_os_fd_kind(int fd)
 VKP_API const vkp_sys *vkp_sys_get_default(void)
 {
     static const vkp_sys table = {
-        vkp_i_os_clock_ns,      vkp_i_os_wall_ns,     vkp_i_os_random_u64,
-        vkp_i_os_process_id,    vkp_i_os_user_id,     vkp_i_os_park,
-        vkp_i_os_unpark,        vkp_i_os_yield,       vkp_i_os_processors,
-        vkp_i_os_membarrier,    VKP_I_OS(socket),     VKP_I_OS(bind),
-        VKP_I_OS(listen),       VKP_I_OS(accept),     VKP_I_OS(connect),
-        VKP_I_OS(socket_error), VKP_I_OS(prepare),    VKP_I_OS(set_nodelay),
-        VKP_I_OS(set_liveness), VKP_I_OS(peer),       VKP_I_OS(local_port),
-        VKP_I_OS(resolve),      VKP_I_OS(read),       VKP_I_OS(send),
-        VKP_I_OS(write),        VKP_I_OS(close),      VKP_I_OS(lock_file),
-        VKP_I_OS(identify),     VKP_I_OS(chmod),      VKP_I_OS(unlink),
-        VKP_I_OS(wake_pair),    VKP_I_OS(poll),       VKP_I_OS(epoll_create),
-        VKP_I_OS(epoll_ctl),    VKP_I_OS(epoll_wait), VKP_I_OS(kqueue_create),
-        VKP_I_OS(kevent),       VKP_I_OS(fd_kind)};
+        vkp_i_os_clock_ns,       vkp_i_os_wall_ns,    vkp_i_os_random_u64,
+        vkp_i_os_process_id,     vkp_i_os_user_id,    vkp_i_os_park,
+        vkp_i_os_unpark,         vkp_i_os_yield,      vkp_i_os_processors,
+        vkp_i_os_membarrier,     VKP_I_OS(socket),    VKP_I_OS(bind),
+        VKP_I_OS(listen),        VKP_I_OS(accept),    VKP_I_OS(connect),
+        VKP_I_OS(socket_error),  VKP_I_OS(prepare),   VKP_I_OS(set_nodelay),
+        VKP_I_OS(set_liveness),  VKP_I_OS(peer),      VKP_I_OS(overflow_id),
+        VKP_I_OS(local_port),    VKP_I_OS(resolve),   VKP_I_OS(read),
+        VKP_I_OS(send),          VKP_I_OS(write),     VKP_I_OS(close),
+        VKP_I_OS(lock_file),     VKP_I_OS(identify),  VKP_I_OS(chmod),
+        VKP_I_OS(unlink),        VKP_I_OS(wake_pair), VKP_I_OS(poll),
+        VKP_I_OS(epoll_create),  VKP_I_OS(epoll_ctl), VKP_I_OS(epoll_wait),
+        VKP_I_OS(kqueue_create), VKP_I_OS(kevent),    VKP_I_OS(fd_kind)};
     return &table;
 }
 

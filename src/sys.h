@@ -96,6 +96,9 @@ struct vkp_sys {
     int (*set_liveness)(int fd, uint64_t keepalive_ms, uint64_t unacked_ms);
     /* Write the peer of a connected Unix socket to *peer. */
     int (*peer)(int fd, vkp_peer *peer);
+    /* The uid that stands for all users whom this process's user namespace (Linux) does not map;
+       UINT32_MAX: each user has a uid. */
+    uint32_t (*overflow_id)(void);
     /* The local port of a bound TCP socket. */
     int (*local_port)(int fd);
     /* Write at most `capacity` addresses of a TCP host and port to out; returns how many. May block

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <set>
 #include <string>
 #include <thread>
@@ -18,8 +19,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/epoll.h>
 #else
 #include <sys/event.h>
@@ -205,6 +208,32 @@ TEST_CASE("sys: clock, random numbers and process id", "[base][sys]")
     CHECK(sys->process_id() == static_cast<int>(getpid()));
     CHECK(sys->user_id() == static_cast<uint32_t>(geteuid()));
 }
+
+#ifdef __linux__
+TEST_CASE("sys: in a user namespace one uid stands for users that are not mapped", "[base][sys]")
+{
+    unsigned long from = 1;
+    unsigned long to = 1;
+    unsigned long count = 0;
+    std::ifstream("/proc/self/uid_map") >> from >> to >> count;
+    unsigned long overflow = 65534;
+    std::ifstream("/proc/sys/kernel/overflowuid") >> overflow;
+    const bool all = from == 0 && count >= UINT32_MAX;
+    CHECK(vkp_sys_get_default()->overflow_id() == (all ? UINT32_MAX : overflow));
+    const pid_t pid = fork();
+    if (pid == 0) { // the new namespace maps nobody yet
+        const bool away = unshare(CLONE_NEWUSER) == 0;
+        _exit(!away ? 77 : vkp_sys_get_default()->overflow_id() == overflow ? 0 : 1);
+    }
+    int status = 0;
+    REQUIRE(waitpid(pid, &status, 0) == pid);
+    if (WEXITSTATUS(status) == 77) {
+        WARN("not run: no user namespaces here");
+    } else {
+        CHECK(status == 0);
+    }
+}
+#endif
 
 TEST_CASE("sys: failures are negated errno; write leaves errno itself alone", "[base][sys]")
 {

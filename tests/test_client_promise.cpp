@@ -930,3 +930,17 @@ TEST_CASE("promise: a thread waits for a ready client, and a select for any stat
     CHECK(vkp_watch_changed(states, vkp_test_deadline()) == VKP_ERR_CLOSED);
     vkp_watch_rx_unref(states);
 }
+
+TEST_CASE("promise: words of a server make no lines of the log, and move no cursor", "[client]")
+{
+    Loop loop;
+    FakeServer server;
+    Client client(loop, server.config());
+    Peer peer = server.accept(loop);
+    (void)heard(loop, peer);
+    say(peer, "-WRONGPASS a\x1b[2Jb\tc d\x7f \xc2\x9b \xc3\xa9\r\n");
+    until_events(loop, client, 1);
+    CHECK(client.history() == "connect-failed");
+    CHECK(vkp_test_env_logged(&loop.test, "WRONGPASS a\\x1b[2Jb\\x09c"));
+    CHECK(vkp_test_env_logged(&loop.test, "\\x7f \\xc2\\x9b \xc3\xa9"));
+}

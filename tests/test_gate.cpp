@@ -223,13 +223,38 @@ TEST_CASE("gate: without one, the process's own user alone comes in")
     CHECK(stats.aborted + stats.failed + stats.pauses == 0);
 }
 
+TEST_CASE("gate: the uid of users that are not mapped is nobody's")
+{
+    static std::atomic<uint32_t> overflow{0};
+    vkp_sys sys = who::table();
+    sys.overflow_id = [] { return overflow.load(); };
+    const uint32_t listed = 65534;
+    vkp_test_loop loop(&vkp_backend_null, &sys);
+    vkp_gate_config config = {};
+    config.env = &loop.test.env;
+    config.allow_uids = &listed;
+    config.allow_uid_count = 1;
+    who::uid = listed;
+    who::own = GENERATE(k_other, 65534u); // a relay that is such a user has no friends either
+    overflow = GENERATE(UINT32_MAX, 65534u);
+    const bool any = GENERATE(false, true);
+    config.allow_any_uid = any;
+    Gate gate(config);
+    Door door;
+    door.config.gate = gate;
+    door.open(loop);
+    Peer peer;
+    const bool in = any || overflow == UINT32_MAX;
+    CHECK(door.knock(&peer) == (in ? k_in : k_refusals[VKP_REFUSAL_USER]));
+}
+
 TEST_CASE("gate: processes of another user, as the kernel knows them")
 {
-    if (geteuid() != 0) {
+    constexpr uint32_t nobody = 65534;
+    if (geteuid() != 0 || vkp_sys_get_default()->overflow_id() == nobody) {
         WARN("not run: only root can be somebody else");
         return;
     }
-    constexpr uint32_t nobody = 65534;
     const Rule rule = GENERATE(Rule::own, Rule::listed, Rule::asked);
     INFO("rule " << static_cast<int>(rule));
     vkp_test_loop loop;

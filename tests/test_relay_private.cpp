@@ -448,7 +448,7 @@ const vkp_sys *movable_clock()
 TEST_CASE("private: a client that needs its connection no more shares again")
 {
     NEEDS_SERVER();
-    Both both(setups().front(), {}, {}, movable_clock());
+    Both both(one_loop(), {}, {}, movable_clock());
     const bool needed = GENERATE(true, false);
     CHECK(ask(both.peer, "SELECT", "1") == "+OK\r\n");
     CHECK(ask(both.peer, "SELECT", needed ? "2" : "0") == "+OK\r\n");
@@ -465,7 +465,7 @@ TEST_CASE("private: a client that needs its connection no more shares again")
 TEST_CASE("private: an EXEC that fails before its time leaves the keys watched")
 {
     NEEDS_SERVER();
-    Both both(setups().front(), {}, {}, movable_clock());
+    Both both(one_loop(), {}, {}, movable_clock());
     const bool aborted = GENERATE(true, false);
     CHECK(ask(both.peer, "WATCH", "k") == "+OK\r\n");
     if (aborted) { // that ends it
@@ -569,7 +569,7 @@ TEST_CASE("private: a client that does not read stops its own server connection 
 TEST_CASE("private: WAIT waits for the writes that went another way")
 {
     NEEDS_SERVER();
-    Both both(setups().front());
+    Both both(one_loop());
     CHECK(ask(both.direct, "CONFIG", "SET", "repl-diskless-sync-delay", "0") == "+OK\r\n");
     Server replica = start_server();
     const std::string port = std::to_string(vkp_test_server_port(both.server.get()));
@@ -619,3 +619,124 @@ TEST_CASE("private: a relay that ends does not wait for what blocks")
 }
 
 } // namespace
+
+// ---------------------------------------------------------------------------------------------
+// One client acts on another
+
+namespace {
+
+std::string id_of(const Peer &peer)
+{
+    const std::string reply = ask(peer, "CLIENT", "ID");
+    return reply.substr(1, reply.size() - 3);
+}
+
+} // namespace
+
+TEST_CASE("private: a client's number names that client, whichever loop it is on")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Server server = start_server();
+    Relay relay(setup, upstream_of(vkp_test_server_unix(server.get())));
+    relay.connected_client();
+    Peer peer = relay.client();
+    std::vector<Peer> others = relay.client_per_loop();
+    SECTION("KILL")
+    {
+        for (const Peer &other : others) {
+            say(peer, wires({"ECHO before", "CLIENT KILL ID " + id_of(other), "ECHO behind"}));
+            CHECK(hear_some(peer, 3) == Strings{bulk("before"), ":1\r\n", bulk("behind")});
+            CHECK(hear(other).empty());
+            CHECK(ask(peer, "CLIENT", "KILL", "ID", std::to_string((1ull << 40) + 5000)) ==
+                  ":0\r\n");
+        }
+        const std::string own = id_of(peer);
+        CHECK(ask(peer, "CLIENT", "KILL", "ID", own) == ":0\r\n"); // SKIPME yes
+        CHECK(ask(peer, "CLIENT", "KILL", "ID", own, "SKIPME", "yes") == ":0\r\n");
+        say(peer, wires({"ECHO a", "CLIENT KILL ID " + own + " SKIPME no", "ECHO b"}));
+        CHECK(hear_some(peer, 2) == Strings{bulk("a"), ":1\r\n"});
+        CHECK(hear(peer).empty());
+    }
+    SECTION("UNBLOCK")
+    {
+        const std::string protocol = GENERATE("2", "3");
+        Peer direct = open(vkp_test_server_unix(server.get()));
+        for (const Peer &other : others) {
+            ask(other, "HELLO", protocol);
+            CHECK(ask(peer, "CLIENT", "UNBLOCK", id_of(other)) == ":0\r\n"); // nothing blocks it
+            const std::string id = id_of(other);
+            for (const std::string how : {"", " TIMEOUT", " ERROR"}) {
+                say(other, wire("BLPOP none 0"));
+                vkp_test_wait_until("it blocks", [&] {
+                    return contains(ask(direct, "INFO", "clients"), "blocked_clients:1\r\n");
+                });
+                say(peer, wires({"CLIENT UNBLOCK " + id + how, "ECHO behind"}));
+                CHECK(hear_some(peer, 2) == Strings{":1\r\n", bulk("behind")});
+                const std::string end = hear(other);
+                INFO(end);
+                CHECK((how == " ERROR" ? starts_with(end, "-UNBLOCKED")
+                                       : end == (protocol == "3" ? "_\r\n" : "*-1\r\n")));
+            }
+            ask(other, "RESET");
+        }
+    }
+    SECTION("from a connection of one's own")
+    {
+        ask(peer, "SELECT", "1");
+        say(peer, wires({"ECHO a", "CLIENT KILL ID " + id_of(others.back()), "ECHO b",
+                         "CLIENT KILL ID 4000000", "ECHO c"}));
+        CHECK(hear_some(peer, 5) == Strings{bulk("a"), ":1\r\n", bulk("b"), ":0\r\n", bulk("c")});
+    }
+}
+
+TEST_CASE("private: connections of the relay are no clients that one may kill")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Both both(setup);
+    CHECK(ask(both.other, "SELECT", "1") == "+OK\r\n");
+    CHECK(ask(both.other, "SET", "k", "v") == "+OK\r\n");
+    const std::string list = ask(both.direct, "CLIENT", "LIST");
+    int own = 0;
+    const std::string direct = id_of(both.direct);
+    for (size_t at = list.find("id="); at != std::string::npos; at = list.find("\nid=", at + 1)) {
+        at += list[at] == '\n' ? 1 : 0;
+        const std::string id = list.substr(at + 3, list.find(' ', at) - at - 3);
+        if (id != direct) {
+            own++;
+            CHECK(ask(both.peer, "CLIENT", "KILL", "ID", id) == ":0\r\n");
+            CHECK(ask(both.peer, "CLIENT", "UNBLOCK", id) == ":0\r\n");
+        }
+    }
+    CHECK(own >= 3); // pushes, shared commands, one client's
+    for (const char *filter : {"TYPE normal", "USER default", "TYPE pubsub", "SKIPME no",
+                               "LADDR 127.0.0.1:1", "ID 5 TYPE normal"}) {
+        INFO(filter);
+        say(both.peer, wire(std::string("CLIENT KILL ") + filter));
+        CHECK(starts_with(hear(both.peer), "-DENIED "));
+    }
+    // Forms that name a server's client are the server's to answer.
+    CHECK(ask(both.peer, "CLIENT", "KILL", "ADDR", "127.0.0.1:1") == ":0\r\n");
+    CHECK(ask(both.peer, "CLIENT", "KILL", "127.0.0.1:1") == "-ERR No such client\r\n");
+    CHECK(ask(both.peer, "CLIENT", "KILL", "ID", "x") ==
+          ask(both.direct, "CLIENT", "KILL", "ID", "x"));
+    CHECK(ask(both.peer, "CLIENT", "KILL", "ID", direct) == ":1\r\n");
+    CHECK(hear(both.direct).empty());
+    CHECK(ask(both.other, "GET", "k") == bulk("v"));
+    CHECK(both.relay.stats().outages == 0);
+}
+
+TEST_CASE("private: stand-alone, too, a client's number names that client")
+{
+    EVERY_SETUP();
+    Relay relay(setup);
+    Peer peer = relay.client();
+    for (const Peer &other : relay.client_per_loop()) {
+        const std::string id = id_of(other);
+        CHECK(ask(peer, "CLIENT", "UNBLOCK", id) == ":0\r\n");
+        CHECK(ask(peer, "CLIENT", "KILL", "ID", "12") == ":0\r\n");
+        CHECK(ask(peer, "CLIENT", "KILL", "ID", id) == ":1\r\n");
+        CHECK(hear(other).empty());
+    }
+}

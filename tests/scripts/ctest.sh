@@ -5,7 +5,7 @@ cd "$1"
 shift
 
 jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-set -- ctest --output-on-failure --no-tests=error -j "$jobs" "$@"
+set -- ctest --output-on-failure --no-tests=error -j "$((jobs + (jobs + 1) / 2))" "$@"
 # ThreadSanitizer of some releases cannot live with the address randomization of newer kernels.
 if grep -q '^VKP_SANITIZE:.*thread' CMakeCache.txt && setarch "$(uname -m)" -R true 2>/dev/null
 then

@@ -145,6 +145,11 @@ inline std::ostream &operator<<(std::ostream &out, const Setup &setup)
     return out << setup.backend->name << " with " << setup.loops << " loops";
 }
 
+inline Setup one_loop()
+{
+    return {vkp_test_backends()[0], 1};
+}
+
 // One loop, and several; under ThreadSanitizer only several, which have more to show.
 inline std::vector<Setup> setups()
 {
