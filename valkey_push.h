@@ -3154,8 +3154,10 @@ typedef struct vkp_relay_config {
     /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
        Default: 256 MiB. */
     size_t max_reply_bytes;
-    /* Most names that one client subscribes to. Default: 100,000. */
+    /* Most names that one client subscribes to. Default: 100,000. A name has at most 64 KiB. */
     size_t max_subscriptions;
+    /* Most bytes of the names that one client subscribes to. Default: 64 MiB. */
+    size_t max_name_bytes;
     /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;
@@ -24343,6 +24345,7 @@ struct vkp_i_local {
     uint32_t answer_count;      /* number of `answers`, and of the session's calls */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
     size_t held_bytes;          /* bytes of finished replies that wait for an older one */
+    size_t name_bytes;          /* bytes of the names it is subscribed to */
     vkp_i_multi *multi;         /* NULL: no MULTI is held; a session has its own */
     vkp_i_session *session;     /* the client's own connection to the server; NULL: it shares */
     vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
@@ -24406,6 +24409,7 @@ struct vkp_relay {
     size_t max_request_bytes; /* limit of one command, and of one MULTI block */
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
+    size_t max_name_bytes;    /* limit of the bytes of these names */
     vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
     vkp_resp_reader *reader;  /* of replies that are converted; loop 0's thread */
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */
@@ -24936,6 +24940,7 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
+    local->name_bytes += added ? name.len : 0;
     return true;
 }
 
@@ -24945,6 +24950,7 @@ static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_st
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
         /* before the unsubscribe: name may be memory of the topic */
+        local->name_bytes -= name.len;
         (void)vkp_i_subscribers_add(relay, kind, name, false);
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }
@@ -26921,6 +26927,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
 }
 
+#define VKP_I_MOST_NAME_BYTES ((size_t)64 << 10)
+
 static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_SUB_PATTERN
@@ -26929,11 +26937,25 @@ static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *
     const uint32_t *counts = local->member.counts;
     size_t names = (size_t)counts[0] + counts[1] + counts[2];
     size_t most = local->shard->relay->max_subscriptions;
+    size_t bytes = local->name_bytes;
+    size_t i;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
     if (names > most || argc - 1 > most - names) {
         vkp_i_local_error(local, "ERR more than %zu subscriptions of one client", most);
+        return;
+    }
+    for (i = 1; i < argc; i++) {
+        if (argv[i].len > VKP_I_MOST_NAME_BYTES) {
+            vkp_i_local_error(local, "ERR a name of more than %zu bytes", VKP_I_MOST_NAME_BYTES);
+            return;
+        }
+        bytes += argv[i].len;
+    }
+    if (bytes > local->shard->relay->max_name_bytes) {
+        vkp_i_local_error(local, "ERR more than %zu bytes of names of one client",
+                          local->shard->relay->max_name_bytes);
         return;
     }
     vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);
@@ -28771,6 +28793,7 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
 #define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
 #define VKP_I_RELAY_SUBSCRIPTIONS 100000u
+#define VKP_I_RELAY_NAME_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_HOLD_MS 1000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
@@ -28806,6 +28829,8 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
                                                 : VKP_I_RELAY_HOLD_MS;
     relay->max_subscriptions =
         config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
+    relay->max_name_bytes =
+        config->max_name_bytes > 0 ? config->max_name_bytes : VKP_I_RELAY_NAME_BYTES;
     VKP_I_MUTEX_INIT(&relay->mutex);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&relay->subscribers[kind], env);

@@ -94,6 +94,7 @@ struct vkp_i_local {
     uint32_t answer_count;      /* number of `answers`, and of the session's calls */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
     size_t held_bytes;          /* bytes of finished replies that wait for an older one */
+    size_t name_bytes;          /* bytes of the names it is subscribed to */
     vkp_i_multi *multi;         /* NULL: no MULTI is held; a session has its own */
     vkp_i_session *session;     /* the client's own connection to the server; NULL: it shares */
     vkp_resp_reader *reader;    /* of a large command that arrives in parts; NULL: the shard's */
@@ -157,6 +158,7 @@ struct vkp_relay {
     size_t max_request_bytes; /* limit of one command, and of one MULTI block */
     size_t max_reply_bytes;   /* limit of the replies that a client has not read */
     size_t max_subscriptions; /* limit of the names of one client */
+    size_t max_name_bytes;    /* limit of the bytes of these names */
     vkp_client *push;         /* the connection of all subscriptions; NULL: stand-alone */
     vkp_resp_reader *reader;  /* of replies that are converted; loop 0's thread */
     vkp_client **shared;      /* the connections of commands; each carries those of many clients */

@@ -65,8 +65,10 @@ typedef struct vkp_relay_config {
     /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
        Default: 256 MiB. */
     size_t max_reply_bytes;
-    /* Most names that one client subscribes to. Default: 100,000. */
+    /* Most names that one client subscribes to. Default: 100,000. A name has at most 64 KiB. */
     size_t max_subscriptions;
+    /* Most bytes of the names that one client subscribes to. Default: 64 MiB. */
+    size_t max_name_bytes;
     /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;

@@ -274,6 +274,8 @@ static void vkp_i_run_client(vkp_i_local *local, size_t argc, const vkp_str *arg
     }
 }
 
+#define VKP_I_MOST_NAME_BYTES ((size_t)64 << 10)
+
 static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_sub_kind kind = vkp_i_lower(argv[0].ptr[0]) == 'p'   ? VKP_SUB_PATTERN
@@ -282,11 +284,25 @@ static void vkp_i_run_subscribe(vkp_i_local *local, size_t argc, const vkp_str *
     const uint32_t *counts = local->member.counts;
     size_t names = (size_t)counts[0] + counts[1] + counts[2];
     size_t most = local->shard->relay->max_subscriptions;
+    size_t bytes = local->name_bytes;
+    size_t i;
     if (!vkp_i_local_arity(local, argc, 2, SIZE_MAX, argv)) {
         return;
     }
     if (names > most || argc - 1 > most - names) {
         vkp_i_local_error(local, "ERR more than %zu subscriptions of one client", most);
+        return;
+    }
+    for (i = 1; i < argc; i++) {
+        if (argv[i].len > VKP_I_MOST_NAME_BYTES) {
+            vkp_i_local_error(local, "ERR a name of more than %zu bytes", VKP_I_MOST_NAME_BYTES);
+            return;
+        }
+        bytes += argv[i].len;
+    }
+    if (bytes > local->shard->relay->max_name_bytes) {
+        vkp_i_local_error(local, "ERR more than %zu bytes of names of one client",
+                          local->shard->relay->max_name_bytes);
         return;
     }
     vkp_i_local_subscribe(local, kind, argc - 1, argv + 1);

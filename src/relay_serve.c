@@ -1070,6 +1070,7 @@ static vkp_status vkp_i_relay_open_gate(vkp_relay *relay, const vkp_relay_config
 #define VKP_I_RELAY_REQUEST_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_REPLY_BYTES ((size_t)256 << 20)
 #define VKP_I_RELAY_SUBSCRIPTIONS 100000u
+#define VKP_I_RELAY_NAME_BYTES ((size_t)64 << 20)
 #define VKP_I_RELAY_HOLD_MS 1000u
 
 VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **out)
@@ -1105,6 +1106,8 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
                                                 : VKP_I_RELAY_HOLD_MS;
     relay->max_subscriptions =
         config->max_subscriptions > 0 ? config->max_subscriptions : VKP_I_RELAY_SUBSCRIPTIONS;
+    relay->max_name_bytes =
+        config->max_name_bytes > 0 ? config->max_name_bytes : VKP_I_RELAY_NAME_BYTES;
     VKP_I_MUTEX_INIT(&relay->mutex);
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_init(&relay->subscribers[kind], env);

@@ -162,6 +162,7 @@ static bool vkp_i_local_join_name(vkp_i_local *local, vkp_sub_kind kind, vkp_str
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
         return false;
     }
+    local->name_bytes += added ? name.len : 0;
     return true;
 }
 
@@ -171,6 +172,7 @@ static void vkp_i_local_leave_name(vkp_i_local *local, vkp_sub_kind kind, vkp_st
     vkp_relay *relay = local->shard->relay;
     if (vkp_hub_is_subscribed(local->shard->hub, &local->member, kind, name)) {
         /* before the unsubscribe: name may be memory of the topic */
+        local->name_bytes -= name.len;
         (void)vkp_i_subscribers_add(relay, kind, name, false);
         (void)vkp_hub_unsubscribe(local->shard->hub, &local->member, kind, name);
     }

@@ -1183,6 +1183,30 @@ TEST_CASE("a subscription that the server refuses is refused to the client, who 
     until_numsub(direct, "ok2", 0);
 }
 
+TEST_CASE("the names of one client have a limit in bytes, and each has one")
+{
+    EVERY_SETUP();
+    vkp_relay_config config = {};
+    config.max_name_bytes = 200000;
+    Relay relay(setup, config);
+    Peer peer = relay.client();
+    const std::string most(65536, 'n');
+    CHECK(ask(peer, "SUBSCRIBE", most + "n") == "-ERR a name of more than 65536 bytes\r\n");
+    CHECK(ask(peer, "PSUBSCRIBE", most) == confirmation(2, "psubscribe", most, 1));
+    CHECK(ask(peer, "SUBSCRIBE", most) == confirmation(2, "subscribe", most, 2));
+    CHECK(ask(peer, "SUBSCRIBE", most) == confirmation(2, "subscribe", most, 2)); // has it
+    const std::string other(65536, 'o');
+    CHECK(ask(peer, "SSUBSCRIBE", other) == confirmation(2, "ssubscribe", other, 1));
+    CHECK(ask(peer, "SUBSCRIBE", other) ==
+          "-ERR more than 200000 bytes of names of one client\r\n");
+    CHECK(ask(peer, "UNSUBSCRIBE", most) == confirmation(2, "unsubscribe", most, 1));
+    CHECK(ask(peer, "UNSUBSCRIBE", most) == confirmation(2, "unsubscribe", most, 1));
+    CHECK(ask(peer, "SUBSCRIBE", other) == confirmation(2, "subscribe", other, 2));
+    CHECK(ask(peer, "RESET") == "+RESET\r\n");
+    say(peer, wires({"SUBSCRIBE a b"}));
+    CHECK(hear_some(peer, 2)[1] == confirmation(2, "subscribe", "b", 2));
+}
+
 // ---------------------------------------------------------------------------------------------
 // The server away
 
