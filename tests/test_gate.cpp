@@ -235,9 +235,11 @@ TEST_CASE("gate: the uid of users that are not mapped is nobody's")
     config.allow_uids = &listed;
     config.allow_uid_count = 1;
     who::uid = listed;
-    who::own = GENERATE(k_other, 65534u); // a relay that is such a user has no friends either
-    overflow = GENERATE(UINT32_MAX, 65534u);
+    const bool unmapped = GENERATE(false, true);
+    const bool in_namespace = GENERATE(false, true);
     const bool any = GENERATE(false, true);
+    who::own = unmapped ? listed : k_other; // a relay of such a user has no friends either
+    overflow = in_namespace ? listed : UINT32_MAX;
     config.allow_any_uid = any;
     Gate gate(config);
     Door door;

@@ -89,13 +89,13 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
 
   # Other processors: two dialects on each, on i686 also times of 64 bits, with which system calls
   # of 32 bits must not meet, and programs of the suite that start neither the relay nor a server.
-  # s390x is big endian, i686 has sizes of 32 bits and doubles of 80: for a change these two run.
-  # aarch64 and riscv64 have sizes and byte order of x86_64: they run with VKP_NIGHTLY.
+  # s390x is big endian: for a change it runs. i686 has sizes of 32 bits and doubles of 80: for a
+  # change the compile test runs there. aarch64 and riscv64 have sizes and byte order of x86_64.
+  # With VKP_NIGHTLY all four run.
   set(every_unit
       base bytes mpsc oneshot resp_reader corpus.resp broadcast watch cancel select loop
       resp_writer hub conn client backend_conformance kqueue glob typed mpsc_api oneshot_api
       linearizability support push_loop socket socket_edges listen listener gate health relay)
-  set(i686_units bytes mpsc resp_reader corpus.resp)
   set(s390x_units bytes resp_reader corpus.resp)
   foreach(target IN ITEMS "i686;qemu-i386" "s390x;qemu-s390x" "aarch64;qemu-aarch64"
                           "riscv64;qemu-riscv64")
@@ -105,7 +105,7 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
     set(environment "EMULATOR=${emulator}" "FLAGS=-static")
     set(units ${${processor}_units})
     set(option -fsyntax-only)
-    if(units)
+    if(processor MATCHES "^(i686|s390x)$")
       set(option -O0)
     endif()
     add_compile_test(${processor} ${prefix}-gcc c99 ${option} ${environment})
