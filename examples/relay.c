@@ -47,6 +47,7 @@ typedef struct options {
     bool close_on_gap;
     const char *user;
     const char *password;
+    const char *pass_file;
     const char *listen[MOST_LISTENERS];
     size_t listen_count;
     bool open;
@@ -120,17 +121,20 @@ static const char usage[] =
     "  --version            print the version and exit\n"
     "The relay prints `ready: ADDR` for each address when it accepts clients there.\n"
     "SIGTERM, SIGINT: stop accepting, answer, write what is queued for up to 5 seconds, exit;\n"
-    "a second one: exit at once. SIGUSR1: print counters on standard error, `name value` per\n"
-    "line.\n";
+    "a second one: exit at once. SIGHUP: read --pass-file again. SIGUSR1: print counters on\n"
+    "standard error, `name value` per line.\n";
 
 static volatile sig_atomic_t ends_asked;
 static volatile sig_atomic_t metrics_asked;
+static volatile sig_atomic_t reload_asked;
 static vkp_loop *main_loop; /* global for on_signal */
 
 static void on_signal(int number)
 {
     if (number == SIGUSR1) {
         metrics_asked = 1;
+    } else if (number == SIGHUP) {
+        reload_asked = 1;
     } else {
         ends_asked++;
     }
@@ -233,16 +237,19 @@ static char *read_file(const char *path)
     return text;
 }
 
-static bool read_password(const char *path, options *opts)
+/* Reads the password file; on failure the password is as before. */
+static bool read_password(options *opts)
 {
-    static char *text; /* for the whole run */
-    free(text);
-    text = read_file(path);
-    if (text != NULL) {
-        text[strcspn(text, "\r\n")] = '\0';
+    static char *kept; /* for the whole run */
+    char *text = read_file(opts->pass_file);
+    if (text == NULL) {
+        return false;
     }
+    text[strcspn(text, "\r\n")] = '\0';
+    free(kept);
+    kept = text;
     opts->password = text;
-    return text != NULL;
+    return true;
 }
 
 typedef struct number_option {
@@ -303,7 +310,8 @@ static bool read_option(options *opts, const char *name, const char *value)
         opts->password = getenv(value);
         ok = opts->password != NULL;
     } else if (strcmp(name, "--pass-file") == 0) {
-        ok = read_password(value, opts);
+        opts->pass_file = value;
+        ok = read_password(opts);
     } else if (strcmp(name, "--config") == 0) {
         opts->config = value;
     } else if (strcmp(name, "--open") == 0) {
@@ -566,6 +574,7 @@ static void catch_signals(void)
     (void)sigaction(SIGTERM, &action, NULL);
     (void)sigaction(SIGINT, &action, NULL);
     (void)sigaction(SIGUSR1, &action, NULL);
+    (void)sigaction(SIGHUP, &action, NULL);
     action.sa_handler = SIG_IGN;
     (void)sigaction(SIGPIPE, &action, NULL);
 }
@@ -692,11 +701,28 @@ static void print_socket_metrics(vkp_relay *relay)
 
 /* ---- serving ---- */
 
+/* SIGHUP: reads the password file again. */
+static void reload(vkp_relay *relay, options *opts)
+{
+    if (opts->pass_file == NULL) {
+        on_log(opts, VKP_LOG_WARN, "SIGHUP: there is no --pass-file to read again");
+    } else if (!read_password(opts)) {
+        (void)fail(opts->pass_file, strerror(errno));
+    } else if (vkp_relay_set_login(relay, vkp_str_of(opts->user), vkp_str_of(opts->password)) !=
+               VKP_OK) {
+        (void)fail(opts->pass_file, "no memory");
+    }
+}
+
 /* Runs until vkp_loop_stop, which is called by a signal, at the end of a drain, and after the time
    without clients (--linger).                                                                 */
-static vkp_status run_main_loop(vkp_relay *relay)
+static vkp_status run_main_loop(vkp_relay *relay, options *opts)
 {
     vkp_status status = vkp_loop_run(main_loop);
+    if (reload_asked) {
+        reload_asked = 0;
+        reload(relay, opts);
+    }
     if (metrics_asked) {
         metrics_asked = 0;
         print_relay_metrics(relay);
@@ -719,7 +745,7 @@ static void set_and_stop(void *flag)
 
 /* Runs until a signal, or until no client is left (--linger), then drains. A second signal ends the
    drain immediately.                                                                          */
-static int serve(vkp_relay *relay, const bool *idle)
+static int serve(vkp_relay *relay, options *opts, const bool *idle)
 {
     bool drained = false;
     vkp_status status = VKP_OK;
@@ -727,13 +753,13 @@ static int serve(vkp_relay *relay, const bool *idle)
     start_watchdog(&watchdog);
     notify("READY=1");
     while (status == VKP_OK && ends_asked == 0 && !*idle) {
-        status = run_main_loop(relay);
+        status = run_main_loop(relay, opts);
     }
     notify("STOPPING=1");
     if (status == VKP_OK) {
         vkp_relay_drain(relay, set_and_stop, &drained, vkp_after_ms(DRAIN_MS));
         while (status == VKP_OK && !drained && ends_asked < 2) {
-            status = run_main_loop(relay);
+            status = run_main_loop(relay, opts);
         }
     }
     vkp_timer_stop(&watchdog);
@@ -803,7 +829,7 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     return status;
 }
 
-static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
+static int run(options *opts, const vkp_env *env, vkp_loop **loops)
 {
     pthread_t threads[MOST_THREADS];
     vkp_relay *relay;
@@ -824,7 +850,7 @@ static int run(const options *opts, const vkp_env *env, vkp_loop **loops)
         }
     }
     if (code == 0) {
-        code = serve(relay, &idle);
+        code = serve(relay, opts, &idle);
     }
     while (started > 1) {
         started--;

@@ -171,7 +171,8 @@ struct vkp_relay {
     size_t listener_count;                /* used places of `listeners` */
     size_t listener_capacity;             /* allocated places of `listeners` */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
-    VKP_I_MUTEX mutex;                    /* guards `subscribers` and the shards' `handovers` */
+    VKP_I_MUTEX mutex;        /* guards `subscribers`, `login` and the shards' `handovers` */
+    vkp_client_target *login; /* for the server, without an address; NULL: as configured; guarded */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
     bool draining;                   /* vkp_relay_drain was called; loop 0's thread */

@@ -89,6 +89,15 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, 
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
+/* Log in at the server with other credentials: on the connections that stand, where the server is
+   asked and a refusal is logged, and on all that begin from now on. username.ptr NULL: the default
+   user. A relay without a server ignores it.
+   Owns:   borrows the texts
+   Blocks: never     Threads: that of loops[0]     In callbacks: ok
+   Errors: NOMEM (the credentials are as before), INVALID (relay or password.ptr NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_set_login(vkp_relay *relay, vkp_str username,
+                                                     vkp_str password);
+
 /* The pub/sub channel of the message that carries vkp_relay_config.shutdown_notice. */
 #define VKP_RELAY_NOTICE_CHANNEL "valkey-push:shutdown"
 

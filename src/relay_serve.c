@@ -878,6 +878,8 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
         vkp_client_unref(relay->shared[i]);
     }
     relay->shared_count = 0;
+    vkp_i_login_free(relay->env, relay->login);
+    relay->login = NULL;
     if (relay->push != NULL) {
         vkp_i_client_close_now(relay->push); /* the same for subscriptions under way */
         vkp_client_unref(relay->push);
@@ -988,6 +990,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.user = relay;
     client.env = relay->env;
     client.on_push = vkp_i_relay_on_push;
+    client.on_connect = vkp_i_relay_on_connect;
     status = vkp_client_open(loop, &client, &relay->push);
     if (status == VKP_OK) {
         relay->shared = (vkp_client **)vkp_i_alloc_zero(relay->env, count * sizeof *relay->shared);

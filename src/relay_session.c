@@ -668,14 +668,98 @@ static void vkp_i_session_failed(vkp_i_session *session)
     }
 }
 
-/* Try to connect. */
+/* Try to connect, with the credentials that count now. */
 static void vkp_i_session_try(vkp_i_session *session)
 {
     const vkp_client_config *config = session->link.config;
-    if (vkp_i_link_connect(&session->link, config->address, config->username, config->password) !=
-        VKP_OK) {
+    vkp_relay *relay = session->shard->relay;
+    vkp_client_target *login = NULL;
+    bool given;
+    vkp_status status = VKP_ERR_NOMEM;
+    VKP_I_LOCK(&relay->mutex);
+    given = relay->login != NULL;
+    if (given) {
+        login = vkp_i_login_new(relay->env, relay->login->username, relay->login->password);
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    if (!given || login != NULL) {
+        status = vkp_i_link_connect(&session->link, config->address,
+                                    given ? login->username : config->username,
+                                    given ? login->password : config->password);
+    }
+    vkp_i_login_free(relay->env, login);
+    if (status != VKP_OK) {
         vkp_i_session_failed(session);
     }
+}
+
+/* ---- the relay's credentials ---- */
+
+/* Loop 0: a client of the relay connects. Only this loop's thread changes the login. */
+static void vkp_i_relay_on_connect(void *user, vkp_client_target *target)
+{
+    const vkp_relay *relay = (const vkp_relay *)user;
+    if (relay->login != NULL) {
+        target->username = relay->login->username;
+        target->password = relay->login->password;
+    }
+}
+
+/* The server answered AUTH on a connection that stands. */
+static void vkp_i_relay_authenticated(void *user, vkp_status status, const vkp_value *value,
+                                      const vkp_bytes *frame)
+{
+    const vkp_relay *relay = (const vkp_relay *)user;
+    (void)frame;
+    if (status == VKP_OK && value->type == VKP_RESP_ERROR) {
+        vkp_i_log(relay->env, VKP_LOG_WARN, "upstream: the server refused the new password: %.*s",
+                  VKP_FMT(vkp_value_get_str(value)));
+    }
+}
+
+/* Send AUTH with the new credentials; a connection that cannot carry it has them when it begins
+   again. */
+static void vkp_i_relay_authenticate(vkp_relay *relay, vkp_client *client)
+{
+    vkp_resp_writer writer;
+    vkp_bytes command;
+    vkp_str argv[3];
+    size_t argc = 0;
+    argv[argc++] = vkp_str_of("AUTH");
+    if (relay->login->username.ptr != NULL) {
+        argv[argc++] = relay->login->username;
+    }
+    argv[argc++] = relay->login->password;
+    vkp_resp_writer_init(&writer, relay->env);
+    vkp_i_put_command(&writer, argc, argv);
+    if (vkp_resp_writer_take(&writer, &command) == VKP_OK) {
+        (void)!vkp_client_send(client, &command, 1, vkp_i_relay_authenticated, relay);
+        vkp_bytes_unref(&command);
+    }
+}
+
+VKP_API vkp_status vkp_relay_set_login(vkp_relay *relay, vkp_str username, vkp_str password)
+{
+    vkp_client_target *login;
+    vkp_client_target *old;
+    size_t i;
+    VKP_I_REQUIRE(relay != NULL && password.ptr != NULL);
+    login = vkp_i_login_new(relay->env, username, password);
+    if (login == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    VKP_I_LOCK(&relay->mutex);
+    old = relay->login;
+    relay->login = login;
+    VKP_I_UNLOCK(&relay->mutex);
+    vkp_i_login_free(relay->env, old);
+    if (vkp_i_relay_has_server(relay)) {
+        vkp_i_relay_authenticate(relay, relay->push);
+        for (i = 0; i < relay->shared_count; i++) {
+            vkp_i_relay_authenticate(relay, relay->shared[i]);
+        }
+    }
+    return VKP_OK;
 }
 
 /* OPENING: the time for the next try. SERVING: perhaps it is no longer needed. */

@@ -1432,8 +1432,8 @@ TEST_CASE("PUBSUB NUMSUB counts the relay as its clients")
     std::vector<Peer> subscribers;
     for (int i = 0; i < 7; i++) {
         subscribers.push_back(relay.client());
-        ask(subscribers.back(), "SUBSCRIBE", "a", "b");
-        ask(subscribers.back(), "SSUBSCRIBE", "s");
+        say(subscribers.back(), wires({"SUBSCRIBE a b", "SSUBSCRIBE s"}));
+        CHECK(hear_some(subscribers.back(), 3)[2] == confirmation(2, "ssubscribe", "s", 1));
     }
     CHECK(ask(direct, "PUBSUB", "NUMSUB", "a") == "*2\r\n" + bulk("a") + ":2\r\n");
     for (const char *protocol : {"2", "3"}) {

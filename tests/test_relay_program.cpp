@@ -950,6 +950,43 @@ TEST_CASE("the password comes from the variable or the file that is named")
     CHECK(relay.reap(SIGTERM) == 0);
 }
 
+TEST_CASE("SIGHUP reads the password again")
+{
+    NEEDS_SERVER();
+    Server server = start_server({"--user", "app", "on", ">one", "+@all", "~*", "&*"});
+    const std::string address = vkp_test_server_unix(server.get());
+    const std::string path = file_of("one\n");
+    Relay relay({"--server", address, "--user", "app", "--pass-file", path, "--threads", "2"});
+    Peer direct = open(address);
+    std::vector<Peer> peers;
+    for (int i = 0; i < 2; i++) { // on each thread
+        peers.push_back(open(relay.address));
+        until_connected(peers.back());
+    }
+    ask(peers[0], "SUBSCRIBE", "c");
+    CHECK(ask(direct, "ACL", "SETUSER", "app", "resetpass", ">two") == "+OK\r\n");
+    std::ofstream(path) << "two\n";
+    CHECK(kill(relay.pid, SIGHUP) == 0);
+    vkp_test_wait_until("the login", [&] {
+        return contains(ask(direct, "INFO", "commandstats"), "cmdstat_auth:calls=2");
+    });
+    CHECK(!contains(relay.errors(), "refused"));
+    // All connections begin again, private ones too, and the old password is worth nothing.
+    CHECK(ask(direct, "CLIENT", "KILL", "USER", "app") == ":2\r\n");
+    vkp_test_wait_until("the subscription",
+                        [&] { return ask(direct, "PUBLISH", "c", "m") == ":1\r\n"; });
+    CHECK(hear(peers[0]) == message("c", "m"));
+    Peer other = open(relay.address);
+    CHECK(ask(other, "SELECT", "1") == "+OK\r\n");
+    CHECK(ask(other, "ACL", "WHOAMI") == bulk("app"));
+    // A file that is gone changes nothing.
+    unlink(path.c_str());
+    CHECK(kill(relay.pid, SIGHUP) == 0);
+    vkp_test_wait_until("the error", [&] { return contains(relay.errors(), path + ": No such"); });
+    CHECK(ask(other, "PING") == "+PONG\r\n");
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
 TEST_CASE("--max-clients and --log")
 {
     Relay relay({"--max-clients", "2", "--log", "debug"});
