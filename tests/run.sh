@@ -202,6 +202,8 @@ install_matrix() {
     done
     [ $install = yes ] || return 0
     install_zig
+    sh "$root/tests/clients.sh" --quick --install ||
+        echo "tests/run.sh: without libraries of clients"
     [ -n "$missing" ] || return 0
     [ $apt_updated = yes ] || as_root apt-get update -q
     apt_updated=yes
