@@ -118,14 +118,16 @@ done
 cli --eval "$WORK/script.lua" key , value
 
 section 'what others do'
-redis-cli -p "$PORT" MONITOR >"$WORK/monitor" &
+: >"$WORK/monitor"
+: >"$WORK/messages"
+redis-cli -p "$PORT" MONITOR >>"$WORK/monitor" &
 monitor=$!
 until grep -q OK "$WORK/monitor"; do sleep 0.02; done
 cli -n 3 SET watched yes
 until grep -q watched "$WORK/monitor"; do sleep 0.02; done
 kill $monitor
 grep -c 'SET" "watched" "yes"' "$WORK/monitor"
-redis-cli -p "$PORT" SUBSCRIBE one two >"$WORK/messages" &
+redis-cli -p "$PORT" SUBSCRIBE one two >>"$WORK/messages" &
 subscriber=$!
 until grep -q two "$WORK/messages"; do sleep 0.02; done
 cli PUBLISH two message
