@@ -78,16 +78,30 @@ end() {
 }
 trap end EXIT
 trap 'exit 1' INT TERM
-port=$((20000 + $$ % 20000))
-"$server" --port "$port" --save '' --appendonly no --dir "$work" --enable-debug-command yes \
-    >"$work/server.log" 2>&1 &
-pids=$!
-tries=0
-until redis-cli -p "$port" PING >/dev/null 2>&1; do
-    tries=$((tries + 1))
-    [ $tries -lt 100 ] || { cat "$work/server.log"; exit 1; }
-    sleep 0.1
-done
+# Servers do not say which free port they chose, so one is tried after the other. What answers must be
+# the server that was started here: its keys are deleted below.
+start_server() { # PORT
+    port=$1
+    "$server" --port "$port" --save '' --appendonly no --dir "$work" --enable-debug-command yes \
+        >"$work/server.log" 2>&1 &
+    tries=0
+    while kill -0 $! 2>/dev/null && [ $tries -lt 100 ]; do
+        case $(redis-cli -p "$port" INFO server 2>/dev/null | tr -d '\r') in
+        *"process_id:$!
+"*)
+            pids=$!
+            return 0
+            ;;
+        esac
+        tries=$((tries + 1))
+        sleep 0.1
+    done
+    kill $! 2>/dev/null || true
+    return 1
+}
+first=$((20000 + $$ % 20000))
+start_server $first || start_server $((first + 1)) || start_server $((first + 2)) ||
+    { cat "$work/server.log"; exit 1; }
 start_relay() { # THREADS: sets `port_of`
     rm -f "$work/ready"
     mkfifo "$work/ready"

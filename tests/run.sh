@@ -202,7 +202,7 @@ install_matrix() {
     done
     [ $install = yes ] || return 0
     install_zig
-    sh "$root/tests/clients.sh" --quick --install ||
+    sh "$root/tests/clients.sh" $([ $nightly = ON ] || echo --quick) --install ||
         echo "tests/run.sh: without libraries of clients"
     [ -n "$missing" ] || return 0
     [ $apt_updated = yes ] || as_root apt-get update -q
