@@ -214,26 +214,30 @@ static bool read_uid(const char *text, options *opts)
     return true;
 }
 
-/* The text of a file, terminated. NULL: it cannot be read, see errno. The program keeps it. */
+/* The text of a file, terminated, to be freed. NULL: it cannot be read or is no text, see errno. */
 static char *read_file(const char *path)
 {
     FILE *file = fopen(path, "r");
     char *text = NULL;
     size_t len = 0;
+    int error = 0;
     if (file == NULL) {
         return NULL;
     }
     text = (char *)malloc(MOST_FILE_BYTES + 1);
-    if (text != NULL) {
+    if (text == NULL) {
+        error = ENOMEM;
+    } else {
         len = fread(text, 1, MOST_FILE_BYTES, file);
         text[len] = '\0';
-    }
-    if (text != NULL && (ferror(file) || !feof(file))) {
-        errno = ferror(file) ? errno : EFBIG;
-        free(text);
-        text = NULL;
+        error = ferror(file) ? errno : !feof(file) ? EFBIG : strlen(text) != len ? EINVAL : 0;
     }
     (void)fclose(file);
+    if (error != 0) {
+        free(text);
+        text = NULL;
+        errno = error;
+    }
     return text;
 }
 
@@ -461,8 +465,7 @@ static bool take_line(options *opts, char *line, size_t number, const bool *befo
         fprintf(stderr, "valkey-push-relay: %s%s is for the command line\n", where, name);
         return false;
     }
-    if (i < OPTION_VALUES &&
-        (before[i] || (!option_values[i].repeats && is_said_twice(i, before)))) {
+    if (i < OPTION_VALUES && (before[i] || is_said_twice(i, before))) {
         return true;
     }
     return take_option(opts, where, name, end > 0 ? value : NULL, given);
@@ -496,14 +499,17 @@ static bool read_config(options *opts, const bool *before)
 /* Whether an address lets in this machine's programs alone. */
 static bool is_local(const char *address)
 {
-    static const char *const hosts[] = {"tcp:127.", "tcp:localhost:", "tcp:[::1]:"};
+    static const char *const hosts[] = {"tcp:localhost:", "tcp:[::1]:"};
     size_t i;
     for (i = 0; i < sizeof hosts / sizeof *hosts; i++) {
         if (strncmp(address, hosts[i], strlen(hosts[i])) == 0) {
             return true;
         }
     }
-    return strncmp(address, "tcp:", 4) != 0;
+    /* Of what begins with 127. the numbers alone: the rest are names. */
+    return strncmp(address, "tcp:", 4) != 0 ||
+           (strncmp(address, "tcp:127.", 8) == 0 &&
+            address[4 + strspn(address + 4, "0123456789.")] == ':');
 }
 
 /* A TCP address lets every client in that reaches it: other machines must be meant. */
@@ -617,7 +623,7 @@ static void notify(const char *state)
     }
     fd = socket(AF_UNIX, SOCK_DGRAM, 0);
     if (fd >= 0) {
-        (void)!sendto(fd, state, strlen(state), 0, (const struct sockaddr *)&address,
+        (void)!sendto(fd, state, strlen(state), MSG_DONTWAIT, (const struct sockaddr *)&address,
                       (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len));
         (void)close(fd);
     }

@@ -390,6 +390,9 @@ TEST_CASE("--config: a wrong file names its line")
     Process relay(relay_words({"--config", path}));
     CHECK(relay.reap() == 2);
     CHECK(starts_with(relay.errors(), "valkey-push-relay: " + path + ":" + wrong.message));
+    Process binary(relay_words({"--config", file_of(std::string("open\0\n", 6))}));
+    CHECK(binary.reap() == 2);
+    CHECK(contains(binary.errors(), "Invalid argument"));
     Process absent(relay_words({"--config", "/nosuch/file"}));
     CHECK(absent.reap() == 2);
     CHECK(contains(absent.errors(), "/nosuch/file: No such file"));
@@ -397,17 +400,18 @@ TEST_CASE("--config: a wrong file names its line")
 
 TEST_CASE("TCP addresses that other machines reach need --open")
 {
-    const char *const address = GENERATE("tcp:0.0.0.0:0", "tcp:[::]:0");
+    const char *const address =
+        GENERATE("tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:127.example.com:0", "tcp:localhost.example:0");
     Process closed(relay_words({"--listen", address}));
     CHECK(closed.reap() == 2);
     CHECK(closed.errors() ==
           std::string("valkey-push-relay: --listen ") + address +
               ": other machines get in without a password; --open allows that\n");
-    if (address[4] == '0') {
+    if (std::string(address) == "tcp:0.0.0.0:0") {
         Relay open({"--listen", address, "--open"}, false);
         CHECK(open.reap(SIGTERM) == 0);
     }
-    Relay local({"--listen", "tcp:localhost:0"}, false);
+    Relay local({"--listen", "tcp:localhost:0", "--listen", "tcp:127.0.0.1:0"}, false);
     CHECK(local.reap(SIGTERM) == 0);
 }
 
