@@ -4677,7 +4677,7 @@ static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked
     return result;
 }
 
-#if defined(__linux__)
+#if VKP_I_LINUX
 /* Read a file of /proc, at most size - 1 bytes, and terminate it. False: it cannot be read. */
 static bool vkp_i_os_read_proc(const char *path, char *text, size_t size)
 {
@@ -19510,20 +19510,25 @@ static bool vkp_i_link_hello(vkp_i_link *link, bool auth)
     return vkp_i_link_step(link, VKP_I_STEP_HELLO, 0, argc, argv);
 }
 
+/* The arguments of AUTH; username.ptr NULL: the default user. Returns how many. */
+static size_t vkp_i_auth_words(vkp_str username, vkp_str password, vkp_str argv[3])
+{
+    size_t argc = 0;
+    argv[argc++] = vkp_str_of("AUTH");
+    if (username.ptr != NULL) {
+        argv[argc++] = username;
+    }
+    argv[argc++] = password;
+    return argc;
+}
+
 /* Send AUTH, if there is a password. False: not connected or no memory. */
 static bool vkp_i_link_auth(vkp_i_link *link)
 {
     vkp_str argv[3];
-    size_t argc = 0;
-    if (link->password.ptr == NULL) {
-        return true;
-    }
-    argv[argc++] = vkp_str_of("AUTH");
-    if (link->username.ptr != NULL) {
-        argv[argc++] = link->username;
-    }
-    argv[argc++] = link->password;
-    return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
+    return link->password.ptr == NULL ||
+           vkp_i_link_step(link, VKP_I_STEP_AUTH, 0,
+                           vkp_i_auth_words(link->username, link->password, argv), argv);
 }
 
 /* Ask the server for the connection's id, once. False: not connected or no memory. */
@@ -20121,6 +20126,7 @@ struct vkp_client {
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
     uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
+    uint32_t ended_by_audits;           /* connections in a row for which one found too many */
     vkp_i_task task;                    /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
     vkp_i_link link;                    /* the connection */
@@ -20614,20 +20620,14 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
     vkp_bytes command;
     vkp_client_target *login;
     vkp_str argv[3];
-    size_t argc = 0;
     vkp_status status;
     VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
     status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
     if (status != VKP_OK) {
         return status;
     }
-    argv[argc++] = vkp_str_of("AUTH");
-    if (username.ptr != NULL) {
-        argv[argc++] = username;
-    }
-    argv[argc++] = password;
     vkp_resp_writer_init(&writer, client->env);
-    vkp_i_put_command(&writer, argc, argv);
+    vkp_i_put_command(&writer, vkp_i_auth_words(username, password, argv), argv);
     login = vkp_i_login_new(client->env, username, password);
     status = vkp_resp_writer_take(&writer, &command);
     if (status == VKP_OK && login != NULL) {
@@ -21981,7 +21981,8 @@ static void vkp_i_client_probe_delivery(vkp_client *client)
    for the server's own counts (an audit): CLIENT INFO, or in RESP2, where a connection with
    subscriptions carries no such command, CLIENT LIST over a probe. Counts that are too low are
    repaired: each name of the kind is asked for again, and a GAP covers them from the last audit
-   that agreed. Counts that are too high end the link: nobody can say which name it is.         */
+   that agreed. Counts that are too high end the link: nobody can say which name it is. Neither is
+   done more than VKP_I_MOST_REPAIRS times in a row.                                            */
 
 typedef enum vkp_i_verdict {
     VKP_I_PROBE_DEAD,
@@ -22121,8 +22122,7 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (probe->client->link.id ==
-               0) { /* the server did not say who we are, so it cannot be asked about us */
+    } else if (probe->client->link.id == 0) { /* nobody said how the server calls us */
         vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
@@ -22215,7 +22215,9 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
     }
 }
 
-#define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
+/* Repairs in a row that may help, and connections that an audit may end in a row; then the audits
+   end: the server miscounts, or speaks of somebody else's connection. */
+#define VKP_I_MOST_REPAIRS 3u
 
 /* Compare the server's counts with the table. */
 static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp_str line)
@@ -22241,11 +22243,12 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp
         agrees = false;
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
                   client->config.address.ptr, fields[kind], count, client->held_of[kind]);
-        if (client->repaired[kind] >=
-            VKP_I_MOST_REPAIRS) { /* it does not count them, or loses all */
+        if (client->repaired[kind] >= VKP_I_MOST_REPAIRS ||
+            (count > client->held_of[kind] && client->ended_by_audits >= VKP_I_MOST_REPAIRS)) {
             vkp_i_log(client->env, VKP_LOG_WARN, "%s: no more audits", client->config.address.ptr);
             client->counts_refused = true;
         } else if (count > client->held_of[kind]) {
+            client->ended_by_audits++;
             vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
         } else {
             client->repaired[kind]++;
@@ -22254,6 +22257,7 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp
     }
     if (agrees) {
         client->audited_ns = audit->sent_ns;
+        client->ended_by_audits = 0;
     }
 }
 
@@ -25589,8 +25593,8 @@ static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool 
               state is left for VKP_I_SESSION_IDLE_MS: POOLED, and the client shares again. Down:
               the client is closed, as the server's death would.
      TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all
-              frames pass in both directions until one side closes. Messages of the relay stand
-              between.
+              frames pass in both directions until one side closes, or the client sends what a
+              relay denies. Messages of the relay stand between.
      POOLED   without a client, for the next one of this loop. Down: the end.
    The relay counts the sessions of all loops in private_count. Everything else is the loop's
    thread's.                                                                                   */
@@ -26297,14 +26301,9 @@ static void vkp_i_relay_authenticate(vkp_relay *relay, vkp_client *client)
     vkp_resp_writer writer;
     vkp_bytes command;
     vkp_str argv[3];
-    size_t argc = 0;
-    argv[argc++] = vkp_str_of("AUTH");
-    if (relay->login->username.ptr != NULL) {
-        argv[argc++] = relay->login->username;
-    }
-    argv[argc++] = relay->login->password;
     vkp_resp_writer_init(&writer, relay->env);
-    vkp_i_put_command(&writer, argc, argv);
+    vkp_i_put_command(&writer,
+                      vkp_i_auth_words(relay->login->username, relay->login->password, argv), argv);
     if (vkp_resp_writer_take(&writer, &command) == VKP_OK) {
         (void)!vkp_client_send(client, &command, 1, vkp_i_relay_authenticated, relay);
         vkp_bytes_unref(&command);

@@ -84,6 +84,7 @@ struct vkp_client {
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
     uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
+    uint32_t ended_by_audits;           /* connections in a row for which one found too many */
     vkp_i_task task;                    /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
     vkp_i_link link;                    /* the connection */
@@ -577,20 +578,14 @@ VKP_API vkp_status vkp_client_authenticate(vkp_client *client, vkp_oneshot *slot
     vkp_bytes command;
     vkp_client_target *login;
     vkp_str argv[3];
-    size_t argc = 0;
     vkp_status status;
     VKP_I_REQUIRE(client != NULL && slot != NULL && password.ptr != NULL);
     status = vkp_oneshot_init(slot, client->env, sizeof(vkp_reply *), vkp_i_drop_reply, client);
     if (status != VKP_OK) {
         return status;
     }
-    argv[argc++] = vkp_str_of("AUTH");
-    if (username.ptr != NULL) {
-        argv[argc++] = username;
-    }
-    argv[argc++] = password;
     vkp_resp_writer_init(&writer, client->env);
-    vkp_i_put_command(&writer, argc, argv);
+    vkp_i_put_command(&writer, vkp_i_auth_words(username, password, argv), argv);
     login = vkp_i_login_new(client->env, username, password);
     status = vkp_resp_writer_take(&writer, &command);
     if (status == VKP_OK && login != NULL) {

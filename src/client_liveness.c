@@ -18,7 +18,8 @@
    for the server's own counts (an audit): CLIENT INFO, or in RESP2, where a connection with
    subscriptions carries no such command, CLIENT LIST over a probe. Counts that are too low are
    repaired: each name of the kind is asked for again, and a GAP covers them from the last audit
-   that agreed. Counts that are too high end the link: nobody can say which name it is.         */
+   that agreed. Counts that are too high end the link: nobody can say which name it is. Neither is
+   done more than VKP_I_MOST_REPAIRS times in a row.                                            */
 
 typedef enum vkp_i_verdict {
     VKP_I_PROBE_DEAD,
@@ -158,8 +159,7 @@ static void vkp_i_probe_answered(vkp_i_request *request, vkp_status status, cons
                                                                 : VKP_I_PROBE_BUSY);
     } else if (value->type == VKP_RESP_ERROR) {
         vkp_i_probe_end(probe, VKP_I_PROBE_BUSY);
-    } else if (probe->client->link.id ==
-               0) { /* the server did not say who we are, so it cannot be asked about us */
+    } else if (probe->client->link.id == 0) { /* nobody said how the server calls us */
         vkp_i_probe_end(probe, VKP_I_PROBE_BLOCKED);
     } else {
         probe->listing = true;
@@ -252,7 +252,9 @@ static void vkp_i_client_repair(vkp_client *client, int kind)
     }
 }
 
-#define VKP_I_MOST_REPAIRS 3u /* repairs in a row that may help; then the audits end */
+/* Repairs in a row that may help, and connections that an audit may end in a row; then the audits
+   end: the server miscounts, or speaks of somebody else's connection. */
+#define VKP_I_MOST_REPAIRS 3u
 
 /* Compare the server's counts with the table. */
 static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp_str line)
@@ -278,11 +280,12 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp
         agrees = false;
         vkp_i_log(client->env, VKP_LOG_WARN, "%s: the server counts%s%zu, the client %zu",
                   client->config.address.ptr, fields[kind], count, client->held_of[kind]);
-        if (client->repaired[kind] >=
-            VKP_I_MOST_REPAIRS) { /* it does not count them, or loses all */
+        if (client->repaired[kind] >= VKP_I_MOST_REPAIRS ||
+            (count > client->held_of[kind] && client->ended_by_audits >= VKP_I_MOST_REPAIRS)) {
             vkp_i_log(client->env, VKP_LOG_WARN, "%s: no more audits", client->config.address.ptr);
             client->counts_refused = true;
         } else if (count > client->held_of[kind]) {
+            client->ended_by_audits++;
             vkp_i_link_lose(&client->link, "the server has subscriptions that nobody asked for");
         } else {
             client->repaired[kind]++;
@@ -291,6 +294,7 @@ static void vkp_i_client_audit(vkp_client *client, const vkp_i_audit *audit, vkp
     }
     if (agrees) {
         client->audited_ns = audit->sent_ns;
+        client->ended_by_audits = 0;
     }
 }
 

@@ -106,20 +106,25 @@ static bool vkp_i_link_hello(vkp_i_link *link, bool auth)
     return vkp_i_link_step(link, VKP_I_STEP_HELLO, 0, argc, argv);
 }
 
+/* The arguments of AUTH; username.ptr NULL: the default user. Returns how many. */
+static size_t vkp_i_auth_words(vkp_str username, vkp_str password, vkp_str argv[3])
+{
+    size_t argc = 0;
+    argv[argc++] = vkp_str_of("AUTH");
+    if (username.ptr != NULL) {
+        argv[argc++] = username;
+    }
+    argv[argc++] = password;
+    return argc;
+}
+
 /* Send AUTH, if there is a password. False: not connected or no memory. */
 static bool vkp_i_link_auth(vkp_i_link *link)
 {
     vkp_str argv[3];
-    size_t argc = 0;
-    if (link->password.ptr == NULL) {
-        return true;
-    }
-    argv[argc++] = vkp_str_of("AUTH");
-    if (link->username.ptr != NULL) {
-        argv[argc++] = link->username;
-    }
-    argv[argc++] = link->password;
-    return vkp_i_link_step(link, VKP_I_STEP_AUTH, 0, argc, argv);
+    return link->password.ptr == NULL ||
+           vkp_i_link_step(link, VKP_I_STEP_AUTH, 0,
+                           vkp_i_auth_words(link->username, link->password, argv), argv);
 }
 
 /* Ask the server for the connection's id, once. False: not connected or no memory. */

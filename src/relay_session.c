@@ -16,8 +16,8 @@
               state is left for VKP_I_SESSION_IDLE_MS: POOLED, and the client shares again. Down:
               the client is closed, as the server's death would.
      TUNNEL   behind MONITOR, CLIENT REPLY and SCRIPT DEBUG the replies cannot be counted: all
-              frames pass in both directions until one side closes. Messages of the relay stand
-              between.
+              frames pass in both directions until one side closes, or the client sends what a
+              relay denies. Messages of the relay stand between.
      POOLED   without a client, for the next one of this loop. Down: the end.
    The relay counts the sessions of all loops in private_count. Everything else is the loop's
    thread's.                                                                                   */
@@ -724,14 +724,9 @@ static void vkp_i_relay_authenticate(vkp_relay *relay, vkp_client *client)
     vkp_resp_writer writer;
     vkp_bytes command;
     vkp_str argv[3];
-    size_t argc = 0;
-    argv[argc++] = vkp_str_of("AUTH");
-    if (relay->login->username.ptr != NULL) {
-        argv[argc++] = relay->login->username;
-    }
-    argv[argc++] = relay->login->password;
     vkp_resp_writer_init(&writer, relay->env);
-    vkp_i_put_command(&writer, argc, argv);
+    vkp_i_put_command(&writer,
+                      vkp_i_auth_words(relay->login->username, relay->login->password, argv), argv);
     if (vkp_resp_writer_take(&writer, &command) == VKP_OK) {
         (void)!vkp_client_send(client, &command, 1, vkp_i_relay_authenticated, relay);
         vkp_bytes_unref(&command);

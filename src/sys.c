@@ -373,7 +373,7 @@ static int vkp_i_os_set_liveness(int fd, uint64_t keepalive_ms, uint64_t unacked
     return result;
 }
 
-#if defined(__linux__)
+#if VKP_I_LINUX
 /* Read a file of /proc, at most size - 1 bytes, and terminate it. False: it cannot be read. */
 static bool vkp_i_os_read_proc(const char *path, char *text, size_t size)
 {

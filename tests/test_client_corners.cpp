@@ -41,12 +41,6 @@ class Watched {
         say(with, greeting);
         return with;
     }
-    vkp_client_stats stats() const
-    {
-        vkp_client_stats all;
-        vkp_client_get_stats(client, &all);
-        return all;
-    }
     Loop loop;
     FakeServer server;
     Client client;

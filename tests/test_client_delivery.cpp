@@ -96,12 +96,6 @@ class Delivering {
         frame[0] = protocol_ == 3 ? '>' : '*';
         return frame;
     }
-    vkp_client_stats stats() const
-    {
-        vkp_client_stats all;
-        vkp_client_get_stats(client, &all);
-        return all;
-    }
 
   private:
     vkp_client_config config(uint64_t heartbeat_ms) const
@@ -143,13 +137,13 @@ TEST_CASE("delivery: what is published arrives, and the program sees nothing of 
         }
         with.deliver(payload);
         hung_up(with.loop, with.probe);
-        CHECK(with.stats().deliveries == i);
+        CHECK(with.client.stats().deliveries == i);
     }
     say(with.peer, with.typed(push({"message", "c", "x"})));
     until_events(with.loop, with.client, 1);
     CHECK(with.client.history() == "message c x");
-    CHECK(with.stats().gaps == 0);
-    CHECK(with.stats().probes == 0);
+    CHECK(with.client.stats().gaps == 0);
+    CHECK(with.client.stats().probes == 0);
 }
 
 TEST_CASE("delivery: a message that does not arrive ends the connection, with a gap", "[client]")
@@ -176,7 +170,7 @@ TEST_CASE("delivery: a message that does not arrive ends the connection, with a 
     CHECK(with.client.history() == "disconnected, reconnected, subscribed c, gap");
     CHECK(with.client.events[3].gap.from_ns == delivered);
     CHECK(with.client.events[3].names.empty());
-    CHECK(with.stats().deliveries == 1);
+    CHECK(with.client.stats().deliveries == 1);
 }
 
 TEST_CASE("delivery: a connection that owes an answer is judged by that", "[client]")
@@ -197,7 +191,7 @@ TEST_CASE("delivery: a connection that owes an answer is judged by that", "[clie
         say(liveness, "-BUSY a script runs\r\n");
         hung_up(with.loop, liveness);
         CHECK(with.client.history().empty());
-        CHECK(with.stats().probes == 1);
+        CHECK(with.client.stats().probes == 1);
     }
     SECTION("the message is late, the answer has not been asked for")
     {
@@ -223,7 +217,7 @@ TEST_CASE("delivery: PUBLISH is refused", "[client]")
         CHECK(with.loop.now() == with.ready + 20000 * ms);
         with.deliver(payload);
         hung_up(with.loop, with.probe);
-        CHECK(with.stats().deliveries == 1);
+        CHECK(with.client.stats().deliveries == 1);
     }
     SECTION("for good: no more on this connection")
     {
@@ -236,9 +230,9 @@ TEST_CASE("delivery: PUBLISH is refused", "[client]")
         CHECK(with.asked() == with.own);
         with.deliver(with.published());
         hung_up(with.loop, with.probe);
-        CHECK(with.stats().deliveries == 1);
+        CHECK(with.client.stats().deliveries == 1);
     }
-    CHECK(with.stats().outages <= 1);
+    CHECK(with.client.stats().outages <= 1);
 }
 
 TEST_CASE("delivery: what ends the probe says nothing about the connection", "[client]")
@@ -343,9 +337,9 @@ TEST_CASE("delivery: the server's counts have the own channel", "[client]")
     Delivering with(3, 7000);
     CHECK(heard(with.loop, with.peer) == wire(client_info));
     say(with.peer, bulk("id=77 name= sub=2 psub=0 ssub=0 multi=-1\n"));
-    vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == 1; });
+    vkp_test_run_until(with.loop, "the audit", [&] { return with.client.stats().audits == 1; });
     CHECK(with.client.history().empty());
-    CHECK(with.stats().repairs == 0);
+    CHECK(with.client.stats().repairs == 0);
 }
 
 TEST_CASE("delivery: the client is closed while a message is under way", "[client]")
@@ -383,11 +377,11 @@ TEST_CASE("delivery: each allocation may fail, and messages are probed or the co
                 } else if (asked[0] == "SUBSCRIBE") {
                     say(peer, confirm("subscribe", asked[1]));
                 } else if (asked[0] == "PUBLISH") {
-                    say(with.stats().outages == 0 ? with.peer : peers.front(),
+                    say(with.client.stats().outages == 0 ? with.peer : peers.front(),
                         push({"message", asked[1], asked[2]}));
                 }
             }
-            return with.stats().deliveries > 0;
+            return with.client.stats().deliveries > 0;
         });
         finished = vkp_test_env_failures(&with.loop.test) == 0;
         vkp_test_env_fault(&with.loop.test, VKP_TEST_FAULT_NONE, 0);

@@ -22,11 +22,20 @@ class Watched {
     {
         peer = greet();
         client.subscribe("c");
-        CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
-        say(peer, confirm("subscribe", "c"));
+        confirm_name();
         until_events(loop, client, 2);
         client.events.clear();
         ready = loop.now();
+    }
+    void confirm_name()
+    {
+        CHECK(heard(loop, peer) == wire({"SUBSCRIBE", "c"}));
+        say(peer, confirm("subscribe", "c"));
+    }
+    void reconnect()
+    {
+        peer = greet();
+        confirm_name();
     }
     Peer greet()
     {
@@ -34,12 +43,6 @@ class Watched {
         CHECK(heard(loop, with) == wire({"HELLO", "3"}));
         say(with, greeting);
         return with;
-    }
-    vkp_client_stats stats() const
-    {
-        vkp_client_stats all;
-        vkp_client_get_stats(client, &all);
-        return all;
     }
     Loop loop;
     FakeServer server;
@@ -83,7 +86,7 @@ TEST_CASE("liveness: the server is asked over a second connection when a reply i
     CHECK(with.loop.now() == asked + 5000 * ms);
     CHECK(heard(with.loop, probe) == wire({"PING"}));
     CHECK(with.client.history() == "message c on");
-    CHECK(with.stats().probes == 1);
+    CHECK(with.client.stats().probes == 1);
     SECTION("busy: the wait goes on, and it is asked again")
     {
         // a script of a minute costs nobody anything but the wait.
@@ -215,7 +218,7 @@ TEST_CASE("liveness: a long reply that still arrives is not overdue", "[client]"
         say(with.peer, "x");
     }
     with.loop.round();
-    CHECK(with.stats().probes == 0);
+    CHECK(with.client.stats().probes == 0);
     say(with.peer, "\r\n");
     CHECK(question.text_on(with.loop) == "xxxxxxxxxx");
 }
@@ -269,10 +272,10 @@ TEST_CASE("liveness: the server's counts are compared at each heartbeat, whateve
         CHECK(with.loop.now() == with.ready + static_cast<uint64_t>(i) * 15000 * ms);
         say(with.peer, counts(1, 0, 0));
         vkp_test_run_until(with.loop, "the audit",
-                           [&] { return with.stats().audits == static_cast<uint64_t>(i); });
+                           [&] { return with.client.stats().audits == static_cast<uint64_t>(i); });
     }
     CHECK(with.client.history() == "message c x, message c x, message c x");
-    CHECK(with.stats().repairs == 0);
+    CHECK(with.client.stats().repairs == 0);
 }
 
 TEST_CASE("liveness: what the server does not have is asked for again, and a gap reports it",
@@ -301,8 +304,8 @@ TEST_CASE("liveness: what the server does not have is asked for again, and a gap
     std::sort(names.begin(), names.end());
     CHECK(names == std::vector<std::string>{"c", "d"}); // the pattern is not in it
     CHECK(gap.gap.from_ns == agreed);
-    CHECK(with.stats().repairs == 1);
-    CHECK(with.stats().outages == 0);
+    CHECK(with.client.stats().repairs == 1);
+    CHECK(with.client.stats().outages == 0);
 }
 
 TEST_CASE("liveness: subscriptions that nobody asked for end the connection", "[client]")
@@ -314,6 +317,35 @@ TEST_CASE("liveness: subscriptions that nobody asked for end the connection", "[
     CHECK(with.client.events[0].payload == "the server has subscriptions that nobody asked for");
 }
 
+TEST_CASE("liveness: a server that counts too many each time ends three connections, not more",
+          "[client]")
+{
+    Watched with;
+    for (uint64_t lost = 1; lost <= 3; lost++) {
+        CHECK(heard(with.loop, with.peer) == wire(client_info));
+        say(with.peer, counts(1, 0, 1));
+        with.reconnect();
+        CHECK(with.client.stats().outages == lost);
+    }
+    CHECK(heard(with.loop, with.peer) == wire(client_info));
+    say(with.peer, counts(1, 0, 1));
+    CHECK(heard(with.loop, with.peer) == wire({"PING"}));
+    CHECK(with.client.stats().outages == 3);
+}
+
+TEST_CASE("liveness: an audit that agrees makes up for those that ended connections", "[client]")
+{
+    Watched with;
+    for (uint64_t lost = 1; lost <= 5; lost++) {
+        CHECK(heard(with.loop, with.peer) == wire(client_info));
+        say(with.peer, counts(1, 0, 0));
+        CHECK(heard(with.loop, with.peer) == wire(client_info));
+        say(with.peer, counts(1, 0, 1));
+        with.reconnect();
+        CHECK(with.client.stats().outages == lost);
+    }
+}
+
 TEST_CASE("liveness: while subscriptions are on the way nothing is compared", "[client]")
 {
     Watched with;
@@ -323,7 +355,7 @@ TEST_CASE("liveness: while subscriptions are on the way nothing is compared", "[
     say(with.peer, counts(0, 5, 5) + confirm("subscribe", "d", 2));
     until_events(with.loop, with.client, 1);
     CHECK(with.client.history() == "subscribed d");
-    CHECK(with.stats().audits == 0);
+    CHECK(with.client.stats().audits == 0);
 }
 
 TEST_CASE("liveness: a server that does not count gets PING", "[client]")
@@ -344,7 +376,7 @@ TEST_CASE("liveness: fields that a server does not have are not compared", "[cli
     Watched with;
     CHECK(heard(with.loop, with.peer) == wire(client_info));
     say(with.peer, bulk("id=77 name= sub=1 multi=-1\n"));
-    vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == 1; });
+    vkp_test_run_until(with.loop, "the audit", [&] { return with.client.stats().audits == 1; });
     CHECK(with.client.history().empty());
 }
 
@@ -396,12 +428,6 @@ class WatchedResp2 {
         CHECK(heard(loop, probe) == wire(client_list));
         return probe;
     }
-    vkp_client_stats stats() const
-    {
-        vkp_client_stats all;
-        vkp_client_get_stats(client, &all);
-        return all;
-    }
     Loop loop;
     FakeServer server;
     Client client;
@@ -424,7 +450,7 @@ TEST_CASE("liveness: RESP2: the counts are asked for over a second connection", 
         Peer probe = with.beat();
         agreed = with.loop.now();
         say(probe, listed_counts(1, 0));
-        vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == i; });
+        vkp_test_run_until(with.loop, "the audit", [&] { return with.client.stats().audits == i; });
         CHECK(with.client.history().empty());
     }
     Peer probe = with.beat();
@@ -434,9 +460,9 @@ TEST_CASE("liveness: RESP2: the counts are asked for over a second connection", 
     until_events(with.loop, with.client, 2);
     CHECK(with.client.events[1].kind == VKP_PUSH_GAP);
     CHECK(with.client.events[1].gap.from_ns == agreed);
-    CHECK(with.stats().repairs == 1);
-    CHECK(with.stats().outages == 0);
-    CHECK(with.stats().probes == 0); // those ask whether the server is alive
+    CHECK(with.client.stats().repairs == 1);
+    CHECK(with.client.stats().outages == 0);
+    CHECK(with.client.stats().probes == 0); // those ask whether the server is alive
 }
 
 TEST_CASE("liveness: RESP2: a server that does not count is not asked again", "[client]")
@@ -472,7 +498,7 @@ TEST_CASE("liveness: RESP2: a server that does not count is not asked again", "[
             probe.reset();
         }
         CHECK(with.client.history().empty());
-        CHECK(with.stats().audits == 0);
+        CHECK(with.client.stats().audits == 0);
     }
 }
 
@@ -483,6 +509,6 @@ TEST_CASE("liveness: RESP2: a probe that is not answered ends, and the next one 
     hung_up(with.loop, probe); // after reply_timeout_ms
     Peer next = with.beat();
     say(next, listed_counts(1, 0));
-    vkp_test_run_until(with.loop, "the audit", [&] { return with.stats().audits == 1; });
+    vkp_test_run_until(with.loop, "the audit", [&] { return with.client.stats().audits == 1; });
     CHECK(with.client.history().empty());
 }

@@ -1352,6 +1352,77 @@ TEST_CASE("a password that the server refuses: the relay says so and serves what
     }
 }
 
+TEST_CASE("a new login: on the connections that stand and on later ones, and a refusal is logged")
+{
+    NEEDS_SERVER();
+    Setup setup = one_loop();
+    setup.loops = GENERATE(size_t{1}, size_t{3});
+    Server server = start_server({"--requirepass", "one"});
+    vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
+    config.password = vkp_str_of("one");
+    Peer direct = open(vkp_test_server_unix(server.get()));
+    ask(direct, "AUTH", "one");
+    Relay relay(setup, config);
+    Peer peer = relay.connected_client();
+    vkp_status status = VKP_OK;
+    auto log_in = [&](vkp_str username, vkp_str password) {
+        relay.on_loop([&] { status = vkp_relay_set_login(relay, username, password); });
+        return status;
+    };
+    CHECK(vkp_relay_set_login(nullptr, vkp_str{}, vkp_str_of("two")) == VKP_ERR_INVALID);
+    CHECK(log_in(vkp_str_of("app"), vkp_str{}) == VKP_ERR_INVALID);
+    CHECK(log_in(vkp_str_of("app"), vkp_str_of("nope")) == VKP_OK);
+    vkp_test_wait_until("the refusal in the log", [&] {
+        return vkp_test_env_logged(&relay.test, "the server refused the new password: WRONGPASS");
+    });
+    CHECK(!vkp_test_env_logged(&relay.test, "nope"));
+    CHECK(ask(peer, "PING") == "+PONG\r\n"); // as whom it logged in before
+    CHECK(ask(direct, "CONFIG", "SET", "requirepass", "two") == "+OK\r\n");
+    CHECK(log_in(vkp_str{}, vkp_str_of("two")) == VKP_OK);
+    CHECK(ask(direct, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes") != ":0\r\n");
+    Peer other = relay.connected_client();
+    CHECK(ask(other, "SELECT", "1") == "+OK\r\n");
+    CHECK(ask(other, "ACL", "WHOAMI") == bulk("default"));
+}
+
+TEST_CASE("a new login without memory changes nothing")
+{
+    NEEDS_SERVER();
+    Server server = start_server({"--requirepass", "one"});
+    vkp_relay_config config = upstream_of(vkp_test_server_unix(server.get()));
+    config.password = vkp_str_of("one");
+    Peer direct = open(vkp_test_server_unix(server.get()));
+    ask(direct, "AUTH", "one");
+    Relay relay(one_loop(), config);
+    Peer peer = relay.connected_client();
+    std::vector<vkp_status> all;
+    relay.on_loop([&] {
+        do {
+            vkp_test_env_fault(&relay.test, VKP_TEST_FAULT_ONCE, all.size() + 1);
+            all.push_back(vkp_relay_set_login(relay, vkp_str_of("app"), vkp_str_of("two")));
+        } while (vkp_test_env_failures(&relay.test) > 0 && all.back() == VKP_ERR_NOMEM);
+        vkp_test_env_fault(&relay.test, VKP_TEST_FAULT_NONE, 0);
+        all.push_back(vkp_relay_set_login(relay, vkp_str_of("default"), vkp_str_of("one")));
+    });
+    REQUIRE(all.size() >= 3);
+    CHECK(all.front() == VKP_ERR_NOMEM);
+    CHECK(all.back() == VKP_OK);
+    CHECK(ask(direct, "CLIENT", "KILL", "TYPE", "normal") != ":0\r\n");
+    Peer other = relay.connected_client();
+    CHECK(ask(other, "ACL", "WHOAMI") == bulk("default"));
+}
+
+TEST_CASE("a new login means nothing to a relay without a server")
+{
+    Relay relay(one_loop());
+    Peer peer = relay.client();
+    vkp_status status = VKP_ERR_SYS;
+    relay.on_loop(
+        [&] { status = vkp_relay_set_login(relay, vkp_str_of("app"), vkp_str_of("two")); });
+    CHECK(status == VKP_OK);
+    CHECK(ask(peer, "PING") == "+PONG\r\n");
+}
+
 // What a GAP's message says; "" in place of what is not there.
 std::string field(const std::string &json, const std::string &name)
 {

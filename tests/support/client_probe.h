@@ -201,6 +201,12 @@ class vkp_test_client {
     {
         return vkp_client_get_state(client_);
     }
+    vkp_client_stats stats() const
+    {
+        vkp_client_stats all;
+        vkp_client_get_stats(client_, &all);
+        return all;
+    }
     std::string error() const
     {
         char text[128];
