@@ -26542,12 +26542,11 @@ static void vkp_i_errand_return(vkp_i_task *task)
     vkp_resp_writer writer;
     char digits[VKP_I_DIGITS];
     vkp_str argv[5];
+    bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
     local->flags &= ~VKP_I_LOCAL_BUSY;
-    if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
-        self->forwards = false;
-    } else if (self->forwards) {
+    if (!closed && self->forwards) {
         self->forward(local, vkp_i_errand_words(self, self->id, digits, argv), argv);
-    } else {
+    } else if (!closed) {
         vkp_resp_writer_init(&writer, env);
         if (self->words.len > 0) {
             vkp_resp_put_error(&writer, vkp_i_str(self->words.data, self->words.len));
@@ -26714,12 +26713,13 @@ static bool vkp_i_errand_is_one(size_t argc, const vkp_str *argv)
     return vkp_i_errand_read(argc, argv, &form);
 }
 
-/* Whether CLIENT KILL names clients by what several may have: the relay's connections, too. */
+/* Whether CLIENT KILL names clients otherwise than by a number: connections of the relay have
+   addresses, users and types, too. */
 static bool vkp_i_kill_is_wide(size_t argc, const vkp_str *argv)
 {
-    return argc > 3 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "KILL") &&
-           !vkp_i_errand_is_one(argc, argv) &&
-           !(argc == 4 && (vkp_i_str_is(argv[2], "ID") || vkp_i_str_is(argv[2], "ADDR")));
+    return argc > 2 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "KILL") &&
+           !(argc > 3 && vkp_i_str_is(argv[2], "ID") &&
+             (argc == 4 || vkp_i_errand_is_one(argc, argv)));
 }
 
 /* Carry out CLIENT KILL or CLIENT UNBLOCK; the arguments are such that vkp_i_errand_read takes
@@ -27496,18 +27496,23 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
                       command->run != vkp_i_run_discard);
 }
 
+/* Whether nobody counts the replies that the client gets. */
+static bool vkp_i_local_in_tunnel(const vkp_i_local *local)
+{
+    return local->session != NULL && local->session->stage == VKP_I_SESSION_TUNNEL;
+}
+
 static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
                                      size_t argc, const vkp_str *argv)
 {
     const vkp_i_session *session = local->session;
     uint32_t flags = command != NULL ? command->flags : 0;
     bool subs = (flags & VKP_I_CMD_SUB2) != 0;
-    if (session != NULL && session->stage == VKP_I_SESSION_TUNNEL &&
-        !(subs && vkp_i_local_has_names(local))) {
-        return VKP_I_ROUTE_PRIVATE;
-    }
     if (vkp_i_relay_has_server(local->shard->relay) && vkp_i_command_is_denied(argc, argv)) {
         return VKP_I_ROUTE_DENIED;
+    }
+    if (vkp_i_local_in_tunnel(local) && !(subs && vkp_i_local_has_names(local))) {
+        return VKP_I_ROUTE_PRIVATE;
     }
     if (!subs && vkp_i_local_only_subscribes(local)) {
         return VKP_I_ROUTE_SUB2;
@@ -27527,10 +27532,18 @@ static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_comma
     return local->multi != NULL ? VKP_I_ROUTE_HELD : VKP_I_ROUTE_SHARED;
 }
 
-/* Answer the error of a route. */
+/* Answer the error of a route; in a tunnel, where an answer has no place, the client leaves. */
 static void vkp_i_local_refuse(vkp_i_local *local, vkp_i_route route, size_t argc,
                                const vkp_str *argv)
 {
+    if (vkp_i_local_in_tunnel(local)) {
+        vkp_i_log(local->shard->relay->env, VKP_LOG_INFO,
+                  "client %llu: '%.*s' is not for clients of a relay",
+                  (unsigned long long)local->id, VKP_I_SHORT(argv[0]));
+        vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
+        vkp_i_local_maybe_resume(local);
+        return;
+    }
     if (route == VKP_I_ROUTE_SUB2) {
         vkp_i_local_error(local,
                           "ERR Can't execute '%s': only (P|S)SUBSCRIBE / "

@@ -61,12 +61,11 @@ static void vkp_i_errand_return(vkp_i_task *task)
     vkp_resp_writer writer;
     char digits[VKP_I_DIGITS];
     vkp_str argv[5];
+    bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
     local->flags &= ~VKP_I_LOCAL_BUSY;
-    if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
-        self->forwards = false;
-    } else if (self->forwards) {
+    if (!closed && self->forwards) {
         self->forward(local, vkp_i_errand_words(self, self->id, digits, argv), argv);
-    } else {
+    } else if (!closed) {
         vkp_resp_writer_init(&writer, env);
         if (self->words.len > 0) {
             vkp_resp_put_error(&writer, vkp_i_str(self->words.data, self->words.len));
@@ -233,12 +232,13 @@ static bool vkp_i_errand_is_one(size_t argc, const vkp_str *argv)
     return vkp_i_errand_read(argc, argv, &form);
 }
 
-/* Whether CLIENT KILL names clients by what several may have: the relay's connections, too. */
+/* Whether CLIENT KILL names clients otherwise than by a number: connections of the relay have
+   addresses, users and types, too. */
 static bool vkp_i_kill_is_wide(size_t argc, const vkp_str *argv)
 {
-    return argc > 3 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "KILL") &&
-           !vkp_i_errand_is_one(argc, argv) &&
-           !(argc == 4 && (vkp_i_str_is(argv[2], "ID") || vkp_i_str_is(argv[2], "ADDR")));
+    return argc > 2 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "KILL") &&
+           !(argc > 3 && vkp_i_str_is(argv[2], "ID") &&
+             (argc == 4 || vkp_i_errand_is_one(argc, argv)));
 }
 
 /* Carry out CLIENT KILL or CLIENT UNBLOCK; the arguments are such that vkp_i_errand_read takes
