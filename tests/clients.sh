@@ -78,8 +78,8 @@ end() {
 }
 trap end EXIT
 trap 'exit 1' INT TERM
-# Servers do not say which free port they chose, so one is tried after the other. What answers must be
-# the server that was started here: its keys are deleted below.
+# Servers do not say which free port they chose, so one is tried after the other. What answers must
+# be the server that was started here: its keys are deleted below.
 start_server() { # PORT
     port=$1
     "$server" --port "$port" --save '' --appendonly no --dir "$work" --enable-debug-command yes \
