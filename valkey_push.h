@@ -18584,6 +18584,8 @@ typedef struct vkp_i_link_ops {
        are still there: the owner settles them.                                                */
     void (*on_down)(vkp_i_link *link);
     void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
+    /* NULL, or the server answered HELLO: a map, or an array of keys and values. */
+    void (*on_hello)(vkp_i_link *link, const vkp_value *hello);
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
     /* NULL, or what reads all bytes behind the handshake's replies; returns how many it used, and
@@ -19674,6 +19676,9 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
+    if (link->ops->on_hello != NULL) {
+        link->ops->on_hello(link, value);
+    }
     if ((version >= VKP_I_VERSION(7, 2) && !vkp_i_link_introduce(link)) || /* CLIENT SETINFO */
         !vkp_i_link_setup(link)) {
         vkp_i_link_lose(link, "out of memory");
@@ -20125,8 +20130,10 @@ struct vkp_client {
     uint64_t delivered_ns;   /* when the last message that arrived of one was published */
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
-    uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
-    uint32_t ended_by_audits;           /* connections in a row for which one found too many */
+    uint32_t repaired[VKP_SUB_KINDS]; /* audits of the kind in a row that found too few */
+    uint32_t ended_by_audits;         /* connections in a row for which one found too many */
+    /* NULL, or called with config.user when the server answered HELLO: set by a relay. */
+    void (*on_hello)(void *user, const vkp_value *hello);
     vkp_i_task task;                    /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
     vkp_i_link link;                    /* the connection */
@@ -21923,11 +21930,11 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
-                                                     vkp_i_delivery_on_timer,
-                                                     vkp_i_delivery_answered};
+static const vkp_i_probe_kind vkp_i_delivery_kind = {
+    {vkp_i_delivery_on_ready, vkp_i_probe_on_push, vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
+     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+    vkp_i_delivery_on_timer,
+    vkp_i_delivery_answered};
 
 /* A message of the own channel ends the probe that published it. */
 __attribute__((noinline)) static void vkp_i_client_take_own(vkp_client *client,
@@ -22157,11 +22164,11 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_liveness_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
-                                                     vkp_i_probe_on_timer,
-                                                     vkp_i_probe_answered};
+static const vkp_i_probe_kind vkp_i_liveness_kind = {
+    {vkp_i_probe_on_ready, vkp_i_probe_on_push, vkp_i_liveness_on_down, vkp_i_probe_on_busy, NULL,
+     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+    vkp_i_probe_on_timer,
+    vkp_i_probe_answered};
 
 /* Whether a probe asks whether the server is alive. */
 static bool vkp_i_client_is_asking(const vkp_client *client)
@@ -22316,7 +22323,7 @@ static void vkp_i_audit_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_audit_kind = {{vkp_i_audit_on_ready, vkp_i_probe_on_push,
-                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
                                                    vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                   vkp_i_audit_on_timer,
                                                   vkp_i_audit_answered};
@@ -22592,6 +22599,7 @@ static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready,
                                                  vkp_i_private_on_push,
                                                  vkp_i_private_on_down,
                                                  vkp_i_private_on_busy,
+                                                 NULL,
                                                  vkp_i_private_hold,
                                                  vkp_i_private_release,
                                                  NULL};
@@ -23305,6 +23313,14 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     }
 }
 
+static void vkp_i_client_on_hello(vkp_i_link *link, const vkp_value *hello)
+{
+    const vkp_client *client = VKP_CONTAINER(link, vkp_client, link);
+    if (client->on_hello != NULL) {
+        client->on_hello(client->config.user, hello);
+    }
+}
+
 static void vkp_i_client_on_down(vkp_i_link *link)
 {
     vkp_i_client_down(vkp_i_client_of(link));
@@ -23330,13 +23346,9 @@ static void vkp_i_client_unhold(vkp_i_link *link)
     vkp_i_client_release(vkp_i_client_of(link));
 }
 
-static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
-                                                     vkp_i_client_on_push,
-                                                     vkp_i_client_on_down,
-                                                     vkp_i_client_on_busy,
-                                                     vkp_i_client_hold,
-                                                     vkp_i_client_unhold,
-                                                     NULL};
+static const vkp_i_link_ops vkp_i_client_link_ops = {
+    vkp_i_client_on_ready, vkp_i_client_on_push, vkp_i_client_on_down, vkp_i_client_on_busy,
+    vkp_i_client_on_hello, vkp_i_client_hold,    vkp_i_client_unhold,  NULL};
 
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */
@@ -24409,6 +24421,13 @@ typedef struct vkp_i_subscriber_count {
     size_t count;        /* above 0 */
 } vkp_i_subscriber_count;
 
+/* The server's answer to HELLO but for `proto` and `id`, which each client has of its own: what
+   stands before these two, and behind. */
+typedef struct vkp_i_greeting {
+    vkp_bytes before; /* empty: not known */
+    vkp_bytes after;
+} vkp_i_greeting;
+
 #define VKP_I_REASON_BYTES 160 /* text of vkp_relay.reason, terminated */
 
 struct vkp_relay {
@@ -24435,7 +24454,9 @@ struct vkp_relay {
     size_t listener_count;                /* used places of `listeners` */
     size_t listener_capacity;             /* allocated places of `listeners` */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
-    VKP_I_MUTEX mutex;        /* guards `subscribers`, `login` and the shards' `handovers` */
+    /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
+    VKP_I_MUTEX mutex;
+    vkp_i_greeting greetings[2]; /* for clients of RESP2, and of RESP3; guarded */
     vkp_client_target *login; /* for the server, without an address; NULL: as configured; guarded */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
@@ -24484,6 +24505,10 @@ static void vkp_i_relay_free(vkp_relay *relay)
     }
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&relay->subscribers[kind]);
+    }
+    for (kind = 0; kind < 2; kind++) {
+        vkp_bytes_unref(&relay->greetings[kind].before);
+        vkp_bytes_unref(&relay->greetings[kind].after);
     }
     vkp_resp_reader_unref(relay->reader);
     vkp_gate_unref(relay->gate);
@@ -25520,26 +25545,107 @@ static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
     vkp_resp_put_bulk(writer, text, strlen(text));
 }
 
-/* Answer HELLO. */
+/* Whether a key of HELLO's answer is one of the two that each client has of its own. */
+static bool vkp_i_is_own_key(const vkp_value *key)
+{
+    return vkp_value_is_text(key, vkp_str_of("proto")) || vkp_value_is_text(key, vkp_str_of("id"));
+}
+
+/* Keep the server's answer to HELLO for clients of one protocol. */
+static vkp_status vkp_i_greeting_make(const vkp_env *env, const vkp_value *hello, int protocol,
+                                      vkp_i_greeting *greeting)
+{
+    vkp_resp_writer writers[2]; /* before the client's own keys, behind them */
+    const vkp_value *key;
+    const vkp_value *value;
+    size_t pairs = 2;
+    size_t at = 0;
+    vkp_status status;
+    for (key = vkp_value_get_first(hello); key != NULL; key = vkp_value_get_next(hello, value)) {
+        value = vkp_value_get_next(hello, key);
+        pairs += value == NULL || vkp_i_is_own_key(key) ? 0 : 1;
+    }
+    vkp_resp_writer_init(&writers[0], env);
+    vkp_resp_writer_init(&writers[1], env);
+    vkp_i_put_map(&writers[0], protocol, pairs);
+    for (key = vkp_value_get_first(hello); key != NULL; key = vkp_value_get_next(hello, value)) {
+        value = vkp_value_get_next(hello, key);
+        if (vkp_i_is_own_key(key)) {
+            at = 1;
+        } else if (value != NULL) {
+            vkp_resp_put_value(&writers[at], key, protocol);
+            vkp_resp_put_value(&writers[at], value, protocol);
+        }
+    }
+    status = vkp_resp_writer_take(&writers[0], &greeting->before);
+    if (status == VKP_OK) {
+        status = vkp_resp_writer_take(&writers[1], &greeting->after);
+        if (status != VKP_OK) {
+            vkp_bytes_unref(&greeting->before);
+        }
+    } else {
+        vkp_resp_writer_deinit(&writers[1]);
+    }
+    return status;
+}
+
+/* The server answered HELLO, on loop 0: so will the relay. Without memory the answer stays as it
+   was. */
+static void vkp_i_relay_on_hello(void *user, const vkp_value *hello)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    int i;
+    for (i = 0; i < 2; i++) {
+        vkp_i_greeting made;
+        vkp_i_greeting old;
+        if (vkp_i_greeting_make(relay->env, hello, i + 2, &made) == VKP_OK) {
+            VKP_I_LOCK(&relay->mutex);
+            old = relay->greetings[i];
+            relay->greetings[i] = made;
+            VKP_I_UNLOCK(&relay->mutex);
+            vkp_bytes_unref(&old.before);
+            vkp_bytes_unref(&old.after);
+        }
+    }
+}
+
+/* Answer HELLO: as the server did, or where it never has, in the relay's own name. */
 static void vkp_i_local_greet(vkp_i_local *local)
 {
+    vkp_relay *relay = local->shard->relay;
+    int protocol = local->member.protocol;
+    vkp_i_greeting greeting;
     vkp_resp_writer writer;
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_map(&writer, local->member.protocol, 7);
-    vkp_i_put_text(&writer, "server");
-    vkp_i_put_text(&writer, "valkey-push-relay");
-    vkp_i_put_text(&writer, "version");
-    vkp_i_put_text(&writer, VKP_VERSION_STR);
+    VKP_I_LOCK(&relay->mutex);
+    greeting.before = vkp_bytes_ref(&relay->greetings[protocol - 2].before);
+    greeting.after = vkp_bytes_ref(&relay->greetings[protocol - 2].after);
+    VKP_I_UNLOCK(&relay->mutex);
+    vkp_resp_writer_init(&writer, relay->env);
+    if (greeting.before.len > 0) {
+        vkp_resp_put_raw(&writer, greeting.before.data, greeting.before.len);
+    } else {
+        vkp_i_put_map(&writer, protocol, 7);
+        vkp_i_put_text(&writer, "server");
+        vkp_i_put_text(&writer, "valkey-push-relay");
+        vkp_i_put_text(&writer, "version");
+        vkp_i_put_text(&writer, VKP_VERSION_STR);
+    }
     vkp_i_put_text(&writer, "proto");
-    vkp_resp_put_integer(&writer, local->member.protocol);
+    vkp_resp_put_integer(&writer, protocol);
     vkp_i_put_text(&writer, "id");
     vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
-    vkp_i_put_text(&writer, "mode");
-    vkp_i_put_text(&writer, "standalone");
-    vkp_i_put_text(&writer, "role");
-    vkp_i_put_text(&writer, "master");
-    vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
+    if (greeting.before.len > 0) {
+        vkp_resp_put_raw(&writer, greeting.after.data, greeting.after.len);
+    } else {
+        vkp_i_put_text(&writer, "mode");
+        vkp_i_put_text(&writer, "standalone");
+        vkp_i_put_text(&writer, "role");
+        vkp_i_put_text(&writer, "master");
+        vkp_i_put_text(&writer, "modules");
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
+    }
+    vkp_bytes_unref(&greeting.before);
+    vkp_bytes_unref(&greeting.after);
     vkp_i_local_answer_writer(local, &writer);
 }
 
@@ -26402,9 +26508,14 @@ static void vkp_i_session_on_busy(vkp_i_link *link)
     (void)link;
 }
 
-static const vkp_i_link_ops vkp_i_session_ops = {
-    vkp_i_session_on_ready, vkp_i_session_on_push, vkp_i_session_on_down, vkp_i_session_on_busy,
-    vkp_i_session_hold,     vkp_i_session_release, vkp_i_session_on_bytes};
+static const vkp_i_link_ops vkp_i_session_ops = {vkp_i_session_on_ready,
+                                                 vkp_i_session_on_push,
+                                                 vkp_i_session_on_down,
+                                                 vkp_i_session_on_busy,
+                                                 NULL,
+                                                 vkp_i_session_hold,
+                                                 vkp_i_session_release,
+                                                 vkp_i_session_on_bytes};
 
 /* A session of the pool with the protocol; NULL: there is none. */
 static vkp_i_session *vkp_i_shard_take_pooled(vkp_i_shard *shard, int protocol)
@@ -28822,6 +28933,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.on_connect = vkp_i_relay_on_connect;
     status = vkp_client_open(loop, &client, &relay->push);
     if (status == VKP_OK) {
+        relay->push->on_hello = vkp_i_relay_on_hello;
         relay->shared = (vkp_client **)vkp_i_alloc_zero(relay->env, count * sizeof *relay->shared);
         status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
         relay->shared_capacity = relay->shared != NULL ? count : 0;

@@ -83,8 +83,10 @@ struct vkp_client {
     uint64_t delivered_ns;   /* when the last message that arrived of one was published */
     uint64_t patient_ns;     /* when a probe ended last */
     size_t unsent;           /* bytes that waited to be written at the last look of the watch */
-    uint32_t repaired[VKP_SUB_KINDS];   /* audits of the kind in a row that found too few */
-    uint32_t ended_by_audits;           /* connections in a row for which one found too many */
+    uint32_t repaired[VKP_SUB_KINDS]; /* audits of the kind in a row that found too few */
+    uint32_t ended_by_audits;         /* connections in a row for which one found too many */
+    /* NULL, or called with config.user when the server answered HELLO: set by a relay. */
+    void (*on_hello)(void *user, const vkp_value *hello);
     vkp_i_task task;                    /* works on `submitted`; queued by any thread */
     vkp_i_attached attached;            /* calls vkp_i_client_loop_closed */
     vkp_i_link link;                    /* the connection */

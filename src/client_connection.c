@@ -270,6 +270,14 @@ static void vkp_i_client_on_push(vkp_i_link *link, const vkp_push *push)
     }
 }
 
+static void vkp_i_client_on_hello(vkp_i_link *link, const vkp_value *hello)
+{
+    const vkp_client *client = VKP_CONTAINER(link, vkp_client, link);
+    if (client->on_hello != NULL) {
+        client->on_hello(client->config.user, hello);
+    }
+}
+
 static void vkp_i_client_on_down(vkp_i_link *link)
 {
     vkp_i_client_down(vkp_i_client_of(link));
@@ -295,13 +303,9 @@ static void vkp_i_client_unhold(vkp_i_link *link)
     vkp_i_client_release(vkp_i_client_of(link));
 }
 
-static const vkp_i_link_ops vkp_i_client_link_ops = {vkp_i_client_on_ready,
-                                                     vkp_i_client_on_push,
-                                                     vkp_i_client_on_down,
-                                                     vkp_i_client_on_busy,
-                                                     vkp_i_client_hold,
-                                                     vkp_i_client_unhold,
-                                                     NULL};
+static const vkp_i_link_ops vkp_i_client_link_ops = {
+    vkp_i_client_on_ready, vkp_i_client_on_push, vkp_i_client_on_down, vkp_i_client_on_busy,
+    vkp_i_client_on_hello, vkp_i_client_hold,    vkp_i_client_unhold,  NULL};
 
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */

@@ -112,11 +112,11 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-static const vkp_i_probe_kind vkp_i_delivery_kind = {{vkp_i_delivery_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_probe_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
-                                                     vkp_i_delivery_on_timer,
-                                                     vkp_i_delivery_answered};
+static const vkp_i_probe_kind vkp_i_delivery_kind = {
+    {vkp_i_delivery_on_ready, vkp_i_probe_on_push, vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
+     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+    vkp_i_delivery_on_timer,
+    vkp_i_delivery_answered};
 
 /* A message of the own channel ends the probe that published it. */
 __attribute__((noinline)) static void vkp_i_client_take_own(vkp_client *client,

@@ -194,11 +194,11 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
     vkp_i_probe_release(&probe->link);
 }
 
-static const vkp_i_probe_kind vkp_i_liveness_kind = {{vkp_i_probe_on_ready, vkp_i_probe_on_push,
-                                                      vkp_i_liveness_on_down, vkp_i_probe_on_busy,
-                                                      vkp_i_probe_hold, vkp_i_probe_release, NULL},
-                                                     vkp_i_probe_on_timer,
-                                                     vkp_i_probe_answered};
+static const vkp_i_probe_kind vkp_i_liveness_kind = {
+    {vkp_i_probe_on_ready, vkp_i_probe_on_push, vkp_i_liveness_on_down, vkp_i_probe_on_busy, NULL,
+     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+    vkp_i_probe_on_timer,
+    vkp_i_probe_answered};
 
 /* Whether a probe asks whether the server is alive. */
 static bool vkp_i_client_is_asking(const vkp_client *client)
@@ -353,7 +353,7 @@ static void vkp_i_audit_on_timer(vkp_timer *timer)
 }
 
 static const vkp_i_probe_kind vkp_i_audit_kind = {{vkp_i_audit_on_ready, vkp_i_probe_on_push,
-                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy,
+                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
                                                    vkp_i_probe_hold, vkp_i_probe_release, NULL},
                                                   vkp_i_audit_on_timer,
                                                   vkp_i_audit_answered};

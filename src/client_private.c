@@ -197,6 +197,7 @@ static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready,
                                                  vkp_i_private_on_push,
                                                  vkp_i_private_on_down,
                                                  vkp_i_private_on_busy,
+                                                 NULL,
                                                  vkp_i_private_hold,
                                                  vkp_i_private_release,
                                                  NULL};

@@ -270,6 +270,9 @@ static void vkp_i_link_greeted(vkp_i_link *link, const vkp_value *value, const v
     if (role.len > 0 && !vkp_i_link_check_role(link, role)) {
         return;
     }
+    if (link->ops->on_hello != NULL) {
+        link->ops->on_hello(link, value);
+    }
     if ((version >= VKP_I_VERSION(7, 2) && !vkp_i_link_introduce(link)) || /* CLIENT SETINFO */
         !vkp_i_link_setup(link)) {
         vkp_i_link_lose(link, "out of memory");

@@ -69,6 +69,8 @@ typedef struct vkp_i_link_ops {
        are still there: the owner settles them.                                                */
     void (*on_down)(vkp_i_link *link);
     void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
+    /* NULL, or the server answered HELLO: a map, or an array of keys and values. */
+    void (*on_hello)(vkp_i_link *link, const vkp_value *hello);
     void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
     void (*release)(vkp_i_link *link); /* one reference less */
     /* NULL, or what reads all bytes behind the handshake's replies; returns how many it used, and

@@ -145,6 +145,13 @@ typedef struct vkp_i_subscriber_count {
     size_t count;        /* above 0 */
 } vkp_i_subscriber_count;
 
+/* The server's answer to HELLO but for `proto` and `id`, which each client has of its own: what
+   stands before these two, and behind. */
+typedef struct vkp_i_greeting {
+    vkp_bytes before; /* empty: not known */
+    vkp_bytes after;
+} vkp_i_greeting;
+
 #define VKP_I_REASON_BYTES 160 /* text of vkp_relay.reason, terminated */
 
 struct vkp_relay {
@@ -171,7 +178,9 @@ struct vkp_relay {
     size_t listener_count;                /* used places of `listeners` */
     size_t listener_capacity;             /* allocated places of `listeners` */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
-    VKP_I_MUTEX mutex;        /* guards `subscribers`, `login` and the shards' `handovers` */
+    /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
+    VKP_I_MUTEX mutex;
+    vkp_i_greeting greetings[2]; /* for clients of RESP2, and of RESP3; guarded */
     vkp_client_target *login; /* for the server, without an address; NULL: as configured; guarded */
     /* stand-alone: counts by kind and name; guarded by the mutex */
     vkp_i_map subscribers[VKP_SUB_KINDS];
@@ -220,6 +229,10 @@ static void vkp_i_relay_free(vkp_relay *relay)
     }
     for (kind = 0; kind < VKP_SUB_KINDS; kind++) {
         vkp_i_map_deinit(&relay->subscribers[kind]);
+    }
+    for (kind = 0; kind < 2; kind++) {
+        vkp_bytes_unref(&relay->greetings[kind].before);
+        vkp_bytes_unref(&relay->greetings[kind].after);
     }
     vkp_resp_reader_unref(relay->reader);
     vkp_gate_unref(relay->gate);

@@ -45,26 +45,107 @@ static void vkp_i_put_text(vkp_resp_writer *writer, const char *text)
     vkp_resp_put_bulk(writer, text, strlen(text));
 }
 
-/* Answer HELLO. */
+/* Whether a key of HELLO's answer is one of the two that each client has of its own. */
+static bool vkp_i_is_own_key(const vkp_value *key)
+{
+    return vkp_value_is_text(key, vkp_str_of("proto")) || vkp_value_is_text(key, vkp_str_of("id"));
+}
+
+/* Keep the server's answer to HELLO for clients of one protocol. */
+static vkp_status vkp_i_greeting_make(const vkp_env *env, const vkp_value *hello, int protocol,
+                                      vkp_i_greeting *greeting)
+{
+    vkp_resp_writer writers[2]; /* before the client's own keys, behind them */
+    const vkp_value *key;
+    const vkp_value *value;
+    size_t pairs = 2;
+    size_t at = 0;
+    vkp_status status;
+    for (key = vkp_value_get_first(hello); key != NULL; key = vkp_value_get_next(hello, value)) {
+        value = vkp_value_get_next(hello, key);
+        pairs += value == NULL || vkp_i_is_own_key(key) ? 0 : 1;
+    }
+    vkp_resp_writer_init(&writers[0], env);
+    vkp_resp_writer_init(&writers[1], env);
+    vkp_i_put_map(&writers[0], protocol, pairs);
+    for (key = vkp_value_get_first(hello); key != NULL; key = vkp_value_get_next(hello, value)) {
+        value = vkp_value_get_next(hello, key);
+        if (vkp_i_is_own_key(key)) {
+            at = 1;
+        } else if (value != NULL) {
+            vkp_resp_put_value(&writers[at], key, protocol);
+            vkp_resp_put_value(&writers[at], value, protocol);
+        }
+    }
+    status = vkp_resp_writer_take(&writers[0], &greeting->before);
+    if (status == VKP_OK) {
+        status = vkp_resp_writer_take(&writers[1], &greeting->after);
+        if (status != VKP_OK) {
+            vkp_bytes_unref(&greeting->before);
+        }
+    } else {
+        vkp_resp_writer_deinit(&writers[1]);
+    }
+    return status;
+}
+
+/* The server answered HELLO, on loop 0: so will the relay. Without memory the answer stays as it
+   was. */
+static void vkp_i_relay_on_hello(void *user, const vkp_value *hello)
+{
+    vkp_relay *relay = (vkp_relay *)user;
+    int i;
+    for (i = 0; i < 2; i++) {
+        vkp_i_greeting made;
+        vkp_i_greeting old;
+        if (vkp_i_greeting_make(relay->env, hello, i + 2, &made) == VKP_OK) {
+            VKP_I_LOCK(&relay->mutex);
+            old = relay->greetings[i];
+            relay->greetings[i] = made;
+            VKP_I_UNLOCK(&relay->mutex);
+            vkp_bytes_unref(&old.before);
+            vkp_bytes_unref(&old.after);
+        }
+    }
+}
+
+/* Answer HELLO: as the server did, or where it never has, in the relay's own name. */
 static void vkp_i_local_greet(vkp_i_local *local)
 {
+    vkp_relay *relay = local->shard->relay;
+    int protocol = local->member.protocol;
+    vkp_i_greeting greeting;
     vkp_resp_writer writer;
-    vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_map(&writer, local->member.protocol, 7);
-    vkp_i_put_text(&writer, "server");
-    vkp_i_put_text(&writer, "valkey-push-relay");
-    vkp_i_put_text(&writer, "version");
-    vkp_i_put_text(&writer, VKP_VERSION_STR);
+    VKP_I_LOCK(&relay->mutex);
+    greeting.before = vkp_bytes_ref(&relay->greetings[protocol - 2].before);
+    greeting.after = vkp_bytes_ref(&relay->greetings[protocol - 2].after);
+    VKP_I_UNLOCK(&relay->mutex);
+    vkp_resp_writer_init(&writer, relay->env);
+    if (greeting.before.len > 0) {
+        vkp_resp_put_raw(&writer, greeting.before.data, greeting.before.len);
+    } else {
+        vkp_i_put_map(&writer, protocol, 7);
+        vkp_i_put_text(&writer, "server");
+        vkp_i_put_text(&writer, "valkey-push-relay");
+        vkp_i_put_text(&writer, "version");
+        vkp_i_put_text(&writer, VKP_VERSION_STR);
+    }
     vkp_i_put_text(&writer, "proto");
-    vkp_resp_put_integer(&writer, local->member.protocol);
+    vkp_resp_put_integer(&writer, protocol);
     vkp_i_put_text(&writer, "id");
     vkp_resp_put_integer(&writer, (int64_t)(VKP_I_FIRST_ID + local->id));
-    vkp_i_put_text(&writer, "mode");
-    vkp_i_put_text(&writer, "standalone");
-    vkp_i_put_text(&writer, "role");
-    vkp_i_put_text(&writer, "master");
-    vkp_i_put_text(&writer, "modules");
-    vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
+    if (greeting.before.len > 0) {
+        vkp_resp_put_raw(&writer, greeting.after.data, greeting.after.len);
+    } else {
+        vkp_i_put_text(&writer, "mode");
+        vkp_i_put_text(&writer, "standalone");
+        vkp_i_put_text(&writer, "role");
+        vkp_i_put_text(&writer, "master");
+        vkp_i_put_text(&writer, "modules");
+        vkp_resp_put_aggregate(&writer, VKP_RESP_ARRAY, 0);
+    }
+    vkp_bytes_unref(&greeting.before);
+    vkp_bytes_unref(&greeting.after);
     vkp_i_local_answer_writer(local, &writer);
 }
 

@@ -993,6 +993,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.on_connect = vkp_i_relay_on_connect;
     status = vkp_client_open(loop, &client, &relay->push);
     if (status == VKP_OK) {
+        relay->push->on_hello = vkp_i_relay_on_hello;
         relay->shared = (vkp_client **)vkp_i_alloc_zero(relay->env, count * sizeof *relay->shared);
         status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
         relay->shared_capacity = relay->shared != NULL ? count : 0;

@@ -825,9 +825,14 @@ static void vkp_i_session_on_busy(vkp_i_link *link)
     (void)link;
 }
 
-static const vkp_i_link_ops vkp_i_session_ops = {
-    vkp_i_session_on_ready, vkp_i_session_on_push, vkp_i_session_on_down, vkp_i_session_on_busy,
-    vkp_i_session_hold,     vkp_i_session_release, vkp_i_session_on_bytes};
+static const vkp_i_link_ops vkp_i_session_ops = {vkp_i_session_on_ready,
+                                                 vkp_i_session_on_push,
+                                                 vkp_i_session_on_down,
+                                                 vkp_i_session_on_busy,
+                                                 NULL,
+                                                 vkp_i_session_hold,
+                                                 vkp_i_session_release,
+                                                 vkp_i_session_on_bytes};
 
 /* A session of the pool with the protocol; NULL: there is none. */
 static vkp_i_session *vkp_i_shard_take_pooled(vkp_i_shard *shard, int protocol)
