@@ -25,6 +25,8 @@
 #define MOST_THREADS 64
 #define MOST_UPSTREAMS 64
 #define MOST_UIDS 64
+#define LEAST_GATHER 65536
+#define MOST_GATHER 2147483647
 #define DRAIN_MS 5000
 #define DEFAULT_PRIVATES 1024
 #define DEFAULT_HOLD_MS 1000
@@ -55,6 +57,7 @@ typedef struct options {
     size_t threads;
     size_t queue_frames;
     size_t queue_bytes;
+    size_t gather_bytes;
     vkp_on_full on_full;
     size_t max_clients;
     size_t max_clients_per_uid;
@@ -67,7 +70,8 @@ typedef struct options {
     bool log_time;
 } options;
 
-static const char usage[] =
+/* Two texts, since compilers may refuse one of more than 4,095 bytes. */
+static const char usage_of_connections[] =
     "usage: valkey-push-relay [options]\n"
     "  --server ADDR        the server to connect to, tcp:HOST:PORT or unix:PATH;\n"
     "                       default: none, the relay is a pub/sub broker without a server\n"
@@ -93,12 +97,17 @@ static const char usage[] =
     "                       over them; default: 1\n"
     "  --queue-frames N     most messages that wait for one client; default: 65536\n"
     "  --queue-bytes N      most bytes of messages that wait for one client; default: 8388608\n"
+    "  --gather-bytes N     bytes of commands of all clients that are not whole or not answered;\n"
+    "                       beyond, large ones wait for their turn; most bytes of one command;\n"
+    "                       65536 to 2147483647; default: 67108864\n"
     "  --on-full POLICY     when a client's queue is full: disconnect the client, drop-oldest\n"
     "                       or drop-newest messages; default: disconnect\n"
     "  --max-clients N      most clients at once, over all addresses; default: 16384\n"
     "  --max-clients-per-uid N\n"
     "                       most clients of one user at once, over Unix sockets;\n"
-    "                       default: no limit\n"
+    "                       default: no limit\n";
+
+static const char usage_of_process[] =
     "  --allow-uid UID      over Unix sockets, also accept clients of the user with this number;\n"
     "                       the sockets' files then have mode 0666; may be repeated, up to 64\n"
     "                       times; default: the relay's own user\n"
@@ -273,6 +282,7 @@ static bool read_number_option(options *opts, const char *name, const char *text
         {"--threads", &opts->threads, 1, MOST_THREADS},
         {"--queue-frames", &opts->queue_frames, 1, SIZE_MAX},
         {"--queue-bytes", &opts->queue_bytes, 1, SIZE_MAX},
+        {"--gather-bytes", &opts->gather_bytes, LEAST_GATHER, MOST_GATHER},
         {"--max-clients", &opts->max_clients, 1, SIZE_MAX},
         {"--max-clients-per-uid", &opts->max_clients_per_uid, 1, SIZE_MAX},
         {"--linger", &opts->linger_ms, 0, UINT32_MAX},
@@ -371,6 +381,7 @@ static const option_value option_values[] = {
     {"--threads", "a number from 1 to 64", false},
     {"--queue-frames", "a number of messages, at least 1", false},
     {"--queue-bytes", "a number of bytes, at least 1", false},
+    {"--gather-bytes", "a number of bytes, 65536 to 2147483647", false},
     {"--on-full", "disconnect, drop-oldest or drop-newest", false},
     {"--max-clients", "a number of clients, at least 1", false},
     {"--max-clients-per-uid", "a number of clients, at least 1", false},
@@ -544,7 +555,8 @@ static int read_options(int argc, char **argv, options *opts)
         size_t at = find_option(argv[i]);
         bool takes = at < OPTION_VALUES && option_values[at].expected != NULL;
         if (strcmp(argv[i], "--help") == 0) {
-            fputs(usage, stdout);
+            fputs(usage_of_connections, stdout);
+            fputs(usage_of_process, stdout);
             return 0;
         }
         if (strcmp(argv[i], "--version") == 0) {
@@ -683,6 +695,7 @@ static void print_relay_metrics(vkp_relay *relay)
     print_metric("privates", stats.privates);
     print_metric("privates_opened", stats.privates_opened);
     print_metric("privates_refused", stats.privates_refused);
+    print_metric("gathered_bytes", stats.gathered_bytes);
 }
 
 static void print_socket_metrics(vkp_relay *relay)
@@ -816,6 +829,8 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     config.loop_count = opts->threads;
     config.queue_frames = opts->queue_frames;
     config.queue_bytes = opts->queue_bytes;
+    config.gather_bytes = opts->gather_bytes;
+    config.max_request_bytes = opts->gather_bytes;
     config.on_full = opts->on_full;
     config.max_clients = opts->max_clients;
     config.max_clients_per_uid = opts->max_clients_per_uid;

@@ -304,8 +304,9 @@ static void vkp_i_client_unhold(vkp_i_link *link)
 }
 
 static const vkp_i_link_ops vkp_i_client_link_ops = {
-    vkp_i_client_on_ready, vkp_i_client_on_push, vkp_i_client_on_down, vkp_i_client_on_busy,
-    vkp_i_client_on_hello, vkp_i_client_hold,    vkp_i_client_unhold,  NULL};
+    vkp_i_client_on_ready, vkp_i_client_on_push,  vkp_i_client_on_down,
+    vkp_i_client_on_busy,  vkp_i_client_on_hello, NULL,
+    vkp_i_client_hold,     vkp_i_client_unhold,   NULL};
 
 /* Begin an attempt to connect, with its time limit. On failure the wait for the next try has
    begun.                                                                                      */

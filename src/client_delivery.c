@@ -114,7 +114,7 @@ static void vkp_i_delivery_on_timer(vkp_timer *timer)
 
 static const vkp_i_probe_kind vkp_i_delivery_kind = {
     {vkp_i_delivery_on_ready, vkp_i_probe_on_push, vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
-     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+     NULL, vkp_i_probe_hold, vkp_i_probe_release, NULL},
     vkp_i_delivery_on_timer,
     vkp_i_delivery_answered};
 

@@ -196,7 +196,7 @@ static void vkp_i_probe_on_timer(vkp_timer *timer)
 
 static const vkp_i_probe_kind vkp_i_liveness_kind = {
     {vkp_i_probe_on_ready, vkp_i_probe_on_push, vkp_i_liveness_on_down, vkp_i_probe_on_busy, NULL,
-     vkp_i_probe_hold, vkp_i_probe_release, NULL},
+     NULL, vkp_i_probe_hold, vkp_i_probe_release, NULL},
     vkp_i_probe_on_timer,
     vkp_i_probe_answered};
 
@@ -352,11 +352,11 @@ static void vkp_i_audit_on_timer(vkp_timer *timer)
     vkp_i_client_end_probe(VKP_CONTAINER(timer, vkp_i_probe, timer)->client);
 }
 
-static const vkp_i_probe_kind vkp_i_audit_kind = {{vkp_i_audit_on_ready, vkp_i_probe_on_push,
-                                                   vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
-                                                   vkp_i_probe_hold, vkp_i_probe_release, NULL},
-                                                  vkp_i_audit_on_timer,
-                                                  vkp_i_audit_answered};
+static const vkp_i_probe_kind vkp_i_audit_kind = {
+    {vkp_i_audit_on_ready, vkp_i_probe_on_push, vkp_i_probe_on_down, vkp_i_probe_on_busy, NULL,
+     NULL, vkp_i_probe_hold, vkp_i_probe_release, NULL},
+    vkp_i_audit_on_timer,
+    vkp_i_audit_answered};
 
 /* Ask for the counts over a probe, unless one runs: its end starts the watch, which comes here
    again. */

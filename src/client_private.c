@@ -198,6 +198,7 @@ static const vkp_i_link_ops vkp_i_private_ops = {vkp_i_private_on_ready,
                                                  vkp_i_private_on_down,
                                                  vkp_i_private_on_busy,
                                                  NULL,
+                                                 NULL,
                                                  vkp_i_private_hold,
                                                  vkp_i_private_release,
                                                  NULL};

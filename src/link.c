@@ -71,8 +71,9 @@ typedef struct vkp_i_link_ops {
     void (*on_busy)(vkp_i_link *link); /* the first request is in flight again */
     /* NULL, or the server answered HELLO: a map, or an array of keys and values. */
     void (*on_hello)(vkp_i_link *link, const vkp_value *hello);
-    void (*hold)(vkp_i_link *link);    /* one more reference to the owner */
-    void (*release)(vkp_i_link *link); /* one reference less */
+    void (*on_written)(vkp_i_link *link); /* NULL, or the kernel has taken all that it had not */
+    void (*hold)(vkp_i_link *link);       /* one more reference to the owner */
+    void (*release)(vkp_i_link *link);    /* one reference less */
     /* NULL, or what reads all bytes behind the handshake's replies; returns how many it used, and
        gets the others again with those that follow.                                           */
     size_t (*on_bytes)(vkp_i_link *link, const vkp_bytes *in);

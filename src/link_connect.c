@@ -52,8 +52,16 @@ static void vkp_i_link_on_close(vkp_conn *conn, void *user, vkp_close_reason rea
     link->ops->release(link);
 }
 
+static void vkp_i_link_on_drain(vkp_conn *conn, void *user)
+{
+    vkp_i_link *link = (vkp_i_link *)user;
+    if (link->conn == conn && link->ops->on_written != NULL) {
+        link->ops->on_written(link);
+    }
+}
+
 static const vkp_conn_ops vkp_i_link_conn_ops = {
-    vkp_i_link_on_open, vkp_i_link_on_data, NULL, NULL, vkp_i_link_on_close, NULL};
+    vkp_i_link_on_open, vkp_i_link_on_data, vkp_i_link_on_drain, NULL, vkp_i_link_on_close, NULL};
 
 /* Begin to connect to one of the addresses, the first one chosen by the number of failed tries. */
 static vkp_status vkp_i_link_dial(vkp_i_link *link, const vkp_address *addresses, size_t count)

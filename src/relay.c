@@ -72,8 +72,11 @@ typedef struct vkp_i_multi {
 #define VKP_I_LOCAL_FAILED 32u  /* nothing else is read: drains when no answer is pending */
 #define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
 #define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
-#define VKP_I_LOCAL_PAUSED \
-    (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING)
+#define VKP_I_LOCAL_ROOM 256u   /* paused: waits for the turn */
+#define VKP_I_LOCAL_TURN 512u   /* has the turn */
+#define VKP_I_LOCAL_PAUSED                                                           \
+    (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING | \
+     VKP_I_LOCAL_ROOM)
 
 /* Servers number their clients from 1 on: a number from here on is one of the relay. */
 #define VKP_I_FIRST_ID ((uint64_t)1 << 40)
@@ -92,7 +95,11 @@ struct vkp_i_local {
     vkp_i_answer *answers; /* pending answers, oldest first */
     vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
     uint32_t answer_count;      /* number of `answers`, and of the session's calls */
+    uint32_t unread_bytes;      /* input that is no whole command, or not executed yet */
+    uint32_t unsent_bytes;      /* of `session`: commands that the kernel has not taken */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
+    size_t room_bytes;          /* counted in the relay's room */
+    vkp_i_local *room_next;     /* the next one that waits for the turn */
     size_t held_bytes;          /* bytes of finished replies that wait for an older one */
     size_t name_bytes;          /* bytes of the names it is subscribed to */
     vkp_i_multi *multi;         /* NULL: no MULTI is held; a session has its own */
@@ -135,6 +142,11 @@ struct vkp_i_shard {
     bool gone;                /* drained, and taken off relay->live_shards */
     vkp_mpsc_tx *pushes;      /* sender of other loops to this shard; NULL where none sends */
     vkp_push_loop *push_loop; /* receives `pushes`; or NULL */
+    vkp_i_local *turn;        /* the client with the turn, if it is of this shard */
+    bool turn_moves;          /* it said something since the timer looked */
+    vkp_timer turn_timer;     /* runs while `turn` is set */
+    uint32_t turn_queued;     /* atomic: 1 while turn_task is queued */
+    vkp_i_task turn_task;     /* runs vkp_i_room_on_turn; queued by any thread */
     vkp_i_task drain_task;    /* runs vkp_i_shard_drain on this loop */
     vkp_i_task kill_task;     /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
 };
@@ -144,6 +156,16 @@ typedef struct vkp_i_subscriber_count {
     vkp_i_map_node node; /* in relay->subscribers; its key is the name */
     size_t count;        /* above 0 */
 } vkp_i_subscriber_count;
+
+/* The commands of all clients. */
+typedef struct vkp_i_room {
+    size_t most;          /* constant */
+    uint64_t patience_ms; /* constant; VKP_OFF: without end */
+    size_t used;          /* atomic */
+    vkp_i_local *turn;    /* goes on without room; or NULL; guarded by the relay's mutex */
+    vkp_i_local *first;   /* waits for the turn longest; guarded */
+    vkp_i_local **end;    /* the NULL link where the next one is appended; guarded */
+} vkp_i_room;
 
 /* The server's answer to HELLO but for `proto` and `id`, which each client has of its own: what
    stands before these two, and behind. */
@@ -180,6 +202,7 @@ struct vkp_relay {
     uint64_t next_id;                     /* atomic: the last number given to a local client */
     /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
     VKP_I_MUTEX mutex;
+    vkp_i_room room;
     vkp_i_greeting greetings[2]; /* for clients of RESP2, and of RESP3; guarded */
     vkp_client_target *login; /* for the server, without an address; NULL: as configured; guarded */
     /* stand-alone: counts by kind and name; guarded by the mutex */
@@ -338,15 +361,20 @@ static void vkp_i_local_leave(vkp_i_local *local)
     vkp_conn_drain(local->member.conn);
 }
 
+static void vkp_i_local_charge(vkp_i_local *local);
+static void vkp_i_local_end_turn(vkp_i_local *local);
+
 /* Clear the reasons to pause that no longer hold. When none is left, read again, or drain a
    client that leaves.                                                                         */
 static void vkp_i_local_maybe_resume(vkp_i_local *local)
 {
+    vkp_i_local_charge(local);
     if ((local->flags & VKP_I_LOCAL_CLOSED) != 0) {
         return;
     }
-    if (local->answer_count == 0) {
+    if (local->answer_count == 0 && (local->flags & VKP_I_LOCAL_ORDER) != 0) {
         local->flags &= ~VKP_I_LOCAL_ORDER;
+        vkp_i_local_end_turn(local);
     }
     if ((local->flags & VKP_I_LOCAL_FULL) != 0 &&
         vkp_i_conn_get_queued_bytes(local->member.conn) > VKP_I_MOST_UNREAD / 2) {
@@ -354,7 +382,7 @@ static void vkp_i_local_maybe_resume(vkp_i_local *local)
         vkp_i_conn_flush(local->member.conn);
     }
     if (local->answer_count < VKP_I_MOST_ANSWERS / 2 &&
-        local->asked_bytes <= VKP_I_MOST_ASKED / 2 &&
+        local->asked_bytes <= VKP_I_MOST_ASKED / 2 && local->unsent_bytes <= VKP_I_MOST_ASKED / 2 &&
         vkp_i_conn_get_queued_bytes(local->member.conn) <= VKP_I_MOST_UNREAD / 2) {
         local->flags &= ~VKP_I_LOCAL_FULL;
     }
@@ -376,6 +404,260 @@ static void vkp_i_local_pause(vkp_i_local *local, uint32_t why)
     local->flags |= why;
     vkp_conn_pause(local->member.conn);
 }
+
+/* ---- the room ----
+   Bytes of commands that are not whole, wait for EXEC, or are not answered (on a connection of the
+   client's own: not written) take room, and all clients of a relay share gather_bytes of it. The
+   first VKP_I_ROOM_FREE bytes of a client are free, so most clients never come here.
+   A client whose bytes find no room is not read any more, unless it has the turn: one client at a
+   time has it and goes on, whatever room is taken. The others wait for it in the order of their
+   coming, on whichever loops they are. States of a local client, by its flags:
+     -      has room, or needs none. Its bytes grow, and there is no room: the turn is free: TURN.
+            Else: ROOM.
+     ROOM   paused, in the relay's list. The turn comes: TURN. Its bytes are answered: -.
+     TURN   reads. It has said a command, and if that was large, has the answer; or it has no bytes
+            any more: -, and the first in the list gets the turn. Nothing came of the rest of a
+            command for gather_ms, while others wait: closed. A server does not take the bytes of a
+            connection of its own for so long: -.
+   So the relay keeps gather_bytes, what one client with the turn adds, and one read of each other.
+   `used` is any thread's, the list and `turn` are guarded by the relay's mutex, the flags belong to
+   the client's loop.                                                                          */
+
+#define VKP_I_ROOM_FREE 16384u
+
+/* Bytes of whole commands that the relay keeps until the answers are there, or on a connection of
+   the client's own until the kernel takes them. */
+static size_t vkp_i_local_get_pending(const vkp_i_local *local)
+{
+    return local->session != NULL ? local->unsent_bytes : local->asked_bytes;
+}
+
+/* The bytes of a client that take room. */
+static size_t vkp_i_local_get_room(const vkp_i_local *local)
+{
+    size_t bytes = local->unread_bytes + vkp_i_local_get_pending(local) +
+                   (local->multi != NULL ? local->multi->block.i_len : 0);
+    return bytes > VKP_I_ROOM_FREE ? bytes : 0;
+}
+
+static void vkp_i_turn_on_timer(vkp_timer *timer);
+
+/* On its loop: the client has the turn. */
+static void vkp_i_local_take_turn(vkp_i_local *local)
+{
+    vkp_i_shard *shard = local->shard;
+    uint64_t patience_ms = shard->relay->room.patience_ms;
+    local->flags |= VKP_I_LOCAL_TURN;
+    shard->turn = local;
+    shard->turn_moves = false;
+    if (patience_ms != VKP_OFF) { /* without memory it has all the time */
+        (void)!vkp_timer_start(&shard->turn_timer, shard->loop, vkp_i_turn_on_timer,
+                               vkp_i_after_ms(0, patience_ms),
+                               vkp_i_after_ms(vkp_i_loop_now(shard->loop), patience_ms));
+    }
+}
+
+/* Task of a shard: if the turn came to one of its clients, read it. */
+static void vkp_i_room_on_turn(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, turn_task);
+    vkp_relay *relay = shard->relay;
+    vkp_i_local *local;
+    (void)VKP_I_XCHG(&shard->turn_queued, 0u);
+    VKP_I_LOCK(&relay->mutex);
+    local = relay->room.turn;
+    VKP_I_UNLOCK(&relay->mutex);
+    /* A client of this loop leaves on this loop, so it is still there. */
+    if (local != NULL && local->shard == shard && (local->flags & VKP_I_LOCAL_ROOM) != 0) {
+        local->flags &= ~VKP_I_LOCAL_ROOM;
+        vkp_i_local_take_turn(local);
+        vkp_i_local_maybe_resume(local);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* A client of the shard has the turn, perhaps: say so on its loop. Any thread. */
+static void vkp_i_shard_queue_turn(vkp_i_shard *shard)
+{
+    vkp_relay *relay = shard->relay;
+    if (VKP_I_XCHG(&shard->turn_queued, 1u) != 0) {
+        return;
+    }
+    (void)VKP_I_ADD(&relay->refs, 1);
+    if (!vkp_i_loop_queue(shard->loop, &shard->turn_task)) {
+        vkp_i_relay_release(relay); /* that loop is closed: nobody is read there */
+    }
+}
+
+/* There is no room for the client's bytes. */
+static void vkp_i_local_want_turn(vkp_i_local *local)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_i_room *room = &relay->room;
+    bool waits;
+    VKP_I_LOCK(&relay->mutex);
+    waits = room->turn != NULL;
+    if (waits) {
+        local->room_next = NULL;
+        *room->end = local;
+        room->end = &local->room_next;
+    } else {
+        room->turn = local;
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    if (waits) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ROOM);
+    } else {
+        vkp_i_local_take_turn(local);
+    }
+}
+
+/* Take the client out of the list. The mutex is held. */
+static void vkp_i_room_remove(vkp_i_room *room, const vkp_i_local *local)
+{
+    vkp_i_local **at = &room->first;
+    while (*at != local) {
+        at = &(*at)->room_next;
+    }
+    *at = local->room_next;
+    if (*at == NULL) {
+        room->end = at;
+    }
+}
+
+/* The client waits no longer, or has the turn no longer, which passes to the next one. */
+static void vkp_i_local_leave_room(vkp_i_local *local)
+{
+    vkp_relay *relay = local->shard->relay;
+    vkp_i_room *room = &relay->room;
+    vkp_i_shard *next = NULL;
+    if ((local->flags & (VKP_I_LOCAL_ROOM | VKP_I_LOCAL_TURN)) == 0) {
+        return;
+    }
+    VKP_I_LOCK(&relay->mutex);
+    if (room->turn != local) {
+        vkp_i_room_remove(room, local);
+    } else {
+        room->turn = room->first;
+        if (room->turn != NULL) {
+            vkp_i_room_remove(room, room->turn);
+            next = room->turn->shard;
+        }
+    }
+    VKP_I_UNLOCK(&relay->mutex);
+    local->flags &= ~(VKP_I_LOCAL_ROOM | VKP_I_LOCAL_TURN);
+    if (local->shard->turn == local) {
+        local->shard->turn = NULL;
+        vkp_timer_stop(&local->shard->turn_timer);
+    }
+    if (next != NULL) {
+        vkp_i_shard_queue_turn(next);
+    }
+}
+
+/* The client's commands have changed: count their bytes. */
+static void vkp_i_local_charge(vkp_i_local *local)
+{
+    vkp_i_room *room = &local->shard->relay->room;
+    size_t old = local->room_bytes;
+    size_t bytes = vkp_i_local_get_room(local);
+    size_t used;
+    if (bytes == old) {
+        return;
+    }
+    local->room_bytes = bytes;
+    used = VKP_I_ADD(&room->used, bytes - old) + bytes - old;
+    if (bytes == 0) {
+        vkp_i_local_leave_room(local);
+    } else if (bytes > old && used > room->most &&
+               (local->flags & (VKP_I_LOCAL_ROOM | VKP_I_LOCAL_TURN | VKP_I_LOCAL_CLOSED)) == 0) {
+        vkp_i_local_want_turn(local);
+    }
+}
+
+/* A command of the client with the turn is answered: others come first now, unless a block of MULTI
+   is not whole. */
+static void vkp_i_local_end_turn(vkp_i_local *local)
+{
+    const vkp_i_room *room = &local->shard->relay->room;
+    if ((local->flags & VKP_I_LOCAL_TURN) != 0 && local->multi == NULL) {
+        vkp_i_local_leave_room(local);
+        if (local->room_bytes > 0 && VKP_I_LOAD(&room->used) > room->most) {
+            vkp_i_local_want_turn(local);
+        }
+    }
+}
+
+/* The client was read: commands were executed, the rest is not whole. */
+static void vkp_i_local_was_read(vkp_i_local *local, size_t executed, size_t rest)
+{
+    bool closed = (local->flags & VKP_I_LOCAL_CLOSED) != 0;
+    local->unread_bytes = closed ? 0 : (uint32_t)rest; /* max_request_bytes is below 2 GiB */
+    vkp_i_local_charge(local);
+    if ((local->flags & VKP_I_LOCAL_TURN) != 0) {
+        local->shard->turn_moves = true;
+        if (executed > 0 && vkp_i_local_get_pending(local) > VKP_I_ROOM_FREE) {
+            vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+        } else if (executed > 0) {
+            vkp_i_local_end_turn(local);
+        }
+    }
+}
+
+/* The connection of the client's own has written all. */
+static void vkp_i_local_was_written(vkp_i_local *local)
+{
+    vkp_i_local_charge(local);
+    if ((local->flags & VKP_I_LOCAL_ORDER) != 0) {
+        vkp_i_local_end_turn(local);
+    }
+    vkp_i_local_maybe_resume(local);
+}
+
+/* Whether somebody waits for the turn. */
+static bool vkp_i_relay_has_waiting(vkp_relay *relay)
+{
+    bool waiting;
+    VKP_I_LOCK(&relay->mutex);
+    waiting = relay->room.first != NULL;
+    VKP_I_UNLOCK(&relay->mutex);
+    return waiting;
+}
+
+static void vkp_i_turn_on_timer(vkp_timer *timer)
+{
+    vkp_i_shard *shard = VKP_CONTAINER(timer, vkp_i_shard, turn_timer);
+    vkp_i_local *local = shard->turn;
+    bool waits =
+        local->answer_count > 0 || (local->flags & (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_OPENING)) != 0;
+    bool moves = shard->turn_moves;
+    shard->turn_moves = false;
+    if (moves || !vkp_i_relay_has_waiting(shard->relay)) {
+        return;
+    }
+    if (waits && local->session != NULL) {
+        vkp_i_local_charge(local);
+        vkp_i_local_end_turn(local);
+    } else if (!waits) {
+        vkp_i_log(shard->relay->env, VKP_LOG_WARN,
+                  "client %llu: no more of its command for %llu ms, while others wait for room",
+                  (unsigned long long)local->id,
+                  (unsigned long long)shard->relay->room.patience_ms);
+        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0);
+    }
+}
+
+#define VKP_I_RELAY_GATHER_BYTES ((size_t)64 << 20)
+#define VKP_I_RELAY_GATHER_MS 5000u
+
+static void vkp_i_room_init(vkp_i_room *room, const vkp_relay_config *config)
+{
+    room->most = config->gather_bytes > 0 ? config->gather_bytes : VKP_I_RELAY_GATHER_BYTES;
+    room->patience_ms = config->gather_ms > 0 ? config->gather_ms : VKP_I_RELAY_GATHER_MS;
+    room->end = &room->first;
+}
+
+/* ---- what is pending ---- */
 
 /* Above VKP_I_MOST_UNREAD: write as much as the kernel accepts, and pause if the outbox is still
    above it. on_drain resumes.                                                                 */

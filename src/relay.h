@@ -62,6 +62,12 @@ typedef struct vkp_relay_config {
     vkp_str shutdown_notice;
     /* Most bytes of one command, or of one MULTI block. Default: 64 MiB; must be below 2 GiB. */
     size_t max_request_bytes;
+    /* Bytes of commands of all clients that are not whole, wait for EXEC or are not answered. Above
+       it clients that have many of them are not read; one at a time goes on. Default: 64 MiB. */
+    size_t gather_bytes;
+    /* How many milliseconds that one may send nothing, in the midst of a command and while others
+       wait; then it is closed. Default: 5,000. VKP_OFF: without end. */
+    uint64_t gather_ms;
     /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
        Default: 256 MiB. */
     size_t max_reply_bytes;
@@ -124,7 +130,8 @@ typedef struct vkp_relay_stats {
     uint64_t messages_in;                /* messages from the server, or from clients by PUBLISH */
     uint64_t deliveries;                 /* deliveries of messages to clients that were tried */
     uint64_t dropped_frames;             /* messages to clients that on_full dropped */
-    uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT or max_reply_bytes */
+    uint64_t slow_closed;     /* clients closed by VKP_ON_FULL_DISCONNECT, max_reply_bytes, or
+                                 because they kept others waiting, see gather_bytes */
     uint64_t lagged;          /* messages lost to one loop that was 64 MiB behind */
     uint64_t protocol_errors; /* clients closed because they broke the protocol */
     uint64_t outages;         /* push and shared connections to the server that were lost */
@@ -133,6 +140,7 @@ typedef struct vkp_relay_stats {
     size_t privates; /* connections to the server that carry one client, or wait for one */
     uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
+    size_t gathered_bytes; /* what counts against gather_bytes now: clients with more than 16 KiB */
 } vkp_relay_stats;
 
 /* Write the relay's counters to *stats. Any thread. */

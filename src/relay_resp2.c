@@ -255,7 +255,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
                                 uint32_t replies)
 {
     vkp_relay *relay = local->shard->relay;
-    char text[VKP_I_UPSTREAM_TEXT];
+    char text[] = "ERR the relay is out of memory";
     vkp_status status;
     answer->asked_bytes = commands->len;
     local->asked_bytes += commands->len;
@@ -268,10 +268,6 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     if (status != VKP_OK) {
         answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
         if (!answer->lost) {
-            (void)snprintf(text, sizeof text, "%s",
-                           status == VKP_ERR_FULL
-                               ? "ERR too many commands wait for the upstream server"
-                               : "ERR the relay is out of memory");
             answer->bytes = vkp_i_error_bytes(relay->env, text);
         }
         vkp_i_answer_return(&answer->task);

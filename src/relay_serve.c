@@ -264,6 +264,7 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
         }
         used += step;
     }
+    vkp_i_local_was_read(local, used, in->len - used);
     vkp_i_local_look_ahead(local);
     vkp_i_local_release(local);
     return used;
@@ -316,6 +317,8 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     vkp_i_local_leave_all(local);
     vkp_i_multi_free(local);
     vkp_i_local_end_session(local);
+    vkp_i_local_leave_room(local);
+    vkp_i_local_was_read(local, 0, 0);
     if (local->prev != NULL) {
         local->prev->next = local->next;
     } else {
@@ -932,6 +935,7 @@ static vkp_status vkp_i_shard_open(vkp_i_shard *shard, vkp_relay *relay,
     vkp_resp_config resp;
     vkp_status status;
     shard->relay = relay;
+    shard->turn_task.fn = vkp_i_room_on_turn;
     shard->loop = vkp_loop_ref(config->loops[index]);
     memset(&conn, 0, sizeof conn);
     conn.ops = &vkp_i_local_ops;
@@ -987,6 +991,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
     client.name = vkp_str_of("valkey-push-relay");
     client.resolver = config->resolver;
     client.hold_ms = relay->hold_ms;
+    client.queue_bytes = SIZE_MAX; /* the room has the limit */
     client.user = relay;
     client.env = relay->env;
     client.on_push = vkp_i_relay_on_push;
@@ -1102,6 +1107,7 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     relay->idle_task.fn = vkp_i_relay_idle_begins;
     relay->max_request_bytes =
         config->max_request_bytes > 0 ? config->max_request_bytes : VKP_I_RELAY_REQUEST_BYTES;
+    vkp_i_room_init(&relay->room, config);
     relay->max_reply_bytes =
         config->max_reply_bytes > 0 ? config->max_reply_bytes : VKP_I_RELAY_REPLY_BYTES;
     relay->close_on_gap = config->close_on_gap;
@@ -1173,6 +1179,7 @@ VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
     stats->privates = VKP_I_LOAD(&relay->private_count);
     stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
     stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
+    stats->gathered_bytes = VKP_I_LOAD(&relay->room.used);
     stats->dropped_frames = 0;
     for (i = 0; i < relay->shard_count; i++) {
         stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);

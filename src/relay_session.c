@@ -26,9 +26,6 @@
 #define VKP_I_SESSION_RETRY_MS 20u  /* between two tries to connect */
 #define VKP_I_SESSION_POOL 8u       /* most sessions that one loop keeps without a client */
 
-/* bytes that a server may leave unread before the client is closed; no command is larger */
-#define VKP_I_SESSION_MOST_UNSENT VKP_I_BLOCK_MAX
-
 /* Bits of vkp_i_session.state: what the server's connection has that outlives a command. */
 #define VKP_I_STATE_MULTI 1u
 #define VKP_I_STATE_WATCH 2u
@@ -159,6 +156,7 @@ static void vkp_i_session_detach(vkp_i_session *session)
         vkp_i_session_forget_calls(session);
         session->local->flags &= ~VKP_I_LOCAL_OPENING;
         session->local->session = NULL;
+        session->local->unsent_bytes = 0;
         session->local = NULL;
     }
 }
@@ -284,6 +282,7 @@ static bool vkp_i_session_put_call(vkp_i_session *session, vkp_i_call call)
 static void vkp_i_session_send(vkp_i_session *session, vkp_i_call call, const vkp_bytes *bytes)
 {
     vkp_i_local *local = session->local;
+    size_t unsent;
     call.bytes = (uint32_t)bytes->len; /* max_request_bytes is below 2 GiB */
     if (session->stage != VKP_I_SESSION_TUNNEL) {
         if (!vkp_i_session_put_call(session, call)) {
@@ -299,8 +298,15 @@ static void vkp_i_session_send(vkp_i_session *session, vkp_i_call call, const vk
     }
     if (vkp_conn_send(session->link.conn, bytes) == VKP_ERR_NOMEM) {
         vkp_i_local_fail(local);
-    } else if (vkp_i_conn_get_queued_bytes(session->link.conn) > VKP_I_SESSION_MOST_UNSENT) {
-        vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_SLOW, 0); /* only in a TUNNEL */
+    }
+    unsent = vkp_i_conn_get_queued_bytes(session->link.conn);
+    if (unsent > VKP_I_ROOM_FREE) { /* only what the kernel refuses comes to on_written */
+        vkp_i_conn_flush(session->link.conn);
+        unsent = vkp_i_conn_get_queued_bytes(session->link.conn);
+    }
+    local->unsent_bytes = (uint32_t)VKP_I_MIN(unsent, (size_t)UINT32_MAX);
+    if (unsent > VKP_I_MOST_ASKED) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
     }
 }
 
@@ -825,11 +831,21 @@ static void vkp_i_session_on_busy(vkp_i_link *link)
     (void)link;
 }
 
+static void vkp_i_session_on_written(vkp_i_link *link)
+{
+    const vkp_i_session *session = VKP_CONTAINER(link, vkp_i_session, link);
+    if (session->local != NULL) {
+        session->local->unsent_bytes = 0;
+        vkp_i_local_was_written(session->local);
+    }
+}
+
 static const vkp_i_link_ops vkp_i_session_ops = {vkp_i_session_on_ready,
                                                  vkp_i_session_on_push,
                                                  vkp_i_session_on_down,
                                                  vkp_i_session_on_busy,
                                                  NULL,
+                                                 vkp_i_session_on_written,
                                                  vkp_i_session_hold,
                                                  vkp_i_session_release,
                                                  vkp_i_session_on_bytes};

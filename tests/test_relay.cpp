@@ -2004,67 +2004,6 @@ TEST_CASE("a drain ends at its deadline, whoever does not read")
 // ---------------------------------------------------------------------------------------------
 // Who comes, who stays, where
 
-// One relay on a loop whose time the test moves.
-class StillRelay {
-  public:
-    explicit StillRelay(vkp_relay_config config, const vkp_sys *sys = nullptr)
-        : loop(&vkp_backend_null, sys)
-    {
-        view_ = loop;
-        config.loops = &view_;
-        config.loop_count = 1;
-        config.env = &loop.test.env;
-        address = vkp_test_fresh_address("still");
-        if (vkp_relay_open(&config, &relay_) != VKP_OK ||
-            vkp_relay_listen(relay_, vkp_str_of(address.c_str()), nullptr) != VKP_OK) {
-            vkp_test_fail("no relay at %s", address.c_str());
-        }
-    }
-    ~StillRelay()
-    {
-        vkp_relay_unref(relay_);
-    }
-    StillRelay(const StillRelay &) = delete;
-    StillRelay &operator=(const StillRelay &) = delete;
-    operator vkp_relay *() const
-    {
-        return relay_;
-    }
-    vkp_relay_stats stats() const
-    {
-        vkp_relay_stats stats;
-        vkp_relay_get_stats(relay_, &stats);
-        return stats;
-    }
-    // What a new client is told when it asks, or without that.
-    std::string knock(Peer *peer)
-    {
-        *peer = open(address);
-        (void)vkp_test_peer_send_text(peer->get(), "PING\r\n"); // it may be closed
-        return vkp_test_frame_on(loop, peer->get());
-    }
-    void leave(Peer *peer)
-    {
-        const size_t before = stats().clients;
-        peer->reset();
-        vkp_test_run_until(loop, "a client to go", [&] { return stats().clients < before; });
-    }
-    void pass(uint64_t ms)
-    {
-        const uint64_t until = loop.now() + ms * 1000000;
-        while (loop.now() < until) {
-            loop.round(until);
-        }
-    }
-
-    vkp_test_loop loop;
-    std::string address;
-
-  private:
-    vkp_loop *view_ = nullptr;
-    vkp_relay *relay_ = nullptr;
-};
-
 TEST_CASE("nobody there for the time to linger, once somebody was: on_idle")
 {
     struct Idle {

@@ -12,10 +12,10 @@ source=examples/relay.c manual=packaging/valkey-push-relay.1 document=docs/relay
 # Each of these writes lines "OPTION|ARGUMENT|TEXT"; a default stands in the text behind
 # "default: ", up to a full stop, a comma, a semicolon or a parenthesis.
 
-# The string literals of the usage text. An option begins in column 3, its text goes on below.
+# The string literals of the usage texts. An option begins in column 3, its text goes on below.
 from_help() {
     awk '
-        /^static const char usage\[\]/ { inside = 1; next }
+        /^static const char usage_[a-z_]*\[\]/ { inside = 1; next }
         !inside { next }
         {
             line = ""
@@ -32,7 +32,8 @@ from_help() {
         }
         line !~ /^  / && option != "" { print option "|" argument "|" text; option = "" }
         { sub(/^ +/, "", line); text = text " " line }
-        /;$/ { if (option != "") print option "|" argument "|" text; exit }' "$root/$source"
+        /;$/ { if (option != "") print option "|" argument "|" text; option = ""; inside = 0 }
+        ' "$root/$source"
 }
 
 # .TP, then .B or .BI with the option, then its text.
