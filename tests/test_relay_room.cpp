@@ -53,8 +53,8 @@ void check_bounds(const Relay &relay)
     vkp_test_wait_until("the room to be empty", [&] { return relay.stats().gathered_bytes == 0; });
 }
 
-// A stand-alone relay whose clock the test moves, and clients in the midst of a command. The room has
-// one of them, and the kernel's buffer, too: nobody waits to write, and no time passes.
+// A stand-alone relay whose clock the test moves, and clients in the midst of a command. The room
+// has one of them, and the kernel's buffer, too: nobody waits to write, and no time passes.
 class Halves {
   public:
     Halves() : relay(small_room(nullptr, 200000))
