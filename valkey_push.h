@@ -37,7 +37,7 @@
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-commands
-           >>impl-relay-serve
+           >>impl-relay-requests  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -28253,21 +28253,10 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
 
 #if VKP_I_IO
 /* ======================================================================================
-   >>impl-relay-serve   Relay: clients, and the relay itself
+   >>impl-relay-requests   Relay: what clients say
    ======================================================================================
-   Requests, local clients, accepting, pushes, idle time, drain, open and close of a relay.
-   Loop 0 accepts and distributes descriptors over the shards in turn; a descriptor for another
-   loop is a vkp_i_handover task, listed under the relay's mutex so that vkp_relay_unref finds
-   it. A local client belongs to its shard's loop from vkp_i_shard_adopt to vkp_i_local_on_close.
-   Pushes arrive on loop 0 (vkp_i_relay_on_push): delivered to its own hub, and sent to each
-   other shard's channel, whose push loop delivers there.
-   Idle: the shard that closes the relay's last client queues idle_task on loop 0, which starts
-   idle_timer. Drain: loop 0 queues drain_task on each shard; the last shard without clients
-   queues end_task on loop 0, which calls on_end; at the deadline kill_task closes the clients
-   that are left.
-   vkp_relay_unref runs while no loop runs: it may touch every shard.                          */
-
-/* ---- requests ---- */
+   The bytes of local clients, read as commands: arrays of bulk strings, and lines of words. Loop's
+   thread.                                                                                     */
 
 #define VKP_I_PROTOCOL_TEXT 256 /* bytes of a protocol error's text, terminated */
 
@@ -28522,6 +28511,24 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
     vkp_i_local_release(local);
     return used;
 }
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-relay-serve   Relay: clients, and the relay itself
+   ======================================================================================
+   Local clients, accepting, pushes, idle time, drain, open and close of a relay.
+   Loop 0 accepts and distributes descriptors over the shards in turn; a descriptor for another
+   loop is a vkp_i_handover task, listed under the relay's mutex so that vkp_relay_unref finds
+   it. A local client belongs to its shard's loop from vkp_i_shard_adopt to vkp_i_local_on_close.
+   Pushes arrive on loop 0 (vkp_i_relay_on_push): delivered to its own hub, and sent to each
+   other shard's channel, whose push loop delivers there.
+   Idle: the shard that closes the relay's last client queues idle_task on loop 0, which starts
+   idle_timer. Drain: loop 0 queues drain_task on each shard; the last shard without clients
+   queues end_task on loop 0, which calls on_end; at the deadline kill_task closes the clients
+   that are left.
+   vkp_relay_unref runs while no loop runs: it may touch every shard.                          */
 
 /* ---- local clients ---- */
 
