@@ -36,8 +36,8 @@
            >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
-           >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-commands
-           >>impl-relay-requests  >>impl-relay-serve
+           >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-door
+           >>impl-relay-commands  >>impl-relay-requests  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -3176,11 +3176,31 @@ typedef struct vkp_relay_config {
    2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
 
+/* Where a relay accepts local clients. */
+typedef struct vkp_relay_door {
+    /* "unix:PATH", "unix:" (a unique path) or "tcp:HOST:PORT" (port 0: a free port). Required. */
+    vkp_str address;
+    /* Most clients at one time that came in here; they count for the relay's max_clients too.
+       Default: no other limit. */
+    size_t max_clients;
+    /* After so many milliseconds without a word a client is disconnected that is owed no answer,
+       has no subscription and no MONITOR; up to a second later. Default: 0, never. */
+    uint32_t idle_ms;
+    /* What a client has to say first, by AUTH or HELLO, as the user default: until then it is
+       answered as a server answers without a login. Copied. ptr NULL: nothing; not empty. */
+    vkp_str password;
+} vkp_relay_door;
+
 /* Accept local clients at one more address; may be called for several. *bound (NULL is allowed)
    gets the address with the port that the system chose.
-   Owns:   borrows address; *bound views the address until the relay's unref
+   Owns:   borrows door (copies its texts); *bound views the address until the relay's unref
    Blocks: on the file system, and on DNS for a host name     Threads: that of loops[0]
-   Errors: INVALID (a null argument or address), NOMEM, those of vkp_listener_open */
+   Errors: INVALID (a null argument or address, an empty password), NOMEM, those of
+   vkp_listener_open */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *door,
+                                                     const char **bound);
+
+/* vkp_relay_open_door of a door with an address and defaults. Threads: that of loops[0] */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 
@@ -24359,16 +24379,17 @@ typedef struct vkp_i_multi {
 } vkp_i_multi;
 
 /* Bits of vkp_i_local.flags. */
-#define VKP_I_LOCAL_BUSY 1u     /* paused: a SUBSCRIBE waits for the server */
-#define VKP_I_LOCAL_ORDER 2u    /* paused until no answer is pending */
-#define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
-#define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
-#define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u  /* nothing else is read: drains when no answer is pending */
-#define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
-#define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
-#define VKP_I_LOCAL_ROOM 256u   /* paused: waits for the turn */
-#define VKP_I_LOCAL_TURN 512u   /* has the turn */
+#define VKP_I_LOCAL_BUSY 1u      /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u     /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u      /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u   /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u   /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u   /* nothing else is read: drains when no answer is pending */
+#define VKP_I_LOCAL_OPENING 64u  /* paused: its session logs in */
+#define VKP_I_LOCAL_LOST 128u    /* a command has no reply: drains behind those before it */
+#define VKP_I_LOCAL_ROOM 256u    /* paused: waits for the turn */
+#define VKP_I_LOCAL_TURN 512u    /* has the turn */
+#define VKP_I_LOCAL_LOCKED 1024u /* has not said the password of its door */
 #define VKP_I_LOCAL_PAUSED                                                           \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING | \
      VKP_I_LOCAL_ROOM)
@@ -24376,20 +24397,31 @@ typedef struct vkp_i_multi {
 /* Servers number their clients from 1 on: a number from here on is one of the relay. */
 #define VKP_I_FIRST_ID ((uint64_t)1 << 40)
 
+/* An address that the relay listens at; constant until vkp_relay_unref. */
+typedef struct vkp_i_door {
+    vkp_relay *relay;
+    vkp_listener *listener;
+    vkp_str password; /* a copy; ptr NULL: none */
+    uint32_t idle_ms; /* 0: clients may say nothing without end */
+    struct vkp_i_door *next;
+} vkp_i_door;
+
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
 struct vkp_i_local {
-    vkp_hub_member member; /* the client as a member of the shard's hub; holds the connection */
-    vkp_i_shard *shard;    /* constant */
-    vkp_i_local *prev;     /* newer local client of the shard, or NULL */
-    vkp_i_local *next;     /* older local client of the shard, or NULL */
-    uint64_t id;           /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
-    uint64_t opened_ns;    /* when the connection began, on the loop's clock */
-    uint32_t refs;         /* loop's thread */
-    uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
-    vkp_i_answer *answers; /* pending answers, oldest first */
+    vkp_hub_member member;  /* the client as a member of the shard's hub; holds the connection */
+    vkp_i_shard *shard;     /* constant */
+    const vkp_i_door *door; /* constant */
+    vkp_i_local *prev;      /* newer local client of the shard, or NULL */
+    vkp_i_local *next;      /* older local client of the shard, or NULL */
+    uint64_t id;            /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
+    uint64_t opened_ns;     /* when the connection began, on the loop's clock */
+    uint32_t refs;          /* loop's thread */
+    uint32_t flags;         /* VKP_I_LOCAL_BUSY and the other bits */
+    vkp_i_answer *answers;  /* pending answers, oldest first */
     vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
     uint32_t answer_count;      /* number of `answers`, and of the session's calls */
+    uint32_t heard_ms;          /* when it said something, see relay_door.c */
     uint32_t unread_bytes;      /* input that is no whole command, or not executed yet */
     uint32_t unsent_bytes;      /* of `session`: commands that the kernel has not taken */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
@@ -24437,13 +24469,15 @@ struct vkp_i_shard {
     bool gone;                /* drained, and taken off relay->live_shards */
     vkp_mpsc_tx *pushes;      /* sender of other loops to this shard; NULL where none sends */
     vkp_push_loop *push_loop; /* receives `pushes`; or NULL */
-    vkp_i_local *turn;        /* the client with the turn, if it is of this shard */
-    bool turn_moves;          /* it said something since the timer looked */
-    vkp_timer turn_timer;     /* runs while `turn` is set */
-    uint32_t turn_queued;     /* atomic: 1 while turn_task is queued */
-    vkp_i_task turn_task;     /* runs vkp_i_room_on_turn; queued by any thread */
-    vkp_i_task drain_task;    /* runs vkp_i_shard_drain on this loop */
-    vkp_i_task kill_task;     /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
+    vkp_timer quiet_timer;    /* looks for clients that say nothing; runs while quiet_looks */
+    bool quiet_looks;
+    vkp_i_local *turn;     /* the client with the turn, if it is of this shard */
+    bool turn_moves;       /* it said something since the timer looked */
+    vkp_timer turn_timer;  /* runs while `turn` is set */
+    uint32_t turn_queued;  /* atomic: 1 while turn_task is queued */
+    vkp_i_task turn_task;  /* runs vkp_i_room_on_turn; queued by any thread */
+    vkp_i_task drain_task; /* runs vkp_i_shard_drain on this loop */
+    vkp_i_task kill_task;  /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
 };
 
 /* Subscribers of one name over all shards. The name is behind the struct. */
@@ -24491,9 +24525,7 @@ struct vkp_relay {
     vkp_client_config session_configs[2]; /* of sessions in RESP2 and RESP3; texts are of `push` */
     size_t private_max;                   /* most sessions */
     size_t private_count;                 /* atomic: sessions, those without a client included */
-    vkp_listener **listeners;             /* loop 0's thread */
-    size_t listener_count;                /* used places of `listeners` */
-    size_t listener_capacity;             /* allocated places of `listeners` */
+    vkp_i_door *doors;                    /* newest first; loop 0's thread */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
     /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
     VKP_I_MUTEX mutex;
@@ -24556,7 +24588,12 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
     vkp_i_free_str(env, relay->notice);
-    vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
+    while (relay->doors != NULL) {
+        vkp_i_door *door = relay->doors;
+        relay->doors = door->next;
+        vkp_i_free_str(env, door->password);
+        vkp_i_free(env, door, sizeof *door);
+    }
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
     vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
@@ -25112,6 +25149,19 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
     }
     verb.text[len] = '\0';
     return verb;
+}
+
+/* Whether argc is between least and most, the command's name included; otherwise an error is
+   answered.                                                                                   */
+static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
+                              const vkp_str *argv)
+{
+    if (argc < least || argc > most) {
+        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
+                          vkp_i_verb_of(argv[0]).text);
+        return false;
+    }
+    return true;
 }
 
 #endif /* VKP_I_IO */
@@ -26139,6 +26189,12 @@ static void vkp_i_session_detach(vkp_i_session *session)
         session->local->unsent_bytes = 0;
         session->local = NULL;
     }
+}
+
+/* Whether nobody counts the replies that the client gets. */
+static bool vkp_i_local_in_tunnel(const vkp_i_local *local)
+{
+    return local->session != NULL && local->session->stage == VKP_I_SESSION_TUNNEL;
 }
 
 /* All bytes pass from here on. */
@@ -27170,6 +27226,167 @@ static void vkp_i_local_send_errand(vkp_i_local *local, size_t argc, const vkp_s
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-relay-door   Relay: where clients come in
+   ======================================================================================
+   A door is an address that a relay listens at, with what its clients have to say first, and how
+   long they may say nothing. A client behind a door with a password is LOCKED until AUTH or HELLO
+   has said it: what else it says is answered with NOAUTH, as a server does. The password opens the
+   relay; other credentials of a client that is not locked are the server's to judge.
+   Every shard looks at its clients now and then, while a door of the relay has idle_ms.       */
+
+#define VKP_I_LOCKED_BYTES 16384u /* most bytes of a command of a LOCKED client */
+
+/* Whether both are the same, in a time that says nothing about where they differ. */
+static bool vkp_i_is_same_secret(vkp_str secret, vkp_str said)
+{
+    unsigned char differ = secret.len != said.len;
+    size_t i;
+    for (i = 0; i < said.len; i++) {
+        unsigned char with = secret.len > 0 ? (unsigned char)secret.ptr[i % secret.len] : 0;
+        differ = (unsigned char)(differ | ((unsigned char)said.ptr[i] ^ with));
+    }
+    return differ == 0;
+}
+
+/* Whether these credentials open the client's door. username.ptr NULL: the default user. */
+static bool vkp_i_local_has_key(const vkp_i_local *local, vkp_str username, vkp_str password)
+{
+    vkp_str key = local->door->password;
+    return key.ptr != NULL && (username.ptr == NULL || vkp_i_str_is(username, "default")) &&
+           vkp_i_is_same_secret(key, password);
+}
+
+/* The credentials in HELLO's options; false: there are none. */
+static bool vkp_i_hello_get_login(size_t argc, const vkp_str *argv, vkp_str *username,
+                                  vkp_str *password)
+{
+    size_t i = 2;
+    while (i + 1 < argc && vkp_i_str_is(argv[i], "SETNAME")) {
+        i += 2;
+    }
+    if (i + 2 >= argc || !vkp_i_str_is(argv[i], "AUTH")) {
+        return false;
+    }
+    *username = argv[i + 1];
+    *password = argv[i + 2];
+    return true;
+}
+
+/* AUTH with what opens the door, or of a LOCKED client: answer it. False: it is the server's. */
+static bool vkp_i_local_auth_at_door(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    bool locked = (local->flags & VKP_I_LOCAL_LOCKED) != 0;
+    bool form = argc == 2 || argc == 3;
+    bool opens = form && vkp_i_local_has_key(local, argc == 3 ? argv[1] : vkp_i_str(NULL, 0),
+                                             argv[argc - 1]);
+    if (!locked && (!opens || local->session != NULL || local->multi != NULL)) {
+        return false;
+    }
+    if (opens) {
+        local->flags &= ~VKP_I_LOCAL_LOCKED;
+        vkp_i_local_answer_static(local, "+OK\r\n");
+    } else if (vkp_i_local_arity(local, argc, 2, 3, argv)) {
+        vkp_i_local_error(local, "WRONGPASS invalid username-password pair or user is disabled.");
+    }
+    return true;
+}
+
+/* A command of a client behind a door with a password. True: it was answered here. */
+static bool vkp_i_local_at_door(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    vkp_str username;
+    vkp_str password;
+    if (vkp_i_str_is(argv[0], "AUTH")) {
+        return vkp_i_local_auth_at_door(local, argc, argv);
+    }
+    if ((local->flags & VKP_I_LOCAL_LOCKED) == 0 || vkp_i_str_is(argv[0], "QUIT") ||
+        vkp_i_str_is(argv[0], "RESET")) {
+        return false;
+    }
+    if (!vkp_i_str_is(argv[0], "HELLO")) {
+        vkp_i_local_error(local, "NOAUTH Authentication required.");
+    } else if (!vkp_i_hello_get_login(argc, argv, &username, &password)) {
+        vkp_i_local_error(local, "NOAUTH HELLO must be called with the client already "
+                                 "authenticated, otherwise the HELLO <proto> AUTH <user> <pass> "
+                                 "option can be used to authenticate the client and select the "
+                                 "RESP protocol version at the same time");
+    } else if (!vkp_i_local_has_key(local, username, password)) {
+        vkp_i_local_error(local, "WRONGPASS invalid username-password pair or user is disabled.");
+    } else {
+        return false; /* HELLO opens the door if the rest of it is right */
+    }
+    return true;
+}
+
+/* The client comes in, or says RESET. */
+static void vkp_i_local_lock(vkp_i_local *local)
+{
+    if (local->door->password.ptr != NULL) {
+        local->flags |= VKP_I_LOCAL_LOCKED;
+    }
+}
+
+/* ---- clients that say nothing ---- */
+
+/* Milliseconds of a loop's clock, cut to 32 bits: differences count. */
+static uint32_t vkp_i_loop_now_ms(vkp_loop *loop)
+{
+    return (uint32_t)(vkp_i_loop_now(loop) / VKP_I_NS_PER_MS);
+}
+
+/* Whether the client has nothing to wait for. */
+static bool vkp_i_local_is_idle(const vkp_i_local *local)
+{
+    const uint32_t *counts = local->member.counts;
+    return local->answer_count == 0 && counts[0] + counts[1] + counts[2] == 0 &&
+           (local->flags & VKP_I_LOCAL_PAUSED) == 0 && !vkp_i_local_in_tunnel(local);
+}
+
+/* Close the clients of the shard that have said nothing for too long. */
+static void vkp_i_shard_on_quiet(vkp_timer *timer)
+{
+    vkp_i_shard *shard = VKP_CONTAINER(timer, vkp_i_shard, quiet_timer);
+    uint32_t now_ms = vkp_i_loop_now_ms(shard->loop);
+    vkp_i_local *local;
+    for (local = shard->locals; local != NULL; local = local->next) {
+        if (!vkp_i_local_is_idle(local)) {
+            local->heard_ms = now_ms; /* its time begins when it waits for nothing */
+        } else if (local->door->idle_ms > 0 && now_ms - local->heard_ms >= local->door->idle_ms) {
+            vkp_i_log(shard->relay->env, VKP_LOG_INFO, "client %llu: said nothing for %u ms",
+                      (unsigned long long)local->id, (unsigned)(now_ms - local->heard_ms));
+            vkp_i_conn_close_later(local->member.conn, VKP_CLOSE_LOCAL, 0);
+        }
+    }
+}
+
+#define VKP_I_QUIET_LOOK_MS 1000u
+
+/* A client came in at a door. Without memory for the timer it may idle. */
+static void vkp_i_local_enter(vkp_i_local *local, const vkp_i_door *door)
+{
+    vkp_i_shard *shard = local->shard;
+    local->door = door;
+    local->heard_ms = vkp_i_loop_now_ms(shard->loop);
+    vkp_i_local_lock(local);
+    if (door->idle_ms > 0 && !shard->quiet_looks) {
+        shard->quiet_looks = vkp_timer_start(&shard->quiet_timer, shard->loop, vkp_i_shard_on_quiet,
+                                             VKP_I_QUIET_LOOK_MS * VKP_I_NS_PER_MS,
+                                             vkp_i_after_ms(vkp_i_loop_now(shard->loop),
+                                                            VKP_I_QUIET_LOOK_MS)) == VKP_OK;
+    }
+}
+
+/* The shard's last client has gone. */
+static void vkp_i_shard_stop_looking(vkp_i_shard *shard)
+{
+    vkp_timer_stop(&shard->quiet_timer);
+    shard->quiet_looks = false;
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-relay-commands   Relay: commands
    ======================================================================================
    Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
@@ -27199,19 +27416,6 @@ typedef struct vkp_i_command {
     vkp_i_command_fn run; /* answers the command; NULL: forwarded or refused */
     uint32_t flags;       /* VKP_I_CMD_* and VKP_I_SHAPE_* bits */
 } vkp_i_command;
-
-/* Whether argc is between least and most, the command's name included; otherwise an error is
-   answered.                                                                                   */
-static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
-                              const vkp_str *argv)
-{
-    if (argc < least || argc > most) {
-        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
-                          vkp_i_verb_of(argv[0]).text);
-        return false;
-    }
-    return true;
-}
 
 static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
@@ -27250,16 +27454,6 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
 static const char vkp_i_no_auth[] =
     "ERR this relay stands alone and takes no passwords: its socket's permissions decide who may "
     "connect";
-
-/* Whether HELLO has the option AUTH, its options read as a server reads them. */
-static bool vkp_i_hello_logs_in(size_t argc, const vkp_str *argv)
-{
-    size_t i = 2;
-    while (i + 1 < argc && vkp_i_str_is(argv[i], "SETNAME")) {
-        i += 2;
-    }
-    return i + 2 < argc && vkp_i_str_is(argv[i], "AUTH");
-}
 
 /* Read HELLO's version into *protocol, which is unchanged without one. False: an error was
    answered.                                                                                   */
@@ -27307,6 +27501,10 @@ static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv
                               VKP_I_SHORT(argv[i]));
             return;
         }
+    }
+    if (login != NULL && vkp_i_local_has_key(local, login[0], login[1])) {
+        local->flags &= ~VKP_I_LOCAL_LOCKED;
+        login = NULL;
     }
     if (login != NULL && local->session == NULL) {
         vkp_i_local_error(local, "%s", vkp_i_no_auth);
@@ -27368,6 +27566,7 @@ static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv
     vkp_i_local_end_session(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
+    vkp_i_local_lock(local);
     vkp_i_local_answer_static(local, "+RESET\r\n");
 }
 
@@ -27920,12 +28119,6 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
                       command->run != vkp_i_run_discard);
 }
 
-/* Whether nobody counts the replies that the client gets. */
-static bool vkp_i_local_in_tunnel(const vkp_i_local *local)
-{
-    return local->session != NULL && local->session->stage == VKP_I_SESSION_TUNNEL;
-}
-
 static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
                                      size_t argc, const vkp_str *argv)
 {
@@ -28068,6 +28261,7 @@ static const vkp_i_plain *vkp_i_shard_get_plain(vkp_i_shard *shard, vkp_str name
 static bool vkp_i_local_is_plain(const vkp_i_local *local)
 {
     return local->session == NULL && local->multi == NULL &&
+           (local->flags & VKP_I_LOCAL_LOCKED) == 0 &&
            vkp_i_relay_has_server(local->shard->relay) && !vkp_i_local_only_subscribes(local);
 }
 
@@ -28175,7 +28369,10 @@ static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vk
 static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *command, size_t argc,
                                      const vkp_str *argv)
 {
-    if (command->run == vkp_i_run_hello && vkp_i_hello_logs_in(argc, argv) &&
+    vkp_str login[2];
+    if (command->run == vkp_i_run_hello &&
+        vkp_i_hello_get_login(argc, argv, &login[0], &login[1]) &&
+        !vkp_i_local_has_key(local, login[0], login[1]) &&
         vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
         if (need != VKP_I_NEED_MET) {
@@ -28214,6 +28411,9 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
     vkp_i_route route;
     if (plain != NULL) {
         vkp_i_local_forward_bytes(local, request, plain->shape);
+        return true;
+    }
+    if (local->door->password.ptr != NULL && vkp_i_local_at_door(local, argc, argv)) {
         return true;
     }
     command = vkp_i_command_find(argv[0]);
@@ -28506,7 +28706,12 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
         }
         used += step;
     }
+    local->heard_ms = vkp_i_loop_now_ms(local->shard->loop);
     vkp_i_local_was_read(local, used, in->len - used);
+    if ((local->flags & VKP_I_LOCAL_LOCKED) != 0 && local->unread_bytes > VKP_I_LOCKED_BYTES) {
+        vkp_i_local_protocol_error(local, "unauthenticated clients say less than %u bytes",
+                                   VKP_I_LOCKED_BYTES);
+    }
     vkp_i_local_look_ahead(local);
     vkp_i_local_release(local);
     return used;
@@ -28588,6 +28793,9 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
         local->next->prev = local->prev;
     }
     shard->local_count--;
+    if (shard->local_count == 0) {
+        vkp_i_shard_stop_looking(shard);
+    }
     local->member.conn = NULL;
     vkp_conn_unref(conn);
     vkp_i_shard_drained(shard);
@@ -28603,7 +28811,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_resp_get_frame_len};
 
 /* Serve an accepted descriptor on this shard's loop. Takes fd and seat, also on failure. */
-static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
+static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat, const vkp_i_door *door)
 {
     vkp_relay *relay = shard->relay;
     vkp_i_local *local = NULL;
@@ -28625,6 +28833,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     local->refs = 1;
     local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
     local->opened_ns = vkp_i_loop_now(shard->loop);
+    vkp_i_local_enter(local, door);
     local->answers_end = &local->answers;
     local->next = shard->locals;
     if (local->next != NULL) {
@@ -28645,6 +28854,7 @@ typedef struct vkp_i_handover {
     struct vkp_i_handover *prev; /* newer one of shard->handovers; guarded by the relay's mutex */
     struct vkp_i_handover *next; /* older one of shard->handovers; guarded by the relay's mutex */
     vkp_seat *seat;              /* the client's; taken together with fd */
+    const vkp_i_door *door;      /* where it came in */
     int fd;                      /* -1: vkp_relay_unref closed the descriptor */
 } vkp_i_handover;
 
@@ -28684,21 +28894,24 @@ static void vkp_i_handover_receive(vkp_i_task *task)
     vkp_relay *relay = handover->shard->relay;
     vkp_i_handover_unlink(handover);
     if (handover->fd >= 0) {
-        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat);
+        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat, handover->door);
     }
     vkp_i_free(relay->env, handover, sizeof *handover);
     vkp_i_relay_release(relay);
 }
 
 /* Queue an accepted descriptor on another shard's loop. Takes fd and seat, also on failure. */
-static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
+static void vkp_i_relay_hand_over(const vkp_i_door *door, vkp_i_shard *shard, int fd,
+                                  vkp_seat *seat)
 {
+    vkp_relay *relay = door->relay;
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
     if (handover != NULL) {
         handover->task.fn = vkp_i_handover_receive;
         handover->shard = shard;
         handover->fd = fd;
         handover->seat = seat;
+        handover->door = door;
         (void)VKP_I_ADD(&relay->refs, 1);
         vkp_i_handover_link(handover);
         if (vkp_i_loop_queue(shard->loop, &handover->task)) {
@@ -28716,12 +28929,13 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
 /* A listener admitted a client: the shards take clients in turn. Loop 0. */
 static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
 {
-    vkp_relay *relay = (vkp_relay *)user;
+    const vkp_i_door *door = (const vkp_i_door *)user;
+    vkp_relay *relay = door->relay;
     vkp_i_shard *shard = &relay->shards[relay->next_shard++ % relay->shard_count];
     if (shard == &relay->shards[0]) {
-        vkp_i_shard_adopt(shard, fd, seat);
+        vkp_i_shard_adopt(shard, fd, seat, door);
     } else {
-        vkp_i_relay_hand_over(relay, shard, fd, seat);
+        vkp_i_relay_hand_over(door, shard, fd, seat);
     }
 }
 
@@ -28732,7 +28946,7 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
         "-ERR this user is not allowed here\r\n", "-ERR max number of clients reached\r\n",
         "-ERR max number of clients of this user reached\r\n",
         "-ERR the relay is out of descriptors or memory\r\n", "-ERR the relay is ending\r\n"};
-    vkp_relay *relay = (vkp_relay *)user;
+    const vkp_relay *relay = ((const vkp_i_door *)user)->relay;
     vkp_range range;
     range.base = texts[why];
     range.len = strlen(texts[why]);
@@ -28778,34 +28992,51 @@ static void vkp_i_relay_client_left(vkp_relay *relay)
     }
 }
 
-VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
+VKP_API vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *door,
+                                       const char **bound)
 {
     vkp_listener_config config;
-    vkp_listener *listener;
-    void *listeners;
-    vkp_status status;
-    VKP_I_REQUIRE(relay != NULL && address.ptr != NULL);
-    listeners = relay->listeners;
-    if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
-                    sizeof *relay->listeners)) {
+    vkp_i_door *made;
+    vkp_status status = VKP_ERR_NOMEM;
+    VKP_I_REQUIRE(relay != NULL && door != NULL && door->address.ptr != NULL);
+    VKP_I_REQUIRE(door->password.ptr == NULL || door->password.len > 0);
+    made = (vkp_i_door *)vkp_i_alloc_zero(relay->env, sizeof *made);
+    if (made == NULL) {
         return VKP_ERR_NOMEM;
     }
-    relay->listeners = (vkp_listener **)listeners;
-    memset(&config, 0, sizeof config);
-    config.address = address;
-    config.registry = relay->registry;
-    config.gate = relay->gate;
-    config.on_fd = vkp_i_relay_on_fd;
-    config.on_refuse = vkp_i_relay_on_refuse;
-    config.conn.user = relay;
-    status = vkp_listener_open(relay->shards[0].loop, &config, &listener);
-    if (status == VKP_OK) {
-        relay->listeners[relay->listener_count++] = listener;
-        if (bound != NULL) {
-            *bound = vkp_listener_get_address(listener);
+    made->relay = relay;
+    made->idle_ms = door->idle_ms;
+    made->password = door->password;
+    if (vkp_i_copy_str(relay->env, &made->password)) {
+        memset(&config, 0, sizeof config);
+        config.address = door->address;
+        config.registry = relay->registry;
+        config.gate = relay->gate;
+        config.max_clients = door->max_clients;
+        config.on_fd = vkp_i_relay_on_fd;
+        config.on_refuse = vkp_i_relay_on_refuse;
+        config.conn.user = made;
+        status = vkp_listener_open(relay->shards[0].loop, &config, &made->listener);
+        if (status == VKP_OK) {
+            made->next = relay->doors;
+            relay->doors = made;
+            if (bound != NULL) {
+                *bound = vkp_listener_get_address(made->listener);
+            }
+            return VKP_OK;
         }
+        vkp_i_free_str(relay->env, made->password);
     }
+    vkp_i_free(relay->env, made, sizeof *made);
     return status;
+}
+
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
+{
+    vkp_relay_door door;
+    memset(&door, 0, sizeof door);
+    door.address = address;
+    return vkp_relay_open_door(relay, &door, bound);
 }
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
@@ -29072,6 +29303,7 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
                              uint64_t deadline_ns)
 {
     size_t i;
+    vkp_i_door *door;
     if (relay->draining) {
         return;
     }
@@ -29080,8 +29312,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
     relay->end_user = user;
     vkp_timer_stop(&relay->idle_timer);
     relay->live_shards = relay->shard_count;
-    for (i = 0; i < relay->listener_count; i++) {
-        vkp_listener_close(relay->listeners[i]);
+    for (door = relay->doors; door != NULL; door = door->next) {
+        vkp_listener_close(door->listener);
     }
     if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
                         deadline_ns) != VKP_OK) {
@@ -29111,13 +29343,14 @@ static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
 VKP_API void vkp_relay_unref(vkp_relay *relay)
 {
     size_t i;
+    vkp_i_door *door;
     if (relay == NULL) {
         return;
     }
-    for (i = 0; i < relay->listener_count; i++) {
-        vkp_listener_unref(relay->listeners[i]);
+    for (door = relay->doors; door != NULL; door = door->next) {
+        vkp_listener_unref(door->listener);
+        door->listener = NULL;
     }
-    relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
     vkp_timer_stop(&relay->idle_timer);
     relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */

@@ -50,8 +50,8 @@ typedef struct options {
     const char *user;
     const char *password;
     const char *pass_file;
-    const char *listen[MOST_LISTENERS];
-    size_t listen_count;
+    vkp_relay_door doors[MOST_LISTENERS];
+    size_t door_count;
     bool open;
     const vkp_backend *backend;
     size_t threads;
@@ -89,8 +89,12 @@ static const char usage_of_connections[] =
     "  --pass-env VAR       the environment variable that holds the password for the server\n"
     "  --pass-file FILE     the file whose first line is the password for the server\n"
     "  --listen ADDR        accept clients at unix:PATH or tcp:HOST:PORT; port 0: a free port;\n"
+    "                       with these behind it, which are for this address alone:\n"
+    "                         ,max-clients=N         most clients at once\n"
+    "                         ,idle=MS               disconnect who says nothing for so long\n"
+    "                         ,require-pass-env=VAR  clients log in with the password in VAR\n"
     "                       may be repeated, up to 16 times; default: a unique Unix socket\n"
-    "  --open               let other machines in at TCP addresses, which have no password\n"
+    "  --open               let other machines in at TCP addresses without a password\n"
     "  --backend NAME       how to wait for descriptors: epoll (Linux), kqueue (macOS, BSD) or\n"
     "                       poll (all); default: epoll on Linux, kqueue elsewhere\n"
     "  --threads N          event loops, 1 to 64, each in its own thread; clients are spread\n"
@@ -265,6 +269,57 @@ static bool read_password(options *opts)
     return true;
 }
 
+/* One of what may stand behind an address of --listen. */
+static bool read_door_word(const char *word, vkp_relay_door *door)
+{
+    size_t number;
+    if (strncmp(word, "max-clients=", 12) == 0) {
+        return read_number(word + 12, &door->max_clients) && door->max_clients > 0;
+    }
+    if (strncmp(word, "idle=", 5) == 0 && read_number(word + 5, &number) && number > 0 &&
+        number <= UINT32_MAX) {
+        door->idle_ms = (uint32_t)number;
+        return true;
+    }
+    if (strncmp(word, "require-pass-env=", 17) == 0) {
+        door->password = vkp_str_of(getenv(word + 17));
+        return door->password.len > 0;
+    }
+    return false;
+}
+
+/* Reads the value of --listen: an address, and words behind commas. An address may have commas. */
+static bool read_door(const char *text, vkp_relay_door *door)
+{
+    static const char *const words[] = {",max-clients=", ",idle=", ",require-pass-env="};
+    char *copy = (char *)malloc(strlen(text) + 1); /* for the whole run */
+    char *end = NULL;
+    char *word;
+    size_t i;
+    if (copy == NULL) {
+        return false;
+    }
+    strcpy(copy, text);
+    for (i = 0; i < sizeof words / sizeof *words; i++) {
+        word = strstr(copy, words[i]);
+        end = end == NULL || (word != NULL && word < end) ? word : end;
+    }
+    memset(door, 0, sizeof *door);
+    while (end != NULL) {
+        *end = '\0';
+        word = end + 1;
+        end = strchr(word, ',');
+        if (end != NULL) {
+            *end = '\0';
+        }
+        if (!read_door_word(word, door)) {
+            return false;
+        }
+    }
+    door->address = vkp_str_of(copy);
+    return true;
+}
+
 typedef struct number_option {
     const char *name;
     size_t *value;
@@ -333,10 +388,8 @@ static bool read_option(options *opts, const char *name, const char *value)
     } else if (strcmp(name, "--log-time") == 0) {
         opts->log_time = true;
     } else if (strcmp(name, "--listen") == 0) {
-        ok = opts->listen_count < MOST_LISTENERS;
-        if (ok) {
-            opts->listen[opts->listen_count++] = value;
-        }
+        ok = opts->door_count < MOST_LISTENERS && read_door(value, &opts->doors[opts->door_count]);
+        opts->door_count += ok ? 1 : 0;
     } else if (strcmp(name, "--backend") == 0) {
         ok = read_backend(value, opts);
     } else if (strcmp(name, "--on-full") == 0) {
@@ -375,7 +428,7 @@ static const option_value option_values[] = {
     {"--user", "a user name", false},
     {"--pass-env", "the name of an environment variable that is set", false},
     {"--pass-file", "a file that can be read", false},
-    {"--listen", "tcp:HOST:PORT or unix:PATH, up to 16 times", true},
+    {"--listen", "tcp:HOST:PORT or unix:PATH[,max-clients=][,idle=][,require-pass-env=]", true},
     {"--open", NULL, false},
     {"--backend", BACKENDS, false},
     {"--threads", "a number from 1 to 64", false},
@@ -523,16 +576,18 @@ static bool is_local(const char *address)
             address[4 + strspn(address + 4, "0123456789.")] == ':');
 }
 
-/* A TCP address lets every client in that reaches it: other machines must be meant. */
+/* A TCP address without a password lets every client in that reaches it: other machines must be
+   meant. */
 static bool check_doors(const options *opts)
 {
     size_t i;
-    for (i = 0; i < opts->listen_count; i++) {
-        if (!opts->open && !is_local(opts->listen[i])) {
+    for (i = 0; i < opts->door_count; i++) {
+        const vkp_relay_door *door = &opts->doors[i];
+        if (!opts->open && door->password.ptr == NULL && !is_local(door->address.ptr)) {
             fprintf(stderr,
                     "valkey-push-relay: --listen %s: other machines get in without a password; "
                     "--open allows that\n",
-                    opts->listen[i]);
+                    door->address.ptr);
             return false;
         }
     }
@@ -599,14 +654,16 @@ static void catch_signals(void)
 
 static int listen_all(vkp_relay *relay, const options *opts)
 {
-    size_t count = opts->listen_count > 0 ? opts->listen_count : 1;
+    static const vkp_relay_door unique = {{"unix:", 5}, 0, 0, {NULL, 0}};
+    size_t count = opts->door_count > 0 ? opts->door_count : 1;
     size_t i;
     for (i = 0; i < count; i++) {
-        const char *address = opts->listen_count > 0 ? opts->listen[i] : "unix:";
+        const vkp_relay_door *door = opts->door_count > 0 ? &opts->doors[i] : &unique;
         const char *bound = NULL;
-        vkp_status status = vkp_relay_listen(relay, vkp_str_of(address), &bound);
+        vkp_status status = vkp_relay_open_door(relay, door, &bound);
         if (status != VKP_OK) {
-            return fail(address, status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
+            return fail(door->address.ptr,
+                        status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
         }
         printf("ready: %s\n", bound);
         fflush(stdout);

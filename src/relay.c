@@ -64,16 +64,17 @@ typedef struct vkp_i_multi {
 } vkp_i_multi;
 
 /* Bits of vkp_i_local.flags. */
-#define VKP_I_LOCAL_BUSY 1u     /* paused: a SUBSCRIBE waits for the server */
-#define VKP_I_LOCAL_ORDER 2u    /* paused until no answer is pending */
-#define VKP_I_LOCAL_FULL 4u     /* paused: too many pending answers, or too many bytes queued */
-#define VKP_I_LOCAL_LEAVING 8u  /* drains when no answer and no SUBSCRIBE is pending */
-#define VKP_I_LOCAL_CLOSED 16u  /* the connection is closed */
-#define VKP_I_LOCAL_FAILED 32u  /* nothing else is read: drains when no answer is pending */
-#define VKP_I_LOCAL_OPENING 64u /* paused: its session logs in */
-#define VKP_I_LOCAL_LOST 128u   /* a command has no reply: drains behind those before it */
-#define VKP_I_LOCAL_ROOM 256u   /* paused: waits for the turn */
-#define VKP_I_LOCAL_TURN 512u   /* has the turn */
+#define VKP_I_LOCAL_BUSY 1u      /* paused: a SUBSCRIBE waits for the server */
+#define VKP_I_LOCAL_ORDER 2u     /* paused until no answer is pending */
+#define VKP_I_LOCAL_FULL 4u      /* paused: too many pending answers, or too many bytes queued */
+#define VKP_I_LOCAL_LEAVING 8u   /* drains when no answer and no SUBSCRIBE is pending */
+#define VKP_I_LOCAL_CLOSED 16u   /* the connection is closed */
+#define VKP_I_LOCAL_FAILED 32u   /* nothing else is read: drains when no answer is pending */
+#define VKP_I_LOCAL_OPENING 64u  /* paused: its session logs in */
+#define VKP_I_LOCAL_LOST 128u    /* a command has no reply: drains behind those before it */
+#define VKP_I_LOCAL_ROOM 256u    /* paused: waits for the turn */
+#define VKP_I_LOCAL_TURN 512u    /* has the turn */
+#define VKP_I_LOCAL_LOCKED 1024u /* has not said the password of its door */
 #define VKP_I_LOCAL_PAUSED                                                           \
     (VKP_I_LOCAL_BUSY | VKP_I_LOCAL_ORDER | VKP_I_LOCAL_FULL | VKP_I_LOCAL_OPENING | \
      VKP_I_LOCAL_ROOM)
@@ -81,20 +82,31 @@ typedef struct vkp_i_multi {
 /* Servers number their clients from 1 on: a number from here on is one of the relay. */
 #define VKP_I_FIRST_ID ((uint64_t)1 << 40)
 
+/* An address that the relay listens at; constant until vkp_relay_unref. */
+typedef struct vkp_i_door {
+    vkp_relay *relay;
+    vkp_listener *listener;
+    vkp_str password; /* a copy; ptr NULL: none */
+    uint32_t idle_ms; /* 0: clients may say nothing without end */
+    struct vkp_i_door *next;
+} vkp_i_door;
+
 /* A local client. Its fields belong to its loop's thread, except `shard`, which loop 0 reads
    too.                                                                                        */
 struct vkp_i_local {
-    vkp_hub_member member; /* the client as a member of the shard's hub; holds the connection */
-    vkp_i_shard *shard;    /* constant */
-    vkp_i_local *prev;     /* newer local client of the shard, or NULL */
-    vkp_i_local *next;     /* older local client of the shard, or NULL */
-    uint64_t id;           /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
-    uint64_t opened_ns;    /* when the connection began, on the loop's clock */
-    uint32_t refs;         /* loop's thread */
-    uint32_t flags;        /* VKP_I_LOCAL_BUSY and the other bits */
-    vkp_i_answer *answers; /* pending answers, oldest first */
+    vkp_hub_member member;  /* the client as a member of the shard's hub; holds the connection */
+    vkp_i_shard *shard;     /* constant */
+    const vkp_i_door *door; /* constant */
+    vkp_i_local *prev;      /* newer local client of the shard, or NULL */
+    vkp_i_local *next;      /* older local client of the shard, or NULL */
+    uint64_t id;            /* number for the log; CLIENT ID adds VKP_I_FIRST_ID */
+    uint64_t opened_ns;     /* when the connection began, on the loop's clock */
+    uint32_t refs;          /* loop's thread */
+    uint32_t flags;         /* VKP_I_LOCAL_BUSY and the other bits */
+    vkp_i_answer *answers;  /* pending answers, oldest first */
     vkp_i_answer **answers_end; /* the NULL link where the next answer is appended */
     uint32_t answer_count;      /* number of `answers`, and of the session's calls */
+    uint32_t heard_ms;          /* when it said something, see relay_door.c */
     uint32_t unread_bytes;      /* input that is no whole command, or not executed yet */
     uint32_t unsent_bytes;      /* of `session`: commands that the kernel has not taken */
     size_t asked_bytes;         /* bytes of the commands whose answers are pending */
@@ -142,13 +154,15 @@ struct vkp_i_shard {
     bool gone;                /* drained, and taken off relay->live_shards */
     vkp_mpsc_tx *pushes;      /* sender of other loops to this shard; NULL where none sends */
     vkp_push_loop *push_loop; /* receives `pushes`; or NULL */
-    vkp_i_local *turn;        /* the client with the turn, if it is of this shard */
-    bool turn_moves;          /* it said something since the timer looked */
-    vkp_timer turn_timer;     /* runs while `turn` is set */
-    uint32_t turn_queued;     /* atomic: 1 while turn_task is queued */
-    vkp_i_task turn_task;     /* runs vkp_i_room_on_turn; queued by any thread */
-    vkp_i_task drain_task;    /* runs vkp_i_shard_drain on this loop */
-    vkp_i_task kill_task;     /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
+    vkp_timer quiet_timer;    /* looks for clients that say nothing; runs while quiet_looks */
+    bool quiet_looks;
+    vkp_i_local *turn;     /* the client with the turn, if it is of this shard */
+    bool turn_moves;       /* it said something since the timer looked */
+    vkp_timer turn_timer;  /* runs while `turn` is set */
+    uint32_t turn_queued;  /* atomic: 1 while turn_task is queued */
+    vkp_i_task turn_task;  /* runs vkp_i_room_on_turn; queued by any thread */
+    vkp_i_task drain_task; /* runs vkp_i_shard_drain on this loop */
+    vkp_i_task kill_task;  /* runs vkp_i_shard_kill on this loop, at the drain's deadline */
 };
 
 /* Subscribers of one name over all shards. The name is behind the struct. */
@@ -196,9 +210,7 @@ struct vkp_relay {
     vkp_client_config session_configs[2]; /* of sessions in RESP2 and RESP3; texts are of `push` */
     size_t private_max;                   /* most sessions */
     size_t private_count;                 /* atomic: sessions, those without a client included */
-    vkp_listener **listeners;             /* loop 0's thread */
-    size_t listener_count;                /* used places of `listeners` */
-    size_t listener_capacity;             /* allocated places of `listeners` */
+    vkp_i_door *doors;                    /* newest first; loop 0's thread */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
     /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
     VKP_I_MUTEX mutex;
@@ -261,7 +273,12 @@ static void vkp_i_relay_free(vkp_relay *relay)
     vkp_gate_unref(relay->gate);
     vkp_registry_unref(relay->registry);
     vkp_i_free_str(env, relay->notice);
-    vkp_i_free(env, relay->listeners, relay->listener_capacity * sizeof *relay->listeners);
+    while (relay->doors != NULL) {
+        vkp_i_door *door = relay->doors;
+        relay->doors = door->next;
+        vkp_i_free_str(env, door->password);
+        vkp_i_free(env, door, sizeof *door);
+    }
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
     vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
@@ -817,6 +834,19 @@ static vkp_i_verb vkp_i_verb_of(vkp_str name)
     }
     verb.text[len] = '\0';
     return verb;
+}
+
+/* Whether argc is between least and most, the command's name included; otherwise an error is
+   answered.                                                                                   */
+static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
+                              const vkp_str *argv)
+{
+    if (argc < least || argc > most) {
+        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
+                          vkp_i_verb_of(argv[0]).text);
+        return false;
+    }
+    return true;
 }
 
 #endif /* VKP_I_IO */

@@ -87,11 +87,31 @@ typedef struct vkp_relay_config {
    2 GiB or more, allow_uid_count without allow_uids), those of vkp_client_open */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **relay);
 
+/* Where a relay accepts local clients. */
+typedef struct vkp_relay_door {
+    /* "unix:PATH", "unix:" (a unique path) or "tcp:HOST:PORT" (port 0: a free port). Required. */
+    vkp_str address;
+    /* Most clients at one time that came in here; they count for the relay's max_clients too.
+       Default: no other limit. */
+    size_t max_clients;
+    /* After so many milliseconds without a word a client is disconnected that is owed no answer,
+       has no subscription and no MONITOR; up to a second later. Default: 0, never. */
+    uint32_t idle_ms;
+    /* What a client has to say first, by AUTH or HELLO, as the user default: until then it is
+       answered as a server answers without a login. Copied. ptr NULL: nothing; not empty. */
+    vkp_str password;
+} vkp_relay_door;
+
 /* Accept local clients at one more address; may be called for several. *bound (NULL is allowed)
    gets the address with the port that the system chose.
-   Owns:   borrows address; *bound views the address until the relay's unref
+   Owns:   borrows door (copies its texts); *bound views the address until the relay's unref
    Blocks: on the file system, and on DNS for a host name     Threads: that of loops[0]
-   Errors: INVALID (a null argument or address), NOMEM, those of vkp_listener_open */
+   Errors: INVALID (a null argument or address, an empty password), NOMEM, those of
+   vkp_listener_open */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *door,
+                                                     const char **bound);
+
+/* vkp_relay_open_door of a door with an address and defaults. Threads: that of loops[0] */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address,
                                                   const char **bound);
 

@@ -30,19 +30,6 @@ typedef struct vkp_i_command {
     uint32_t flags;       /* VKP_I_CMD_* and VKP_I_SHAPE_* bits */
 } vkp_i_command;
 
-/* Whether argc is between least and most, the command's name included; otherwise an error is
-   answered.                                                                                   */
-static bool vkp_i_local_arity(vkp_i_local *local, size_t argc, size_t least, size_t most,
-                              const vkp_str *argv)
-{
-    if (argc < least || argc > most) {
-        vkp_i_local_error(local, "ERR wrong number of arguments for '%s' command",
-                          vkp_i_verb_of(argv[0]).text);
-        return false;
-    }
-    return true;
-}
-
 static void vkp_i_run_ping(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
     vkp_resp_writer writer;
@@ -80,16 +67,6 @@ static void vkp_i_run_echo(vkp_i_local *local, size_t argc, const vkp_str *argv)
 static const char vkp_i_no_auth[] =
     "ERR this relay stands alone and takes no passwords: its socket's permissions decide who may "
     "connect";
-
-/* Whether HELLO has the option AUTH, its options read as a server reads them. */
-static bool vkp_i_hello_logs_in(size_t argc, const vkp_str *argv)
-{
-    size_t i = 2;
-    while (i + 1 < argc && vkp_i_str_is(argv[i], "SETNAME")) {
-        i += 2;
-    }
-    return i + 2 < argc && vkp_i_str_is(argv[i], "AUTH");
-}
 
 /* Read HELLO's version into *protocol, which is unchanged without one. False: an error was
    answered.                                                                                   */
@@ -137,6 +114,10 @@ static void vkp_i_run_hello(vkp_i_local *local, size_t argc, const vkp_str *argv
                               VKP_I_SHORT(argv[i]));
             return;
         }
+    }
+    if (login != NULL && vkp_i_local_has_key(local, login[0], login[1])) {
+        local->flags &= ~VKP_I_LOCAL_LOCKED;
+        login = NULL;
     }
     if (login != NULL && local->session == NULL) {
         vkp_i_local_error(local, "%s", vkp_i_no_auth);
@@ -198,6 +179,7 @@ static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv
     vkp_i_local_end_session(local);
     (void)vkp_i_local_set_name(local, vkp_i_str(NULL, 0));
     local->member.protocol = 2;
+    vkp_i_local_lock(local);
     vkp_i_local_answer_static(local, "+RESET\r\n");
 }
 
@@ -750,12 +732,6 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
                       command->run != vkp_i_run_discard);
 }
 
-/* Whether nobody counts the replies that the client gets. */
-static bool vkp_i_local_in_tunnel(const vkp_i_local *local)
-{
-    return local->session != NULL && local->session->stage == VKP_I_SESSION_TUNNEL;
-}
-
 static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
                                      size_t argc, const vkp_str *argv)
 {
@@ -898,6 +874,7 @@ static const vkp_i_plain *vkp_i_shard_get_plain(vkp_i_shard *shard, vkp_str name
 static bool vkp_i_local_is_plain(const vkp_i_local *local)
 {
     return local->session == NULL && local->multi == NULL &&
+           (local->flags & VKP_I_LOCAL_LOCKED) == 0 &&
            vkp_i_relay_has_server(local->shard->relay) && !vkp_i_local_only_subscribes(local);
 }
 
@@ -1005,7 +982,10 @@ static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vk
 static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *command, size_t argc,
                                      const vkp_str *argv)
 {
-    if (command->run == vkp_i_run_hello && vkp_i_hello_logs_in(argc, argv) &&
+    vkp_str login[2];
+    if (command->run == vkp_i_run_hello &&
+        vkp_i_hello_get_login(argc, argv, &login[0], &login[1]) &&
+        !vkp_i_local_has_key(local, login[0], login[1]) &&
         vkp_i_relay_has_server(local->shard->relay)) {
         vkp_i_need need = vkp_i_local_need_session(local, argc, argv);
         if (need != VKP_I_NEED_MET) {
@@ -1044,6 +1024,9 @@ static bool vkp_i_local_execute(vkp_i_local *local, size_t argc, const vkp_str *
     vkp_i_route route;
     if (plain != NULL) {
         vkp_i_local_forward_bytes(local, request, plain->shape);
+        return true;
+    }
+    if (local->door->password.ptr != NULL && vkp_i_local_at_door(local, argc, argv)) {
         return true;
     }
     command = vkp_i_command_find(argv[0]);

@@ -253,7 +253,12 @@ static size_t vkp_i_local_on_data(vkp_conn *conn, void *user, const vkp_bytes *i
         }
         used += step;
     }
+    local->heard_ms = vkp_i_loop_now_ms(local->shard->loop);
     vkp_i_local_was_read(local, used, in->len - used);
+    if ((local->flags & VKP_I_LOCAL_LOCKED) != 0 && local->unread_bytes > VKP_I_LOCKED_BYTES) {
+        vkp_i_local_protocol_error(local, "unauthenticated clients say less than %u bytes",
+                                   VKP_I_LOCKED_BYTES);
+    }
     vkp_i_local_look_ahead(local);
     vkp_i_local_release(local);
     return used;

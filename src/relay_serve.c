@@ -72,6 +72,9 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
         local->next->prev = local->prev;
     }
     shard->local_count--;
+    if (shard->local_count == 0) {
+        vkp_i_shard_stop_looking(shard);
+    }
     local->member.conn = NULL;
     vkp_conn_unref(conn);
     vkp_i_shard_drained(shard);
@@ -87,7 +90,7 @@ static const vkp_conn_ops vkp_i_local_ops = {NULL,
                                              vkp_resp_get_frame_len};
 
 /* Serve an accepted descriptor on this shard's loop. Takes fd and seat, also on failure. */
-static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
+static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat, const vkp_i_door *door)
 {
     vkp_relay *relay = shard->relay;
     vkp_i_local *local = NULL;
@@ -109,6 +112,7 @@ static void vkp_i_shard_adopt(vkp_i_shard *shard, int fd, vkp_seat *seat)
     local->refs = 1;
     local->id = VKP_I_ADD(&relay->next_id, (uint64_t)1) + 1;
     local->opened_ns = vkp_i_loop_now(shard->loop);
+    vkp_i_local_enter(local, door);
     local->answers_end = &local->answers;
     local->next = shard->locals;
     if (local->next != NULL) {
@@ -129,6 +133,7 @@ typedef struct vkp_i_handover {
     struct vkp_i_handover *prev; /* newer one of shard->handovers; guarded by the relay's mutex */
     struct vkp_i_handover *next; /* older one of shard->handovers; guarded by the relay's mutex */
     vkp_seat *seat;              /* the client's; taken together with fd */
+    const vkp_i_door *door;      /* where it came in */
     int fd;                      /* -1: vkp_relay_unref closed the descriptor */
 } vkp_i_handover;
 
@@ -168,21 +173,24 @@ static void vkp_i_handover_receive(vkp_i_task *task)
     vkp_relay *relay = handover->shard->relay;
     vkp_i_handover_unlink(handover);
     if (handover->fd >= 0) {
-        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat);
+        vkp_i_shard_adopt(handover->shard, handover->fd, handover->seat, handover->door);
     }
     vkp_i_free(relay->env, handover, sizeof *handover);
     vkp_i_relay_release(relay);
 }
 
 /* Queue an accepted descriptor on another shard's loop. Takes fd and seat, also on failure. */
-static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, vkp_seat *seat)
+static void vkp_i_relay_hand_over(const vkp_i_door *door, vkp_i_shard *shard, int fd,
+                                  vkp_seat *seat)
 {
+    vkp_relay *relay = door->relay;
     vkp_i_handover *handover = (vkp_i_handover *)vkp_i_alloc(relay->env, sizeof *handover);
     if (handover != NULL) {
         handover->task.fn = vkp_i_handover_receive;
         handover->shard = shard;
         handover->fd = fd;
         handover->seat = seat;
+        handover->door = door;
         (void)VKP_I_ADD(&relay->refs, 1);
         vkp_i_handover_link(handover);
         if (vkp_i_loop_queue(shard->loop, &handover->task)) {
@@ -200,12 +208,13 @@ static void vkp_i_relay_hand_over(vkp_relay *relay, vkp_i_shard *shard, int fd, 
 /* A listener admitted a client: the shards take clients in turn. Loop 0. */
 static void vkp_i_relay_on_fd(void *user, int fd, vkp_seat *seat)
 {
-    vkp_relay *relay = (vkp_relay *)user;
+    const vkp_i_door *door = (const vkp_i_door *)user;
+    vkp_relay *relay = door->relay;
     vkp_i_shard *shard = &relay->shards[relay->next_shard++ % relay->shard_count];
     if (shard == &relay->shards[0]) {
-        vkp_i_shard_adopt(shard, fd, seat);
+        vkp_i_shard_adopt(shard, fd, seat, door);
     } else {
-        vkp_i_relay_hand_over(relay, shard, fd, seat);
+        vkp_i_relay_hand_over(door, shard, fd, seat);
     }
 }
 
@@ -216,7 +225,7 @@ static void vkp_i_relay_on_refuse(void *user, int fd, vkp_refusal why)
         "-ERR this user is not allowed here\r\n", "-ERR max number of clients reached\r\n",
         "-ERR max number of clients of this user reached\r\n",
         "-ERR the relay is out of descriptors or memory\r\n", "-ERR the relay is ending\r\n"};
-    vkp_relay *relay = (vkp_relay *)user;
+    const vkp_relay *relay = ((const vkp_i_door *)user)->relay;
     vkp_range range;
     range.base = texts[why];
     range.len = strlen(texts[why]);
@@ -262,34 +271,51 @@ static void vkp_i_relay_client_left(vkp_relay *relay)
     }
 }
 
-VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
+VKP_API vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *door,
+                                       const char **bound)
 {
     vkp_listener_config config;
-    vkp_listener *listener;
-    void *listeners;
-    vkp_status status;
-    VKP_I_REQUIRE(relay != NULL && address.ptr != NULL);
-    listeners = relay->listeners;
-    if (!vkp_i_grow(relay->env, &listeners, &relay->listener_capacity, relay->listener_count + 1,
-                    sizeof *relay->listeners)) {
+    vkp_i_door *made;
+    vkp_status status = VKP_ERR_NOMEM;
+    VKP_I_REQUIRE(relay != NULL && door != NULL && door->address.ptr != NULL);
+    VKP_I_REQUIRE(door->password.ptr == NULL || door->password.len > 0);
+    made = (vkp_i_door *)vkp_i_alloc_zero(relay->env, sizeof *made);
+    if (made == NULL) {
         return VKP_ERR_NOMEM;
     }
-    relay->listeners = (vkp_listener **)listeners;
-    memset(&config, 0, sizeof config);
-    config.address = address;
-    config.registry = relay->registry;
-    config.gate = relay->gate;
-    config.on_fd = vkp_i_relay_on_fd;
-    config.on_refuse = vkp_i_relay_on_refuse;
-    config.conn.user = relay;
-    status = vkp_listener_open(relay->shards[0].loop, &config, &listener);
-    if (status == VKP_OK) {
-        relay->listeners[relay->listener_count++] = listener;
-        if (bound != NULL) {
-            *bound = vkp_listener_get_address(listener);
+    made->relay = relay;
+    made->idle_ms = door->idle_ms;
+    made->password = door->password;
+    if (vkp_i_copy_str(relay->env, &made->password)) {
+        memset(&config, 0, sizeof config);
+        config.address = door->address;
+        config.registry = relay->registry;
+        config.gate = relay->gate;
+        config.max_clients = door->max_clients;
+        config.on_fd = vkp_i_relay_on_fd;
+        config.on_refuse = vkp_i_relay_on_refuse;
+        config.conn.user = made;
+        status = vkp_listener_open(relay->shards[0].loop, &config, &made->listener);
+        if (status == VKP_OK) {
+            made->next = relay->doors;
+            relay->doors = made;
+            if (bound != NULL) {
+                *bound = vkp_listener_get_address(made->listener);
+            }
+            return VKP_OK;
         }
+        vkp_i_free_str(relay->env, made->password);
     }
+    vkp_i_free(relay->env, made, sizeof *made);
     return status;
+}
+
+VKP_API vkp_status vkp_relay_listen(vkp_relay *relay, vkp_str address, const char **bound)
+{
+    vkp_relay_door door;
+    memset(&door, 0, sizeof door);
+    door.address = address;
+    return vkp_relay_open_door(relay, &door, bound);
 }
 
 /* ---- pushes from upstream, on loop 0, and on the other shards' loops ---- */
@@ -556,6 +582,7 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
                              uint64_t deadline_ns)
 {
     size_t i;
+    vkp_i_door *door;
     if (relay->draining) {
         return;
     }
@@ -564,8 +591,8 @@ VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void 
     relay->end_user = user;
     vkp_timer_stop(&relay->idle_timer);
     relay->live_shards = relay->shard_count;
-    for (i = 0; i < relay->listener_count; i++) {
-        vkp_listener_close(relay->listeners[i]);
+    for (door = relay->doors; door != NULL; door = door->next) {
+        vkp_listener_close(door->listener);
     }
     if (vkp_timer_start(&relay->drain_timer, relay->shards[0].loop, vkp_i_relay_drain_over, 0,
                         deadline_ns) != VKP_OK) {
@@ -595,13 +622,14 @@ static void vkp_i_shard_drop_handovers(vkp_relay *relay, vkp_i_shard *shard)
 VKP_API void vkp_relay_unref(vkp_relay *relay)
 {
     size_t i;
+    vkp_i_door *door;
     if (relay == NULL) {
         return;
     }
-    for (i = 0; i < relay->listener_count; i++) {
-        vkp_listener_unref(relay->listeners[i]);
+    for (door = relay->doors; door != NULL; door = door->next) {
+        vkp_listener_unref(door->listener);
+        door->listener = NULL;
     }
-    relay->listener_count = 0;
     vkp_timer_stop(&relay->drain_timer);
     vkp_timer_stop(&relay->idle_timer);
     relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */

@@ -161,6 +161,12 @@ static void vkp_i_session_detach(vkp_i_session *session)
     }
 }
 
+/* Whether nobody counts the replies that the client gets. */
+static bool vkp_i_local_in_tunnel(const vkp_i_local *local)
+{
+    return local->session != NULL && local->session->stage == VKP_I_SESSION_TUNNEL;
+}
+
 /* All bytes pass from here on. */
 static void vkp_i_session_tunnel(vkp_i_session *session)
 {

@@ -400,6 +400,32 @@ TEST_CASE("--config: a wrong file names its line")
     CHECK(contains(absent.errors(), "/nosuch/file: No such file"));
 }
 
+TEST_CASE("--listen: what stands behind an address is for it alone")
+{
+    setenv("VKP_TEST_PASSWORD", "s3cret", 1);
+    for (const char *bad : {"tcp:127.0.0.1:0,max-clients=0", "tcp:127.0.0.1:0,idle=x",
+                            "tcp:127.0.0.1:0,require-pass-env=VKP_TEST_NO_SUCH_VARIABLE",
+                            "tcp:127.0.0.1:0,idle=5,nosuch=1"}) {
+        INFO(bad);
+        Process relay(relay_words({"--listen", bad}));
+        CHECK(relay.reap() == 2);
+        CHECK(contains(relay.errors(), std::string("--listen: expected tcp:HOST:PORT")));
+    }
+    const std::string path = vkp_test_fresh_address("with,comma");
+    Relay relay({"--listen", path, "--listen",
+                 "tcp:0.0.0.0:0,require-pass-env=VKP_TEST_PASSWORD,max-clients=1,idle=600000"},
+                false);
+    CHECK(relay.address == path);
+    const std::string other = relay.line().substr(7);
+    Peer peer = open("tcp:127.0.0.1" + other.substr(other.rfind(':')));
+    CHECK(starts_with(ask(peer, "PING"), "-NOAUTH "));
+    CHECK(ask(peer, "AUTH", "s3cret") == "+OK\r\n");
+    CHECK(ask(peer, "PING") == "+PONG\r\n");
+    CHECK(ask(open(path), "PING") == "+PONG\r\n");
+    CHECK(starts_with(hear(open("tcp:127.0.0.1" + other.substr(other.rfind(':')))), "-ERR max "));
+    CHECK(relay.reap(SIGTERM) == 0);
+}
+
 TEST_CASE("TCP addresses that other machines reach need --open")
 {
     const char *const address =
