@@ -7435,12 +7435,36 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
+/* Whether the receiver has something to do in this lane. Unlike vkp_i_lane_oldest this passes no
+   aborted place and no ring: a sender may wait for the room, and only a receive lets it in.    */
+static inline bool vkp_i_lane_looks_ready(const vkp_i_lane *lane)
+{
+    const vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    uint32_t stamp;
+    if (ring == NULL) {
+        return false;
+    }
+    stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
+    return (stamp & ~VKP_I_STAMP_ABORTED) == vkp_i_stamp(head) || VKP_I_LOAD(&ring->end) == head;
+}
+
 /* Whether a receiver that spins should try again. */
 static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
 {
-    return channel->evicts
-               ? vkp_i_channel_is_ready(channel)
-               : vkp_i_channel_find(channel) != NULL || VKP_I_LOAD(&channel->ended) != 0;
+    vkp_i_lane *first = channel->rx_lane;
+    vkp_i_lane *lane = first;
+    if (channel->evicts) {
+        return vkp_i_channel_is_ready(channel);
+    }
+    do {
+        if (vkp_i_lane_looks_ready(lane)) {
+            channel->rx_lane = lane;
+            return true;
+        }
+        lane = vkp_i_lane_after(lane);
+    } while (lane != first);
+    return VKP_I_LOAD(&channel->ended) != 0;
 }
 
 /* Take up to `capacity` values, and wait for the first one until the deadline, or until the

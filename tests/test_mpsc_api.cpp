@@ -923,6 +923,68 @@ TEST_CASE("mpsc api: an aborted place lets the sender behind it in", "[mpsc][thr
     }
 }
 
+TEST_CASE("mpsc api: lanes: whichever call passes an aborted place, its lane's sender is let in",
+          "[mpsc][threads]")
+{
+    ON_EVERY_BUILD;
+    // The one call of a receiver that finds an aborted place and, in another lane, a value.
+    const auto calls = std::vector<std::function<vkp_status(vkp_mpsc_rx *)>>{
+        [](vkp_mpsc_rx *rx) {
+            uint64_t value = 0;
+            return vkp_mpsc_recv(rx, VKP_FOREVER, &value);
+        },
+        [](vkp_mpsc_rx *rx) {
+            uint64_t value = 0;
+            return vkp_mpsc_recv(rx, 0, &value);
+        },
+        [](vkp_mpsc_rx *rx) {
+            uint64_t value = 0;
+            return vkp_mpsc_try_recv(rx, &value);
+        },
+        [](vkp_mpsc_rx *rx) {
+            uint64_t values[2];
+            size_t count = 0;
+            return vkp_mpsc_recv_many(rx, VKP_FOREVER, values, 2, &count);
+        },
+        [](vkp_mpsc_rx *rx) {
+            const void *item = nullptr;
+            return vkp_mpsc_peek(rx, &item);
+        },
+        [](vkp_mpsc_rx *rx) {
+            uint64_t value = 0;
+            size_t won = 0;
+            vkp_case cases[] = {vkp_case_mpsc_recv(rx, &value)};
+            return vkp_select(cases, 1, VKP_FOREVER, &won);
+        },
+    };
+    for (size_t i = 0; i < calls.size(); i++) {
+        for (const bool first_lane : {false, true}) {
+            INFO("call " << i << ", the place in the first lane: " << first_lane);
+            vkp_test_watchdog watchdog;
+            vkp_mpsc_config config = config_of(1, &env);
+            config.lanes = true;
+            Channel channel(config);
+            vkp_mpsc_tx *clone = nullptr;
+            REQUIRE(vkp_mpsc_tx_clone(channel.tx, &clone) == VKP_OK);
+            vkp_mpsc_tx *full = first_lane ? channel.tx : clone;
+            vkp_mpsc_tx *other = first_lane ? clone : channel.tx;
+            vkp_mpsc_permit permit;
+            uint64_t value = 1;
+            if (!first_lane) { // the receiver looks into this lane first
+                REQUIRE(vkp_mpsc_try_send(full, &value) == VKP_OK);
+                REQUIRE(channel.next() == 1);
+            }
+            REQUIRE(vkp_mpsc_try_reserve(full, &permit) == VKP_OK);
+            const auto sender = waiting_send(full, 4);
+            vkp_mpsc_abort(&permit);
+            REQUIRE(vkp_mpsc_try_send(other, &value) == VKP_OK);
+            CHECK(calls[i](channel.rx) == VKP_OK);
+            CHECK(sender->join() == VKP_OK); // without another call of the receiver
+            vkp_mpsc_tx_unref(clone);
+        }
+    }
+}
+
 TEST_CASE("mpsc api: reserve is INVALID where values cost bytes: no value, no cost", "[mpsc]")
 {
     vkp_mpsc_config config = config_of(4, nullptr);
