@@ -1504,11 +1504,11 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void 
                                                     size_t *sent);
 
 /* A permit: a reserved place of a channel, in the caller's memory. Build the value at `item`, then
-   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread. Until then the receiver gets no
-   value sent behind the permit.                                                               */
+   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread; `item` is NULL afterwards. Until
+   then the receiver gets no value sent behind the permit. A permit that is zero has no place. */
 typedef struct vkp_mpsc_permit {
     void *item;        /* elem_bytes, uninitialised; the caller's until commit or abort */
-    void *i_lane;      /* private: the queue of the permit's place */
+    void *i_lane;      /* private: the queue of the permit's place; NULL: used, or none */
     void *i_ring;      /* private: the memory of the permit's place */
     uint64_t i_ticket; /* private: the number of the permit's place */
 } vkp_mpsc_permit;
@@ -1530,12 +1530,14 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t dead
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* Send the value built at permit->item. The value is received even if the receiver closed after the
-   reserve, and is dropped through `drop` if the receiver was given back.
+   reserve, and is dropped through `drop` if the receiver was given back. A permit that was
+   committed or aborted before, a permit that is zero, and NULL are ignored.
    Owns:   takes what the value owns     Blocks: never     Threads: any     In callbacks: ok   */
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit);
 
 /* Give a permit back without a value. The receiver skips the place; there is room for another value
-   when the receiver has reached the place. Never blocks. Any thread.                          */
+   when the receiver has reached the place. Never blocks. A permit that was committed or aborted
+   before, a permit that is zero, and NULL are ignored. Any thread.                            */
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
 
 /* Wait until the receiver closes or is given back.
@@ -1673,7 +1675,8 @@ VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
    slot, which must outlive that sender.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
-   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID */
+   Errors: CLOSED (the sender abandoned the slot, or the slot was closed before), TIMEOUT, INVALID
+   (a null argument; another wait of the receiver is under way: the slot stays open)           */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
                                                   void *out);
 
@@ -1696,7 +1699,8 @@ VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot);
 /* Sender: wait until the receiver closes the slot.
    Blocks: until deadline_ns     In callbacks: would stall the loop
    Threads: the sender's, before send or abandon
-   Errors: TIMEOUT, INVALID                                                                    */
+   Errors: TIMEOUT, INVALID (slot is NULL; sent or abandoned before, and the receiver has not closed
+   since; another wait of the sender is under way)                                             */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns);
 
 /* --------------------------------------------------------------------------------------
@@ -1994,8 +1998,9 @@ typedef struct vkp_case {
 VKP_API vkp_case vkp_case_mpsc_recv(vkp_mpsc_rx *rx, void *out);
 
 /* A case that receives as vkp_oneshot_try_recv does: ready when the sender sent or abandoned;
-   status OK or CLOSED. The slot stays open while the case does not win; a case that won never wins
-   again. NULL slot: as vkp_case_never. NULL out: for vkp_handler_open only. Receiver's thread. */
+   status OK or CLOSED; INVALID when another wait of the receiver is under way, in the same select
+   too. The slot stays open while the case does not win; a case that won never wins again. NULL
+   slot: as vkp_case_never. NULL out: for vkp_handler_open only. Receiver's thread.            */
 VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out);
 
 /* A case that receives as vkp_broadcast_try_recv does: ready when there is a new value, values were
@@ -2024,8 +2029,9 @@ VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit)
    vkp_case_never. Any thread.                                                                 */
 VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx);
 
-/* A case that is ready once the receiver closed the slot: status OK. NULL slot: as vkp_case_never.
-   Sender's thread, before send or abandon.                                                    */
+/* A case that is ready once the receiver closed the slot: status OK; INVALID after send or abandon,
+   and when another wait of the sender is under way. NULL slot: as vkp_case_never. Sender's thread,
+   before send or abandon.                                                                     */
 VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot);
 
 /* A case that is ready while no receiver is left: status OK. NULL tx: as vkp_case_never. Any
@@ -5615,6 +5621,9 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
             late = !woken && sleeper.deadline_ns == deadline_ns; /* one last attempt follows */
         }
         found = vkp_i_cases_attempt(cases, count, start, waits, joined, won);
+        if (!found && joined < count) {
+            late = sys->clock_ns() >= deadline_ns; /* a case was ready, and another side took it */
+        }
         for (i = 0; i < joined; i++) {
             cases[i].i_kind->leave(&cases[i], &waits[i]);
         }
@@ -7083,16 +7092,25 @@ VKP_API vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit
     return vkp_i_lane_try(tx->lane, NULL, permit);
 }
 
+/* Publish the place of a permit, once: a permit that was used, or never reserved, has no lane. */
+static void vkp_i_permit_use(vkp_mpsc_permit *permit, uint32_t outcome)
+{
+    if (permit != NULL && permit->i_lane != NULL) {
+        vkp_i_lane *lane = (vkp_i_lane *)permit->i_lane;
+        permit->i_lane = NULL;
+        permit->item = NULL;
+        vkp_i_lane_publish(lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket, outcome);
+    }
+}
+
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit)
 {
-    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
-                       0);
+    vkp_i_permit_use(permit, 0);
 }
 
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit)
 {
-    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
-                       VKP_I_STAMP_ABORTED);
+    vkp_i_permit_use(permit, VKP_I_STAMP_ABORTED);
 }
 
 VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t count,
@@ -8011,12 +8029,13 @@ static bool vkp_i_mpsc_next_cost(const vkp_mpsc_rx *rx, size_t *cost)
    exchange, or with a plain store after it saw the end of the sender. The release of the exchange
    pairs with the acquire loads of the state: a receiver that sees SENT sees the value.
    RX_WAITING and TX_WAITING say that i_receiver or i_sender points to a wait. The side that ends
-   the slot reads this pointer BEFORE its exchange, because the slot may be freed after the
-   exchange; it wakes the wait, and then sets `done` of the wait. A side that leaves its wait after
+   the slot reads both pointers BEFORE its exchange, because the slot may be freed after the
+   exchange; it wakes the waits, and then sets `done` of each. A side that leaves its wait after
    the slot ended waits for `done`: the other side is between two instructions.
-   A side may wait several times (in a select that another case won). Each wait is a turn, counted
-   in the state, so that an exchange fails that belongs to the pointer of an earlier wait. A slot
-   on the heap has two references, one for each side.                                           */
+   Each side has one wait at a time: the attempt of a second one is INVALID. A side may wait
+   several times (in a select that another case won). Each wait is a turn, counted in the state,
+   so that an exchange fails that belongs to the pointer of an earlier wait. A slot on the heap
+   has two references, one for each side.                                                       */
 
 #define VKP_I_SLOT_SENT 1u      /* the sender sent: the value is in the slot */
 #define VKP_I_SLOT_ABANDONED 2u /* the sender ended without a value */
@@ -8085,16 +8104,23 @@ static void vkp_i_slot_wake(vkp_i_wait *wait)
     VKP_I_STORE_REL(&wait->done, 1u);
 }
 
-/* End the sender's side with SENT or ABANDONED; `state` is the state as loaded before. False
-   when the receiver closed first.                                                              */
-static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
+/* End the slot with SENT, ABANDONED or CLOSED; `state` is the state as loaded before. False when
+   the slot had ended. Wakes the waits of both sides: the side that ends the slot may have a wait
+   too, in a handler.                                                                           */
+static inline bool vkp_i_oneshot_end(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
 {
     while ((state & VKP_I_SLOT_ENDED) == 0) {
-        bool waits = (state & VKP_I_SLOT_RX_WAITING) != 0;
-        vkp_i_wait *receiver = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver) : NULL;
+        vkp_i_wait *receiver = (state & VKP_I_SLOT_RX_WAITING) != 0
+                                   ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver)
+                                   : NULL;
+        vkp_i_wait *sender =
+            (state & VKP_I_SLOT_TX_WAITING) != 0 ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
         if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | outcome)) {
             if (receiver != NULL) {
                 vkp_i_slot_wake(receiver);
+            }
+            if (sender != NULL) {
+                vkp_i_slot_wake(sender);
             }
             return true;
         }
@@ -8112,13 +8138,13 @@ VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
     value = slot->i_value.bytes;
     VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
     VKP_I_COPY_IN(value, item, slot->i_elem_bytes);
-    return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
+    return vkp_i_oneshot_end(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 {
     if (slot != NULL) {
-        (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+        (void)vkp_i_oneshot_end(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
     }
 }
 
@@ -8150,21 +8176,14 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
-    while ((state & VKP_I_SLOT_ENDED) == 0) {
-        bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
-        vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
-        void (*detach)(vkp_oneshot *) = slot->i_detach;
-        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
-            if (sender != NULL) {
-                vkp_i_slot_wake(sender);
-            }
-            if (detach != NULL) {
-                detach(slot);
-            }
-            return true;
-        }
+    void (*detach)(vkp_oneshot *) = slot->i_detach;
+    if (!vkp_i_oneshot_end(slot, state, VKP_I_SLOT_CLOSED)) {
+        return false;
     }
-    return false;
+    if (detach != NULL) {
+        detach(slot);
+    }
+    return true;
 }
 
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
@@ -8203,10 +8222,13 @@ VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
 }
 
 /* Wait for the end of the slot; `side` is RX_WAITING or TX_WAITING. False, and not waiting, when
-   the slot has ended.                                                                          */
+   the slot has ended, or when another wait of this side is there: one pointer would lose it.   */
 static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & side) != 0) {
+        return false;
+    }
     VKP_I_STORE(&waiter->done, 0u);
     if (side == VKP_I_SLOT_RX_WAITING) {
         VKP_I_STORE(&slot->i_receiver, (void *)waiter);
@@ -8246,6 +8268,13 @@ static bool vkp_i_oneshot_has_ended(const vkp_case *each)
     return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_ENDED) != 0;
 }
 
+/* The answer while the slot has not ended: EMPTY; INVALID when this side waits already, with a
+   wait that is not `wait`.                                                                     */
+static vkp_status vkp_i_oneshot_pending(uint32_t state, const vkp_i_wait *wait, uint32_t side)
+{
+    return wait == NULL && (state & side) != 0 ? VKP_ERR_INVALID : VKP_ERR_EMPTY;
+}
+
 static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
 {
     return ((vkp_oneshot *)each->i_object)->i_env;
@@ -8255,9 +8284,10 @@ static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
 static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
     vkp_status status;
-    if (!vkp_i_oneshot_has_ended(each)) {
-        return VKP_ERR_EMPTY;
+    if ((state & VKP_I_SLOT_ENDED) == 0) {
+        return vkp_i_oneshot_pending(state, wait, VKP_I_SLOT_RX_WAITING);
     }
     if (wait != NULL) {
         vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
@@ -8281,16 +8311,33 @@ static const vkp_i_case_kind vkp_i_case_oneshot = {
     vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
     vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
 
-/* The sender's case: ready when the receiver has closed. */
+/* The sender's case: ready when the receiver has closed. INVALID after the sender's own end: the
+   receiver wakes no sender then.                                                               */
 static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
-    (void)wait;
-    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+    uint32_t state = VKP_I_LOAD_ACQ(&((vkp_oneshot *)each->i_object)->i_state);
+    if ((state & VKP_I_SLOT_CLOSED) != 0) {
+        return VKP_OK;
+    }
+    return (state & VKP_I_SLOT_ENDED) != 0
+               ? VKP_ERR_INVALID
+               : vkp_i_oneshot_pending(state, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static bool vkp_i_case_oneshot_closed_is_ready(const vkp_case *each)
+{
+    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object);
 }
 
 static bool vkp_i_case_oneshot_closed_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) != 0) {
+        VKP_I_STORE(&wait->done, 1u); /* a handler after its own side's end: nothing wakes it */
+        return true;
+    }
+    return vkp_i_oneshot_join(slot, wait, VKP_I_SLOT_TX_WAITING);
 }
 
 static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wait)
@@ -8299,8 +8346,8 @@ static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wa
 }
 
 static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
-    vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
-    vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
+    vkp_i_case_oneshot_closed_attempt, vkp_i_case_oneshot_closed_is_ready,
+    vkp_i_case_oneshot_closed_join, vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
 
 VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, void *out)
 {
@@ -20448,8 +20495,7 @@ static void vkp_i_ask_answer_slot(vkp_i_ask *ask, vkp_reply *reply)
     if (slot != NULL) {
         slot->i_owner = NULL; /* before the send: its receiver may free the slot */
         if (reply == NULL) {
-            ended =
-                vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+            ended = vkp_i_oneshot_end(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
         } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
             reply = NULL;
             ended = true;

@@ -340,8 +340,7 @@ static void vkp_i_ask_answer_slot(vkp_i_ask *ask, vkp_reply *reply)
     if (slot != NULL) {
         slot->i_owner = NULL; /* before the send: its receiver may free the slot */
         if (reply == NULL) {
-            ended =
-                vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+            ended = vkp_i_oneshot_end(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
         } else if (vkp_oneshot_send(slot, (const void *)&reply) == VKP_OK) {
             reply = NULL;
             ended = true;

@@ -89,11 +89,11 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void 
                                                     size_t *sent);
 
 /* A permit: a reserved place of a channel, in the caller's memory. Build the value at `item`, then
-   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread. Until then the receiver gets no
-   value sent behind the permit.                                                               */
+   call vkp_mpsc_commit or vkp_mpsc_abort, once, on any thread; `item` is NULL afterwards. Until
+   then the receiver gets no value sent behind the permit. A permit that is zero has no place. */
 typedef struct vkp_mpsc_permit {
     void *item;        /* elem_bytes, uninitialised; the caller's until commit or abort */
-    void *i_lane;      /* private: the queue of the permit's place */
+    void *i_lane;      /* private: the queue of the permit's place; NULL: used, or none */
     void *i_ring;      /* private: the memory of the permit's place */
     uint64_t i_ticket; /* private: the number of the permit's place */
 } vkp_mpsc_permit;
@@ -115,12 +115,14 @@ VKP_API VKP_NODISCARD vkp_status vkp_mpsc_reserve(vkp_mpsc_tx *tx, uint64_t dead
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit);
 
 /* Send the value built at permit->item. The value is received even if the receiver closed after the
-   reserve, and is dropped through `drop` if the receiver was given back.
+   reserve, and is dropped through `drop` if the receiver was given back. A permit that was
+   committed or aborted before, a permit that is zero, and NULL are ignored.
    Owns:   takes what the value owns     Blocks: never     Threads: any     In callbacks: ok   */
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit);
 
 /* Give a permit back without a value. The receiver skips the place; there is room for another value
-   when the receiver has reached the place. Never blocks. Any thread.                          */
+   when the receiver has reached the place. Never blocks. A permit that was committed or aborted
+   before, a permit that is zero, and NULL are ignored. Any thread.                            */
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit);
 
 /* Wait until the receiver closes or is given back.

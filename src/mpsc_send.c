@@ -445,16 +445,25 @@ VKP_API vkp_status vkp_mpsc_try_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit
     return vkp_i_lane_try(tx->lane, NULL, permit);
 }
 
+/* Publish the place of a permit, once: a permit that was used, or never reserved, has no lane. */
+static void vkp_i_permit_use(vkp_mpsc_permit *permit, uint32_t outcome)
+{
+    if (permit != NULL && permit->i_lane != NULL) {
+        vkp_i_lane *lane = (vkp_i_lane *)permit->i_lane;
+        permit->i_lane = NULL;
+        permit->item = NULL;
+        vkp_i_lane_publish(lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket, outcome);
+    }
+}
+
 VKP_API void vkp_mpsc_commit(vkp_mpsc_permit *permit)
 {
-    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
-                       0);
+    vkp_i_permit_use(permit, 0);
 }
 
 VKP_API void vkp_mpsc_abort(vkp_mpsc_permit *permit)
 {
-    vkp_i_lane_publish((vkp_i_lane *)permit->i_lane, (vkp_i_ring *)permit->i_ring, permit->i_ticket,
-                       VKP_I_STAMP_ABORTED);
+    vkp_i_permit_use(permit, VKP_I_STAMP_ABORTED);
 }
 
 VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t count,

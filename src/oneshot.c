@@ -6,12 +6,13 @@
    exchange, or with a plain store after it saw the end of the sender. The release of the exchange
    pairs with the acquire loads of the state: a receiver that sees SENT sees the value.
    RX_WAITING and TX_WAITING say that i_receiver or i_sender points to a wait. The side that ends
-   the slot reads this pointer BEFORE its exchange, because the slot may be freed after the
-   exchange; it wakes the wait, and then sets `done` of the wait. A side that leaves its wait after
+   the slot reads both pointers BEFORE its exchange, because the slot may be freed after the
+   exchange; it wakes the waits, and then sets `done` of each. A side that leaves its wait after
    the slot ended waits for `done`: the other side is between two instructions.
-   A side may wait several times (in a select that another case won). Each wait is a turn, counted
-   in the state, so that an exchange fails that belongs to the pointer of an earlier wait. A slot
-   on the heap has two references, one for each side.                                           */
+   Each side has one wait at a time: the attempt of a second one is INVALID. A side may wait
+   several times (in a select that another case won). Each wait is a turn, counted in the state,
+   so that an exchange fails that belongs to the pointer of an earlier wait. A slot on the heap
+   has two references, one for each side.                                                       */
 
 #define VKP_I_SLOT_SENT 1u      /* the sender sent: the value is in the slot */
 #define VKP_I_SLOT_ABANDONED 2u /* the sender ended without a value */
@@ -80,16 +81,23 @@ static void vkp_i_slot_wake(vkp_i_wait *wait)
     VKP_I_STORE_REL(&wait->done, 1u);
 }
 
-/* End the sender's side with SENT or ABANDONED; `state` is the state as loaded before. False
-   when the receiver closed first.                                                              */
-static inline bool vkp_i_oneshot_finish(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
+/* End the slot with SENT, ABANDONED or CLOSED; `state` is the state as loaded before. False when
+   the slot had ended. Wakes the waits of both sides: the side that ends the slot may have a wait
+   too, in a handler.                                                                           */
+static inline bool vkp_i_oneshot_end(vkp_oneshot *slot, uint32_t state, uint32_t outcome)
 {
     while ((state & VKP_I_SLOT_ENDED) == 0) {
-        bool waits = (state & VKP_I_SLOT_RX_WAITING) != 0;
-        vkp_i_wait *receiver = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver) : NULL;
+        vkp_i_wait *receiver = (state & VKP_I_SLOT_RX_WAITING) != 0
+                                   ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_receiver)
+                                   : NULL;
+        vkp_i_wait *sender =
+            (state & VKP_I_SLOT_TX_WAITING) != 0 ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
         if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | outcome)) {
             if (receiver != NULL) {
                 vkp_i_slot_wake(receiver);
+            }
+            if (sender != NULL) {
+                vkp_i_slot_wake(sender);
             }
             return true;
         }
@@ -107,13 +115,13 @@ VKP_API vkp_status vkp_oneshot_send(vkp_oneshot *slot, const void *item)
     value = slot->i_value.bytes;
     VKP_I_HIDE(value); /* the slot may be the caller's object, of a size that GCC knows */
     VKP_I_COPY_IN(value, item, slot->i_elem_bytes);
-    return vkp_i_oneshot_finish(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
+    return vkp_i_oneshot_end(slot, state, VKP_I_SLOT_SENT) ? VKP_OK : VKP_ERR_CLOSED;
 }
 
 VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot)
 {
     if (slot != NULL) {
-        (void)vkp_i_oneshot_finish(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
+        (void)vkp_i_oneshot_end(slot, VKP_I_LOAD_ACQ(&slot->i_state), VKP_I_SLOT_ABANDONED);
     }
 }
 
@@ -145,21 +153,14 @@ static inline vkp_status vkp_i_oneshot_take(vkp_oneshot *slot, void *out)
 static bool vkp_i_oneshot_close_first(vkp_oneshot *slot)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
-    while ((state & VKP_I_SLOT_ENDED) == 0) {
-        bool waits = (state & VKP_I_SLOT_TX_WAITING) != 0;
-        vkp_i_wait *sender = waits ? (vkp_i_wait *)VKP_I_LOAD(&slot->i_sender) : NULL;
-        void (*detach)(vkp_oneshot *) = slot->i_detach;
-        if (VKP_I_CAS(&slot->i_state, &state, (state & VKP_I_SLOT_HEAP) | VKP_I_SLOT_CLOSED)) {
-            if (sender != NULL) {
-                vkp_i_slot_wake(sender);
-            }
-            if (detach != NULL) {
-                detach(slot);
-            }
-            return true;
-        }
+    void (*detach)(vkp_oneshot *) = slot->i_detach;
+    if (!vkp_i_oneshot_end(slot, state, VKP_I_SLOT_CLOSED)) {
+        return false;
     }
-    return false;
+    if (detach != NULL) {
+        detach(slot);
+    }
+    return true;
 }
 
 VKP_API void vkp_oneshot_close(vkp_oneshot *slot)
@@ -198,10 +199,13 @@ VKP_API void vkp_oneshot_rx_unref(vkp_oneshot *slot)
 }
 
 /* Wait for the end of the slot; `side` is RX_WAITING or TX_WAITING. False, and not waiting, when
-   the slot has ended.                                                                          */
+   the slot has ended, or when another wait of this side is there: one pointer would lose it.   */
 static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t side)
 {
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & side) != 0) {
+        return false;
+    }
     VKP_I_STORE(&waiter->done, 0u);
     if (side == VKP_I_SLOT_RX_WAITING) {
         VKP_I_STORE(&slot->i_receiver, (void *)waiter);
@@ -241,6 +245,13 @@ static bool vkp_i_oneshot_has_ended(const vkp_case *each)
     return (VKP_I_LOAD_ACQ(&slot->i_state) & VKP_I_SLOT_ENDED) != 0;
 }
 
+/* The answer while the slot has not ended: EMPTY; INVALID when this side waits already, with a
+   wait that is not `wait`.                                                                     */
+static vkp_status vkp_i_oneshot_pending(uint32_t state, const vkp_i_wait *wait, uint32_t side)
+{
+    return wait == NULL && (state & side) != 0 ? VKP_ERR_INVALID : VKP_ERR_EMPTY;
+}
+
 static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
 {
     return ((vkp_oneshot *)each->i_object)->i_env;
@@ -250,9 +261,10 @@ static const vkp_env *vkp_i_case_oneshot_env(const vkp_case *each)
 static vkp_status vkp_i_case_oneshot_attempt(vkp_case *each, vkp_i_wait *wait)
 {
     vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
     vkp_status status;
-    if (!vkp_i_oneshot_has_ended(each)) {
-        return VKP_ERR_EMPTY;
+    if ((state & VKP_I_SLOT_ENDED) == 0) {
+        return vkp_i_oneshot_pending(state, wait, VKP_I_SLOT_RX_WAITING);
     }
     if (wait != NULL) {
         vkp_i_oneshot_leave(slot, wait, VKP_I_SLOT_RX_WAITING);
@@ -276,16 +288,33 @@ static const vkp_i_case_kind vkp_i_case_oneshot = {
     vkp_i_case_oneshot_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_join,
     vkp_i_case_oneshot_leave, vkp_i_case_oneshot_env};
 
-/* The sender's case: ready when the receiver has closed. */
+/* The sender's case: ready when the receiver has closed. INVALID after the sender's own end: the
+   receiver wakes no sender then.                                                               */
 static vkp_status vkp_i_case_oneshot_closed_attempt(vkp_case *each, vkp_i_wait *wait)
 {
-    (void)wait;
-    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object) ? VKP_OK : VKP_ERR_EMPTY;
+    uint32_t state = VKP_I_LOAD_ACQ(&((vkp_oneshot *)each->i_object)->i_state);
+    if ((state & VKP_I_SLOT_CLOSED) != 0) {
+        return VKP_OK;
+    }
+    return (state & VKP_I_SLOT_ENDED) != 0
+               ? VKP_ERR_INVALID
+               : vkp_i_oneshot_pending(state, wait, VKP_I_SLOT_TX_WAITING);
+}
+
+static bool vkp_i_case_oneshot_closed_is_ready(const vkp_case *each)
+{
+    return vkp_oneshot_is_closed((vkp_oneshot *)each->i_object);
 }
 
 static bool vkp_i_case_oneshot_closed_join(const vkp_case *each, vkp_i_wait *wait)
 {
-    return vkp_i_oneshot_join((vkp_oneshot *)each->i_object, wait, VKP_I_SLOT_TX_WAITING);
+    vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
+    uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
+    if ((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) != 0) {
+        VKP_I_STORE(&wait->done, 1u); /* a handler after its own side's end: nothing wakes it */
+        return true;
+    }
+    return vkp_i_oneshot_join(slot, wait, VKP_I_SLOT_TX_WAITING);
 }
 
 static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wait)
@@ -294,8 +323,8 @@ static void vkp_i_case_oneshot_closed_leave(const vkp_case *each, vkp_i_wait *wa
 }
 
 static const vkp_i_case_kind vkp_i_case_oneshot_closed = {
-    vkp_i_case_oneshot_closed_attempt, vkp_i_oneshot_has_ended, vkp_i_case_oneshot_closed_join,
-    vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
+    vkp_i_case_oneshot_closed_attempt, vkp_i_case_oneshot_closed_is_ready,
+    vkp_i_case_oneshot_closed_join, vkp_i_case_oneshot_closed_leave, vkp_i_case_oneshot_env};
 
 VKP_API vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns, void *out)
 {

@@ -67,7 +67,8 @@ VKP_API void vkp_oneshot_abandon(vkp_oneshot *slot);
    slot, which must outlive that sender.
    Owns:   gives what *out owns
    Blocks: until deadline_ns     Threads: the receiver's     In callbacks: would stall the loop
-   Errors: CLOSED (the sender abandoned the slot, or closed before), TIMEOUT, INVALID */
+   Errors: CLOSED (the sender abandoned the slot, or the slot was closed before), TIMEOUT, INVALID
+   (a null argument; another wait of the receiver is under way: the slot stays open)           */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_recv(vkp_oneshot *slot, uint64_t deadline_ns,
                                                   void *out);
 
@@ -90,5 +91,6 @@ VKP_API bool vkp_oneshot_is_closed(const vkp_oneshot *slot);
 /* Sender: wait until the receiver closes the slot.
    Blocks: until deadline_ns     In callbacks: would stall the loop
    Threads: the sender's, before send or abandon
-   Errors: TIMEOUT, INVALID                                                                    */
+   Errors: TIMEOUT, INVALID (slot is NULL; sent or abandoned before, and the receiver has not closed
+   since; another wait of the sender is under way)                                             */
 VKP_API VKP_NODISCARD vkp_status vkp_oneshot_wait_closed(vkp_oneshot *slot, uint64_t deadline_ns);

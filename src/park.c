@@ -483,6 +483,9 @@ static vkp_status vkp_i_select(vkp_case *cases, size_t count, size_t start, vkp_
             late = !woken && sleeper.deadline_ns == deadline_ns; /* one last attempt follows */
         }
         found = vkp_i_cases_attempt(cases, count, start, waits, joined, won);
+        if (!found && joined < count) {
+            late = sys->clock_ns() >= deadline_ns; /* a case was ready, and another side took it */
+        }
         for (i = 0; i < joined; i++) {
             cases[i].i_kind->leave(&cases[i], &waits[i]);
         }

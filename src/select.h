@@ -28,8 +28,9 @@ typedef struct vkp_case {
 VKP_API vkp_case vkp_case_mpsc_recv(vkp_mpsc_rx *rx, void *out);
 
 /* A case that receives as vkp_oneshot_try_recv does: ready when the sender sent or abandoned;
-   status OK or CLOSED. The slot stays open while the case does not win; a case that won never wins
-   again. NULL slot: as vkp_case_never. NULL out: for vkp_handler_open only. Receiver's thread. */
+   status OK or CLOSED; INVALID when another wait of the receiver is under way, in the same select
+   too. The slot stays open while the case does not win; a case that won never wins again. NULL
+   slot: as vkp_case_never. NULL out: for vkp_handler_open only. Receiver's thread.            */
 VKP_API vkp_case vkp_case_oneshot_recv(vkp_oneshot *slot, void *out);
 
 /* A case that receives as vkp_broadcast_try_recv does: ready when there is a new value, values were
@@ -58,8 +59,9 @@ VKP_API vkp_case vkp_case_mpsc_reserve(vkp_mpsc_tx *tx, vkp_mpsc_permit *permit)
    vkp_case_never. Any thread.                                                                 */
 VKP_API vkp_case vkp_case_mpsc_closed(vkp_mpsc_tx *tx);
 
-/* A case that is ready once the receiver closed the slot: status OK. NULL slot: as vkp_case_never.
-   Sender's thread, before send or abandon.                                                    */
+/* A case that is ready once the receiver closed the slot: status OK; INVALID after send or abandon,
+   and when another wait of the sender is under way. NULL slot: as vkp_case_never. Sender's thread,
+   before send or abandon.                                                                     */
 VKP_API vkp_case vkp_case_oneshot_closed(vkp_oneshot *slot);
 
 /* A case that is ready while no receiver is left: status OK. NULL tx: as vkp_case_never. Any

@@ -900,6 +900,42 @@ TEST_CASE("mpsc api: an aborted place is skipped; its room is back when the rece
     CHECK(drops.count.load() == 0);
 }
 
+TEST_CASE("mpsc api: a permit that was used, is zero or NULL changes nothing", "[mpsc]")
+{
+    ON_EVERY_BUILD;
+    for (const bool commits : {false, true}) {
+        Drops drops;
+        vkp_mpsc_config config = config_of(2, &env);
+        drops.on(&config);
+        Channel channel(config);
+        vkp_mpsc_permit permit = VKP_ZERO;
+        vkp_mpsc_commit(nullptr);
+        vkp_mpsc_abort(nullptr);
+        vkp_mpsc_commit(&permit);
+        vkp_mpsc_abort(&permit);
+        for (uint64_t lap = 0; lap < 10; lap++) {
+            REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permit) == VKP_OK);
+            *static_cast<uint64_t *>(permit.item) = 1;
+            if (commits) {
+                vkp_mpsc_commit(&permit);
+            } else {
+                vkp_mpsc_abort(&permit);
+            }
+            CHECK(permit.item == nullptr);
+            CHECK(channel.next() == (commits ? 1 : UINT64_MAX));
+            // The places are others' now: whichever call comes late leaves them alone.
+            REQUIRE(channel.try_send(10) == VKP_OK);
+            REQUIRE(channel.try_send(11) == VKP_OK);
+            vkp_mpsc_abort(&permit);
+            vkp_mpsc_commit(&permit);
+            CHECK(channel.next() == 10);
+            CHECK(channel.next() == 11);
+            CHECK(vkp_mpsc_get_len(channel.rx) == 0);
+        }
+        CHECK(drops.count.load() == 0);
+    }
+}
+
 TEST_CASE("mpsc api: an aborted place lets the sender behind it in", "[mpsc][threads]")
 {
     ON_EVERY_BUILD;

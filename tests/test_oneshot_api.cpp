@@ -330,6 +330,122 @@ TEST_CASE("oneshot api: after waiting for the close in vain the sender may still
     }
 }
 
+TEST_CASE("oneshot api: wait_closed after the sender's own end is INVALID, whatever its deadline",
+          "[oneshot]")
+{
+    const vkp_env env = env_of(GENERATE(from_range(all_spins)));
+    for (const bool heap : {false, true}) {
+        for (const bool sends : {false, true}) {
+            const vkp_test_watchdog watchdog;
+            Slot s(heap, &env);
+            uint64_t value = 0;
+            size_t won = 9;
+            if (sends) {
+                REQUIRE(s.send(3) == VKP_OK);
+            } else {
+                vkp_oneshot_abandon(s.slot);
+            }
+            CHECK(vkp_oneshot_wait_closed(s.slot, 0) == VKP_ERR_INVALID);
+            CHECK(vkp_oneshot_wait_closed(s.slot, 1) == VKP_ERR_INVALID); // long passed
+            CHECK(vkp_oneshot_wait_closed(s.slot, VKP_FOREVER) == VKP_ERR_INVALID);
+            vkp_case cases[] = {vkp_case_never(), vkp_case_oneshot_closed(s.slot)};
+            CHECK(vkp_select(cases, 2, VKP_FOREVER, &won) == VKP_OK);
+            CHECK(won == 1);
+            CHECK(cases[1].status == VKP_ERR_INVALID);
+            // The slot is whole; the receiver's end is a close as any other.
+            CHECK(vkp_oneshot_try_recv(s.slot, &value) == (sends ? VKP_OK : VKP_ERR_CLOSED));
+            CHECK(value == (sends ? 3 : 0));
+            CHECK(vkp_oneshot_wait_closed(s.slot, VKP_FOREVER) == VKP_OK);
+            CHECK(s.drops.count.load() == 0);
+        }
+    }
+}
+
+TEST_CASE("oneshot api: a second wait of the same side is INVALID, and the first one goes on",
+          "[oneshot][threads]")
+{
+    const vkp_env env = env_of(GENERATE(from_range(all_spins)));
+    for (const bool heap : {false, true}) {
+        const vkp_test_watchdog watchdog;
+        uint64_t value = 0;
+        uint64_t second = 0;
+        size_t won = 9;
+        { // twice in one select, of either side
+            Slot s(heap, &env);
+            vkp_case receives[] = {vkp_case_oneshot_recv(s.slot, &value),
+                                   vkp_case_oneshot_recv(s.slot, &second)};
+            CHECK(vkp_select(receives, 2, 0, &won) == VKP_ERR_TIMEOUT); // nothing waits
+            CHECK(vkp_select(receives, 2, VKP_FOREVER, &won) == VKP_OK);
+            CHECK(won == 1);
+            CHECK(receives[1].status == VKP_ERR_INVALID);
+            vkp_case closes[] = {vkp_case_oneshot_closed(s.slot), vkp_case_oneshot_closed(s.slot)};
+            CHECK(vkp_select(closes, 2, VKP_FOREVER, &won) == VKP_OK);
+            CHECK(won == 1);
+            CHECK(closes[1].status == VKP_ERR_INVALID);
+            REQUIRE(s.send(1) == VKP_OK); // the slot is as it was
+            CHECK(vkp_select(receives, 2, VKP_FOREVER, &won) == VKP_OK);
+            CHECK(won == 0);
+            CHECK(value == 1);
+        }
+        { // while another call waits
+            Slot s(heap, &env);
+            vkp_test_waiting receiver(
+                [&] { return vkp_oneshot_recv(s.slot, VKP_FOREVER, &value); });
+            vkp_test_waiting sender([&] { return vkp_oneshot_wait_closed(s.slot, VKP_FOREVER); });
+            CHECK(vkp_oneshot_recv(s.slot, VKP_FOREVER, &second) == VKP_ERR_INVALID);
+            CHECK(vkp_oneshot_wait_closed(s.slot, VKP_FOREVER) == VKP_ERR_INVALID);
+            REQUIRE(s.send(2) == VKP_OK);
+            CHECK(receiver.join() == VKP_OK);
+            CHECK(value == 2);
+            CHECK(second == 0);
+            // The sender's own wait ends with its send: the receiver may have closed before.
+            const vkp_status status = sender.join();
+            CHECK((status == VKP_OK || status == VKP_ERR_INVALID));
+        }
+    }
+}
+
+TEST_CASE("oneshot api: an end by the side that waits ends its wait too", "[oneshot][loop]")
+{
+    ON_EVERY_BACKEND;
+    const vkp_env env = env_of(0);
+    for (const bool heap : {false, true}) {
+        for (int end = 0; end < 4; end++) {
+            INFO("heap " << heap << " end " << end);
+            const vkp_test_watchdog watchdog;
+            vkp_test_loop loop(backend);
+            Slot s(heap, &env);
+            uint64_t value = 0;
+            const bool sends = end < 2;
+            vkp_test_handler handler(loop,
+                                     sends ? vkp_case_oneshot_closed(s.slot)
+                                           : vkp_case_oneshot_recv(s.slot, nullptr),
+                                     [] {});
+            REQUIRE(handler.status == VKP_OK);
+            switch (end) {
+            case 0:
+                CHECK(s.send(5) == VKP_OK);
+                break;
+            case 1:
+                vkp_oneshot_abandon(s.slot);
+                break;
+            case 2:
+                vkp_oneshot_close(s.slot);
+                break;
+            default:
+                CHECK(vkp_oneshot_recv(s.slot, 0, &value) == VKP_ERR_TIMEOUT);
+                break;
+            }
+            vkp_test_settle(loop);
+            CHECK((handler.calls > 0) == !sends); // a sender is called for a close, not for itself
+            vkp_oneshot_close(s.slot);
+            vkp_test_settle(loop);
+            handler.stop();
+            CHECK(s.drops.count.load() == (end == 0 ? 1 : 0));
+        }
+    }
+}
+
 TEST_CASE("oneshot api: a receiver's watch is called for the value and for the end, not before",
           "[oneshot][loop]")
 {

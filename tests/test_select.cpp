@@ -1287,6 +1287,52 @@ TEST_CASE("select: a poll that ends before the deadline is not the deadline", "[
     close(fds[1]);
 }
 
+TEST_CASE("select: a case that is ready only while it joins does not outlast the deadline",
+          "[select]")
+{
+    // Its join finds it ready, its attempt does not, again and again: a receiver goes before each
+    // sleep, and another one comes before each attempt. The clock moves with each question.
+    static vkp_broadcast_tx *tx;
+    static vkp_broadcast_rx *rx;
+    static std::atomic<uint64_t> now;
+    const vkp_test_watchdog watchdog;
+    now = 1;
+    vkp_sys sys = *vkp_sys_get_default();
+    sys.clock_ns = [] { return now.fetch_add(1); };
+    sys.wake_pair = [](int fds[2]) {
+        vkp_broadcast_rx_unref(std::exchange(rx, nullptr));
+        return vkp_sys_get_default()->wake_pair(fds);
+    };
+    sys.poll = [](void *pollfds, size_t count, uint64_t deadline_ns) {
+        if (deadline_ns != 0) {
+            vkp_test_fail("asleep although a case was ready");
+        }
+        if (rx == nullptr && vkp_broadcast_subscribe(tx, &rx) != VKP_OK) {
+            vkp_test_fail("no receiver");
+        }
+        return vkp_sys_get_default()->poll(pollfds, count, 0);
+    };
+    vkp_env env = VKP_ZERO;
+    env.sys = &sys;
+    vkp_broadcast_config config = VKP_ZERO;
+    config.elem_bytes = 8;
+    config.capacity_items = 2;
+    config.env = &env;
+    REQUIRE(vkp_broadcast_open(&config, &tx) == VKP_OK);
+    REQUIRE(vkp_broadcast_subscribe(tx, &rx) == VKP_OK);
+    int fds[2];
+    REQUIRE(pipe(fds) == 0);
+    vkp_case cases[] = {vkp_case_fd(fds[0], VKP_IO_READ), vkp_case_broadcast_closed(tx)};
+    size_t won = 9;
+    CHECK(vkp_select(cases, 2, 100, &won) == VKP_ERR_TIMEOUT);
+    CHECK(now.load() > 100);
+    CHECK(won == 9);
+    close(fds[0]);
+    close(fds[1]);
+    vkp_broadcast_rx_unref(rx);
+    vkp_broadcast_tx_unref(tx);
+}
+
 TEST_CASE("select: work until cancelled", "[select][threads]")
 {
     // Tokio's run_until_cancelled: the work in one case, the token in the other.
