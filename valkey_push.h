@@ -1443,8 +1443,9 @@ typedef struct vkp_mpsc_config {
 
 /* Open a channel: its one receiver and the first sender. Memory for values is allocated with the
    first values and grows as needed; more than 64 KiB that a burst took is freed when the receiver
-   waits on the empty channel. Values lie at addresses aligned to 8; to 16 where elem_bytes is a
-   multiple of 16; to 64 where elem_bytes is a multiple of 64. A NULL config returns INVALID.
+   waits on the empty channel, or has found it empty 64 times in a row (with lanes: a lane of it).
+   Values lie at addresses aligned to 8; to 16 where elem_bytes is a multiple of 16; to 64 where
+   elem_bytes is a multiple of 64. A NULL config returns INVALID.
    Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
    Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB; lanes with capacity_bytes),
    NOMEM                                                                                       */
@@ -1456,7 +1457,8 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
 
 /* Another sender for the same receiver. Without config.lanes this is vkp_mpsc_tx_ref. With
    config.lanes the new sender has its own lane, and the receiver takes at most 64 values in a row
-   from one lane while another lane has values.
+   from one lane while another lane has values. A lane without a sender is freed while the receiver
+   receives, after the last value of the lane.
    Owns:   gives *clone     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone);
@@ -6354,6 +6356,7 @@ VKP_API vkp_status vkp_cancel_wait(vkp_cancel *token, uint64_t deadline_ns)
 #define VKP_I_RING_FIRST 16u   /* most places of the first ring */
 #define VKP_I_RING_FIRST_MOST 4096u /* most bytes of values in the first ring */
 #define VKP_I_RING_KEEP 65536u      /* bytes of a ring that an empty lane keeps */
+#define VKP_I_SHRINK_SEARCHES 64u   /* searches that find a lane empty, until it frees more */
 
 /* Most bytes of a value that lies beside its stamp. */
 #define VKP_I_BESIDE_MAX (VKP_I_LINE_BYTES - VKP_I_STAMP_BYTES)
@@ -6398,11 +6401,15 @@ typedef struct vkp_i_lane {
     vkp_i_ring *rx_ring;                     /* atomic: the ring of `head` */
     uint64_t taken_cost;                     /* atomic: cost of all values received, in bytes */
     uint64_t lingered;   /* `head` when the receiver found nothing the last time */
+    uint64_t searched;   /* `head` when a search found the lane empty, and its ring large */
+    uint32_t searches;   /* searches in a row that did so, with no value in between */
     uint32_t tx_waiting; /* flag: 1 while `senders` is not empty */
+    bool found_empty;    /* the last search found no value here; for vkp_i_channel_tidy */
     bool plain; /* no counted bytes, no eviction, not fenced: vkp_i_lane_recv_fast may run */
     unsigned char pad_slow[VKP_I_APART]; /* the mutex guards the fields below */
     uint64_t sent_cost;                  /* under the mutex: cost of all values sent, in bytes */
     vkp_i_waiters senders;               /* under the mutex: waiting senders, oldest first */
+    bool linked; /* under the mutex: in the list of lanes, which begins with a lane's first use */
 } vkp_i_lane;
 
 struct vkp_mpsc_tx {
@@ -6442,7 +6449,6 @@ struct vkp_i_channel {
     vkp_i_waiters receiver; /* under the mutex: the waiting receiver */
     vkp_i_waiters closers;  /* under the mutex: waits for the close of the receiver */
     vkp_i_ring *retired;    /* under the mutex: rings that ended after the receiver was gone */
-    size_t dead_lanes;      /* atomic: lanes that the receiver has to free */
     vkp_i_lane *rx_lane;    /* the receiver's: the lane of its last value */
     vkp_i_lane lane;        /* the first lane */
 };
@@ -6537,7 +6543,8 @@ static uint64_t vkp_i_used(uint64_t ticket, uint64_t head)
 }
 
 /* The oldest value where it lies, or NULL. Passes aborted places, and rings that have ended,
-   which it frees. Receiver's thread; under the mutex when `evicts` or when the receiver is gone. */
+   which it frees. The caller lets in the senders that wait for aborted places (vkp_i_channel_tidy).
+   Receiver's thread; under the mutex when `evicts` or when the receiver is gone.               */
 static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 {
     for (;;) {
@@ -6569,7 +6576,7 @@ static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 }
 
 /* The oldest value was taken: its place is free. The caller lets waiting senders in
-   (vkp_i_lane_freed).                                                                          */
+   (vkp_i_channel_tidy).                                                                          */
 static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
 {
     if (lane->channel->config.capacity_bytes != 0) {
@@ -6597,6 +6604,7 @@ static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
             channel->rx_lane = lane;
             return lane;
         }
+        lane->found_empty = true;
         lane = vkp_i_lane_after(lane);
     } while (lane != first);
     return NULL;
@@ -6780,6 +6788,18 @@ static void vkp_i_lane_own(vkp_i_lane *lane)
     }
 }
 
+/* Locked: link the lane of a clone at its first use. A clone that never sends costs the receiver
+   nothing, and is freed by its last reference.                                                 */
+static void vkp_i_lane_link(vkp_i_lane *lane)
+{
+    if (!lane->linked) {
+        vkp_i_lane *first = &lane->channel->lane;
+        lane->linked = true;
+        VKP_I_STORE(&lane->next, VKP_I_LOAD(&first->next));
+        VKP_I_STORE_REL(&first->next, lane);
+    }
+}
+
 /* Locked: set the next ticket, and clear SLOW unless the slow path is still needed. */
 static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
 {
@@ -6921,6 +6941,7 @@ static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, siz
     uint64_t ticket = vkp_i_lane_freeze(lane);
     vkp_status status = VKP_OK;
     const vkp_i_waiter *first = lane->senders.head.next;
+    vkp_i_lane_link(lane);
     vkp_i_lane_own(lane);
     if ((VKP_I_LOAD(&lane->channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
         status = VKP_ERR_CLOSED;
@@ -6973,6 +6994,7 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     vkp_i_channel *channel = lane->channel;
     VKP_I_LOCK(&channel->mutex);
     sender->status = VKP_ERR_FULL;
+    vkp_i_lane_link(lane);
     vkp_i_waiter_link(&lane->senders, &sender->node);
     (void)vkp_i_lane_freeze(lane);
     vkp_i_flag_raise(&lane->tx_waiting, 1u);
@@ -7163,7 +7185,8 @@ VKP_API vkp_status vkp_mpsc_send_many(vkp_mpsc_tx *tx, const void *items, size_t
    sender that publishes, a close and the end of the last sender wake it.
    With several lanes the receiver takes at most VKP_I_LANE_TURN values from one lane while others
    have values. Only the receiver frees rings and lanes that are no longer used, until it is gone
-   itself.                                                                                      */
+   itself: each search that is not the fast path ends in vkp_i_channel_tidy, so that all calls give
+   memory back, and let waiting senders in, in the same way.                                    */
 
 /* Let in senders that wait, and cannot see the places just freed. */
 static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
@@ -7187,6 +7210,18 @@ static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
         }
     }
     return VKP_ERR_CLOSED;
+}
+
+/* Find the lane of the next value: OK, EMPTY or CLOSED. */
+static inline vkp_status vkp_i_channel_next(vkp_i_channel *channel, vkp_i_lane **lane)
+{
+    vkp_status status = VKP_OK;
+    *lane = vkp_i_channel_find(channel);
+    if (*lane == NULL) {
+        status = vkp_i_channel_end(channel);
+        *lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
+    }
+    return status;
 }
 
 /* The path of nearly every value. False, and nothing is taken, when the value is not ready, the
@@ -7245,15 +7280,6 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     }
 }
 
-/* vkp_i_lane_freed for all lanes. */
-static void vkp_i_channel_freed(vkp_i_channel *channel)
-{
-    vkp_i_lane *lane = &channel->lane;
-    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
-        vkp_i_lane_freed(lane);
-    }
-}
-
 /* Take the mutex where senders may take the oldest value: the receiver needs it there, too. */
 static void vkp_i_channel_hold(vkp_i_channel *channel)
 {
@@ -7270,24 +7296,45 @@ static void vkp_i_channel_release(vkp_i_channel *channel)
     }
 }
 
-/* Locked: an empty lane frees the large ring that a burst needed. The lane is frozen and its
-   last ticket received, so no sender uses the ring.                                            */
+/* Locked: an empty lane frees its large ring. The lane is frozen and its last ticket received, so
+   no sender uses the ring.                                                                     */
 static void vkp_i_lane_trim(vkp_i_lane *lane)
 {
-    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
-    uint64_t ticket;
-    if (ring == NULL || VKP_I_LOAD(&lane->ring)->bytes <= VKP_I_RING_KEEP) {
-        return;
-    }
-    ticket = vkp_i_lane_freeze(lane);
+    uint64_t ticket = vkp_i_lane_freeze(lane);
     if (vkp_i_lane_oldest(lane) == NULL && ticket == VKP_I_LOAD(&lane->head)) {
-        ring = VKP_I_LOAD(&lane->rx_ring);
+        vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
         VKP_I_STORE_REL(&lane->ring, (vkp_i_ring *)NULL);
         VKP_I_STORE_REL(&lane->room, (uint64_t)0);
         VKP_I_STORE_REL(&lane->rx_ring, (vkp_i_ring *)NULL);
         vkp_i_ring_close(lane->channel->config.env, ring);
     }
     vkp_i_lane_thaw(lane, ticket);
+}
+
+/* The search found the lane empty: free the large ring that a burst needed, if the receiver
+   `waits`, or if this was so in VKP_I_SHRINK_SEARCHES searches, with no value in between. A lane
+   in use, which is empty for a moment, would need the ring again.                              */
+static void vkp_i_lane_shrink(vkp_i_lane *lane, bool waits)
+{
+    vkp_i_channel *channel = lane->channel;
+    const vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    if (ring == NULL || ring->bytes <= VKP_I_RING_KEEP) {
+        return;
+    }
+    lane->searches = lane->searched == head ? lane->searches + 1 : 1;
+    lane->searched = head;
+    if ((!waits && lane->searches < VKP_I_SHRINK_SEARCHES) ||
+        VKP_I_LOAD_ACQ(&lane->tail) >> 1 != head) {
+        return;
+    }
+    if (channel->evicts) {
+        vkp_i_lane_trim(lane); /* the caller has the mutex */
+    } else {
+        VKP_I_LOCK(&channel->mutex);
+        vkp_i_lane_trim(lane);
+        VKP_I_UNLOCK(&channel->mutex);
+    }
 }
 
 /* Free a lane that no thread uses any longer, with its rings. */
@@ -7301,44 +7348,61 @@ static void vkp_i_lane_free(vkp_i_lane *lane)
     }
 }
 
-/* Locked: free large rings of empty lanes, and empty lanes whose sender is gone. */
-static void vkp_i_channel_tidy(vkp_i_channel *channel)
+/* Whether the sender of the lane is gone, and all its values were received. */
+static bool vkp_i_lane_is_over(vkp_i_lane *lane)
+{
+    return VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
+           VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head);
+}
+
+/* Unlink a lane that is over, and free it; `before` is a lane before it in the list. */
+static void vkp_i_channel_remove_lane(vkp_i_channel *channel, vkp_i_lane *before, vkp_i_lane *lane)
+{
+    VKP_I_LOCK(&channel->mutex);
+    while (VKP_I_LOAD(&before->next) != lane) {
+        before = VKP_I_LOAD(&before->next); /* a new lane was linked meanwhile */
+    }
+    VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
+    VKP_I_UNLOCK(&channel->mutex);
+    if (channel->rx_lane == lane) {
+        channel->rx_lane = vkp_i_lane_after(before);
+    }
+    vkp_i_lane_free(lane);
+}
+
+/* After each search: let waiting senders in where values were taken or aborted places passed; of
+   the lanes that the search found empty, free those that are over, and large rings. `waits`: the
+   search found no value, and the receiver is about to wait.
+   Takes the mutex, which with `evicts` is held already.                                        */
+static void vkp_i_channel_tidy(vkp_i_channel *channel, bool waits)
 {
     vkp_i_lane *before = &channel->lane;
-    vkp_i_lane_trim(before);
-    while (VKP_I_LOAD(&before->next) != NULL) {
-        vkp_i_lane *lane = VKP_I_LOAD(&before->next);
-        if (VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
-            VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head)) {
-            VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
-            channel->rx_lane = &channel->lane;
-            (void)VKP_I_SUB(&channel->dead_lanes, (size_t)1);
-            vkp_i_lane_free(lane);
+    vkp_i_lane *lane = before;
+    do {
+        bool empty = lane->found_empty;
+        lane->found_empty = false;
+        if (empty && vkp_i_lane_is_over(lane)) {
+            vkp_i_channel_remove_lane(channel, before, lane);
         } else {
-            vkp_i_lane_trim(lane);
+            if (empty) {
+                vkp_i_lane_shrink(lane, waits);
+            }
+            vkp_i_lane_freed(lane);
             before = lane;
         }
-    }
+        lane = VKP_I_LOAD_ACQ(&before->next);
+    } while (lane != NULL);
 }
 
 /* Take up to `capacity` values without waiting: OK with their number, EMPTY or CLOSED. */
 static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
                                          size_t *count)
 {
-    vkp_status status = VKP_OK;
+    vkp_status status;
     size_t taken = 0;
     vkp_i_lane *lane;
     vkp_i_channel_hold(channel);
-    lane = vkp_i_channel_find(channel);
-    if (lane == NULL) {
-        status = vkp_i_channel_end(channel);
-        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
-        if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
-            VKP_I_LOCK(&channel->mutex); /* for a receiver that never waits: join would do this */
-            vkp_i_channel_tidy(channel);
-            VKP_I_UNLOCK(&channel->mutex);
-        }
-    }
+    status = vkp_i_channel_next(channel, &lane);
     while (lane != NULL && taken < capacity) {
         uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
         size_t turn = VKP_I_LANE_TURN - (size_t)(VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN);
@@ -7351,20 +7415,21 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
     if (taken > 0) {
         *count = taken;
     }
-    vkp_i_channel_freed(channel);
+    vkp_i_channel_tidy(channel, false);
     vkp_i_channel_release(channel);
     return status;
 }
 
-/* Whether a receive would give a value or CLOSED. */
-static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
+/* Whether a receive would give a value or CLOSED. `waits`: if not, the receiver waits. */
+static bool vkp_i_channel_is_ready(vkp_i_channel *channel, bool waits)
 {
-    bool ready;
+    vkp_status status;
+    vkp_i_lane *lane;
     vkp_i_channel_hold(channel);
-    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
-    vkp_i_channel_freed(channel); /* the search passed aborted places: they are free */
+    status = vkp_i_channel_next(channel, &lane);
+    vkp_i_channel_tidy(channel, waits && status == VKP_ERR_EMPTY);
     vkp_i_channel_release(channel);
-    return ready;
+    return status != VKP_ERR_EMPTY;
 }
 
 /* Unlink the waiter of the receiver if it is linked. */
@@ -7381,12 +7446,11 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
-    vkp_i_channel_tidy(channel);
     vkp_i_waiter_link(&channel->receiver, waiter);
     vkp_i_flag_raise(&channel->flags, VKP_I_RX_WAITING);
     VKP_I_UNLOCK(&channel->mutex);
     vkp_i_flag_fence(channel->config.env, channel->fenced);
-    if (!vkp_i_channel_is_ready(channel)) {
+    if (!vkp_i_channel_is_ready(channel, true)) {
         return true;
     }
     vkp_i_channel_leave(channel, waiter);
@@ -7428,7 +7492,7 @@ static vkp_status vkp_i_case_recv_many_attempt(vkp_case *each, vkp_i_wait *wait)
 
 static bool vkp_i_case_recv_is_ready(const vkp_case *each)
 {
-    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object);
+    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object, false);
 }
 
 static bool vkp_i_case_recv_join(const vkp_case *each, vkp_i_wait *wait)
@@ -7453,18 +7517,20 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
-/* Whether the receiver has something to do in this lane. Unlike vkp_i_lane_oldest this passes no
-   aborted place and no ring: a sender may wait for the room, and only a receive lets it in.    */
+/* Whether the receiver has something to do in this lane: take a value, pass a place, free a lane
+   that is over. Unlike vkp_i_lane_oldest this passes no aborted place and no ring: a sender may
+   wait for the room, and only a search that ends in vkp_i_channel_tidy lets it in.             */
 static inline bool vkp_i_lane_looks_ready(const vkp_i_lane *lane)
 {
     const vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
     uint64_t head = VKP_I_LOAD(&lane->head);
     uint32_t stamp;
     if (ring == NULL) {
-        return false;
+        return VKP_I_LOAD(&lane->dead) != 0;
     }
     stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
-    return (stamp & ~VKP_I_STAMP_ABORTED) == vkp_i_stamp(head) || VKP_I_LOAD(&ring->end) == head;
+    return (stamp & ~VKP_I_STAMP_ABORTED) == vkp_i_stamp(head) || VKP_I_LOAD(&ring->end) == head ||
+           VKP_I_LOAD(&lane->dead) != 0;
 }
 
 /* Whether a receiver that spins should try again. */
@@ -7473,13 +7539,14 @@ static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
     vkp_i_lane *first = channel->rx_lane;
     vkp_i_lane *lane = first;
     if (channel->evicts) {
-        return vkp_i_channel_is_ready(channel);
+        return vkp_i_channel_is_ready(channel, false);
     }
     do {
         if (vkp_i_lane_looks_ready(lane)) {
             channel->rx_lane = lane;
             return true;
         }
+        lane->found_empty = true;
         lane = vkp_i_lane_after(lane);
     } while (lane != first);
     return VKP_I_LOAD(&channel->ended) != 0;
@@ -7552,18 +7619,18 @@ VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
 
 VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
 {
+    vkp_i_channel *channel;
     vkp_i_lane *lane;
-    vkp_status status = VKP_OK;
+    vkp_status status;
     VKP_I_REQUIRE(rx != NULL && item != NULL);
-    lane = vkp_i_channel_find(rx->channel);
-    if (lane == NULL) {
-        status = vkp_i_channel_end(rx->channel);
-        lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
-    }
-    vkp_i_channel_freed(rx->channel); /* the search passed aborted places: they are free */
+    channel = rx->channel;
+    vkp_i_channel_hold(channel);
+    status = vkp_i_channel_next(channel, &lane);
     if (lane != NULL) {
         *item = vkp_i_lane_oldest(lane);
     }
+    vkp_i_channel_tidy(channel, false);
+    vkp_i_channel_release(channel);
     return status;
 }
 
@@ -7653,6 +7720,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
     vkp_i_waiters_init(&channel->receiver);
     vkp_i_waiters_init(&channel->closers);
     vkp_i_lane_init(&channel->lane, channel);
+    channel->lane.linked = true;
     *tx = &channel->tx;
     *rx = &channel->rx;
     return VKP_OK;
@@ -7696,10 +7764,6 @@ static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **t
     vkp_i_lane_init(&extra->lane, channel);
     extra->tx.lane = &extra->lane;
     extra->tx.refs = 1;
-    VKP_I_LOCK(&channel->mutex);
-    extra->lane.next = VKP_I_LOAD(&channel->lane.next);
-    VKP_I_STORE_REL(&channel->lane.next, &extra->lane);
-    VKP_I_UNLOCK(&channel->mutex);
     *tx = &extra->tx;
     return VKP_OK;
 }
@@ -7725,8 +7789,9 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
     }
     channel = tx->lane->channel;
     if (VKP_I_UNREF(&tx->refs) == 1) {
-        if (tx != &channel->tx) {
-            (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
+        if (!tx->lane->linked) {
+            vkp_i_lane_free(tx->lane); /* never used: nothing points to it */
+        } else if (tx != &channel->tx) {
             VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the receiver may free tx now */
         }
         vkp_i_channel_remove_sender(channel);
@@ -8235,7 +8300,7 @@ static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t s
     } else {
         VKP_I_STORE(&slot->i_sender, (void *)waiter);
     }
-    while ((state & VKP_I_SLOT_ENDED) == 0) {
+    while ((state & (VKP_I_SLOT_ENDED | side)) == 0) {
         if (VKP_I_CAS(&slot->i_state, &state, (state + VKP_I_SLOT_TURN) | side)) {
             return true;
         }

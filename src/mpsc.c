@@ -68,6 +68,7 @@ static vkp_status vkp_i_mpsc_open(const vkp_mpsc_config *config, bool evicts, vk
     vkp_i_waiters_init(&channel->receiver);
     vkp_i_waiters_init(&channel->closers);
     vkp_i_lane_init(&channel->lane, channel);
+    channel->lane.linked = true;
     *tx = &channel->tx;
     *rx = &channel->rx;
     return VKP_OK;
@@ -111,10 +112,6 @@ static vkp_status vkp_i_channel_add_lane(vkp_i_channel *channel, vkp_mpsc_tx **t
     vkp_i_lane_init(&extra->lane, channel);
     extra->tx.lane = &extra->lane;
     extra->tx.refs = 1;
-    VKP_I_LOCK(&channel->mutex);
-    extra->lane.next = VKP_I_LOAD(&channel->lane.next);
-    VKP_I_STORE_REL(&channel->lane.next, &extra->lane);
-    VKP_I_UNLOCK(&channel->mutex);
     *tx = &extra->tx;
     return VKP_OK;
 }
@@ -140,8 +137,9 @@ VKP_API void vkp_mpsc_tx_unref(vkp_mpsc_tx *tx)
     }
     channel = tx->lane->channel;
     if (VKP_I_UNREF(&tx->refs) == 1) {
-        if (tx != &channel->tx) {
-            (void)VKP_I_ADD(&channel->dead_lanes, (size_t)1);
+        if (!tx->lane->linked) {
+            vkp_i_lane_free(tx->lane); /* never used: nothing points to it */
+        } else if (tx != &channel->tx) {
             VKP_I_STORE_REL(&tx->lane->dead, 1u); /* the receiver may free tx now */
         }
         vkp_i_channel_remove_sender(channel);

@@ -28,8 +28,9 @@ typedef struct vkp_mpsc_config {
 
 /* Open a channel: its one receiver and the first sender. Memory for values is allocated with the
    first values and grows as needed; more than 64 KiB that a burst took is freed when the receiver
-   waits on the empty channel. Values lie at addresses aligned to 8; to 16 where elem_bytes is a
-   multiple of 16; to 64 where elem_bytes is a multiple of 64. A NULL config returns INVALID.
+   waits on the empty channel, or has found it empty 64 times in a row (with lanes: a lane of it).
+   Values lie at addresses aligned to 8; to 16 where elem_bytes is a multiple of 16; to 64 where
+   elem_bytes is a multiple of 64. A NULL config returns INVALID.
    Owns:   borrows config; gives *tx and *rx   Blocks: never   Threads: any   In callbacks: ok
    Errors: INVALID (a null argument; elem_bytes 0 or above 64 KiB; lanes with capacity_bytes),
    NOMEM                                                                                       */
@@ -41,7 +42,8 @@ VKP_API vkp_mpsc_tx *vkp_mpsc_tx_ref(vkp_mpsc_tx *tx);
 
 /* Another sender for the same receiver. Without config.lanes this is vkp_mpsc_tx_ref. With
    config.lanes the new sender has its own lane, and the receiver takes at most 64 values in a row
-   from one lane while another lane has values.
+   from one lane while another lane has values. A lane without a sender is freed while the receiver
+   receives, after the last value of the lane.
    Owns:   gives *clone     Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, INVALID                                                                      */
 VKP_API VKP_NODISCARD vkp_status vkp_mpsc_tx_clone(vkp_mpsc_tx *tx, vkp_mpsc_tx **clone);

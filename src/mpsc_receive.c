@@ -9,7 +9,8 @@
    sender that publishes, a close and the end of the last sender wake it.
    With several lanes the receiver takes at most VKP_I_LANE_TURN values from one lane while others
    have values. Only the receiver frees rings and lanes that are no longer used, until it is gone
-   itself.                                                                                      */
+   itself: each search that is not the fast path ends in vkp_i_channel_tidy, so that all calls give
+   memory back, and let waiting senders in, in the same way.                                    */
 
 /* Let in senders that wait, and cannot see the places just freed. */
 static void vkp_i_lane_admit_waiting(vkp_i_lane *lane)
@@ -33,6 +34,18 @@ static vkp_status vkp_i_channel_end(vkp_i_channel *channel)
         }
     }
     return VKP_ERR_CLOSED;
+}
+
+/* Find the lane of the next value: OK, EMPTY or CLOSED. */
+static inline vkp_status vkp_i_channel_next(vkp_i_channel *channel, vkp_i_lane **lane)
+{
+    vkp_status status = VKP_OK;
+    *lane = vkp_i_channel_find(channel);
+    if (*lane == NULL) {
+        status = vkp_i_channel_end(channel);
+        *lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
+    }
+    return status;
 }
 
 /* The path of nearly every value. False, and nothing is taken, when the value is not ready, the
@@ -91,15 +104,6 @@ static void vkp_i_lane_freed(vkp_i_lane *lane)
     }
 }
 
-/* vkp_i_lane_freed for all lanes. */
-static void vkp_i_channel_freed(vkp_i_channel *channel)
-{
-    vkp_i_lane *lane = &channel->lane;
-    for (; lane != NULL; lane = VKP_I_LOAD_ACQ(&lane->next)) {
-        vkp_i_lane_freed(lane);
-    }
-}
-
 /* Take the mutex where senders may take the oldest value: the receiver needs it there, too. */
 static void vkp_i_channel_hold(vkp_i_channel *channel)
 {
@@ -116,24 +120,45 @@ static void vkp_i_channel_release(vkp_i_channel *channel)
     }
 }
 
-/* Locked: an empty lane frees the large ring that a burst needed. The lane is frozen and its
-   last ticket received, so no sender uses the ring.                                            */
+/* Locked: an empty lane frees its large ring. The lane is frozen and its last ticket received, so
+   no sender uses the ring.                                                                     */
 static void vkp_i_lane_trim(vkp_i_lane *lane)
 {
-    vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
-    uint64_t ticket;
-    if (ring == NULL || VKP_I_LOAD(&lane->ring)->bytes <= VKP_I_RING_KEEP) {
-        return;
-    }
-    ticket = vkp_i_lane_freeze(lane);
+    uint64_t ticket = vkp_i_lane_freeze(lane);
     if (vkp_i_lane_oldest(lane) == NULL && ticket == VKP_I_LOAD(&lane->head)) {
-        ring = VKP_I_LOAD(&lane->rx_ring);
+        vkp_i_ring *ring = VKP_I_LOAD(&lane->rx_ring);
         VKP_I_STORE_REL(&lane->ring, (vkp_i_ring *)NULL);
         VKP_I_STORE_REL(&lane->room, (uint64_t)0);
         VKP_I_STORE_REL(&lane->rx_ring, (vkp_i_ring *)NULL);
         vkp_i_ring_close(lane->channel->config.env, ring);
     }
     vkp_i_lane_thaw(lane, ticket);
+}
+
+/* The search found the lane empty: free the large ring that a burst needed, if the receiver
+   `waits`, or if this was so in VKP_I_SHRINK_SEARCHES searches, with no value in between. A lane
+   in use, which is empty for a moment, would need the ring again.                              */
+static void vkp_i_lane_shrink(vkp_i_lane *lane, bool waits)
+{
+    vkp_i_channel *channel = lane->channel;
+    const vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
+    uint64_t head = VKP_I_LOAD(&lane->head);
+    if (ring == NULL || ring->bytes <= VKP_I_RING_KEEP) {
+        return;
+    }
+    lane->searches = lane->searched == head ? lane->searches + 1 : 1;
+    lane->searched = head;
+    if ((!waits && lane->searches < VKP_I_SHRINK_SEARCHES) ||
+        VKP_I_LOAD_ACQ(&lane->tail) >> 1 != head) {
+        return;
+    }
+    if (channel->evicts) {
+        vkp_i_lane_trim(lane); /* the caller has the mutex */
+    } else {
+        VKP_I_LOCK(&channel->mutex);
+        vkp_i_lane_trim(lane);
+        VKP_I_UNLOCK(&channel->mutex);
+    }
 }
 
 /* Free a lane that no thread uses any longer, with its rings. */
@@ -147,44 +172,61 @@ static void vkp_i_lane_free(vkp_i_lane *lane)
     }
 }
 
-/* Locked: free large rings of empty lanes, and empty lanes whose sender is gone. */
-static void vkp_i_channel_tidy(vkp_i_channel *channel)
+/* Whether the sender of the lane is gone, and all its values were received. */
+static bool vkp_i_lane_is_over(vkp_i_lane *lane)
+{
+    return VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
+           VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head);
+}
+
+/* Unlink a lane that is over, and free it; `before` is a lane before it in the list. */
+static void vkp_i_channel_remove_lane(vkp_i_channel *channel, vkp_i_lane *before, vkp_i_lane *lane)
+{
+    VKP_I_LOCK(&channel->mutex);
+    while (VKP_I_LOAD(&before->next) != lane) {
+        before = VKP_I_LOAD(&before->next); /* a new lane was linked meanwhile */
+    }
+    VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
+    VKP_I_UNLOCK(&channel->mutex);
+    if (channel->rx_lane == lane) {
+        channel->rx_lane = vkp_i_lane_after(before);
+    }
+    vkp_i_lane_free(lane);
+}
+
+/* After each search: let waiting senders in where values were taken or aborted places passed; of
+   the lanes that the search found empty, free those that are over, and large rings. `waits`: the
+   search found no value, and the receiver is about to wait.
+   Takes the mutex, which with `evicts` is held already.                                        */
+static void vkp_i_channel_tidy(vkp_i_channel *channel, bool waits)
 {
     vkp_i_lane *before = &channel->lane;
-    vkp_i_lane_trim(before);
-    while (VKP_I_LOAD(&before->next) != NULL) {
-        vkp_i_lane *lane = VKP_I_LOAD(&before->next);
-        if (VKP_I_LOAD_ACQ(&lane->dead) != 0 && vkp_i_lane_oldest(lane) == NULL &&
-            VKP_I_LOAD(&lane->tail) >> 1 == VKP_I_LOAD(&lane->head)) {
-            VKP_I_STORE_REL(&before->next, VKP_I_LOAD(&lane->next));
-            channel->rx_lane = &channel->lane;
-            (void)VKP_I_SUB(&channel->dead_lanes, (size_t)1);
-            vkp_i_lane_free(lane);
+    vkp_i_lane *lane = before;
+    do {
+        bool empty = lane->found_empty;
+        lane->found_empty = false;
+        if (empty && vkp_i_lane_is_over(lane)) {
+            vkp_i_channel_remove_lane(channel, before, lane);
         } else {
-            vkp_i_lane_trim(lane);
+            if (empty) {
+                vkp_i_lane_shrink(lane, waits);
+            }
+            vkp_i_lane_freed(lane);
             before = lane;
         }
-    }
+        lane = VKP_I_LOAD_ACQ(&before->next);
+    } while (lane != NULL);
 }
 
 /* Take up to `capacity` values without waiting: OK with their number, EMPTY or CLOSED. */
 static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size_t capacity,
                                          size_t *count)
 {
-    vkp_status status = VKP_OK;
+    vkp_status status;
     size_t taken = 0;
     vkp_i_lane *lane;
     vkp_i_channel_hold(channel);
-    lane = vkp_i_channel_find(channel);
-    if (lane == NULL) {
-        status = vkp_i_channel_end(channel);
-        lane = status == VKP_OK ? vkp_i_channel_find(channel) : NULL;
-        if (lane == NULL && VKP_I_LOAD(&channel->dead_lanes) != 0) {
-            VKP_I_LOCK(&channel->mutex); /* for a receiver that never waits: join would do this */
-            vkp_i_channel_tidy(channel);
-            VKP_I_UNLOCK(&channel->mutex);
-        }
-    }
+    status = vkp_i_channel_next(channel, &lane);
     while (lane != NULL && taken < capacity) {
         uint8_t *to = (uint8_t *)out + taken * channel->config.elem_bytes;
         size_t turn = VKP_I_LANE_TURN - (size_t)(VKP_I_LOAD(&lane->head) % VKP_I_LANE_TURN);
@@ -197,20 +239,21 @@ static vkp_status vkp_i_channel_try_recv(vkp_i_channel *channel, void *out, size
     if (taken > 0) {
         *count = taken;
     }
-    vkp_i_channel_freed(channel);
+    vkp_i_channel_tidy(channel, false);
     vkp_i_channel_release(channel);
     return status;
 }
 
-/* Whether a receive would give a value or CLOSED. */
-static bool vkp_i_channel_is_ready(vkp_i_channel *channel)
+/* Whether a receive would give a value or CLOSED. `waits`: if not, the receiver waits. */
+static bool vkp_i_channel_is_ready(vkp_i_channel *channel, bool waits)
 {
-    bool ready;
+    vkp_status status;
+    vkp_i_lane *lane;
     vkp_i_channel_hold(channel);
-    ready = vkp_i_channel_find(channel) != NULL || vkp_i_channel_end(channel) != VKP_ERR_EMPTY;
-    vkp_i_channel_freed(channel); /* the search passed aborted places: they are free */
+    status = vkp_i_channel_next(channel, &lane);
+    vkp_i_channel_tidy(channel, waits && status == VKP_ERR_EMPTY);
     vkp_i_channel_release(channel);
-    return ready;
+    return status != VKP_ERR_EMPTY;
 }
 
 /* Unlink the waiter of the receiver if it is linked. */
@@ -227,12 +270,11 @@ static void vkp_i_channel_leave(vkp_i_channel *channel, vkp_i_waiter *waiter)
 static bool vkp_i_channel_join(vkp_i_channel *channel, vkp_i_waiter *waiter)
 {
     VKP_I_LOCK(&channel->mutex);
-    vkp_i_channel_tidy(channel);
     vkp_i_waiter_link(&channel->receiver, waiter);
     vkp_i_flag_raise(&channel->flags, VKP_I_RX_WAITING);
     VKP_I_UNLOCK(&channel->mutex);
     vkp_i_flag_fence(channel->config.env, channel->fenced);
-    if (!vkp_i_channel_is_ready(channel)) {
+    if (!vkp_i_channel_is_ready(channel, true)) {
         return true;
     }
     vkp_i_channel_leave(channel, waiter);
@@ -274,7 +316,7 @@ static vkp_status vkp_i_case_recv_many_attempt(vkp_case *each, vkp_i_wait *wait)
 
 static bool vkp_i_case_recv_is_ready(const vkp_case *each)
 {
-    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object);
+    return vkp_i_channel_is_ready((vkp_i_channel *)each->i_object, false);
 }
 
 static bool vkp_i_case_recv_join(const vkp_case *each, vkp_i_wait *wait)
@@ -299,18 +341,20 @@ static const vkp_i_case_kind vkp_i_case_recv_many = {vkp_i_case_recv_many_attemp
                                                      vkp_i_case_recv_is_ready, vkp_i_case_recv_join,
                                                      vkp_i_case_recv_leave, vkp_i_case_recv_env};
 
-/* Whether the receiver has something to do in this lane. Unlike vkp_i_lane_oldest this passes no
-   aborted place and no ring: a sender may wait for the room, and only a receive lets it in.    */
+/* Whether the receiver has something to do in this lane: take a value, pass a place, free a lane
+   that is over. Unlike vkp_i_lane_oldest this passes no aborted place and no ring: a sender may
+   wait for the room, and only a search that ends in vkp_i_channel_tidy lets it in.             */
 static inline bool vkp_i_lane_looks_ready(const vkp_i_lane *lane)
 {
     const vkp_i_ring *ring = VKP_I_LOAD_ACQ(&lane->rx_ring);
     uint64_t head = VKP_I_LOAD(&lane->head);
     uint32_t stamp;
     if (ring == NULL) {
-        return false;
+        return VKP_I_LOAD(&lane->dead) != 0;
     }
     stamp = VKP_I_LOAD_ACQ(vkp_i_ring_stamp(ring, head));
-    return (stamp & ~VKP_I_STAMP_ABORTED) == vkp_i_stamp(head) || VKP_I_LOAD(&ring->end) == head;
+    return (stamp & ~VKP_I_STAMP_ABORTED) == vkp_i_stamp(head) || VKP_I_LOAD(&ring->end) == head ||
+           VKP_I_LOAD(&lane->dead) != 0;
 }
 
 /* Whether a receiver that spins should try again. */
@@ -319,13 +363,14 @@ static inline bool vkp_i_channel_looks_ready(vkp_i_channel *channel)
     vkp_i_lane *first = channel->rx_lane;
     vkp_i_lane *lane = first;
     if (channel->evicts) {
-        return vkp_i_channel_is_ready(channel);
+        return vkp_i_channel_is_ready(channel, false);
     }
     do {
         if (vkp_i_lane_looks_ready(lane)) {
             channel->rx_lane = lane;
             return true;
         }
+        lane->found_empty = true;
         lane = vkp_i_lane_after(lane);
     } while (lane != first);
     return VKP_I_LOAD(&channel->ended) != 0;
@@ -398,18 +443,18 @@ VKP_API vkp_status vkp_mpsc_try_recv(vkp_mpsc_rx *rx, void *out)
 
 VKP_API vkp_status vkp_mpsc_peek(vkp_mpsc_rx *rx, const void **item)
 {
+    vkp_i_channel *channel;
     vkp_i_lane *lane;
-    vkp_status status = VKP_OK;
+    vkp_status status;
     VKP_I_REQUIRE(rx != NULL && item != NULL);
-    lane = vkp_i_channel_find(rx->channel);
-    if (lane == NULL) {
-        status = vkp_i_channel_end(rx->channel);
-        lane = status == VKP_OK ? vkp_i_channel_find(rx->channel) : NULL;
-    }
-    vkp_i_channel_freed(rx->channel); /* the search passed aborted places: they are free */
+    channel = rx->channel;
+    vkp_i_channel_hold(channel);
+    status = vkp_i_channel_next(channel, &lane);
     if (lane != NULL) {
         *item = vkp_i_lane_oldest(lane);
     }
+    vkp_i_channel_tidy(channel, false);
+    vkp_i_channel_release(channel);
     return status;
 }
 

@@ -30,6 +30,7 @@
 #define VKP_I_RING_FIRST 16u   /* most places of the first ring */
 #define VKP_I_RING_FIRST_MOST 4096u /* most bytes of values in the first ring */
 #define VKP_I_RING_KEEP 65536u      /* bytes of a ring that an empty lane keeps */
+#define VKP_I_SHRINK_SEARCHES 64u   /* searches that find a lane empty, until it frees more */
 
 /* Most bytes of a value that lies beside its stamp. */
 #define VKP_I_BESIDE_MAX (VKP_I_LINE_BYTES - VKP_I_STAMP_BYTES)
@@ -74,11 +75,15 @@ typedef struct vkp_i_lane {
     vkp_i_ring *rx_ring;                     /* atomic: the ring of `head` */
     uint64_t taken_cost;                     /* atomic: cost of all values received, in bytes */
     uint64_t lingered;   /* `head` when the receiver found nothing the last time */
+    uint64_t searched;   /* `head` when a search found the lane empty, and its ring large */
+    uint32_t searches;   /* searches in a row that did so, with no value in between */
     uint32_t tx_waiting; /* flag: 1 while `senders` is not empty */
+    bool found_empty;    /* the last search found no value here; for vkp_i_channel_tidy */
     bool plain; /* no counted bytes, no eviction, not fenced: vkp_i_lane_recv_fast may run */
     unsigned char pad_slow[VKP_I_APART]; /* the mutex guards the fields below */
     uint64_t sent_cost;                  /* under the mutex: cost of all values sent, in bytes */
     vkp_i_waiters senders;               /* under the mutex: waiting senders, oldest first */
+    bool linked; /* under the mutex: in the list of lanes, which begins with a lane's first use */
 } vkp_i_lane;
 
 struct vkp_mpsc_tx {
@@ -118,7 +123,6 @@ struct vkp_i_channel {
     vkp_i_waiters receiver; /* under the mutex: the waiting receiver */
     vkp_i_waiters closers;  /* under the mutex: waits for the close of the receiver */
     vkp_i_ring *retired;    /* under the mutex: rings that ended after the receiver was gone */
-    size_t dead_lanes;      /* atomic: lanes that the receiver has to free */
     vkp_i_lane *rx_lane;    /* the receiver's: the lane of its last value */
     vkp_i_lane lane;        /* the first lane */
 };
@@ -213,7 +217,8 @@ static uint64_t vkp_i_used(uint64_t ticket, uint64_t head)
 }
 
 /* The oldest value where it lies, or NULL. Passes aborted places, and rings that have ended,
-   which it frees. Receiver's thread; under the mutex when `evicts` or when the receiver is gone. */
+   which it frees. The caller lets in the senders that wait for aborted places (vkp_i_channel_tidy).
+   Receiver's thread; under the mutex when `evicts` or when the receiver is gone.               */
 static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 {
     for (;;) {
@@ -245,7 +250,7 @@ static inline uint8_t *vkp_i_lane_oldest(vkp_i_lane *lane)
 }
 
 /* The oldest value was taken: its place is free. The caller lets waiting senders in
-   (vkp_i_lane_freed).                                                                          */
+   (vkp_i_channel_tidy).                                                                          */
 static inline void vkp_i_lane_pop(vkp_i_lane *lane, const uint8_t *item)
 {
     if (lane->channel->config.capacity_bytes != 0) {
@@ -273,6 +278,7 @@ static vkp_i_lane *vkp_i_channel_find(vkp_i_channel *channel)
             channel->rx_lane = lane;
             return lane;
         }
+        lane->found_empty = true;
         lane = vkp_i_lane_after(lane);
     } while (lane != first);
     return NULL;

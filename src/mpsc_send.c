@@ -133,6 +133,18 @@ static void vkp_i_lane_own(vkp_i_lane *lane)
     }
 }
 
+/* Locked: link the lane of a clone at its first use. A clone that never sends costs the receiver
+   nothing, and is freed by its last reference.                                                 */
+static void vkp_i_lane_link(vkp_i_lane *lane)
+{
+    if (!lane->linked) {
+        vkp_i_lane *first = &lane->channel->lane;
+        lane->linked = true;
+        VKP_I_STORE(&lane->next, VKP_I_LOAD(&first->next));
+        VKP_I_STORE_REL(&first->next, lane);
+    }
+}
+
 /* Locked: set the next ticket, and clear SLOW unless the slow path is still needed. */
 static void vkp_i_lane_thaw(vkp_i_lane *lane, uint64_t ticket)
 {
@@ -274,6 +286,7 @@ static vkp_status vkp_i_lane_send_locked(vkp_i_lane *lane, const void *item, siz
     uint64_t ticket = vkp_i_lane_freeze(lane);
     vkp_status status = VKP_OK;
     const vkp_i_waiter *first = lane->senders.head.next;
+    vkp_i_lane_link(lane);
     vkp_i_lane_own(lane);
     if ((VKP_I_LOAD(&lane->channel->ended) & VKP_I_ENDED_CLOSED) != 0) {
         status = VKP_ERR_CLOSED;
@@ -326,6 +339,7 @@ static void vkp_i_lane_join(vkp_i_lane *lane, vkp_i_wait *sender)
     vkp_i_channel *channel = lane->channel;
     VKP_I_LOCK(&channel->mutex);
     sender->status = VKP_ERR_FULL;
+    vkp_i_lane_link(lane);
     vkp_i_waiter_link(&lane->senders, &sender->node);
     (void)vkp_i_lane_freeze(lane);
     vkp_i_flag_raise(&lane->tx_waiting, 1u);

@@ -212,7 +212,7 @@ static bool vkp_i_oneshot_join(vkp_oneshot *slot, vkp_i_wait *waiter, uint32_t s
     } else {
         VKP_I_STORE(&slot->i_sender, (void *)waiter);
     }
-    while ((state & VKP_I_SLOT_ENDED) == 0) {
+    while ((state & (VKP_I_SLOT_ENDED | side)) == 0) {
         if (VKP_I_CAS(&slot->i_state, &state, (state + VKP_I_SLOT_TURN) | side)) {
             return true;
         }

@@ -1185,37 +1185,150 @@ TEST_CASE("mpsc api: memory comes with the values, many growths keep their order
     }
 }
 
+// The calls of a receiver that take nothing from an empty channel, and do not wait.
+struct Look {
+    const char *name;
+    vkp_status nothing;
+    std::function<vkp_status(vkp_mpsc_rx *)> call;
+};
+
+static const std::vector<Look> looks = {
+    {"try_recv", VKP_ERR_EMPTY,
+     [](vkp_mpsc_rx *rx) {
+         uint64_t value = 0;
+         return vkp_mpsc_try_recv(rx, &value);
+     }},
+    {"recv", VKP_ERR_TIMEOUT,
+     [](vkp_mpsc_rx *rx) {
+         uint64_t value = 0;
+         return vkp_mpsc_recv(rx, 0, &value);
+     }},
+    {"recv, a deadline that has passed", VKP_ERR_TIMEOUT,
+     [](vkp_mpsc_rx *rx) {
+         uint64_t value = 0;
+         return vkp_mpsc_recv(rx, 1, &value);
+     }},
+    {"recv_many", VKP_ERR_TIMEOUT,
+     [](vkp_mpsc_rx *rx) {
+         uint64_t values[4];
+         size_t count = 0;
+         return vkp_mpsc_recv_many(rx, 0, values, 4, &count);
+     }},
+    {"peek", VKP_ERR_EMPTY,
+     [](vkp_mpsc_rx *rx) {
+         const void *item = nullptr;
+         return vkp_mpsc_peek(rx, &item);
+     }},
+    {"select", VKP_ERR_TIMEOUT,
+     [](vkp_mpsc_rx *rx) {
+         uint64_t value = 0;
+         size_t won = 0;
+         vkp_case cases[] = {vkp_case_mpsc_recv(rx, &value)};
+         return vkp_select(cases, 1, 0, &won);
+     }},
+};
+
 TEST_CASE("mpsc api: a burst's memory goes back when the receiver finds nothing", "[mpsc][memory]")
 {
     ON_EVERY_BUILD;
     (void)env;
-    Env counted(vkp_test_build_sys(build.fenced));
-    counted.test.env.spins = VKP_SPINS_NONE;
-    {
-        Channel channel(config_of(0, counted.env()));
-        uint64_t value = 0;
-        REQUIRE(channel.try_send(1) == VKP_OK);
-        REQUIRE(channel.try_recv(&value) == VKP_OK);
-        const size_t before = counted.bytes();
-        for (int burst = 0; burst < 2; burst++) {
-            const uint64_t values = 1000000;
-            uint64_t wrong = 0;
-            for (uint64_t i = 0; i < values; i++) {
-                wrong += channel.try_send(i) == VKP_OK ? 0 : 1;
+    for (const Look &look : looks) {
+        for (const bool lanes : {false, true}) {
+            INFO(look.name << ", lanes " << lanes);
+            Env counted(vkp_test_build_sys(build.fenced));
+            counted.test.env.spins = VKP_SPINS_NONE;
+            {
+                vkp_mpsc_config config = config_of(0, counted.env());
+                config.lanes = lanes;
+                Channel channel(config);
+                uint64_t value = 0;
+                REQUIRE(channel.try_send(1) == VKP_OK);
+                REQUIRE(channel.try_recv(&value) == VKP_OK);
+                const size_t before = counted.bytes();
+                for (int burst = 0; burst < 2; burst++) {
+                    const uint64_t values = 100000;
+                    uint64_t wrong = 0;
+                    vkp_mpsc_tx *clone = nullptr;
+                    REQUIRE(vkp_mpsc_tx_clone(channel.tx, &clone) == VKP_OK);
+                    for (uint64_t i = 0; i < values; i++) {
+                        wrong += vkp_mpsc_try_send(clone, &i) == VKP_OK ? 0 : 1;
+                    }
+                    CHECK(counted.bytes() >= values * 8);
+                    for (uint64_t i = 0; i < values; i++) {
+                        wrong += channel.next() == i ? 0 : 1;
+                    }
+                    CHECK(wrong == 0);
+                    for (int i = 0; i < 64; i++) {
+                        CHECK(look.call(channel.rx) == look.nothing);
+                    }
+                    // A ring of everyday size may stay, and the clone's lane; the megabytes are
+                    // back.
+                    CHECK(counted.bytes() <= before + 65536);
+                    vkp_mpsc_tx_unref(clone);
+                    CHECK(look.call(channel.rx) == look.nothing);
+                    CHECK(counted.bytes() <= before + (lanes ? 0 : 65536));
+                }
+                REQUIRE(channel.try_send(7) == VKP_OK);
+                CHECK(channel.next() == 7);
             }
-            CHECK(counted.bytes() >= values * 8);
-            for (uint64_t i = 0; i < values; i++) {
-                wrong += channel.next() == i ? 0 : 1;
-            }
-            CHECK(wrong == 0);
-            CHECK(vkp_mpsc_recv(channel.rx, vkp_now_ns() + 1000, &value) == VKP_ERR_TIMEOUT);
-            // A ring of everyday size may stay; the megabytes are back.
-            CHECK(counted.bytes() <= before + 65536);
+            CHECK(counted.blocks() == 0);
         }
-        REQUIRE(channel.try_send(7) == VKP_OK);
-        CHECK(channel.next() == 7);
     }
-    CHECK(counted.blocks() == 0);
+}
+
+TEST_CASE("mpsc api: a burst's memory goes back when a handler waits, at once", "[mpsc][memory]")
+{
+    ON_EVERY_BACKEND;
+    Env counted;
+    vkp_test_loop loop(backend);
+    Channel channel(config_of(0, counted.env()));
+    uint64_t received = 0;
+    const size_t before = counted.bytes();
+    for (uint64_t i = 0; i < 100000; i++) {
+        REQUIRE(channel.try_send(i) == VKP_OK);
+    }
+    CHECK(counted.bytes() >= 800000);
+    vkp_test_handler handler(loop, vkp_case_mpsc_recv(channel.rx, nullptr), [&] {
+        for (int i = 0; i < 1000 && received < 100000; i++) {
+            received += channel.next() == received ? 1 : 0;
+        }
+    });
+    vkp_test_run_until(loop, "all values", [&] { return received == 100000; });
+    vkp_test_settle(loop);
+    CHECK(counted.bytes() <= before + 65536);
+}
+
+TEST_CASE("mpsc api: memory that is in use stays: a permit, a value that was peeked at",
+          "[mpsc][memory]")
+{
+    ON_EVERY_BUILD;
+    for (const Look &look : looks) {
+        INFO(look.name);
+        Channel channel(config_of(0, &env));
+        vkp_mpsc_permit permit;
+        const void *item = nullptr;
+        for (uint64_t i = 0; i < 20000; i++) {
+            REQUIRE(channel.try_send(i) == VKP_OK);
+        }
+        REQUIRE(vkp_mpsc_try_reserve(channel.tx, &permit) == VKP_OK);
+        uint64_t wrong = 0;
+        for (uint64_t i = 0; i < 20000; i++) {
+            wrong += channel.next() == i ? 0 : 1;
+        }
+        REQUIRE(wrong == 0);
+        for (int i = 0; i < 70; i++) { // empty, but for the place
+            CHECK(look.call(channel.rx) == look.nothing);
+        }
+        *static_cast<uint64_t *>(permit.item) = 7;
+        vkp_mpsc_commit(&permit);
+        REQUIRE(channel.try_send(8) == VKP_OK);
+        REQUIRE(vkp_mpsc_peek(channel.rx, &item) == VKP_OK);
+        CHECK(*static_cast<const uint64_t *>(item) == 7);
+        CHECK(vkp_mpsc_get_len(channel.rx) == 2);
+        CHECK(channel.next() == 7);
+        CHECK(channel.next() == 8);
+        CHECK(look.call(channel.rx) == look.nothing);
+    }
 }
 
 TEST_CASE("mpsc api: nothing is allocated for a message", "[mpsc][memory]")
@@ -2051,6 +2164,117 @@ TEST_CASE("mpsc api: who waits sleeps once, and is woken once, however long the 
 
 // ---------------------------------------------------------------------------------------------
 // Lanes: a sender, and all that is counted, per clone
+
+TEST_CASE("mpsc api: lanes: a lane without a sender goes although the channel is never empty",
+          "[mpsc][lanes][memory]")
+{
+    ON_EVERY_BUILD;
+    (void)env;
+    // With `others` only clones send: no lane ever comes to the end of its turn.
+    for (const bool others : {false, true}) {
+        for (const bool many : {false, true}) {
+            INFO("only clones send " << others << ", recv_many " << many);
+            Env counted(vkp_test_build_sys(build.fenced));
+            counted.test.env.spins = build.spins;
+            {
+                vkp_mpsc_config config = config_of(0, counted.env());
+                config.lanes = true;
+                Channel channel(config);
+                uint64_t out[2];
+                size_t count = 0;
+                REQUIRE(channel.try_send(0) == VKP_OK);
+                size_t most = 0;
+                for (uint64_t i = 0; i < 2000; i++) {
+                    vkp_mpsc_tx *clone = nullptr;
+                    const size_t due = others ? 1 : 2;
+                    REQUIRE(vkp_mpsc_tx_clone(channel.tx, &clone) == VKP_OK);
+                    REQUIRE(vkp_mpsc_try_send(clone, &i) == VKP_OK);
+                    vkp_mpsc_tx_unref(clone);
+                    // As many values go as come: the channel is never empty.
+                    REQUIRE((others || channel.try_send(i) == VKP_OK));
+                    if (many) {
+                        REQUIRE(vkp_mpsc_recv_many(channel.rx, 0, out, due, &count) == VKP_OK);
+                        REQUIRE(count == due);
+                    } else {
+                        for (size_t k = 0; k < due; k++) {
+                            REQUIRE(vkp_mpsc_recv(channel.rx, VKP_FOREVER, out) == VKP_OK);
+                        }
+                    }
+                    REQUIRE(vkp_mpsc_get_len(channel.rx) == 1);
+                    most = std::max(most, counted.blocks());
+                }
+                // The receiver takes up to 64 values of one lane before it comes to the others.
+                CHECK(most <= 2 * 2 * 64);
+            }
+            CHECK(counted.blocks() == 0);
+        }
+    }
+}
+
+TEST_CASE("mpsc api: lanes: a burst's memory goes back beside a lane that is never empty",
+          "[mpsc][lanes][memory]")
+{
+    ON_EVERY_BUILD;
+    (void)env;
+    Env counted(vkp_test_build_sys(build.fenced));
+    vkp_mpsc_config config = config_of(0, counted.env());
+    config.lanes = true;
+    Channel channel(config);
+    vkp_mpsc_tx *clone = nullptr;
+    uint64_t value = 0;
+    REQUIRE(vkp_mpsc_tx_clone(channel.tx, &clone) == VKP_OK);
+    REQUIRE(channel.try_send(1) == VKP_OK);
+    for (uint64_t i = 0; i < 100000; i++) {
+        REQUIRE(vkp_mpsc_try_send(clone, &i) == VKP_OK);
+    }
+    CHECK(counted.bytes() >= 800000);
+    for (uint64_t i = 0; i < 100000; i++) { // the value of the first lane among them
+        REQUIRE(channel.try_recv(&value) == VKP_OK);
+    }
+    CHECK(counted.bytes() >= 800000);
+    // From here on the channel has one value or two: the receiver comes by every 64 values.
+    for (uint64_t i = 0; i < 64 * 70; i++) {
+        REQUIRE(channel.try_send(1) == VKP_OK);
+        REQUIRE(channel.try_recv(&value) == VKP_OK);
+    }
+    CHECK(counted.bytes() <= 2 * 65536);
+    vkp_mpsc_tx_unref(clone);
+}
+
+TEST_CASE("mpsc api: lanes: clones that never send cost nothing, with or without a receiver's call",
+          "[mpsc][lanes][memory]")
+{
+    Env counted;
+    for (const bool weak : {false, true}) {
+        vkp_mpsc_config config = config_of(2, counted.env());
+        config.lanes = true;
+        Channel channel(config);
+        vkp_mpsc_weak *other = weak ? vkp_mpsc_downgrade(channel.tx) : nullptr;
+        REQUIRE(channel.try_send(1) == VKP_OK);
+        const size_t before = counted.bytes();
+        for (int i = 0; i < 100; i++) {
+            vkp_mpsc_tx *clone = nullptr;
+            REQUIRE((weak ? vkp_mpsc_upgrade(other, &clone)
+                          : vkp_mpsc_tx_clone(channel.tx, &clone)) == VKP_OK);
+            CHECK(vkp_mpsc_get_room(clone) == 2);
+            CHECK_FALSE(vkp_mpsc_is_closed(clone));
+            vkp_mpsc_tx_unref(clone);
+            CHECK(counted.bytes() == before);
+        }
+        // One that was there before the close, and sends after it, is refused as all are.
+        vkp_mpsc_tx *clone = nullptr;
+        uint64_t value = 2;
+        REQUIRE(vkp_mpsc_tx_clone(channel.tx, &clone) == VKP_OK);
+        vkp_mpsc_close(channel.rx);
+        CHECK(vkp_mpsc_try_send(clone, &value) == VKP_ERR_CLOSED);
+        CHECK(vkp_mpsc_send(clone, &value, VKP_FOREVER) == VKP_ERR_CLOSED);
+        channel.drop_receiver();
+        CHECK(vkp_mpsc_try_send(clone, &value) == VKP_ERR_CLOSED);
+        vkp_mpsc_tx_unref(clone);
+        vkp_mpsc_weak_unref(other);
+    }
+    CHECK(counted.blocks() == 0);
+}
 
 TEST_CASE("mpsc api: lanes: each clone has its order, its capacity and its places", "[mpsc][lanes]")
 {
