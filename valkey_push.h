@@ -27694,8 +27694,10 @@ static void vkp_i_multi_fail(vkp_i_local *local)
 /* RESET: forget MULTI, subscriptions, name, protocol and connection of this client. */
 static void vkp_i_run_reset(vkp_i_local *local, size_t argc, const vkp_str *argv)
 {
-    (void)argc;
-    (void)argv;
+    if (!vkp_i_local_arity(local, argc, 1, 1, argv)) {
+        vkp_i_multi_fail(local);
+        return;
+    }
     vkp_i_multi_free(local);
     vkp_i_local_leave_all(local);
     vkp_i_local_end_session(local);
@@ -27722,17 +27724,25 @@ static bool vkp_i_local_in_multi(const vkp_i_local *local)
     return local->multi != NULL || (local->session != NULL && local->session->multi_sent);
 }
 
-/* Whether CLIENT's subcommand is about the local client itself. */
+/* Whether CLIENT's subcommand is about the local client itself, in a form that servers accept: for
+   others each server has words of its own.                                                    */
 static bool vkp_i_client_runs_here(size_t argc, const vkp_str *argv)
 {
-    static const char *const own[] = {"ID", "SETNAME", "GETNAME", "SETINFO", "INFO"};
+    static const struct {
+        const char *name;
+        size_t argc;
+    } own[] = {{"ID", 2}, {"SETNAME", 3}, {"GETNAME", 2}, {"INFO", 2}};
     size_t i;
     for (i = 0; i < sizeof own / sizeof own[0] && argc > 1; i++) {
-        if (vkp_i_str_is(argv[1], own[i])) {
-            return true;
+        if (vkp_i_str_is(argv[1], own[i].name)) {
+            return argc == own[i].argc;
         }
     }
-    return argc < 2 || vkp_i_errand_is_one(argc, argv);
+    if (argc == 4 && vkp_i_str_is(argv[1], "SETINFO")) {
+        return (vkp_i_str_is(argv[2], "LIB-NAME") || vkp_i_str_is(argv[2], "LIB-VER")) &&
+               vkp_i_is_client_name(argv[3]);
+    }
+    return vkp_i_errand_is_one(argc, argv);
 }
 
 static void vkp_i_local_forward_errand(vkp_i_local *local, size_t argc, const vkp_str *argv);

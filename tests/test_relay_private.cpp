@@ -101,6 +101,24 @@ TEST_CASE("private: what belongs to a connection is answered as directly")
     }
 }
 
+TEST_CASE("what a server refuses is refused in its own words")
+{
+    NEEDS_SERVER();
+    EVERY_SETUP();
+    Differential differential(setup);
+    const Strings scripts[] = {
+        {"CLIENT", "CLIENT ID x", "CLIENT SETNAME", "CLIENT SETNAME a b", "CLIENT GETNAME x",
+         "CLIENT INFO x", "CLIENT SETINFO", "CLIENT SETINFO LIB-NAME", "CLIENT SETINFO NO-SUCH x",
+         "CLIENT GETNAME"},
+        {"RESET x", "CLIENT SETNAME a", "SELECT 1", "RESET x y", "CLIENT GETNAME", "RESET"},
+        {"MULTI", "SET k v", "RESET x", "EXEC", "GET k"},
+    };
+    for (const Strings &script : scripts) {
+        differential.run_both(wires(script));
+    }
+    differential.run_both(vkp_test_wire({"CLIENT", "SETINFO", "lib-name", "a b"}) + wire("PING"));
+}
+
 TEST_CASE("private: a thousand commands in one write are answered in order, on both ways")
 {
     NEEDS_SERVER();
