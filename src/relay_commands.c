@@ -713,6 +713,16 @@ typedef enum vkp_i_route {
     VKP_I_ROUTE_PRIVATE  /* over the client's own one */
 } vkp_i_route;
 
+/* Whether MULTI, EXEC or DISCARD are about what the relay holds. A MULTI in a transaction and
+   arguments are what servers refuse, each in its own words, and some end the transaction: they get
+   it. A transaction that failed here stays here.                                              */
+static bool vkp_i_local_holds_multi(const vkp_i_local *local, const vkp_i_command *command,
+                                    size_t argc)
+{
+    bool refused = argc > 1 || (command->run == vkp_i_run_multi && local->multi != NULL);
+    return !refused || (local->multi != NULL && local->multi->failed);
+}
+
 /* Whether the relay itself answers the command. */
 static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command *command,
                                   size_t argc, const vkp_str *argv)
@@ -738,8 +748,11 @@ static bool vkp_i_local_runs_here(const vkp_i_local *local, const vkp_i_command 
                (argc == 1 ? vkp_i_str_is(argv[0], "UNWATCH")
                           : argc == 2 && vkp_i_str_is(argv[1], "0"));
     }
-    return shares || (command->run != vkp_i_run_multi && command->run != vkp_i_run_exec &&
-                      command->run != vkp_i_run_discard);
+    if (command->run == vkp_i_run_multi || command->run == vkp_i_run_exec ||
+        command->run == vkp_i_run_discard) {
+        return shares && vkp_i_local_holds_multi(local, command, argc);
+    }
+    return true;
 }
 
 static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_command *command,
@@ -764,8 +777,7 @@ static vkp_i_route vkp_i_local_route(const vkp_i_local *local, const vkp_i_comma
     if (!vkp_i_relay_has_server(local->shard->relay)) {
         return VKP_I_ROUTE_UNKNOWN;
     }
-    if (session != NULL ||
-        !((flags & VKP_I_CMD_MULTI) != 0 || vkp_i_command_is_harmless(argc, argv))) {
+    if (session != NULL || !vkp_i_command_is_harmless(argc, argv)) {
         return local->multi != NULL && local->multi->failed ? VKP_I_ROUTE_HELD
                                                             : VKP_I_ROUTE_PRIVATE;
     }
@@ -913,8 +925,9 @@ static void vkp_i_local_refuse_private(vkp_i_local *local, size_t argc, const vk
                       VKP_I_SHORT(argv[0]),
                       relay->private_max == 0 ? "this relay opens none"
                                               : "all that this relay may open are in use");
-    vkp_i_multi_fail(local);
-    if (vkp_i_command_is_state(argc, argv) || vkp_i_str_is(argv[0], "HELLO")) {
+    if (local->multi != NULL) {
+        vkp_i_multi_fail(local); /* so that EXEC fails */
+    } else if (vkp_i_command_is_state(argc, argv) || vkp_i_str_is(argv[0], "HELLO")) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FAILED);
         vkp_i_local_maybe_resume(local);
     }

@@ -390,7 +390,9 @@ static uint32_t vkp_i_database_of(vkp_str text)
 static void vkp_i_session_ask(vkp_i_session *session, size_t argc, const vkp_str *argv,
                               const vkp_bytes *bytes)
 {
-    const vkp_i_effect *effect = vkp_i_effect_find(argc, argv);
+    bool refused = /* whatever the transaction is: EXEC alone ends it then */
+        argc > 1 && (vkp_i_str_is(argv[0], "MULTI") || vkp_i_str_is(argv[0], "DISCARD"));
+    const vkp_i_effect *effect = refused ? NULL : vkp_i_effect_find(argc, argv);
     vkp_i_call call = VKP_ZERO;
     if (vkp_i_command_get_sharing(argc, argv) == VKP_I_SHARING_BLOCKS) {
         call.flags = VKP_I_CALL_BLOCKS;

@@ -112,6 +112,12 @@ TEST_CASE("what a server refuses is refused in its own words")
          "CLIENT GETNAME"},
         {"RESET x", "CLIENT SETNAME a", "SELECT 1", "RESET x y", "CLIENT GETNAME", "RESET"},
         {"MULTI", "SET k v", "RESET x", "EXEC", "GET k"},
+        {"MULTI", "SET k v", "MULTI", "INCR n", "EXEC", "GET k", "DISCARD"},
+        {"MULTI", "SET k v", "EXEC x", "GET k", "EXEC", "GET k"},
+        {"MULTI", "SET k v", "DISCARD x", "GET k", "EXEC", "GET k"},
+        {"MULTI x", "SUBSCRIBE c", "UNSUBSCRIBE c", "SET k v", "EXEC x", "DISCARD x", "GET k"},
+        {"WATCH k", "MULTI x", "SUBSCRIBE c", "UNSUBSCRIBE c", "MULTI", "DISCARD x", "WAIT 0 1",
+         "EXEC"},
     };
     for (const Strings &script : scripts) {
         differential.run_both(wires(script));
@@ -566,6 +572,11 @@ TEST_CASE("private: where no connection may be opened, nothing runs in the wrong
     CHECK(starts_with(heard[2], "-DENIED "));
     CHECK(starts_with(heard[3], "-EXECABORT"));
     CHECK(heard[4] == bulk("v"));
+    say(both.peer, wires({"MULTI", "SELECT 5", "SET k lost", "EXEC", "GET k"}));
+    heard = hear_some(both.peer, 5);
+    CHECK(starts_with(heard[1], "-DENIED "));
+    CHECK(starts_with(heard[3], "-EXECABORT"));
+    CHECK(heard[4] == bulk("v"));
     // Behind a state that is missing nothing is executed.
     for (const char *state : {"SELECT 5", "WATCH k", "AUTH ann pw", "MONITOR", "CLIENT TRACKING ON",
                               "CLIENT REPLY OFF", "HELLO 3 AUTH ann pw", "READONLY"}) {
@@ -580,7 +591,7 @@ TEST_CASE("private: where no connection may be opened, nothing runs in the wrong
     }
     CHECK(ask(both.peer, "SELECT", "0") == "+OK\r\n");
     CHECK(ask(both.peer, "UNWATCH") == "+OK\r\n");
-    CHECK(both.relay.stats().privates_refused == 10);
+    CHECK(both.relay.stats().privates_refused == 11);
     if (!off) { // a place that is free again is used
         holder.reset();
         both.until_privates(0);
