@@ -28487,6 +28487,12 @@ static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, cons
                : VKP_I_NEED_WAITS;
 }
 
+/* Whether a tunnel may begin with the command: no reply is under way then. */
+static bool vkp_i_command_is_reply(size_t argc, const vkp_str *argv)
+{
+    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+}
+
 /* Send a command over the client's own connection. False: not now. */
 static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const vkp_str *argv,
                                         const vkp_bytes *request)
@@ -28499,6 +28505,10 @@ static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const v
     }
     if (local->multi != NULL) {
         vkp_i_local_move_multi(local);
+        if (vkp_i_command_is_reply(argc, argv)) {
+            vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+            return false;
+        }
     }
     if (request != NULL) {
         vkp_i_session_ask(local->session, argc, argv, request);
@@ -28551,8 +28561,8 @@ static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, u
     if (local->answer_count == 0) {
         return false;
     }
-    if (route == VKP_I_ROUTE_PRIVATE) { /* the tunnel begins with no reply under way */
-        return vkp_i_str_is(argv[0], "CLIENT") && argc > 1 && vkp_i_str_is(argv[1], "REPLY");
+    if (route == VKP_I_ROUTE_PRIVATE) {
+        return vkp_i_command_is_reply(argc, argv);
     }
     return local->session != NULL || (flags & VKP_I_CMD_ORDER) != 0;
 }
