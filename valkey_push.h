@@ -26133,11 +26133,12 @@ static void vkp_i_local_greet(vkp_i_local *local)
 
 #define VKP_I_INFO_TEXT 700 /* bytes of the texts of CLIENT INFO and INFO, terminated */
 
-/* Answer CLIENT INFO with the fields of a server; what the relay does not know is as of an idle
+/* Answer CLIENT INFO with the fields of all servers; what the relay does not know is as of an idle
    client. */
 static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool in_multi)
 {
     char text[VKP_I_INFO_TEXT];
+    char head[32];
     vkp_resp_writer writer;
     const uint32_t *counts = local->member.counts;
     bool subscribed = counts[0] + counts[1] + counts[2] > 0;
@@ -26146,7 +26147,8 @@ static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool 
                    "id=%llu addr=?:0 laddr=?:0 fd=%d name=%.128s age=%llu idle=0 flags=%s capa= "
                    "db=%u sub=%u psub=%u ssub=%u multi=%d watch=0 qbuf=0 qbuf-free=0 argv-mem=0 "
                    "multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r "
-                   "cmd=client|info user=default redir=-1 resp=%d lib-name= lib-ver=\n",
+                   "cmd=client|info user=default redir=-1 resp=%d lib-name= lib-ver= io-thread=0 "
+                   "tot-net-in=0 tot-net-out=0 tot-cmds=0\n",
                    (unsigned long long)(VKP_I_FIRST_ID + local->id),
                    vkp_conn_get_fd(local->member.conn), local->name != NULL ? local->name : "",
                    (unsigned long long)(age_ns / VKP_I_NS_PER_MS / 1000),
@@ -26157,7 +26159,14 @@ static void vkp_i_local_client_info(vkp_i_local *local, uint32_t database, bool 
                    (unsigned)counts[VKP_SUB_PATTERN], (unsigned)counts[VKP_SUB_SHARD],
                    local->multi != NULL ? (int)local->multi->count : -1, local->member.protocol);
     vkp_resp_writer_init(&writer, local->shard->relay->env);
-    vkp_i_put_text(&writer, text);
+    if (local->member.protocol == 3) { /* a verbatim string, as servers have it */
+        (void)snprintf(head, sizeof head, "=%zu\r\ntxt:", strlen(text) + 4);
+        vkp_resp_put_raw(&writer, head, strlen(head));
+        vkp_resp_put_raw(&writer, text, strlen(text));
+        vkp_resp_put_raw(&writer, "\r\n", 2);
+    } else {
+        vkp_i_put_text(&writer, text);
+    }
     vkp_i_local_answer_writer(local, &writer);
 }
 
