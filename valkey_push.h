@@ -22,8 +22,8 @@
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
            >>api-resolver  >>api-sync  >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast
            >>api-watch  >>api-cancel  >>api-select  >>api-handler  >>api-resp  >>api-registry
-           >>api-socket  >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-hub
-           >>api-pushloop  >>api-relay  >>api-sys  >>api-backend  >>api-typed
+           >>api-socket  >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-http
+           >>api-hub  >>api-pushloop  >>api-relay  >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
@@ -31,9 +31,9 @@
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-value-text  >>impl-format  >>impl-address  >>impl-socket
            >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
-           >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
-           >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
+           >>impl-health  >>impl-http-read  >>impl-http  >>impl-hub  >>impl-push  >>impl-push-keys
+           >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect
+           >>impl-client  >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-door
@@ -132,6 +132,7 @@
        vkp_conn          calls on_close                       (the loop holds one)  any; any
        vkp_listener      accepts no new clients               closes, ends a drain  loop's; loop's
        vkp_health_check  no result follows                    closes                loop's; loop's
+       vkp_http          closes its connections               closes, ends a drain  loop's; loop's
        vkp_resolver      run returns, lookups fail            closes                any; any
        vkp_handler       is not called again                  closes                loop's; loop's
        vkp_mpsc_rx       senders get CLOSED                   closes, drops values  any; receiver's
@@ -396,6 +397,12 @@ typedef struct vkp_listener vkp_listener;
 
 /* A periodic check whether a server answers. */
 typedef struct vkp_health_check vkp_health_check;
+
+/* Serves pages over HTTP, on a loop. */
+typedef struct vkp_http vkp_http;
+
+/* A request of HTTP that is to be answered. */
+typedef struct vkp_http_call vkp_http_call;
 
 /* Which connections subscribed to which names. */
 typedef struct vkp_hub vkp_hub;
@@ -2950,6 +2957,114 @@ VKP_API void vkp_health_check_close(vkp_health_check *check);
 /* Close the check and give its reference back. NULL is ignored. Loop's thread, also inside
    on_result. */
 VKP_API void vkp_health_check_unref(vkp_health_check *check);
+
+#endif /* VKP_NO_IO */
+
+#ifndef VKP_NO_IO
+/* --------------------------------------------------------------------------------------
+   >>api-http   Serve a few pages over HTTP
+   HTTP/1.1 (RFC 9110, RFC 9112) for pages that a program makes itself: GET and HEAD, no bodies of
+   requests, no files. What breaks the protocol is refused with the status that the standards name,
+   and the connection is closed. */
+
+/* A request, as views of its bytes. */
+typedef struct vkp_http_request {
+    vkp_str method;  /* "GET", or any other */
+    vkp_str path;    /* from the "/" on, not decoded; the whole target of CONNECT and OPTIONS * */
+    vkp_str query;   /* what is behind the "?"; ptr NULL: there is none */
+    vkp_str host;    /* of the target, otherwise of the field Host; ptr NULL: HTTP/1.0 without it */
+    vkp_str fields;  /* the header fields with their line ends, for vkp_http_get_field */
+    bool has_body;   /* a body follows */
+    bool keep_alive; /* the peer wants to send another request on this connection */
+} vkp_http_request;
+
+/* Limits of vkp_http_read, in bytes with line ends, and in fields. */
+#define VKP_HTTP_LINE_BYTES 8192u
+#define VKP_HTTP_FIELDS_BYTES 16384u
+#define VKP_HTTP_FIELDS 100u
+
+/* Read the request that begins at data. After OK, *used is its length, without its body. After
+   EMPTY, call again with the same bytes and more behind them. With PROTOCOL, *code (also written
+   then) is the status to refuse it with: 400, 414 (the line is too long), 431 (the fields are), 501
+   (no method is that long) or 505 (another version).
+   Owns:   borrows data; *request views data     Blocks: never     Threads: any
+   In callbacks: ok
+   Errors: EMPTY (incomplete), PROTOCOL (not a request, or over a limit), INVALID (a null argument)
+   */
+VKP_API VKP_NODISCARD vkp_status vkp_http_read(const uint8_t *data, size_t len,
+                                               vkp_http_request *request, size_t *used, int *code);
+
+/* The value of the first header field with that name, in letters of either case, without blanks
+   around it; ptr NULL: there is no such field. Views: the request's bytes. Any thread. */
+VKP_API vkp_str vkp_http_get_field(const vkp_http_request *request, const char *name);
+
+/* What vkp_http_answer sends. Zeroed: 200 without a body. */
+typedef struct vkp_http_response {
+    /* The status code. Default: 200. */
+    int status;
+    /* The media type of the body, as "text/html; charset=utf-8". Default: text/plain in UTF-8. */
+    const char *type;
+    /* The body; borrowed. Empty, and status is not 200: the status as a line of text. */
+    vkp_bytes body;
+    /* More header fields, each with its CRLF; sent as they are. NULL: none. */
+    const char *fields;
+} vkp_http_response;
+
+/* The config of vkp_http_open. */
+typedef struct vkp_http_config {
+    /* Where to listen, as for vkp_listener_open; required. Borrowed until open returns. */
+    vkp_str address;
+    /* Decides which clients are accepted; shared. NULL: over Unix sockets the process's own uid. */
+    vkp_gate *gate;
+    /* Most clients at one time; others get 503. Default: 64. */
+    size_t max_clients;
+    /* Milliseconds in which a client has to send a whole request, and to read its answer; also how
+       long an idle connection stays open. Default: 10,000. */
+    uint64_t timeout_ms;
+    /* Answer requests for any host. Default: false; over TCP a request whose Host is neither an
+       address in digits, nor localhost, nor the host of `address` gets 421: the page of a stranger
+       whose name was made to resolve to this machine (DNS rebinding) can read nothing. */
+    bool any_host;
+    /* A GET or HEAD arrived; required. Answer it with vkp_http_answer, once, inside this call or
+       later. request is borrowed: valid until on_request returns. Gives call. */
+    void (*on_request)(void *user, const vkp_http_request *request, vkp_http_call *call);
+    /* Handed to on_request. */
+    void *user;
+} vkp_http_config;
+
+/* Serve HTTP on the loop. config, its address and its on_request are required. Requests of one
+   connection are answered one after the other; a client that does not read its answers is not read
+   either.
+   Owns:   borrows config; shares loop and config's gate; gives *http
+   Blocks: on the file system, and on DNS for a host name
+   Threads: loop's     In callbacks: ok
+   Errors: INVALID (a null argument, no address or on_request), NOMEM, those of vkp_listener_open */
+VKP_API VKP_NODISCARD vkp_status vkp_http_open(vkp_loop *loop, const vkp_http_config *config,
+                                               vkp_http **http);
+
+/* The address, as vkp_listener_get_address. Views: valid as long as http. Loop's thread. */
+VKP_API const char *vkp_http_get_address(const vkp_http *http);
+
+/* Answer a request. A HEAD gets the header alone. When the client is gone, or memory is short,
+   nothing is sent; in the second case the connection closes.
+   Owns:   takes call, always; borrows response     Blocks: never     Threads: loop's
+   In callbacks: ok */
+VKP_API void vkp_http_answer(vkp_http_call *call, const vkp_http_response *response);
+
+/* Shut down in order: stop accepting, let the calls under way be answered, write what is queued,
+   close each connection; at the deadline close the others. Then on_end(user) is called once, not
+   inside this call. NULL on_end: not called.
+   Owns:   user stays the caller's     Blocks: never     Threads: loop's     In callbacks: ok
+   Errors: INVALID (http NULL, closed or drained already), NOMEM; on failure nothing was changed */
+VKP_API VKP_NODISCARD vkp_status vkp_http_drain(vkp_http *http, void (*on_end)(void *user),
+                                                void *user, uint64_t deadline_ns);
+
+/* Stop accepting, and close all connections; calls under way still have to be answered. The on_end
+   of a drain under way is not called. Idempotent; NULL is ignored. Loop's thread. */
+VKP_API void vkp_http_close(vkp_http *http);
+
+/* Close the server and give its reference back. NULL is ignored. Loop's thread. */
+VKP_API void vkp_http_unref(vkp_http *http);
 
 #endif /* VKP_NO_IO */
 
@@ -17275,6 +17390,888 @@ VKP_API void vkp_health_check_unref(vkp_health_check *check)
             vkp_i_health_free(check);
         }
     }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-http-read   Read a request of HTTP
+   ======================================================================================
+   A reader without a state: it gets all bytes of the request each time. Strict where leniency lets
+   two programs read two requests in the same bytes: lines end in CRLF, no blank is in front of a
+   colon, no field goes on in the next line, Host comes once, and a length is digits that come once.
+   An error may be seen before the request is whole, and is the same then.                     */
+
+#define VKP_I_HTTP_METHOD_BYTES 32u /* no method is longer */
+#define VKP_I_HTTP_EMPTY_LINES 4u   /* most empty lines before a request */
+
+/* A byte of a method or of a field's name. */
+static bool vkp_i_http_is_token(unsigned char c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           (c != '\0' && strchr("!#$%&'*+-.^_`|~", c) != NULL);
+}
+
+/* The view without blanks at its ends. */
+static vkp_str vkp_i_http_trim(vkp_str text)
+{
+    while (text.len > 0 && (*text.ptr == ' ' || *text.ptr == '\t')) {
+        text.ptr++;
+        text.len--;
+    }
+    while (text.len > 0 && (text.ptr[text.len - 1] == ' ' || text.ptr[text.len - 1] == '\t')) {
+        text.len--;
+    }
+    return text;
+}
+
+/* Take the text in front of the first `mark` from *rest, the mark too. Without a mark: all. */
+static vkp_str vkp_i_http_cut(vkp_str *rest, char mark)
+{
+    const char *at = rest->len > 0 ? (const char *)memchr(rest->ptr, mark, rest->len) : NULL;
+    vkp_str part = *rest;
+    if (at != NULL) {
+        part.len = (size_t)(at - rest->ptr);
+    }
+    rest->ptr += part.len + (at != NULL ? 1u : 0u);
+    rest->len -= part.len + (at != NULL ? 1u : 0u);
+    return part;
+}
+
+/* The line at *at, without its end, and *at moves behind it. Returns 0; -1: the end is not there;
+   400: a line that does not end in CRLF, or has a control character.                          */
+static int vkp_i_http_line(const uint8_t *data, size_t len, size_t *at, vkp_str *line)
+{
+    const uint8_t *from = data + *at;
+    const uint8_t *lf = (const uint8_t *)memchr(from, '\n', len - *at);
+    size_t i;
+    if (lf == NULL) {
+        return -1;
+    }
+    if (lf == from || lf[-1] != '\r') {
+        return 400;
+    }
+    *line = vkp_i_str(from, (size_t)(lf - from) - 1);
+    for (i = 0; i < line->len; i++) {
+        if ((from[i] < 0x20 && from[i] != '\t') || from[i] == 0x7f) {
+            return 400;
+        }
+    }
+    *at += line->len + 2;
+    return 0;
+}
+
+/* Whether the bytes may be what comes before a path: a host, and perhaps a port. */
+static bool vkp_i_http_is_authority(vkp_str text)
+{
+    size_t i;
+    for (i = 0; i < text.len; i++) {
+        if (!vkp_i_http_is_token((unsigned char)text.ptr[i]) &&
+            strchr(":[](),;=", text.ptr[i]) == NULL) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Read the target of the request. Returns 0 or 400. */
+static int vkp_i_http_target(vkp_http_request *request, vkp_str target)
+{
+    size_t i;
+    for (i = 0; i < target.len; i++) {
+        if ((unsigned char)target.ptr[i] >= 0x7f || target.ptr[i] == '#' || target.ptr[i] == '\t') {
+            return 400;
+        }
+    }
+    request->path = target;
+    if (vkp_i_str_equal(request->method, vkp_str_of("CONNECT")) ||
+        (vkp_i_str_equal(target, vkp_str_of("*")) &&
+         vkp_i_str_equal(request->method, vkp_str_of("OPTIONS")))) {
+        return 0;
+    }
+    if (target.len > 0 && target.ptr[0] != '/') { /* http://HOST/PATH, as for a proxy */
+        vkp_str scheme = vkp_i_http_cut(&target, ':');
+        if ((!vkp_i_str_is(scheme, "http") && !vkp_i_str_is(scheme, "https")) ||
+            !vkp_i_starts_with(target, "//")) {
+            return 400;
+        }
+        request->host = vkp_i_str(target.ptr + 2, 0);
+        while (request->host.len < target.len - 2 &&
+               strchr("/?", request->host.ptr[request->host.len]) == NULL) {
+            request->host.len++;
+        }
+        target.ptr += request->host.len + 2;
+        target.len -= request->host.len + 2;
+        if (request->host.len == 0 || !vkp_i_http_is_authority(request->host)) {
+            return 400;
+        }
+    } else if (target.len == 0) {
+        return 400;
+    }
+    request->path = vkp_i_http_cut(&target, '?');
+    if (target.ptr > request->path.ptr + request->path.len) {
+        request->query = target;
+    }
+    if (request->path.len == 0) {
+        request->path = vkp_str_of("/");
+    }
+    return 0;
+}
+
+/* How many bytes of a method begin the line. */
+static size_t vkp_i_http_method_len(vkp_str line)
+{
+    size_t len = 0;
+    while (len < line.len && len <= VKP_I_HTTP_METHOD_BYTES &&
+           vkp_i_http_is_token((unsigned char)line.ptr[len])) {
+        len++;
+    }
+    return len;
+}
+
+/* What is wrong with the method at the beginning of a line, or 0. */
+static int vkp_i_http_check_method(vkp_str line)
+{
+    size_t len = vkp_i_http_method_len(line);
+    return len > VKP_I_HTTP_METHOD_BYTES                          ? 501
+           : len < line.len && (len == 0 || line.ptr[len] != ' ') ? 400
+                                                                  : 0;
+}
+
+/* Read the first line. *minor: 0 is HTTP/1.0. Returns 0, or the status to refuse it with. */
+static int vkp_i_http_first_line(vkp_http_request *request, vkp_str line, int *minor)
+{
+    vkp_str version = line;
+    vkp_str target;
+    request->method = vkp_i_http_cut(&version, ' ');
+    target = vkp_i_http_cut(&version, ' ');
+    if (version.len != 8 || !vkp_i_starts_with(version, "HTTP/") || version.ptr[6] != '.' ||
+        version.ptr[5] < '0' || version.ptr[5] > '9' || version.ptr[7] < '0' ||
+        version.ptr[7] > '9') {
+        return 400;
+    }
+    if (version.ptr[5] != '1') {
+        return 505;
+    }
+    *minor = version.ptr[7] == '0' ? 0 : 1;
+    return vkp_i_http_target(request, target);
+}
+
+/* What the fields say about the request. */
+typedef struct vkp_i_http_framing {
+    size_t fields;
+    size_t hosts;
+    size_t lengths;
+    bool coded;      /* Transfer-Encoding */
+    bool close;      /* Connection: close */
+    bool keep_alive; /* Connection: keep-alive */
+} vkp_i_http_framing;
+
+/* Take the name of a field, and its colon, from *line. ptr NULL: there is none. */
+static vkp_str vkp_i_http_cut_name(vkp_str *line)
+{
+    size_t len = 0;
+    while (len < line->len && vkp_i_http_is_token((unsigned char)line->ptr[len])) {
+        len++;
+    }
+    return len > 0 && len < line->len && line->ptr[len] == ':' ? vkp_i_http_cut(line, ':')
+                                                               : vkp_i_str(NULL, 0);
+}
+
+/* Read one field. Returns 0 or 400. */
+static int vkp_i_http_field(vkp_http_request *request, vkp_i_http_framing *framing, vkp_str line)
+{
+    vkp_str name = vkp_i_http_cut_name(&line);
+    vkp_str value = vkp_i_http_trim(line);
+    size_t i;
+    framing->fields++;
+    if (name.ptr == NULL) {
+        return 400;
+    }
+    if (vkp_i_str_is(name, "Host")) {
+        if (framing->hosts++ > 0 || !vkp_i_http_is_authority(value)) {
+            return 400;
+        }
+        request->host = request->host.ptr != NULL ? request->host : value;
+    } else if (vkp_i_str_is(name, "Content-Length")) {
+        for (i = 0; i < value.len && value.ptr[i] >= '0' && value.ptr[i] <= '9'; i++) {
+            request->has_body = request->has_body || value.ptr[i] != '0';
+        }
+        if (framing->lengths++ > 0 || i == 0 || i < value.len) {
+            return 400;
+        }
+    } else if (vkp_i_str_is(name, "Transfer-Encoding")) {
+        framing->coded = true;
+    } else if (vkp_i_str_is(name, "Connection")) {
+        while (value.len > 0) {
+            vkp_str word = vkp_i_http_trim(vkp_i_http_cut(&value, ','));
+            framing->close = framing->close || vkp_i_str_is(word, "close");
+            framing->keep_alive = framing->keep_alive || vkp_i_str_is(word, "keep-alive");
+        }
+    }
+    return 0;
+}
+
+/* Read the fields at *at, which moves behind them and the empty line. Returns 0; -1: they are
+   incomplete; or the status to refuse them with.                                              */
+static int vkp_i_http_fields(const uint8_t *data, size_t len, size_t *at, vkp_http_request *request,
+                             vkp_i_http_framing *framing)
+{
+    size_t from = *at;
+    size_t end = VKP_I_MIN(len, from + VKP_HTTP_FIELDS_BYTES);
+    vkp_str line;
+    int code;
+    do {
+        size_t begin = *at;
+        code = vkp_i_http_line(data, end, at, &line);
+        if (code == -1 && end - from == VKP_HTTP_FIELDS_BYTES) {
+            return 431;
+        }
+        if (code == 0 && line.len == 0) {
+            request->fields = vkp_i_str(data + from, begin - from);
+            return 0;
+        }
+        if (code == 0 && framing->fields == VKP_HTTP_FIELDS) {
+            return 431;
+        }
+        if (code == 0) {
+            code = vkp_i_http_field(request, framing, line);
+        }
+    } while (code == 0);
+    return code;
+}
+
+/* What is wrong with a whole request, or 0. */
+static int vkp_i_http_check(vkp_http_request *request, const vkp_i_http_framing *framing, int minor)
+{
+    if ((minor > 0 && framing->hosts == 0) ||
+        (framing->coded && (framing->lengths > 0 || minor == 0))) {
+        return 400;
+    }
+    request->has_body = request->has_body || framing->coded;
+    request->keep_alive = !framing->close && (minor > 0 || framing->keep_alive);
+    return 0;
+}
+
+/* Returns 0; -1: incomplete; or the status to refuse it with. */
+static int vkp_i_http_read(const uint8_t *data, size_t len, vkp_http_request *request, size_t *at)
+{
+    vkp_i_http_framing framing;
+    vkp_str line;
+    size_t end;
+    size_t lines = 0;
+    int minor = 0;
+    int code;
+    memset(&framing, 0, sizeof framing);
+    do {
+        size_t begin = *at;
+        end = VKP_I_MIN(len, begin + VKP_HTTP_LINE_BYTES);
+        line = vkp_i_str(data + begin, end - begin);
+        code = line.len > 0 && line.ptr[0] == '\r' ? 0 : vkp_i_http_check_method(line);
+        if (code != 0) { /* also where the line is not whole */
+            return code;
+        }
+        code = vkp_i_http_line(data, end, at, &line);
+        if (code == -1) {
+            return end - begin == VKP_HTTP_LINE_BYTES ? 414 : -1;
+        }
+    } while (code == 0 && line.len == 0 && ++lines <= VKP_I_HTTP_EMPTY_LINES);
+    if (code == 0) {
+        code = vkp_i_http_first_line(request, line, &minor);
+    }
+    if (code == 0) {
+        code = vkp_i_http_fields(data, len, at, request, &framing);
+    }
+    return code != 0 ? code : vkp_i_http_check(request, &framing, minor);
+}
+
+VKP_API vkp_status vkp_http_read(const uint8_t *data, size_t len, vkp_http_request *request,
+                                 size_t *used, int *code)
+{
+    vkp_http_request found;
+    size_t at = 0;
+    int result;
+    VKP_I_REQUIRE((data != NULL || len == 0) && request != NULL && used != NULL && code != NULL);
+    memset(&found, 0, sizeof found);
+    result = len > 0 ? vkp_i_http_read(data, len, &found, &at) : -1;
+    if (result > 0) {
+        *code = result;
+        return VKP_ERR_PROTOCOL;
+    }
+    if (result < 0) {
+        return VKP_ERR_EMPTY;
+    }
+    *request = found;
+    *used = at;
+    return VKP_OK;
+}
+
+VKP_API vkp_str vkp_http_get_field(const vkp_http_request *request, const char *name)
+{
+    vkp_str rest = request->fields;
+    while (rest.len > 0) {
+        vkp_str line = vkp_i_http_cut(&rest, '\n');
+        if (vkp_i_str_is(vkp_i_http_cut_name(&line), name)) {
+            line.len--; /* the CR */
+            return vkp_i_http_trim(line);
+        }
+    }
+    return vkp_i_str(NULL, 0);
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
+   >>impl-http   Serve a few pages over HTTP
+   ======================================================================================
+   All on the loop's thread, without locks. The state of a connection is its call; it is allocated
+   once and serves one request after the other. While the program works on an answer the connection
+   is not read, so there is never a queue of requests; and while the peer does not read what was
+   answered it is not read either.
+   One timer per connection runs whenever it is the peer's turn: to send a request, or to read an
+   answer. It starts with the connection and with each answer, and nothing in between restarts it:
+   bytes that trickle in do not keep a place.
+   References: of the server, one of its owner, one of each call, one of a drain under way. Of a
+   call, one of its connection, one while the program has it.                                  */
+
+#define VKP_I_HTTP_CLIENTS 64u       /* default of vkp_http_config.max_clients */
+#define VKP_I_HTTP_TIMEOUT_MS 10000u /* default of vkp_http_config.timeout_ms */
+#define VKP_I_HTTP_AGAIN 1024u       /* without a line end, so many new bytes are read again */
+#define VKP_I_HTTP_TCP "tcp:"        /* begins an address that a browser can reach */
+
+/* Above so many bytes in the outbox, which the kernel does not take, no request is read. */
+#define VKP_I_HTTP_MOST_UNREAD ((size_t)65536)
+
+/* Bits of vkp_http_call.flags. */
+#define VKP_I_HTTP_BUSY 1u    /* the program works on an answer */
+#define VKP_I_HTTP_INSIDE 2u  /* in on_request */
+#define VKP_I_HTTP_HEAD 4u    /* the request is a HEAD */
+#define VKP_I_HTTP_LAST 8u    /* the connection closes behind the answer */
+#define VKP_I_HTTP_UNREAD 16u /* paused: the peer does not read */
+
+struct vkp_http_call {
+    vkp_http *http; /* holds one reference */
+    vkp_conn *conn; /* holds one reference; NULL: closed */
+    vkp_http_call *prev;
+    vkp_http_call *next;
+    vkp_timer timer;
+    size_t refs;
+    size_t seen;    /* bytes of the incomplete request that were read */
+    uint32_t flags; /* VKP_I_HTTP_* */
+};
+
+struct vkp_http {
+    vkp_loop *loop;         /* shared */
+    vkp_http_config config; /* its address is a copy */
+    vkp_listener *listener; /* NULL: closed */
+    vkp_str bound;          /* a copy of the listener's address */
+    vkp_http_call *calls;   /* of open connections, newest first */
+    size_t refs;
+    bool draining;
+    void (*on_end)(void *user); /* of the drain */
+    void *end_user;
+    vkp_timer drain_timer;
+    vkp_i_task end_task; /* fn is NULL until a drain begins */
+};
+
+static void vkp_i_http_release(vkp_http *http)
+{
+    vkp_loop *loop = http->loop;
+    if (--http->refs == 0) {
+        vkp_i_free_str(loop->env, http->config.address);
+        vkp_i_free_str(loop->env, http->bound);
+        vkp_i_free(loop->env, http, sizeof *http);
+        vkp_loop_unref(loop);
+    }
+}
+
+static void vkp_i_http_call_release(vkp_http_call *call)
+{
+    vkp_http *http = call->http;
+    if (--call->refs == 0) {
+        vkp_i_free(http->loop->env, call, sizeof *call);
+        vkp_i_http_release(http);
+    }
+}
+
+/* ---- answers ---- */
+
+/* The status as a line of text. */
+static const char *vkp_i_http_status_line(int status)
+{
+    static const struct {
+        int status;
+        const char *text;
+    } texts[] = {{200, "OK\n"},
+                 {400, "Bad Request\n"},
+                 {404, "Not Found\n"},
+                 {405, "Method Not Allowed\n"},
+                 {413, "Content Too Large\n"},
+                 {414, "URI Too Long\n"},
+                 {421, "Misdirected Request\n"},
+                 {431, "Request Header Fields Too Large\n"},
+                 {501, "Not Implemented\n"},
+                 {503, "Service Unavailable\n"},
+                 {505, "HTTP Version Not Supported\n"}};
+    size_t i;
+    for (i = 0; i < sizeof texts / sizeof *texts; i++) {
+        if (texts[i].status == status) {
+            return texts[i].text;
+        }
+    }
+    return "\n";
+}
+
+#define VKP_I_HTTP_DATE_BYTES 64u /* "Sun, 06 Nov 1994 08:49:37 GMT", with any year */
+
+/* The date of a time in seconds since 1970, as header fields have it. By days since March of year
+   0, whose years end with the leap day.                                                       */
+static void vkp_i_http_date(char out[VKP_I_HTTP_DATE_BYTES], uint64_t seconds)
+{
+    static const char names[] = "MarAprMayJunJulAugSepOctNovDecJanFebThuFriSatSunMonTueWed";
+    uint64_t days = seconds / 86400;
+    uint64_t since = days + 719468;
+    uint64_t era = since / 146097;
+    uint64_t of_era = since % 146097;
+    uint64_t year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+    uint64_t of_year = of_era - (365 * year + year / 4 - year / 100);
+    uint64_t month = (5 * of_year + 2) / 153;
+    (void)snprintf(out, VKP_I_HTTP_DATE_BYTES, "%.3s, %02u %.3s %04u %02u:%02u:%02u GMT",
+                   names + 36 + 3 * (days % 7), (unsigned)(of_year - (153 * month + 2) / 5 + 1),
+                   names + 3 * month, (unsigned)(year + era * 400 + (month >= 10 ? 1u : 0u)),
+                   (unsigned)(seconds / 3600 % 24), (unsigned)(seconds / 60 % 60),
+                   (unsigned)(seconds % 60));
+}
+
+static void vkp_i_http_put(vkp_resp_writer *writer, const char *text)
+{
+    vkp_resp_put_raw(writer, text, strlen(text));
+}
+
+#define VKP_I_HTTP_HEAD_BYTES 256u /* of the status, the date and the length */
+
+/* Send header and body. NOMEM: not all of it. */
+static vkp_status vkp_i_http_send(vkp_http_call *call, const vkp_http_response *response)
+{
+    vkp_loop *loop = call->http->loop;
+    int code = response->status != 0 ? response->status : 200;
+    const char *reason = vkp_i_http_status_line(code);
+    char date[VKP_I_HTTP_DATE_BYTES];
+    char head[VKP_I_HTTP_HEAD_BYTES];
+    vkp_bytes body = response->body;
+    vkp_bytes bytes;
+    vkp_resp_writer writer;
+    vkp_status status;
+    if (body.len == 0 && code != 200) {
+        body = vkp_bytes_static(reason, strlen(reason));
+    }
+    vkp_i_http_date(date, loop->sys->wall_ns() / 1000000000u);
+    (void)snprintf(head, sizeof head,
+                   "HTTP/1.1 %d %.*s\r\nDate: %s\r\nContent-Length: %zu\r\nContent-Type: ", code,
+                   (int)strlen(reason) - 1, reason, date, body.len);
+    vkp_resp_writer_init(&writer, loop->env);
+    vkp_i_http_put(&writer, head);
+    vkp_i_http_put(&writer, response->type != NULL ? response->type : "text/plain; charset=utf-8");
+    vkp_i_http_put(&writer, "\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n");
+    vkp_i_http_put(&writer, response->fields != NULL ? response->fields : "");
+    vkp_i_http_put(&writer, (call->flags & VKP_I_HTTP_LAST) != 0
+                                ? "Connection: close\r\n\r\n"
+                                : "Connection: keep-alive\r\n\r\n");
+    status = vkp_resp_writer_take(&writer, &bytes);
+    if (status == VKP_OK) {
+        status = vkp_conn_send(call->conn, &bytes);
+        vkp_bytes_unref(&bytes);
+    }
+    if (status == VKP_OK && body.len > 0 && (call->flags & VKP_I_HTTP_HEAD) == 0) {
+        status = vkp_conn_send(call->conn, &body);
+    }
+    return status;
+}
+
+static void vkp_i_http_timed_out(vkp_timer *timer)
+{
+    vkp_http_call *call = VKP_CONTAINER(timer, vkp_http_call, timer);
+    vkp_conn_close(call->conn);
+}
+
+/* It is the peer's turn. */
+static void vkp_i_http_start_timer(vkp_http_call *call)
+{
+    vkp_http *http = call->http;
+    if (vkp_timer_start(&call->timer, http->loop, vkp_i_http_timed_out, 0,
+                        vkp_i_after_ms(vkp_i_loop_now(http->loop), http->config.timeout_ms)) !=
+        VKP_OK) {
+        vkp_i_conn_close_later(call->conn, VKP_CLOSE_NOMEM, 0);
+    }
+}
+
+/* The answer is queued: read the next request, unless the peer does not read. */
+static void vkp_i_http_answered(vkp_http_call *call)
+{
+    if ((call->flags & VKP_I_HTTP_LAST) != 0) {
+        vkp_conn_drain(call->conn);
+        return;
+    }
+    if (vkp_i_conn_get_queued_bytes(call->conn) > VKP_I_HTTP_MOST_UNREAD) {
+        vkp_i_conn_flush(call->conn);
+    }
+    if (vkp_i_conn_get_queued_bytes(call->conn) > VKP_I_HTTP_MOST_UNREAD) {
+        call->flags |= VKP_I_HTTP_UNREAD;
+        vkp_conn_pause(call->conn);
+    } else if ((call->flags & VKP_I_HTTP_INSIDE) == 0) {
+        vkp_conn_resume(call->conn);
+    }
+}
+
+VKP_API void vkp_http_answer(vkp_http_call *call, const vkp_http_response *response)
+{
+    call->flags &= ~VKP_I_HTTP_BUSY;
+    if (call->conn != NULL) {
+        if (vkp_i_http_send(call, response) == VKP_ERR_NOMEM) {
+            vkp_i_conn_close_later(call->conn, VKP_CLOSE_NOMEM, 0);
+        } else {
+            vkp_i_http_start_timer(call);
+            vkp_i_http_answered(call);
+        }
+    }
+    vkp_i_http_call_release(call);
+}
+
+/* ---- requests ---- */
+
+/* Answer with a status, and close behind it. */
+static void vkp_i_http_refuse(vkp_http_call *call, int status, const char *fields)
+{
+    vkp_http_response response;
+    memset(&response, 0, sizeof response);
+    response.status = status;
+    response.fields = fields;
+    call->flags |= VKP_I_HTTP_LAST;
+    call->refs++;
+    vkp_http_answer(call, &response);
+}
+
+/* Whether the host is nobody's but this machine's: an address in digits, or localhost. Browsers
+   take a name of digits and dots for an address.                                              */
+static bool vkp_i_http_host_is_local(vkp_str host)
+{
+    static const char local[] = "localhost";
+    size_t end = sizeof local - 1;
+    size_t i;
+    for (i = 0; i < host.len && (host.ptr[i] == '.' || (host.ptr[i] >= '0' && host.ptr[i] <= '9'));
+         i++) {
+    }
+    return i == host.len || host.ptr[0] == '[' ||
+           (host.len >= end && vkp_i_str_is(vkp_i_str(host.ptr + host.len - end, end), local) &&
+            (host.len == end || host.ptr[host.len - end - 1] == '.'));
+}
+
+/* The host without its port. */
+static vkp_str vkp_i_http_strip_port(vkp_str host)
+{
+    size_t len = host.len;
+    while (len > 0 && host.ptr[len - 1] >= '0' && host.ptr[len - 1] <= '9') {
+        len--;
+    }
+    if (len > 0 && host.ptr[len - 1] == ':') {
+        host.len = len - 1;
+    }
+    return host;
+}
+
+/* Whether requests for this host are answered: see vkp_http_config.any_host. */
+static bool vkp_i_http_serves(const vkp_http *http, vkp_str host)
+{
+    vkp_str own = http->config.address;
+    if (http->config.any_host || host.ptr == NULL || !vkp_i_starts_with(own, VKP_I_HTTP_TCP)) {
+        return true;
+    }
+    host = vkp_i_http_strip_port(host);
+    own = vkp_i_http_strip_port(own);
+    own.ptr += sizeof VKP_I_HTTP_TCP - 1;
+    own.len -= sizeof VKP_I_HTTP_TCP - 1;
+    return vkp_i_http_host_is_local(host) || vkp_i_str_alike(host, own);
+}
+
+/* Give the request to the program, or refuse it. */
+static void vkp_i_http_take(vkp_http_call *call, const vkp_http_request *request)
+{
+    vkp_http *http = call->http;
+    bool get = vkp_i_str_equal(request->method, vkp_str_of("GET"));
+    bool head = vkp_i_str_equal(request->method, vkp_str_of("HEAD"));
+    call->flags |= head ? VKP_I_HTTP_HEAD : 0u;
+    if (!vkp_i_http_serves(http, request->host)) {
+        vkp_i_http_refuse(call, 421, NULL);
+    } else if (!get && !head) {
+        vkp_i_http_refuse(call, 405, "Allow: GET, HEAD\r\n");
+    } else if (request->has_body) {
+        vkp_i_http_refuse(call, 413, NULL);
+    } else {
+        call->flags |= VKP_I_HTTP_BUSY | VKP_I_HTTP_INSIDE;
+        call->flags |= request->keep_alive && !http->draining ? 0u : VKP_I_HTTP_LAST;
+        call->refs++;
+        vkp_timer_stop(&call->timer);
+        http->config.on_request(http->config.user, request, call);
+        call->flags &= ~VKP_I_HTTP_INSIDE;
+    }
+}
+
+/* Whether the bytes behind those that were read may make a request of them. */
+static bool vkp_i_http_is_news(const vkp_http_call *call, const uint8_t *data, size_t len)
+{
+    return call->seen == 0 || len - call->seen >= VKP_I_HTTP_AGAIN ||
+           memchr(data + call->seen, '\n', len - call->seen) != NULL;
+}
+
+static size_t vkp_i_http_on_data(vkp_conn *conn, void *user, const vkp_bytes *in)
+{
+    vkp_http_call *call = (vkp_http_call *)user;
+    const uint32_t stop = VKP_I_HTTP_BUSY | VKP_I_HTTP_LAST | VKP_I_HTTP_UNREAD;
+    size_t at = 0;
+    if (call == NULL) {
+        return in->len;
+    }
+    call->refs++;
+    while (at < in->len && call->conn != NULL && vkp_i_conn_is_serving(conn) &&
+           (call->flags & stop) == 0 && vkp_i_http_is_news(call, in->data + at, in->len - at)) {
+        vkp_http_request request;
+        size_t used = 0;
+        int code = 0;
+        vkp_status status = vkp_http_read(in->data + at, in->len - at, &request, &used, &code);
+        call->seen = status == VKP_ERR_EMPTY ? in->len - at : 0;
+        call->flags &= ~VKP_I_HTTP_HEAD;
+        if (status == VKP_ERR_PROTOCOL) {
+            vkp_i_http_refuse(call, code, NULL);
+        } else if (status == VKP_OK) {
+            vkp_i_http_take(call, &request);
+            at += used;
+        }
+    }
+    if (call->conn != NULL && (call->flags & VKP_I_HTTP_BUSY) != 0) {
+        vkp_conn_pause(conn);
+    }
+    vkp_i_http_call_release(call);
+    return at;
+}
+
+/* The peer has read what was answered. */
+static void vkp_i_http_on_drain(vkp_conn *conn, void *user)
+{
+    vkp_http_call *call = (vkp_http_call *)user;
+    if (call != NULL && (call->flags & VKP_I_HTTP_UNREAD) != 0) {
+        call->flags &= ~VKP_I_HTTP_UNREAD;
+        vkp_conn_resume(conn);
+    }
+}
+
+/* The peer sends nothing more: what it asked for is answered. */
+static bool vkp_i_http_on_end(vkp_conn *conn, void *user)
+{
+    vkp_http_call *call = (vkp_http_call *)user;
+    if (call == NULL) {
+        return false;
+    }
+    call->flags |= VKP_I_HTTP_LAST;
+    if ((call->flags & VKP_I_HTTP_BUSY) == 0) {
+        vkp_conn_drain(conn);
+    }
+    return true;
+}
+
+/* ---- connections ---- */
+
+/* A drain is under way, and no connection is left. */
+static void vkp_i_http_maybe_end(vkp_http *http)
+{
+    if (http->draining && http->calls == NULL) {
+        vkp_i_loop_defer(http->loop, &http->end_task);
+    }
+}
+
+static void vkp_i_http_on_close(vkp_conn *conn, void *user, vkp_close_reason reason, int error)
+{
+    vkp_http_call *call = (vkp_http_call *)user;
+    (void)reason;
+    (void)error;
+    if (call == NULL) {
+        return;
+    }
+    if (call->prev != NULL) {
+        call->prev->next = call->next;
+    } else {
+        call->http->calls = call->next;
+    }
+    if (call->next != NULL) {
+        call->next->prev = call->prev;
+    }
+    vkp_timer_stop(&call->timer);
+    call->conn = NULL;
+    vkp_conn_unref(conn);
+    vkp_i_http_maybe_end(call->http);
+    vkp_i_http_call_release(call);
+}
+
+static const vkp_conn_ops vkp_i_http_ops = {
+    NULL, vkp_i_http_on_data, vkp_i_http_on_drain, vkp_i_http_on_end, vkp_i_http_on_close, NULL};
+
+static void vkp_i_http_on_accept(void *user, vkp_conn *conn)
+{
+    vkp_http *http = (vkp_http *)user;
+    vkp_http_call *call = (vkp_http_call *)vkp_i_alloc_zero(http->loop->env, sizeof *call);
+    vkp_conn_set_user(conn, call);
+    if (call == NULL) {
+        vkp_conn_close(conn);
+        return;
+    }
+    call->http = http;
+    http->refs++;
+    call->refs = 1;
+    call->conn = vkp_conn_ref(conn);
+    call->next = http->calls;
+    if (call->next != NULL) {
+        call->next->prev = call;
+    }
+    http->calls = call;
+    vkp_i_http_start_timer(call);
+}
+
+/* Too many clients: say so, at least to those that read it. */
+static void vkp_i_http_on_refuse(void *user, int fd, vkp_refusal why)
+{
+    static const char text[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n"
+                               "Retry-After: 1\r\nConnection: close\r\n\r\n";
+    vkp_http *http = (vkp_http *)user;
+    vkp_range range;
+    (void)why;
+    range.base = text;
+    range.len = sizeof text - 1;
+    (void)http->loop->sys->send(fd, &range, 1); /* may fail: it is best effort */
+}
+
+/* ---- the server ---- */
+
+VKP_API vkp_status vkp_http_open(vkp_loop *loop, const vkp_http_config *config, vkp_http **out)
+{
+    vkp_listener_config listener;
+    vkp_http *http;
+    vkp_status status;
+    VKP_I_REQUIRE(loop != NULL && config != NULL && out != NULL);
+    VKP_I_REQUIRE(config->address.ptr != NULL && config->on_request != NULL);
+    http = (vkp_http *)vkp_i_alloc_zero(loop->env, sizeof *http);
+    if (http == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    http->loop = vkp_loop_ref(loop);
+    http->refs = 1;
+    http->config = *config;
+    http->config.timeout_ms = config->timeout_ms > 0 ? config->timeout_ms : VKP_I_HTTP_TIMEOUT_MS;
+    memset(&listener, 0, sizeof listener);
+    listener.address = config->address;
+    listener.gate = config->gate;
+    listener.max_clients = config->max_clients > 0 ? config->max_clients : VKP_I_HTTP_CLIENTS;
+    listener.conn.ops = &vkp_i_http_ops;
+    listener.conn.user = http;
+    listener.conn.loop_only = true;
+    listener.conn.input_bytes = VKP_HTTP_LINE_BYTES + VKP_HTTP_FIELDS_BYTES + loop->read_bytes * 2;
+    listener.on_accept = vkp_i_http_on_accept;
+    listener.on_refuse = vkp_i_http_on_refuse;
+    status = vkp_i_copy_str(loop->env, &http->config.address) ? VKP_OK : VKP_ERR_NOMEM;
+    if (status == VKP_OK) {
+        status = vkp_listener_open(loop, &listener, &http->listener);
+    }
+    if (status == VKP_OK) {
+        http->bound = vkp_str_of(vkp_listener_get_address(http->listener));
+        status = vkp_i_copy_str(loop->env, &http->bound) ? VKP_OK : VKP_ERR_NOMEM;
+    }
+    if (status != VKP_OK) {
+        int error = errno;
+        vkp_http_unref(http);
+        errno = error;
+        return status;
+    }
+    *out = http;
+    return VKP_OK;
+}
+
+VKP_API const char *vkp_http_get_address(const vkp_http *http)
+{
+    return http->bound.ptr;
+}
+
+/* Accept no further clients. */
+static void vkp_i_http_stop_accepting(vkp_http *http)
+{
+    vkp_listener_unref(http->listener);
+    http->listener = NULL;
+}
+
+static void vkp_i_http_close_all(vkp_http *http)
+{
+    while (http->calls != NULL) {
+        vkp_conn_close(http->calls->conn);
+    }
+}
+
+VKP_API void vkp_http_close(vkp_http *http)
+{
+    if (http != NULL) {
+        http->on_end = NULL;
+        vkp_timer_stop(&http->drain_timer);
+        vkp_i_http_stop_accepting(http);
+        vkp_i_http_close_all(http);
+    }
+}
+
+VKP_API void vkp_http_unref(vkp_http *http)
+{
+    if (http != NULL) {
+        vkp_http_close(http);
+        vkp_i_http_release(http);
+    }
+}
+
+/* Task: every connection of a drained server is closed. */
+static void vkp_i_http_ended(vkp_i_task *task)
+{
+    vkp_http *http = VKP_CONTAINER(task, vkp_http, end_task);
+    vkp_timer_stop(&http->drain_timer);
+    if (http->on_end != NULL) {
+        http->on_end(http->end_user);
+    }
+    vkp_i_http_release(http);
+}
+
+static void vkp_i_http_drain_over(vkp_timer *timer)
+{
+    vkp_i_http_close_all(VKP_CONTAINER(timer, vkp_http, drain_timer));
+}
+
+VKP_API vkp_status vkp_http_drain(vkp_http *http, void (*on_end)(void *user), void *user,
+                                  uint64_t deadline_ns)
+{
+    vkp_http_call *call;
+    vkp_status status;
+    VKP_I_REQUIRE(http != NULL && http->listener != NULL);
+    status = vkp_timer_start(&http->drain_timer, http->loop, vkp_i_http_drain_over, 0, deadline_ns);
+    if (status != VKP_OK) {
+        return status;
+    }
+    http->refs++;
+    http->draining = true;
+    http->on_end = on_end;
+    http->end_user = user;
+    http->end_task.fn = vkp_i_http_ended;
+    vkp_i_http_stop_accepting(http);
+    for (call = http->calls; call != NULL; call = call->next) {
+        call->flags |= VKP_I_HTTP_LAST;
+        if ((call->flags & VKP_I_HTTP_BUSY) == 0) {
+            vkp_conn_drain(call->conn);
+        }
+    }
+    vkp_i_http_maybe_end(http);
+    return VKP_OK;
 }
 
 #endif /* VKP_I_IO */

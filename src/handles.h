@@ -88,6 +88,12 @@ typedef struct vkp_listener vkp_listener;
 /* A periodic check whether a server answers. */
 typedef struct vkp_health_check vkp_health_check;
 
+/* Serves pages over HTTP, on a loop. */
+typedef struct vkp_http vkp_http;
+
+/* A request of HTTP that is to be answered. */
+typedef struct vkp_http_call vkp_http_call;
+
 /* Which connections subscribed to which names. */
 typedef struct vkp_hub vkp_hub;
 

@@ -86,6 +86,7 @@
        vkp_conn          calls on_close                       (the loop holds one)  any; any
        vkp_listener      accepts no new clients               closes, ends a drain  loop's; loop's
        vkp_health_check  no result follows                    closes                loop's; loop's
+       vkp_http          closes its connections               closes, ends a drain  loop's; loop's
        vkp_resolver      run returns, lookups fail            closes                any; any
        vkp_handler       is not called again                  closes                loop's; loop's
        vkp_mpsc_rx       senders get CLOSED                   closes, drops values  any; receiver's

@@ -22,8 +22,8 @@
            >>api-handles  >>api-base  >>api-bytes  >>api-value  >>api-push  >>api-client
            >>api-resolver  >>api-sync  >>api-loop  >>api-mpsc  >>api-oneshot  >>api-broadcast
            >>api-watch  >>api-cancel  >>api-select  >>api-handler  >>api-resp  >>api-registry
-           >>api-socket  >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-hub
-           >>api-pushloop  >>api-relay  >>api-sys  >>api-backend  >>api-typed
+           >>api-socket  >>api-conn  >>api-gate  >>api-listener  >>api-health  >>api-http
+           >>api-hub  >>api-pushloop  >>api-relay  >>api-sys  >>api-backend  >>api-typed
        >>impl          implementation: lowest layer first
            >>impl-base  >>impl-sys  >>impl-park  >>impl-bytes  >>impl-map  >>impl-cancel
            >>impl-mpsc  >>impl-mpsc-send  >>impl-mpsc-receive  >>impl-mpsc-ends  >>impl-oneshot
@@ -31,9 +31,9 @@
            >>impl-handler  >>impl-loop-run  >>impl-value  >>impl-resp  >>impl-frame
            >>impl-resp-writer  >>impl-value-text  >>impl-format  >>impl-address  >>impl-socket
            >>impl-registry  >>impl-gate  >>impl-conn-queue  >>impl-conn  >>impl-listener
-           >>impl-health  >>impl-hub  >>impl-push  >>impl-push-keys  >>impl-command
-           >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect  >>impl-client
-           >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
+           >>impl-health  >>impl-http-read  >>impl-http  >>impl-hub  >>impl-push  >>impl-push-keys
+           >>impl-command  >>impl-resolver  >>impl-link  >>impl-handshake  >>impl-link-connect
+           >>impl-client  >>impl-client-subscriptions  >>impl-client-probe  >>impl-client-delivery
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-door

@@ -125,6 +125,26 @@ struct Made<vkp_health_check> {
 };
 
 template <>
+struct Made<vkp_http> {
+    vkp_http *object = nullptr;
+    explicit Made(World &world)
+    {
+        vkp_http_config config = {};
+        config.address = vkp_str_of("tcp:127.0.0.1:0");
+        config.on_request = [](void *, const vkp_http_request *, vkp_http_call *call) {
+            vkp_http_response response = {};
+            vkp_http_answer(call, &response);
+        };
+        REQUIRE(vkp_http_open(world.loop, &config, &object) == VKP_OK);
+    }
+    ~Made()
+    {
+        CHECK(std::string(vkp_http_get_address(object)).find("tcp:") == 0);
+        vkp_http_unref(object);
+    }
+};
+
+template <>
 struct Made<vkp_sync> {
     vkp_sync *object = nullptr;
     explicit Made(World &)
