@@ -286,7 +286,7 @@ static void vkp_i_http_take(vkp_http_call *call, const vkp_http_request *request
         vkp_i_http_refuse(call, 413, NULL);
     } else {
         call->flags |= VKP_I_HTTP_BUSY | VKP_I_HTTP_INSIDE;
-        call->flags |= request->keep_alive && !http->draining ? 0u : VKP_I_HTTP_LAST;
+        call->flags |= request->keep_alive ? 0u : VKP_I_HTTP_LAST;
         call->refs++;
         vkp_timer_stop(&call->timer);
         http->config.on_request(http->config.user, request, call);

@@ -565,6 +565,20 @@ TEST_CASE("http: the page of a stranger that resolves to this machine gets nothi
     }
 }
 
+TEST_CASE("http: the name that the server was opened with is its own")
+{
+    vkp_sys sys = *vkp_sys_get_default();
+    sys.resolve = [](const char *, const char *port, vkp_address *out, size_t capacity) {
+        return vkp_sys_get_default()->resolve("127.0.0.1", port, out, capacity);
+    };
+    vkp_test_loop loop(*vkp_test_backends(), &sys);
+    Site site(loop, "tcp:relay.example:0");
+    const std::string port = site.address().substr(site.address().rfind(':'));
+    Browser browser(loop, "tcp:127.0.0.1" + port);
+    CHECK(browser.ask(get("/", "Host: RELAY.example" + port + "\r\n")).status == 200);
+    CHECK(browser.ask(get("/", "Host: example\r\n")).status == 421);
+}
+
 TEST_CASE("http: the date of an answer")
 {
     static uint64_t seconds;
