@@ -37,7 +37,7 @@
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-door
-           >>impl-relay-commands  >>impl-relay-requests  >>impl-relay-serve
+           >>impl-relay-survey  >>impl-relay-commands  >>impl-relay-requests  >>impl-relay-serve
        >>licence       the licence in full
 */
 
@@ -3287,6 +3287,9 @@ typedef struct vkp_relay_config {
     size_t max_subscriptions;
     /* Most bytes of the names that one client subscribes to. Default: 64 MiB. */
     size_t max_name_bytes;
+    /* Ten times a second, measure how late each loop is, for vkp_relay_loop.lag_ns. Default: false,
+       an idle relay sleeps. */
+    bool measure_lag;
     /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;
@@ -3354,6 +3357,29 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_set_login(vkp_relay *relay, vkp_str u
 VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
                              uint64_t deadline_ns);
 
+/* Which way a command of a client went. */
+typedef enum vkp_relay_route {
+    VKP_RELAY_SHARED = 0, /* over a connection that clients share */
+    VKP_RELAY_PRIVATE,    /* over a connection of the client's own */
+    VKP_RELAY_PUSH,       /* subscribes or unsubscribes, over the connection for subscriptions */
+    VKP_RELAY_HERE        /* answered by the relay */
+} vkp_relay_route;
+
+/* The number of values of vkp_relay_route. */
+#define VKP_RELAY_ROUTES 4
+
+/* The number of values of vkp_relay_times.within. */
+#define VKP_RELAY_TIMES 22
+
+/* How long the server took for replies, from the round of the loop in which the command was read to
+   the round in which its reply was. Commands that may block are not in it. */
+typedef struct vkp_relay_times {
+    uint64_t total_ns; /* of all replies together */
+    /* Replies that took at most 2^(14 + index) nanoseconds, 16 us to 17 s, and more than those of
+       the index before; the last value counts all that took longer. */
+    uint64_t within[VKP_RELAY_TIMES];
+} vkp_relay_times;
+
 /* What vkp_relay_get_stats writes. Counters count since open. */
 typedef struct vkp_relay_stats {
     size_t clients;                      /* clients of the relay now */
@@ -3373,10 +3399,92 @@ typedef struct vkp_relay_stats {
     uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
     size_t gathered_bytes; /* what counts against gather_bytes now: clients with more than 16 KiB */
+    bool connected;        /* all connections that the clients share are; without a server too */
+    uint64_t since_unix_ms; /* when `connected` changed; before that: open */
+    uint64_t reconnects;    /* connections to the server in place of those that were lost */
+    uint64_t refusals;      /* refusals of a SUBSCRIBE by the server */
+    uint64_t commands[VKP_RELAY_ROUTES]; /* commands of clients, by vkp_relay_route */
+    size_t in_flight;                    /* commands now whose replies the server owes */
+    vkp_relay_times replies[2];          /* of VKP_RELAY_SHARED and VKP_RELAY_PRIVATE */
 } vkp_relay_stats;
 
 /* Write the relay's counters to *stats. Any thread. */
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats);
+
+/* What a client of a relay does now: the first of these that is so. */
+typedef enum vkp_relay_client_state {
+    VKP_RELAY_CLIENT_SLOW = 0,   /* it does not read what waits for it */
+    VKP_RELAY_CLIENT_WAITING,    /* a command of it is under way */
+    VKP_RELAY_CLIENT_PRIVATE,    /* it has a connection of its own */
+    VKP_RELAY_CLIENT_SUBSCRIBED, /* it is subscribed */
+    VKP_RELAY_CLIENT_IDLE        /* none of these */
+} vkp_relay_client_state;
+
+/* The number of values of vkp_relay_client_state. */
+#define VKP_RELAY_CLIENT_STATES 5
+
+/* A listener of a relay. */
+typedef struct vkp_relay_listener {
+    const char *address;
+    vkp_listener_stats stats;
+} vkp_relay_listener;
+
+/* A loop of a relay. */
+typedef struct vkp_relay_loop {
+    size_t clients;  /* clients that the loop serves */
+    uint64_t lag_ns; /* how late it was at worst in the last 10 to 20 seconds: see measure_lag */
+} vkp_relay_loop;
+
+/* Most bytes of a name in a survey. */
+#define VKP_RELAY_CHANNEL_BYTES 256u
+
+/* A name with many messages. */
+typedef struct vkp_relay_channel {
+    vkp_sub_kind kind;
+    vkp_str name;       /* its first VKP_RELAY_CHANNEL_BYTES at most */
+    size_t name_bytes;  /* the length of the whole name */
+    uint64_t messages;  /* messages since the name has subscribers */
+    size_t subscribers; /* clients of the loops on which it has many messages */
+} vkp_relay_channel;
+
+/* A time in which a connection to the server that the clients share was not there. */
+typedef struct vkp_relay_outage {
+    uint64_t from_unix_ms;
+    uint64_t to_unix_ms; /* 0: it lasts */
+    vkp_str reason;      /* of the first connection that was lost */
+} vkp_relay_outage;
+
+/* What vkp_relay_survey_then finds. Arrays and texts are valid until its `done` returns. */
+typedef struct vkp_relay_survey {
+    vkp_relay_stats stats;
+    size_t clients[VKP_RELAY_CLIENT_STATES]; /* by vkp_relay_client_state */
+    size_t queued_bytes;                     /* bytes that wait for clients that do not read */
+    const vkp_relay_listener *listeners;
+    size_t listener_count;
+    const vkp_relay_loop *loops; /* in the order of vkp_relay_config.loops */
+    size_t loop_count;
+    const vkp_relay_channel *channels; /* about those with the most messages, most first */
+    size_t channel_count;              /* 16 at most */
+    const vkp_relay_outage *outages;   /* the last ones, oldest first */
+    size_t outage_count;               /* 32 at most */
+} vkp_relay_survey;
+
+/* Look at all clients of the relay, each loop at its own, about a hundred in a round. done is called
+   once on loops[0], not inside this call. survey NULL: there was no memory, or the relay's unref
+   came first (then inside it, or at the close of loops[0]).
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED (loops[0] is closed), INVALID (relay or done NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_survey_then(
+    vkp_relay *relay, void (*done)(void *user, const vkp_relay_survey *survey), void *user);
+
+/* Ask the server PING, over a connection that the clients share. done is called once on loops[0],
+   perhaps inside this call: OK (it answers; a relay without a server does), REFUSED (words are the
+   server's error, such as LOADING), DISCONNECTED (one of the shared connections is not there), or
+   CLOSED. It may take long: set a time of your own. words are valid until done returns.
+   Blocks: never     Threads: that of loops[0]     In callbacks: ok
+   Errors: NOMEM, INVALID (relay or done NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_ping_then(vkp_relay *relay, vkp_subscribe_fn done,
+                                                     void *user);
 
 /* The registry of the relay's Unix sockets, for vkp_registry_get_stats and for handlers of crashes.
    Views: valid until the relay's unref. Any thread. */
@@ -18296,6 +18404,8 @@ typedef struct vkp_i_topic {
     size_t count;        /* used places of `subs` */
     size_t capacity;     /* allocated places of `subs` */
     vkp_sub_kind kind;   /* which of vkp_hub.topics holds this topic */
+    bool is_top;         /* in vkp_hub.top */
+    uint64_t messages;   /* messages that were delivered to the members */
 } vkp_i_topic;
 
 struct vkp_hub_sub {
@@ -18306,11 +18416,16 @@ struct vkp_hub_sub {
     vkp_hub_sub *next;      /* the member's older subscription of this kind, or NULL */
 };
 
+#define VKP_I_HUB_TOP 16u /* most topics of vkp_hub.top */
+
 struct vkp_hub {
     const vkp_env *env;
     vkp_hub_config config;           /* a copy */
     vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     vkp_block *blocks[2];            /* where messages are encoded: [0] RESP2, [1] RESP3; or NULL */
+    vkp_i_topic *top[VKP_I_HUB_TOP]; /* topics with about the most messages, in no order */
+    size_t top_count;                /* number of `top` */
+    uint64_t top_messages; /* a topic with more messages than this may belong into `top` */
 };
 
 /* Match a byte against the element of a [set] at *at: a byte, an escaped byte or a range. *at
@@ -18478,11 +18593,49 @@ static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_
     return i < topic->count ? sub : NULL;
 }
 
+/* A topic has more messages than top_messages: let it into `top`, in place of the one with the
+   least. It needs an eighth more than that one: otherwise topics of one rate would change places
+   with each message.                                                                          */
+static void vkp_i_hub_rank(vkp_hub *hub, vkp_i_topic *topic)
+{
+    size_t least = hub->top_count;
+    size_t i;
+    if (hub->top_count < VKP_I_HUB_TOP) {
+        hub->top_count++;
+    } else {
+        least = 0;
+        for (i = 1; i < VKP_I_HUB_TOP; i++) {
+            least = hub->top[i]->messages < hub->top[least]->messages ? i : least;
+        }
+        hub->top_messages = hub->top[least]->messages + hub->top[least]->messages / 8;
+        if (topic->messages <= hub->top_messages) {
+            return;
+        }
+        hub->top[least]->is_top = false;
+    }
+    hub->top[least] = topic;
+    topic->is_top = true;
+}
+
+/* Take the topic out of `top`: the next topics with a message get in. */
+static void vkp_i_hub_unrank(vkp_hub *hub, const vkp_i_topic *topic)
+{
+    size_t i = 0;
+    while (hub->top[i] != topic) {
+        i++;
+    }
+    hub->top[i] = hub->top[--hub->top_count];
+    hub->top_messages = 0;
+}
+
 /* Free a topic without members; if the last parameter is set, call on_interest before. */
 static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
 {
     if (topic->count == 0) {
         vkp_i_map_remove(&hub->topics[topic->kind], &topic->node);
+        if (topic->is_top) {
+            vkp_i_hub_unrank(hub, topic);
+        }
         if (tell && hub->config.on_interest != NULL) {
             hub->config.on_interest(hub->config.user, topic->kind, topic->node.key, false);
         }
@@ -18711,6 +18864,10 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
 static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
 {
     size_t i;
+    topic->messages++;
+    if (topic->messages > hub->top_messages && !topic->is_top) {
+        vkp_i_hub_rank(hub, topic);
+    }
     for (i = 0; i < topic->count; i++) {
         vkp_hub_member *member = topic->subs[i]->member;
         const vkp_bytes *frame = &message->frames[member->protocol == 3 ? 1 : 0];
@@ -25493,6 +25650,7 @@ typedef struct vkp_i_answer {
     vkp_i_local *local;        /* holds one reference */
     size_t bytes_allocated;    /* size of this allocation, shapes included */
     size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
+    uint64_t asked_ns;         /* when it was forwarded; 0: not to the server */
     vkp_bytes bytes;           /* the reply to send, valid once `done` */
     bool done;                 /* the reply is complete; loop's thread of the local client */
     bool lost;                 /* there is no reply: the client is closed in its place */
@@ -25578,6 +25736,27 @@ typedef struct vkp_i_plain {
     uint8_t shape; /* VKP_I_SHAPE_* */
 } vkp_i_plain;
 
+/* What a loop counts of its own. Its thread alone writes, with VKP_I_TALLY; any thread reads. No
+   other loop writes near it, so each has the cache lines for itself.                          */
+typedef struct vkp_i_tally {
+    uint64_t commands[VKP_RELAY_ROUTES];
+    uint64_t messages_in; /* messages from upstream, or by PUBLISH */
+    uint64_t deliveries;  /* messages delivered to local clients */
+    size_t in_flight;     /* commands whose replies the server owes */
+    vkp_relay_times replies[2];
+} vkp_i_tally;
+
+#define VKP_I_TALLY(counter, n) VKP_I_STORE(&(counter), (counter) + (n))
+
+/* How late a loop was. */
+typedef struct vkp_i_lag {
+    vkp_timer timer;
+    uint64_t due_ns;  /* the timer's deadline */
+    uint64_t turn_ns; /* when `most` began */
+    uint64_t most;    /* since then */
+    uint64_t before;  /* in the time before */
+} vkp_i_lag;
+
 /* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
    every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
@@ -25591,10 +25770,14 @@ struct vkp_i_shard {
     char *inline_text;                    /* unquoted words of an inline command */
     size_t inline_capacity;               /* allocated bytes of `inline_text` */
     vkp_i_plain plain[VKP_I_PLAIN_NAMES]; /* by a hash of the name; the last one counts */
-    vkp_i_local *locals;                  /* local clients, newest first */
-    size_t local_count;                   /* number of `locals` */
-    vkp_i_session *pool;                  /* connections of former clients, for the next ones */
-    size_t pool_count;                    /* number of `pool` */
+    vkp_i_tally tally;
+    vkp_i_lag lag;
+    vkp_i_task survey_task; /* runs vkp_i_shard_survey on this loop */
+    vkp_i_local *survey_at; /* the next client of the survey; NULL: none */
+    vkp_i_local *locals;    /* local clients, newest first */
+    size_t local_count;     /* number of `locals` */
+    vkp_i_session *pool;    /* connections of former clients, for the next ones */
+    size_t pool_count;      /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */
@@ -25658,6 +25841,7 @@ struct vkp_relay {
     size_t private_max;                   /* most sessions */
     size_t private_count;                 /* atomic: sessions, those without a client included */
     vkp_i_door *doors;                    /* newest first; loop 0's thread */
+    size_t door_count;                    /* number of `doors` */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
     /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
     VKP_I_MUTEX mutex;
@@ -25679,8 +25863,6 @@ struct vkp_relay {
     uint32_t idle_queued;            /* atomic: 1 while idle_task is queued */
     vkp_i_task idle_task;            /* starts idle_timer on loop 0; queued by any shard's thread */
     vkp_timer idle_timer;            /* runs for linger_ms; loop 0's */
-    uint64_t messages_in;            /* atomic: messages from upstream, or by PUBLISH */
-    uint64_t deliveries;             /* atomic: messages delivered to local clients */
     uint64_t lagged;                 /* atomic: messages lost because a shard's channel was full */
     uint64_t slow_closed;            /* atomic: clients closed with VKP_CLOSE_SLOW */
     uint64_t protocol_errors;        /* atomic: clients closed for a protocol error */
@@ -25691,6 +25873,10 @@ struct vkp_relay {
     uint64_t hold_ms;                /* constant; 0: commands do not wait */
     uint64_t privates_opened;        /* atomic: sessions opened */
     uint64_t privates_refused;       /* atomic: commands refused because of private_max */
+    uint32_t connected;              /* atomic: 1 while all shared connections and `push` are */
+    uint64_t since_unix_ms;          /* atomic: when `connected` changed, or open */
+    struct vkp_i_surveys *surveys;   /* outages, and surveys under way; loop 0's thread */
+    size_t surveys_bytes;            /* allocated bytes of `surveys` */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -25727,6 +25913,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
         vkp_i_free(env, door, sizeof *door);
     }
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    vkp_i_free(env, relay->surveys, relay->surveys_bytes);
     vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
     vkp_i_free(env, relay, sizeof *relay);
@@ -25751,6 +25938,33 @@ static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
     vkp_gate_stats stats;
     vkp_gate_get_stats(relay->gate, &stats);
     return stats.clients;
+}
+
+/* ---- counting: a load, an add and a store each ---- */
+
+/* A command goes to the server; an EXEC with all that it carries is one in flight. */
+static void vkp_i_shard_count_asked(vkp_i_shard *shard, vkp_relay_route route, uint64_t commands)
+{
+    VKP_I_TALLY(shard->tally.commands[route], commands);
+    VKP_I_TALLY(shard->tally.in_flight, 1);
+}
+
+#define VKP_I_TIMES_SHIFT 14u /* of vkp_relay_times: the first value counts up to 2^14 ns */
+
+/* The reply is there, or will never be. asked_ns 0: its time does not count. The clock is the
+   loop's, which is read once in a round: that costs nothing here.                             */
+static void vkp_i_shard_count_reply(vkp_i_shard *shard, vkp_relay_route route, uint64_t asked_ns)
+{
+    vkp_relay_times *times = &shard->tally.replies[route];
+    VKP_I_TALLY(shard->tally.in_flight, (size_t)-1);
+    if (asked_ns != 0) {
+        uint64_t took_ns = shard->loop->now_ns - asked_ns;
+        uint64_t part = (took_ns - (took_ns > 0 ? 1u : 0u)) >> VKP_I_TIMES_SHIFT;
+        size_t index = part == 0 ? 0 : 64u - (size_t)__builtin_clzll(part);
+        index = VKP_I_MIN(index, (size_t)VKP_RELAY_TIMES - 1);
+        VKP_I_TALLY(times->total_ns, took_ns);
+        VKP_I_TALLY(times->within[index], 1u);
+    }
 }
 
 /* ---- answers ---- */
@@ -26906,6 +27120,10 @@ static void vkp_i_answer_return(vkp_i_task *task)
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;
+    if (answer->asked_bytes > 0) {
+        vkp_i_shard_count_reply(local->shard, VKP_RELAY_SHARED,
+                                answer->lost ? 0 : answer->asked_ns);
+    }
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
         local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
             local->shard->relay->max_reply_bytes) {
@@ -26959,6 +27177,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     char text[] = "ERR the relay is out of memory";
     vkp_status status;
     answer->asked_bytes = commands->len;
+    answer->asked_ns = local->shard->loop->now_ns;
+    vkp_i_shard_count_asked(local->shard, VKP_RELAY_SHARED, replies);
     local->asked_bytes += commands->len;
     if (local->asked_bytes > VKP_I_MOST_ASKED) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
@@ -26967,6 +27187,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     status = vkp_i_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
                                true, vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
+        answer->asked_ns = 0;
         answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
         if (!answer->lost) {
             answer->bytes = vkp_i_error_bytes(relay->env, text);
@@ -27219,7 +27440,10 @@ typedef struct vkp_i_call {
     uint8_t set;    /* VKP_I_STATE_* that a reply without an error sets */
     uint8_t clear;  /* and clears */
     uint8_t flags;  /* VKP_I_CALL_* */
+    uint32_t asked; /* when, in 2^VKP_I_CALL_SHIFT ns of the loop's clock, cut to 32 bits */
 } vkp_i_call;
+
+#define VKP_I_CALL_SHIFT 10u
 
 /* What a command does to its connection. */
 typedef struct vkp_i_effect {
@@ -27314,6 +27538,7 @@ static void vkp_i_session_forget_calls(vkp_i_session *session)
     while (session->call_count > 0) {
         session->local->asked_bytes -= session->calls[session->call_first].bytes;
         session->local->answer_count--;
+        VKP_I_TALLY(session->shard->tally.in_flight, (size_t)-1);
         session->call_first = (session->call_first + 1) & (session->call_capacity - 1);
         session->call_count--;
     }
@@ -27461,12 +27686,15 @@ static void vkp_i_session_send(vkp_i_session *session, vkp_i_call call, const vk
     vkp_i_local *local = session->local;
     size_t unsent;
     call.bytes = (uint32_t)bytes->len; /* max_request_bytes is below 2 GiB */
+    call.asked = (uint32_t)(session->shard->loop->now_ns >> VKP_I_CALL_SHIFT);
     if (session->stage != VKP_I_SESSION_TUNNEL) {
         if (!vkp_i_session_put_call(session, call)) {
             vkp_i_local_fail(local);
             return;
         }
         session->blocking += (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
+        vkp_i_shard_count_asked(session->shard, VKP_RELAY_PRIVATE,
+                                (call.flags & VKP_I_CALL_HIDDEN) == 0 ? 1u : 0u);
         local->answer_count++;
         local->asked_bytes += bytes->len;
         if (local->answer_count >= VKP_I_MOST_ANSWERS || local->asked_bytes > VKP_I_MOST_ASKED) {
@@ -27724,6 +27952,16 @@ static bool vkp_i_frame_is_abort(const vkp_bytes *frame)
     return frame->len >= sizeof text && memcmp(frame->data, text, sizeof text - 1) == 0;
 }
 
+/* Count the reply; its time unless it may have blocked, or the client did not ask. */
+static void vkp_i_session_count_reply(vkp_i_session *session, vkp_i_call call)
+{
+    uint64_t now_ns = session->shard->loop->now_ns;
+    uint32_t took = (uint32_t)(now_ns >> VKP_I_CALL_SHIFT) - call.asked;
+    bool timed = (call.flags & (VKP_I_CALL_BLOCKS | VKP_I_CALL_HIDDEN)) == 0;
+    vkp_i_shard_count_reply(session->shard, VKP_RELAY_PRIVATE,
+                            timed ? now_ns - ((uint64_t)took << VKP_I_CALL_SHIFT) : 0);
+}
+
 /* A frame that answers the oldest call. */
 static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, bool error)
 {
@@ -27734,6 +27972,7 @@ static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, 
     session->blocking -= (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
     local->answer_count--;
     local->asked_bytes -= call.bytes;
+    vkp_i_session_count_reply(session, call);
     if (error && (call.flags & VKP_I_CALL_MUST) != 0) {
         vkp_i_session_close_client(session);
         return;
@@ -28530,6 +28769,616 @@ static void vkp_i_shard_stop_looking(vkp_i_shard *shard)
 
 #if VKP_I_IO
 /* ======================================================================================
+   >>impl-relay-survey   Relay: what it says about itself
+   ======================================================================================
+   Counters: each loop counts in its shard's tally, any thread adds the tallies up
+   (vkp_relay_get_stats). What would cost each command or each change of a client's state to count
+   is looked up when somebody asks (vkp_relay_survey_then): loop 0 queues survey_task on each shard,
+   which goes over its clients, VKP_I_SURVEY_SLICE in a round; the last shard queues end_task on
+   loop 0, which puts the findings together and calls those who asked. Who asks while a survey is
+   under way gets the next one, so that each survey is younger than the call.
+   A shard's findings belong to its loop from the survey_task until it counts itself off `left`,
+   then to loop 0.
+   Loop 0 also keeps the outages: from the loss of a shared connection until all are there again.
+   Lag: a timer on each loop, ten times a second, compares the clock with its deadline. */
+
+#define VKP_I_SURVEY_SLICE 128u          /* most clients in a round */
+#define VKP_I_SURVEY_CHANNELS 16u        /* most names in a survey */
+#define VKP_I_SURVEY_OUTAGES 32u         /* most outages that are kept */
+#define VKP_I_LAG_PERIOD_NS 100000000u   /* between two looks at the lag */
+#define VKP_I_LAG_TURN_NS 10000000000ull /* the largest lag is of this time and of that before */
+
+/* Somebody who wants a survey. */
+typedef struct vkp_i_survey_call {
+    vkp_i_task task; /* enters the call in surveys->waiting, on loop 0 */
+    struct vkp_i_survey_call *next;
+    vkp_relay *relay; /* holds one reference */
+    void (*done)(void *user, const vkp_relay_survey *survey);
+    void *user;
+} vkp_i_survey_call;
+
+/* A name with many messages on one loop. */
+typedef struct vkp_i_found_channel {
+    vkp_sub_kind kind;
+    size_t name_bytes; /* of the whole name; `name` has a part of it */
+    uint64_t messages;
+    size_t subscribers;
+    char name[VKP_RELAY_CHANNEL_BYTES];
+} vkp_i_found_channel;
+
+/* What one shard found. */
+typedef struct vkp_i_findings {
+    size_t clients[VKP_RELAY_CLIENT_STATES];
+    size_t queued_bytes;
+    vkp_relay_loop loop;
+    size_t channel_count;
+    vkp_i_found_channel channels[VKP_I_HUB_TOP];
+} vkp_i_findings;
+
+typedef struct vkp_i_outage {
+    uint64_t from_unix_ms;
+    uint64_t to_unix_ms;
+    char reason[VKP_I_REASON_BYTES];
+} vkp_i_outage;
+
+typedef struct vkp_i_surveys {
+    vkp_relay *relay;                           /* no reference */
+    vkp_i_survey_call *waiting;                 /* for the next survey, newest first */
+    vkp_i_survey_call *running;                 /* of the survey under way; NULL: none is */
+    size_t left;                                /* atomic: shards that have not finished */
+    bool ended;                                 /* the relay's unref was called */
+    vkp_i_task end_task;                        /* runs vkp_i_surveys_end on loop 0 */
+    vkp_i_findings *findings;                   /* one per shard, behind the struct */
+    vkp_i_outage outages[VKP_I_SURVEY_OUTAGES]; /* a ring */
+    size_t outage_count;                        /* since open; the last one may last */
+    bool in_outage;
+} vkp_i_surveys;
+
+/* ---- outages, on loop 0 ---- */
+
+static uint64_t vkp_i_relay_unix_ms(const vkp_relay *relay)
+{
+    return relay->shards[0].loop->sys->wall_ns() / VKP_I_NS_PER_MS;
+}
+
+/* Whether all connections to the server that clients share are there. */
+static bool vkp_i_relay_is_connected(const vkp_relay *relay)
+{
+    size_t i;
+    if (vkp_i_relay_has_server(relay) && vkp_client_get_state(relay->push) != VKP_CLIENT_READY) {
+        return false;
+    }
+    for (i = 0; i < relay->shared_count; i++) {
+        if (vkp_client_get_state(relay->shared[i]) != VKP_CLIENT_READY) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* A shared connection, or the one for subscriptions, came, went, or could not be had. */
+static void vkp_i_relay_note_state(vkp_relay *relay, const vkp_push *push)
+{
+    vkp_i_surveys *surveys = relay->surveys;
+    bool connected = vkp_i_relay_is_connected(relay);
+    uint64_t now_ms = vkp_i_relay_unix_ms(relay);
+    vkp_i_outage *outage;
+    if (connected != (relay->connected != 0)) {
+        VKP_I_STORE(&relay->connected, connected ? 1u : 0u);
+        VKP_I_STORE(&relay->since_unix_ms, now_ms);
+    }
+    if (surveys->in_outage && connected) {
+        outage = &surveys->outages[(surveys->outage_count - 1) % VKP_I_SURVEY_OUTAGES];
+        outage->to_unix_ms = now_ms;
+        surveys->in_outage = false;
+    } else if (!surveys->in_outage &&
+               (push->kind == VKP_PUSH_DISCONNECTED || push->kind == VKP_PUSH_CONNECT_FAILED)) {
+        outage = &surveys->outages[surveys->outage_count++ % VKP_I_SURVEY_OUTAGES];
+        outage->from_unix_ms = now_ms;
+        outage->to_unix_ms = 0;
+        (void)snprintf(outage->reason, sizeof outage->reason, "%.*s", VKP_FMT(push->payload));
+        surveys->in_outage = true;
+    }
+}
+
+/* An event of a connection that carries commands. */
+static void vkp_i_relay_on_shared_push(void *user, const vkp_push *push)
+{
+    vkp_i_relay_note_state((vkp_relay *)user, push);
+}
+
+/* ---- lag, on each loop ---- */
+
+static void vkp_i_lag_measure(vkp_timer *timer)
+{
+    vkp_i_lag *lag = VKP_CONTAINER(timer, vkp_i_lag, timer);
+    uint64_t now_ns = vkp_i_loop_clock(timer->i_loop);
+    uint64_t late_ns = now_ns - VKP_I_MIN(now_ns, lag->due_ns);
+    if (now_ns - lag->turn_ns >= VKP_I_LAG_TURN_NS) {
+        lag->before = lag->most;
+        lag->most = 0;
+        lag->turn_ns = now_ns;
+    }
+    lag->most = VKP_I_MAX(lag->most, late_ns);
+    lag->due_ns = now_ns + VKP_I_LAG_PERIOD_NS;
+    /* Cannot fail: the entry of this timer was just removed, so there is room. */
+    (void)!vkp_timer_start(timer, timer->i_loop, vkp_i_lag_measure, 0, lag->due_ns);
+}
+
+/* ---- a survey of one shard, on its loop ---- */
+
+static vkp_relay_client_state vkp_i_local_get_state(const vkp_i_local *local)
+{
+    return vkp_i_conn_get_queued_bytes(local->member.conn) > 0 ? VKP_RELAY_CLIENT_SLOW
+           : local->answer_count > 0                           ? VKP_RELAY_CLIENT_WAITING
+           : local->session != NULL                            ? VKP_RELAY_CLIENT_PRIVATE
+           : local->member.counts[0] + local->member.counts[1] + local->member.counts[2] > 0
+               ? VKP_RELAY_CLIENT_SUBSCRIBED
+               : VKP_RELAY_CLIENT_IDLE;
+}
+
+/* What takes no time, once per survey. */
+static void vkp_i_shard_find_channels(vkp_i_shard *shard, vkp_i_findings *found)
+{
+    const vkp_hub *hub = shard->hub;
+    size_t i;
+    for (i = 0; i < hub->top_count; i++) {
+        const vkp_i_topic *topic = hub->top[i];
+        vkp_i_found_channel *channel = &found->channels[i];
+        channel->kind = topic->kind;
+        channel->name_bytes = topic->node.key.len;
+        channel->messages = topic->messages;
+        channel->subscribers = topic->count;
+        vkp_i_copy(channel->name, topic->node.key.ptr,
+                   VKP_I_MIN(topic->node.key.len, sizeof channel->name));
+    }
+    found->channel_count = hub->top_count;
+    found->loop.clients = shard->local_count;
+    found->loop.lag_ns = VKP_I_MAX(shard->lag.most, shard->lag.before);
+}
+
+static void vkp_i_surveys_end(vkp_i_task *task);
+
+/* The shard has finished: the last one goes on at loop 0. Gives the reference of its task back. */
+static void vkp_i_shard_survey_done(vkp_i_shard *shard)
+{
+    vkp_relay *relay = shard->relay;
+    vkp_i_surveys *surveys = relay->surveys;
+    if (VKP_I_UNREF(&surveys->left) == 1) {
+        (void)VKP_I_ADD(&relay->refs, 1);
+        surveys->end_task.fn = vkp_i_surveys_end;
+        if (!vkp_i_loop_queue(relay->shards[0].loop, &surveys->end_task)) {
+            vkp_i_relay_release(relay);
+        }
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Task: look at some clients. */
+static void vkp_i_shard_survey(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, survey_task);
+    vkp_relay *relay = shard->relay;
+    vkp_i_findings *found = &relay->surveys->findings[shard - relay->shards];
+    size_t i;
+    for (i = 0; i < VKP_I_SURVEY_SLICE && shard->survey_at != NULL; i++) {
+        const vkp_i_local *local = shard->survey_at;
+        found->clients[vkp_i_local_get_state(local)]++;
+        found->queued_bytes += vkp_i_conn_get_queued_bytes(local->member.conn);
+        shard->survey_at = local->next;
+    }
+    if (shard->survey_at != NULL && vkp_i_loop_queue(shard->loop, task)) {
+        return;
+    }
+    if (!shard->gone) {
+        vkp_i_shard_find_channels(shard, found);
+    }
+    vkp_i_shard_survey_done(shard);
+}
+
+/* Task: begin with the newest client. */
+static void vkp_i_shard_survey_begins(vkp_i_task *task)
+{
+    vkp_i_shard *shard = VKP_CONTAINER(task, vkp_i_shard, survey_task);
+    shard->survey_at = shard->locals;
+    task->fn = vkp_i_shard_survey;
+    vkp_i_shard_survey(task);
+}
+
+/* ---- surveys, on loop 0 ---- */
+
+/* Start the survey that the waiting calls get. */
+static void vkp_i_surveys_begin(vkp_relay *relay)
+{
+    vkp_i_surveys *surveys = relay->surveys;
+    size_t i;
+    surveys->running = surveys->waiting;
+    surveys->waiting = NULL;
+    surveys->left = relay->shard_count;
+    memset(surveys->findings, 0, relay->shard_count * sizeof *surveys->findings);
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_shard *shard = &relay->shards[i];
+        (void)VKP_I_ADD(&relay->refs, 1);
+        shard->survey_task.fn = vkp_i_shard_survey_begins;
+        if (!vkp_i_loop_queue(shard->loop, &shard->survey_task)) {
+            vkp_i_shard_survey_done(shard);
+        }
+    }
+}
+
+/* Call those who asked, and free their calls. */
+static void vkp_i_survey_calls_end(vkp_relay *relay, vkp_i_survey_call *call,
+                                   const vkp_relay_survey *survey)
+{
+    while (call != NULL) {
+        vkp_i_survey_call *next = call->next;
+        call->done(call->user, survey);
+        vkp_i_free(relay->env, call, sizeof *call);
+        vkp_i_relay_release(relay);
+        call = next;
+    }
+}
+
+/* By kind and name: of those that were cut the length decides, too. */
+static int vkp_i_compare_names(const void *a, const void *b)
+{
+    const vkp_i_found_channel *one = *(const vkp_i_found_channel *const *)a;
+    const vkp_i_found_channel *two = *(const vkp_i_found_channel *const *)b;
+    size_t len = VKP_I_MIN(VKP_I_MIN(one->name_bytes, two->name_bytes), sizeof one->name);
+    int order = one->kind != two->kind ? (one->kind < two->kind ? -1 : 1)
+                                       : memcmp(one->name, two->name, len);
+    return order != 0 || one->name_bytes == two->name_bytes ? order
+           : one->name_bytes < two->name_bytes              ? -1
+                                                            : 1;
+}
+
+/* The most messages first, otherwise by name. */
+static int vkp_i_compare_messages(const void *a, const void *b)
+{
+    const vkp_i_found_channel *one = *(const vkp_i_found_channel *const *)a;
+    const vkp_i_found_channel *two = *(const vkp_i_found_channel *const *)b;
+    return one->messages != two->messages ? (one->messages > two->messages ? -1 : 1)
+                                          : vkp_i_compare_names(a, b);
+}
+
+/* Put the shards' names together in `all`, an array with room for them. Returns how many. A name's
+   messages come to each shard that has a subscriber: the largest number counts.               */
+static size_t vkp_i_surveys_merge(const vkp_relay *relay, vkp_i_found_channel **all)
+{
+    size_t count = 0;
+    size_t kept = 0;
+    size_t i;
+    size_t k;
+    for (i = 0; i < relay->shard_count; i++) {
+        for (k = 0; k < relay->surveys->findings[i].channel_count; k++) {
+            all[count++] = &relay->surveys->findings[i].channels[k];
+        }
+    }
+    qsort(all, count, sizeof *all, vkp_i_compare_names);
+    for (i = 0; i < count; i++) {
+        if (kept > 0 && vkp_i_compare_names(&all[kept - 1], &all[i]) == 0) {
+            all[kept - 1]->messages = VKP_I_MAX(all[kept - 1]->messages, all[i]->messages);
+            all[kept - 1]->subscribers += all[i]->subscribers;
+        } else {
+            all[kept++] = all[i];
+        }
+    }
+    qsort(all, kept, sizeof *all, vkp_i_compare_messages);
+    return VKP_I_MIN(kept, (size_t)VKP_I_SURVEY_CHANNELS);
+}
+
+/* The arrays of a survey. */
+typedef struct vkp_i_survey_lists {
+    vkp_relay_channel channels[VKP_I_SURVEY_CHANNELS];
+    vkp_relay_outage outages[VKP_I_SURVEY_OUTAGES];
+} vkp_i_survey_lists;
+
+static void vkp_i_survey_add_outages(const vkp_i_surveys *surveys, vkp_i_survey_lists *lists,
+                                     vkp_relay_survey *survey)
+{
+    size_t i;
+    survey->outages = lists->outages;
+    survey->outage_count = VKP_I_MIN(surveys->outage_count, (size_t)VKP_I_SURVEY_OUTAGES);
+    for (i = 0; i < survey->outage_count; i++) {
+        const vkp_i_outage *from =
+            &surveys->outages[(surveys->outage_count - survey->outage_count + i) %
+                              VKP_I_SURVEY_OUTAGES];
+        lists->outages[i].from_unix_ms = from->from_unix_ms;
+        lists->outages[i].to_unix_ms = from->to_unix_ms;
+        lists->outages[i].reason = vkp_str_of(from->reason);
+    }
+}
+
+static void vkp_i_survey_add_channels(const vkp_relay *relay, vkp_i_found_channel **all,
+                                      vkp_i_survey_lists *lists, vkp_relay_survey *survey)
+{
+    size_t i;
+    survey->channels = lists->channels;
+    survey->channel_count = vkp_i_surveys_merge(relay, all);
+    for (i = 0; i < survey->channel_count; i++) {
+        vkp_relay_channel *to = &lists->channels[i];
+        to->kind = all[i]->kind;
+        to->name = vkp_i_str(all[i]->name, VKP_I_MIN(all[i]->name_bytes, sizeof all[i]->name));
+        to->name_bytes = all[i]->name_bytes;
+        to->messages = all[i]->messages;
+        to->subscribers = all[i]->subscribers;
+    }
+}
+
+/* Put the findings together and call those who asked. False: no memory. */
+static bool vkp_i_surveys_report(vkp_relay *relay, vkp_i_survey_call *calls)
+{
+    const vkp_env *env = relay->env;
+    size_t shards = relay->shard_count;
+    size_t most = shards * VKP_I_HUB_TOP;
+    vkp_i_survey_lists *lists = (vkp_i_survey_lists *)vkp_i_alloc(env, sizeof *lists);
+    vkp_i_found_channel **all = (vkp_i_found_channel **)vkp_i_alloc(env, most * sizeof *all);
+    vkp_relay_loop *loops = (vkp_relay_loop *)vkp_i_alloc(env, shards * sizeof *loops);
+    size_t count = relay->door_count + 1; /* one for none */
+    vkp_relay_listener *listeners =
+        (vkp_relay_listener *)vkp_i_alloc(env, count * sizeof *listeners);
+    bool ok = lists != NULL && all != NULL && loops != NULL && listeners != NULL;
+    vkp_relay_survey survey;
+    size_t i;
+    size_t k;
+    memset(&survey, 0, sizeof survey);
+    if (ok) {
+        vkp_relay_get_stats(relay, &survey.stats);
+        for (i = 0; i < shards; i++) {
+            for (k = 0; k < VKP_RELAY_CLIENT_STATES; k++) {
+                survey.clients[k] += relay->surveys->findings[i].clients[k];
+            }
+            survey.queued_bytes += relay->surveys->findings[i].queued_bytes;
+            loops[i] = relay->surveys->findings[i].loop;
+        }
+        const vkp_i_door *door = relay->doors; /* newest first */
+        for (i = relay->door_count; i > 0; i--, door = door->next) {
+            listeners[i - 1].address = vkp_listener_get_address(door->listener);
+            vkp_listener_get_stats(door->listener, &listeners[i - 1].stats);
+        }
+        survey.loops = loops;
+        survey.loop_count = shards;
+        survey.listeners = listeners;
+        survey.listener_count = relay->door_count;
+        vkp_i_survey_add_outages(relay->surveys, lists, &survey);
+        vkp_i_survey_add_channels(relay, all, lists, &survey);
+        vkp_i_survey_calls_end(relay, calls, &survey);
+    }
+    vkp_i_free(env, listeners, count * sizeof *listeners);
+    vkp_i_free(env, loops, shards * sizeof *loops);
+    vkp_i_free(env, all, most * sizeof *all);
+    vkp_i_free(env, lists, sizeof *lists);
+    return ok;
+}
+
+/* Task on loop 0: all shards have finished. */
+static void vkp_i_surveys_end(vkp_i_task *task)
+{
+    vkp_i_surveys *surveys = VKP_CONTAINER(task, vkp_i_surveys, end_task);
+    vkp_relay *relay = surveys->relay;
+    vkp_i_survey_call *calls = surveys->running;
+    surveys->running = NULL;
+    if (calls != NULL && !vkp_i_surveys_report(relay, calls)) {
+        vkp_i_survey_calls_end(relay, calls, NULL);
+    }
+    if (surveys->waiting != NULL) {
+        vkp_i_surveys_begin(relay);
+    }
+    vkp_i_relay_release(relay);
+}
+
+/* Task on loop 0: somebody wants a survey. */
+static void vkp_i_survey_call_enter(vkp_i_task *task)
+{
+    vkp_i_survey_call *call = VKP_CONTAINER(task, vkp_i_survey_call, task);
+    vkp_relay *relay = call->relay;
+    vkp_i_surveys *surveys = relay->surveys;
+    if (surveys->ended) {
+        vkp_i_survey_calls_end(relay, call, NULL);
+        return;
+    }
+    call->next = surveys->waiting;
+    surveys->waiting = call;
+    if (surveys->running == NULL) {
+        vkp_i_surveys_begin(relay);
+    }
+}
+
+VKP_API vkp_status vkp_relay_survey_then(vkp_relay *relay,
+                                         void (*done)(void *user, const vkp_relay_survey *survey),
+                                         void *user)
+{
+    vkp_i_survey_call *call;
+    VKP_I_REQUIRE(relay != NULL && done != NULL);
+    call = (vkp_i_survey_call *)vkp_i_alloc_zero(relay->env, sizeof *call);
+    if (call == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    call->task.fn = vkp_i_survey_call_enter;
+    call->relay = relay;
+    call->done = done;
+    call->user = user;
+    (void)VKP_I_ADD(&relay->refs, 1);
+    if (!vkp_i_loop_queue(relay->shards[0].loop, &call->task)) {
+        vkp_i_free(relay->env, call, sizeof *call);
+        vkp_i_relay_release(relay);
+        return VKP_ERR_CLOSED;
+    }
+    return VKP_OK;
+}
+
+/* The relay's unref: no loop runs. Surveys under way end when their tasks do. */
+static void vkp_i_relay_end_surveys(vkp_relay *relay)
+{
+    vkp_i_surveys *surveys = relay->surveys;
+    size_t i;
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_timer_stop(&relay->shards[i].lag.timer);
+        relay->shards[i].survey_at = NULL;
+    }
+    if (surveys != NULL) {
+        vkp_i_survey_call *running = surveys->running;
+        vkp_i_survey_call *waiting = surveys->waiting;
+        surveys->ended = true;
+        surveys->running = NULL;
+        surveys->waiting = NULL;
+        vkp_i_survey_calls_end(relay, running, NULL);
+        vkp_i_survey_calls_end(relay, waiting, NULL);
+    }
+}
+
+/* Allocate what surveys need, and start to measure the lag. */
+static vkp_status vkp_i_relay_open_surveys(vkp_relay *relay, bool measure_lag)
+{
+    size_t bytes = sizeof(vkp_i_surveys) + relay->shard_count * sizeof(vkp_i_findings);
+    vkp_i_surveys *surveys = (vkp_i_surveys *)vkp_i_alloc_zero(relay->env, bytes);
+    vkp_status status = VKP_OK;
+    size_t i;
+    if (surveys == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    surveys->relay = relay;
+    surveys->findings = (vkp_i_findings *)(void *)(surveys + 1);
+    relay->surveys = surveys;
+    relay->surveys_bytes = bytes;
+    relay->since_unix_ms = vkp_i_relay_unix_ms(relay);
+    for (i = 0; i < relay->shard_count && measure_lag && status == VKP_OK; i++) {
+        vkp_i_lag *lag = &relay->shards[i].lag;
+        lag->turn_ns = vkp_i_loop_clock(relay->shards[i].loop);
+        lag->due_ns = lag->turn_ns + VKP_I_LAG_PERIOD_NS;
+        status =
+            vkp_timer_start(&lag->timer, relay->shards[i].loop, vkp_i_lag_measure, 0, lag->due_ns);
+    }
+    return status;
+}
+
+/* ---- PING ---- */
+
+/* Somebody who wants to know whether the server answers. */
+typedef struct vkp_i_ping {
+    vkp_relay *relay; /* holds one reference */
+    vkp_subscribe_fn done;
+    void *user;
+} vkp_i_ping;
+
+static void vkp_i_ping_end(vkp_i_ping *ping, vkp_status status, vkp_str words)
+{
+    vkp_relay *relay = ping->relay;
+    ping->done(ping->user, status, words);
+    vkp_i_free(relay->env, ping, sizeof *ping);
+    vkp_i_relay_release(relay);
+}
+
+/* Loop 0: the server answered, or cannot. One that does not let this user PING answers. */
+static void vkp_i_ping_on_reply(void *user, vkp_status status, const vkp_value *value,
+                                const vkp_bytes *frame)
+{
+    vkp_str words = vkp_i_str(NULL, 0);
+    (void)frame;
+    if (status == VKP_OK && value->type == VKP_RESP_ERROR &&
+        !vkp_i_starts_with(vkp_value_get_str(value), "NOPERM")) {
+        status = VKP_ERR_REFUSED;
+        words = vkp_value_get_str(value);
+    }
+    vkp_i_ping_end((vkp_i_ping *)user, status, words);
+}
+
+VKP_API vkp_status vkp_relay_ping_then(vkp_relay *relay, vkp_subscribe_fn done, void *user)
+{
+    static const char text[] = "*1\r\n$4\r\nPING\r\n";
+    vkp_bytes command = vkp_bytes_static(text, sizeof text - 1);
+    vkp_status status;
+    vkp_i_ping *ping;
+    VKP_I_REQUIRE(relay != NULL && done != NULL);
+    ping = (vkp_i_ping *)vkp_i_alloc(relay->env, sizeof *ping);
+    if (ping == NULL) {
+        return VKP_ERR_NOMEM;
+    }
+    ping->relay = relay;
+    ping->done = done;
+    ping->user = user;
+    (void)VKP_I_ADD(&relay->refs, 1);
+    if (relay->shared_count == 0 || !vkp_i_relay_is_connected(relay)) {
+        vkp_i_ping_end(ping, vkp_i_relay_is_connected(relay) ? VKP_OK : VKP_ERR_DISCONNECTED,
+                       vkp_i_str(NULL, 0));
+        return VKP_OK;
+    }
+    status = vkp_client_send(relay->shared[0], &command, 1, vkp_i_ping_on_reply, ping);
+    if (status != VKP_OK) {
+        vkp_i_ping_end(ping, status, vkp_i_str(NULL, 0));
+    }
+    return VKP_OK;
+}
+
+/* ---- counters ---- */
+
+static void vkp_i_add_times(vkp_relay_times *sum, const vkp_relay_times *times)
+{
+    size_t i;
+    sum->total_ns += VKP_I_LOAD(&times->total_ns);
+    for (i = 0; i < VKP_RELAY_TIMES; i++) {
+        sum->within[i] += VKP_I_LOAD(&times->within[i]);
+    }
+}
+
+static void vkp_i_add_tally(vkp_relay_stats *stats, const vkp_i_tally *tally)
+{
+    size_t i;
+    for (i = 0; i < VKP_RELAY_ROUTES; i++) {
+        stats->commands[i] += VKP_I_LOAD(&tally->commands[i]);
+    }
+    stats->messages_in += VKP_I_LOAD(&tally->messages_in);
+    stats->deliveries += VKP_I_LOAD(&tally->deliveries);
+    stats->in_flight += VKP_I_LOAD(&tally->in_flight);
+    vkp_i_add_times(&stats->replies[0], &tally->replies[0]);
+    vkp_i_add_times(&stats->replies[1], &tally->replies[1]);
+}
+
+static void vkp_i_add_upstream(vkp_relay_stats *stats, const vkp_client *client)
+{
+    vkp_client_stats of;
+    vkp_client_get_stats(client, &of);
+    stats->outages += of.outages;
+    stats->refusals += of.refusals;
+    stats->reconnects += of.connections > 0 ? of.connections - 1 : 0;
+}
+
+VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
+{
+    size_t i;
+    vkp_gate_stats gate;
+    memset(stats, 0, sizeof *stats);
+    vkp_gate_get_stats(relay->gate, &gate);
+    stats->clients = gate.clients;
+    stats->accepted = gate.admitted;
+    memcpy(stats->refused, gate.refused, sizeof stats->refused);
+    stats->lagged = VKP_I_LOAD(&relay->lagged);
+    stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
+    stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
+    stats->gaps = VKP_I_LOAD(&relay->gaps);
+    stats->lost = VKP_I_LOAD(&relay->lost);
+    stats->privates = VKP_I_LOAD(&relay->private_count);
+    stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
+    stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
+    stats->gathered_bytes = VKP_I_LOAD(&relay->room.used);
+    stats->connected = VKP_I_LOAD(&relay->connected) != 0;
+    stats->since_unix_ms = VKP_I_LOAD(&relay->since_unix_ms);
+    if (relay->push != NULL) {
+        vkp_i_add_upstream(stats, relay->push);
+    }
+    for (i = 0; i < relay->shared_count; i++) {
+        vkp_i_add_upstream(stats, relay->shared[i]);
+    }
+    for (i = 0; i < relay->shard_count; i++) {
+        vkp_i_add_tally(stats, &relay->shards[i].tally);
+        stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);
+    }
+}
+
+#endif /* VKP_I_IO */
+
+#if VKP_I_IO
+/* ======================================================================================
    >>impl-relay-commands   Relay: commands
    ======================================================================================
    Execute one command of a local client, on that client's loop. vkp_i_local_execute decides by
@@ -28867,7 +29716,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
     if (!vkp_i_local_arity(local, argc, 3, 3, argv)) {
         return;
     }
-    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    VKP_I_TALLY(shard->tally.messages_in, 1u);
     receivers = relay->shard_count > 1 ? vkp_i_subscribers_receivers(relay, kind, argv[1]) : 0;
     for (i = 0; i < relay->shard_count && receivers > 0; i++) {
         vkp_push push;
@@ -28887,7 +29736,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
         }
     }
     i = vkp_hub_publish(shard->hub, kind, argv[1], argv[2]);
-    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)i);
+    VKP_I_TALLY(shard->tally.deliveries, i);
     vkp_resp_writer_init(&writer, relay->env);
     vkp_resp_put_integer(&writer, (int64_t)(relay->shard_count > 1 ? receivers : i));
     vkp_i_local_answer_writer(local, &writer);
@@ -29555,6 +30404,11 @@ static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *co
             return need == VKP_I_NEED_REFUSED;
         }
     }
+    VKP_I_TALLY(local->shard->tally.commands[command->run == vkp_i_run_subscribe ||
+                                                     command->run == vkp_i_run_unsubscribe
+                                                 ? VKP_RELAY_PUSH
+                                                 : VKP_RELAY_HERE],
+                1u);
     command->run(local, argc, argv);
     return true;
 }
@@ -29968,6 +30822,9 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     if (local->next != NULL) {
         local->next->prev = local->prev;
     }
+    if (shard->survey_at == local) {
+        shard->survey_at = local->next;
+    }
     shard->local_count--;
     if (shard->local_count == 0) {
         vkp_i_shard_stop_looking(shard);
@@ -30196,6 +31053,7 @@ VKP_API vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *d
         if (status == VKP_OK) {
             made->next = relay->doors;
             relay->doors = made;
+            relay->door_count++;
             if (bound != NULL) {
                 *bound = vkp_listener_get_address(made->listener);
             }
@@ -30303,14 +31161,14 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
     count = vkp_i_relay_has_server(relay)
                 ? vkp_hub_deliver(shard->hub, push)
                 : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
-    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
+    VKP_I_TALLY(shard->tally.deliveries, count);
 }
 
 /* Deliver a message in every shard. Loop 0. */
 static void vkp_i_relay_deliver(vkp_relay *relay, const vkp_push *push)
 {
     size_t i;
-    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    VKP_I_TALLY(relay->shards[0].tally.messages_in, 1u);
     vkp_i_shard_on_push(&relay->shards[0], push);
     for (i = 1; i < relay->shard_count; i++) {
         vkp_push copy = *push;
@@ -30374,6 +31232,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
         vkp_i_relay_deliver(relay, push);
         return;
     }
+    vkp_i_relay_note_state(relay, push);
     if (push->kind == VKP_PUSH_DISCONNECTED) {
         (void)snprintf(relay->reason, sizeof relay->reason, "%.*s", VKP_FMT(push->payload));
     }
@@ -30531,6 +31390,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     vkp_timer_stop(&relay->idle_timer);
     relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */
     relay->on_end = NULL;
+    vkp_i_relay_end_surveys(relay);
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
@@ -30672,7 +31532,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
         status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
         relay->shared_capacity = relay->shared != NULL ? count : 0;
     }
-    client.on_push = NULL;
+    client.on_push = vkp_i_relay_on_shared_push;
     while (status == VKP_OK && relay->shared_count < count) {
         status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
         relay->shared_count += status == VKP_OK ? 1u : 0u;
@@ -30803,6 +31663,10 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     if (status == VKP_OK) {
         status = vkp_i_relay_open_gate(relay, config);
     }
+    if (status == VKP_OK) {
+        status = vkp_i_relay_open_surveys(relay, config->measure_lag);
+    }
+    relay->connected = status == VKP_OK && config->server.ptr == NULL ? 1u : 0u;
     if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_clients(relay, config);
     }
@@ -30817,42 +31681,6 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
 VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
 {
     return relay->registry;
-}
-
-static uint64_t vkp_i_client_outages(const vkp_client *client)
-{
-    vkp_client_stats stats;
-    vkp_client_get_stats(client, &stats);
-    return stats.outages;
-}
-
-VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
-{
-    size_t i;
-    vkp_gate_stats gate;
-    vkp_gate_get_stats(relay->gate, &gate);
-    stats->clients = gate.clients;
-    stats->accepted = gate.admitted;
-    memcpy(stats->refused, gate.refused, sizeof stats->refused);
-    stats->messages_in = VKP_I_LOAD(&relay->messages_in);
-    stats->deliveries = VKP_I_LOAD(&relay->deliveries);
-    stats->lagged = VKP_I_LOAD(&relay->lagged);
-    stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
-    stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
-    stats->outages = relay->push != NULL ? vkp_i_client_outages(relay->push) : 0;
-    for (i = 0; i < relay->shared_count; i++) {
-        stats->outages += vkp_i_client_outages(relay->shared[i]);
-    }
-    stats->gaps = VKP_I_LOAD(&relay->gaps);
-    stats->lost = VKP_I_LOAD(&relay->lost);
-    stats->privates = VKP_I_LOAD(&relay->private_count);
-    stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
-    stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
-    stats->gathered_bytes = VKP_I_LOAD(&relay->room.used);
-    stats->dropped_frames = 0;
-    for (i = 0; i < relay->shard_count; i++) {
-        stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);
-    }
 }
 
 #endif /* VKP_I_IO */

@@ -18,6 +18,8 @@ typedef struct vkp_i_topic {
     size_t count;        /* used places of `subs` */
     size_t capacity;     /* allocated places of `subs` */
     vkp_sub_kind kind;   /* which of vkp_hub.topics holds this topic */
+    bool is_top;         /* in vkp_hub.top */
+    uint64_t messages;   /* messages that were delivered to the members */
 } vkp_i_topic;
 
 struct vkp_hub_sub {
@@ -28,11 +30,16 @@ struct vkp_hub_sub {
     vkp_hub_sub *next;      /* the member's older subscription of this kind, or NULL */
 };
 
+#define VKP_I_HUB_TOP 16u /* most topics of vkp_hub.top */
+
 struct vkp_hub {
     const vkp_env *env;
     vkp_hub_config config;           /* a copy */
     vkp_i_map topics[VKP_SUB_KINDS]; /* by vkp_sub_kind, then by name */
     vkp_block *blocks[2];            /* where messages are encoded: [0] RESP2, [1] RESP3; or NULL */
+    vkp_i_topic *top[VKP_I_HUB_TOP]; /* topics with about the most messages, in no order */
+    size_t top_count;                /* number of `top` */
+    uint64_t top_messages; /* a topic with more messages than this may belong into `top` */
 };
 
 /* Match a byte against the element of a [set] at *at: a byte, an escaped byte or a range. *at
@@ -200,11 +207,49 @@ static vkp_hub_sub *vkp_i_member_find(const vkp_hub_member *member, const vkp_i_
     return i < topic->count ? sub : NULL;
 }
 
+/* A topic has more messages than top_messages: let it into `top`, in place of the one with the
+   least. It needs an eighth more than that one: otherwise topics of one rate would change places
+   with each message.                                                                          */
+static void vkp_i_hub_rank(vkp_hub *hub, vkp_i_topic *topic)
+{
+    size_t least = hub->top_count;
+    size_t i;
+    if (hub->top_count < VKP_I_HUB_TOP) {
+        hub->top_count++;
+    } else {
+        least = 0;
+        for (i = 1; i < VKP_I_HUB_TOP; i++) {
+            least = hub->top[i]->messages < hub->top[least]->messages ? i : least;
+        }
+        hub->top_messages = hub->top[least]->messages + hub->top[least]->messages / 8;
+        if (topic->messages <= hub->top_messages) {
+            return;
+        }
+        hub->top[least]->is_top = false;
+    }
+    hub->top[least] = topic;
+    topic->is_top = true;
+}
+
+/* Take the topic out of `top`: the next topics with a message get in. */
+static void vkp_i_hub_unrank(vkp_hub *hub, const vkp_i_topic *topic)
+{
+    size_t i = 0;
+    while (hub->top[i] != topic) {
+        i++;
+    }
+    hub->top[i] = hub->top[--hub->top_count];
+    hub->top_messages = 0;
+}
+
 /* Free a topic without members; if the last parameter is set, call on_interest before. */
 static void vkp_i_hub_forget_empty(vkp_hub *hub, vkp_i_topic *topic, bool tell)
 {
     if (topic->count == 0) {
         vkp_i_map_remove(&hub->topics[topic->kind], &topic->node);
+        if (topic->is_top) {
+            vkp_i_hub_unrank(hub, topic);
+        }
         if (tell && hub->config.on_interest != NULL) {
             hub->config.on_interest(hub->config.user, topic->kind, topic->node.key, false);
         }
@@ -433,6 +478,10 @@ static const vkp_bytes *vkp_i_message_frame(vkp_hub *hub, vkp_i_message *message
 static size_t vkp_i_topic_deliver(vkp_hub *hub, vkp_i_topic *topic, vkp_i_message *message)
 {
     size_t i;
+    topic->messages++;
+    if (topic->messages > hub->top_messages && !topic->is_top) {
+        vkp_i_hub_rank(hub, topic);
+    }
     for (i = 0; i < topic->count; i++) {
         vkp_hub_member *member = topic->subs[i]->member;
         const vkp_bytes *frame = &message->frames[member->protocol == 3 ? 1 : 0];

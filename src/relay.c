@@ -46,6 +46,7 @@ typedef struct vkp_i_answer {
     vkp_i_local *local;        /* holds one reference */
     size_t bytes_allocated;    /* size of this allocation, shapes included */
     size_t asked_bytes;        /* bytes of the command, counted in local->asked_bytes */
+    uint64_t asked_ns;         /* when it was forwarded; 0: not to the server */
     vkp_bytes bytes;           /* the reply to send, valid once `done` */
     bool done;                 /* the reply is complete; loop's thread of the local client */
     bool lost;                 /* there is no reply: the client is closed in its place */
@@ -131,6 +132,27 @@ typedef struct vkp_i_plain {
     uint8_t shape; /* VKP_I_SHAPE_* */
 } vkp_i_plain;
 
+/* What a loop counts of its own. Its thread alone writes, with VKP_I_TALLY; any thread reads. No
+   other loop writes near it, so each has the cache lines for itself.                          */
+typedef struct vkp_i_tally {
+    uint64_t commands[VKP_RELAY_ROUTES];
+    uint64_t messages_in; /* messages from upstream, or by PUBLISH */
+    uint64_t deliveries;  /* messages delivered to local clients */
+    size_t in_flight;     /* commands whose replies the server owes */
+    vkp_relay_times replies[2];
+} vkp_i_tally;
+
+#define VKP_I_TALLY(counter, n) VKP_I_STORE(&(counter), (counter) + (n))
+
+/* How late a loop was. */
+typedef struct vkp_i_lag {
+    vkp_timer timer;
+    uint64_t due_ns;  /* the timer's deadline */
+    uint64_t turn_ns; /* when `most` began */
+    uint64_t most;    /* since then */
+    uint64_t before;  /* in the time before */
+} vkp_i_lag;
+
 /* The part of a relay on one loop. `relay`, `loop` and `pushes` are constant until vkp_relay_unref;
    every other field belongs to the loop's thread unless its comment names another owner.      */
 struct vkp_i_shard {
@@ -144,10 +166,14 @@ struct vkp_i_shard {
     char *inline_text;                    /* unquoted words of an inline command */
     size_t inline_capacity;               /* allocated bytes of `inline_text` */
     vkp_i_plain plain[VKP_I_PLAIN_NAMES]; /* by a hash of the name; the last one counts */
-    vkp_i_local *locals;                  /* local clients, newest first */
-    size_t local_count;                   /* number of `locals` */
-    vkp_i_session *pool;                  /* connections of former clients, for the next ones */
-    size_t pool_count;                    /* number of `pool` */
+    vkp_i_tally tally;
+    vkp_i_lag lag;
+    vkp_i_task survey_task; /* runs vkp_i_shard_survey on this loop */
+    vkp_i_local *survey_at; /* the next client of the survey; NULL: none */
+    vkp_i_local *locals;    /* local clients, newest first */
+    size_t local_count;     /* number of `locals` */
+    vkp_i_session *pool;    /* connections of former clients, for the next ones */
+    size_t pool_count;      /* number of `pool` */
     /* descriptors queued for this loop; guarded by the relay's mutex */
     struct vkp_i_handover *handovers;
     bool draining;            /* drains, or ends: accepts no further local clients */
@@ -211,6 +237,7 @@ struct vkp_relay {
     size_t private_max;                   /* most sessions */
     size_t private_count;                 /* atomic: sessions, those without a client included */
     vkp_i_door *doors;                    /* newest first; loop 0's thread */
+    size_t door_count;                    /* number of `doors` */
     uint64_t next_id;                     /* atomic: the last number given to a local client */
     /* guards `subscribers`, `login`, `greetings` and the shards' `handovers` */
     VKP_I_MUTEX mutex;
@@ -232,8 +259,6 @@ struct vkp_relay {
     uint32_t idle_queued;            /* atomic: 1 while idle_task is queued */
     vkp_i_task idle_task;            /* starts idle_timer on loop 0; queued by any shard's thread */
     vkp_timer idle_timer;            /* runs for linger_ms; loop 0's */
-    uint64_t messages_in;            /* atomic: messages from upstream, or by PUBLISH */
-    uint64_t deliveries;             /* atomic: messages delivered to local clients */
     uint64_t lagged;                 /* atomic: messages lost because a shard's channel was full */
     uint64_t slow_closed;            /* atomic: clients closed with VKP_CLOSE_SLOW */
     uint64_t protocol_errors;        /* atomic: clients closed for a protocol error */
@@ -244,6 +269,10 @@ struct vkp_relay {
     uint64_t hold_ms;                /* constant; 0: commands do not wait */
     uint64_t privates_opened;        /* atomic: sessions opened */
     uint64_t privates_refused;       /* atomic: commands refused because of private_max */
+    uint32_t connected;              /* atomic: 1 while all shared connections and `push` are */
+    uint64_t since_unix_ms;          /* atomic: when `connected` changed, or open */
+    struct vkp_i_surveys *surveys;   /* outages, and surveys under way; loop 0's thread */
+    size_t surveys_bytes;            /* allocated bytes of `surveys` */
 };
 
 static void vkp_i_relay_free(vkp_relay *relay)
@@ -280,6 +309,7 @@ static void vkp_i_relay_free(vkp_relay *relay)
         vkp_i_free(env, door, sizeof *door);
     }
     vkp_i_free(env, relay->shards, relay->shard_count * sizeof *relay->shards);
+    vkp_i_free(env, relay->surveys, relay->surveys_bytes);
     vkp_i_free(env, relay->shared, relay->shared_capacity * sizeof *relay->shared);
     VKP_I_MUTEX_DEINIT(&relay->mutex);
     vkp_i_free(env, relay, sizeof *relay);
@@ -304,6 +334,33 @@ static size_t vkp_i_relay_count_clients(const vkp_relay *relay)
     vkp_gate_stats stats;
     vkp_gate_get_stats(relay->gate, &stats);
     return stats.clients;
+}
+
+/* ---- counting: a load, an add and a store each ---- */
+
+/* A command goes to the server; an EXEC with all that it carries is one in flight. */
+static void vkp_i_shard_count_asked(vkp_i_shard *shard, vkp_relay_route route, uint64_t commands)
+{
+    VKP_I_TALLY(shard->tally.commands[route], commands);
+    VKP_I_TALLY(shard->tally.in_flight, 1);
+}
+
+#define VKP_I_TIMES_SHIFT 14u /* of vkp_relay_times: the first value counts up to 2^14 ns */
+
+/* The reply is there, or will never be. asked_ns 0: its time does not count. The clock is the
+   loop's, which is read once in a round: that costs nothing here.                             */
+static void vkp_i_shard_count_reply(vkp_i_shard *shard, vkp_relay_route route, uint64_t asked_ns)
+{
+    vkp_relay_times *times = &shard->tally.replies[route];
+    VKP_I_TALLY(shard->tally.in_flight, (size_t)-1);
+    if (asked_ns != 0) {
+        uint64_t took_ns = shard->loop->now_ns - asked_ns;
+        uint64_t part = (took_ns - (took_ns > 0 ? 1u : 0u)) >> VKP_I_TIMES_SHIFT;
+        size_t index = part == 0 ? 0 : 64u - (size_t)__builtin_clzll(part);
+        index = VKP_I_MIN(index, (size_t)VKP_RELAY_TIMES - 1);
+        VKP_I_TALLY(times->total_ns, took_ns);
+        VKP_I_TALLY(times->within[index], 1u);
+    }
 }
 
 /* ---- answers ---- */

@@ -75,6 +75,9 @@ typedef struct vkp_relay_config {
     size_t max_subscriptions;
     /* Most bytes of the names that one client subscribes to. Default: 64 MiB. */
     size_t max_name_bytes;
+    /* Ten times a second, measure how late each loop is, for vkp_relay_loop.lag_ns. Default: false,
+       an idle relay sleeps. */
+    bool measure_lag;
     /* Memory, log and system; must outlive the relay. NULL: the defaults. */
     const vkp_env *env;
 } vkp_relay_config;
@@ -142,6 +145,29 @@ VKP_API VKP_NODISCARD vkp_status vkp_relay_set_login(vkp_relay *relay, vkp_str u
 VKP_API void vkp_relay_drain(vkp_relay *relay, void (*on_end)(void *user), void *user,
                              uint64_t deadline_ns);
 
+/* Which way a command of a client went. */
+typedef enum vkp_relay_route {
+    VKP_RELAY_SHARED = 0, /* over a connection that clients share */
+    VKP_RELAY_PRIVATE,    /* over a connection of the client's own */
+    VKP_RELAY_PUSH,       /* subscribes or unsubscribes, over the connection for subscriptions */
+    VKP_RELAY_HERE        /* answered by the relay */
+} vkp_relay_route;
+
+/* The number of values of vkp_relay_route. */
+#define VKP_RELAY_ROUTES 4
+
+/* The number of values of vkp_relay_times.within. */
+#define VKP_RELAY_TIMES 22
+
+/* How long the server took for replies, from the round of the loop in which the command was read to
+   the round in which its reply was. Commands that may block are not in it. */
+typedef struct vkp_relay_times {
+    uint64_t total_ns; /* of all replies together */
+    /* Replies that took at most 2^(14 + index) nanoseconds, 16 us to 17 s, and more than those of
+       the index before; the last value counts all that took longer. */
+    uint64_t within[VKP_RELAY_TIMES];
+} vkp_relay_times;
+
 /* What vkp_relay_get_stats writes. Counters count since open. */
 typedef struct vkp_relay_stats {
     size_t clients;                      /* clients of the relay now */
@@ -161,10 +187,92 @@ typedef struct vkp_relay_stats {
     uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
     size_t gathered_bytes; /* what counts against gather_bytes now: clients with more than 16 KiB */
+    bool connected;        /* all connections that the clients share are; without a server too */
+    uint64_t since_unix_ms; /* when `connected` changed; before that: open */
+    uint64_t reconnects;    /* connections to the server in place of those that were lost */
+    uint64_t refusals;      /* refusals of a SUBSCRIBE by the server */
+    uint64_t commands[VKP_RELAY_ROUTES]; /* commands of clients, by vkp_relay_route */
+    size_t in_flight;                    /* commands now whose replies the server owes */
+    vkp_relay_times replies[2];          /* of VKP_RELAY_SHARED and VKP_RELAY_PRIVATE */
 } vkp_relay_stats;
 
 /* Write the relay's counters to *stats. Any thread. */
 VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats);
+
+/* What a client of a relay does now: the first of these that is so. */
+typedef enum vkp_relay_client_state {
+    VKP_RELAY_CLIENT_SLOW = 0,   /* it does not read what waits for it */
+    VKP_RELAY_CLIENT_WAITING,    /* a command of it is under way */
+    VKP_RELAY_CLIENT_PRIVATE,    /* it has a connection of its own */
+    VKP_RELAY_CLIENT_SUBSCRIBED, /* it is subscribed */
+    VKP_RELAY_CLIENT_IDLE        /* none of these */
+} vkp_relay_client_state;
+
+/* The number of values of vkp_relay_client_state. */
+#define VKP_RELAY_CLIENT_STATES 5
+
+/* A listener of a relay. */
+typedef struct vkp_relay_listener {
+    const char *address;
+    vkp_listener_stats stats;
+} vkp_relay_listener;
+
+/* A loop of a relay. */
+typedef struct vkp_relay_loop {
+    size_t clients;  /* clients that the loop serves */
+    uint64_t lag_ns; /* how late it was at worst in the last 10 to 20 seconds: see measure_lag */
+} vkp_relay_loop;
+
+/* Most bytes of a name in a survey. */
+#define VKP_RELAY_CHANNEL_BYTES 256u
+
+/* A name with many messages. */
+typedef struct vkp_relay_channel {
+    vkp_sub_kind kind;
+    vkp_str name;       /* its first VKP_RELAY_CHANNEL_BYTES at most */
+    size_t name_bytes;  /* the length of the whole name */
+    uint64_t messages;  /* messages since the name has subscribers */
+    size_t subscribers; /* clients of the loops on which it has many messages */
+} vkp_relay_channel;
+
+/* A time in which a connection to the server that the clients share was not there. */
+typedef struct vkp_relay_outage {
+    uint64_t from_unix_ms;
+    uint64_t to_unix_ms; /* 0: it lasts */
+    vkp_str reason;      /* of the first connection that was lost */
+} vkp_relay_outage;
+
+/* What vkp_relay_survey_then finds. Arrays and texts are valid until its `done` returns. */
+typedef struct vkp_relay_survey {
+    vkp_relay_stats stats;
+    size_t clients[VKP_RELAY_CLIENT_STATES]; /* by vkp_relay_client_state */
+    size_t queued_bytes;                     /* bytes that wait for clients that do not read */
+    const vkp_relay_listener *listeners;
+    size_t listener_count;
+    const vkp_relay_loop *loops; /* in the order of vkp_relay_config.loops */
+    size_t loop_count;
+    const vkp_relay_channel *channels; /* about those with the most messages, most first */
+    size_t channel_count;              /* 16 at most */
+    const vkp_relay_outage *outages;   /* the last ones, oldest first */
+    size_t outage_count;               /* 32 at most */
+} vkp_relay_survey;
+
+/* Look at all clients of the relay, each loop at its own, about a hundred in a round. done is called
+   once on loops[0], not inside this call. survey NULL: there was no memory, or the relay's unref
+   came first (then inside it, or at the close of loops[0]).
+   Blocks: never     Threads: any     In callbacks: ok
+   Errors: NOMEM, CLOSED (loops[0] is closed), INVALID (relay or done NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_survey_then(
+    vkp_relay *relay, void (*done)(void *user, const vkp_relay_survey *survey), void *user);
+
+/* Ask the server PING, over a connection that the clients share. done is called once on loops[0],
+   perhaps inside this call: OK (it answers; a relay without a server does), REFUSED (words are the
+   server's error, such as LOADING), DISCONNECTED (one of the shared connections is not there), or
+   CLOSED. It may take long: set a time of your own. words are valid until done returns.
+   Blocks: never     Threads: that of loops[0]     In callbacks: ok
+   Errors: NOMEM, INVALID (relay or done NULL) */
+VKP_API VKP_NODISCARD vkp_status vkp_relay_ping_then(vkp_relay *relay, vkp_subscribe_fn done,
+                                                     void *user);
 
 /* The registry of the relay's Unix sockets, for vkp_registry_get_stats and for handlers of crashes.
    Views: valid until the relay's unref. Any thread. */

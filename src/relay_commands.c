@@ -337,7 +337,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
     if (!vkp_i_local_arity(local, argc, 3, 3, argv)) {
         return;
     }
-    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    VKP_I_TALLY(shard->tally.messages_in, 1u);
     receivers = relay->shard_count > 1 ? vkp_i_subscribers_receivers(relay, kind, argv[1]) : 0;
     for (i = 0; i < relay->shard_count && receivers > 0; i++) {
         vkp_push push;
@@ -357,7 +357,7 @@ static void vkp_i_run_publish(vkp_i_local *local, size_t argc, const vkp_str *ar
         }
     }
     i = vkp_hub_publish(shard->hub, kind, argv[1], argv[2]);
-    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)i);
+    VKP_I_TALLY(shard->tally.deliveries, i);
     vkp_resp_writer_init(&writer, relay->env);
     vkp_resp_put_integer(&writer, (int64_t)(relay->shard_count > 1 ? receivers : i));
     vkp_i_local_answer_writer(local, &writer);
@@ -1025,6 +1025,11 @@ static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *co
             return need == VKP_I_NEED_REFUSED;
         }
     }
+    VKP_I_TALLY(local->shard->tally.commands[command->run == vkp_i_run_subscribe ||
+                                                     command->run == vkp_i_run_unsubscribe
+                                                 ? VKP_RELAY_PUSH
+                                                 : VKP_RELAY_HERE],
+                1u);
     command->run(local, argc, argv);
     return true;
 }

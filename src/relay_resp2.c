@@ -205,6 +205,10 @@ static void vkp_i_answer_return(vkp_i_task *task)
     vkp_i_local *local = answer->local;
     answer->done = true;
     local->held_bytes += answer->bytes.len;
+    if (answer->asked_bytes > 0) {
+        vkp_i_shard_count_reply(local->shard, VKP_RELAY_SHARED,
+                                answer->lost ? 0 : answer->asked_ns);
+    }
     if ((local->flags & VKP_I_LOCAL_CLOSED) == 0 &&
         local->held_bytes + vkp_i_conn_get_queued_bytes(local->member.conn) >
             local->shard->relay->max_reply_bytes) {
@@ -258,6 +262,8 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     char text[] = "ERR the relay is out of memory";
     vkp_status status;
     answer->asked_bytes = commands->len;
+    answer->asked_ns = local->shard->loop->now_ns;
+    vkp_i_shard_count_asked(local->shard, VKP_RELAY_SHARED, replies);
     local->asked_bytes += commands->len;
     if (local->asked_bytes > VKP_I_MOST_ASKED) {
         vkp_i_local_pause(local, VKP_I_LOCAL_FULL);
@@ -266,6 +272,7 @@ static void vkp_i_local_forward(vkp_i_local *local, vkp_i_answer *answer, const 
     status = vkp_i_client_send(relay->shared[local->id % relay->shared_count], commands, replies,
                                true, vkp_i_answer_on_reply, answer);
     if (status != VKP_OK) {
+        answer->asked_ns = 0;
         answer->lost = status == VKP_ERR_DISCONNECTED || status == VKP_ERR_CLOSED;
         if (!answer->lost) {
             answer->bytes = vkp_i_error_bytes(relay->env, text);

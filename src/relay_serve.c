@@ -71,6 +71,9 @@ static void vkp_i_local_on_close(vkp_conn *conn, void *user, vkp_close_reason re
     if (local->next != NULL) {
         local->next->prev = local->prev;
     }
+    if (shard->survey_at == local) {
+        shard->survey_at = local->next;
+    }
     shard->local_count--;
     if (shard->local_count == 0) {
         vkp_i_shard_stop_looking(shard);
@@ -299,6 +302,7 @@ VKP_API vkp_status vkp_relay_open_door(vkp_relay *relay, const vkp_relay_door *d
         if (status == VKP_OK) {
             made->next = relay->doors;
             relay->doors = made;
+            relay->door_count++;
             if (bound != NULL) {
                 *bound = vkp_listener_get_address(made->listener);
             }
@@ -406,14 +410,14 @@ static void vkp_i_shard_on_push(void *user, const vkp_push *push)
     count = vkp_i_relay_has_server(relay)
                 ? vkp_hub_deliver(shard->hub, push)
                 : vkp_hub_publish(shard->hub, push->sub, push->channel, push->payload);
-    (void)VKP_I_ADD(&relay->deliveries, (uint64_t)count);
+    VKP_I_TALLY(shard->tally.deliveries, count);
 }
 
 /* Deliver a message in every shard. Loop 0. */
 static void vkp_i_relay_deliver(vkp_relay *relay, const vkp_push *push)
 {
     size_t i;
-    (void)VKP_I_ADD(&relay->messages_in, (uint64_t)1);
+    VKP_I_TALLY(relay->shards[0].tally.messages_in, 1u);
     vkp_i_shard_on_push(&relay->shards[0], push);
     for (i = 1; i < relay->shard_count; i++) {
         vkp_push copy = *push;
@@ -477,6 +481,7 @@ static void vkp_i_relay_on_push(void *user, const vkp_push *push)
         vkp_i_relay_deliver(relay, push);
         return;
     }
+    vkp_i_relay_note_state(relay, push);
     if (push->kind == VKP_PUSH_DISCONNECTED) {
         (void)snprintf(relay->reason, sizeof relay->reason, "%.*s", VKP_FMT(push->payload));
     }
@@ -634,6 +639,7 @@ VKP_API void vkp_relay_unref(vkp_relay *relay)
     vkp_timer_stop(&relay->idle_timer);
     relay->on_idle = NULL; /* queued tasks still run when a loop runs again or closes */
     relay->on_end = NULL;
+    vkp_i_relay_end_surveys(relay);
     for (i = 0; i < relay->shard_count; i++) {
         vkp_i_shard *shard = &relay->shards[i];
         shard->draining = true;
@@ -775,7 +781,7 @@ static vkp_status vkp_i_relay_open_clients(vkp_relay *relay, const vkp_relay_con
         status = relay->shared != NULL ? VKP_OK : VKP_ERR_NOMEM;
         relay->shared_capacity = relay->shared != NULL ? count : 0;
     }
-    client.on_push = NULL;
+    client.on_push = vkp_i_relay_on_shared_push;
     while (status == VKP_OK && relay->shared_count < count) {
         status = vkp_client_open(loop, &client, &relay->shared[relay->shared_count]);
         relay->shared_count += status == VKP_OK ? 1u : 0u;
@@ -906,6 +912,10 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
     if (status == VKP_OK) {
         status = vkp_i_relay_open_gate(relay, config);
     }
+    if (status == VKP_OK) {
+        status = vkp_i_relay_open_surveys(relay, config->measure_lag);
+    }
+    relay->connected = status == VKP_OK && config->server.ptr == NULL ? 1u : 0u;
     if (status == VKP_OK && config->server.ptr != NULL) {
         status = vkp_i_relay_open_clients(relay, config);
     }
@@ -920,42 +930,6 @@ VKP_API vkp_status vkp_relay_open(const vkp_relay_config *config, vkp_relay **ou
 VKP_API vkp_registry *vkp_relay_get_registry(const vkp_relay *relay)
 {
     return relay->registry;
-}
-
-static uint64_t vkp_i_client_outages(const vkp_client *client)
-{
-    vkp_client_stats stats;
-    vkp_client_get_stats(client, &stats);
-    return stats.outages;
-}
-
-VKP_API void vkp_relay_get_stats(const vkp_relay *relay, vkp_relay_stats *stats)
-{
-    size_t i;
-    vkp_gate_stats gate;
-    vkp_gate_get_stats(relay->gate, &gate);
-    stats->clients = gate.clients;
-    stats->accepted = gate.admitted;
-    memcpy(stats->refused, gate.refused, sizeof stats->refused);
-    stats->messages_in = VKP_I_LOAD(&relay->messages_in);
-    stats->deliveries = VKP_I_LOAD(&relay->deliveries);
-    stats->lagged = VKP_I_LOAD(&relay->lagged);
-    stats->slow_closed = VKP_I_LOAD(&relay->slow_closed);
-    stats->protocol_errors = VKP_I_LOAD(&relay->protocol_errors);
-    stats->outages = relay->push != NULL ? vkp_i_client_outages(relay->push) : 0;
-    for (i = 0; i < relay->shared_count; i++) {
-        stats->outages += vkp_i_client_outages(relay->shared[i]);
-    }
-    stats->gaps = VKP_I_LOAD(&relay->gaps);
-    stats->lost = VKP_I_LOAD(&relay->lost);
-    stats->privates = VKP_I_LOAD(&relay->private_count);
-    stats->privates_opened = VKP_I_LOAD(&relay->privates_opened);
-    stats->privates_refused = VKP_I_LOAD(&relay->privates_refused);
-    stats->gathered_bytes = VKP_I_LOAD(&relay->room.used);
-    stats->dropped_frames = 0;
-    for (i = 0; i < relay->shard_count; i++) {
-        stats->dropped_frames += VKP_I_LOAD(&relay->shards[i].profile->dropped);
-    }
 }
 
 #endif /* VKP_I_IO */

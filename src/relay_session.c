@@ -48,7 +48,10 @@ typedef struct vkp_i_call {
     uint8_t set;    /* VKP_I_STATE_* that a reply without an error sets */
     uint8_t clear;  /* and clears */
     uint8_t flags;  /* VKP_I_CALL_* */
+    uint32_t asked; /* when, in 2^VKP_I_CALL_SHIFT ns of the loop's clock, cut to 32 bits */
 } vkp_i_call;
+
+#define VKP_I_CALL_SHIFT 10u
 
 /* What a command does to its connection. */
 typedef struct vkp_i_effect {
@@ -143,6 +146,7 @@ static void vkp_i_session_forget_calls(vkp_i_session *session)
     while (session->call_count > 0) {
         session->local->asked_bytes -= session->calls[session->call_first].bytes;
         session->local->answer_count--;
+        VKP_I_TALLY(session->shard->tally.in_flight, (size_t)-1);
         session->call_first = (session->call_first + 1) & (session->call_capacity - 1);
         session->call_count--;
     }
@@ -290,12 +294,15 @@ static void vkp_i_session_send(vkp_i_session *session, vkp_i_call call, const vk
     vkp_i_local *local = session->local;
     size_t unsent;
     call.bytes = (uint32_t)bytes->len; /* max_request_bytes is below 2 GiB */
+    call.asked = (uint32_t)(session->shard->loop->now_ns >> VKP_I_CALL_SHIFT);
     if (session->stage != VKP_I_SESSION_TUNNEL) {
         if (!vkp_i_session_put_call(session, call)) {
             vkp_i_local_fail(local);
             return;
         }
         session->blocking += (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
+        vkp_i_shard_count_asked(session->shard, VKP_RELAY_PRIVATE,
+                                (call.flags & VKP_I_CALL_HIDDEN) == 0 ? 1u : 0u);
         local->answer_count++;
         local->asked_bytes += bytes->len;
         if (local->answer_count >= VKP_I_MOST_ANSWERS || local->asked_bytes > VKP_I_MOST_ASKED) {
@@ -553,6 +560,16 @@ static bool vkp_i_frame_is_abort(const vkp_bytes *frame)
     return frame->len >= sizeof text && memcmp(frame->data, text, sizeof text - 1) == 0;
 }
 
+/* Count the reply; its time unless it may have blocked, or the client did not ask. */
+static void vkp_i_session_count_reply(vkp_i_session *session, vkp_i_call call)
+{
+    uint64_t now_ns = session->shard->loop->now_ns;
+    uint32_t took = (uint32_t)(now_ns >> VKP_I_CALL_SHIFT) - call.asked;
+    bool timed = (call.flags & (VKP_I_CALL_BLOCKS | VKP_I_CALL_HIDDEN)) == 0;
+    vkp_i_shard_count_reply(session->shard, VKP_RELAY_PRIVATE,
+                            timed ? now_ns - ((uint64_t)took << VKP_I_CALL_SHIFT) : 0);
+}
+
 /* A frame that answers the oldest call. */
 static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, bool error)
 {
@@ -563,6 +580,7 @@ static void vkp_i_session_reply(vkp_i_session *session, const vkp_bytes *frame, 
     session->blocking -= (call.flags & VKP_I_CALL_BLOCKS) != 0 ? 1u : 0u;
     local->answer_count--;
     local->asked_bytes -= call.bytes;
+    vkp_i_session_count_reply(session, call);
     if (error && (call.flags & VKP_I_CALL_MUST) != 0) {
         vkp_i_session_close_client(session);
         return;

@@ -37,6 +37,6 @@
            >>impl-client-liveness  >>impl-client-private  >>impl-url  >>impl-client-connection
            >>impl-sync  >>impl-pushloop  >>impl-relay  >>impl-relay-subscribe  >>impl-relay-resp2
            >>impl-relay-identity  >>impl-relay-session  >>impl-relay-errand  >>impl-relay-door
-           >>impl-relay-commands  >>impl-relay-requests  >>impl-relay-serve
+           >>impl-relay-survey  >>impl-relay-commands  >>impl-relay-requests  >>impl-relay-serve
        >>licence       the licence in full
 */
