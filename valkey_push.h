@@ -3399,7 +3399,7 @@ typedef struct vkp_relay_stats {
     uint64_t privates_opened;  /* such connections opened */
     uint64_t privates_refused; /* commands refused because there were private_max */
     size_t gathered_bytes; /* what counts against gather_bytes now: clients with more than 16 KiB */
-    bool connected;        /* all connections that the clients share are; without a server too */
+    bool connected;        /* all connections that clients share are there; without a server too */
     uint64_t since_unix_ms; /* when `connected` changed; before that: open */
     uint64_t reconnects;    /* connections to the server in place of those that were lost */
     uint64_t refusals;      /* refusals of a SUBSCRIBE by the server */
@@ -3469,9 +3469,9 @@ typedef struct vkp_relay_survey {
     size_t outage_count;               /* 32 at most */
 } vkp_relay_survey;
 
-/* Look at all clients of the relay, each loop at its own, about a hundred in a round. done is called
-   once on loops[0], not inside this call. survey NULL: there was no memory, or the relay's unref
-   came first (then inside it, or at the close of loops[0]).
+/* Look at all clients of the relay: each loop at its own, about a hundred in a round. done is
+   called once on loops[0], not inside this call. survey NULL: there was no memory, or the relay's
+   unref came first (then inside it, or at the close of loops[0]).
    Blocks: never     Threads: any     In callbacks: ok
    Errors: NOMEM, CLOSED (loops[0] is closed), INVALID (relay or done NULL) */
 VKP_API VKP_NODISCARD vkp_status vkp_relay_survey_then(

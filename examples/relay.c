@@ -4,7 +4,7 @@
 
    valkey-push-relay: any number of local clients share few connections to a Valkey server; without
    --server it is a pub/sub broker. vkp_relay does the work; this file reads the options, starts the
-   threads and handles the signals.                                                            */
+   threads and handles the signals; relay_metrics.h serves --metrics.                          */
 #define VKP_IMPLEMENTATION
 #include "valkey_push.h"
 
@@ -19,6 +19,8 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "relay_metrics.h"
 
 /* The usage text and option_values repeat these numbers. */
 #define MOST_LISTENERS 16
@@ -53,6 +55,7 @@ typedef struct options {
     vkp_relay_door doors[MOST_LISTENERS];
     size_t door_count;
     bool open;
+    const char *metrics;
     const vkp_backend *backend;
     size_t threads;
     size_t queue_frames;
@@ -70,7 +73,7 @@ typedef struct options {
     bool log_time;
 } options;
 
-/* Two texts, since compilers may refuse one of more than 4,095 bytes. */
+/* Two texts: a compiler need not take more than 4,095 bytes as one. */
 static const char usage_of_connections[] =
     "usage: valkey-push-relay [options]\n"
     "  --server ADDR        the server to connect to, tcp:HOST:PORT or unix:PATH;\n"
@@ -95,6 +98,10 @@ static const char usage_of_connections[] =
     "                         ,require-pass-env=VAR  clients log in with the password in VAR\n"
     "                       may be repeated, up to 16 times; default: a unique Unix socket\n"
     "  --open               let other machines in at TCP addresses without a password\n"
+    "  --metrics ADDR       serve HTTP at tcp:HOST:PORT or unix:PATH: a page that shows the relay\n"
+    "                       live, /metrics for Prometheus, /healthz; default: off\n";
+
+static const char usage_of_process[] =
     "  --backend NAME       how to wait for descriptors: epoll (Linux), kqueue (macOS, BSD) or\n"
     "                       poll (all); default: epoll on Linux, kqueue elsewhere\n"
     "  --threads N          event loops, 1 to 64, each in its own thread; clients are spread\n"
@@ -109,9 +116,7 @@ static const char usage_of_connections[] =
     "  --max-clients N      most clients at once, over all addresses; default: 16384\n"
     "  --max-clients-per-uid N\n"
     "                       most clients of one user at once, over Unix sockets;\n"
-    "                       default: no limit\n";
-
-static const char usage_of_process[] =
+    "                       default: no limit\n"
     "  --allow-uid UID      over Unix sockets, also accept clients of the user with this number;\n"
     "                       the sockets' files then have mode 0666; may be repeated, up to 64\n"
     "                       times; default: the relay's own user\n"
@@ -132,7 +137,8 @@ static const char usage_of_process[] =
     "                       to 1 second for PONG; prints one line; exit code 0 (PONG) or 1\n"
     "  --help               print this text and exit\n"
     "  --version            print the version and exit\n"
-    "The relay prints `ready: ADDR` for each address when it accepts clients there.\n"
+    "The relay prints `ready: ADDR` for each address when it accepts clients there; of --metrics,\n"
+    "`ready: http://HOST:PORT`.\n"
     "SIGTERM, SIGINT: stop accepting, answer, write what is queued for up to 5 seconds, exit;\n"
     "a second one: exit at once. SIGHUP: read --pass-file again. SIGUSR1: print counters on\n"
     "standard error, `name value` per line.\n";
@@ -385,6 +391,8 @@ static bool read_option(options *opts, const char *name, const char *value)
         opts->config = value;
     } else if (strcmp(name, "--open") == 0) {
         opts->open = true;
+    } else if (strcmp(name, "--metrics") == 0) {
+        opts->metrics = value;
     } else if (strcmp(name, "--log-time") == 0) {
         opts->log_time = true;
     } else if (strcmp(name, "--listen") == 0) {
@@ -430,6 +438,7 @@ static const option_value option_values[] = {
     {"--pass-file", "a file that can be read", false},
     {"--listen", "tcp:HOST:PORT or unix:PATH[,max-clients=][,idle=][,require-pass-env=]", true},
     {"--open", NULL, false},
+    {"--metrics", "tcp:HOST:PORT or unix:PATH", false},
     {"--backend", BACKENDS, false},
     {"--threads", "a number from 1 to 64", false},
     {"--queue-frames", "a number of messages, at least 1", false},
@@ -576,6 +585,19 @@ static bool is_local(const char *address)
             address[4 + strspn(address + 4, "0123456789.")] == ':');
 }
 
+/* Whether it is meant that other machines get in at the address. */
+static bool check_door(const options *opts, const char *option, const char *address)
+{
+    if (!opts->open && !is_local(address)) {
+        fprintf(stderr,
+                "valkey-push-relay: %s %s: other machines get in without a password; --open "
+                "allows that\n",
+                option, address);
+        return false;
+    }
+    return true;
+}
+
 /* A TCP address without a password lets every client in that reaches it: other machines must be
    meant. */
 static bool check_doors(const options *opts)
@@ -583,15 +605,11 @@ static bool check_doors(const options *opts)
     size_t i;
     for (i = 0; i < opts->door_count; i++) {
         const vkp_relay_door *door = &opts->doors[i];
-        if (!opts->open && door->password.ptr == NULL && !is_local(door->address.ptr)) {
-            fprintf(stderr,
-                    "valkey-push-relay: --listen %s: other machines get in without a password; "
-                    "--open allows that\n",
-                    door->address.ptr);
+        if (door->password.ptr == NULL && !check_door(opts, "--listen", door->address.ptr)) {
             return false;
         }
     }
-    return true;
+    return opts->metrics == NULL || check_door(opts, "--metrics", opts->metrics);
 }
 
 /* Returns -1 to continue, or the exit code. */
@@ -722,59 +740,6 @@ static void start_watchdog(vkp_timer *timer)
     }
 }
 
-/* ---- metrics ---- */
-
-static void print_metric(const char *name, uint64_t value)
-{
-    fprintf(stderr, "%s %llu\n", name, (unsigned long long)value);
-}
-
-static void print_relay_metrics(vkp_relay *relay)
-{
-    vkp_relay_stats stats;
-    vkp_relay_get_stats(relay, &stats);
-    print_metric("clients", stats.clients);
-    print_metric("accepted", stats.accepted);
-    print_metric("refused_user", stats.refused[VKP_REFUSAL_USER]);
-    print_metric("refused_full", stats.refused[VKP_REFUSAL_FULL]);
-    print_metric("refused_user_full", stats.refused[VKP_REFUSAL_USER_FULL]);
-    print_metric("refused_overload", stats.refused[VKP_REFUSAL_OVERLOAD]);
-    print_metric("refused_ended", stats.refused[VKP_REFUSAL_ENDED]);
-    print_metric("messages_in", stats.messages_in);
-    print_metric("deliveries", stats.deliveries);
-    print_metric("dropped_frames", stats.dropped_frames);
-    print_metric("slow_closed", stats.slow_closed);
-    print_metric("lagged", stats.lagged);
-    print_metric("protocol_errors", stats.protocol_errors);
-    print_metric("outages", stats.outages);
-    print_metric("gaps", stats.gaps);
-    print_metric("lost", stats.lost);
-    print_metric("privates", stats.privates);
-    print_metric("privates_opened", stats.privates_opened);
-    print_metric("privates_refused", stats.privates_refused);
-    print_metric("gathered_bytes", stats.gathered_bytes);
-}
-
-static void print_socket_metrics(vkp_relay *relay)
-{
-    vkp_registry_stats stats;
-    vkp_registry_get_stats(vkp_relay_get_registry(relay), &stats);
-    print_metric("sockets_live", stats.live);
-    print_metric("sockets_references", stats.references);
-    print_metric("sockets_created", stats.created);
-    print_metric("sockets_taken_over", stats.taken_over);
-    print_metric("sockets_revived", stats.revived);
-    print_metric("sockets_ended", stats.ended);
-    print_metric("sockets_handed_over", stats.handed_over);
-    print_metric("sockets_unlink_failures", stats.unlink_failures);
-    print_metric("sockets_unlink_errno", (uint64_t)stats.unlink_errno);
-    print_metric("sockets_lost", stats.lost);
-    print_metric("sockets_rebound", stats.rebound);
-    print_metric("sockets_cleanup_last_ns", stats.cleanup_last_ns);
-    print_metric("sockets_cleanup_most_ns", stats.cleanup_most_ns);
-    print_metric("sockets_cleanup_total_ns", stats.cleanup_total_ns);
-}
-
 /* ---- serving ---- */
 
 /* SIGHUP: reads the password file again. */
@@ -801,8 +766,9 @@ static vkp_status run_main_loop(vkp_relay *relay, options *opts)
     }
     if (metrics_asked) {
         metrics_asked = 0;
-        print_relay_metrics(relay);
-        print_socket_metrics(relay);
+        if (vkp_relay_survey_then(relay, print_counters, relay) != VKP_OK) {
+            print_counters(relay, NULL);
+        }
     }
     return status;
 }
@@ -894,6 +860,7 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     config.allow_uids = opts->allow_uids;
     config.allow_uid_count = opts->allow_uid_count;
     config.check_ms = (uint32_t)opts->check_files_ms;
+    config.measure_lag = opts->metrics != NULL;
     config.shutdown_notice = vkp_str_of(opts->shutdown_notice);
     if (opts->linger_ms != NO_LINGER) {
         config.linger_ms = (uint32_t)opts->linger_ms;
@@ -907,9 +874,27 @@ static vkp_status open_relay(const options *opts, const vkp_env *env, vkp_loop *
     return status;
 }
 
+/* Serves --metrics; an address on this machine answers for no other name. */
+static int listen_web(web *self, const options *opts)
+{
+    vkp_status status;
+    if (opts->metrics == NULL) {
+        return 0;
+    }
+    self->loop = main_loop;
+    self->has_server = opts->server != NULL;
+    status = open_web(self, opts->metrics, !is_local(opts->metrics));
+    if (status != VKP_OK) {
+        return fail(opts->metrics,
+                    status == VKP_ERR_SYS ? strerror(errno) : vkp_status_str(status));
+    }
+    return 0;
+}
+
 static int run(options *opts, const vkp_env *env, vkp_loop **loops)
 {
     pthread_t threads[MOST_THREADS];
+    static web page; /* its jobs end when the loops close */
     vkp_relay *relay;
     size_t started = 1;
     bool idle = false;
@@ -919,7 +904,11 @@ static int run(options *opts, const vkp_env *env, vkp_loop **loops)
         return fail(opts->server != NULL ? opts->server : "relay", vkp_status_str(status));
     }
     catch_signals();
+    page.relay = relay;
     code = listen_all(relay, opts);
+    if (code == 0) {
+        code = listen_web(&page, opts);
+    }
     while (code == 0 && started < opts->threads) {
         if (pthread_create(&threads[started], NULL, run_loop, loops[started]) != 0) {
             code = fail("thread", "cannot be started");
@@ -935,6 +924,7 @@ static int run(options *opts, const vkp_env *env, vkp_loop **loops)
         vkp_loop_stop(loops[started]);
         (void)pthread_join(threads[started], NULL);
     }
+    close_web(&page);
     vkp_relay_unref(relay);
     return code;
 }

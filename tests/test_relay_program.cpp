@@ -430,10 +430,11 @@ TEST_CASE("TCP addresses that other machines reach need --open")
 {
     const char *const address =
         GENERATE("tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:127.example.com:0", "tcp:localhost.example:0");
-    Process closed(relay_words({"--listen", address}));
+    const std::string option = GENERATE("--listen", "--metrics");
+    Process closed(relay_words({option, address}));
     CHECK(closed.reap() == 2);
     CHECK(closed.errors() ==
-          std::string("valkey-push-relay: --listen ") + address +
+          "valkey-push-relay: " + option + " " + address +
               ": other machines get in without a password; --open allows that\n");
     if (std::string(address) == "tcp:0.0.0.0:0") {
         Relay open({"--listen", address, "--open"}, false);
@@ -697,6 +698,8 @@ TEST_CASE("SIGUSR1 prints the counters, a line each, and it goes on")
     hear(open(relay.address)); // one too many
     std::string text = metrics_of(relay);
     for (const char *line : {"clients 2",
+                             "clients_subscribed 1",
+                             "clients_idle 1",
                              "accepted 2",
                              "refused_user 0",
                              "refused_full 1",
@@ -712,6 +715,16 @@ TEST_CASE("SIGUSR1 prints the counters, a line each, and it goes on")
                              "outages 0",
                              "gaps 0",
                              "lost 0",
+                             "connected 1",
+                             "reconnects 0",
+                             "refusals 0",
+                             "commands_shared 0",
+                             "commands_private 0",
+                             "commands_push 1",
+                             "commands_here 1",
+                             "in_flight 0",
+                             "replies_shared 0",
+                             "queued_bytes 0",
                              "privates 0",
                              "privates_opened 0",
                              "privates_refused 0",

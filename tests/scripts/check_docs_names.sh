@@ -1,6 +1,6 @@
 #!/bin/sh
 # The names that README.md and docs/*.md give exist: in the header, in a backend, as an option in
-# CMakeLists.txt, or in bench/run.sh. check_docs_names.sh ROOT WORK
+# CMakeLists.txt, as a metric of the relay, or in bench/run.sh. check_docs_names.sh ROOT WORK
 set -eu
 root=$1 work=$2
 
@@ -13,6 +13,7 @@ names() {
 }
 
 names "$root/valkey_push.h" "$root"/backends/*.c "$root/CMakeLists.txt" "$root/bench/run.sh" \
+    "$root"/examples/*.h \
     >"$work/there.txt"
 bad=0 count=0
 for file in "$root/README.md" "$root"/docs/*.md "$root"/docs/recipes/*.md; do

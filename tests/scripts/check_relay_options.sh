@@ -32,8 +32,11 @@ from_help() {
         }
         line !~ /^  / && option != "" { print option "|" argument "|" text; option = "" }
         { sub(/^ +/, "", line); text = text " " line }
-        /;$/ { if (option != "") print option "|" argument "|" text; option = ""; inside = 0 }
-        ' "$root/$source"
+        /;$/ {
+            if (option != "") print option "|" argument "|" text
+            option = ""
+            inside = 0
+        }' "$root/$source"
 }
 
 # .TP, then .B or .BI with the option, then its text.
