@@ -41,4 +41,5 @@ if [ -z "$relay" ]; then
     "${CC:-cc}" -O2 "-I$root" "$root/examples/relay.c" "$root"/backends/v*_[ekp]*.c -pthread \
         -o "$relay"
 fi
-BROWSER=$browser SERVER=$server RELAY=$relay WORK=$work SHOTS=$shots node "$root/tests/page/page.mjs"
+BROWSER=$browser SERVER=$server RELAY=$relay WORK=$work SHOTS=$shots \
+    node "$root/tests/page/page.mjs"
