@@ -20765,6 +20765,13 @@ typedef struct vkp_i_step {
 static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
                                const vkp_bytes *frame);
 
+/* Whether a connection is not ready before the step is answered. One that passes bytes on waits for
+   all: servers refuse some commands behind replies that are not sent yet, or do not answer them. */
+static bool vkp_i_step_counts(const vkp_i_link *link, vkp_i_step_kind kind)
+{
+    return kind != VKP_I_STEP_IGNORED || link->ops->on_bytes != NULL;
+}
+
 /* Send one command of the handshake. False: not connected or no memory. */
 static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index, size_t argc,
                             const vkp_str *argv)
@@ -20784,7 +20791,7 @@ static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index
         vkp_i_free(link->env, step, sizeof *step);
         return false;
     }
-    link->steps += kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+    link->steps += vkp_i_step_counts(link, kind) ? 1u : 0u;
     return true;
 }
 
@@ -21106,10 +21113,10 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_link *link = step->link;
     vkp_conn *conn = link->conn;
     (void)frame;
-    if (status == VKP_ERR_LIMIT && step->kind != VKP_I_STEP_IGNORED) {
+    if (status == VKP_ERR_LIMIT && vkp_i_step_counts(link, step->kind)) {
         vkp_i_link_lose(link, "a reply over a limit in the handshake");
     } else if (status == VKP_OK) {
-        link->steps -= step->kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+        link->steps -= vkp_i_step_counts(link, step->kind) ? 1u : 0u;
         vkp_i_link_step_reply(link, step, value);
         if (conn != NULL && link->conn == conn && link->stage == VKP_I_STAGE_SETUP &&
             link->steps == 0) {
@@ -28216,9 +28223,7 @@ static void vkp_i_session_on_ready(vkp_i_link *link)
         vkp_i_session_close_client(session);
         return;
     }
-    if (link->flight.first == NULL) {
-        vkp_i_session_shrink(session);
-    }
+    vkp_i_session_shrink(session);
     vkp_i_session_serve(session);
     local->flags &= ~VKP_I_LOCAL_OPENING;
     vkp_i_local_maybe_resume(local);
@@ -30342,10 +30347,24 @@ static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, cons
                : VKP_I_NEED_WAITS;
 }
 
-/* Whether a tunnel may begin with the command: no reply is under way then. */
-static bool vkp_i_command_is_reply(size_t argc, const vkp_str *argv)
+/* Whether the command is sent when no reply is under way. A tunnel begins with CLIENT REPLY. Servers
+   refuse SCRIPT DEBUG behind replies that are not sent yet, and redis 7.2 to valkey 8.1 do not
+   answer a login that fails there.                                                            */
+static bool vkp_i_command_is_alone(size_t argc, const vkp_str *argv)
 {
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+    return vkp_i_str_is(argv[0], "AUTH") || vkp_i_str_is(argv[0], "HELLO") ||
+           (argc > 1 && ((vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY")) ||
+                         (vkp_i_str_is(argv[0], "SCRIPT") && vkp_i_str_is(argv[1], "DEBUG"))));
+}
+
+/* Whether the command has to wait for replies that are under way. The client is paused then. */
+static bool vkp_i_local_waits_alone(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    bool waits = local->answer_count > 0 && vkp_i_command_is_alone(argc, argv);
+    if (waits) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+    }
+    return waits;
 }
 
 /* Send a command over the client's own connection. False: not now. */
@@ -30360,10 +30379,9 @@ static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const v
     }
     if (local->multi != NULL) {
         vkp_i_local_move_multi(local);
-        if (vkp_i_command_is_reply(argc, argv)) {
-            vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
-            return false;
-        }
+    }
+    if (vkp_i_local_waits_alone(local, argc, argv)) { /* of the transaction, or of the name */
+        return false;
     }
     if (request != NULL) {
         vkp_i_session_ask(local->session, argc, argv, request);
@@ -30403,6 +30421,9 @@ static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *co
         if (need != VKP_I_NEED_MET) {
             return need == VKP_I_NEED_REFUSED;
         }
+        if (vkp_i_local_waits_alone(local, argc, argv)) {
+            return false;
+        }
     }
     VKP_I_TALLY(local->shard->tally.commands[command->run == vkp_i_run_subscribe ||
                                                      command->run == vkp_i_run_unsubscribe
@@ -30422,7 +30443,7 @@ static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, u
         return false;
     }
     if (route == VKP_I_ROUTE_PRIVATE) {
-        return vkp_i_command_is_reply(argc, argv);
+        return vkp_i_command_is_alone(argc, argv);
     }
     return local->session != NULL || (flags & VKP_I_CMD_ORDER) != 0;
 }

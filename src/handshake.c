@@ -40,6 +40,13 @@ typedef struct vkp_i_step {
 static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const vkp_value *value,
                                const vkp_bytes *frame);
 
+/* Whether a connection is not ready before the step is answered. One that passes bytes on waits for
+   all: servers refuse some commands behind replies that are not sent yet, or do not answer them. */
+static bool vkp_i_step_counts(const vkp_i_link *link, vkp_i_step_kind kind)
+{
+    return kind != VKP_I_STEP_IGNORED || link->ops->on_bytes != NULL;
+}
+
 /* Send one command of the handshake. False: not connected or no memory. */
 static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index, size_t argc,
                             const vkp_str *argv)
@@ -59,7 +66,7 @@ static bool vkp_i_link_step(vkp_i_link *link, vkp_i_step_kind kind, size_t index
         vkp_i_free(link->env, step, sizeof *step);
         return false;
     }
-    link->steps += kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+    link->steps += vkp_i_step_counts(link, kind) ? 1u : 0u;
     return true;
 }
 
@@ -381,10 +388,10 @@ static void vkp_i_step_settled(vkp_i_request *request, vkp_status status, const 
     vkp_i_link *link = step->link;
     vkp_conn *conn = link->conn;
     (void)frame;
-    if (status == VKP_ERR_LIMIT && step->kind != VKP_I_STEP_IGNORED) {
+    if (status == VKP_ERR_LIMIT && vkp_i_step_counts(link, step->kind)) {
         vkp_i_link_lose(link, "a reply over a limit in the handshake");
     } else if (status == VKP_OK) {
-        link->steps -= step->kind != VKP_I_STEP_IGNORED ? 1u : 0u;
+        link->steps -= vkp_i_step_counts(link, step->kind) ? 1u : 0u;
         vkp_i_link_step_reply(link, step, value);
         if (conn != NULL && link->conn == conn && link->stage == VKP_I_STAGE_SETUP &&
             link->steps == 0) {

@@ -963,10 +963,24 @@ static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, cons
                : VKP_I_NEED_WAITS;
 }
 
-/* Whether a tunnel may begin with the command: no reply is under way then. */
-static bool vkp_i_command_is_reply(size_t argc, const vkp_str *argv)
+/* Whether the command is sent when no reply is under way. A tunnel begins with CLIENT REPLY. Servers
+   refuse SCRIPT DEBUG behind replies that are not sent yet, and redis 7.2 to valkey 8.1 do not
+   answer a login that fails there.                                                            */
+static bool vkp_i_command_is_alone(size_t argc, const vkp_str *argv)
 {
-    return argc > 1 && vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY");
+    return vkp_i_str_is(argv[0], "AUTH") || vkp_i_str_is(argv[0], "HELLO") ||
+           (argc > 1 && ((vkp_i_str_is(argv[0], "CLIENT") && vkp_i_str_is(argv[1], "REPLY")) ||
+                         (vkp_i_str_is(argv[0], "SCRIPT") && vkp_i_str_is(argv[1], "DEBUG"))));
+}
+
+/* Whether the command has to wait for replies that are under way. The client is paused then. */
+static bool vkp_i_local_waits_alone(vkp_i_local *local, size_t argc, const vkp_str *argv)
+{
+    bool waits = local->answer_count > 0 && vkp_i_command_is_alone(argc, argv);
+    if (waits) {
+        vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
+    }
+    return waits;
 }
 
 /* Send a command over the client's own connection. False: not now. */
@@ -981,10 +995,9 @@ static bool vkp_i_local_execute_private(vkp_i_local *local, size_t argc, const v
     }
     if (local->multi != NULL) {
         vkp_i_local_move_multi(local);
-        if (vkp_i_command_is_reply(argc, argv)) {
-            vkp_i_local_pause(local, VKP_I_LOCAL_ORDER);
-            return false;
-        }
+    }
+    if (vkp_i_local_waits_alone(local, argc, argv)) { /* of the transaction, or of the name */
+        return false;
     }
     if (request != NULL) {
         vkp_i_session_ask(local->session, argc, argv, request);
@@ -1024,6 +1037,9 @@ static bool vkp_i_local_execute_here(vkp_i_local *local, const vkp_i_command *co
         if (need != VKP_I_NEED_MET) {
             return need == VKP_I_NEED_REFUSED;
         }
+        if (vkp_i_local_waits_alone(local, argc, argv)) {
+            return false;
+        }
     }
     VKP_I_TALLY(local->shard->tally.commands[command->run == vkp_i_run_subscribe ||
                                                      command->run == vkp_i_run_unsubscribe
@@ -1043,7 +1059,7 @@ static bool vkp_i_local_must_wait(const vkp_i_local *local, vkp_i_route route, u
         return false;
     }
     if (route == VKP_I_ROUTE_PRIVATE) {
-        return vkp_i_command_is_reply(argc, argv);
+        return vkp_i_command_is_alone(argc, argv);
     }
     return local->session != NULL || (flags & VKP_I_CMD_ORDER) != 0;
 }

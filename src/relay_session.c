@@ -824,9 +824,7 @@ static void vkp_i_session_on_ready(vkp_i_link *link)
         vkp_i_session_close_client(session);
         return;
     }
-    if (link->flight.first == NULL) {
-        vkp_i_session_shrink(session);
-    }
+    vkp_i_session_shrink(session);
     vkp_i_session_serve(session);
     local->flags &= ~VKP_I_LOCAL_OPENING;
     vkp_i_local_maybe_resume(local);

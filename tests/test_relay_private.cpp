@@ -450,6 +450,11 @@ TEST_CASE("private: a login is one client's, and the server decides")
         CHECK(ask(both.peer, "GET", "none") == "_\r\n");
     }
     CHECK(ask(both.peer, "ACL", "WHOAMI") == bulk("ann"));
+    say(both.peer, wires({"GET none", "AUTH ann no", "GET none", "AUTH bob x", "ECHO a"}));
+    const Strings heard = hear_some(both.peer, 5); // redis 7.2 does not answer where replies wait
+    CHECK(starts_with(heard[1], "-WRONGPASS"));
+    CHECK(starts_with(heard[3], "-WRONGPASS"));
+    CHECK(heard[4] == bulk("a"));
     CHECK(starts_with(ask(both.peer, "SET", "k", "v"), "-NOPERM"));
     CHECK(ask(both.other, "ACL", "WHOAMI") == bulk("default"));
     CHECK(ask(both.other, "SET", "k", "v") == "+OK\r\n");
