@@ -963,9 +963,9 @@ static vkp_i_need vkp_i_local_need_session(vkp_i_local *local, size_t argc, cons
                : VKP_I_NEED_WAITS;
 }
 
-/* Whether the command is sent when no reply is under way. A tunnel begins with CLIENT REPLY. Servers
-   refuse SCRIPT DEBUG behind replies that are not sent yet, and redis 7.2 to valkey 8.1 do not
-   answer a login that fails there.                                                            */
+/* Whether the command is sent when no reply is under way. A tunnel begins with CLIENT REPLY.
+   Servers refuse SCRIPT DEBUG behind replies that are not sent yet, and redis 7.2 to valkey 8.1 do
+   not answer a login that fails there.                                                        */
 static bool vkp_i_command_is_alone(size_t argc, const vkp_str *argv)
 {
     return vkp_i_str_is(argv[0], "AUTH") || vkp_i_str_is(argv[0], "HELLO") ||
