@@ -307,7 +307,7 @@ TEST_CASE("/metrics and /status: names of any bytes stay in their place")
     const Strings names = {
         "quote\"",          "back\\slash",           "line\nend",   "</script><b>",
         "na\xc3\xafve",     "bad\xff utf",           "cut\xe2\x82", "\xe2\x80\xaegnp.exe",
-        "over\xc0\xaflong", "surrogate\xed\xa0\x80", "{a=\"b\"} 1"};
+        "over\xc0\xaflong", "surrogate\xed\xa0\x80", "{a=\"b\"} 1", "beyond\xf4\x90\x80\x80"};
     const Strings shown = {"quote\"",
                            "back\\\\slash",
                            "line\\x0aend",
@@ -318,7 +318,8 @@ TEST_CASE("/metrics and /status: names of any bytes stay in their place")
                            "\\xe2\\x80\\xaegnp.exe",
                            "over\\xc0\\xaflong",
                            "surrogate\\xed\\xa0\\x80",
-                           "{a=\"b\"} 1"};
+                           "{a=\"b\"} 1",
+                           "beyond\\xf4\\x90\\x80\\x80"};
     Peer publisher = site.client();
     for (const std::string &name : names) {
         vkp_test_ask(subscriber.get(), "SUBSCRIBE", name);

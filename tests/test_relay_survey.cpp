@@ -164,6 +164,7 @@ TEST_CASE("survey: a reply's time is counted where it belongs")
         index++;
     }
     CHECK(index >= 13); // 2^26 ns are 67 ms
+    CHECK(after.within[VKP_RELAY_TIMES - 1] == before.within[VKP_RELAY_TIMES - 1]);
     CHECK(relay.stats().in_flight == 0);
 }
 
@@ -224,6 +225,62 @@ TEST_CASE("survey: more clients than one round looks at, while some go")
     }
     vkp_test_wait_until("the rest",
                         [&] { return survey_of(relay).in(VKP_RELAY_CLIENT_IDLE) == peers.size(); });
+}
+
+TEST_CASE("survey: the client that is next goes between two rounds of a survey")
+{
+    vkp_test_loop loop;
+    vkp_loop *const loops[] = {loop};
+    vkp_relay_config config = {};
+    config.loops = loops;
+    config.env = &loop.test.env;
+    vkp_relay *relay = nullptr;
+    const std::string address = vkp_test_fresh_address("survey");
+    REQUIRE(vkp_relay_open(&config, &relay) == VKP_OK);
+    REQUIRE(vkp_relay_listen(relay, vkp_str_of(address.c_str()), nullptr) == VKP_OK);
+    std::vector<Peer> peers; // in the order in which they are accepted
+    while (peers.size() < 300) {
+        peers.push_back(open(address));
+        vkp_test_run_until(loop, "a client", [&] {
+            vkp_relay_stats stats;
+            vkp_relay_get_stats(relay, &stats);
+            return stats.clients == peers.size();
+        });
+    }
+    Asked asked;
+    REQUIRE(vkp_relay_survey_then(relay, on_survey, &asked) == VKP_OK);
+    loop.round(); // the call
+    loop.round(); // the newest 128
+    for (size_t i = 300 - 256 - 3; i < 300 - 256; i++) {
+        peers[i].reset(); // closed at the end of the round that looks at the 128 before them
+    }
+    vkp_test_run_until(loop, "a survey", [&] { return asked.calls == 1; });
+    CHECK(asked.survey.in(VKP_RELAY_CLIENT_IDLE) == 297);
+    vkp_relay_unref(relay);
+}
+
+TEST_CASE("survey: the place of a name that nobody wants any longer is the next one's")
+{
+    Relay relay(one_loop());
+    Peer subscriber = relay.client();
+    Peer publisher = relay.client();
+    ask(subscriber, "HELLO", "3");
+    for (int i = 0; i < 17; i++) {
+        ask(subscriber, "SUBSCRIBE", "many" + std::to_string(i));
+        for (int k = 0; k < 20; k++) {
+            ask(publisher, "PUBLISH", "many" + std::to_string(i), "x");
+            hear(subscriber);
+        }
+    }
+    const Strings names = survey_of(relay).names();
+    REQUIRE(names.size() == 16);
+    ask(subscriber, "UNSUBSCRIBE", names[3]);
+    ask(subscriber, "SUBSCRIBE", "one");
+    ask(publisher, "PUBLISH", "one", "x");
+    const Survey survey = survey_of(relay);
+    REQUIRE(survey.channels.size() == 16);
+    CHECK(survey.channels[15].name == "one");
+    CHECK(survey.channels[15].messages == 1);
 }
 
 TEST_CASE("survey: names with the most messages, from any loop, with any bytes")
