@@ -61,7 +61,7 @@ bool contains(const std::string &text, const std::string &part)
 // ---- the text form of Prometheus ----
 
 // Reads it as the format's description has it: each series once, behind the HELP and TYPE of its
-// family, which is not told of again; what does not fit is a fault of the text.
+// family, which does not come again; what does not fit is a fault of the text.
 class Metrics {
   public:
     explicit Metrics(const std::string &text)

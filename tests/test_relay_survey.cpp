@@ -396,29 +396,29 @@ TEST_CASE("survey: PING says what the server says, or that there is none")
     Relay relay(one_loop(), upstream_of(vkp_test_server_unix(server.get())));
     Peer peer = relay.connected_client();
     vkp_test_wait_until("all connections", [&] { return relay.stats().connected; });
-    struct Told {
+    struct Reply {
         std::atomic<int> calls{0};
         vkp_status status = VKP_ERR_INVALID;
         std::string words;
     };
     const auto ping = [&] {
-        Told told;
+        Reply reply;
         relay.on_loop([&] {
             const vkp_status status = vkp_relay_ping_then(
                 relay,
                 [](void *user, vkp_status got, vkp_str words) {
-                    Told *self = static_cast<Told *>(user);
+                    Reply *self = static_cast<Reply *>(user);
                     self->status = got;
                     self->words = words.ptr != nullptr ? std::string(words.ptr, words.len) : "";
                     self->calls++;
                 },
-                &told);
+                &reply);
             if (status != VKP_OK) {
                 vkp_test_fail("no PING");
             }
         });
-        vkp_test_wait_until("an answer", [&] { return told.calls == 1; });
-        return std::make_pair(told.status, told.words);
+        vkp_test_wait_until("an answer", [&] { return reply.calls == 1; });
+        return std::make_pair(reply.status, reply.words);
     };
     CHECK(ping().first == VKP_OK);
     Peer direct = open(vkp_test_server_unix(server.get()));
