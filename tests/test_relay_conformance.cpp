@@ -25,13 +25,15 @@ bool is_full()
     return wanted != nullptr && std::string(wanted) == "full";
 }
 
+// One loop, and several; under ThreadSanitizer several, which have more to show.
 std::vector<relay_probe::Setup> wanted_setups()
 {
     if (is_full()) {
         return relay_probe::setups();
     }
-    std::vector<relay_probe::Setup> all = relay_probe::setups();
-    return all.size() > 1 ? std::vector<relay_probe::Setup>{all.front(), all.back()} : all;
+    const std::vector<relay_probe::Setup> all = relay_probe::setups();
+    return VKP_TEST_TSAN ? std::vector<relay_probe::Setup>{all.back()}
+                         : std::vector<relay_probe::Setup>{all.front(), all.back()};
 }
 
 std::vector<Variant> variants(const Program &program)

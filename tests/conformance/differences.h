@@ -74,68 +74,90 @@ struct Difference {
     const char *words; // in docs/relay.md, which says so
     unsigned from;
     unsigned before;
+    char family; // 'v' for valkey; 0: any
 };
 
-// What only an operator should do, or what would make the relay a replica.
-#define DENIED(command)                                                      \
-    {command,                                                                \
-     Where::Reply,                                                           \
-     "",                                                                     \
-     "-DENIED ",                                                             \
-     "everybody would pay for it",                                           \
-     "## What the relay refuses",                                            \
-     0,                                                                      \
-     0},                                                                     \
-    {                                                                        \
-        command, Where::Queue, "", "-DENIED ", "everybody would pay for it", \
-            "## What the relay refuses", 0, 0                                \
-    }
+// What only an operator should do, and what would make the relay a replica.
+constexpr Difference denied(const char *command, Where where)
+{
+    return {
+        command, where, "", "-DENIED ", "everybody would pay for it", "## What the relay refuses",
+        0,       0,     0};
+}
 
-#define DENIED_IN_MULTI(command)                                            \
-    {                                                                       \
-        command, Where::Queue, "", "-DENIED ", "the relay answers it",      \
-            "And, between `MULTI` and `EXEC`, what the relay answers", 0, 0 \
-    }
+constexpr Difference denied_in_multi(const char *command)
+{
+    return {command,
+            Where::Queue,
+            "",
+            "-DENIED ",
+            "the relay answers it",
+            "And, between `MULTI` and `EXEC`, what the relay answers",
+            0,
+            0,
+            0};
+}
+
+constexpr Difference not_subscribed(const char *command)
+{
+    return {command,
+            Where::Reply,
+            "-NOSUB ",
+            "unsubscribe",
+            "one version differs from all others",
+            "is confirmed, as by all servers but valkey 8.0",
+            800,
+            801,
+            'v'};
+}
 
 static const Difference differences[] = {
-    DENIED("CLIENT PAUSE"),
-    DENIED("DEBUG SLEEP"),
-    DENIED("FAILOVER"),
-    DENIED("PSYNC"),
-    DENIED("REPLCONF"),
-    DENIED("SHUTDOWN"),
-    DENIED("SYNC"),
+    denied("CLIENT PAUSE", Where::Reply),
+    denied("CLIENT PAUSE", Where::Queue),
+    denied("DEBUG SLEEP", Where::Reply),
+    denied("DEBUG SLEEP", Where::Queue),
+    denied("FAILOVER", Where::Reply),
+    denied("FAILOVER", Where::Queue),
+    denied("PSYNC", Where::Reply),
+    denied("PSYNC", Where::Queue),
+    denied("REPLCONF", Where::Reply),
+    denied("REPLCONF", Where::Queue),
+    denied("SHUTDOWN", Where::Reply),
+    denied("SHUTDOWN", Where::Queue),
+    denied("SYNC", Where::Reply),
+    denied("SYNC", Where::Queue),
     {"CLIENT KILL", Where::Reply, "", "-DENIED ", "it fits the relay's connections",
-     "since the relay's connections fit too", 0, 0},
+     "since the relay's connections fit too", 0, 0, 0},
     {"CLIENT KILL", Where::Queue, "", "-DENIED ", "the same, and by a number of the relay's",
-     "`UNBLOCK` or `KILL ID`", 0, 0},
-    DENIED_IN_MULTI("CLIENT ID"),
-    DENIED_IN_MULTI("CLIENT GETNAME"),
-    DENIED_IN_MULTI("CLIENT INFO"),
-    DENIED_IN_MULTI("CLIENT SETINFO"),
-    DENIED_IN_MULTI("CLIENT SETNAME"),
-    DENIED_IN_MULTI("CLIENT UNBLOCK"),
-    DENIED_IN_MULTI("HELLO"),
-    DENIED_IN_MULTI("PSUBSCRIBE"),
-    DENIED_IN_MULTI("PUNSUBSCRIBE"),
-    DENIED_IN_MULTI("SSUBSCRIBE"),
-    DENIED_IN_MULTI("SUBSCRIBE"),
-    DENIED_IN_MULTI("SUNSUBSCRIBE"),
-    DENIED_IN_MULTI("UNSUBSCRIBE"),
+     "`UNBLOCK` or `KILL ID`", 0, 0, 0},
+    denied_in_multi("CLIENT ID"),
+    denied_in_multi("CLIENT GETNAME"),
+    denied_in_multi("CLIENT INFO"),
+    denied_in_multi("CLIENT SETINFO"),
+    denied_in_multi("CLIENT SETNAME"),
+    denied_in_multi("CLIENT UNBLOCK"),
+    denied_in_multi("HELLO"),
+    denied_in_multi("PSUBSCRIBE"),
+    denied_in_multi("PUNSUBSCRIBE"),
+    denied_in_multi("SSUBSCRIBE"),
+    denied_in_multi("SUBSCRIBE"),
+    denied_in_multi("SUNSUBSCRIBE"),
+    denied_in_multi("UNSUBSCRIBE"),
     {"CLIENT INFO", Where::Reply, "", " tot-cmds=0", "the fields of all servers",
-     "`CLIENT INFO` has the fields of all servers", 0, 0},
+     "`CLIENT INFO` has the fields of all servers", 0, 0, 0},
     {"CLIENT LIST", Where::Reply, "", "name=valkey-push-relay ",
      "the server's clients, not the relay's", "relay's connections are called `valkey-push-relay`",
-     0, 0},
+     0, 0, 0},
     {"CLIENT SETINFO", Where::Reply, "-ERR ", "+OK", "the server is too old",
-     "one that is too old for", 0, 702},
+     "one that is too old for", 0, 702, 0},
     {"CLIENT ID", Where::Reply, "-ERR ", ":", "the server is too old", "one that is too old for", 0,
-     500},
-    {"HELLO", Where::Reply, "-", "", "the server is too old", "one that is too old for", 600, 602},
+     500, 0},
+    {"HELLO", Where::Reply, "-", "", "the server is too old", "one that is too old for", 600, 602,
+     0},
+    not_subscribed("PUNSUBSCRIBE"),
+    not_subscribed("SUNSUBSCRIBE"),
+    not_subscribed("UNSUBSCRIBE"),
 };
-
-#undef DENIED
-#undef DENIED_IN_MULTI
 
 } // namespace conformance
 

@@ -136,7 +136,8 @@ class Judge {
     bool applies(const Difference &row) const
     {
         return (row.from == 0 || program_.version >= row.from) &&
-               (row.before == 0 || program_.version < row.before);
+               (row.before == 0 || program_.version < row.before) &&
+               (row.family == 0 || program_.family == row.family);
     }
     // The step of each frame; empty: it cannot be said.
     static std::vector<size_t> owners_of(const std::vector<Step> &steps, const Variant &variant,
