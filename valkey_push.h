@@ -8621,7 +8621,7 @@ static bool vkp_i_case_oneshot_closed_join(const vkp_case *each, vkp_i_wait *wai
 {
     vkp_oneshot *slot = (vkp_oneshot *)each->i_object;
     uint32_t state = VKP_I_LOAD_ACQ(&slot->i_state);
-    if ((state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) != 0) {
+    if (wait->parker == NULL && (state & (VKP_I_SLOT_SENT | VKP_I_SLOT_ABANDONED)) != 0) {
         VKP_I_STORE(&wait->done, 1u); /* a handler after its own side's end: nothing wakes it */
         return true;
     }

@@ -2,7 +2,8 @@
 
    Sender:   s send    a abandon    q is_closed    x wait_closed, deadline    w wait_closed
    Receiver: R recv    D recv, deadline    T try_recv    C close
-   A slot on the heap is left alone after the call that ended the receiver's part in it.       */
+   A slot on the heap is left alone after the call that ended the receiver's part in it.
+   In some models ("beside") a third thread waits for the close, as a handler of the sender does. */
 #include "environment.h"
 #include "families.h"
 
@@ -16,6 +17,7 @@ struct oneshot_scenario {
     const char *sender;
     const char *receiver;
     bool heap;
+    bool beside;
 };
 
 static struct {
@@ -106,6 +108,14 @@ static void receiver_call(char call)
     }
 }
 
+/* Wait for the close while the sender's thread ends the slot: this wait ends, too. */
+static void wait_beside(void)
+{
+    vkp_status status = vkp_oneshot_wait_closed(now.slot, VKP_FOREVER);
+    model_note("waited beside: %s", vkp_status_str(status));
+    MODEL_CHECK(status == VKP_OK ? now.closing : status == VKP_ERR_INVALID);
+}
+
 static void before(void)
 {
     vkp_status status;
@@ -122,6 +132,10 @@ static void before(void)
 static void thread(unsigned index)
 {
     const char *call = index == 0 ? scenario()->sender : scenario()->receiver;
+    if (index == 2) {
+        wait_beside();
+        return;
+    }
     for (; *call != '\0'; call++) {
         if (index == 0) {
             sender_call(*call);
@@ -167,7 +181,7 @@ void oneshot_models(void)
                 if (strchr(senders[s], 'w') != NULL && strchr(receivers[r], 'R') != NULL) {
                     continue; /* each would wait for the other, as it should */
                 }
-                all[used] = (struct oneshot_scenario){senders[s], receivers[r], heap == 1};
+                all[used] = (struct oneshot_scenario){senders[s], receivers[r], heap == 1, false};
                 model.before = before;
                 model.thread = thread;
                 model.after = after;
@@ -176,6 +190,20 @@ void oneshot_models(void)
                          receivers[r], heap == 1 ? ", heap" : "");
                 model_add(&model);
             }
+        }
+    }
+    for (s = 0; s < 2; s++) { /* s and a, with R, D and C */
+        for (r = 0; r < 3; r++) {
+            struct model model = {.threads = 3, .preemptions = 2, .stale = 1};
+            static struct oneshot_scenario beside[6];
+            beside[s * 3 + r] = (struct oneshot_scenario){senders[s], receivers[r], false, true};
+            model.before = before;
+            model.thread = thread;
+            model.after = after;
+            model.scenario[0] = (uintptr_t)&beside[s * 3 + r];
+            snprintf(model.name, sizeof model.name, "oneshot-beside %s | %s", senders[s],
+                     receivers[r]);
+            model_add(&model);
         }
     }
 }
