@@ -6,10 +6,14 @@
              e reserve, deadline, commit              r try_reserve, commit
              k clone, send, unref    x wait_closed, deadline    w wait_closed
              q the plain reads       K close (the receiver's unref comes after all threads)
+             h clone, unref: a lane without a value
              u upgrade a weak sender, send, unref; such a thread has no sender of its own
    Receiver: R recv    D recv, deadline    T try_recv    M recv_many of 2
              N recv_many of 2, deadline 0  P peek        L len and is_closed
-             C close   * receive until CLOSED; the receiver's unref comes last in any case      */
+             C close   * receive until CLOSED; the receiver's unref comes last in any case
+             A abort a permit that was reserved before all threads, by the first sender
+             B commit it             . call nothing more: the unref comes after all threads, so that
+             a sender that nobody lets in sleeps without end                                    */
 #include "environment.h"
 #include "families.h"
 
@@ -36,6 +40,9 @@ static struct {
     vkp_mpsc_tx *tx[SENDERS];
     vkp_mpsc_weak *weak[SENDERS];
     vkp_mpsc_rx *rx;
+    vkp_mpsc_tx *permit_tx; /* a reference of the receiver's thread, while it has the permit */
+    vkp_mpsc_permit permit;
+    uint64_t permit_value;
     unsigned count; /* senders */
     enum fate fate[SENDERS][VALUES];
     bool received[SENDERS][VALUES];
@@ -79,6 +86,10 @@ static void drop(void *user, void *item)
     sender = (unsigned)(value >> 8) - 1;
     number = (unsigned)value & 0xff;
     model_note("drops %llx", (unsigned long long)value);
+    if (scenario()->bytes != sizeof value) { /* with rings that grow, which another purge may end */
+        model_step();
+    }
+    MODEL_CHECK(memcmp(&value, item, sizeof value) == 0);
     MODEL_CHECK(sender < SENDERS && number < VALUES);
     MODEL_CHECK(now.fate[sender][number] == OFFERED || now.fate[sender][number] == ACCEPTED);
     MODEL_CHECK(!now.received[sender][number] && !now.dropped[sender][number]);
@@ -240,6 +251,16 @@ static void send_clone(unsigned sender)
     release(clone);
 }
 
+static void clone_in_vain(unsigned sender)
+{
+    vkp_mpsc_tx *clone = NULL;
+    vkp_status status = vkp_mpsc_tx_clone(now.tx[sender], &clone);
+    MODEL_CHECK(status == VKP_OK);
+    now.strong++;
+    now.strong_at_most++;
+    release(clone);
+}
+
 static void send_upgraded(unsigned sender)
 {
     bool gone = now.strong_at_most == 0;
@@ -282,6 +303,9 @@ static void sender_call(unsigned sender, char call)
         break;
     case 'k':
         send_clone(sender);
+        break;
+    case 'h':
+        clone_in_vain(sender);
         break;
     case 'u':
         send_upgraded(sender);
@@ -407,9 +431,44 @@ static void look_ahead(void)
     }
 }
 
+/* Reserve, before all threads, a place of the first sender's queue for the receiver's thread. */
+static void reserve_before(bool commits)
+{
+    vkp_status status = vkp_mpsc_try_reserve(now.tx[0], &now.permit);
+    MODEL_CHECK(status == VKP_OK);
+    now.permit_tx = vkp_mpsc_tx_ref(now.tx[0]);
+    now.strong++;
+    if (commits) {
+        now.permit_value = offer(0);
+    } else {
+        now.open_offers++;
+    }
+}
+
+static void use_permit(bool commits)
+{
+    if (commits) {
+        memcpy(now.permit.item, &now.permit_value, sizeof now.permit_value);
+        vkp_mpsc_commit(&now.permit);
+        settle(now.permit_value, true);
+    } else {
+        now.aborted = true;
+        vkp_mpsc_abort(&now.permit);
+        now.open_offers--;
+    }
+    model_note(commits ? "committed the permit" : "aborted the permit");
+    release(now.permit_tx);
+}
+
 static void receiver_call(char call)
 {
     switch (call) {
+    case '.':
+        break;
+    case 'A':
+    case 'B':
+        use_permit(call == 'B');
+        break;
     case 'P':
         look_ahead();
         break;
@@ -460,12 +519,19 @@ static void before(void)
         now.keep_rx = now.keep_rx || strchr(s->senders[i], 'K') != NULL;
         if (s->senders[i][0] == 'u') {
             now.weak[i] = vkp_mpsc_downgrade(first);
+        } else if (i == 0 && strpbrk(s->receiver, "AB") != NULL) {
+            now.tx[i] = vkp_mpsc_tx_ref(first); /* the lane that the receiver searches first */
+            now.strong++;
         } else {
             status = vkp_mpsc_tx_clone(first, &now.tx[i]);
             now.strong++;
         }
         MODEL_CHECK(status == VKP_OK);
     }
+    if (strpbrk(s->receiver, "AB") != NULL) {
+        reserve_before(strchr(s->receiver, 'B') != NULL);
+    }
+    now.keep_rx = now.keep_rx || strchr(s->receiver, '.') != NULL;
     now.strong_at_most = now.strong;
     vkp_mpsc_tx_unref(first);
 }
@@ -538,11 +604,14 @@ static void add(const char *first, const char *second, const char *third, const 
     model.stale = 1;
     model.scenario[0] = (uintptr_t)s;
     snprintf(model.name, sizeof model.name, "mpsc%s %s%s%s%s%s | %s, capacity %u%s",
-             spins        ? "-spins"
-             : by_bytes   ? "-bytes"
-             : lanes      ? bytes == 8 ? "-lanes" : "-lanes-grow"
-             : bytes == 8 ? ""
-                          : "-grow",
+             spins              ? lanes ? "-lanes-spins" : "-spins"
+             : by_bytes         ? "-bytes"
+             : lanes            ? bytes == 8         ? "-lanes"
+                                  : bytes == LARGEST ? "-lanes-trim"
+                                                     : "-lanes-grow"
+             : bytes == 8       ? ""
+             : bytes == LARGEST ? "-trim"
+                                : "-grow",
              first, second != NULL ? " " : "", second != NULL ? second : "",
              third != NULL ? " " : "", third != NULL ? third : "", receiver, capacity,
              no_barrier ? ", fenced" : "");
@@ -567,6 +636,103 @@ static void spin(const char *sender, const char *receiver, unsigned capacity, bo
             1);
         spins = false;
     }
+}
+
+/* Receivers that make one call behind a permit of theirs, and then only wait for the senders: what
+   that call passes or takes has to let in who waits.                                          */
+static void one_call_models(void)
+{
+    static const char *const first[] = {"s", "c", "d", "e", "t", "a", "m"};
+    static const char *const calls[] = {"AR.", "AD.", "AT.", "AM.", "AN.", "AP.",
+                                        "BR.", "BD.", "BT.", "BM.", "BN."};
+    static const char *const behind[] = {"s", "c", "e"};
+    size_t i, k, r;
+    for (i = 0; i < COUNT(first); i++) {
+        unsigned capacity = first[i][0] == 'm' ? 2 : 1;
+        for (r = 0; r < COUNT(calls); r++) {
+            for (k = 0; k < 4; k++) {
+                const char *second = k < 2 ? NULL : k == 2 ? "s" : "t";
+                spins = (i + r + k) % 2 == 0;
+                add(first[i], second, NULL, calls[r], capacity, 8, true, r % 3 == 1,
+                    second == NULL ? 2 : 1);
+            }
+            spins = (i + r) % 2 == 1;
+            add(first[i], NULL, NULL, calls[r], capacity, 8, false, i % 2 == 1, 2);
+        }
+    }
+    spins = false;
+    /* The first of those that wait may leave: the one behind gets its room. */
+    for (i = 0; i < COUNT(behind); i++) {
+        for (k = 0; k < 2; k++) {
+            add("d", behind[i], NULL, "AR.", 1, 8, false, k == 1, 1);
+            add("e", behind[i], NULL, "AR.", 1, 8, false, k == 1, k == i ? 2 : 1);
+            add("e", behind[i], NULL, "AM.", 1, 8, k == 1, k == 0, 1);
+        }
+    }
+    add("e", "d", "s", "ARR.", 1, 8, false, false, 1);
+}
+
+/* Memory that is given back while others may use it: values of 64 KiB, whose rings go whenever the
+   receiver finds nothing; values that are dropped while another thread purges; lanes that end while
+   others live.                                                                                */
+static void memory_models(void)
+{
+    static const char *const trimmed[] = {"s", "c", "a", "cs", "sc", "rs", "as", "m", "ms"};
+    static const char *const idle[] = {"*",   "T*",  "N*",  "P*",  "D*",
+                                       "BT*", "AP*", "TT.", "PP.", "TBT."};
+    static const char *const late[] = {"mc", "mmc", "mms", "cm", "mcs"};
+    static const char *const leaves[] = {"", "T", "R", "C"};
+    static const char *const ended[] = {"k", "hk", "h", "kh"};
+    static const char *const goes_on[] = {"R.", "T*", "RR*", "N*", "P*", "TT."};
+    size_t i, r;
+    for (i = 0; i < COUNT(trimmed); i++) {
+        for (r = 0; r < COUNT(idle); r++) {
+            unsigned capacity = strchr(idle[r], '.') != NULL ? 0 : (unsigned)(i + r) % 3;
+            bool two_calls = trimmed[i][1] != '\0';
+            add(trimmed[i], NULL, NULL, idle[r], capacity, LARGEST, r % 4 == 3, (i + r) % 2 == 1,
+                two_calls ? 1 : 2);
+            if (r < 4 && !two_calls) {
+                add(trimmed[i], r % 2 == 0 ? "s" : "c", NULL, idle[r], capacity, LARGEST,
+                    r % 4 == 3, (i + r) % 2 == 0, 1);
+            }
+        }
+    }
+    for (i = 0; i < COUNT(late); i++) {
+        for (r = 0; r < COUNT(leaves); r++) {
+            add(late[i], NULL, NULL, leaves[r], 0, 4096, r % 2 == 1, i % 2 == 1, 2);
+            add(late[i], "c", NULL, leaves[r], 0, 4096, r % 2 == 0, i % 2 == 0, 1);
+        }
+    }
+    for (i = 0; i < COUNT(ended); i++) {
+        for (r = 0; r < COUNT(goes_on); r++) {
+            spins = (i + r) % 2 == 0;
+            add(ended[i], "s", NULL, goes_on[r], 0, 8, true, r % 3 == 0, 1);
+            add(ended[i], "k", NULL, goes_on[r], 0, 8, true, r % 3 == 2, 1);
+            add("ss", ended[i], NULL, goes_on[r], 0, 8, true, r % 3 == 1, 1);
+        }
+    }
+    spins = false;
+}
+
+/* Lanes whose receiver looks again before it sleeps, and looks ahead. */
+static void lanes_that_spin(const char *const *lane, size_t count)
+{
+    static const char *const receivers[] = {"*", "P*", "M*", "D*", "P.", "PD."};
+    size_t i, k, r;
+    spins = true;
+    for (i = 0; i < count; i++) {
+        for (r = 0; r < COUNT(receivers); r++) {
+            bool stays = strchr(receivers[r], '.') != NULL;
+            add(lane[i], NULL, NULL, receivers[r], stays ? 0 : 1, 8, true, (i + r) % 2 == 1, 2);
+            for (k = i; k < count; k++) {
+                if ((i + k + r) % 2 == 0) {
+                    add(lane[i], lane[k], NULL, receivers[r], stays ? 0 : 1, 8, true,
+                        (i + k) % 3 == 1, 1);
+                }
+            }
+        }
+    }
+    spins = false;
 }
 
 void mpsc_models(void)
@@ -660,4 +826,7 @@ void mpsc_models(void)
     }
     add("ms", NULL, NULL, "*", 0, 40000, false, false, 1);
     add("ss", "s", NULL, "N*", 0, 40000, false, true, 1);
+    one_call_models();
+    memory_models();
+    lanes_that_spin(lane, COUNT(lane));
 }

@@ -6,7 +6,11 @@
    s send to a full mpsc channel   v reserve in one                 m the channel's receiver goes
    n the one-shot's receiver goes  f the broadcast's receiver goes  g the watch's receiver goes
    d a deadline                    _ never
-   The thread takes turns by vkp_select or vkp_select_fair, first with deadline 0 in some models. */
+   The thread takes turns by vkp_select or vkp_select_fair, first with deadline 0 in some models.
+
+   "select-leaves": a select that waits for room, s or v, makes one choice and leaves; a sender
+   stands behind it. The receiver makes one call. When the other case won, or the deadline passed,
+   the room is the sender's behind, and nobody calls anything that would let it in later.        */
 #include "environment.h"
 #include "families.h"
 
@@ -392,6 +396,123 @@ static void after(void)
     }
 }
 
+/* ---- a select that leaves the queue of senders ---- */
+
+struct leaves_scenario {
+    char kind;  /* s or v, */
+    char other; /* and what else the select waits for */
+    bool fair;
+};
+
+static struct {
+    struct source queue;
+    struct source other;
+    vkp_mpsc_tx *behind_tx;
+    bool behind_sent;
+} leaves;
+
+static const struct leaves_scenario *leaves_scenario(void)
+{
+    return (const struct leaves_scenario *)(uintptr_t)model_now->scenario[0];
+}
+
+static void leaves_before(void)
+{
+    memset(&leaves, 0, sizeof leaves);
+    open_source(&leaves.queue, leaves_scenario()->kind);
+    open_source(&leaves.other, leaves_scenario()->other);
+    leaves.behind_tx = vkp_mpsc_tx_ref(leaves.queue.tx);
+}
+
+static void choose_once(void)
+{
+    const struct leaves_scenario *s = leaves_scenario();
+    uint32_t turn = 1;
+    size_t which = 9;
+    vkp_case cases[2];
+    vkp_status status;
+    cases[0] = make_case(&leaves.queue, s->kind);
+    cases[1] = make_case(&leaves.other, s->other);
+    status = s->fair ? vkp_select_fair(cases, 2, &turn, SOON, &which)
+                     : vkp_select(cases, 2, SOON, &which);
+    model_note("select: %s, %zu", vkp_status_str(status), which);
+    MODEL_CHECK(status == VKP_OK || status == VKP_ERR_TIMEOUT);
+    if (status == VKP_OK && which == 0) {
+        leaves.queue.begun = true; /* the receiver's one call is what made room */
+        won(&leaves.queue, s->kind, &cases[0]);
+        vkp_mpsc_close(leaves.queue.rx); /* the sender behind need not wait any longer */
+    } else if (status == VKP_OK) {
+        won(&leaves.other, s->other, &cases[1]);
+    }
+}
+
+static void leaves_thread(unsigned index)
+{
+    uint64_t value = VALUE + 1;
+    vkp_status status;
+    switch (index) {
+    case 0:
+        fire(&leaves.queue, leaves_scenario()->kind);
+        break;
+    case 1:
+        fire(&leaves.other, leaves_scenario()->other);
+        break;
+    case 2:
+        choose_once();
+        break;
+    default:
+        status = vkp_mpsc_send(leaves.behind_tx, &value, VKP_FOREVER);
+        model_note("behind: %s", vkp_status_str(status));
+        MODEL_CHECK(status == VKP_OK || status == VKP_ERR_CLOSED);
+        leaves.behind_sent = status == VKP_OK;
+        break;
+    }
+}
+
+static void leaves_after(void)
+{
+    char other = leaves_scenario()->other;
+    uint64_t value = 0;
+    unsigned left = 0;
+    MODEL_CHECK(leaves.queue.won || leaves.behind_sent);
+    while (vkp_mpsc_try_recv(leaves.queue.rx, &value) == VKP_OK) {
+        MODEL_CHECK(value == VALUE || (leaves.behind_sent && value == VALUE + 1));
+        left++;
+    }
+    MODEL_CHECK(left == (unsigned)leaves.queue.won + (unsigned)leaves.behind_sent);
+    vkp_mpsc_tx_unref(leaves.behind_tx);
+    vkp_mpsc_tx_unref(leaves.queue.tx);
+    vkp_mpsc_rx_unref(leaves.queue.rx);
+    if (!leaves.other.won && (other == 'r' || other == 'o')) {
+        take_later(&leaves.other, other);
+    }
+    close_source(&leaves.other, other);
+}
+
+static void leaves_models(void)
+{
+    static const char others[] = "rocd_";
+    static struct leaves_scenario all[2 * sizeof others];
+    struct leaves_scenario *s = all;
+    size_t i;
+    size_t k;
+    for (i = 0; i < 2; i++) {
+        for (k = 0; others[k] != '\0'; k++) {
+            struct model model = {.threads = 4, .preemptions = 1, .stale = 1};
+            *s = (struct leaves_scenario){i == 0 ? 's' : 'v', others[k], (i + k) % 2 == 1};
+            model.before = leaves_before;
+            model.thread = leaves_thread;
+            model.after = leaves_after;
+            model.no_barrier = k % 2 == 1;
+            model.scenario[0] = (uintptr_t)s;
+            snprintf(model.name, sizeof model.name, "select-leaves %c %c%s%s", s->kind, s->other,
+                     s->fair ? ", fair" : "", model.no_barrier ? ", fenced" : "");
+            model_add(&model);
+            s++;
+        }
+    }
+}
+
 void select_models(void)
 {
     static const char kinds[] = "reobwcsvmnfgd_";
@@ -419,4 +540,5 @@ void select_models(void)
             s++;
         }
     }
+    leaves_models();
 }

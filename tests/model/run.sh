@@ -89,7 +89,8 @@ if [ -n "$only" ] && [ -z "$mutants" ]; then
 fi
 [ $faults = no ] || "$work/model" ${only:+--only "$only"} --mutants
 
-# seed PART WHAT SED-PROGRAM: the models with PART in their names notice that fault in the header.
+# seed PART WHAT SED-PROGRAM [SOURCE]: the models with PART in their names notice that fault in the
+# header, as SOURCE compiles it: models_socket, which has a library of its own, or header.
 seed() {
     mkdir -p "$work/seeded"
     sed "$3" "$root/valkey_push.h" >"$work/seeded/valkey_push.h"
@@ -99,12 +100,16 @@ seed() {
     fi
     [ $faults = yes ] || return 0
     # shellcheck disable=SC2086
-    "$compiler" $watched "-I$work/seeded" $common -O1 -g0 -w -c "$here/models_socket.c" \
-        -o "$work/models_socket.o"
+    "$compiler" $watched "-I$work/seeded" $common -O1 -g0 -w -c "$here/${4:-models_socket}.c" \
+        -o "$work/${4:-models_socket}.o"
     link "$work/seeded/model"
     "$work/seeded/model" --only "$1" --seeded "$2"
 }
 # shellcheck source=/dev/null
 case $only in
 '' | socket*) . "$here/socket_faults.sh" ;;
+esac
+# shellcheck source=/dev/null
+case $only in
+'' | mpsc* | select* | oneshot*) . "$here/channel_faults.sh" ;;
 esac
