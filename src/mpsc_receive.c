@@ -194,6 +194,19 @@ static void vkp_i_channel_remove_lane(vkp_i_channel *channel, vkp_i_lane *before
     vkp_i_lane_free(lane);
 }
 
+/* The search found the lane empty: free its large ring (see vkp_i_lane_shrink), or the lane itself
+   if it is over: true. `before` is a lane before it in the list.                               */
+static bool vkp_i_lane_tidy(vkp_i_lane *lane, vkp_i_lane *before, bool waits)
+{
+    lane->found_empty = false;
+    if (vkp_i_lane_is_over(lane)) {
+        vkp_i_channel_remove_lane(lane->channel, before, lane);
+        return true;
+    }
+    vkp_i_lane_shrink(lane, waits);
+    return false;
+}
+
 /* After each search: let waiting senders in where values were taken or aborted places passed; of
    the lanes that the search found empty, free those that are over, and large rings. `waits`: the
    search found no value, and the receiver is about to wait.
@@ -203,14 +216,7 @@ static void vkp_i_channel_tidy(vkp_i_channel *channel, bool waits)
     vkp_i_lane *before = &channel->lane;
     vkp_i_lane *lane = before;
     do {
-        bool empty = lane->found_empty;
-        lane->found_empty = false;
-        if (empty && vkp_i_lane_is_over(lane)) {
-            vkp_i_channel_remove_lane(channel, before, lane);
-        } else {
-            if (empty) {
-                vkp_i_lane_shrink(lane, waits);
-            }
+        if (!lane->found_empty || !vkp_i_lane_tidy(lane, before, waits)) {
             vkp_i_lane_freed(lane);
             before = lane;
         }
