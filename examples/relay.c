@@ -319,6 +319,7 @@ static bool read_door(const char *text, vkp_relay_door *door)
             *end = '\0';
         }
         if (!read_door_word(word, door)) {
+            free(copy);
             return false;
         }
     }

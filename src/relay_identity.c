@@ -63,7 +63,7 @@ static vkp_status vkp_i_greeting_make(const vkp_env *env, const vkp_value *hello
     vkp_status status;
     for (key = vkp_value_get_first(hello); key != NULL; key = vkp_value_get_next(hello, value)) {
         value = vkp_value_get_next(hello, key);
-        pairs += value == NULL || vkp_i_is_own_key(key) ? 0 : 1;
+        pairs += value == NULL || vkp_i_is_own_key(key) ? 0u : 1u;
     }
     vkp_resp_writer_init(&writers[0], env);
     vkp_resp_writer_init(&writers[1], env);
