@@ -65,8 +65,8 @@ typedef struct vkp_relay_config {
     /* Bytes of commands of all clients that are not whole, wait for EXEC or are not answered. Above
        it clients that have many of them are not read; one at a time goes on. Default: 64 MiB. */
     size_t gather_bytes;
-    /* How many milliseconds that one may send nothing, in the midst of a command and while others
-       wait; then it is closed. Default: 5,000. VKP_OFF: without end. */
+    /* How many milliseconds that one may send nothing, in the midst of a command or of a MULTI
+       block and while others wait; then it is closed. Default: 5,000. VKP_OFF: without end. */
     uint64_t gather_ms;
     /* Most bytes of replies that one client has not read; beyond, the relay closes the client.
        Default: 256 MiB. */
